@@ -1,0 +1,200 @@
+"""The command line: subcommands, messages and exit statuses; no logic. Heavy modules are imported by what needs them.
+
+Exit status: 0 done; 2 the user's mistake, one message and no traceback; 75 stopped early on a signal with everything
+saved, so that a queue may start the same command again; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from titan_cpt.errors import ConfigError, TitanError
+
+STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one subcommand and leave with its exit status."""
+    parser = _parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(words)
+    try:
+        overrides = _overrides(rest) if options.takes_overrides else _none_left(rest)
+        status = options.run(options, overrides)
+    except TitanError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as with `| head`
+        status = 1
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    path = os.environ.get(STATUS_FILE_VARIABLE)
+    if path and status:
+        Path(path).write_text(str(status))
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titan-cpt",
+        description="Continual pre-training: stages, re-warming, replay and infinite schedules from one TOML file.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = _command(commands, "plan", _plan, "what a config comes to: steps, tokens, LR, compute; needs no device")
+    _add_config(plan)
+    plan.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks to plan for (default 1)")
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    plan.add_argument("--lr-at", type=_integers, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
+    plan.add_argument("--recipe", nargs=2, metavar=("STAGE", "STEP"), help="the 0-based global batch STEP (JSON)")
+
+    train = _command(commands, "train", _train, "train what is not trained yet; run_train.sh calls this")
+    _add_config(train)
+
+    prepare = _command(commands, "prepare", _prepare, "text to token files, and tokenizers from text")
+    prepare.add_argument("--config", type=Path, metavar="FILE", help="prepare what this config's datasets still lack")
+    prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
+    prepare.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|PATH", help="default: bytes")
+    prepare.add_argument("--text-field", default="text", metavar="NAME", help="field of a document's text")
+    prepare.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share for PREFIX-validation")
+    prepare.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes")
+    prepare.add_argument("--force", action="store_true", help="replace an output made in another way")
+    prepare.add_argument(
+        "--train-tokenizer", type=_positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
+    )
+
+    report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
+
+    verify = _command(commands, "verify", _verify, "check a checkpoint's manifest, sizes and checksums")
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    return parser
+
+
+def _command(commands, name, run, summary):  # type: ignore[no-untyped-def]  # argparse's subparsers have no public type
+    command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    command.set_defaults(run=run, takes_overrides=name in ("plan", "train", "prepare"))
+    return command
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, required=True, metavar="FILE", help="the TOML")
+    command.epilog = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return number
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"steps are not negative, got {text}")
+    return numbers
+
+
+def _overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` as pairs."""
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise ConfigError(
+                f"command line: unknown argument {word!r}; a config key is overridden as --table.key value"
+            )
+        if not equals:
+            if not rest:
+                raise ConfigError(f"command line: {word} has no value; write {word} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _none_left(words: Sequence[str]) -> list[tuple[str, str]]:
+    if words:
+        raise ConfigError(f"command line: unknown argument {words[0]!r}; --help lists what this command takes")
+    return []
+
+
+def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.config_file import load_config
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.planning import make_plan
+
+    config = load_config(options.config, overrides)
+    plan = make_plan(config, take_inventory(config), options.world_size)
+    if options.json or options.lr_at or options.recipe:
+        from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
+
+        answer = plan_as_json(plan)
+        if options.lr_at:
+            answer["lr_at"] = lr_as_json(plan, options.lr_at)
+        if options.recipe:
+            answer["recipe"] = recipe_as_json(plan, *options.recipe)
+        print(json.dumps(answer))
+    else:
+        from rich.console import Console
+
+        from titan_cpt.plan_view import print_plan
+
+        print_plan(plan, Console(width=None if sys.stdout.isatty() else 140), config.checkpoint.keep_latest_k)
+    return 0
+
+
+def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.config_file import load_config
+
+    config = load_config(options.config, overrides)  # before torch: a mistake is told in a blink
+    from titan_cpt.train import run
+
+    return run(config)
+
+
+def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.data.materialise import materialise, prepare_files
+
+    if (options.config is None) == (options.input is None):
+        raise ConfigError("command line: prepare takes either --config FILE or --input FILE... --output PREFIX")
+    if options.config is not None:
+        from titan_cpt.config_file import load_config
+
+        materialise(load_config(options.config, overrides), workers=options.workers, force=options.force)
+        return 0
+    _none_left([key for key, _ in overrides])
+    if options.output is None:
+        raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
+    prepare_files(options)
+    return 0
+
+
+def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from rich.console import Console
+
+    from titan_cpt.report import print_summary, summarise
+
+    for run in options.runs:
+        print_summary(summarise(run), Console(width=None if sys.stdout.isatty() else 140))
+    return 0
+
+
+def _verify(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.manifest import verify
+
+    manifest = verify(options.checkpoint)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(f"{options.checkpoint}: good, {len(manifest['files'])} files, {size:,} bytes, plan {manifest['fingerprint']}")
+    return 0

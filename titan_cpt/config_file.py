@@ -1,0 +1,170 @@
+"""From files and command line to a Config: reading, `extends`, dotted overrides; every fault is told at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from titan_cpt.config import Config
+from titan_cpt.config_faults import (
+    in_words,
+    is_string,
+    listed,
+    models_at,
+    nearest,
+    not_available_faults,
+    reference_faults,
+    tables,
+)
+from titan_cpt.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Read the file, what it extends and the overrides, and check all of it.
+
+    Args:
+        path: the TOML.
+        overrides: dotted key and value text, as on the command line; later ones win.
+
+    Raises:
+        ConfigError: every fault found, each with its dotted key, what was found and what is allowed.
+    """
+    raw = read_with_bases(path)
+    faults = [fault for key, text in overrides for fault in _override(raw, key, text)]
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        faults += [in_words(one, raw) for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
+        faults += list(reference_faults(raw))
+        raise _config_error(path, faults) from None
+    faults += list(reference_faults(raw))
+    faults += list(not_available_faults(config))
+    if faults:
+        raise _config_error(path, faults)
+    return config
+
+
+def _config_error(path: Path, faults: Sequence[str]) -> ConfigError:
+    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+    return ConfigError("\n".join([f"{path}: {count}", *(f"  - {fault}" for fault in faults)]))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML: every default spelt out, nothing left to `extends`."""
+    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's tables laid over those that it extends; stages are merged by name, other lists replaced."""
+    here = path.resolve()
+    if here in _seen:
+        raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*_seen, here))}")
+    raw = _read_toml(path)
+    bases = raw.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
+    _anchor_fetch_scripts(raw, path.parent)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here)))
+    return _merge(merged, raw)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
+
+
+def _anchor_fetch_scripts(raw: dict[str, Any], folder: Path) -> None:
+    """A fetch script is named relative to the file that names it, so that it is found from any working directory."""
+    for dataset in tables(raw.get("datasets")).values():
+        source = dataset.get("source")
+        if isinstance(source, dict) and isinstance(source.get("fetch"), str):
+            source["fetch"] = os.path.relpath(folder / source["fetch"])
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if key == "stages" and isinstance(old, list) and isinstance(value, list):
+            merged[key] = _merge_stages(old, value)
+        elif isinstance(old, dict) and isinstance(value, dict) and not _is_choice(old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _is_choice(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """An LR table with another schedule replaces the base's whole: its keys mean something else."""
+    return "schedule" in new and new["schedule"] != old.get("schedule")
+
+
+def _merge_stages(base: list[Any], over: list[Any]) -> list[Any]:
+    merged = list(base)
+    for stage in over:
+        name = stage.get("name") if isinstance(stage, dict) else None
+        places = [
+            i for i, old in enumerate(merged) if isinstance(old, dict) and name is not None and old["name"] == name
+        ]
+        if places:
+            merged[places[0]] = _merge(merged[places[0]], stage)
+        else:
+            merged.append(stage)
+    return merged
+
+
+# Overrides
+
+
+def _override(raw: dict[str, Any], dotted: str, text: str) -> Iterator[str]:
+    """Set one dotted key in place; yields a fault instead where the path leads nowhere."""
+    parts = dotted.split(".")
+    place: Any = raw
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(place, list):
+            found = [stage for stage in place if isinstance(stage, dict) and stage.get("name") == part]
+            if not found:
+                known = [str(stage.get("name")) for stage in place if isinstance(stage, dict)]
+                yield f"--{dotted}: there is no stage {part!r}{nearest(part, known)}; stages are {listed(known)}"
+                return
+            place = found[0]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, [] if depth == 0 and part == "stages" else {})
+        else:
+            yield f"--{dotted}: {'.'.join(parts[:depth])} is a value, not a table"
+            return
+    if not isinstance(place, dict):
+        yield f"--{dotted}: is not a key; a stage's key is written stages.NAME.KEY"
+        return
+    place[parts[-1]] = _value(parts, text)
+
+
+def _value(parts: Sequence[str], text: str) -> Any:
+    """The override's text as TOML reads it; a bare word, and whatever a string key is given, is a string."""
+    if any(is_string(model, parts[-1]) for model in models_at(parts[:-1])):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text

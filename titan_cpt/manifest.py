@@ -1,0 +1,125 @@
+"""The manifest that makes a folder a checkpoint: files, sizes, checksums, and what its weights have lived through.
+
+It is written last, by an atomic rename after everything it names has reached the disk. No manifest: no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.errors import CheckpointError
+
+NAME = "manifest.json"
+FORMAT = 1
+_REQUIRED = ("format", "stage", "stage_index", "steps_done", "kind", "recipe", "fingerprint", "data", "files")
+
+
+def write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Hash every file of the folder, then write the manifest: the moment at which the checkpoint begins to exist."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != NAME:
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    write_text_atomically(folder / NAME, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
+    _sync(folder.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The whole text or what was there before, whenever the power fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked for shape but not against the files.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / NAME
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: has no {NAME}, so it is not a checkpoint; a save that was cut short leaves this"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    missing = [key for key in _REQUIRED if not isinstance(manifest, dict) or key not in manifest]
+    if missing or not isinstance(manifest["files"], dict) or not isinstance(manifest["recipe"], dict):
+        raise CheckpointError(
+            f"{path}: damaged: {', '.join(missing) or 'files or recipe'} is missing or of another kind"
+        )
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: is of format {manifest['format']!r}, this version reads {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was found with its size and checksum.
+
+    Raises:
+        CheckpointError: names the first file that is missing, of another size or changed.
+    """
+    manifest = read(folder)
+    for name, file in manifest["files"].items():
+        path = folder / name
+        if not isinstance(file, dict) or not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / NAME}: damaged: its entry {name!r} is not a file of this folder")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is missing; the manifest lists it with {file.get('bytes')} bytes")
+        if path.stat().st_size != file.get("bytes"):
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the manifest says {file.get('bytes')}")
+        if _digest(path) != file.get("sha256"):
+            raise CheckpointError(f"{path}: its content changed since it was saved (sha256 differs)")
+    return manifest
+
+
+def remove(folder: Path) -> None:
+    """Take a checkpoint away, its manifest first: a crash half-way leaves nothing that looks alive."""
+    (folder / NAME).unlink(missing_ok=True)
+    if folder.exists():
+        _sync(folder)
+        shutil.rmtree(folder)
+
+
+def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every key of two recipes that is not the same."""
+    lines = []
+    for key in sorted({*recorded, *planned}):
+        old, new = recorded.get(key, "not set"), planned.get(key, "not set")
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,171 @@
+"""The cast of a run: plan, data, model, optimizer, checkpoints and records, built once and in this order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.optim import AdamW
+
+from titan_cpt.checkpoint import Checkpoints, Found
+from titan_cpt.config import Config
+from titan_cpt.config_file import dump_config
+from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
+from titan_cpt.data.loader import SequenceReader
+from titan_cpt.data.tokenizer import load_tokenizer
+from titan_cpt.display import Display
+from titan_cpt.distributed.mesh import Ranks
+from titan_cpt.distributed.parallelise import parallelise
+from titan_cpt.errors import CheckpointError
+from titan_cpt.manifest import differences, write_text_atomically
+from titan_cpt.metrics import MetricsLog, peak_flops
+from titan_cpt.models.gpt_neox import GPTNeoX
+from titan_cpt.optimizer import UpdateGuard, build_adamw
+from titan_cpt.plan import Plan, fingerprint
+from titan_cpt.plan_view import plan_as_json, print_plan
+from titan_cpt.planning import make_plan
+from titan_cpt.run_folder import StopRequest
+from titan_cpt.validate import Validator
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The cast of a run: what is built once and used by every stage."""
+
+    config: Config
+    plan: Plan
+    ranks: Ranks
+    folder: Path
+    precision: torch.dtype
+    model: GPTNeoX
+    optimizer: AdamW
+    guard: UpdateGuard
+    reader: SequenceReader
+    validator: Validator
+    checkpoints: Checkpoints
+    identities: dict[str, str]
+    log: MetricsLog
+    display: Display
+    stop: StopRequest
+
+
+def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:
+    """Plan, data, model, optimizer, in this order; and the checkpoint to go on from, if there is one."""
+    torch.use_deterministic_algorithms(config.job.deterministic)
+    console = Console(stderr=False)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    plan = make_plan(config, take_inventory(config), ranks.world_size)
+    streams = open_streams(training_files(config), tokenizer.vocab_size)
+    held_out = open_streams(validation_files(config), tokenizer.vocab_size)
+    identities = {
+        "tokenizer": tokenizer.fingerprint,
+        **{f"datasets.{name}.train": stream.fingerprint() for name, stream in streams.items()},
+        **{f"datasets.{name}.validation": stream.fingerprint() for name, stream in held_out.items()},
+    }
+    if ranks.rank == 0:
+        print_plan(plan, console, config.checkpoint.keep_latest_k)
+        if tokenizer.note:
+            console.print(f"note {tokenizer.note}", highlight=False)
+
+    precision = getattr(torch, config.training.mixed_precision_param)
+    with torch.device("meta"):
+        model = GPTNeoX(plan.shape)
+    parallelise(
+        model,
+        ranks,
+        precision=precision,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
+    )
+    model.to_empty(device=ranks.device)
+    numbers = plan.stages[0].optimizer
+    optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
+
+    log = _open_log(config, plan, ranks, folder, precision)
+    checkpoints = Checkpoints(
+        folder,
+        keep_latest=config.checkpoint.keep_latest_k,
+        asynchronous=config.checkpoint.async_mode == "async",
+        on_saved=lambda path: log.event("checkpoint", folder=str(path)),
+    )
+    found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
+    _write_record(config, plan, ranks, folder)
+    validator = Validator(
+        held_out,
+        tokenizer.token_byte_lengths(),
+        sequences=config.validation.sequences,
+        seq_len=plan.seq_len,
+        local_batch=config.validation.local_batch_size or plan.local_batch_size,
+        precision=precision,
+        ranks=ranks,
+    )
+    done = 0 if found is None else found.manifest["run_step"]
+    parts = Parts(
+        config=config,
+        plan=plan,
+        ranks=ranks,
+        folder=folder,
+        precision=precision,
+        model=model,
+        optimizer=optimizer,
+        guard=UpdateGuard(optimizer),
+        reader=SequenceReader(streams, seq_len=plan.seq_len, seed=plan.seed),
+        validator=validator,
+        checkpoints=checkpoints,
+        identities=identities,
+        log=log,
+        display=Display(plan, console, steps_done=done, shown=ranks.rank == 0),
+        stop=stop,
+    )
+    return parts, found
+
+
+def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, str], console: Console) -> Found | None:
+    """The newest good checkpoint, if its past is the config's past.
+
+    Raises:
+        CheckpointError: the config or the data of what is already trained changed; names each difference.
+    """
+    found = checkpoints.newest_good(lambda message: console.print(f"passed over: {message}", highlight=False))
+    if found is None:
+        return None
+    index = min(found.manifest["stage_index"], len(plan.stages) - 1)
+    planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
+    data = found.manifest["data"]
+    changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
+    if changed:
+        raise CheckpointError(
+            "\n  ".join(
+                [
+                    f"{found.folder}: written under plan {found.manifest['fingerprint']}, this config makes plan "
+                    f"{fingerprint(planned)} of the same stages:",
+                    *changed,
+                    "Restore these, or start again under another job.name. Stages after "
+                    f"{found.manifest['stage']!r} may be changed and added freely.",
+                ]
+            )
+        )
+    return found
+
+
+def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:
+    writer = None
+    if ranks.rank == 0 and config.metrics.enable_tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
+
+        writer = SummaryWriter(str(folder / "tb"))
+    return MetricsLog(
+        folder,
+        writing=ranks.rank == 0,
+        tensorboard=writer,
+        flops_per_token=plan.shape.flops_per_token(plan.seq_len),
+        peak_flops=peak_flops(ranks.device, precision) * ranks.world_size,
+    )
+
+
+def _write_record(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> None:
+    if ranks.rank == 0:
+        write_text_atomically(folder / "config.toml", dump_config(config))
+        write_text_atomically(folder / "plan.json", json.dumps(plan_as_json(plan), indent=1))

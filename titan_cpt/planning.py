@@ -1,0 +1,435 @@
+"""How a plan is made: from a config, a world size and what is known of the data.
+
+Pure. Only here do tokens turn into steps, shares of a stage into positions, and stages into a lineage of weights and
+cursors. Faults are gathered over all stages and raised together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from titan_cpt import schedules
+from titan_cpt.config import (
+    Config,
+    ConstantLR,
+    CosineLR,
+    Dataset,
+    InfiniteCosineLR,
+    InfiniteInvSqrtLR,
+    InvSqrtLR,
+    LinearLR,
+    Stage,
+    WsdLR,
+)
+from titan_cpt.config_types import parse_tokens
+from titan_cpt.errors import PlanError
+from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
+from titan_cpt.models.sizes import ModelShape, named_size
+from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
+
+DEFAULT_MIN_SHARE = 0.1  # the paper's eta_min = 0.1 * eta_max
+
+
+def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan:
+    """Work the config out for `world_size` ranks.
+
+    Raises:
+        ConfigError: a model that cannot be.
+        PlanError: every stage or batch that cannot be carried out as asked, all at once.
+    """
+    shape = named_size(
+        config.model.family,
+        config.model.size,
+        inventory.vocab_size or 0,
+        config.parallelism.tensor_parallel_degree,
+        config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
+    )
+    faults, notes = list(_vocabulary_faults(shape, inventory)), list(_notes(config, inventory))
+    data_parallel = _data_parallel(config, world_size, faults)
+    per_step = data_parallel * config.training.local_batch_size
+    if config.training.global_batch_size % per_step:
+        faults.append(
+            f"training.global_batch_size: {config.training.global_batch_size} sequences do not divide into "
+            f"{per_step} a micro-step ({data_parallel} data-parallel ranks x training.local_batch_size "
+            f"{config.training.local_batch_size}): change one of the two, or the number of ranks"
+        )
+    planner = _Planner(config, inventory, faults, notes)
+    stages = planner.stages()
+    if faults:
+        raise PlanError(
+            "\n".join(
+                [
+                    f"{len(faults)} problem{'s' * (len(faults) > 1)} in the plan of {config.job.name!r}:",
+                    *(f"  - {fault}" for fault in faults),
+                ]
+            )
+        )
+    return Plan(
+        name=config.job.name,
+        shape=shape,
+        stages=stages,
+        seed=config.job.seed,
+        seq_len=config.training.seq_len,
+        global_batch_size=config.training.global_batch_size,
+        local_batch_size=config.training.local_batch_size,
+        world_size=world_size,
+        data_parallel=data_parallel,
+        accumulation=config.training.global_batch_size // per_step,
+        sequences=planner.sequences,
+        base_recipe=_base_recipe(config, shape),
+        notes=tuple(notes),
+    )
+
+
+def _data_parallel(config: Config, world_size: int, faults: list[str]) -> int:
+    layout = config.parallelism
+    model_parallel = layout.tensor_parallel_degree * layout.pipeline_parallel_degree * layout.context_parallel_degree
+    if world_size % model_parallel:
+        faults.append(f"parallelism: {world_size} ranks do not divide into replicas of {model_parallel} ranks")
+        return 1
+    degree = world_size // model_parallel
+    asked = layout.data_parallel_shard_degree
+    if asked is not None and asked * layout.data_parallel_replicate_degree != degree:
+        faults.append(
+            f"parallelism.data_parallel_shard_degree: must be {degree // layout.data_parallel_replicate_degree} on "
+            f"{world_size} ranks, or left out, got {asked}"
+        )
+    return degree
+
+
+def _vocabulary_faults(shape: ModelShape, inventory: Inventory) -> Iterator[str]:
+    if inventory.vocab_size and shape.vocab_size < inventory.vocab_size:
+        yield (
+            f"model.vocab_size: {shape.vocab_size} rows are fewer than the tokenizer's {inventory.vocab_size} ids; "
+            "leave it out, or set it at least that high"
+        )
+
+
+def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
+    absent = [name for name, tokens in inventory.tokens.items() if tokens is None]
+    if absent:
+        yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
+    if inventory.vocab_size is None:
+        yield f"tokenizer not there yet: {config.tokenizer.path}; a size that takes its vocabulary counts no embedding"
+    used = {name for stage in config.stages for name in stage.dataset}
+    for name in sorted(used):
+        dataset = config.datasets[name]
+        if not dataset.validation and not any(domain.validation for domain in dataset.domains.values()):
+            yield f"datasets.{name}: has no validation tokens, so what is learnt and forgotten of it is not measured"
+
+
+def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
+    model = {f"model.{key}": getattr(shape, key) for key in sorted(shape.__dataclass_fields__)}
+    return {
+        **model,
+        "job.seed": config.job.seed,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.seq_len": config.training.seq_len,
+        "training.max_norm": config.training.max_norm,
+        "training.mixed_precision_param": config.training.mixed_precision_param,
+    }
+
+
+class _Planner:
+    """Walks the stages in order, carrying each one's lineage; faults are gathered, not raised."""
+
+    def __init__(self, config: Config, inventory: Inventory, faults: list[str], notes: list[str]) -> None:
+        self.config, self.faults, self.notes = config, faults, notes
+        self.tokens = inventory.tokens
+        self.batch = config.training.global_batch_size
+        self.seq_len = config.training.seq_len
+        self.sequences = {name: self._windows(name, tokens) for name, tokens in inventory.tokens.items()}
+        self.done: dict[str, StagePlan] = {}
+
+    def stages(self) -> tuple[StagePlan, ...]:
+        for stage in self.config.stages:
+            self.done[stage.name] = self._stage(stage)
+        return tuple(self.done.values())
+
+    def _windows(self, source: str, tokens: int | None) -> int | None:
+        if tokens is not None and tokens <= self.seq_len:
+            where = "datasets." + source.replace(".", ".domains.")
+            self.faults.append(f"{where}.train: {tokens} tokens are fewer than one sequence of {self.seq_len} + 1")
+            return None
+        return None if tokens is None else (tokens - 1) // self.seq_len
+
+    def _stage(self, stage: Stage) -> StagePlan:
+        steps = stage.steps or math.ceil(Fraction(stage.tokens or 0, self.batch * self.seq_len))
+        end_points = _end_points(stage, steps, self.batch * self.seq_len)
+        schedule = self._schedule(stage, steps, end_points)
+        init = self._init(stage)
+        before = self._history(init)
+        new = self._spread(_mix(stage.dataset), replayed=False, before=before, stage=stage)
+        replay = self._replay(stage, before)
+        tree, shares = _tree(stage, new, replay)
+        plan = StagePlan(
+            name=stage.name,
+            steps=steps,
+            datasets=tuple(stage.dataset),
+            schedule=schedule,
+            init=init,
+            keep_optimizer=stage.optimizer_state == "keep",
+            optimizer=_adamw_numbers(self.config, stage),
+            pre_anneal_step=_pre_anneal_step(stage, steps, end_points),
+            before=before,
+            tree=tree,
+            shares=shares,
+            use=self._use(tree, steps, by_dataset=True),
+            domain_use=self._use(tree, steps, by_dataset=False),
+            final_window=final_window(
+                steps, self.config.validation.final_window_steps, self.config.validation.final_window_every
+            ),
+            recipe=_stage_recipe(stage, self.config, steps, end_points, init),
+        )
+        self._check_replay_lasts(plan, stage)
+        return plan
+
+    def _schedule(self, stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> schedules.Schedule:
+        try:
+            return _schedule(stage, steps, end_points)
+        except ValueError as error:
+            self.faults.append(f"stages.{stage.name}.lr: {error}")
+            return schedules.constant(warmup_until=0, end=steps, peak=1.0)
+
+    def _init(self, stage: Stage) -> Point | str:
+        """Where the stage's weights come from; references were checked with the config."""
+        earlier = list(self.done.values())
+        init = stage.init or ("previous" if earlier else "random")
+        if init == "previous":
+            last = earlier[-1]
+            infinite = next(s for s in self.config.stages if s.name == last.name).lr.schedule.startswith("infinite")
+            return Point(
+                last.name, last.steps if last.pre_anneal_step is None or not infinite else last.pre_anneal_step
+            )
+        if not init.startswith("stage:"):
+            return init
+        name, _, point = init.removeprefix("stage:").partition("@")
+        base = self.done[name]
+        if not point:
+            return Point(name, base.steps)
+        if base.pre_anneal_step is None:
+            self.faults.append(f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point")
+            return Point(name, base.steps)
+        return Point(name, base.pre_anneal_step)
+
+    def _history(self, init: Point | str) -> History:
+        if isinstance(init, str):
+            return History(0, {}, {}, {})
+        stage = self.done[init.stage]
+        items = init.steps_done * self.batch
+        trained, replayed = dict(stage.before.trained), dict(stage.before.replayed)
+        for leaf, count in counts(stage.tree, items).items():
+            (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
+        exposure = dict(stage.before.exposure)
+        for name, share in stage.shares.items():
+            exposure[name] = exposure.get(name, Fraction(0)) + share * items
+        return History(stage.before.steps + init.steps_done, trained, replayed, exposure)
+
+    def _spread(
+        self, weights: Mapping[str, Fraction], *, replayed: bool, before: History, stage: Stage
+    ) -> dict[Leaf, Fraction]:
+        """Leaves of the datasets, those with domains spread over them; the weights' sum is kept."""
+        leaves: dict[Leaf, Fraction] = {}
+        for name in sorted(weights):
+            for source, share in _domain_shares(name, self.config.datasets[name]).items():
+                leaves[self._leaf(source, replayed, before, stage)] = weights[name] * share
+        return leaves
+
+    def _leaf(self, source: str, replayed: bool, before: History, stage: Stage) -> Leaf:
+        if not replayed:
+            return Leaf(source, False, first=before.trained.get(source, 0))
+        assert stage.replay is not None, "a replayed leaf needs a replay table"
+        key = f"{self.config.job.seed}/replay/{source}" if stage.replay.order == "reshuffled" else ""
+        # A dataset that these weights never met here (a hub model's) counts as seen once, whole.
+        seen = before.trained.get(source) or self.sequences.get(source)
+        return Leaf(source, True, first=before.replayed.get(source, 0), seen=seen, reshuffle_key=key)
+
+    def _replay(self, stage: Stage, before: History) -> dict[Leaf, Fraction]:
+        if stage.replay is None or stage.replay.fraction == 0:
+            return {}
+        weights = self._replay_weights(stage, before)
+        return self._spread(weights, replayed=True, before=before, stage=stage) if weights else {}
+
+    def _replay_weights(self, stage: Stage, before: History) -> dict[str, Fraction]:
+        """Relative weights of the replayed datasets: tokens of each trained on so far, replay included."""
+        assert stage.replay is not None, "asked for a replay's weights where there is none"
+        asked = stage.replay.from_
+        if isinstance(asked, dict):
+            return _mix(asked)
+        where = f"stages.{stage.name}.replay.from"
+        if asked is None:
+            weights = {name: share for name, share in before.exposure.items() if name not in stage.dataset}
+            if not weights:
+                self.faults.append(f"{where}: the stage's weights were trained on nothing else yet; name datasets here")
+            return weights
+        weights = {name: before.exposure.get(name, Fraction(0)) for name in asked}
+        if len(asked) == 1:
+            return {asked[0]: Fraction(1)}
+        unseen = [name for name, weight in weights.items() if not weight]
+        if unseen:
+            self.faults.append(
+                f"{where}: {unseen[0]!r} was not trained on in this run, so nothing says how much of it to replay: "
+                f"give weights, such as {{ {', '.join(f'{name} = 1.0' for name in asked)} }}"
+            )
+            return {}
+        return weights
+
+    def _check_replay_lasts(self, plan: StagePlan, stage: Stage) -> None:
+        for leaf, count in counts(plan.tree, plan.steps * self.batch).items():
+            if not leaf.replayed or leaf.seen is None or leaf.first + count <= leaf.seen:
+                continue
+            assert stage.replay is not None, "a replayed leaf needs a replay table"
+            where = f"stages.{stage.name}.replay"
+            need = f"{leaf.first + count} sequences of {leaf.source!r} would be replayed in all, {leaf.seen} were seen"
+            if stage.replay.on_exhausted == "error":
+                self.faults.append(f'{where}: {need}; lower {where}.fraction or set on_exhausted = "repeat"')
+            else:
+                self.notes.append(f"{where}: {need}; they repeat, as on_exhausted asks")
+
+    def _use(self, tree: Tree, steps: int, *, by_dataset: bool) -> dict[str, DatasetUse]:
+        new: dict[str, int] = {}
+        old: dict[str, int] = {}
+        known: dict[str, int | None] = {}
+        for leaf, count in counts(tree, steps * self.batch).items():
+            name = leaf.source.partition(".")[0] if by_dataset else leaf.source
+            into = old if leaf.replayed else new
+            into[name] = into.get(name, 0) + count * self.seq_len
+        for source, tokens in self.tokens.items():
+            name = source.partition(".")[0] if by_dataset else source
+            so_far = known.get(name, 0)
+            known[name] = None if tokens is None or so_far is None else so_far + tokens
+        use = {}
+        for name in sorted({*new, *old}):
+            tokens, size = new.get(name, 0) + old.get(name, 0), known.get(name)
+            use[name] = DatasetUse(tokens, old.get(name, 0), tokens / size if size else None)
+        return use
+
+
+def _mix(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:
+    """Exact weights that sum to 1; a number counts as the decimal that was written."""
+    weights = {name: Fraction(str(weight)) for name, weight in names.items()} if isinstance(names, Mapping) else {}
+    weights = weights or dict.fromkeys(names, Fraction(1))
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _domain_shares(name: str, dataset: Dataset) -> dict[str, Fraction]:
+    if not dataset.domains:
+        return {name: Fraction(1)}
+    shares = _mix({domain: table.weight for domain, table in dataset.domains.items()})
+    return {f"{name}.{domain}": shares[domain] for domain in sorted(shares)}
+
+
+def _tree(
+    stage: Stage, new: Mapping[Leaf, Fraction], replay: Mapping[Leaf, Fraction]
+) -> tuple[Tree, dict[str, Fraction]]:
+    """The stage's tree, and each dataset's exact share of its sequences."""
+    fraction = Fraction(str(stage.replay.fraction)) if stage.replay and replay else Fraction(0)
+    shares: dict[str, Fraction] = {}
+    for leaves, whole in ((replay, fraction), (new, 1 - fraction)):
+        total = sum(leaves.values())
+        for leaf, weight in leaves.items():
+            name = leaf.source.partition(".")[0]
+            shares[name] = shares.get(name, Fraction(0)) + whole * weight / total
+    tree = Fork(fraction, balanced(replay), balanced(new)) if replay else balanced(new)
+    return tree, shares
+
+
+def _end_points(stage: Stage, steps: int, step_tokens: int) -> dict[str, Fraction]:
+    """The schedule's end points in steps, exact: 0.29 of 100 steps is step 29 and not 28.999..."""
+    names = ("warmup_until", "cooldown_until", "constant_until", "decay_from", "timescale")
+    found = {name: getattr(stage.lr, name) for name in names if hasattr(stage.lr, name)}
+    points = {}
+    for name, value in found.items():
+        if isinstance(value, str):
+            points[name] = Fraction(parse_tokens(value), step_tokens)
+        else:
+            points[name] = Fraction(str(value)) * steps if isinstance(value, float) else Fraction(value)
+    return points
+
+
+def _final_lr(stage: Stage) -> float:
+    lr = stage.lr
+    if isinstance(lr, ConstantLR):
+        return lr.max
+    top = lr.constant if isinstance(lr, InfiniteCosineLR | InfiniteInvSqrtLR) and lr.max is None else lr.max
+    assert top is not None, "every schedule has a highest LR"
+    return DEFAULT_MIN_SHARE * top if lr.min is None else lr.min
+
+
+def _schedule(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> schedules.Schedule:
+    lr, final = stage.lr, _final_lr(stage)
+    at = {name: float(point) for name, point in end_points.items()}
+    match lr:
+        case CosineLR():
+            return schedules.cosine(**at, end=steps, peak=lr.max, final=final)
+        case LinearLR():
+            return schedules.linear(**at, end=steps, peak=lr.max, final=final)
+        case ConstantLR():
+            return schedules.constant(**at, end=steps, peak=lr.max)
+        case InfiniteCosineLR() | InfiniteInvSqrtLR():
+            return schedules.infinite(
+                **at,
+                cooldown="cosine" if isinstance(lr, InfiniteCosineLR) else "inv_sqrt",
+                alpha=lr.alpha if isinstance(lr, InfiniteInvSqrtLR) else 1.0,
+                end=steps,
+                peak=lr.constant if lr.max is None else lr.max,
+                constant_lr=lr.constant,
+                final=final,
+            )
+        case WsdLR():
+            return schedules.wsd(**at, end=steps, peak=lr.max, final=final, decay=lr.decay)
+        case InvSqrtLR():
+            return schedules.inv_sqrt(**at, end=steps, peak=lr.max, floor=final)
+
+
+def _pre_anneal_step(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> int | None:
+    point = end_points.get("constant_until", end_points.get("decay_from"))
+    return None if point is None or point >= steps else math.floor(point)
+
+
+def final_window(steps: int, span: int, every: int) -> tuple[int, ...]:
+    """Steps done at which the final loss is sampled: every `every` over the last `span` steps, the last one included.
+
+    With 100 and 10 there are ten: the mean over the last 100 iterations sampled every 10 of METHOD section 5.
+    """
+    return tuple(sorted(steps - back for back in range(0, span, every) if steps - back > 0))
+
+
+def _adamw_numbers(config: Config, stage: Stage) -> AdamWNumbers:
+    numbers = config.optimizer.model_dump(exclude={"name"})
+    numbers |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
+    return AdamWNumbers((numbers["beta1"], numbers["beta2"]), numbers["eps"], numbers["weight_decay"])
+
+
+def _stage_recipe(
+    stage: Stage, config: Config, steps: int, end_points: Mapping[str, Fraction], init: Point | str
+) -> dict[str, Any]:
+    """Listed by hand, so that renaming a key or adding one does not orphan checkpoints. Paths of data are not in it."""
+    numbers = _adamw_numbers(config, stage)
+    lr = stage.lr.model_dump(exclude_none=True) | {name: str(point) for name, point in end_points.items()}
+    replay = stage.replay if stage.replay and stage.replay.fraction else None
+    weighed = sorted({*stage.dataset, *(replay.from_ or () if replay else ())})
+    return {
+        "steps": steps,
+        "dataset": {name: str(weight) for name, weight in sorted(_mix(stage.dataset).items())},
+        "domain_weights": {
+            name: {domain: table.weight for domain, table in sorted(config.datasets[name].domains.items())}
+            for name in weighed
+            if config.datasets[name].domains
+        },
+        "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
+        "optimizer_state": stage.optimizer_state,
+        "optimizer.beta1": numbers.betas[0],
+        "optimizer.beta2": numbers.betas[1],
+        "optimizer.eps": numbers.eps,
+        "optimizer.weight_decay": numbers.weight_decay,
+        **{f"lr.{key}": value for key, value in sorted(lr.items())},
+        "lr.min": _final_lr(stage),
+        "replay.fraction": replay.fraction if replay else 0.0,
+        "replay.from": (replay.from_ if isinstance(replay.from_, dict) else list(replay.from_ or ())) if replay else [],
+        "replay.order": replay.order if replay else "as_trained",
+    }

@@ -1,0 +1,111 @@
+"""What a run learnt and forgot, read from its folder alone (plan.json and metrics.jsonl), finished or still going."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from titan_cpt.errors import DataError
+from titan_cpt.metrics import read_record
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """Per stage: the losses on every dataset before and after, forgetting, adaptation, tokens by dataset, seconds.
+
+    Losses are in nats per token. "After" is the last measurement of a stage that is still going, with its step.
+    Forgetting is told of datasets that are not new in the stage, adaptation of those that are.
+
+    Raises:
+        DataError: the folder is not a run's, or its record is damaged.
+    """
+    plan = _read_plan(run)
+    validations: dict[tuple[str, int, str], dict[str, Any]] = {}
+    seconds: dict[tuple[str, int], float] = {}
+    for line in read_record(run):
+        if line["kind"] == "validation":
+            validations[line["stage"], line["step"], line["dataset"]] = line
+        elif line["kind"] == "train" and line["tokens_per_s"]:
+            seconds[line["stage"], line["step"]] = plan["step_tokens"] / line["tokens_per_s"]
+    stages = [_stage_summary(stage, validations, seconds) for stage in plan["stages"]]
+    return {"name": plan["name"], "folder": str(run), "fingerprint": plan["fingerprint"], "stages": stages}
+
+
+def _read_plan(run: Path) -> dict[str, Any]:
+    path = run / "plan.json"
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}. Name the folder of a run") from None
+    return plan
+
+
+def _stage_summary(
+    stage: dict[str, Any],
+    validations: dict[tuple[str, int, str], dict[str, Any]],
+    seconds: dict[tuple[str, int], float],
+) -> dict[str, Any]:
+    name, new = stage["name"], stage["new_datasets"]
+    mine = {(step, dataset): line for (of, step, dataset), line in validations.items() if of == name}
+    last = max((step for step, _ in mine), default=0)
+    after = {dataset: line for (step, dataset), line in sorted(mine.items()) if step == last}
+    window = {dataset: _final_loss(mine, dataset, stage["final_window"]) for dataset in after}
+    forgetting = {d: line["forgetting_nats_per_token"] for d, line in after.items()}
+    return {
+        "name": name,
+        "steps": stage["steps"],
+        "steps_done": last,
+        "before": {d: line["loss_nats_per_token"] for (step, d), line in sorted(mine.items()) if step == 0},
+        "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
+        "bits_per_byte": {d: line["bits_per_byte"] for d, line in after.items()},
+        "final_loss": {d: loss for d, loss in window.items() if loss is not None},
+        "forgetting": {d: value for d, value in forgetting.items() if value is not None},
+        "adaptation": {d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in new},
+        "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
+        "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
+        "seconds": sum(value for (of, _), value in seconds.items() if of == name),
+    }
+
+
+def _final_loss(mine: dict[tuple[int, str], dict[str, Any]], dataset: str, window: list[int]) -> float | None:
+    """The paper's final loss, where the run took its samples and has come to its end."""
+    lines = [mine.get((step, dataset)) for step in window]
+    losses = [line["loss_nats_per_token"] for line in lines if line is not None]
+    return sum(losses) / len(losses) if losses and len(losses) == len(window) else None
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """A table for each stage."""
+    for stage in summary["stages"]:
+        going = "" if stage["steps_done"] == stage["steps"] else f", {stage['steps_done']:,} done"
+        size = f"{stage['steps']:,} steps{going}, {stage['seconds']:.0f} s"
+        table = Table(
+            title=f"{summary['name']}, stage {stage['name']} ({size})",
+            title_justify="left",
+            header_style="bold",
+        )
+        table.add_column("dataset")
+        for column in ("tokens", "of them replayed", "loss before", "after", "forgetting", "bits per byte"):
+            table.add_column(column, justify="right")
+        for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
+            table.add_row(dataset, *_row(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
+        console.print(table)
+    console.print("losses in nats per token; bold: the stage's new data, whose loss after it is the adaptation")
+
+
+def _row(stage: dict[str, Any], dataset: str) -> list[str]:
+    def number(key: str, form: str) -> str:
+        value = stage[key].get(dataset)
+        return "" if value is None else format(value, form)
+
+    return [
+        number("tokens", ","),
+        number("replayed_tokens", ","),
+        number("before", ".4f"),
+        number("after", ".4f"),
+        number("forgetting", "+.4f"),
+        number("bits_per_byte", ".3f"),
+    ]

@@ -1,0 +1,80 @@
+"""What guards a run from outside: one process at a time in its folder, and signals that ask it to stop."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from titan_cpt.errors import CheckpointError
+
+
+@contextmanager
+def locked(folder: Path, *, rank: int) -> Iterator[None]:
+    """Hold the run's folder, which is made if need be; the kernel lets go of it however the process ends.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be made.
+    """
+    if rank != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or mend its permissions"
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"{folder}: another process is training here. Wait for it, or choose another job.name"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class StopRequest:
+    """Turns SIGTERM and the first SIGINT into a request that the training loop honours between two steps.
+
+    A second SIGINT ends the process at once: checkpoints count only with their manifest, so that nothing is harmed.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __enter__(self) -> StopRequest:
+        """Listen from here on."""
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; collective, the same answer on every rank."""
+        if dist.is_initialized():
+            asked = torch.tensor(int(bool(self.name)))
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            if asked.item() and not self.name:
+                self.name = "a signal to another rank"
+        return bool(self.name)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.name == "SIGINT":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.name = signal.Signals(number).name
