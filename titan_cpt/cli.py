@@ -147,11 +147,10 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
             answer["recipe"] = recipe_as_json(plan, *options.recipe)
         print(json.dumps(answer))
     else:
-        from rich.console import Console
-
+        from titan_cpt.display import make_console
         from titan_cpt.plan_view import print_plan
 
-        print_plan(plan, Console(width=None if sys.stdout.isatty() else 140), config.checkpoint.keep_latest_k)
+        print_plan(plan, make_console(), config.checkpoint.keep_latest_k)
     return 0
 
 
@@ -182,12 +181,11 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from rich.console import Console
-
+    from titan_cpt.display import make_console
     from titan_cpt.report import print_summary, summarise
 
     for run in options.runs:
-        print_summary(summarise(run), Console(width=None if sys.stdout.isatty() else 140))
+        print_summary(summarise(run), make_console())
     return 0
 
 

@@ -7,7 +7,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 _TOKEN_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -91,14 +91,18 @@ def _weights(value: Any) -> Any:
     return _one_or_many(value)
 
 
-Position = Annotated[float | int | str, PlainValidator(_position)]
+def _written(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+Position = Annotated[float | int | str, PlainValidator(_position), PlainSerializer(_written)]
 """An end point inside a stage: a float in [0, 1] is a share, an integer a step, a string such as "3B" tokens."""
 
 Tokens = Annotated[int, PlainValidator(_token_budget)]
 Name = Annotated[str, AfterValidator(_name)]
 FileName = Annotated[str, AfterValidator(_file_name)]
-Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many)]
-Mix = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_weights)]
+Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many), PlainSerializer(_written)]
+Mix = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_weights), PlainSerializer(_written)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]

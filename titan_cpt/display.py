@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -9,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from titan_cpt.plan import Plan, StagePlan
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Display:

@@ -16,7 +16,7 @@ from titan_cpt.config_file import dump_config
 from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
-from titan_cpt.display import Display
+from titan_cpt.display import Display, make_console
 from titan_cpt.distributed.mesh import Ranks
 from titan_cpt.distributed.parallelise import parallelise
 from titan_cpt.errors import CheckpointError
@@ -55,7 +55,7 @@ class Parts:
 def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:
     """Plan, data, model, optimizer, in this order; and the checkpoint to go on from, if there is one."""
     torch.use_deterministic_algorithms(config.job.deterministic)
-    console = Console(stderr=False)
+    console = make_console()
     tokenizer = load_tokenizer(config.tokenizer.path)
     plan = make_plan(config, take_inventory(config), ranks.world_size)
     streams = open_streams(training_files(config), tokenizer.vocab_size)

@@ -30,7 +30,7 @@ from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
 from titan_cpt.models.sizes import ModelShape, named_size
 from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
 
-DEFAULT_MIN_SHARE = 0.1  # the paper's eta_min = 0.1 * eta_max
+DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
 
 
 def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan:
@@ -357,7 +357,7 @@ def _final_lr(stage: Stage) -> float:
         return lr.max
     top = lr.constant if isinstance(lr, InfiniteCosineLR | InfiniteInvSqrtLR) and lr.max is None else lr.max
     assert top is not None, "every schedule has a highest LR"
-    return DEFAULT_MIN_SHARE * top if lr.min is None else lr.min
+    return top / DEFAULT_MIN_DIVISOR if lr.min is None else lr.min
 
 
 def _schedule(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> schedules.Schedule:

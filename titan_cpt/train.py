@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import json
 import platform
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from titan_cpt import checkpoint as ckpt
@@ -22,6 +22,7 @@ from titan_cpt.checkpoint import Found, checkpoint_folder, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
+from titan_cpt.display import make_console
 from titan_cpt.distributed.mesh import autocast, join_ranks, leave_ranks
 from titan_cpt.errors import CheckpointError, NumericsError
 from titan_cpt.loss import summed_cross_entropy
@@ -31,6 +32,11 @@ from titan_cpt.parts import Parts, build
 from titan_cpt.plan import Point, StagePlan, fingerprint
 from titan_cpt.report import print_summary, summarise
 from titan_cpt.run_folder import StopRequest, locked
+
+_THEIR_WARNINGS = (
+    "'set_vital' is deprecated",  # torchdata's loader, of torch
+    "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, which is what we mean
+)
 
 STOPPED_EARLY = 75  # a queue may start the same command again
 
@@ -49,6 +55,8 @@ def run(config: Config) -> int:
     Raises:
         TitanError: the user's mistake, or numbers that are not finite; the newest checkpoint is whole.
     """
+    for message in _THEIR_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     ranks = join_ranks()
     folder = Path(config.job.output_dir) / config.job.name
     try:
@@ -68,6 +76,7 @@ def run(config: Config) -> int:
 
 def train(parts: Parts, found: Found | None) -> int:
     """Every stage that is not done yet, in order."""
+    parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size)
     first = 0
     if found is not None:
         first = found.manifest["stage_index"]
@@ -220,8 +229,8 @@ def show(parts: Parts, stage: StagePlan, done: int) -> None:
         newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none yet")
         raise NumericsError(
             f"stage {stage.name}: the loss or the gradient was not finite at a step up to {done}; metrics.jsonl shows "
-            f"which. No weight was changed from that step on. The newest checkpoint: {newest}. Lower the LR, or look at "
-            "that batch with `titan-cpt plan --recipe`"
+            f"which. No weight was changed from that step on. The newest checkpoint: {newest}. Lower the stage's LR, or "
+            "look at that batch with `titan-cpt plan --recipe`"
         )
     if line is not None:
         parts.display.step(stage, line)
@@ -323,7 +332,7 @@ def write_summary(parts: Parts) -> None:
 
 def _tell_the_end(parts: Parts) -> None:
     if parts.ranks.rank == 0:
-        print_summary(summarise(parts.folder), Console())
+        print_summary(summarise(parts.folder), make_console())
     parts.display.say(f"this table again: titan-cpt report {parts.folder}")
     if parts.config.metrics.enable_tensorboard:
         parts.display.say(f"the curves: tensorboard --logdir {parts.folder / 'tb'}")
