@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from titan_cpt import manifest
@@ -90,10 +93,10 @@ class Checkpoints:
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_FLAT),
         }
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
-        writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False)
+        writer = FileSystemWriter(folder, sync_files=True, overwrite=False)
         try:
-            written = dcp.async_save(state, storage_writer=writer, process_group=self.group)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            written = async_save(state, storage_writer=writer, process_group=self.group)
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise self._cannot_write(folder, error) from None
         assert isinstance(written, Future), "async_save without an async stager answers with a future"
         self._writing = _Writing(folder, written, record, seal=self.rank == 0)
@@ -201,7 +204,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+        load(state, storage_reader=FileSystemReader(folder))
     except Exception as error:  # DCP wraps whatever went wrong on whichever rank
         raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from None
     set_model_state_dict(model, state["model"])

@@ -10,9 +10,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from titan_cpt.errors import ConfigError, TitanError
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = _command(commands, "prepare", _prepare, "text to token files, and tokenizers from text")
     prepare.add_argument("--config", type=Path, metavar="FILE", help="prepare what this config's datasets still lack")
     prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
-    prepare.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    prepare.add_argument("--output", type=Path, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|PATH", help="default: bytes")
     prepare.add_argument("--text-field", default="text", metavar="NAME", help="field of a document's text")
     prepare.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share for PREFIX-validation")
@@ -81,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name, run, summary):  # type: ignore[no-untyped-def]  # argparse's subparsers have no public type
-    command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace, list[tuple[str, str]]], int], summary: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     command.set_defaults(run=run, takes_overrides=name in ("plan", "train", "prepare"))
     return command
 
@@ -164,19 +166,37 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.data.materialise import materialise, prepare_files
-
     if (options.config is None) == (options.input is None):
         raise ConfigError("command line: prepare takes either --config FILE or --input FILE... --output PREFIX")
     if options.config is not None:
         from titan_cpt.config_file import load_config
+        from titan_cpt.data.materialise import materialise
 
         materialise(load_config(options.config, overrides), workers=options.workers, force=options.force)
         return 0
-    _none_left([key for key, _ in overrides])
+    _none_left([f"--{key}" for key, _ in overrides])
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
-    prepare_files(options)
+    if options.train_tokenizer:
+        from titan_cpt.data.prepare import iterate_texts
+        from titan_cpt.data.tokenizer import train_bpe
+
+        train_bpe(iterate_texts(options.input, options.text_field), options.train_tokenizer, options.output)
+        print(f"{options.output}: a byte-level BPE of {options.train_tokenizer:,} entries")
+        return 0
+    from titan_cpt.data.prepare import prepare
+
+    print(
+        prepare(
+            inputs=options.input,
+            output=options.output,
+            tokenizer=options.tokenizer,
+            text_field=options.text_field,
+            holdout=options.holdout,
+            workers=options.workers,
+            force=options.force,
+        )
+    )
     return 0
 
 

@@ -47,7 +47,7 @@ class Model(Table):
     family: Literal["gpt_neox", "llama"]
     """The architecture."""
     size: str
-    """A named size of that family, such as "405m", "pythia-410m" or, for a CPU, "debug", "tiny", "mini"."""
+    """A named size of that family, such as "405m", "10b" or, for a CPU, "debug", "tiny", "mini"."""
     layers: PositiveInt | None = None
     """Number of blocks, in place of the size's."""
     width: PositiveInt | None = None

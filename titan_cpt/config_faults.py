@@ -87,10 +87,14 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
 def models_at(location: Sequence[Any]) -> list[type[BaseModel]]:
     """The schema's tables that may stand at a location (several where it is a union)."""
     models: list[type[BaseModel]] = [Config]
+    named = False
     for part in location:
-        stepped = [
-            inner for model in models if part in _keys(model) for inner in _inner(_field(model, part).annotation)
-        ]
+        if named:  # part is which of the datasets, domains or stages
+            named = False
+            continue
+        annotations = [_field(model, part).annotation for model in models if part in _keys(model)]
+        named = any(typing.get_origin(annotation) in (dict, tuple) for annotation in annotations)
+        stepped = [inner for annotation in annotations for inner in _inner(annotation)]
         tagged = [m for m in models if "schedule" in m.model_fields and part in typing.get_args(_annotation(m))]
         models = stepped or tagged or models
     return models
@@ -187,8 +191,8 @@ def reference_faults(raw: dict[str, Any]) -> Iterator[str]:
     stages = raw.get("stages")
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     earlier: list[str] = []
-    for stage in stages:
-        name = str(stage.get("name"))
+    for place, stage in enumerate(stages):
+        name = str(stage.get("name", f"[{place}]"))
         if name in earlier or name in RESERVED_STAGE_NAMES:
             yield f"stages.{name}.name: {'names two stages' if name in earlier else 'is reserved'}; choose another name"
         if ("steps" in stage) == ("tokens" in stage):

@@ -73,7 +73,7 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     raw = _read_toml(path)
     bases = raw.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
     _anchor_fetch_scripts(raw, path.parent)
     merged: dict[str, Any] = {}
@@ -85,13 +85,23 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            raw = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
+    if _beyond_64_bits(raw):
+        raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
+    return raw
+
+
+def _beyond_64_bits(value: Any) -> bool:
+    """Whether an integer in there is larger than TOML allows and arithmetic here expects."""
+    if isinstance(value, dict | list):
+        return any(_beyond_64_bits(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def _anchor_fetch_scripts(raw: dict[str, Any], folder: Path) -> None:
@@ -125,7 +135,7 @@ def _merge_stages(base: list[Any], over: list[Any]) -> list[Any]:
     for stage in over:
         name = stage.get("name") if isinstance(stage, dict) else None
         places = [
-            i for i, old in enumerate(merged) if isinstance(old, dict) and name is not None and old["name"] == name
+            i for i, old in enumerate(merged) if isinstance(old, dict) and name is not None and old.get("name") == name
         ]
         if places:
             merged[places[0]] = _merge(merged[places[0]], stage)
@@ -154,10 +164,15 @@ def _override(raw: dict[str, Any], dotted: str, text: str) -> Iterator[str]:
         else:
             yield f"--{dotted}: {'.'.join(parts[:depth])} is a value, not a table"
             return
-    if not isinstance(place, dict):
+    if isinstance(place, list):
         yield f"--{dotted}: is not a key; a stage's key is written stages.NAME.KEY"
-        return
-    place[parts[-1]] = _value(parts, text)
+    elif not isinstance(place, dict):
+        yield f"--{dotted}: {'.'.join(parts[:-1])} is a value, not a table"
+    else:
+        value = _value(parts, text)
+        if _beyond_64_bits(value):
+            yield f"--{dotted}: integers must fit into 64 bits"
+        place[parts[-1]] = value
 
 
 def _value(parts: Sequence[str], text: str) -> Any:
@@ -165,6 +180,7 @@ def _value(parts: Sequence[str], text: str) -> Any:
     if any(is_string(model, parts[-1]) for model in models_at(parts[:-1])):
         return text
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return read["value"] if len(read) == 1 else text

@@ -25,8 +25,8 @@ def parse_tokens(text: str) -> int:
     if match is None:
         raise ValueError(f'must be a number of tokens such as "300B", "2.5M" or "1_000_000", got {text!r}')
     tokens = Fraction(match[1].replace("_", "")) * _TOKEN_SUFFIXES[match[2]]
-    if tokens.denominator != 1:
-        raise ValueError(f"must be a whole number of tokens, got {text!r}")
+    if tokens.denominator != 1 or tokens >= 2**63:
+        raise ValueError(f"must be a whole number of tokens below 2**63, got {text!r}")
     return int(tokens)
 
 

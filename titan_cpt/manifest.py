@@ -50,7 +50,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     try:
-        manifest = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: has no {NAME}, so it is not a checkpoint; a save that was cut short leaves this"

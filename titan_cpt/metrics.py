@@ -69,10 +69,10 @@ class MetricsLog:
         self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float()])))
         self._tokens += tokens
 
-    def flush(self) -> dict[str, Any] | None:
-        """Wait for the device, write the steps kept, and return the last one's line (None if there is none)."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Wait for the device, write the steps kept, and return their lines."""
         if not self._pending:
-            return None
+            return []
         values = torch.stack([device for _, device in self._pending]).tolist()
         elapsed = time.perf_counter() - self._since
         speed = self._tokens / elapsed if elapsed > 0 else math.nan
@@ -81,18 +81,19 @@ class MetricsLog:
             "mfu": speed * self._flops_per_token / self._peak_flops,
             "memory_gib": memory_gib(),
         }
-        line: dict[str, Any] = {}
+        lines = []
         for (numbers, _), (loss, grad_norm) in zip(self._pending, values, strict=True):
             batch_hash = numbers.pop("batch_hash")
             line = {"kind": "train", **numbers, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
+            lines.append(line)
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
-        self._scalars(line["run_step"], {f"throughput/{key}": value for key, value in shared.items()})
+        self._scalars(lines[-1]["run_step"], {f"throughput/{key}": value for key, value in shared.items()})
         self._pending.clear()
         self._sync()
         self.restart_clock()
-        return line
+        return lines
 
     def restart_clock(self) -> None:
         """Leave out of the speed what was not training: validation, saving, waiting."""

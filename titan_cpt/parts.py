@@ -67,8 +67,6 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     }
     if ranks.rank == 0:
         print_plan(plan, console, config.checkpoint.keep_latest_k)
-        if tokenizer.note:
-            console.print(f"note {tokenizer.note}", highlight=False)
 
     precision = getattr(torch, config.training.mixed_precision_param)
     with torch.device("meta"):
@@ -136,16 +134,13 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
     data = found.manifest["data"]
     changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
+        name = str(found.manifest["stage"])
+        remedy = f"Restore these, or start again under another job.name. Stages after {name!r} may be changed freely."
+        if all(line.startswith(f"stages.{name}.") for line in changed):
+            remedy += f" To train {name!r} alone again, remove {found.folder.parent}."
+        old, new = found.manifest["fingerprint"], fingerprint(planned)
         raise CheckpointError(
-            "\n  ".join(
-                [
-                    f"{found.folder}: written under plan {found.manifest['fingerprint']}, this config makes plan "
-                    f"{fingerprint(planned)} of the same stages:",
-                    *changed,
-                    "Restore these, or start again under another job.name. Stages after "
-                    f"{found.manifest['stage']!r} may be changed and added freely.",
-                ]
-            )
+            "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])
         )
     return found
 

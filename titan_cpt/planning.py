@@ -261,7 +261,7 @@ class _Planner:
             return _mix(asked)
         where = f"stages.{stage.name}.replay.from"
         if asked is None:
-            weights = {name: share for name, share in before.exposure.items() if name not in stage.dataset}
+            weights = {name: seen for name, seen in before.exposure.items() if seen and name not in stage.dataset}
             if not weights:
                 self.faults.append(f"{where}: the stage's weights were trained on nothing else yet; name datasets here")
             return weights

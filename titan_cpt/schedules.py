@@ -157,9 +157,12 @@ def infinite(
         alpha: steepness of an inv_sqrt cool-down.
 
     Raises:
-        ValueError: end points out of order, or a cool-down of no length that would jump from peak to constant.
+        ValueError: end points out of order, a final LR of 0, or a cool-down of no length that would jump from peak to
+            constant.
     """
     _check_order(warmup_until=warmup_until, cooldown_until=cooldown_until, constant_until=constant_until, end=end)
+    if final <= 0:
+        raise ValueError("an exponential annealing never reaches 0: min must be above 0")
     if 0 < warmup_until == cooldown_until and peak != constant_lr:
         raise ValueError(
             "cooldown_until equals warmup_until, so that the LR would jump from max to constant: "

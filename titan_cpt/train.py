@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import platform
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -188,7 +190,7 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
         with autocast(parts.ranks, parts.precision):
             logits_BLV = model(inputs_BL)
         part = summed_cross_entropy(logits_BLV, targets_BL) / plan.step_tokens  # its share of the global batch's mean
-        part.backward()
+        part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
     if dist.is_initialized():
         dist.all_reduce(loss)
@@ -224,17 +226,27 @@ def show(parts: Parts, stage: StagePlan, done: int) -> None:
         NumericsError: a loss or a gradient since the last call was not finite.
         CheckpointError: a save in the background failed.
     """
-    line = parts.log.flush()
-    if bool(parts.guard.halted):
-        newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none yet")
-        raise NumericsError(
-            f"stage {stage.name}: the loss or the gradient was not finite at a step up to {done}; metrics.jsonl shows "
-            f"which. No weight was changed from that step on. The newest checkpoint: {newest}. Lower the stage's LR, or "
-            "look at that batch with `titan-cpt plan --recipe`"
-        )
-    if line is not None:
-        parts.display.step(stage, line)
+    lines = parts.log.flush()
+    for line in lines:
+        if not (math.isfinite(line["loss_nats_per_token"]) and math.isfinite(line["grad_norm"])):
+            _stop_before(parts, stage, line)
+    if lines:
+        parts.display.step(stage, lines[-1])
     parts.checkpoints.poll()
+
+
+def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoReturn:
+    """Save the weights as they were before a step whose numbers are not finite, which they still are, and stop."""
+    done = bad["step"] - 1
+    if done:
+        save(parts, stage, done, ckpt.INTERVAL)
+        parts.checkpoints.wait()
+    raise NumericsError(
+        f"stage {stage.name}, step {done} (counted from 0): the loss is {bad['loss_nats_per_token']}, the gradient "
+        f"norm {bad['grad_norm']}. No weight was changed by it or since; what came before is saved. Look at the batch "
+        f"with `titan-cpt plan --recipe {stage.name} {done}`; to train the stage again with another LR, change it and "
+        f"remove {parts.folder / stage.name}"
+    )
 
 
 def validate(parts: Parts, stage: StagePlan, done: int) -> None:

@@ -1,0 +1,79 @@
+"""From a config to the files that it names: fetch text, train the tokenizer, prepare tokens; only what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from titan_cpt.config import Config, Dataset, Source
+from titan_cpt.data.indexed import missing
+from titan_cpt.data.prepare import iterate_texts, missing_inputs, prepare
+from titan_cpt.data.tokenizer import train_bpe
+from titan_cpt.errors import DataError
+
+
+def materialise(
+    config: Config, *, workers: int = os.cpu_count() or 1, force: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Make the tokens of every dataset that has a `source` and whose tokens are not there; others are left alone.
+
+    Args:
+        workers: processes that tokenise.
+        force: prepare again what was prepared in another way.
+        say: is told what is done, a line each.
+
+    Raises:
+        DataError: text cannot be had or read; names what and what to do.
+    """
+    lacking = {name: dataset for name, dataset in config.datasets.items() if dataset.source and _lacks(dataset, force)}
+    for name, dataset in lacking.items():
+        assert dataset.source is not None, "only datasets with a source were picked"
+        _fetch(name, dataset.source, say)
+    _train_tokenizer(config, say)
+    for name, dataset in lacking.items():
+        assert dataset.source is not None, "only datasets with a source were picked"
+        assert dataset.train is not None, "the config has checked that a source goes with one train prefix"
+        say(f"dataset {name}: preparing {dataset.train[0]}")
+        prepare(
+            inputs=dataset.source.text,
+            output=Path(dataset.train[0]),
+            tokenizer=config.tokenizer.path,
+            text_field=dataset.source.text_field,
+            holdout=dataset.source.holdout,
+            workers=workers,
+            force=force,
+        )
+
+
+def _lacks(dataset: Dataset, force: bool) -> bool:
+    return force or bool(missing(dataset.train or ())) or bool(missing(dataset.validation or ()))
+
+
+def _fetch(name: str, source: Source, say: Callable[[str], None]) -> None:
+    if source.fetch is None or not missing_inputs(source.text):
+        return
+    command = [sys.executable, source.fetch]
+    say(f"dataset {name}: its text is not there; running {' '.join(command)}")
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise DataError(f"datasets.{name}.source.fetch: {source.fetch} cannot be run: {error.strerror}") from None
+    if status:
+        raise DataError(
+            f"datasets.{name}.source.fetch: {source.fetch} ended with status {status}; its message is above. "
+            f"Put the text at {', '.join(source.text)} by hand, or try again"
+        )
+
+
+def _train_tokenizer(config: Config, say: Callable[[str], None]) -> None:
+    train, path = config.tokenizer.train, Path(config.tokenizer.path)
+    if train is None or path.exists():
+        return
+    source = config.datasets[train.dataset].source
+    assert source is not None, "the config has checked that a tokenizer's dataset has a source"
+    _fetch(train.dataset, source, say)
+    say(f"tokenizer: training a BPE of {train.vocab_size:,} entries on the text of {train.dataset}, into {path}")
+    train_bpe(iterate_texts(source.text, source.text_field), train.vocab_size, path)
