@@ -126,20 +126,21 @@ class Checkpoints:
             raise self._cannot_write(writing.folder, error) from None
         if self.rank == 0:
             self.on_saved(writing.folder)
-            self._prune()
+            self._prune(writing.folder)
 
-    def _prune(self) -> None:
-        """Keep the newest interval checkpoints; the one just written is among them."""
+    def _prune(self, written: Path) -> None:
+        """Keep the newest interval checkpoints and the one just written, which a damaged one may seem to follow."""
         kept = [found for found in self.listed() if found.manifest["kind"] == INTERVAL]
         for found in kept[self.keep_latest :]:
-            manifest.remove(found.folder)
+            if found.folder != written:
+                manifest.remove(found.folder)
 
     def _cannot_write(self, folder: Path, error: BaseException) -> CheckpointError:
         newest = next((found.folder for found in self.listed() if found.folder != folder), None)
         intact = f"{newest} is whole" if newest else "there is no earlier checkpoint"
         return CheckpointError(
-            f"{folder}: cannot be written: {error}. Make room or choose another job.output_dir, then run the same "
-            f"command again; {intact}"
+            f"{folder}: cannot be written: {_reason(error)}. Make room or choose another job.output_dir, then run the "
+            f"same command again; {intact}"
         )
 
     def listed(self) -> list[Found]:
@@ -205,8 +206,15 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     try:
         load(state, storage_reader=FileSystemReader(folder))
-    except Exception as error:  # DCP wraps whatever went wrong on whichever rank
-        raise CheckpointError(f"{folder}: cannot be loaded into this model: {error}") from None
+    except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException
+        raise CheckpointError(f"{folder}: cannot be loaded into this model: {_reason(error)}") from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_FLAT)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the ranks' tracebacks that DCP puts into its message."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).rstrip(".")

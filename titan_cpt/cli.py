@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _leave(status: int) -> NoReturn:
     path = os.environ.get(STATUS_FILE_VARIABLE)
-    if path and status:
+    # A rank that fails makes torchrun stop the others, which then leave with a status of their own: the mistake counts.
+    if path and status and not (Path(path).exists() and Path(path).read_text() == "2"):
         Path(path).write_text(str(status))
     sys.exit(status)
 
@@ -178,7 +179,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
     if options.train_tokenizer:
-        from titan_cpt.data.prepare import iterate_texts
+        from titan_cpt.data.texts import iterate_texts
         from titan_cpt.data.tokenizer import train_bpe
 
         train_bpe(iterate_texts(options.input, options.text_field), options.train_tokenizer, options.output)

@@ -79,7 +79,11 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
         elif isinstance(raw, dict) and part in raw:
             raw = raw[part]
             parts.append(str(part))
-        elif place == len(location) - 1 and part != "[key]":
+        elif (
+            place == len(location) - 1
+            and part != "[key]"
+            and not (isinstance(raw, dict) and raw.get("schedule") == part)
+        ):
             parts.append(str(part))
     return ".".join(parts)
 
@@ -189,9 +193,10 @@ def reference_faults(raw: dict[str, Any]) -> Iterator[str]:
     """Faults between tables, found on the raw file so that they can be told together with all others."""
     datasets = tables(raw.get("datasets"))
     stages = raw.get("stages")
-    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     earlier: list[str] = []
-    for place, stage in enumerate(stages):
+    for place, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict):
+            continue
         name = str(stage.get("name", f"[{place}]"))
         if name in earlier or name in RESERVED_STAGE_NAMES:
             yield f"stages.{name}.name: {'names two stages' if name in earlier else 'is reserved'}; choose another name"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def _config_error(path: Path, faults: Sequence[str]) -> ConfigError:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as TOML: every default spelt out, nothing left to `extends`."""
-    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+    """The resolved config as TOML: every default spelt out, nothing left to `extends`, good in any folder."""
+    raw = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    _anchor_fetch_scripts(raw, Path(), os.path.abspath)
+    return tomli_w.dumps(raw)
 
 
 def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
         raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
-    _anchor_fetch_scripts(raw, path.parent)
+    _anchor_fetch_scripts(raw, path.parent, os.path.relpath)
     merged: dict[str, Any] = {}
     for base in bases:
         merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here)))
@@ -104,12 +106,12 @@ def _beyond_64_bits(value: Any) -> bool:
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
-def _anchor_fetch_scripts(raw: dict[str, Any], folder: Path) -> None:
+def _anchor_fetch_scripts(raw: dict[str, Any], folder: Path, written: Callable[[Path], str]) -> None:
     """A fetch script is named relative to the file that names it, so that it is found from any working directory."""
     for dataset in tables(raw.get("datasets")).values():
         source = dataset.get("source")
         if isinstance(source, dict) and isinstance(source.get("fetch"), str):
-            source["fetch"] = os.path.relpath(folder / source["fetch"])
+            source["fetch"] = written(folder / source["fetch"])
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +174,8 @@ def _override(raw: dict[str, Any], dotted: str, text: str) -> Iterator[str]:
         value = _value(parts, text)
         if _beyond_64_bits(value):
             yield f"--{dotted}: integers must fit into 64 bits"
-        place[parts[-1]] = value
+        else:
+            place[parts[-1]] = value
 
 
 def _value(parts: Sequence[str], text: str) -> Any:

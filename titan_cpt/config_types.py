@@ -92,7 +92,10 @@ def _weights(value: Any) -> Any:
 
 
 def _written(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """As a TOML file has it: a stage's dataset, for one, is a name and not a list of one."""
+    if not isinstance(value, tuple):
+        return value
+    return list(value) if len(value) > 1 else value[0]
 
 
 Position = Annotated[float | int | str, PlainValidator(_position), PlainSerializer(_written)]

@@ -17,7 +17,18 @@ from titan_cpt.errors import CheckpointError
 
 NAME = "manifest.json"
 FORMAT = 1
-_REQUIRED = ("format", "stage", "stage_index", "steps_done", "kind", "recipe", "fingerprint", "data", "files")
+_KINDS: dict[str, type] = {
+    "format": int,
+    "stage": str,
+    "stage_index": int,
+    "steps_done": int,
+    "run_step": int,
+    "kind": str,
+    "recipe": dict,
+    "fingerprint": str,
+    "data": dict,
+    "files": dict,
+}
 
 
 def write(folder: Path, record: Mapping[str, Any]) -> None:
@@ -57,11 +68,11 @@ def read(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    missing = [key for key in _REQUIRED if not isinstance(manifest, dict) or key not in manifest]
-    if missing or not isinstance(manifest["files"], dict) or not isinstance(manifest["recipe"], dict):
-        raise CheckpointError(
-            f"{path}: damaged: {', '.join(missing) or 'files or recipe'} is missing or of another kind"
-        )
+    wrong = [
+        key for key, kind in _KINDS.items() if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind)
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: damaged: {', '.join(wrong)}: missing or of another kind")
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: is of format {manifest['format']!r}, this version reads {FORMAT}")
     return manifest
@@ -76,15 +87,22 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read(folder)
     for name, file in manifest["files"].items():
         path = folder / name
-        if not isinstance(file, dict) or not path.resolve().is_relative_to(folder.resolve()):
+        if not isinstance(file, dict) or not _is_within(path, folder):
             raise CheckpointError(f"{folder / NAME}: damaged: its entry {name!r} is not a file of this folder")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(f"{path}: is missing; the manifest lists it with {file.get('bytes')} bytes")
         if path.stat().st_size != file.get("bytes"):
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the manifest says {file.get('bytes')}")
         if _digest(path) != file.get("sha256"):
             raise CheckpointError(f"{path}: its content changed since it was saved (sha256 differs)")
     return manifest
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a name that no file system holds
+        return False
 
 
 def remove(folder: Path) -> None:

@@ -164,18 +164,19 @@ def read_record(run: Path) -> Iterator[dict[str, Any]]:
     """
     path = run / FILE_NAME
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(errors="replace").split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Name the folder of a run") from None
     for number, line in enumerate(lines, 1):
+        if number == len(lines):
+            return  # empty, or being written, or cut short
         try:
-            if line:
-                yield json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise DataError(
-                    f"{path}:{number}: is not a line of JSON; it was damaged after it was written"
-                ) from None
+            record = None
+        if not isinstance(record, dict) or "kind" not in record:
+            raise DataError(f"{path}:{number}: is not a line of this record; it was damaged after it was written")
+        yield record
 
 
 def memory_gib() -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from titan_cpt.errors import PlanError
@@ -106,7 +107,7 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int) -> None:
     for line in _costs(plan, kept_checkpoints):
         console.print(line, highlight=False)
     for note in plan.notes:
-        console.print(f"[yellow]note[/] {note}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
 
 
 def _stage_table(plan: Plan) -> Table:
@@ -115,7 +116,7 @@ def _stage_table(plan: Plan) -> Table:
         table.add_column(name, justify="left" if name in ("stage", "from") or name.startswith("data") else "right")
     for index, stage in enumerate(plan.stages):
         row = _stage_as_json(plan, stage, index)
-        init = stage.init if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
+        init = escape(stage.init) if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
         data = [
             f"{name} {_count(use.tokens)}"
             + (f" ({_count(use.replayed_tokens)})" if use.replayed_tokens else "")

@@ -43,7 +43,7 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     shape = named_size(
         config.model.family,
         config.model.size,
-        inventory.vocab_size or 0,
+        inventory.vocab_size or 1,
         config.parallelism.tensor_parallel_degree,
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
@@ -113,7 +113,7 @@ def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
     if absent:
         yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
     if inventory.vocab_size is None:
-        yield f"tokenizer not there yet: {config.tokenizer.path}; a size that takes its vocabulary counts no embedding"
+        yield f"tokenizer not there yet: {config.tokenizer.path}; a size that takes its vocabulary counts the fewest rows"
     used = {name for stage in config.stages for name in stage.dataset}
     for name in sorted(used):
         dataset = config.datasets[name]

@@ -35,7 +35,8 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
         ) from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which processes that read ahead would inherit, and hold for seconds after a kill -9.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(
                 f"{folder}: another process is training here. Wait for it, or choose another job.name"

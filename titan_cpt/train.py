@@ -12,6 +12,7 @@ import math
 import platform
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,12 +91,14 @@ def train(parts: Parts, found: Found | None) -> int:
     for stage in parts.plan.stages[first:]:
         done = resume(parts, found) if found is not None else transition(parts, stage)
         found = None
-        if not train_stage(parts, stage, done):
+        done = train_stage(parts, stage, done)
+        write_summary(parts)
+        unfinished = done < stage.steps or stage is not parts.plan.stages[-1]
+        if parts.stop.agreed() and unfinished:
             parts.checkpoints.wait()
-            parts.log.event("stop", stage=stage.name, signal=parts.stop.name)
+            parts.log.event("stop", stage=stage.name, step=done, signal=parts.stop.name)
             parts.display.say(f"stopped by {parts.stop.name}; everything is saved, the same command goes on from here")
             return STOPPED_EARLY
-        write_summary(parts)
     parts.checkpoints.wait()
     _tell_the_end(parts)
     return 0
@@ -139,12 +142,12 @@ def transition(parts: Parts, stage: StagePlan) -> int:
     return 0
 
 
-def train_stage(parts: Parts, stage: StagePlan, done: int) -> bool:
-    """Steps `done` to the stage's end, measured and saved on the way; False if a signal asked to stop."""
+def train_stage(parts: Parts, stage: StagePlan, done: int) -> int:
+    """Steps `done` to the stage's end, or to a signal, measured and saved on the way; returns the steps done."""
     plan, config = parts.plan, parts.config
     loader = StageLoader(
         parts.reader,
-        lambda step: plan.batch(stage, step),
+        partial(plan.batch, stage),  # no lambda: where reading processes are not forked, it is pickled
         steps=stage.steps,
         first_step=done,
         accumulation=plan.accumulation,
@@ -173,10 +176,10 @@ def train_stage(parts: Parts, stage: StagePlan, done: int) -> bool:
             save(parts, stage, done, saved)
         if step % config.training.gc_freq == 0:
             gc.collect(1)
-        if stopping and not last:
+        if stopping:
             break
     parts.display.end_stage()
-    return done == stage.steps
+    return done
 
 
 def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
@@ -238,12 +241,13 @@ def show(parts: Parts, stage: StagePlan, done: int) -> None:
 def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoReturn:
     """Save the weights as they were before a step whose numbers are not finite, which they still are, and stop."""
     done = bad["step"] - 1
-    if done:
-        save(parts, stage, done, ckpt.INTERVAL)
-        parts.checkpoints.wait()
+    if done and _save_kind(stage, done, parts.config.checkpoint.interval, stopping=False) is None:
+        save(parts, stage, done, ckpt.INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
+    parts.checkpoints.wait()
+    newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none, as it was the first step")
     raise NumericsError(
         f"stage {stage.name}, step {done} (counted from 0): the loss is {bad['loss_nats_per_token']}, the gradient "
-        f"norm {bad['grad_norm']}. No weight was changed by it or since; what came before is saved. Look at the batch "
+        f"norm {bad['grad_norm']}. No weight was changed by it or since; newest checkpoint: {newest}. Look at the batch "
         f"with `titan-cpt plan --recipe {stage.name} {done}`; to train the stage again with another LR, change it and "
         f"remove {parts.folder / stage.name}"
     )

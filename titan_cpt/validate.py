@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titan_cpt.data.indexed import TokenStream
 from titan_cpt.distributed.mesh import Ranks, autocast
+from titan_cpt.errors import DataError
 from titan_cpt.loss import summed_cross_entropy
 
 
@@ -49,6 +50,9 @@ class Validator:
         seq_len: L.
         local_batch: B of one forward pass.
         precision: what matrices are multiplied in.
+
+    Raises:
+        DataError: a stream is shorter than one window.
     """
 
     def __init__(
@@ -64,6 +68,12 @@ class Validator:
     ) -> None:
         self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
         self.sequences, self.precision, self.ranks = sequences, precision, ranks
+        for name, stream in streams.items():
+            if stream.tokens <= seq_len:
+                raise DataError(
+                    f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
+                    f"sequence of {seq_len} + 1; give it more, or leave it out"
+                )
         self.token_bytes = torch.from_numpy(token_bytes).to(ranks.device)
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from titan_cpt.config import Config, Dataset, Source
 from titan_cpt.data.indexed import missing
-from titan_cpt.data.prepare import iterate_texts, missing_inputs, prepare
+from titan_cpt.data.prepare import prepare
+from titan_cpt.data.texts import iterate_texts, missing_inputs
 from titan_cpt.data.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 

@@ -1,0 +1,536 @@
+"""run_train.sh and scripts/setup.sh, run in a copy of the repository's skeleton with stand-ins for Python.
+
+A stand-in writes down how it was called and ends as the test says, so that what is tested is the script: which command
+it runs, with which environment, and what becomes of its exit status.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Writes how it was called and what it was given in the environment to $CALLS, a JSON object a line, then runs $ACTION.
+# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path.
+RECORDER = """
+import json, os, sys
+program, *arguments = sys.argv[1:]
+if arguments[0] == "-c":
+    sys.exit("LACKS_TITAN_CPT" in os.environ and os.environ["LACKS_TITAN_CPT"] in program)
+wanted = ("TITAN_CPT_STATUS_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+given = {name: os.environ[name] for name in wanted if name in os.environ}
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps({"program": program, "arguments": arguments, "directory": os.getcwd(), **given}), file=calls)
+os.execvp("bash", ["bash", "-c", os.environ.get("ACTION", "exit 0")])
+"""
+
+
+class Repository:
+    """A folder with the scripts under test, and the calls that the stand-ins saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "a repository"  # a path with a space: quoting is part of what is tested
+        self.elsewhere = folder / "elsewhere"
+        self.tools = folder / "tools"
+        self.calls_file = folder / "calls.jsonl"
+        for made in (self.folder / "scripts", self.elsewhere, self.tools, folder / "tmp"):
+            made.mkdir(parents=True)
+        shutil.copy(ROOT / "run_train.sh", self.folder)
+        shutil.copy(ROOT / "scripts" / "setup.sh", self.folder / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        self.environment = {
+            "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(folder),
+            "TMPDIR": str(folder / "tmp"),
+            "CALLS": str(self.calls_file),
+        }
+
+    def add_recorder(self, path: Path) -> None:
+        """Make `path` a Python that only writes down how it was called."""
+        program = self.calls_file.with_name("recorder.py")
+        program.write_text(RECORDER, encoding="utf-8")
+        self.add_tool(path, f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "{program}" "$0" "$@"\n')
+
+    def add_tool(self, path: Path, script: str) -> None:
+        """Make `path` an executable file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of the repository from another directory."""
+        return subprocess.run(
+            [str(self.folder / script), *arguments],
+            cwd=self.elsewhere,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self) -> list[dict]:
+        """What the stand-ins were called with, in order."""
+        if not self.calls_file.exists():
+            return []
+        return [json.loads(line) for line in self.calls_file.read_text(encoding="utf-8").splitlines()]
+
+    def only_call(self) -> dict:
+        (call,) = self.calls()
+        return call
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    """The skeleton, with an environment in .venv whose Python is the recorder."""
+    repository = Repository(tmp_path)
+    repository.add_recorder(repository.folder / ".venv/bin/python")
+    return repository
+
+
+def train_arguments(call: dict) -> list[str]:
+    """What came after `-m titan_cpt train`."""
+    arguments = call["arguments"]
+    at = next(i for i in range(len(arguments)) if arguments[i : i + 3] == ["-m", "titan_cpt", "train"])
+    return arguments[at + 3 :]
+
+
+def option(call: dict, name: str) -> str | None:
+    """The value of one of torchrun's options, or None if it was not given."""
+    return next((a.partition("=")[2] for a in call["arguments"] if a.partition("=")[0] == name), None)
+
+
+class TestOneProcess:
+    """run_train.sh as a newcomer uses it."""
+
+    def test_without_arguments_it_is_the_quick_start(self, repository: Repository) -> None:
+        """The quick start's config is found beside the script, and the run stays in the caller's directory."""
+        done = repository.run("run_train.sh")
+
+        assert done.returncode == 0, done.stderr
+        call = repository.only_call()
+        assert call["arguments"][:3] == ["-m", "titan_cpt", "train"]
+        assert train_arguments(call) == ["--config", f"{repository.folder}/train_configs/quickstart.toml"]
+        assert call["directory"] == str(repository.elsewhere)
+
+    @pytest.mark.parametrize(
+        "given", [["--config", "my config.toml", "--training.seq_len", "512"], ["--config=x.toml"]], ids=["two", "one"]
+    )
+    def test_arguments_with_a_config_pass_through(self, repository: Repository, given: list[str]) -> None:
+        """Nothing is added, split or reordered."""
+        repository.run("run_train.sh", *given)
+
+        assert train_arguments(repository.only_call()) == given
+
+    def test_overrides_alone_change_the_quick_start(self, repository: Repository) -> None:
+        """Without --config, the overrides apply to the quick start's."""
+        repository.run("run_train.sh", "--job.name", "--config-like", "--training.seq_len=64")
+
+        assert train_arguments(repository.only_call()) == [
+            "--config",
+            f"{repository.folder}/train_configs/quickstart.toml",
+            "--job.name",
+            "--config-like",
+            "--training.seq_len=64",
+        ]
+
+    @pytest.mark.parametrize("status", [0, 1, 2, 75])
+    def test_the_exit_status_is_the_programs(self, repository: Repository, status: int) -> None:
+        """What other programs rely on arrives unchanged."""
+        assert repository.run("run_train.sh", ACTION=f"exit {status}").returncode == status
+
+    def test_the_command_is_printed_as_it_could_be_typed(self, repository: Repository) -> None:
+        """One line on stderr; stdout belongs to the program."""
+        done = repository.run("run_train.sh", "--config", "my config.toml", ACTION="echo from the program")
+
+        assert done.stdout == "from the program\n"
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("+ ")
+        assert line.endswith(r"-m titan_cpt train --config my\ config.toml")
+
+    def test_the_program_takes_the_scripts_place(self, repository: Repository) -> None:
+        """A signal to the script's process reaches the program itself."""
+        process = subprocess.Popen(
+            [str(repository.folder / "run_train.sh")],
+            cwd=repository.elsewhere,
+            env={**repository.environment, "ACTION": "trap 'exit 75' TERM; echo $$; while :; do sleep 0.02; done"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == str(process.pid)
+            process.send_signal(signal.SIGTERM)
+
+            assert process.wait(timeout=30) == 75
+
+    def test_a_number_of_processes_must_be_one(self, repository: Repository) -> None:
+        """NPROC that is no whole number from 1 is refused before anything is started."""
+        done = repository.run("run_train.sh", NPROC="0")
+
+        assert done.returncode == 2
+        assert "NPROC must be a whole number from 1, got '0'" in done.stderr
+        assert repository.calls() == []
+
+
+class TestEnvironment:
+    """Which Python run_train.sh runs."""
+
+    @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+    def test_the_active_environment_comes_first(self, repository: Repository, tmp_path: Path, variable: str) -> None:
+        """An active environment with titan_cpt is used although .venv is there too."""
+        repository.add_recorder(tmp_path / "active/bin/python")
+
+        repository.run("run_train.sh", **{variable: str(tmp_path / "active")})
+
+        assert repository.only_call()["program"] == str(tmp_path / "active/bin/python")
+
+    def test_an_active_environment_without_titan_cpt_is_passed_over(
+        self, repository: Repository, tmp_path: Path
+    ) -> None:
+        """conda's base, active in every shell of many machines, does not hide what setup.sh made."""
+        repository.add_recorder(tmp_path / "base/bin/python")
+
+        repository.run("run_train.sh", CONDA_PREFIX=str(tmp_path / "base"), LACKS_TITAN_CPT="base")
+
+        assert repository.only_call()["program"] == f"{repository.folder}/.venv/bin/python"
+
+    def test_without_titan_cpt_it_says_what_to_run(self, repository: Repository) -> None:
+        """The environments that were looked at, and the command that mends it."""
+        done = repository.run("run_train.sh", LACKS_TITAN_CPT=".venv")
+
+        assert done.returncode == 2
+        assert f"not installed in {repository.folder}/.venv" in done.stderr
+        assert f"{repository.folder}/scripts/setup.sh" in done.stderr
+        assert repository.calls() == []
+
+    def test_without_any_environment_it_says_what_to_run(self, repository: Repository) -> None:
+        """A fresh clone."""
+        shutil.rmtree(repository.folder / ".venv")
+
+        done = repository.run("run_train.sh")
+
+        assert done.returncode == 2
+        assert "no Python environment" in done.stderr
+        assert f"{repository.folder}/scripts/setup.sh" in done.stderr
+
+
+class TestSeveralProcesses:
+    """run_train.sh under torchrun."""
+
+    def test_one_node_runs_torchrun_alone(self, repository: Repository) -> None:
+        """NPROC processes, no address to agree on, rank 0 shown and the others kept in files."""
+        done = repository.run("run_train.sh", "--config", "x.toml", NPROC="3", OMP_NUM_THREADS="5")
+
+        assert done.returncode == 0, done.stderr
+        call = repository.only_call()
+        assert call["arguments"][:2] == ["-m", "torch.distributed.run"]
+        assert "--standalone" in call["arguments"]
+        assert option(call, "--nnodes") == "1"
+        assert option(call, "--nproc-per-node") == "3"
+        assert option(call, "--local-ranks-filter") == "0"
+        assert option(call, "--redirects") == "1:3,2:3"
+        assert train_arguments(call) == ["--config", "x.toml"]
+        assert call["OMP_NUM_THREADS"] == "5"
+
+    def test_threads_share_the_cores(self, repository: Repository) -> None:
+        """More processes than cores leave one thread each; the default is the cores over the processes."""
+        repository.add_tool(repository.tools / "nproc", "#!/usr/bin/env bash\necho 13\n")
+
+        repository.run("run_train.sh", NPROC="4")
+        repository.run("run_train.sh", NPROC="64")
+
+        assert [call["OMP_NUM_THREADS"] for call in repository.calls()] == ["3", "1"]
+
+    def test_log_rank_chooses_what_is_shown(self, repository: Repository) -> None:
+        """LOG_RANK passes through, and only the others are redirected."""
+        repository.run("run_train.sh", NPROC="4", LOG_RANK="1,3")
+
+        call = repository.only_call()
+        assert option(call, "--local-ranks-filter") == "1,3"
+        assert option(call, "--redirects") == "0:3,2:3"
+
+    def test_nodes_meet_at_the_address_given(self, repository: Repository) -> None:
+        """MASTER_ADDR, MASTER_PORT and NODE_RANK reach torchrun; one process on each of two nodes needs it too."""
+        repository.run("run_train.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.7", MASTER_PORT="1234")
+
+        call = repository.only_call()
+        assert option(call, "--nnodes") == "2"
+        assert option(call, "--nproc-per-node") == "1"
+        assert option(call, "--node-rank") == "1"
+        assert option(call, "--master-addr") == "10.0.0.7"
+        assert option(call, "--master-port") == "1234"
+        assert "--standalone" not in call["arguments"]
+
+    def test_slurm_tells_the_nodes(self, repository: Repository) -> None:
+        """Number, rank, the first node's name and a port of the job's own come from Slurm's variables."""
+        repository.add_tool(
+            repository.tools / "scontrol",
+            '#!/usr/bin/env bash\n[[ "$*" == "show hostnames gpu[07-08,12]" ]] && printf "gpu07\\ngpu08\\ngpu12\\n"\n',
+        )
+
+        done = repository.run(
+            "run_train.sh",
+            NPROC="8",
+            SLURM_JOB_NUM_NODES="3",
+            SLURM_NODEID="2",
+            SLURM_JOB_NODELIST="gpu[07-08,12]",
+            SLURM_JOB_ID="123456",
+        )
+
+        assert done.returncode == 0, done.stderr
+        call = repository.only_call()
+        assert option(call, "--nnodes") == "3"
+        assert option(call, "--node-rank") == "2"
+        assert option(call, "--master-addr") == "gpu07"
+        assert option(call, "--master-port") == "23456"
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK must be this node's number, from 0 to 1"),
+            ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "from 0 to 1, with NNODES=2; got '2'"),
+            ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must name node 0"),
+            ({"SLURM_LOCALID": "1"}, "srun --ntasks-per-node=1"),
+        ],
+        ids=["no rank", "rank too high", "no address", "two wrappers on a node"],
+    )
+    def test_what_cannot_work_is_refused(
+        self, repository: Repository, environment: dict[str, str], message: str
+    ) -> None:
+        """Exit status 2 and what to set, instead of a rendezvous that waits for ever."""
+        done = repository.run("run_train.sh", **environment)
+
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert repository.calls() == []
+
+    @pytest.mark.parametrize("status", [2, 75])
+    def test_the_programs_status_wins_over_torchruns(self, repository: Repository, status: int) -> None:
+        """torchrun ends with 1 whatever happened; the program wrote down what it was."""
+        done = repository.run(
+            "run_train.sh", NPROC="2", ACTION=f'echo {status} > "$TITAN_CPT_STATUS_FILE"; echo why >&2; exit 1'
+        )
+
+        assert done.returncode == status
+        assert done.stderr.splitlines()[1:] == ["why"]
+
+    @pytest.mark.parametrize("written", ["", "0", "nonsense"], ids=["nothing", "success", "no number"])
+    def test_a_failure_never_becomes_a_success(self, repository: Repository, written: str) -> None:
+        """A failure of torchrun without a usable status is 1, and its files are removed."""
+        done = repository.run(
+            "run_train.sh", NPROC="2", ACTION=f'printf "%s" "{written}" > "$TITAN_CPT_STATUS_FILE"; exit 1'
+        )
+
+        assert done.returncode == 1
+        assert list((repository.folder.parent / "tmp").iterdir()) == []
+
+    def test_success_is_success_whatever_was_written(self, repository: Repository) -> None:
+        """A status left by an earlier attempt does not spoil a run that torchrun ended well."""
+        action = 'echo 1 > "$TITAN_CPT_STATUS_FILE"; exit 0'
+
+        assert repository.run("run_train.sh", NPROC="2", ACTION=action).returncode == 0
+
+    @pytest.mark.parametrize(("status", "shown"), [(1, 1), (2, 1), (75, 0)])
+    def test_errors_of_hidden_processes_are_shown_after_a_failure(
+        self, repository: Repository, status: int, shown: int
+    ) -> None:
+        """Where only processes that are not shown know the reason, it is shown in the end, once if they agree."""
+        action = f"""
+            for rank in 1 2; do
+                logs=$(dirname "$TITAN_CPT_STATUS_FILE")/logs/none_x/attempt_0/$rank
+                mkdir -p "$logs"; echo "DataError: pile.bin is cut short" > "$logs/stderr.log"
+            done
+            echo {status} > "$TITAN_CPT_STATUS_FILE"; exit 1"""
+
+        done = repository.run("run_train.sh", NPROC="3", ACTION=action)
+
+        assert done.returncode == status
+        assert done.stderr.count("process 1 of this node") == shown
+        assert done.stderr.count("DataError: pile.bin is cut short") == shown
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_is_passed_on_and_waited_for(self, repository: Repository, number: signal.Signals) -> None:
+        """torchrun hears the signal, has the time to save, and the status that the program wrote comes out."""
+        name = number.name.removeprefix("SIG")
+        action = f"""
+            trap 'sleep 0.3; echo saved; echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' {name}
+            echo ready; while :; do sleep 0.02; done"""
+        process = subprocess.Popen(
+            [str(repository.folder / "run_train.sh")],
+            cwd=repository.elsewhere,
+            env={**repository.environment, "NPROC": "2", "ACTION": action},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            rest = process.stdout.read()
+
+            assert (process.wait(timeout=30), rest) == (75, "saved\n")
+        assert int(repository.only_call()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
+
+
+# A stand-in for Python before and after `-m venv`: it answers setup.sh's questions out of a folder of marks.
+FAKE_PYTHON = """#!/usr/bin/env bash
+marks=$(dirname -- "$CALLS")/marks; mkdir -p "$marks"
+case "$*" in
+    --version) echo "Python ${VERSION:-3.11.7}" ;;
+    "-c import sys; sys.exit(sys.version_info < (3, 10))") [[ ${VERSION:-3.11.7} != 3.9.* ]] ;;
+    "-c import ensurepip, venv") [[ -z ${NO_VENV:-} ]] ;;
+    "-c import sys; sys.exit(sys.prefix == sys.base_prefix)") [[ $0 == */.venv/bin/python ]] ;;
+    "-c import torch; torch.empty(1)") [[ -e $marks/torch ]] ;;
+    "-m pip --version") [[ -e $marks/pip ]] ;;
+    "-I - "*) cat >/dev/null; [[ -e $marks/package && " $(cat "$marks/package") " == *"[${!#}]"* ]] ;;
+    *)
+        printf '%s\\n' "$*" >>"$CALLS"
+        case "$*" in
+            "-m venv --clear "* | "-m venv "*)
+                [[ $2 == venv && $3 == --clear ]] && rm -rf "${!#}"
+                mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; touch "$marks/pip" ;;
+            "-m ensurepip --upgrade") [[ -z ${NO_ENSUREPIP:-} ]] && touch "$marks/pip" ;;
+            "-m pip install --editable "*) echo "${!#}" >"$marks/package" ;;
+            "-m pip install "*) touch "$marks/torch" ;;
+        esac ;;
+esac
+"""
+
+
+class TestSetup:
+    """scripts/setup.sh with a Python that installs nothing."""
+
+    @pytest.fixture
+    def machine(self, tmp_path: Path) -> Repository:
+        """A fresh clone on a machine whose python3 is the stand-in."""
+        repository = Repository(tmp_path)
+        repository.add_tool(repository.tools / "python3", FAKE_PYTHON)
+        return repository
+
+    def installs(self, machine: Repository) -> list[str]:
+        """The commands that changed something, in order."""
+        if not machine.calls_file.exists():
+            return []
+        return machine.calls_file.read_text(encoding="utf-8").splitlines()
+
+    def test_a_bare_machine_gets_everything(self, machine: Repository) -> None:
+        """Environment, torch, the package with what the quick start needs; every command is printed."""
+        done = machine.run("scripts/setup.sh")
+
+        assert done.returncode == 0, done.stderr
+        assert self.installs(machine) == [
+            f"-m venv {machine.folder}/.venv",
+            "-m pip install torch==2.13.0",
+            f"-m pip install --editable {machine.folder}[hf]",
+        ]
+        assert [line.startswith("+ ") for line in done.stdout.splitlines()].count(True) == 3
+
+    def test_extras_are_those_asked_for(self, machine: Repository) -> None:
+        """Several may be named."""
+        machine.run("scripts/setup.sh", "test", "hf")
+
+        assert self.installs(machine)[-1] == f"-m pip install --editable {machine.folder}[test,hf]"
+
+    def test_an_unknown_extra_is_refused(self, machine: Repository) -> None:
+        """pip would only warn; the message names the extras that there are."""
+        done = machine.run("scripts/setup.sh", "tets")
+
+        assert done.returncode == 2
+        assert "no extra is called 'tets'" in done.stderr
+        assert " test " in done.stderr
+        assert self.installs(machine) == []
+
+    def test_torch_comes_from_the_index_named(self, machine: Repository) -> None:
+        """TORCH_INDEX_URL chooses the build."""
+        machine.run("scripts/setup.sh", TORCH_INDEX_URL="https://example.org/cpu")
+
+        assert "-m pip install --index-url https://example.org/cpu torch>=2.13" in self.installs(machine)
+
+    def test_a_second_run_does_nothing(self, machine: Repository) -> None:
+        """Everything is there: nothing is installed again."""
+        machine.run("scripts/setup.sh")
+        machine.calls_file.unlink()
+
+        done = machine.run("scripts/setup.sh")
+
+        assert done.returncode == 0, done.stderr
+        assert "nothing to do" in done.stdout
+        assert self.installs(machine) == []
+
+    def test_a_torch_that_is_there_is_kept(self, machine: Repository) -> None:
+        """A second extra brings the package up to date and leaves torch alone."""
+        machine.run("scripts/setup.sh")
+        machine.calls_file.unlink()
+
+        machine.run("scripts/setup.sh", "test")
+
+        assert self.installs(machine) == [f"-m pip install --editable {machine.folder}[test]"]
+
+    def test_a_half_made_environment_is_made_again(self, machine: Repository) -> None:
+        """A .venv without a Python, as an interruption leaves it, is no reason to fail."""
+        (machine.folder / ".venv/lib").mkdir(parents=True)
+
+        done = machine.run("scripts/setup.sh")
+
+        assert done.returncode == 0, done.stderr
+        assert self.installs(machine)[0] == f"-m venv --clear {machine.folder}/.venv"
+
+    def test_an_environment_without_pip_gets_pip(self, machine: Repository) -> None:
+        """An interruption between Python and pip, or an environment made by uv: nothing in it is thrown away."""
+        machine.run("scripts/setup.sh")
+        machine.calls_file.unlink()
+        (machine.folder.parent / "marks/pip").unlink()
+
+        done = machine.run("scripts/setup.sh")
+
+        assert done.returncode == 0, done.stderr
+        assert self.installs(machine) == ["-m ensurepip --upgrade"]
+
+    @pytest.mark.parametrize(
+        ("environment", "messages"),
+        [
+            ({"VERSION": "3.9.2"}, ["needs Python 3.10 or newer; found Python 3.9.2", "PYTHON="]),
+            ({"NO_VENV": "yes"}, ["cannot make virtual environments", "apt-get install python3-venv"]),
+            ({"PYTHON": "python3.77"}, ["found no python3.77", "PYTHON="]),
+        ],
+        ids=["too old", "no venv", "no such interpreter"],
+    )
+    def test_a_machine_that_will_not_do_is_told_the_remedy(
+        self, machine: Repository, environment: dict[str, str], messages: list[str]
+    ) -> None:
+        """What was found, what is needed and what to do; nothing is left behind."""
+        done = machine.run("scripts/setup.sh", **environment)
+
+        assert done.returncode == 2
+        assert all(message in done.stderr for message in messages), done.stderr
+        assert not (machine.folder / ".venv").exists()
+
+    def test_the_interpreter_can_be_named(self, machine: Repository) -> None:
+        """PYTHON may be a path outside PATH."""
+        other = machine.folder.parent / "other/python3.12"
+        machine.add_tool(other, FAKE_PYTHON)
+
+        done = machine.run("scripts/setup.sh", PYTHON=str(other))
+
+        assert done.returncode == 0, done.stderr
+        assert f"{other} -m venv" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup.sh", ".ci/run"])
+def test_scripts_are_executable_and_strict(script: str) -> None:
+    """A clone can run them, they stop at the first failure, and they parse."""
+    path = ROOT / script
+
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0

@@ -1,0 +1,170 @@
+"""One chunk of text to one shard of tokens: what a worker process of `prepare` does, and how it is kept.
+
+A shard is a .bin/.idx pair (two with a hold-out) and a .json of its counts, written last: where that is, the shard is
+whole. Its name is a digest of the text, the tokenizer and the options, so that an interrupted run finds what it has
+done and nothing else.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_cpt.data.indexed import count_tokens
+from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.texts import Chunk
+from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
+from titan_cpt.errors import DataError
+
+BATCH_CHARACTERS = 2**20  # of text at a time: bounds the memory of a worker
+LAYOUT = 1  # goes up when shards of the same text and options would hold other tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    """How text becomes tokens; all that a shard depends on besides its text."""
+
+    tokenizer: str
+    fingerprint: str
+    text_field: str
+    holdout: float
+    folder: Path
+    """Where shards lie until they are joined; the tokens do not depend on it, nor on the tokenizer's path."""
+
+    def shard_of(self, chunk: Chunk) -> Path:
+        """Prefix of the shard that holds this chunk."""
+        recipe = json.dumps([LAYOUT, self.fingerprint, self.text_field, self.holdout]).encode()
+        return self.folder / hashlib.blake2b(recipe + chunk.digest(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was read and written. Bytes are those of the texts in UTF-8; tokens include the end of each document."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    held_out_bytes: int = 0
+    empty_documents: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Field by field."""
+        return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+def held_out_prefix(prefix: Path) -> Path:
+    """Where the held-out documents of an output lie."""
+    return Path(f"{prefix}-validation")
+
+
+def finished_counts(shard: Path) -> Counts | None:
+    """The counts of a whole shard, None if it is not there or not as it was written."""
+    try:
+        counts = Counts(**json.loads(Path(f"{shard}.json").read_text()))
+        whole = count_tokens(shard) == counts.tokens
+        if counts.held_out_documents:
+            whole = whole and count_tokens(held_out_prefix(shard)) == counts.held_out_tokens
+    except (OSError, ValueError, TypeError, DataError):
+        return None
+    return counts if whole else None
+
+
+def encode_chunk(chunk: Chunk, job: Job) -> Counts:
+    """Write the shard of a chunk.
+
+    Raises:
+        DataError: a document is at fault; names file and line.
+    """
+    tokenizer = _tokenizer(job.tokenizer)
+    shard = job.shard_of(chunk)
+    counts = Counts()
+    with IndexedWriter(shard, tokenizer.vocab_size) as train:
+        if job.holdout:
+            with IndexedWriter(held_out_prefix(shard), tokenizer.vocab_size) as held_out:
+                for texts, encoded in _batches(chunk, job.text_field):
+                    counts += _write(texts, encoded, tokenizer, job.holdout, train, held_out)
+        else:
+            for texts, encoded in _batches(chunk, job.text_field):
+                counts += _write(texts, encoded, tokenizer, 0.0, train, train)
+    temporary = Path(f"{shard}.{os.getpid()}.json.tmp")
+    temporary.write_text(json.dumps(asdict(counts)))
+    os.replace(temporary, f"{shard}.json")
+    return counts
+
+
+def start_worker() -> None:
+    """Make a worker process end with its parent: at once on Ctrl-C, and when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent is not None, "start_worker is called in a child process"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def is_held_out(text: bytes, holdout: float) -> bool:
+    """Whether a document goes to the held-out side: told by its text alone, so that duplicates stay together."""
+    digest = hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held").digest()
+    return int.from_bytes(digest, "big") < holdout * 2**64
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Documents in lots of about BATCH_CHARACTERS, as text and as UTF-8."""
+    texts: list[str] = []
+    encoded: list[bytes] = []
+    characters = 0
+    for text, utf8 in chunk.texts(text_field):
+        texts.append(text)
+        encoded.append(utf8)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield texts, encoded
+            texts, encoded, characters = [], [], 0
+    yield texts, encoded
+
+
+def _write(
+    texts: list[str],
+    encoded: list[bytes],
+    tokenizer: Tokenizer,
+    holdout: float,
+    train: IndexedWriter,
+    held_out: IndexedWriter,
+) -> Counts:
+    """Tokenise one lot, and write each document to its side."""
+    kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
+    tokens, sizes = tokenizer.encode_documents([texts[number] for number in kept])
+    utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
+    held = np.array([is_held_out(encoded[number], holdout) for number in kept], dtype=np.bool_)
+    train.add_documents(tokens[np.repeat(~held, sizes)], sizes[~held])
+    held_out.add_documents(tokens[np.repeat(held, sizes)], sizes[held])
+    return Counts(
+        *_side(~held, sizes, utf8_bytes), *_side(held, sizes, utf8_bytes), empty_documents=len(texts) - len(kept)
+    )
+
+
+def _side(
+    chosen: npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64], utf8_bytes: npt.NDArray[np.int64]
+) -> tuple[int, int, int]:
+    """Documents, tokens and bytes of those chosen."""
+    return int(chosen.sum()), int(sizes[chosen].sum()), int(utf8_bytes[chosen].sum())

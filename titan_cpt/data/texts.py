@@ -1,0 +1,338 @@
+"""Text files and data sets, read as chunks of documents that are cut alike on every machine.
+
+    .txt                one document a file
+    .jsonl  .json       one object a line; a .json may also be one array of objects; the text is in one field
+    .parquet            one document a row; the text is in one column
+    hub:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed; the split is train if not given
+
+The first three may be packed as .gz or .zst. JSON lines stay bytes until a worker takes them apart, because parsing is
+as dear as reading is cheap.
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.data.unpacking import read_blocks
+from titan_cpt.errors import DataError
+
+HUB = "hub:"
+SUFFIXES = (".txt", ".jsonl", ".json")
+PACKED = ("", ".gz", ".zst")
+ALLOWED = f"{', '.join(SUFFIXES)} (also .gz and .zst), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
+
+CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
+SMALLEST_CHUNK_BYTES = 2 * 2**20
+LARGEST_CHUNK_BYTES = 32 * 2**20
+PARQUET_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, or a data set of the hub."""
+
+    spec: str
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is read through the `datasets` library."""
+        return self.spec.startswith(HUB)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Length of the file, packed as it is; 0 for a data set of the hub."""
+        return 0 if self.is_hub else Path(self.spec).stat().st_size
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
+        if self.is_hub:
+            return {"name": self.spec, "hash": _hub_builder(self.spec).hash}
+        status = Path(self.spec).stat()
+        return {"name": Path(self.spec).name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of documents: JSON lines as they stand, or texts."""
+
+    where: str
+    """The file or data set, for messages."""
+    unit: str
+    """"line" or "row", for messages."""
+    first: int
+    """Number of the first line or row, from 1."""
+    content: bytes | tuple[Any, ...]
+    disk_bytes: int = field(compare=False, default=0)
+    """How far the reading of packed files went on with this chunk."""
+
+    def digest(self) -> bytes:
+        """Identity of the content; the file's name is no part of it."""
+        digest = hashlib.blake2b(digest_size=32)
+        if isinstance(self.content, bytes):
+            digest.update(b"lines\0" + self.content)
+        else:
+            digest.update(json.dumps(self.content, default=repr).encode())
+        return digest.digest()
+
+    def texts(self, text_field: str) -> Iterator[tuple[str, bytes]]:
+        """Yield each text, and the same in UTF-8.
+
+        Raises:
+            DataError: a line is no JSON object, lacks the field, or a text is no text; names file and line.
+        """
+        for number, text in self._values(text_field):
+            place = f"{self.where}:{number}" if self.unit == "line" else f"{self.where}: {self.unit} {number}"
+            if not isinstance(text, str):
+                raise DataError(f"{place}: {text_field!r} is {_short(text)}; allowed is a string")
+            try:
+                yield text, text.encode()
+            except UnicodeEncodeError as fault:
+                raise DataError(
+                    f"{place}: the text holds {text[fault.start]!r}, half of a surrogate pair, which is no character: "
+                    "mend or remove it"
+                ) from None
+
+    def _values(self, text_field: str) -> Iterator[tuple[int, Any]]:
+        """Number and text field of each document, of whatever type it is."""
+        if not isinstance(self.content, bytes):
+            yield from enumerate(self.content, self.first)
+            return
+        for number, line in enumerate(self.content.split(b"\n"), self.first):
+            if line.strip():
+                yield number, _field(_parsed(line, f"{self.where}:{number}"), text_field, f"{self.where}:{number}")
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Source]:
+    """Return what file names, globs (sorted) and hub names stand for, in the order given.
+
+    Raises:
+        DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
+    """
+    found: list[Source] = []
+    for entry in inputs:
+        names = [entry] if entry.startswith(HUB) else _match(entry)
+        if not names:
+            raise DataError(f"{entry}: no such file, and nothing matches it as a glob; allowed are {ALLOWED}")
+        for name in names:
+            if not name.startswith(HUB) and _kind(name) is None:
+                raise DataError(f"{name}: its name tells no format that can be read; allowed are {ALLOWED}")
+            if Source(name) in found:
+                raise DataError(f"{entry}: names {name} a second time: its text would be taken twice; name it once")
+            found.append(Source(name))
+    if not found:
+        raise DataError(f"no input was given; allowed are {ALLOWED}")
+    return found
+
+
+def missing_inputs(inputs: Sequence[str]) -> list[str]:
+    """Return those names and globs that find no file; a data set of the hub counts as there."""
+    return [entry for entry in inputs if not entry.startswith(HUB) and not _match(entry)]
+
+
+def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[str]:
+    """Yield the text of every document that holds more than white space, in order.
+
+    Raises:
+        DataError: see find_inputs and Chunk.texts.
+    """
+    for chunk in read_chunks(find_inputs(inputs), text_field):
+        yield from (text for text, _ in chunk.texts(text_field) if text.strip())
+
+
+def read_chunks(sources: Sequence[Source], text_field: str) -> Iterator[Chunk]:
+    """Yield all documents in order. Where chunks end follows from the inputs alone.
+
+    Raises:
+        DataError: an input is damaged, or is not what its name says.
+    """
+    texts: list[str] = []  # documents of small files, which share chunks
+    size = 0
+    for source in sources:
+        if _kind(source.spec) == ".txt":
+            text, length = _read_text(Path(source.spec))
+            texts.append(text)
+            size += length
+        if texts and (size >= SMALLEST_CHUNK_BYTES or _kind(source.spec) != ".txt"):
+            yield Chunk("text files", "file", 1, tuple(texts), size)
+            texts, size = [], 0
+        if _kind(source.spec) != ".txt":
+            yield from _read_source(source, text_field)
+    if texts:
+        yield Chunk("text files", "file", 1, tuple(texts), size)
+
+
+def _match(entry: str) -> list[str]:
+    if Path(entry).is_file():
+        return [entry]
+    return sorted(name for name in glob.glob(entry, recursive=True) if Path(name).is_file())
+
+
+def _kind(name: str) -> str | None:
+    """The suffix that tells the format, packing left off; None if it is unknown."""
+    if name.startswith(HUB):
+        return HUB
+    if name.endswith(".parquet"):
+        return ".parquet"
+    return next((kind for kind in SUFFIXES for packing in PACKED if name.endswith(kind + packing)), None)
+
+
+def _read_source(source: Source, text_field: str) -> Iterator[Chunk]:
+    if source.is_hub:
+        return _cut_values(source.spec, _hub_values(source.spec, text_field), LARGEST_CHUNK_BYTES, 0)
+    path = Path(source.spec)
+    target = _chunk_bytes(source.disk_bytes)
+    if path.suffix == ".parquet":
+        return _cut_values(source.spec, _parquet_values(path, text_field), target, source.disk_bytes)
+    return _read_json(path, text_field, target)
+
+
+def _chunk_bytes(disk_bytes: int) -> int:
+    return min(max(disk_bytes // CHUNKS_A_FILE, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+
+
+def _read_text(path: Path) -> tuple[str, int]:
+    """The text of a file, less a byte order mark, and its length on disk."""
+    content = b"".join(block for block, _ in read_blocks(path))
+    try:
+        return content.decode("utf-8-sig"), path.stat().st_size
+    except UnicodeDecodeError as fault:
+        line = content[: fault.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+
+
+def _read_json(path: Path, text_field: str, target: int) -> Iterator[Chunk]:
+    """JSON lines; a .json whose first character is [ is an array, which has to be read whole."""
+    blocks = read_blocks(path)
+    if _kind(path.name) == ".json":
+        head = list(_take_until_content(blocks))
+        if b"".join(block for block, _ in head).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            content = b"".join(block for block, _ in (*head, *blocks))
+            records = _parsed(content, str(path))
+            values = (_field(record, text_field, f"{path}: row {row}") for row, record in enumerate(records, 1))
+            return _cut_values(str(path), values, target, path.stat().st_size)
+        blocks = _chain(head, blocks)
+    return _cut_lines(str(path), blocks, target)
+
+
+def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    for block in blocks:
+        yield block
+        if block[0].strip():
+            return
+
+
+def _chain(head: list[tuple[bytes, int]], rest: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    yield from head
+    yield from rest
+
+
+def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> Iterator[Chunk]:
+    """Cut behind the last line end of the first `target` bytes, or behind the first one after them."""
+    buffer = bytearray()
+    first, position, told, searched = 1, 0, 0, 0
+    for block, position in blocks:
+        if not buffer and first == 1:
+            block = block.removeprefix(b"\xef\xbb\xbf")
+        buffer += block
+        while len(buffer) > target:
+            cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", max(target, searched)) + 1
+            if not cut:
+                searched = len(buffer)
+                break
+            content = bytes(buffer[:cut])
+            del buffer[:cut]
+            yield Chunk(where, "line", first, content, position - told)
+            first, told, searched = first + content.count(b"\n"), position, 0
+    if buffer.strip():
+        yield Chunk(where, "line", first, bytes(buffer), position - told)
+
+
+def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int) -> Iterator[Chunk]:
+    """Cut a stream of texts when they reach `target` characters; the disk's share is told with the last chunk."""
+    pending: list[Any] = []
+    first, size = 1, 0
+    for value in values:
+        pending.append(value)
+        size += len(value) if isinstance(value, str) else 1
+        if size >= target:
+            yield Chunk(where, "row", first, tuple(pending))
+            first, size, pending = first + len(pending), 0, []
+    if pending or disk_bytes:
+        yield Chunk(where, "row", first, tuple(pending), disk_bytes)
+
+
+def _parquet_values(path: Path, text_field: str) -> Iterator[Any]:
+    """The text column of a parquet file, row by row."""
+    import pyarrow  # heavy, and most inputs are not parquet
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path}: no column {text_field!r}; its columns are {columns}: name one of them")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+                yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as fault:
+        raise DataError(f"{path}: cannot be read as parquet: {fault}") from fault
+
+
+def _hub_values(spec: str, text_field: str) -> Iterator[Any]:
+    """The text field of a streamed data set, row by row."""
+    import datasets  # takes seconds to import, and most inputs are files
+
+    name, config, split = _hub_parts(spec)
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as fault:  # the library passes on whatever its network and file layers raise
+        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}") from fault
+    for number, row in enumerate(rows, 1):
+        yield _field(row, text_field, f"{spec}: row {number}")
+
+
+def _hub_builder(spec: str) -> Any:
+    """The `datasets` builder, whose hash changes with the data's revision or files."""
+    import datasets
+
+    name, config, _ = _hub_parts(spec)
+    try:
+        return datasets.load_dataset_builder(name, config)
+    except Exception as fault:
+        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}") from fault
+
+
+def _hub_parts(spec: str) -> tuple[str, str | None, str]:
+    """Name, config if any, and split of hub:NAME[:CONFIG[:SPLIT]]."""
+    name, config, split, *rest = [*spec.removeprefix(HUB).split(":"), "", ""]
+    if not name or any(rest):
+        raise DataError(f"{spec}: allowed is {HUB}NAME[:CONFIG[:SPLIT]]")
+    return name, config or None, split or "train"
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{place}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"{place}: is no JSON ({fault}); begins with {_short(content[:60])}") from None
+
+
+def _field(record: Any, text_field: str, place: str) -> Any:
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: is {_short(record)}; allowed is an object with the field {text_field!r}")
+    if text_field not in record:
+        fields = ", ".join(record) or "none"
+        raise DataError(
+            f"{place}: no field {text_field!r}; its fields are {fields}: name one of them with --text-field"
+        )
+    return record[text_field]
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

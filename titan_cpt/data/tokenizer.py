@@ -1,0 +1,245 @@
+"""Text to token ids and back: bytes, or a tokenizer.json, through tiktoken wherever that gives the file's own tokens.
+
+A name of a special token that occurs in a text, such as a literal <|endoftext|>, is text like any other: only
+`encode_documents` puts the end-of-document id into a stream.
+
+Opening a tokenizer reads its file; the library that does the work is loaded with the first text. The normal form C
+is Python's: some hundred combining marks that came to Unicode after version 9 may be put into another order than by
+the `tokenizers` library, whose tables are older.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_cpt.data.bpe import token_bytes
+from titan_cpt.data.engines import BytesEngine, Engine, Ids, best_engine
+from titan_cpt.errors import DataError
+
+BYTES = "bytes"
+END_OF_DOCUMENT = "<|endoftext|>"
+END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A vocabulary, and the way from text into it and back."""
+
+    name: str
+    """"bytes", or the path of the tokenizer.json."""
+    fingerprint: str
+    """SHA-256 of the file's content: two tokenizers of one fingerprint give the same ids."""
+    vocab_size: int
+    """Ids lie in [0, vocab_size); some of them may be unused."""
+    eod_id: int
+    """Stands at the end of every document."""
+    _table: tuple[bytes, ...]
+    _special_ids: frozenset[int]
+    _spec: dict[str, Any] | None
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know about speed, or None. Loads the library that does the work."""
+        return self._engine[1]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without the end-of-document id.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair, or needs a library that is not installed.
+        """
+        ids: list[int] = self._encode([text])[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text; see encode."""
+        ids, lengths = self._encode(texts)
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Return the ids of all texts one behind another, each with the end-of-document id, and their lengths.
+
+        Raises:
+            DataError: see encode.
+        """
+        ids, lengths = self._encode(texts)
+        return np.insert(ids, np.cumsum(lengths), self.eod_id), lengths + 1
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: an id is not in the vocabulary.
+        """
+        for number in ids:
+            if not 0 <= number < self.vocab_size:
+                raise DataError(f"{self.name}: id {number}; allowed are ids from 0 to {self.vocab_size - 1}")
+        return self._engine[0].decode(ids)
+
+    def token_byte_lengths(self) -> Ids:
+        """Return the bytes of UTF-8 that each id stands for, 0 for special tokens: the measure for bits per byte."""
+        lengths = np.array([len(token) for token in self._table], dtype=np.int64)
+        lengths[list(self._special_ids)] = 0
+        return lengths
+
+    @functools.cached_property
+    def _engine(self) -> tuple[Engine, str | None]:
+        if self._spec is None:
+            return BytesEngine(self._table), None
+        return best_engine(self._spec, self.name, self._table)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        try:
+            return self._engine[0].encode(texts)
+        except UnicodeEncodeError as fault:
+            raise DataError(
+                f"a text holds {fault.object[fault.start]!r}, half of a surrogate pair, which is no character"
+            ) from fault
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Open a tokenizer.
+
+    Args:
+        path: "bytes" (ids 0 to 255 are bytes, 256 the end of a document), a tokenizer.json, or a folder that holds one.
+
+    Raises:
+        DataError: the file is missing, is no tokenizer.json, or has no token for the end of a document.
+    """
+    if path == BYTES:
+        table = (*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT.encode())
+        fingerprint = hashlib.sha256(b"titan_cpt bytes 1").hexdigest()
+        return Tokenizer(BYTES, fingerprint, len(table), 256, table, frozenset({256}), None)
+    content, spec = _read(path)
+    added = spec.get("added_tokens") or []
+    numbers = _numbers(spec)
+    eod_id = _end_of_document(path, numbers, added)
+    special = {token["id"] for token in added if token.get("special")} | {eod_id}
+    # A token that ends documents must not come about from its name in a text, whatever the file calls it.
+    safe = [{**token, "special": True} if token["id"] == eod_id else token for token in added]
+    return Tokenizer(
+        name=path,
+        fingerprint=hashlib.sha256(content).hexdigest(),
+        vocab_size=max(numbers.values()) + 1,
+        eod_id=eod_id,
+        _table=_byte_table(spec, numbers),
+        _special_ids=frozenset(special),
+        _spec={**spec, "added_tokens": safe},
+    )
+
+
+def vocab_size_of(path: str) -> int:
+    """Return the vocabulary size (largest id + 1, added tokens included) from the file alone, in milliseconds.
+
+    Raises:
+        DataError: the file is missing or is no tokenizer.json.
+    """
+    return 257 if path == BYTES else max(_numbers(_read(path)[1]).values()) + 1
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
+    """Train a byte-level BPE with GPT-2's pattern and write it as a tokenizer.json, whole or not at all.
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: entries in all: 256 bytes, <|endoftext|>, and the merges.
+        output: the file to write.
+
+    Raises:
+        DataError: the `tokenizers` library is not installed, or the texts do not yield that many entries.
+    """
+    try:
+        import tokenizers
+    except ImportError as fault:
+        raise DataError("training a tokenizer needs the `tokenizers` library: pip install 'titan_cpt[hf]'") from fault
+    if vocab_size < 257:
+        raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise DataError(
+            f"{output}: the texts yield {size} entries, asked for were {vocab_size}: ask for {size} at most"
+        )
+    _write_whole(output, tokenizer.to_str(pretty=True).encode())
+
+
+def _read(path: str) -> tuple[bytes, dict[str, Any]]:
+    """Content of a tokenizer.json, raw and parsed."""
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    try:
+        content = file.read_bytes()
+    except OSError as fault:
+        raise DataError(
+            f"{file}: {fault.strerror}; a tokenizer is {BYTES!r}, a tokenizer.json, or a folder that holds one"
+        ) from fault
+    try:
+        spec = json.loads(content)
+    except ValueError as fault:
+        raise DataError(f"{file}: is no JSON ({fault}); a tokenizer.json is wanted, not a tokenizer.model") from fault
+    vocab = spec.get("model", {}).get("vocab") if isinstance(spec, dict) else None
+    if not vocab or not isinstance(vocab, dict | list):
+        raise DataError(f"{file}: has no model.vocab; allowed is a tokenizer.json of the `tokenizers` library")
+    return content, spec
+
+
+def _numbers(spec: dict[str, Any]) -> dict[str, int]:
+    """Token to id, added tokens included; a Unigram model lists [token, score] in the order of ids."""
+    vocab = spec["model"]["vocab"]
+    numbers = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
+    return {**numbers, **{token["content"]: token["id"] for token in spec.get("added_tokens") or []}}
+
+
+def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, Any]]) -> int:
+    """Id of the first of the usual names that the vocabulary has."""
+    for name in END_NAMES:
+        if name in numbers:
+            return numbers[name]
+    special = ", ".join(repr(token["content"]) for token in added if token.get("special")) or "none"
+    raise DataError(
+        f"{path}: no token for the end of a document; wanted is one of {', '.join(END_NAMES)}, its special tokens are: "
+        f"{special}. Add one of these names to its added_tokens"
+    )
+
+
+def _byte_table(spec: dict[str, Any], numbers: dict[str, int]) -> tuple[bytes, ...]:
+    """The bytes that each id stands for; special tokens by name, b"" for an id without token."""
+    added = {token["content"] for token in spec.get("added_tokens") or []}
+    byte_level = "ByteLevel" in json.dumps(spec.get("pre_tokenizer"))
+    table = [b""] * (max(numbers.values()) + 1)
+    for token, number in numbers.items():
+        if token in added:
+            table[number] = token.encode()
+        elif byte_level:
+            table[number] = token_bytes(token)
+        elif len(token) == 6 and token.startswith("<0x"):
+            table[number] = bytes.fromhex(token[3:5])
+        else:
+            table[number] = token.replace("\u2581", " ").encode()
+    return tuple(table)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to the disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
