@@ -7,6 +7,7 @@ saved, so that a queue may start the same command again; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -33,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as with `| head`
         status = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        where = error.filename or "a file"
+        print(f"{where}: cannot be written: {error.strerror}. Make room, then run the command again", file=sys.stderr)
+        status = 2
     _leave(status)
 
 
@@ -187,17 +194,16 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         return 0
     from titan_cpt.data.prepare import prepare
 
-    print(
-        prepare(
-            inputs=options.input,
-            output=options.output,
-            tokenizer=options.tokenizer,
-            text_field=options.text_field,
-            holdout=options.holdout,
-            workers=options.workers,
-            force=options.force,
-        )
+    result = prepare(
+        inputs=options.input,
+        output=options.output,
+        tokenizer=options.tokenizer,
+        text_field=options.text_field,
+        holdout=options.holdout,
+        workers=options.workers,
+        force=options.force,
     )
+    print(f"{options.output}: {result.in_words}")
     return 0
 
 

@@ -22,6 +22,7 @@ from titan_cpt.distributed.parallelise import parallelise
 from titan_cpt.errors import CheckpointError
 from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
+from titan_cpt.mixture import leaves
 from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, fingerprint
@@ -131,7 +132,9 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
         return None
     index = min(found.manifest["stage_index"], len(plan.stages) - 1)
     planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
-    data = found.manifest["data"]
+    begun = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
+    recorded_data = found.manifest["data"].items()
+    data = {key: value for key, value in recorded_data if not key.endswith(".train") or key in begun}
     changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
         name = str(found.manifest["stage"])

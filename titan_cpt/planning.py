@@ -113,7 +113,7 @@ def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
     if absent:
         yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
     if inventory.vocab_size is None:
-        yield f"tokenizer not there yet: {config.tokenizer.path}; a size that takes its vocabulary counts the fewest rows"
+        yield f"tokenizer not there yet: {config.tokenizer.path}; a size without a vocabulary counts the fewest rows"
     used = {name for stage in config.stages for name in stage.dataset}
     for name in sorted(used):
         dataset = config.datasets[name]
@@ -244,7 +244,7 @@ class _Planner:
         assert stage.replay is not None, "a replayed leaf needs a replay table"
         key = f"{self.config.job.seed}/replay/{source}" if stage.replay.order == "reshuffled" else ""
         # A dataset that these weights never met here (a hub model's) counts as seen once, whole.
-        seen = before.trained.get(source) or self.sequences.get(source)
+        seen = before.trained[source] if source in before.trained else self.sequences.get(source)
         return Leaf(source, True, first=before.replayed.get(source, 0), seen=seen, reshuffle_key=key)
 
     def _replay(self, stage: Stage, before: History) -> dict[Leaf, Fraction]:
@@ -284,7 +284,9 @@ class _Planner:
             assert stage.replay is not None, "a replayed leaf needs a replay table"
             where = f"stages.{stage.name}.replay"
             need = f"{leaf.first + count} sequences of {leaf.source!r} would be replayed in all, {leaf.seen} were seen"
-            if stage.replay.on_exhausted == "error":
+            if leaf.seen == 0:
+                self.faults.append(f"{where}: {need}; raise its weight or that stage's steps, or name others in from")
+            elif stage.replay.on_exhausted == "error":
                 self.faults.append(f'{where}: {need}; lower {where}.fraction or set on_exhausted = "repeat"')
             else:
                 self.notes.append(f"{where}: {need}; they repeat, as on_exhausted asks")

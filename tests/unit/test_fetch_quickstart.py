@@ -14,28 +14,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fetch_quickstart.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 ENGLISH = "The file is saved to the folder that you have chosen, and it can be opened with any program."
 GERMAN = "Die Datei wird in dem Ordner gespeichert, den Sie gewählt haben, und kann mit jedem Programm geöffnet werden."
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_quickstart", SCRIPT)
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up, and the one script imports the other
     spec.loader.exec_module(module)
     return module
 
 
-fetch = _load()
+manual = _load("manual_text")
+fetch = _load("fetch_quickstart")
 
 
 def body(*texts: str) -> list:
     """Lines that are no headings."""
-    return [fetch.Line(text, fetch.BODY) for text in texts]
+    return [manual.Line(text, manual.BODY) for text in texts]
 
 
 def texts_of(lines: list) -> list[str]:
@@ -49,10 +50,10 @@ class TestHtml:
         """Inline markup joins, block markup divides, entities are read and spaces are single."""
         page = "<h1>Saving</h1><p>Choose <b>File</b>\n   &gt; Save as&nbsp;usual.</p><ul><li>One word each day</ul>"
 
-        assert fetch.html_lines(page) == [
-            fetch.Line("Saving", 1),
-            fetch.Line("Choose File > Save as usual.", fetch.BODY),
-            fetch.Line("One word each day", fetch.BODY),
+        assert manual.html_lines(page) == [
+            manual.Line("Saving", 1),
+            manual.Line("Choose File > Save as usual.", manual.BODY),
+            manual.Line("One word each day", manual.BODY),
         ]
 
     @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ class TestHtml:
     )
     def test_what_is_no_prose_is_left_out(self, frame: str) -> None:
         """Navigation, code and cells of a word leave no trace, and what follows them is still read."""
-        lines = fetch.html_lines(f"{frame}<p>This is the text itself.</p>")
+        lines = manual.html_lines(f"{frame}<p>This is the text itself.</p>")
 
         assert texts_of(lines) == ["This is the text itself."]
 
@@ -83,7 +84,7 @@ class TestHtml:
             " to save.</p>"
         )
 
-        assert texts_of(fetch.html_lines(page)) == ["Press Ctrl+S in a text to save."]
+        assert texts_of(manual.html_lines(page)) == ["Press Ctrl+S in a text to save."]
 
 
 class TestMallard:
@@ -106,19 +107,19 @@ class TestMallard:
 
     def test_links_show_the_title_that_they_lead_to(self) -> None:
         """A link without words of its own is read as the title of its target, a section's too."""
-        titles = fetch.mallard_titles([self.PAGE.replace('id="wifi"', 'id="help"')])
+        titles = manual.mallard_titles([self.PAGE.replace('id="wifi"', 'id="help"')])
 
         assert titles == {"help": "Wireless", "help#more": "More"}
-        assert "Press Ctrl+P and read More." in texts_of(fetch.mallard_lines(self.PAGE, titles))
+        assert "Press Ctrl+P and read More." in texts_of(manual.mallard_lines(self.PAGE, titles))
 
     def test_only_what_a_reader_sees_is_text(self) -> None:
         """Credits, editors' notes and the wording for another desktop are left out; titles keep their depth."""
-        lines = fetch.mallard_lines(self.PAGE)
+        lines = manual.mallard_lines(self.PAGE)
 
         assert lines == [
-            fetch.Line("Wireless", 1),
+            manual.Line("Wireless", 1),
             *body("Press Ctrl+P and read.", "On this very desktop."),
-            fetch.Line("More", 2),
+            manual.Line("More", 2),
             *body("There is no more of it."),
         ]
 
@@ -132,19 +133,19 @@ class TestLanguage:
     )
     def test_the_commonest_words_tell(self, text: str, language: str | None) -> None:
         """English is English, German is German, and what has neither's words is neither."""
-        assert fetch.language_of(text) == language
+        assert manual.language_of(text) == language
 
     def test_an_untranslated_paragraph_is_dropped(self) -> None:
         """A German page keeps its German and its short lines, and loses its English paragraph."""
         page = body(GERMAN, ENGLISH, "Open Source", "Januar Februar März April Mai Juni Juli August", GERMAN)
 
-        assert fetch.in_language(page, "german") == [page[0], *page[2:]]
+        assert manual.in_language(page, "german") == [page[0], *page[2:]]
 
     def test_an_untranslated_page_is_dropped(self) -> None:
         """A page that is English on the whole gives a German corpus nothing, its one German line included."""
         page = body(ENGLISH, ENGLISH.replace("file", "table"), ENGLISH.replace("file", "page"), GERMAN)
 
-        assert fetch.in_language(page, "german") == []
+        assert manual.in_language(page, "german") == []
 
 
 def windows(line: str, size: int = 10) -> set[tuple[str, ...]]:
@@ -171,7 +172,7 @@ class TestRepeats:
     @given(overlapping_texts())
     def test_no_two_kept_texts_share_ten_words_in_a_row(self, texts: list[list[str]]) -> None:
         """The law that makes a hold-out by document honest."""
-        kept = [texts_of(lines) for lines in fetch.drop_repeats(body(*lines) for lines in texts)]
+        kept = [texts_of(lines) for lines in manual.drop_repeats(body(*lines) for lines in texts)]
 
         assert len(kept) == len(texts)
         runs = [set().union(*map(windows, lines)) for lines in kept]
@@ -180,16 +181,16 @@ class TestRepeats:
     @given(overlapping_texts())
     def test_nothing_is_dropped_without_need(self, texts: list[list[str]]) -> None:
         """The first text stays whole, and a second pass finds nothing more to drop."""
-        once = list(fetch.drop_repeats(body(*lines) for lines in texts))
+        once = list(manual.drop_repeats(body(*lines) for lines in texts))
 
         assert [texts_of(lines) for lines in once[:1]] == texts[:1]
-        assert list(fetch.drop_repeats(once)) == once
+        assert list(manual.drop_repeats(once)) == once
 
     def test_ten_words_are_a_repeat_and_nine_are_not(self) -> None:
         """The border of the rule, whatever the case and the punctuation."""
         ten = "one two three four five six seven eight nine ten"
         nine = ten.removesuffix(" ten")
-        first, second = fetch.drop_repeats(
+        first, second = manual.drop_repeats(
             [body(f"zero {ten} eleven"), body(f"{ten.upper()}!", f"again {ten}", f"{nine} twelve")]
         )
 
@@ -198,7 +199,7 @@ class TestRepeats:
 
     def test_a_short_line_repeats_as_a_whole_from_four_words_on(self) -> None:
         """Four words that were seen as a line are dropped, three may come again, and so may parts of longer lines."""
-        _, second = fetch.drop_repeats(
+        _, second = manual.drop_repeats(
             [
                 body("this is the rule", "see also here", "and this is the rule again"),
                 body("This is the rule.", "see also here"),
@@ -211,20 +212,20 @@ class TestRepeats:
         """Repeats inside one document do not leak into a hold-out by document."""
         line = "one two three four five six seven eight nine ten"
 
-        assert [texts_of(lines) for lines in fetch.drop_repeats([body(line, line)])] == [[line, line]]
+        assert [texts_of(lines) for lines in manual.drop_repeats([body(line, line)])] == [[line, line]]
 
 
 def test_headings_over_nothing_are_dropped() -> None:
     """A heading stays if text, or a heading of a lower rank that stays, comes before the next of its own rank."""
     chapter, section, example, text = (
-        fetch.Line("Chapter", 1),
-        fetch.Line("Section", 2),
-        fetch.Line("Example", 3),
-        fetch.Line("Some text.", fetch.BODY),
+        manual.Line("Chapter", 1),
+        manual.Line("Section", 2),
+        manual.Line("Example", 3),
+        manual.Line("Some text.", manual.BODY),
     )
 
-    assert fetch.drop_empty_headings([chapter, section, example, text]) == [chapter, section, example, text]
-    assert fetch.drop_empty_headings([section, chapter, text, section, example, section, text, example]) == [
+    assert manual.drop_empty_headings([chapter, section, example, text]) == [chapter, section, example, text]
+    assert manual.drop_empty_headings([section, chapter, text, section, example, section, text, example]) == [
         chapter, text, section, text,
     ]  # fmt: skip
 
@@ -232,21 +233,21 @@ def test_headings_over_nothing_are_dropped() -> None:
 def test_cleaning_does_not_depend_on_the_order_of_the_pages() -> None:
     """Pages come out by source and id, and what was dropped adds up to what came in."""
     pages = [
-        fetch.Page("b", "manual", body(*(f"{ENGLISH} This is part {i} of it." for i in range(3)))),
-        fetch.Page("a", "manual", body(ENGLISH, "This page is about the use of the letter a, and of it only.")),
-        fetch.Page(
+        manual.Page("b", "manual", body(*(f"{ENGLISH} This is part {i} of it." for i in range(3)))),
+        manual.Page("a", "manual", body(ENGLISH, "This page is about the use of the letter a, and of it only.")),
+        manual.Page(
             "c", "manual", body(*(f"On page {i} you can read that this is for the user and by it." for i in "xyz"))
         ),
-        fetch.Page("d", "manual", body(GERMAN)),
+        manual.Page("d", "manual", body(GERMAN)),
     ]
 
-    kept, dropped = fetch.clean(pages, "english")
+    kept, dropped = manual.clean(pages, "english")
 
-    assert (kept, dropped) == fetch.clean(pages[::-1], "english")
+    assert (kept, dropped) == manual.clean(pages[::-1], "english")
     assert [page.id for page in kept] == ["a", "c"]
-    kept_bytes = sum(len(fetch.joined(page.lines).encode()) for page in kept)
+    kept_bytes = sum(len(manual.joined(page.lines).encode()) for page in kept)
     assert dropped.other_language_bytes == len(GERMAN.encode())
-    assert dropped.repeated_bytes == len(fetch.joined(pages[0].lines).encode())
+    assert dropped.repeated_bytes == len(manual.joined(pages[0].lines).encode())
     assert dropped.read_bytes == (
         kept_bytes + dropped.other_language_bytes + dropped.repeated_bytes + dropped.fragment_bytes
     )
@@ -404,7 +405,7 @@ class TestCommandLine:
         output = tmp_path / "out"
 
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), "--output", str(output)],
+            [sys.executable, str(SCRIPTS / "fetch_quickstart.py"), "--output", str(output)],
             env=environment,
             capture_output=True,
             text=True,
@@ -421,8 +422,8 @@ class TestCommandLine:
 
     def test_both_files_appear_whole(self, tmp_path: Path) -> None:
         """A document a line with its three keys in UTF-8, and no temporary file beside them."""
-        pages = [fetch.Page("id-1", "manual", body(GERMAN, "Zweite Zeile"))]
-        dropped = fetch.Dropped(1000, 0, 250, 0)
+        pages = [manual.Page("id-1", "manual", body(GERMAN, "Zweite Zeile"))]
+        dropped = manual.Dropped(1000, 0, 250, 0)
 
         fetch.write({"english": ([], dropped), "german": (pages, dropped)}, tmp_path / "new")
 

@@ -38,7 +38,7 @@ def materialise(
         assert dataset.source is not None, "only datasets with a source were picked"
         assert dataset.train is not None, "the config has checked that a source goes with one train prefix"
         say(f"dataset {name}: preparing {dataset.train[0]}")
-        prepare(
+        result = prepare(
             inputs=dataset.source.text,
             output=Path(dataset.train[0]),
             tokenizer=config.tokenizer.path,
@@ -47,6 +47,7 @@ def materialise(
             workers=workers,
             force=force,
         )
+        say(f"dataset {name}: {result.in_words}")
 
 
 def _lacks(dataset: Dataset, force: bool) -> bool:

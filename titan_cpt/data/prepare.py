@@ -50,6 +50,20 @@ class PrepareResult:
     note: str | None
     """What the user should know about the tokenizer, if anything."""
 
+    @property
+    def in_words(self) -> str:
+        """What was done, in a line; the note on a second one."""
+        counts = self.counts
+        parts = [f"{counts.documents:,} documents, {counts.tokens:,} tokens"]
+        if counts.held_out_documents:
+            parts.append(f"{counts.held_out_documents:,} held out, {counts.held_out_tokens:,} tokens")
+        if counts.empty_documents:
+            parts.append(f"{counts.empty_documents:,} empty ones left out")
+        if self.reused_chunks:
+            parts.append(f"{self.reused_chunks} of {self.chunks} parts were done already")
+        done = "already there, made in this way: " if self.already_done else ""
+        return done + "; ".join(parts) + (f"\nnote: {self.note}" if self.note else "")
+
 
 def prepare(
     *,
@@ -138,9 +152,9 @@ def _finished(output: Path, recipe: dict[str, Any], *, force: bool) -> Counts | 
     remedy = "Choose another --output, or replace it with --force"
     try:
         record = json.loads(_record_path(output).read_text())
-    except (OSError, ValueError):
+        counts = Counts(**record.pop("counts"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{output}.idx: is there, and no {output}.json that says how it was made. {remedy}") from None
-    counts = Counts(**record.pop("counts"))
     if record != recipe:
         difference = "; ".join(_differences(record, recipe))
         raise DataError(f"{output}.idx: is there, made in another way: {difference}. {remedy}")

@@ -239,7 +239,7 @@ def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> 
             block = block.removeprefix(b"\xef\xbb\xbf")
         buffer += block
         while len(buffer) > target:
-            cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", max(target, searched)) + 1
+            cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", searched) + 1
             if not cut:
                 searched = len(buffer)
                 break

@@ -1,0 +1,84 @@
+"""What all tests share: one torch thread, hypothesis without deadlines, and a config of one stage to start from."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
+
+settings.register_profile("titan_cpt", deadline=None, max_examples=60)
+settings.register_profile("mutants", settings.get_profile("titan_cpt"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile("titan_cpt")  # `--hypothesis-profile mutants` fails without looking for the smallest example
+
+HEAD = """
+[job]
+name = "tested"
+
+[model]
+family = "gpt_neox"
+size = "debug"
+
+[datasets.pile]
+train = "data/pile"
+validation = "data/pile-validation"
+
+[datasets.german]
+train = "data/german"
+validation = "data/german-validation"
+
+[training]
+global_batch_size = 20
+local_batch_size = 2
+seq_len = 16
+"""
+
+FIRST_STAGE = """
+[[stages]]
+name = "first"
+dataset = "pile"
+steps = 100
+lr = { schedule = "cosine", max = 1e-3, min = 1e-4 }
+"""
+
+SECOND_STAGE = """
+[[stages]]
+name = "second"
+dataset = "german"
+steps = 50
+lr = { schedule = "cosine", max = 1e-3, min = 1e-4 }
+replay = { fraction = 0.25 }
+"""
+
+
+@pytest.fixture
+def head() -> str:
+    """A config's TOML but for its stages: two datasets, 20 sequences x 16 tokens a step."""
+    return HEAD
+
+
+@pytest.fixture
+def one_stage() -> str:
+    """The smallest config: one stage of 100 steps on `pile`."""
+    return HEAD + FIRST_STAGE
+
+
+@pytest.fixture
+def two_stages() -> str:
+    """`one_stage` and a second stage of 50 steps on `german` with 25 % replay."""
+    return HEAD + FIRST_STAGE + SECOND_STAGE
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """write(text, name="config.toml") puts a file into the test's own folder and returns its path."""
+
+    def write(text: str, name: str = "config.toml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,534 @@
+"""Text to .bin/.idx: every format, faults with their place, the same bytes from any number of processes and runs."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from titan_cpt.data import shards, texts
+from titan_cpt.data.indexed import IndexedTokens, TokenStream
+from titan_cpt.data.prepare import iterate_texts, missing_inputs, prepare
+from titan_cpt.data.texts import find_inputs, read_chunks
+from titan_cpt.data.tokenizer import train_bpe
+from titan_cpt.errors import ConfigError, DataError
+
+DOCUMENTS = ["first", "zweiter Text: äöü", "third\nwith lines", "4"]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of two kilobytes, so that small inputs have many."""
+    monkeypatch.setattr(texts, "SMALLEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(texts, "LARGEST_CHUNK_BYTES", 2000)
+
+
+def jsonl(documents: list[str], field: str = "text") -> str:
+    return "".join(json.dumps({field: text, "id": number}) + "\n" for number, text in enumerate(documents))
+
+
+def words(count: int, seed: int = 1) -> list[str]:
+    """Documents of random length, no two alike."""
+    draw = random.Random(seed)
+    return [f"{number} " + " ".join(draw.choices(["one", "zwei", "drei", "four"], k=draw.randrange(1, 40)))
+            for number in range(count)]  # fmt: skip
+
+
+def documents_of(prefix: Path) -> list[str]:
+    """The documents of a pair made with the byte tokenizer."""
+    pair = IndexedTokens(prefix, vocab_size=257)
+    found: list[list[int]] = [[]]
+    for token in pair.read(0, pair.tokens).tolist():
+        if token == 256:
+            found.append([])
+        else:
+            found[-1].append(token)
+    assert found.pop() == [], "every document ends with the end of document"
+    return [bytes(document).decode() for document in found]
+
+
+def outputs(prefix: Path) -> dict[str, bytes]:
+    """What a run leaves: file name to content, the record of how it was made aside."""
+    return {
+        path.name: path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}*")) if path.suffix != ".json"
+    }
+
+
+def run(inputs: list[Path | str], output: Path, **options):
+    return prepare(inputs=[str(entry) for entry in inputs], output=output, **{"tokenizer": "bytes", **options})
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS, "id": range(4)}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", lambda path: path.write_text(jsonl(DOCUMENTS))),
+        ("bom.jsonl", lambda path: path.write_text("\ufeff" + jsonl(DOCUMENTS))),
+        ("crlf.jsonl", lambda path: path.write_bytes(b"\r\n" + jsonl(DOCUMENTS).replace("\n", "\r\n").encode())),
+        ("open.jsonl", lambda path: path.write_text(jsonl(DOCUMENTS).rstrip("\n"))),
+        ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(jsonl(DOCUMENTS).encode()))),
+        ("a.jsonl.zst", lambda path: path.write_bytes(zstandard.compress(jsonl(DOCUMENTS).encode()))),
+        ("two_frames.jsonl.zst", lambda path: path.write_bytes(
+            zstandard.compress(jsonl(DOCUMENTS[:1]).encode()) + zstandard.compress(jsonl(DOCUMENTS[1:]).encode()))),
+        ("lines.json", lambda path: path.write_text("\n\n" + jsonl(DOCUMENTS))),
+        ("array.json", lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1))),
+        ("array.json.gz", lambda path: path.write_bytes(
+            gzip.compress(json.dumps([{"text": text} for text in DOCUMENTS]).encode()))),
+        ("a.parquet", write_parquet),
+    ],
+)  # fmt: skip
+def test_every_format_gives_its_documents_in_order(tmp_path, name, write):
+    """Plain and packed, with and without a last line end, as lines, arrays and columns."""
+    write(tmp_path / name)
+    result = run([tmp_path / name], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == DOCUMENTS
+    assert list(iterate_texts([str(tmp_path / name)])) == DOCUMENTS
+    assert (result.counts.documents, result.counts.bytes) == (4, sum(len(text.encode()) for text in DOCUMENTS))
+    assert result.counts.tokens == result.counts.bytes + 4
+
+
+def test_text_files_are_a_document_each_and_globs_are_sorted(tmp_path):
+    """Among other formats too, a byte order mark left off, line ends as they are."""
+    for number, text in [(2, "two\r\n"), (1, "\ufeffone"), (3, "three")]:
+        (tmp_path / f"{number}.txt").write_bytes(text.encode())
+    (tmp_path / "4.txt.gz").write_bytes(gzip.compress(b"four"))
+    (tmp_path / "a.jsonl").write_text(jsonl(["json"]))
+    run([tmp_path / "[12].txt", tmp_path / "a.jsonl", tmp_path / "3.txt", tmp_path / "4.*"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == ["one", "two\r\n", "json", "three", "four"]
+
+
+def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypatch):
+    """A local folder stands for a name on the hub; another split is another part; changed data is another input."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl(DOCUMENTS, "body"))
+    (tmp_path / "set" / "test.jsonl").write_text(jsonl(["held"], "body"))
+    name = f"hub:{tmp_path / 'set'}"
+    run([name], tmp_path / "out", text_field="body")
+    run([f"{name}::test"], tmp_path / "test", text_field="body")
+    assert documents_of(tmp_path / "out") == DOCUMENTS
+    assert documents_of(tmp_path / "test") == ["held"]
+    assert run([name], tmp_path / "out", text_field="body").already_done
+
+    (tmp_path / "set" / "train.jsonl").write_text(jsonl(["new"], "body"))
+    with pytest.raises(DataError, match="made in another way: input"):
+        run([name], tmp_path / "out", text_field="body")
+    with pytest.raises(DataError, match="row 1: no field 'text'; its fields are body, id"):
+        run([name], tmp_path / "other")
+    with pytest.raises(DataError, match="cannot open it"):
+        run([f"hub:{tmp_path / 'none'}"], tmp_path / "other")
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path):
+    """Empty ones and those of nothing but white space."""
+    (tmp_path / "a.jsonl").write_text(jsonl(["", "a", " \n\t ", "b"]))
+    result = run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == ["a", "b"]
+    assert (result.counts.documents, result.counts.empty_documents) == (2, 2)
+    assert list(iterate_texts([str(tmp_path / "a.jsonl")])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl:3: is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: no field 'text'; its fields are txt: .*--text-f"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"a\.jsonl:2: 'text' is None; allowed is a string"),
+        ("a.jsonl", b'["a"]\n', r"a\.jsonl:1: is \['a'\]; allowed is an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: byte 0xff is no UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: the text holds '\\ud800', half of a surrogate pair"),
+        ("a.txt", b"one\ntwo \xe4\n", r"a\.txt:2: byte 0xe4 is no UTF-8"),
+        ("a.json", b'[{"text": "a"}, {"text": 5}]', r"a\.json: row 2: 'text' is 5"),
+        ("a.json", b'[{"text": "a"}, 7]', r"a\.json: row 2: is 7; allowed is an object"),
+        ("a.json", b'[{"text": "a"}', r"a\.json: is no JSON"),
+        ("a.jsonl.gz", gzip.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.gz: damaged or cut short"),
+        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: damaged or cut short"),
+        ("a.jsonl.zst", zstandard.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.zst: ends within"),
+        ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst: damaged"),
+        ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read as parquet"),
+        ("a.csv", b"text\n", r"a\.csv: its name tells no format .*allowed are \.txt, \.jsonl"),
+        ("a.txt", b" ", "the inputs hold no text: 1 documents, all of them empty"),
+        (None, b"", r"none\.txt: no such file"),
+    ],
+)  # fmt: skip
+def test_faults_of_the_input_name_file_and_line(tmp_path, name, content, message):
+    """A DataError with place, finding and what is allowed; nothing that looks like an output is left."""
+    if name:
+        (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(DataError, match=message):
+        run([tmp_path / (name or "none.txt")], tmp_path / "out")
+    assert not list(tmp_path.glob("out.[!p]*"))
+
+
+def test_a_fault_far_into_a_file_names_its_line_from_a_worker_too(tmp_path, small_chunks):
+    """Line numbers count through the chunks."""
+    lines = jsonl(words(300)).splitlines()
+    lines[250] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"a\.jsonl:251: is no JSON"):
+            run([tmp_path / "a.jsonl"], tmp_path / "out", workers=workers)
+
+
+def test_parquet_columns_and_nulls_are_checked(tmp_path):
+    """A missing column names those there are; a null names its row."""
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None], "id": [1, 2]}), tmp_path / "a.parquet")
+
+    with pytest.raises(DataError, match="no column 'text'; its columns are body, id"):
+        run([tmp_path / "a.parquet"], tmp_path / "out")
+    with pytest.raises(DataError, match="row 2: 'body' is None"):
+        run([tmp_path / "a.parquet"], tmp_path / "out", text_field="body")
+
+
+def test_options_out_of_range_and_inputs_named_twice_are_refused(tmp_path):
+    """Before anything is read."""
+    (tmp_path / "a.txt").write_text("a")
+    for options, message in [
+        ({"holdout": 1.0}, r"--holdout: must be in \[0, 1\), got 1.0"),
+        ({"holdout": -0.1}, "--holdout"),
+        ({"workers": 0}, "--workers: must be 1 or more, got 0"),
+        ({"text_field": ""}, "--text-field"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            run([tmp_path / "a.txt"], tmp_path / "out", **options)
+
+    with pytest.raises(DataError, match="second time"):
+        run([tmp_path / "a.txt", tmp_path / "*.txt"], tmp_path / "out")
+    with pytest.raises(DataError, match="no input"):
+        run([], tmp_path / "out")
+    assert missing_inputs([str(tmp_path / "*.txt"), str(tmp_path / "b.*"), "hub:x"]) == [str(tmp_path / "b.*")]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lines=st.lists(st.binary(max_size=60).map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(1, 200), max_size=30),
+    target=st.integers(1, 300),
+)
+def test_where_chunks_end_depends_on_the_content_and_not_on_how_it_is_read(lines, cuts, target):
+    """Blocks of any lengths give the same chunks: whole lines, with their numbers, nothing lost."""
+    content = b"\n".join(lines) + b"\nlast"
+    blocks, start = [], 0
+    for cut in [*cuts, len(content)]:
+        blocks.append((content[start : start + cut], start))
+        start += cut
+
+    chunks = list(texts._cut_lines("x", iter(blocks), target))
+    again = list(texts._cut_lines("x", iter([(content, len(content))]), target))
+    contents = [bytes(chunk.content) for chunk in chunks]
+    assert chunks == again
+    assert b"".join(contents).removeprefix(b"\xef\xbb\xbf") == content.removeprefix(b"\xef\xbb\xbf")
+    assert all(part.endswith(b"\n") for part in contents[:-1])
+    assert all(len(part) <= target or b"\n" not in part[:-1] for part in contents)
+    assert [chunk.first for chunk in chunks] == [
+        1 + b"".join(contents[:number]).count(b"\n") for number in range(len(chunks))
+    ]
+
+
+def test_chunks_follow_the_size_of_the_file(tmp_path, monkeypatch):
+    """About 64 a file between the bounds, however many workers there are."""
+    monkeypatch.setattr(texts, "SMALLEST_CHUNK_BYTES", 100)
+    (tmp_path / "a.jsonl").write_text(jsonl(words(2000)))
+
+    assert 60 <= len(list(read_chunks(find_inputs([str(tmp_path / "a.jsonl")]), "text"))) <= 70
+
+
+def make_inputs(folder: Path) -> list[Path]:
+    """A mix of formats of some hundred documents."""
+    (folder / "a.jsonl").write_text(jsonl(words(400, 1)))
+    (folder / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(words(300, 2)).encode()))
+    for number, text in enumerate(words(30, 3)):
+        (folder / f"c{number:02}.txt").write_text(text)
+    pyarrow.parquet.write_table(pyarrow.table({"text": words(300, 4)}), folder / "d.parquet")
+    return [folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c*.txt", folder / "d.parquet"]
+
+
+def test_the_number_of_workers_does_not_show_in_the_output(tmp_path, small_chunks):
+    """One process and two, byte for byte, with a trained tokenizer and a hold-out."""
+    inputs = make_inputs(tmp_path)
+    train_bpe(words(500), 300, tmp_path / "tokenizer.json")
+    results = []
+    for workers in (1, 2):
+        (tmp_path / f"w{workers}").mkdir()
+        output = tmp_path / f"w{workers}" / "out"
+        result = run(inputs, output, tokenizer=str(tmp_path / "tokenizer.json"), holdout=0.2, workers=workers)
+        results.append((result, outputs(output)))
+
+    assert results[0] == results[1]
+    assert results[0][1].keys() == {"out.bin", "out.idx", "out-validation.bin", "out-validation.idx"}
+    assert results[0][0].chunks > 20
+
+
+def test_chunks_do_not_show_in_the_output(tmp_path, monkeypatch):
+    """One chunk a file and many: the same bytes, in the order of the inputs."""
+    inputs = make_inputs(tmp_path)
+    whole = run(inputs, tmp_path / "whole")
+    monkeypatch.setattr(texts, "SMALLEST_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(texts, "LARGEST_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 50)
+    cut = run(inputs, tmp_path / "cut")
+
+    assert whole.chunks < cut.chunks
+    assert documents_of(tmp_path / "whole") == [text for n, seed in ((400, 1), (300, 2), (30, 3), (300, 4))
+                                                for text in words(n, seed)]  # fmt: skip
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"whole{suffix}").read_bytes() == (tmp_path / f"cut{suffix}").read_bytes()
+
+
+def test_the_held_out_share_is_as_asked_and_told_by_the_text_alone(tmp_path):
+    """Within five standard deviations; the same documents in any order; duplicates on one side; larger shares contain
+    smaller ones; together both sides are everything.
+    """
+    documents = words(4000)
+    (tmp_path / "a.jsonl").write_text(jsonl(documents + documents[:500]))
+    (tmp_path / "b.jsonl").write_text(jsonl(documents[::-1]))
+    first = run([tmp_path / "a.jsonl"], tmp_path / "a", holdout=0.05)
+    run([tmp_path / "b.jsonl"], tmp_path / "b", holdout=0.05)
+    run([tmp_path / "b.jsonl"], tmp_path / "c", holdout=0.2)
+    held = {name: documents_of(tmp_path / f"{name}-validation") for name in "abc"}
+    kept = documents_of(tmp_path / "a")
+
+    assert abs(len(set(held["a"])) - 200) < 5 * (4000 * 0.05 * 0.95) ** 0.5
+    assert set(held["a"]) == set(held["b"]) < set(held["c"])
+    assert not set(held["a"]) & set(kept)
+    assert sorted(kept + held["a"]) == sorted(documents + documents[:500])
+    assert (first.counts.documents, first.counts.held_out_documents) == (len(kept), len(held["a"]))
+    assert first.counts.held_out_tokens == TokenStream([tmp_path / "a-validation"]).tokens
+    assert first.counts.held_out_bytes == sum(map(len, held["a"]))
+
+
+def test_a_hold_out_that_would_be_empty_is_refused(tmp_path):
+    """Validation on nothing is found now and not in training."""
+    (tmp_path / "a.txt").write_text("a")
+
+    with pytest.raises(DataError, match=r"--holdout 1e-09 puts 0 of 1 documents on the held-out side"):
+        run([tmp_path / "a.txt"], tmp_path / "out", holdout=1e-9)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from titan_cpt.data import texts
+from titan_cpt.data.prepare import prepare
+texts.SMALLEST_CHUNK_BYTES = texts.LARGEST_CHUNK_BYTES = 2000
+if __name__ == "__main__":
+    prepare(inputs=sys.argv[3:], output=Path(sys.argv[1]), tokenizer="bytes", holdout=0.2, workers=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "how", "shards_done"),
+    [(1, signal.SIGKILL, 1), (2, signal.SIGKILL, 12), (1, signal.SIGINT, 12), (2, signal.SIGINT, 1)],
+)
+def test_a_killed_run_started_again_gives_the_same_bytes(tmp_path, small_chunks, workers, how, shards_done):
+    """No half output, no process left over; finished chunks are used and the rest is done."""
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "script.py").write_text(KILLED)
+    (tmp_path / "straight").mkdir()
+    straight = run(inputs, tmp_path / "straight" / "out", holdout=0.2)
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed" / "out"
+    command = [sys.executable, str(tmp_path / "script.py"), str(output), str(workers), *map(str, inputs)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list(output.parent.glob("out.partial/*.json"))) < shards_done:
+            assert process.poll() is None, "it was to be killed before it was done"
+            assert time.monotonic() < deadline, "no shard appeared"
+        if how == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, how)  # as a terminal does on Ctrl-C
+    assert process.returncode != 0
+    assert not output.with_suffix(".idx").exists()
+    with pytest.raises(ProcessLookupError):
+        wait_for_group(process.pid)
+    result = run(inputs, output, holdout=0.2)
+
+    assert shards_done <= result.reused_chunks < result.chunks == straight.chunks
+    assert outputs(output) == outputs(tmp_path / "straight" / "out")
+
+
+@pytest.mark.parametrize("files_in_place", range(5))
+def test_a_run_that_ends_while_it_publishes_is_completed_by_the_next(tmp_path, monkeypatch, files_in_place):
+    """Between any two renames: an .idx stands for a whole pair, and the next run gives the same bytes."""
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "straight").mkdir()
+    run(inputs, tmp_path / "straight" / "out", holdout=0.2)
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed" / "out"
+    run(inputs[:1], output, holdout=0.1)  # an older output is being replaced
+    replace, remaining = os.replace, [files_in_place]
+
+    def replace_some(source: str, target: str) -> None:
+        if Path(target).parent == output.parent:
+            if not remaining[0]:
+                raise KeyboardInterrupt
+            remaining[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, output, holdout=0.2, force=True)
+    monkeypatch.setattr(os, "replace", replace)
+    for prefix in (output, Path(f"{output}-validation")):
+        if Path(f"{prefix}.idx").exists():
+            IndexedTokens(prefix, vocab_size=257)
+    result = run(inputs, output, holdout=0.2)
+
+    assert (result.already_done, result.reused_chunks) == (False, result.chunks)
+    assert outputs(output) == outputs(tmp_path / "straight" / "out")
+
+
+def test_a_shard_that_was_damaged_is_made_again(tmp_path, small_chunks):
+    """A finished chunk counts by its files and not by its record alone."""
+    lines = jsonl(words(300)).splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
+    with pytest.raises(DataError, match="251"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+    for number, path in enumerate(sorted(tmp_path.glob("out.partial/*.bin"))):
+        if number % 3 == 0:
+            path.write_bytes(path.read_bytes()[:-2])
+        elif number % 3 == 1:
+            path.unlink()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == words(300)
+
+
+def wait_for_group(group: int) -> None:
+    """Raise ProcessLookupError as soon as no process of the group is left."""
+    for _ in range(100):
+        os.killpg(group, 0)
+        time.sleep(0.1)
+
+
+def test_a_fault_keeps_what_is_finished(tmp_path, small_chunks):
+    """Mend the line, run again: only what is new is tokenised, and the result is that of a straight run."""
+    documents = words(300)
+    lines = jsonl(documents).splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
+    with pytest.raises(DataError, match="251"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    result = run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == documents
+    assert 0 < result.reused_chunks < result.chunks
+
+
+def test_shards_of_other_options_are_not_taken(tmp_path, small_chunks):
+    """Text field, hold-out and tokenizer belong to what a shard is."""
+    lines = [json.dumps({"text": f"{n} text", "body": f"{n} body", "id": n}) for n in range(100)]
+    train_bpe(words(500), 300, tmp_path / "tokenizer.json")
+    recipes = [{}, {"text_field": "body"}, {"holdout": 0.5}, {"tokenizer": str(tmp_path / "tokenizer.json")}]
+    for number, options in enumerate(recipes):
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        run([tmp_path / "a.jsonl"], tmp_path / f"straight{number}", **options)
+        (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+        with pytest.raises(DataError, match="101"):
+            run([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for number, options in enumerate(recipes):
+        shutil.copytree(tmp_path / "out.partial", tmp_path / f"copy{number}.partial")
+        result = run([tmp_path / "a.jsonl"], tmp_path / f"copy{number}", **options)
+        assert 0 < result.reused_chunks < result.chunks
+        copied, straight = outputs(tmp_path / f"copy{number}"), outputs(tmp_path / f"straight{number}")
+
+        assert list(copied.values()) == list(straight.values())
+
+
+def test_the_same_command_again_does_nothing_and_says_so(tmp_path):
+    """Also from more workers; an input that changed, or another option, is refused with the difference."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
+    (tmp_path / "b.jsonl").write_text(jsonl(words(5)))
+    first = run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")}
+    again = run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2, workers=2)
+    assert (again.counts, again.already_done, first.already_done) == (first.counts, True, False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")} == made
+
+    both = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for inputs, options, message in [
+        (both[:1], {"holdout": 0.1}, r"holdout 0.2 -> 0.1\. .*--force"),
+        (both[:1], {"holdout": 0.2, "text_field": "id"}, "text_field text -> id"),
+        (both, {"holdout": 0.2}, "1 inputs -> 2"),
+        (both[1:], {"holdout": 0.2}, r"input .*a\.jsonl.* -> .*b\.jsonl"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            run(inputs, tmp_path / "out", **options)
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    with pytest.raises(DataError, match="changed_ns"):
+        run(both[:1], tmp_path / "out", holdout=0.2)
+
+
+def test_force_replaces_the_output_and_what_was_held_out_of_it(tmp_path):
+    """No validation pair of the old recipe stays beside the new output."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
+    run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
+    result = run([tmp_path / "a.jsonl"], tmp_path / "out", force=True)
+
+    assert documents_of(tmp_path / "out") == words(50)
+    assert (result.already_done, outputs(tmp_path / "out").keys()) == (False, {"out.bin", "out.idx"})
+
+
+def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
+    """Megatron data of someone else has no record beside it; a damaged output is not taken for done."""
+    (tmp_path / "a.txt").write_text("a")
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    whole = (tmp_path / "out.bin").read_bytes()
+    (tmp_path / "out.bin").write_bytes(whole[:2])
+    with pytest.raises(DataError, match="out"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    (tmp_path / "out.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no .*out\.json"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    (tmp_path / "out.json").unlink()
+
+    with pytest.raises(DataError, match=r"no .*out\.json that says how it was made.*--force"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    assert (tmp_path / "out.bin").read_bytes() == whole[:2]
+
+
+def test_two_runs_do_not_write_one_output_at_once(tmp_path):
+    """The second is told to wait; the lock goes with its process."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "out.partial").mkdir()
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True);"
+    command = [sys.executable, "-c", f"{code} time.sleep(60)", str(tmp_path / "out.partial" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(DataError, match="another process is preparing it"):
+            run([tmp_path / "a.txt"], tmp_path / "out")
+        other.kill()
+    run([tmp_path / "a.txt"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == ["a"]
+
+
+def test_there_is_no_bar_without_a_terminal(tmp_path, capfd):
+    """Logs of a batch job stay clean."""
+    (tmp_path / "a.txt").write_text("a")
+    run([tmp_path / "a.txt"], tmp_path / "out", show_progress=True)
+
+    assert capfd.readouterr() == ("", "")
