@@ -248,8 +248,8 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
     raise NumericsError(
         f"stage {stage.name}, step {done} (counted from 0): the loss is {bad['loss_nats_per_token']}, the gradient "
         f"norm {bad['grad_norm']}. No weight was changed by it or since; newest checkpoint: {newest}. Look at the "
-        f"batch with `titan-cpt plan --recipe {stage.name} {done}`; to train the stage again with another LR, change it and "
-        f"remove {parts.folder / stage.name}"
+        f"batch with `titan-cpt plan --recipe {stage.name} {done}`; to train the stage again with another LR, change "
+        f"it and remove {parts.folder / stage.name}"
     )
 
 

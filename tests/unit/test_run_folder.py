@@ -1,0 +1,111 @@
+"""One process at a time in a run's folder, and signals that ask it to stop."""
+
+import os
+import signal
+
+import pytest
+import training
+
+from titan_cpt.errors import CheckpointError
+from titan_cpt.run_folder import StopRequest, locked
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run that takes long enough to be met under way."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["stages"][0]["steps"] = 2000
+    return training.write_config(training.changed(raw, checkpoint={"interval": 1000}), tmp_path / "c.toml")
+
+
+def stop_at_once(process):
+    process.send(signal.SIGKILL)
+    return process.end()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(config, tmp_path, workers):
+    """Refused with 2 while it runs; after kill -9 the lock is free at once, also where a process that reads ahead for
+    the killed one lives a few seconds longer."""
+    run = tmp_path / "run"
+    reading_ahead = () if workers == 0 else ("--training.num_workers", "1")
+    first = training.Process(config, *reading_ahead)
+    first.wait_for(lambda: bool(training.lines_of(run, "train")))
+    written = (run / "config.toml").read_text()
+    second = training.train(config, "--job.seed", "1")
+    kept = (run / "config.toml").read_text()
+    killed = stop_at_once(first)
+    third = training.Process(config)
+    third.wait_for(lambda: len(training.events_of(run, "start")) == 2)
+    stop_at_once(third)
+
+    assert second.status == 2
+    assert f"{run}: another process is training here" in second.output
+    assert "Traceback" not in second.output
+    assert kept == written  # the refused one has touched nothing
+    assert killed.status == -signal.SIGKILL
+
+
+def test_the_lock_is_given_back_at_the_end_and_after_an_error(tmp_path):
+    """Taken three times in one process, one after another; the folder is made."""
+    folder = tmp_path / "deep" / "run"
+    with locked(folder, rank=0):
+        assert folder.is_dir()
+    with pytest.raises(ZeroDivisionError), locked(folder, rank=0):
+        _ = 1 / 0
+    with locked(folder, rank=0):
+        pass
+
+
+def test_only_rank_0_takes_the_lock(tmp_path):
+    """The others of the same run stand beside it."""
+    with locked(tmp_path, rank=0), locked(tmp_path, rank=1), locked(tmp_path, rank=2):
+        pass
+    with locked(tmp_path / "nowhere", rank=1):
+        pass
+
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, where):
+    """A regular file stands in the way of output_dir or is part of its path."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*output_dir"), locked(tmp_path / where, rank=0):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request_and_has_its_name(number):
+    """Nothing is interrupted; before it, nobody asked."""
+    with StopRequest() as stop:
+        before = stop.agreed()
+        os.kill(os.getpid(), number)
+
+        assert not before
+        assert stop.agreed()
+        assert stop.name == number.name
+
+
+def test_signals_go_back_to_whoever_had_them():
+    """The handlers of before are there again, after an error too."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        _ = 1 / 0
+
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_sigint_ends_the_process_at_once(tmp_path):
+    """The first one asks; the second does not wait for the step that hangs."""
+    pid = os.fork()
+    if pid == 0:
+        with StopRequest():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGINT
