@@ -1,0 +1,130 @@
+"""The shape of the package: imports point down, in no circle; files are short; what must be quick knows no torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import titan_cpt
+
+ROOT = Path(titan_cpt.__file__).parent
+
+LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
+    "errors",
+    "config_types permutation schedules models.sizes models.layers loss data.indexed_format data.unpacking data.bpe",
+    "config mixture models.gpt_neox models.huggingface data.indexed data.indexed_writer data.engines data.texts",
+    "config_faults data.tokenizer plan",
+    "config_file planning plan_view data.inventory data.shards distributed.mesh optimizer metrics manifest run_folder",
+    "data.prepare distributed.parallelise",
+    "data.loader data.materialise checkpoint display report",
+    "validate",
+    "parts",
+    "train",
+    "cli",
+    "__main__",
+)
+RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
+
+LONGEST = {"train": 349}  # lines; every other file has fewer than 500
+TORCHLESS = ("config_file", "planning", "plan_view", "data.inventory", "models.sizes")
+OPTIONAL = {"torch", "tokenizers", "datasets", "transformers", "pyarrow", "huggingface_hub", "zstandard"}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py")) if path.name != "__init__.py"}
+TREES = {name: ast.parse(path.read_text(), feature_version=(3, 10)) for name, path in FILES.items()}
+
+
+def imported(tree):
+    """Every module that a file imports, wherever it does so, by full name; `from a import b` may mean a or a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.removeprefix("titan_cpt.") in FILES else node.module or ""
+
+
+OURS = {
+    name: sorted({one.removeprefix("titan_cpt.") for one in imported(tree) if one.startswith("titan_cpt.")})
+    for name, tree in TREES.items()
+}
+
+
+def at_the_top(name):
+    """What a file imports as soon as it is imported itself."""
+    statements = [node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return set(imported(ast.Module(statements, type_ignores=[])))
+
+
+def below(name):
+    """The file itself and all that it imports at import time or later, however far down."""
+    found, waiting = set(), [name]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting += OURS[one]
+    return found
+
+
+def test_every_file_has_its_place():
+    """A new file is put into LAYERS, and a file that went away is taken out."""
+    assert set(FILES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name):
+    """From a file to layers below its own, never beside it or up, not even inside a function."""
+    upward = [other for other in OURS[name] if RANK[other] >= RANK[name]]
+
+    assert upward == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_imports_itself_by_a_detour(name):
+    """No circles, whatever the layers say."""
+    assert all(name not in below(other) for other in OURS[name])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short_enough_to_read(name):
+    """Under 500 lines, and train.py, which is read first, under 350."""
+    lines = len(FILES[name].read_text().splitlines())
+
+    assert lines <= LONGEST.get(name, 499)
+
+
+def test_package_files_are_empty():
+    """A name is imported from where it is defined."""
+    assert [path for path in ROOT.rglob("__init__.py") if path.read_text().strip()] == []
+
+
+@pytest.mark.parametrize("name", TORCHLESS)
+def test_what_the_plan_needs_imports_no_torch(name):
+    """Nor anything else that is heavy or optional, at the top of a file: a plan answers in milliseconds."""
+    heavy = {
+        f"{one} imports {module}"
+        for one in below(name)
+        for module in at_the_top(one)
+        if module.partition(".")[0] in OPTIONAL
+    }
+
+    assert heavy == set()
+
+
+def test_the_command_line_imports_what_it_needs_when_it_needs_it():
+    """At the top of cli.py stand the errors alone, so that --help and a mistake are told in a blink."""
+    ours = {module for module in at_the_top("cli") if module.startswith("titan_cpt")}
+
+    assert ours == {"titan_cpt.errors"}
+
+
+def test_the_report_meets_a_run_through_its_folder_only():
+    """It may read metrics; it knows no config, plan, model or checkpoint."""
+    assert below("report") == {"report", "metrics", "errors"}
