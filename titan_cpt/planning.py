@@ -47,7 +47,8 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         config.parallelism.tensor_parallel_degree,
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
-    faults, notes = list(_vocabulary_faults(shape, inventory)), list(_notes(config, inventory))
+    faults: list[str] = []
+    notes = list(_notes(config, inventory))
     data_parallel = _data_parallel(config, world_size, faults)
     per_step = data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
@@ -98,14 +99,6 @@ def _data_parallel(config: Config, world_size: int, faults: list[str]) -> int:
             f"{world_size} ranks, or left out, got {asked}"
         )
     return degree
-
-
-def _vocabulary_faults(shape: ModelShape, inventory: Inventory) -> Iterator[str]:
-    if inventory.vocab_size and shape.vocab_size < inventory.vocab_size:
-        yield (
-            f"model.vocab_size: {shape.vocab_size} rows are fewer than the tokenizer's {inventory.vocab_size} ids; "
-            "leave it out, or set it at least that high"
-        )
 
 
 def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
@@ -414,7 +407,8 @@ def _stage_recipe(
     numbers = _adamw_numbers(config, stage)
     lr = stage.lr.model_dump(exclude_none=True) | {name: str(point) for name, point in end_points.items()}
     replay = stage.replay if stage.replay and stage.replay.fraction else None
-    weighed = sorted({*stage.dataset, *(replay.from_ or () if replay else ())})
+    weights = (replay.from_ if replay else None) or ()
+    weighed = sorted({*stage.dataset, *weights})
     return {
         "steps": steps,
         "dataset": {name: str(weight) for name, weight in sorted(_mix(stage.dataset).items())},
@@ -432,6 +426,8 @@ def _stage_recipe(
         **{f"lr.{key}": value for key, value in sorted(lr.items())},
         "lr.min": _final_lr(stage),
         "replay.fraction": replay.fraction if replay else 0.0,
-        "replay.from": (replay.from_ if isinstance(replay.from_, dict) else list(replay.from_ or ())) if replay else [],
+        "replay.from": {name: str(weight) for name, weight in sorted(_mix(weights).items())}
+        if isinstance(weights, dict)
+        else sorted(weights),
         "replay.order": replay.order if replay else "as_trained",
     }
