@@ -23,7 +23,7 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
-from titan_cpt.models.gpt_neox import GPTNeoX
+from titan_cpt.models.families import LanguageModel, build_model
 from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
@@ -41,7 +41,7 @@ class Parts:
     ranks: Ranks
     folder: Path
     precision: torch.dtype
-    model: GPTNeoX
+    model: LanguageModel
     optimizer: AdamW
     guard: UpdateGuard
     reader: SequenceReader
@@ -71,7 +71,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
 
     precision = getattr(torch, config.training.mixed_precision_param)
     with torch.device("meta"):
-        model = GPTNeoX(plan.shape)
+        model = build_model(plan.shape)
     parallelise(
         model,
         ranks,

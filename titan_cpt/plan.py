@@ -15,7 +15,7 @@ from typing import Any
 from titan_cpt import schedules
 from titan_cpt.errors import PlanError
 from titan_cpt.mixture import Draw, Tree, draws, leaves
-from titan_cpt.models.sizes import ModelShape
+from titan_cpt.models.shapes import ModelShape
 
 BYTES_PER_SAVED_PARAMETER = 12  # float32 weight and AdamW's two moments
 

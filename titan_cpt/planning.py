@@ -27,7 +27,8 @@ from titan_cpt.config import (
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import PlanError
 from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
-from titan_cpt.models.sizes import ModelShape, named_size
+from titan_cpt.models.shapes import ModelShape
+from titan_cpt.models.sizes import named_size
 from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
 
 DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
@@ -115,9 +116,8 @@ def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
 
 
 def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
-    model = {f"model.{key}": getattr(shape, key) for key in sorted(shape.__dataclass_fields__)}
     return {
-        **model,
+        **shape.as_recipe(),
         "job.seed": config.job.seed,
         "training.global_batch_size": config.training.global_batch_size,
         "training.seq_len": config.training.seq_len,

@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.gpt_neox import GPTNeoX
-from titan_cpt.models.huggingface import gpt_neox_from_huggingface, gpt_neox_to_huggingface
+from titan_cpt.models.huggingface import from_huggingface, to_huggingface
 from titan_cpt.models.layers import fill_normal, rotary_tables, rotate
 from titan_cpt.models.sizes import named_size
 
@@ -52,7 +52,7 @@ def transformers_config(shape):
 def in_transformers(model, folder):
     """The model as transformers reads it from the files of an export."""
     transformers_config(model.shape).save_pretrained(folder)
-    save_file(gpt_neox_to_huggingface(model.state_dict(), model.shape.layers), folder / "model.safetensors")
+    save_file(to_huggingface(model.state_dict(), model.shape), folder / "model.safetensors")
     return GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -79,7 +79,7 @@ def test_logits_and_gradients_are_those_of_transformers(parallel_residual, rotar
     their_grads = {name.replace("lm_head", "embed_out"): p.grad for name, p in theirs.named_parameters()}
 
     torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in gpt_neox_from_huggingface(their_grads, model.shape.layers).items():
+    for name, grad in from_huggingface(their_grads, model.shape).items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
 
 
@@ -87,14 +87,14 @@ def test_weights_go_to_hugging_face_and_back_unchanged(tmp_path):
     """Either round trip gives back every name and every bit, and our model loads what transformers wrote."""
     model = with_all_weights_drawn(built())
     ours, theirs = model.state_dict(), transformers_file(model.shape, tmp_path)
-    ours_again = gpt_neox_from_huggingface(gpt_neox_to_huggingface(ours, 2), 2)
-    theirs_again = gpt_neox_to_huggingface(gpt_neox_from_huggingface(theirs, 2), 2)
+    ours_again = from_huggingface(to_huggingface(ours, model.shape), model.shape)
+    theirs_again = to_huggingface(from_huggingface(theirs, model.shape), model.shape)
 
     assert list(ours_again) == list(ours)
     assert set(theirs_again) == set(theirs)
     assert all(torch.equal(ours_again[name], ours[name]) for name in ours)
     assert all(torch.equal(theirs_again[name], theirs[name]) for name in theirs)
-    model.load_state_dict(gpt_neox_from_huggingface(theirs, 2))
+    model.load_state_dict(from_huggingface(theirs, model.shape))
 
 
 def test_constants_that_older_releases_saved_are_left_out(tmp_path):
@@ -103,7 +103,7 @@ def test_constants_that_older_releases_saved_are_left_out(tmp_path):
     for constant in ("bias", "masked_bias", "rotary_emb.inv_freq"):
         state[f"gpt_neox.layers.1.attention.{constant}"] = torch.zeros(1)
 
-    assert len(gpt_neox_from_huggingface(state, 2)) == len(state) - 3
+    assert len(from_huggingface(state, built().shape)) == len(state) - 3
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
@@ -112,7 +112,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
     del state["gpt_neox.layers.1.attention.dense.bias"]
     state["gpt_neox.layers.2.attention.dense.bias"] = torch.zeros(64)
     with pytest.raises(CheckpointError) as refusal:
-        gpt_neox_from_huggingface(state, 2)
+        from_huggingface(state, built().shape)
 
     assert "2 problems" in str(refusal.value)
     assert "gpt_neox.layers.1.attention.dense.bias: missing" in str(refusal.value)

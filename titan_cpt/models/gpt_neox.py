@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import RotaryCausalAttention, fill_normal, init_linear
-from titan_cpt.models.sizes import ModelShape
+from titan_cpt.models.shapes import GPTNeoXShape
 
 
 class GPTNeoX(nn.Module):
@@ -25,7 +25,7 @@ class GPTNeoX(nn.Module):
     Weights are meaningless until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
@@ -74,7 +74,7 @@ class Block(nn.Module):
     y + mlp(norm'(y))           otherwise
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
         self.shape = shape
         self.attention_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     them, as tensor parallelism cuts it, holds whole heads; `forward` finds out how many it holds.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
         self.head_width = shape.head_width
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward: up, exact GELU, down."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
         self.up = nn.Linear(shape.width, shape.mlp_width)
         self.down = nn.Linear(shape.mlp_width, shape.width)

@@ -4,11 +4,15 @@ Hugging Face's names are those in the FILES, which all releases of transformers 
 gives some weights other names (the head of GPT-NeoX, `embed_out` in a file, is `lm_head` there).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from titan_cpt.errors import CheckpointError
+from titan_cpt.models.shapes import GPTNeoXShape, LlamaShape, ModelShape
+
+VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
+"""Our names of the weights with a row for each id."""
 
 _GPT_NEOX_BLOCK = {
     "attention_norm": "input_layernorm",
@@ -18,14 +22,39 @@ _GPT_NEOX_BLOCK = {
     "mlp.up": "mlp.dense_h_to_4h",
     "mlp.down": "mlp.dense_4h_to_h",
 }
-_GPT_NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
+_LLAMA_BLOCK = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q.weight": "self_attn.q_proj.weight",
+    "attention.k.weight": "self_attn.k_proj.weight",
+    "attention.v.weight": "self_attn.v_proj.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+_QKV_BIAS = {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
+_QK_NORM = {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+_CONSTANTS = (
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attention.rotary_emb.inv_freq",
+    ".self_attn.rotary_emb.inv_freq",
+)
 """Ends of the names of constants (causal mask, wavelengths) that older releases, Pythia's among them, saved as well."""
 
 
-def gpt_neox_names(layers: int) -> dict[str, str]:
-    """Our name of every weight of a GPT-NeoX with so many layers -> its name in a file of transformers'."""
+def hub_names(shape: ModelShape) -> dict[str, str]:
+    """Our name of every weight of such a model, in our order -> its name in a file of transformers'."""
+    if isinstance(shape, GPTNeoXShape):
+        return _gpt_neox_names(shape)
+    assert isinstance(shape, LlamaShape), f"no names for {type(shape).__name__}"
+    return _llama_names(shape)
+
+
+def _gpt_neox_names(shape: GPTNeoXShape) -> dict[str, str]:
     names = {"embedding.weight": "gpt_neox.embed_in.weight"}
-    for layer in range(layers):
+    for layer in range(shape.layers):
         for ours, theirs in _GPT_NEOX_BLOCK.items():
             for kind in ("weight", "bias"):
                 names[f"blocks.{layer}.{ours}.{kind}"] = f"gpt_neox.layers.{layer}.{theirs}.{kind}"
@@ -35,29 +64,58 @@ def gpt_neox_names(layers: int) -> dict[str, str]:
     return names
 
 
-def gpt_neox_to_huggingface(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The state dict of our GPT-NeoX under the names of a file of transformers' GPTNeoXForCausalLM.
+def _llama_names(shape: LlamaShape) -> dict[str, str]:
+    block = _LLAMA_BLOCK | (_QKV_BIAS if shape.qkv_bias else {}) | (_QK_NORM if shape.qk_norm else {})
+    names = {"embedding.weight": "model.embed_tokens.weight"}
+    for layer in range(shape.layers):
+        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in block.items()}
+    names["final_norm.weight"] = "model.norm.weight"
+    if not shape.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    return names
+
+
+def foreign_and_missing(names: Iterable[str], shape: ModelShape) -> tuple[list[str], list[str]]:
+    """Names in a file of transformers' that are no weight of such a model, and the model's that the file lacks.
+
+    Constants of older releases are no weights; nor is the head that some files of tied models repeat.
+    """
+    known = set(hub_names(shape).values())
+    found = {name for name in names if not name.endswith(_CONSTANTS)}
+    if shape.tied:
+        found.discard("lm_head.weight")
+    return sorted(found - known), sorted(known - found)
+
+
+def to_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """The state dict of our model under the names of a file of transformers'.
 
     Raises:
         CheckpointError: a weight is missing, or one is there that the model does not have.
     """
-    return _renamed(state, gpt_neox_names(layers))
+    names = hub_names(shape)
+    _refuse(sorted(set(state) - set(names)), sorted(set(names) - set(state)))
+    return {theirs: state[ours] for ours, theirs in names.items()}
 
 
-def gpt_neox_from_huggingface(state: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights of a file of transformers' GPTNeoXForCausalLM under our names; constants of older releases left out.
+def from_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """The weights of a file of transformers' under our names; constants of older releases left out.
 
     Raises:
         CheckpointError: a weight is missing, or one is there that the model does not have.
     """
-    weights = {name: tensor for name, tensor in state.items() if not name.endswith(_GPT_NEOX_BUFFERS)}
-    return _renamed(weights, {theirs: ours for ours, theirs in gpt_neox_names(layers).items()})
+    _refuse(*foreign_and_missing(state, shape))
+    return {ours: state[theirs] for ours, theirs in hub_names(shape).items()}
 
 
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    faults = [f"  - {name}: missing" for name in names if name not in state]
-    faults += [f"  - {name}: not a weight of this model" for name in state if name not in names]
+def _refuse(foreign: list[str], missing: list[str]) -> None:
+    faults = [f"{name}: missing" for name in missing] + [f"{name}: not a weight of this model" for name in foreign]
     if faults:
-        shown = faults[:10] + ([f"  - and {len(faults) - 10} more"] if len(faults) > 10 else [])
-        raise CheckpointError("\n".join([f"the weights do not fit the model: {len(faults)} problems", *shown]))
-    return {new: state[old] for old, new in names.items()}
+        raise CheckpointError("the weights do not fit the model: " + in_lines(faults))
+
+
+def in_lines(faults: list[str]) -> str:
+    """The number of faults, and up to ten of them, a line each."""
+    shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
+    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+    return "\n  - ".join([count, *shown])

@@ -1,91 +1,18 @@
-"""The named model sizes, and what can be said of a model without building it: parameters and floating-point operations.
+"""The named model sizes: a released model, or one small enough for a CPU, under a name of its own.
 
-Imports no torch: the plan asks here and must answer in milliseconds. The parameter counts are exact, and the tests hold
-them against the built models and against the published counts.
+Imports no torch: the plan asks here and must answer in milliseconds.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from titan_cpt.errors import ConfigError
+from titan_cpt.models.shapes import FAMILIES, ModelShape, RopeScaling
 
 VOCABULARY_MULTIPLE = 128
 """A padded vocabulary is a multiple of this many rows on every tensor-parallel rank."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """All that fixes a model's weights and its function. One that cannot be built raises ConfigError."""
-
-    family: str
-    """The architecture: a key of `SIZES`."""
-    layers: int
-    """Number of transformer blocks."""
-    width: int
-    """Features of the residual stream (D)."""
-    heads: int
-    """Attention heads (N); must divide `width`."""
-    mlp_width: int
-    """Features inside the feed-forward (F)."""
-    vocab_size: int
-    """Rows of the embedding and of the head (V), padding included."""
-    rotary_fraction: float = 0.25
-    """Share of each head that is rotated, in (0, 1]."""
-    rope_base: float = 10_000.0
-    """Base of the rotary wavelengths."""
-    norm_eps: float = 1e-5
-    """Added to the variance in every LayerNorm."""
-    parallel_residual: bool = True
-    """Attention and feed-forward both read the block's input; otherwise the feed-forward reads attention's result."""
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError, a line for each fault found."""
-        faults = _type_faults(self) or _value_faults(self)
-        if faults:
-            raise ConfigError("\n".join(faults))
-
-    @property
-    def head_width(self) -> int:
-        """Features of one attention head (H)."""
-        return self.width // self.heads
-
-    @property
-    def rotary_width(self) -> int:
-        """Features of one head that are rotated, an even number."""
-        return round(self.head_width * self.rotary_fraction)
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Weights of the input embedding alone. The head, which is not tied to it, has as many."""
-        return self.vocab_size * self.width
-
-    @property
-    def parameters_without_embeddings(self) -> int:
-        """Every weight and bias but those of the input embedding and of the output embedding (the head)."""
-        norm = 2 * self.width
-        attention = 3 * self.width * (self.width + 1) + self.width * (self.width + 1)
-        mlp = self.mlp_width * (self.width + 1) + self.width * (self.mlp_width + 1)
-        return self.layers * (2 * norm + attention + mlp) + norm
-
-    @property
-    def parameters(self) -> int:
-        """Every weight and bias, both embeddings with their padding rows included."""
-        return self.parameters_without_embeddings + 2 * self.embedding_parameters
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of training (forward and backward) for one token of a sequence of `seq_len` tokens.
-
-            6 * (parameters - input embedding) + 12 * layers * width * seq_len
-
-        A multiply-add counts as two and only matrix products count; looking a row of the embedding up is none. The
-        second term is attention's two products; it is not halved for the causal mask, and recomputation is not counted,
-        so that the utilisation drawn from it compares with that of others.
-        Source: PaLM, arXiv:2204.02311, appendix B; torchtitan counts alike.
-        """
-        return 6 * (self.parameters - self.embedding_parameters) + 12 * self.layers * self.width * seq_len
-
 
 _GPT_NEOX: Mapping[str, tuple[int, int, int, int | None]] = {
     # size: (layers, width, heads, padded vocabulary of the release; None: the tokenizer's)
@@ -108,7 +35,55 @@ _GPT_NEOX: Mapping[str, tuple[int, int, int, int | None]] = {
     "12b": (36, 5120, 40, 50_688),
 }
 
-SIZES: Mapping[str, tuple[str, ...]] = {"gpt_neox": tuple(_GPT_NEOX)}
+_LLAMA3_SCALING = RopeScaling(
+    kind="llama3", factor=8.0, original_seq_len=8192, low_freq_factor=1.0, high_freq_factor=4.0
+)
+_LLAMA3 = {"rope_base": 500_000.0, "norm_eps": 1e-5}
+_LLAMA31 = {**_LLAMA3, "rope_scaling": _LLAMA3_SCALING}
+_LLAMA32 = {**_LLAMA3, "rope_scaling": dataclasses.replace(_LLAMA3_SCALING, factor=32.0), "tie_embeddings": True}
+_QWEN25 = {"rope_base": 1_000_000.0, "norm_eps": 1e-6, "qkv_bias": True}
+_QWEN3 = {"rope_base": 1_000_000.0, "norm_eps": 1e-6, "qk_norm": True, "head_width": 128}
+_TIED = {"tie_embeddings": True}
+_COARSE = {"norm_eps": 1e-5}
+
+_LLAMA: Mapping[str, tuple[int, int, int, int, int, int | None, Mapping[str, Any]]] = {
+    # size: (layers, width, heads, key/value heads, feed-forward, padded vocabulary of the release, what else is set)
+    "debug": (2, 64, 2, 1, 192, None, {}),
+    "tiny": (4, 128, 4, 2, 384, None, {}),
+    "mini": (6, 256, 8, 4, 704, None, {}),
+    # Touvron et al. 2023, arXiv:2307.09288
+    "llama2-7b": (32, 4096, 32, 32, 11_008, 32_000, {}),
+    "llama2-13b": (40, 5120, 40, 40, 13_824, 32_000, {}),
+    "llama2-70b": (80, 8192, 64, 8, 28_672, 32_000, {}),
+    # Llama 3, 3.1 and 3.2: Grattafiori et al. 2024, arXiv:2407.21783, and the configurations on the hub
+    "llama3-8b": (32, 4096, 32, 8, 14_336, 128_256, _LLAMA3),
+    "llama3-70b": (80, 8192, 64, 8, 28_672, 128_256, _LLAMA3),
+    "llama3.1-8b": (32, 4096, 32, 8, 14_336, 128_256, _LLAMA31),
+    "llama3.1-70b": (80, 8192, 64, 8, 28_672, 128_256, _LLAMA31),
+    "llama3.1-405b": (126, 16_384, 128, 8, 53_248, 128_256, _LLAMA31),
+    "llama3.2-1b": (16, 2048, 32, 8, 8192, 128_256, _LLAMA32),
+    "llama3.2-3b": (28, 3072, 24, 8, 8192, 128_256, _LLAMA32),
+    # Jiang et al. 2023, arXiv:2310.06825 (v0.1); v0.3 has no window and more tokens
+    "mistral-7b": (32, 4096, 32, 8, 14_336, 32_000, {"sliding_window": 4096}),
+    "mistral-7b-v0.3": (32, 4096, 32, 8, 14_336, 32_768, {"rope_base": 1_000_000.0}),
+    # Qwen team 2024, arXiv:2412.15115, and the configurations of the base models on the hub
+    "qwen2.5-0.5b": (24, 896, 14, 2, 4864, 151_936, _QWEN25 | _TIED),
+    "qwen2.5-1.5b": (28, 1536, 12, 2, 8960, 151_936, _QWEN25 | _TIED),
+    "qwen2.5-3b": (36, 2048, 16, 2, 11_008, 151_936, _QWEN25 | _TIED),
+    "qwen2.5-7b": (28, 3584, 28, 4, 18_944, 152_064, _QWEN25),
+    "qwen2.5-14b": (48, 5120, 40, 8, 13_824, 152_064, _QWEN25 | _COARSE),
+    "qwen2.5-32b": (64, 5120, 40, 8, 27_648, 152_064, _QWEN25 | _COARSE),
+    "qwen2.5-72b": (80, 8192, 64, 8, 29_568, 152_064, _QWEN25 | _COARSE),
+    # Qwen team 2025, arXiv:2505.09388, and the configurations on the hub
+    "qwen3-0.6b": (28, 1024, 16, 8, 3072, 151_936, _QWEN3 | _TIED),
+    "qwen3-1.7b": (28, 2048, 16, 8, 6144, 151_936, _QWEN3 | _TIED),
+    "qwen3-4b": (36, 2560, 32, 8, 9728, 151_936, _QWEN3 | _TIED),
+    "qwen3-8b": (36, 4096, 32, 8, 12_288, 151_936, _QWEN3),
+    "qwen3-14b": (40, 5120, 40, 8, 17_408, 151_936, _QWEN3),
+    "qwen3-32b": (64, 5120, 64, 8, 25_600, 151_936, _QWEN3),
+}
+
+SIZES: Mapping[str, tuple[str, ...]] = {"gpt_neox": tuple(_GPT_NEOX), "llama": tuple(_LLAMA)}
 """The families, and the names of each one's sizes."""
 
 
@@ -123,14 +98,15 @@ def named_size(
 
     The vocabulary of a CPU size (debug, tiny, mini) is the tokenizer's, that of a released size the larger of the
     release's and the tokenizer's; either is padded up to a multiple of 128 x `tensor_parallel`. An overridden
-    `vocab_size` is taken as it stands. The feed-forward is 4 x as wide as the model unless `mlp_width` is overridden.
+    `vocab_size` is taken as it stands. The feed-forward of a GPT-NeoX is 4 x as wide as the model unless `mlp_width` is
+    overridden, a Llama's head is width / heads wide unless its size (Qwen3) or an override says otherwise.
 
     Args:
         family: a key of `SIZES`.
         size: one of `SIZES[family]`.
         tokenizer_vocab: number of token ids that the tokenizer can give out.
         tensor_parallel: ranks that share one model's matrices; each gets the same number of vocabulary rows.
-        overrides: fields of `ModelShape` but `family`, by name.
+        overrides: fields of the family's shape but `family`, by name.
 
     Raises:
         ConfigError: the family, the size or an overridden field is unknown, or the shape cannot be built.
@@ -140,16 +116,16 @@ def named_size(
         raise ConfigError(_unknown("model.family", family, SIZES))
     if size not in SIZES[family]:
         raise ConfigError(_unknown("model.size", size, SIZES[family]))
-    fields = [field.name for field in dataclasses.fields(ModelShape) if field.name != "family"]
+    fields = [field.name for field in dataclasses.fields(FAMILIES[family]) if field.name != "family"]
     faults = [_unknown(f"model.{name}", name, fields) for name in overrides if name not in fields]
     if faults:
         raise ConfigError("\n".join(faults))
+    if isinstance(scaling := overrides.get("rope_scaling"), Mapping):
+        overrides["rope_scaling"] = RopeScaling(**scaling)
 
-    layers, width, heads, released_vocab = _GPT_NEOX[size]
+    released_vocab, chosen = _gpt_neox(size, overrides) if family == "gpt_neox" else _llama(size, overrides)
     vocab_size = _padded(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE * tensor_parallel)
-    width = overrides.get("width", width)
-    chosen = {"layers": layers, "width": width, "heads": heads, "mlp_width": 4 * width, "vocab_size": vocab_size}
-    shape = ModelShape(family=family, **(chosen | overrides))
+    shape = FAMILIES[family](**({"family": family, "vocab_size": vocab_size} | chosen | overrides))
 
     if shape.vocab_size < tokenizer_vocab or shape.vocab_size % tensor_parallel:
         raise ConfigError(
@@ -159,39 +135,59 @@ def named_size(
     return shape
 
 
+def as_config_table(shape: ModelShape) -> str:
+    """A [model] table that makes this shape: the size that is nearest to it, and what must be set besides."""
+    candidates = {size: _overrides_to(shape, size) for size in SIZES[shape.family]}
+    size, overrides = min(
+        ((size, numbers) for size, numbers in candidates.items() if numbers is not None), key=lambda pair: len(pair[1])
+    )
+    lines = ["[model]", f'family = "{shape.family}"', f'size = "{size}"']
+    return "\n".join([*lines, *(f"{name} = {_as_toml(value)}" for name, value in overrides.items())])
+
+
+def _overrides_to(shape: ModelShape, size: str) -> dict[str, Any] | None:
+    """What must be set beside a size's name to have this shape; None where the size has what cannot be taken away."""
+    ours, named = (
+        {name.removeprefix("model."): value for name, value in each.as_recipe().items()}
+        for each in (shape, named_size(shape.family, size, 1))
+    )
+    wanted = {name: value for name, value in ours.items() if value != named[name]}
+    if None in wanted.values():
+        return None
+    if {"width", "heads"} & set(wanted):  # these two follow them where they are not set
+        wanted |= {name: ours[name] for name in ("mlp_width", "head_width") if name in ours}
+    return wanted
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{name} = {_as_toml(inner)}" for name, inner in value.items()) + " }"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _gpt_neox(size: str, overrides: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    layers, width, heads, vocab = _GPT_NEOX[size]
+    return vocab, {"layers": layers, "width": width, "heads": heads, "mlp_width": 4 * overrides.get("width", width)}
+
+
+def _llama(size: str, overrides: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    layers, width, heads, kv_heads, mlp_width, vocab, more = _LLAMA[size]
+    width_now, heads_now = overrides.get("width", width), overrides.get("heads", heads)
+    if "head_width" not in more and "head_width" not in overrides and heads_now > 0 and width_now % heads_now:
+        raise ConfigError(
+            f"model.heads: must divide model.width = {width_now} where model.head_width is not set, got {heads_now}"
+        )
+    chosen = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
+    return vocab, chosen | {"head_width": width_now // max(heads_now, 1)} | dict(more)
+
+
 def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _unknown(path: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
+def _unknown(path: str, name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(allowed), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{path}: unknown {path.rpartition('.')[2]} {name!r}; {hint}Allowed: {', '.join(allowed)}"
-
-
-def _type_faults(shape: ModelShape) -> list[str]:
-    faults = []
-    for field in dataclasses.fields(shape):
-        kind, value = cast(type, field.type), getattr(shape, field.name)
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or (kind is not bool and isinstance(value, bool)):
-            faults.append(f"model.{field.name}: must be {kind.__name__}, got {value!r}")
-    return faults
-
-
-def _value_faults(shape: ModelShape) -> list[str]:
-    names = ("layers", "width", "heads", "mlp_width", "vocab_size", "rope_base", "norm_eps")
-    faults = [
-        f"model.{name}: must be above 0, got {getattr(shape, name)}" for name in names if getattr(shape, name) <= 0
-    ]
-    if faults:
-        return faults
-    if shape.width % shape.heads:
-        faults.append(f"model.heads: must divide model.width = {shape.width}, got {shape.heads}")
-    rotated = shape.head_width * shape.rotary_fraction
-    if not 0 < shape.rotary_fraction <= 1 or abs(rotated / 2 - round(rotated / 2)) > 1e-9 or rotated < 2:
-        faults.append(
-            f"model.rotary_fraction: must be in (0, 1] and rotate an even number of the {shape.head_width} features of "
-            f"a head, got {shape.rotary_fraction} ({rotated:g} features)"
-        )
-    return faults
