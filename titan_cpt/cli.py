@@ -81,6 +81,23 @@ def _parser() -> argparse.ArgumentParser:
         "--train-tokenizer", type=_positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
     )
 
+    importing = _command(commands, "import", _import, "a released model (Hugging Face) as a checkpoint to begin with")
+    importing.add_argument("source", metavar="PATH-OR-HUB-NAME", help="a folder, OWNER/NAME or OWNER/NAME@REVISION")
+    importing.add_argument("output", type=Path, metavar="OUT", help="the checkpoint to write")
+    importing.add_argument(
+        "--vocab-size", type=_positive, metavar="ROWS", help="rows beyond are dropped, new ones the mean of the old"
+    )
+
+    export = _command(commands, "export", _export, "a checkpoint as a folder that transformers and vLLM load")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
+    export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
+    export.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
+    export.add_argument(
+        "--max-positions", type=_positive, metavar="TOKENS", help="default: what it was trained or released for"
+    )
+
     report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
 
@@ -204,6 +221,28 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         force=options.force,
     )
     print(f"{options.output}: {result.in_words}")
+    return 0
+
+
+def _import(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.interchange import import_released
+
+    import_released(options.source, options.output, vocab_size=options.vocab_size, tell=print)
+    return 0
+
+
+def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.export import export, parse_bytes
+
+    export(
+        options.checkpoint,
+        options.output,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        max_shard_bytes=parse_bytes(options.max_shard_size),
+        max_positions=options.max_positions,
+        tell=print,
+    )
     return 0
 
 

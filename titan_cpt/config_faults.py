@@ -15,8 +15,6 @@ RESERVED_STAGE_NAMES = ("tb",)  # the run's folder holds these beside the stages
 
 # What the schema knows and no code does yet: dotted key and the only value that is honest until then.
 NOT_AVAILABLE_YET: dict[str, Any] = {
-    "model.family": "gpt_neox",
-    "model.tie_embeddings": None,
     "training.enable_cpu_offload": False,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
@@ -240,9 +238,7 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
         if base not in earlier or point not in ("", "pre_anneal"):
             forms = "stage:NAME or stage:NAME@pre_anneal"
             yield f"{where}: must name an earlier stage as {forms}, got {init!r}; earlier are {listed(earlier)}"
-    elif kind == "hf":
-        yield f"{where}: importing Hugging Face weights is not available yet, got {init!r}"
-    elif init not in ("previous", "random") and not (kind == "checkpoint" and target):
+    elif init not in ("previous", "random") and not (kind in ("checkpoint", "hf") and target):
         allowed = "previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:PATH-OR-NAME"
         yield f"{where}: must be one of {allowed}, got {init!r}"
     if stage.get("optimizer_state") == "keep" and (init == "random" or kind == "hf"):

@@ -50,6 +50,11 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
     faults: list[str] = []
     notes = list(_notes(config, inventory))
+    if shape.tied and config.parallelism.pipeline_parallel_degree > 1:
+        faults.append(
+            "model.tie_embeddings: a head that is the embedding cannot be cut off from it into another pipeline stage: "
+            "set parallelism.pipeline_parallel_degree to 1, or tie_embeddings to false"
+        )
     data_parallel = _data_parallel(config, world_size, faults)
     per_step = data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:

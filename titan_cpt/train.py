@@ -28,6 +28,7 @@ from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
 from titan_cpt.distributed.mesh import autocast, join_ranks, leave_ranks
 from titan_cpt.errors import CheckpointError, NumericsError
+from titan_cpt.interchange import IMPORTED, load_released
 from titan_cpt.loss import summed_cross_entropy
 from titan_cpt.manifest import differences, verify, write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
@@ -120,8 +121,10 @@ def transition(parts: Parts, stage: StagePlan) -> int:
     if stage.init == "random":
         parts.model.init_weights(parts.plan.seed)
         weights = f"new, from seed {parts.plan.seed}"
+    elif isinstance(stage.init, str) and stage.init.startswith("hf:"):
+        weights = load_released(parts.model, stage.init.removeprefix("hf:"), parts.plan.shape)
     else:
-        source = _source(parts, stage.init)
+        source = _source(parts, stage)
         load_state(source, parts.model, parts.optimizer if stage.keep_optimizer else None)
         weights = f"from {source}"
     if not stage.keep_optimizer:
@@ -321,17 +324,20 @@ def _use_numbers(parts: Parts, stage: StagePlan) -> None:
     set_lr(parts.optimizer, stage.lr_at(0))
 
 
-def _source(parts: Parts, init: Point | str) -> Path:
-    """The checkpoint that `init` means, checked before it is read.
+def _source(parts: Parts, stage: StagePlan) -> Path:
+    """The checkpoint that a stage's `init` means, checked before it is read.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds another model.
     """
-    if isinstance(init, Point):
-        folder = checkpoint_folder(parts.folder, init.stage, init.steps_done)
+    if isinstance(stage.init, Point):
+        folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
     else:
-        folder = Path(init.removeprefix("checkpoint:"))
-    there = verify(folder)["recipe"]
+        folder = Path(stage.init.removeprefix("checkpoint:"))
+    found = verify(folder)
+    if stage.keep_optimizer and found["kind"] == IMPORTED:
+        raise CheckpointError(f"{folder}: is an import, without optimizer state: set optimizer_state to reset")
+    there = found["recipe"]
     ours = parts.plan.base_recipe
     shape = {key for key in {*ours, *there} if key.startswith("model.")}
     changed = differences({k: there.get(k) for k in shape}, {k: ours.get(k) for k in shape})

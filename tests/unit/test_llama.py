@@ -263,16 +263,17 @@ def test_every_released_size_has_the_published_parameter_count():
     assert {size: named_size("llama", size, 257).parameters for size in SIZES["llama"][3:]} == PUBLISHED
 
 
-LLAMA_32_3B = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "head_dim": 128,
+LLAMA_32_3B = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "head_dim": 128,
 "hidden_act": "silu", "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 131072,
 "mlp_bias": false, "model_type": "llama", "num_attention_heads": 24, "num_hidden_layers": 28, "num_key_value_heads": 8,
 "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0,
 "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
 "tie_word_embeddings": true, "torch_dtype": "bfloat16", "vocab_size": 128256}"""
-QWEN25_14B = """{"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 5120, "max_window_layers": 48,
+QWEN25_14B = """{"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 5120,
 "intermediate_size": 13824, "max_position_embeddings": 131072, "model_type": "qwen2", "num_attention_heads": 40,
-"num_hidden_layers": 48, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
-"sliding_window": 131072, "tie_word_embeddings": false, "use_sliding_window": false, "vocab_size": 152064}"""
+"max_window_layers": 48, "num_hidden_layers": 48, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+"rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": false,
+"use_sliding_window": false, "vocab_size": 152064}"""
 QWEN3_4B = """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "head_dim": 128, "hidden_act": "silu",
 "hidden_size": 2560, "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36,
 "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
@@ -282,8 +283,9 @@ MISTRAL_7B = """{"architectures": ["MistralForCausalLM"], "hidden_act": "silu", 
 "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
 "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
 "tie_word_embeddings": false, "vocab_size": 32000}"""
-LLAMA2_7B = """{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008,
-"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "rms_norm_eps": 1e-05, "rope_scaling": null,
+LLAMA2_7B = """{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+"intermediate_size": 11008, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+ "rms_norm_eps": 1e-05, "rope_scaling": null,
 "tie_word_embeddings": false, "vocab_size": 32000}"""
 
 

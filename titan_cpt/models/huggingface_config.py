@@ -164,7 +164,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
     Raises:
         CheckpointError: the model is of another kind, or the config asks for what is not computed here; names each.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _KINDS:
         raise CheckpointError(f"{where}: model_type: must be one of {', '.join(_KINDS)}, got {kind!r}")
     shape, own = _KINDS[kind]

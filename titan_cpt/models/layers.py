@@ -77,6 +77,7 @@ def rotary_tables(
     if scaling is None:
         angles_LR = positions_L.float()[:, None] * frequencies_R
         return angles_LR.cos(), angles_LR.sin()
+    assert scaling.attention_factor is not None, "a checked scaling has one"
     stretch = {"llama3": _llama3_frequencies, "yarn": _yarn_frequencies}[scaling.kind]
     angles_LR = positions_L.float()[:, None] * stretch(frequencies_R, base, scaling)
     return angles_LR.cos() * scaling.attention_factor, angles_LR.sin() * scaling.attention_factor

@@ -53,7 +53,8 @@ class Llama(nn.Module):
         x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
         if isinstance(self.head, TiedHead):
             assert self.embedding is not None, "a model with tied embeddings has both or neither"
-            return self.head(x_BLD, self.embedding.weight)
+            logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight)
+            return logits_BLV
         return self.head(x_BLD) if self.head is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
@@ -143,8 +144,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped queries.
 
-    The rows of `q`, `k` and `v` lie head after head, so that a slice of them, as tensor parallelism cuts it, holds whole
-    heads; `forward` finds out how many it holds.
+    The rows of `q`, `k` and `v` lie head after head, so that a slice of them, as tensor parallelism cuts it, holds
+    whole heads; `forward` finds out how many it holds.
     """
 
     def __init__(self, shape: LlamaShape) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.shapes import FAMILIES, ModelShape, RopeScaling
+from titan_cpt.models.shapes import FAMILIES, ROPE_SCALINGS, ModelShape, RopeScaling
 
 VOCABULARY_MULTIPLE = 128
 """A padded vocabulary is a multiple of this many rows on every tensor-parallel rank."""
@@ -125,7 +125,7 @@ def named_size(
 
     released_vocab, chosen = _gpt_neox(size, overrides) if family == "gpt_neox" else _llama(size, overrides)
     vocab_size = _padded(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE * tensor_parallel)
-    shape = FAMILIES[family](**({"family": family, "vocab_size": vocab_size} | chosen | overrides))
+    shape = FAMILIES[family](**{"family": family, "vocab_size": vocab_size, **chosen, **overrides})
 
     if shape.vocab_size < tokenizer_vocab or shape.vocab_size % tensor_parallel:
         raise ConfigError(
@@ -160,8 +160,10 @@ def _overrides_to(shape: ModelShape, size: str) -> dict[str, Any] | None:
 
 
 def _as_toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{name} = {_as_toml(inner)}" for name, inner in value.items()) + " }"
+    if isinstance(value, Mapping):  # rope_scaling: the numbers of the other kinds are not told
+        foreign = {name for kind, names in ROPE_SCALINGS.items() if kind != value["kind"] for name in names}
+        kept = {name: inner for name, inner in value.items() if name not in foreign}
+        return "{ " + ", ".join(f"{name} = {_as_toml(inner)}" for name, inner in kept.items()) + " }"
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,270 @@
+"""A checkpoint as a directory that transformers and vLLM load: config, tokenizer, sharded safetensors, model card.
+
+The weights go through one shard at a time, and each shard is read back and compared bit by bit before the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from titan_cpt import manifest
+from titan_cpt.data.bpe import token_bytes
+from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, load_tokenizer
+from titan_cpt.errors import CheckpointError, ConfigError, DataError
+from titan_cpt.interchange import open_released, partial_folder, require_free, weight_shapes
+from titan_cpt.lineage import Origin, legs, origin
+from titan_cpt.model_card import model_card
+from titan_cpt.models.huggingface import hub_names
+from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.shapes import ModelShape, shape_from_recipe
+from titan_cpt.weight_files import read_config, tensors_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str,
+    tokenizer: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    max_positions: int | None = None,
+    tell: Callable[[str], None],
+) -> None:
+    """Write a checkpoint's weights, and what belongs to them, into a new folder.
+
+    Args:
+        checkpoint: of a run, or an import.
+        out: must not be there yet.
+        dtype: a key of `DTYPES`; float32 keeps every bit.
+        tokenizer: "bytes", a tokenizer.json or a folder that holds one; left out, the run's own.
+        max_shard_bytes: of one file of weights, unless a single weight is larger.
+        max_positions: the longest sequence that config.json promises; left out, the longer of what the run was trained
+            on and what the release that it began from promises.
+        tell: is given each line for the user.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, `out` is there or cannot be written, or what was written is not what
+            is read back.
+        DataError: the tokenizer cannot be read, or is not the run's.
+    """
+    require_free(out)
+    record = manifest.verify(checkpoint)
+    try:
+        shape = shape_from_recipe(record["recipe"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
+    came_from = origin(record)
+    words = _tokenizer(record, checkpoint, tokenizer, came_from)
+    positions = max_positions or _positions(record, came_from)
+    partial = partial_folder(out)
+    try:
+        files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
+        _write_settings(partial, shape, words, positions=positions, dtype=dtype, came_from=came_from)
+        if words is not None:
+            _write_tokenizer(words, partial, positions)
+        card = model_card(record, checkpoint, legs(record), came_from, shape, dtype=dtype, tokenizer=words)
+        (partial / "README.md").write_text(card)
+        if open_released(str(partial)).shape != shape:
+            raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
+        partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error}. Make room, or name another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    tell(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
+    tell(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
+    tell(
+        f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH"
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that "5GB", "300MB" or "1000000" names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or not int(match[1]):
+        raise ConfigError(f'command line: a size in bytes must be such as "5GB" or "300MB", got {text!r}')
+    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+
+
+def _positions(record: Mapping[str, Any], came_from: Origin | None) -> int:
+    released = came_from.config.get("max_position_embeddings") if came_from else None
+    trained = record["recipe"].get("training.seq_len")
+    return max([n for n in (released, trained) if isinstance(n, int)], default=2048)
+
+
+def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> int:
+    """Write the shards one after another, each read back at once; returns how many."""
+    names, groups = hub_names(shape), list(_groups(shape, dtype, max_bytes))
+    weight_map, total = {}, 0
+    for number, group in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {names[ours]: tensor.to(dtype) for ours, tensor in _load(checkpoint, group).items()}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        _require_equal(out / file, tensors)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return len(groups)
+
+
+def _groups(shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Weights in the model's order, packed into shards."""
+    group: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, lengths in weight_shapes(shape).items():
+        needed = torch.Size(lengths).numel() * dtype.itemsize
+        if group and size + needed > max_bytes:
+            yield group
+            group, size = {}, 0
+        group[name], size = lengths, size + needed
+    yield group
+
+
+def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    weights = {name: torch.empty(*lengths, dtype=torch.float32) for name, lengths in group.items()}
+    try:
+        load({"model": weights}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    except Exception as error:  # DCP wraps whatever went wrong
+        raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None
+    return weights
+
+
+def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, again in tensors_of(file):
+        tensor = tensors[name]
+        kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16  # bits, so that a NaN is equal to itself
+        if again.dtype != tensor.dtype or not torch.equal(again.view(kind), tensor.view(kind)):
+            raise CheckpointError(f"{file}: {name} is not what was written; the disk may be failing")
+
+
+def _write_settings(
+    out: Path, shape: ModelShape, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
+) -> None:
+    """config.json and generation_config.json; documents begin and end with the tokenizer's end-of-document id."""
+    config = config_from_shape(shape, max_positions=positions, dtype=dtype)
+    released = came_from.config if came_from else {}
+    marks = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
+    if words is not None:
+        marks = {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
+    # transformers' own defaults are ids that may mean anything here
+    marks = {"bos_token_id": None, "eos_token_id": None} | marks
+    (out / "config.json").write_text(json.dumps(config | marks, indent=2))
+    (out / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **marks}, indent=2))
+
+
+def _tokenizer(
+    record: Mapping[str, Any], checkpoint: Path, asked: str | None, came_from: Origin | None
+) -> Tokenizer | None:
+    """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known."""
+    path = asked or _runs_tokenizer(checkpoint)
+    if path is None and came_from and came_from.folder and (came_from.folder / "tokenizer.json").exists():
+        path = str(came_from.folder)
+    if path is None:
+        return None
+    words = load_tokenizer(path)
+    trained_with = record["data"].get("tokenizer")
+    if trained_with not in (None, words.fingerprint):
+        raise DataError(
+            f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "
+            f"{trained_with[:12]}); give --tokenizer the file that the run was trained with"
+        )
+    if words.vocab_size > record["recipe"]["model.vocab_size"]:
+        raise DataError(
+            f"{path}: has {words.vocab_size:,} ids, the model {record['recipe']['model.vocab_size']:,} rows: it is "
+            "another model's; give --tokenizer the right one"
+        )
+    return words
+
+
+def _runs_tokenizer(checkpoint: Path) -> str | None:
+    """What the config beside the run's stages says; None for a checkpoint that is not in a run's folder."""
+    path = checkpoint.parent.parent / "config.toml"
+    if not path.exists():
+        return None
+    try:
+        config = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; give --tokenizer PATH") from None
+    return str(config.get("tokenizer", {}).get("path", BYTES))
+
+
+def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
+    """tokenizer.json and what lay beside it; the byte tokenizer as the BPE without merges that it is."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    if words.name == BYTES:
+        spec = _bytes_as_json(words.eod_id)
+    else:
+        source = Path(words.name) / "tokenizer.json" if Path(words.name).is_dir() else Path(words.name)
+        spec = json.loads(source.read_text())
+        (out / "tokenizer.json").write_bytes(source.read_bytes())
+        for name in _BESIDE_TOKENIZER:
+            if (source.parent / name).is_file():
+                shutil.copyfile(source.parent / name, out / name)
+    if not (out / "tokenizer.json").exists():
+        (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
+    if not (out / "tokenizer_config.json").exists():
+        vocabulary = {**spec["model"]["vocab"], **{one["content"]: one["id"] for one in spec.get("added_tokens") or []}}
+        end = next(token for token, number in vocabulary.items() if number == words.eod_id)
+        (out / "tokenizer_config.json").write_text(
+            json.dumps(settings | {"eos_token": end, "bos_token": end}, indent=2)
+        )
+
+
+def _bytes_as_json(eod_id: int) -> dict[str, Any]:
+    """The byte tokenizer as a tokenizer.json: a byte-level BPE that has no merges, its ids the bytes themselves."""
+    vocabulary = {}
+    for code in range(0x144):
+        with contextlib.suppress(KeyError):  # the characters that stand for no byte
+            vocabulary[chr(code)] = token_bytes(chr(code))[0]
+    end = {"id": eod_id, "content": END_OF_DOCUMENT, "special": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }

@@ -1,0 +1,99 @@
+"""Where a checkpoint's weights come from, as its manifest tells: the stages that they went through, and the release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_cpt import manifest
+from titan_cpt.errors import CheckpointError
+from titan_cpt.weight_files import read_config
+
+_HUB, _CHECKPOINT = "hf:", "checkpoint:"
+_RUNS_FOLLOWED = 50  # a chain of runs that is longer goes in a circle
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stage that the weights went through.
+
+    Attributes:
+        steps: of it that were taken, all or up to the point where the next stage picked the weights up.
+        init: where it began: random, hf:NAME, checkpoint:PATH, or STAGE@STEPS.
+    """
+
+    stage: str
+    steps: int
+    init: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The release that a line of stages began from.
+
+    Attributes:
+        name: folder or hub name, as it was given.
+        config: its config.json; empty where it is not at hand any more.
+        folder: where it lies; None for a hub name and a folder that is gone.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    folder: Path | None
+
+
+def legs(record: Mapping[str, Any]) -> list[Leg]:
+    """The stages of this run behind a manifest's weights, the first one first; none for an import."""
+    recipe, found = record["recipe"], list[Leg]()
+    stage, steps = str(record["stage"]), int(record["steps_done"])
+    while f"stages.{stage}.init" in recipe:
+        init = str(recipe[f"stages.{stage}.init"])
+        found.insert(0, Leg(stage, steps, init))
+        parent, _, at = init.rpartition("@")
+        if init.startswith((_HUB, _CHECKPOINT)) or f"stages.{parent}.init" not in recipe or len(found) > len(recipe):
+            break
+        stage, steps = parent, int(at)
+    return found
+
+
+def origin(record: Mapping[str, Any]) -> Origin | None:
+    """The release that the weights began as, through other runs' checkpoints too; None where they began at random."""
+    for _ in range(_RUNS_FOLLOWED):
+        if "released" in record:
+            name, config = str(record["released"]["name"]), record["released"]["config"]
+            return Origin(name, config, Path(name) if Path(name).is_dir() else None)
+        line = legs(record)
+        init = line[0].init if line else "random"
+        if init.startswith(_HUB):
+            return _of_release(init.removeprefix(_HUB))
+        if not init.startswith(_CHECKPOINT):
+            return None
+        try:
+            record = manifest.read(Path(init.removeprefix(_CHECKPOINT)))
+        except CheckpointError:
+            return Origin(init.removeprefix(_CHECKPOINT), {}, None)
+    return None
+
+
+def _of_release(name: str) -> Origin:
+    folder = Path(name) if Path(name).is_dir() else _in_cache(name)
+    try:
+        return Origin(name, read_config(folder) if folder else {}, folder)
+    except CheckpointError:
+        return Origin(name, {}, None)
+
+
+def _in_cache(name: str) -> Path | None:
+    """The folder of a hub name in the cache of huggingface_hub, without asking the network."""
+    try:
+        from huggingface_hub import try_to_load_from_cache  # an extra
+    except ImportError:
+        return None
+    repository, _, revision = name.partition("@")
+    try:
+        config = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    except ValueError:  # not a name that the hub could have
+        return None
+    return Path(config).parent if isinstance(config, str) else None
