@@ -1,6 +1,6 @@
 """Hugging Face -> titan_cpt -> Hugging Face on tiny models: import, one German stage, export, generate.
 
-`python scripts/roundtrip_huggingface.py [FOLDER]` needs transformers and half a minute of a CPU, no network and no data.
+`python scripts/roundtrip_huggingface.py [FOLDER]` needs transformers and half a minute of a CPU, no network or data.
 A GPT-NeoX goes in through `titan-cpt import` and `init = "checkpoint:..."`, a Llama through `init = "hf:..."`. Each is
 a random model on disk as transformers saves it; what comes out is loaded by transformers, must have learnt German (its
 loss is the one that the run measured), and generates. Exit status 0 if all of that holds.
@@ -28,7 +28,7 @@ from titan_cpt.cli import main as titan_cpt
 from titan_cpt.data.indexed import TokenStream
 from titan_cpt.validate import fixed_windows
 
-WORDS = "der die das Hund Katze Haus Baum Straße über läuft schläft spricht größer kleiner und oder nicht heute".split()
+WORDS = ("der", "die", "das", "Hund", "Katze", "Straße", "über", "läuft", "größer", "und", "oder", "nicht", "heute")
 ROWS = 300  # more than the byte tokenizer's 257 ids, as released vocabularies are padded
 
 CONFIG = """
@@ -62,9 +62,10 @@ lr = {{ schedule = "cosine", max = 3e-3, warmup_until = 0.1 }}
 
 def main(folder: Path) -> None:
     """Both families, the whole way round."""
-    write_german(folder / "german.txt")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_german(folder / "german.jsonl")
     command(
-        "prepare", "--input", folder / "german.txt", "--output", folder / "german", "--holdout", 0.1, "--workers", 1
+        "prepare", "--input", folder / "german.jsonl", "--output", folder / "german", "--holdout", 0.1, "--workers", 1
     )
     neox = GPTNeoXConfig(
         vocab_size=ROWS, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
@@ -90,7 +91,7 @@ def write_german(path: Path) -> None:
     """Documents of made-up sentences, one a line, the same ones every time."""
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(WORDS, k=12)).capitalize() + "." for _ in range(600)]
-    path.write_text("\n".join(sentences))
+    path.write_text("\n".join(json.dumps({"text": sentence}) for sentence in sentences))
 
 
 def there_and_back(folder: Path, family: str, init: str) -> None:

@@ -24,7 +24,7 @@ from titan_cpt import manifest
 from titan_cpt.data.bpe import token_bytes
 from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
-from titan_cpt.interchange import open_released, partial_folder, require_free, weight_shapes
+from titan_cpt.interchange import alone, open_released, partial_folder, require_free, weight_shapes
 from titan_cpt.lineage import Origin, legs, origin
 from titan_cpt.model_card import model_card
 from titan_cpt.models.huggingface import hub_names
@@ -116,7 +116,8 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if match is None or not int(match[1]):
         raise ConfigError(f'command line: a size in bytes must be such as "5GB" or "300MB", got {text!r}')
-    return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    unit: int = 1000 ** " KMGT".index(match[2].upper() or " ")
+    return int(match[1]) * unit
 
 
 def _positions(record: Mapping[str, Any], came_from: Origin | None) -> int:
@@ -128,7 +129,8 @@ def _positions(record: Mapping[str, Any], came_from: Origin | None) -> int:
 def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> int:
     """Write the shards one after another, each read back at once; returns how many."""
     names, groups = hub_names(shape), list(_groups(shape, dtype, max_bytes))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, group in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {names[ours]: tensor.to(dtype) for ours, tensor in _load(checkpoint, group).items()}
@@ -158,7 +160,8 @@ def _groups(shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> Iterator[d
 def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     weights = {name: torch.empty(*lengths, dtype=torch.float32) for name, lengths in group.items()}
     try:
-        load({"model": weights}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        with alone():
+            load({"model": weights}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
     except Exception as error:  # DCP wraps whatever went wrong
         raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None
     return weights

@@ -7,7 +7,9 @@ any layout, by `import` one tensor after another. What is read is then compared 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,7 @@ def fill(model: nn.Module, released: Released, shape: ModelShape) -> None:
     """Copy the part of every weight that this rank holds from the files into the model."""
     state = get_model_state_dict(model)
     for name, weight in state.items():
+        assert isinstance(weight, Tensor), f"{name} is a weight"
         local, slices = weight, [slice(0, length) for length in weight.shape]
         if isinstance(weight, DTensor):
             lengths, offsets = compute_local_shape_and_global_offset(
@@ -221,6 +224,14 @@ def partial_folder(out: Path) -> Path:
     return partial
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """For DCP in a process without peers: no warning that there are none, which is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 class _ReadWhenWritten(DefaultSavePlanner):
     """Plans with tensors on the meta device, and reads each one when its turn to be written comes."""
 
@@ -242,12 +253,15 @@ def _stream(released: Released, shape: ModelShape, folder: Path) -> None:
     }
     # A file for each tensor: DCP keeps what it writes into one file in memory until the file is whole.
     writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
-    save(state, storage_writer=writer, planner=_ReadWhenWritten(lambda name: released.read(name, shape)), no_dist=True)
+    planner = _ReadWhenWritten(lambda name: released.read(name, shape))
+    with alone():
+        save(state, storage_writer=writer, planner=planner, no_dist=True)
 
 
 def _load_plain(folder: Path, model: nn.Module) -> None:
     """Read back what was written, into a whole model, in place."""
-    load({"model": model.state_dict()}, storage_reader=FileSystemReader(folder), no_dist=True)
+    with alone():
+        load({"model": model.state_dict()}, storage_reader=FileSystemReader(folder), no_dist=True)
 
 
 def _compared_in_a_run(released: Released, shape: ModelShape) -> str:
@@ -280,12 +294,12 @@ def compared(released: Released, shape: ModelShape, load: Callable[[nn.Module], 
     load(model)
     rows = min(shape.vocab_size, released.shape.vocab_size)
     tokens_BL = torch.randint(0, rows, (2, 32), generator=torch.Generator().manual_seed(0))
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(released.files.folder, local_files_only=True)
     with torch.no_grad():
         logits_BLV = model(tokens_BL)[..., :rows]
-        their_logits_BLV = theirs.float().eval()(tokens_BL).logits[..., :rows]
+        their_logits_BLV = theirs.to(torch.float32).eval()(tokens_BL).logits[..., :rows]
     apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
     if not apart <= _TOLERANCE * max(1.0, size):
         raise CheckpointError(

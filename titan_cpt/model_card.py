@@ -41,11 +41,13 @@ def model_card(
     name = f"{record['stage']}, step {record['steps_done']:,}"
     run = checkpoint.resolve().parent.parent.name if line else ""
     began = f"the released weights `{came_from.name}`" if came_from else "random weights"
-    words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
+    words = "not exported"
+    if tokenizer is not None:
+        words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
     facts = [
         f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
         f"- Began as: {began}",
-        f"- Tokenizer: {words if tokenizer else 'not exported'}",
+        f"- Tokenizer: {words}",
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
     parts = [_front_matter(came_from), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]

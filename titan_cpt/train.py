@@ -21,19 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt import checkpoint as ckpt
-from titan_cpt.checkpoint import Found, checkpoint_folder, load_state
+from titan_cpt.checkpoint import Found, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
 from titan_cpt.distributed.mesh import autocast, join_ranks, leave_ranks
-from titan_cpt.errors import CheckpointError, NumericsError
-from titan_cpt.interchange import IMPORTED, load_released
+from titan_cpt.errors import NumericsError
+from titan_cpt.initial import load_initial
 from titan_cpt.loss import summed_cross_entropy
-from titan_cpt.manifest import differences, verify, write_text_atomically
+from titan_cpt.manifest import write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
 from titan_cpt.parts import Parts, build
-from titan_cpt.plan import Point, StagePlan, fingerprint
+from titan_cpt.plan import StagePlan, fingerprint
 from titan_cpt.report import print_summary, summarise
 from titan_cpt.run_folder import StopRequest, locked
 
@@ -118,15 +118,7 @@ def resume(parts: Parts, found: Found) -> int:
 def transition(parts: Parts, stage: StagePlan) -> int:
     """Begin a stage: weights from `init`, the optimizer reset or kept, the new stage's numbers; 0 steps are done."""
     parts.checkpoints.wait()
-    if stage.init == "random":
-        parts.model.init_weights(parts.plan.seed)
-        weights = f"new, from seed {parts.plan.seed}"
-    elif isinstance(stage.init, str) and stage.init.startswith("hf:"):
-        weights = load_released(parts.model, stage.init.removeprefix("hf:"), parts.plan.shape)
-    else:
-        source = _source(parts, stage)
-        load_state(source, parts.model, parts.optimizer if stage.keep_optimizer else None)
-        weights = f"from {source}"
+    weights = load_initial(parts, stage)
     if not stage.keep_optimizer:
         reset_state(parts.optimizer)
     _use_numbers(parts, stage)
@@ -322,28 +314,6 @@ def _use_numbers(parts: Parts, stage: StagePlan) -> None:
     numbers = stage.optimizer
     set_hyperparameters(parts.optimizer, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
     set_lr(parts.optimizer, stage.lr_at(0))
-
-
-def _source(parts: Parts, stage: StagePlan) -> Path:
-    """The checkpoint that a stage's `init` means, checked before it is read.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or holds another model.
-    """
-    if isinstance(stage.init, Point):
-        folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
-    else:
-        folder = Path(stage.init.removeprefix("checkpoint:"))
-    found = verify(folder)
-    if stage.keep_optimizer and found["kind"] == IMPORTED:
-        raise CheckpointError(f"{folder}: is an import, without optimizer state: set optimizer_state to reset")
-    there = found["recipe"]
-    ours = parts.plan.base_recipe
-    shape = {key for key in {*ours, *there} if key.startswith("model.")}
-    changed = differences({k: there.get(k) for k in shape}, {k: ours.get(k) for k in shape})
-    if changed:
-        raise CheckpointError(f"{folder}: holds another model than the config's: {'; '.join(changed)}")
-    return folder
 
 
 def write_summary(parts: Parts) -> None:

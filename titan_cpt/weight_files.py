@@ -189,7 +189,7 @@ def _find_index(folder: Path) -> dict[str, str] | Path:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     try:
-        with safe_open(str(file), framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(str(file), framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged, or not a safetensors file: {error}. {_REMEDY}") from None

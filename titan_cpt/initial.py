@@ -1,0 +1,48 @@
+"""The weights that a stage begins with: new ones, those of an earlier stage or another run, or a release's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan_cpt.checkpoint import checkpoint_folder, load_state
+from titan_cpt.errors import CheckpointError
+from titan_cpt.interchange import IMPORTED, load_released
+from titan_cpt.manifest import differences, verify
+from titan_cpt.parts import Parts
+from titan_cpt.plan import Point, StagePlan
+
+
+def load_initial(parts: Parts, stage: StagePlan) -> str:
+    """Bring a stage's first weights into the model, and the optimizer's state if it is kept; says where from.
+
+    Raises:
+        CheckpointError: what `init` means is missing or damaged, or holds another model.
+    """
+    if stage.init == "random":
+        parts.model.init_weights(parts.plan.seed)
+        return f"new, from seed {parts.plan.seed}"
+    if isinstance(stage.init, str) and stage.init.startswith("hf:"):
+        return f"from {load_released(parts.model, stage.init.removeprefix('hf:'), parts.plan.shape)}"
+    source = _source(parts, stage)
+    load_state(source, parts.model, parts.optimizer if stage.keep_optimizer else None)
+    return f"from {source}"
+
+
+def _source(parts: Parts, stage: StagePlan) -> Path:
+    """The checkpoint that a stage's `init` means, checked before it is read."""
+    if isinstance(stage.init, Point):
+        folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
+    else:
+        folder = Path(stage.init.removeprefix("checkpoint:"))
+    found, ours = verify(folder), parts.plan.base_recipe
+    if stage.keep_optimizer and found["kind"] == IMPORTED:
+        raise CheckpointError(
+            f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
+            "reset"
+        )
+    there = found["recipe"]
+    shape = {key for key in {*ours, *there} if key.startswith("model.")}
+    changed = differences({k: there.get(k) for k in shape}, {k: ours.get(k) for k in shape})
+    if changed:
+        raise CheckpointError(f"{folder}: holds another model than the config's: {'; '.join(changed)}")
+    return folder
