@@ -296,10 +296,10 @@ def compared(released: Released, shape: ModelShape, load: Callable[[nn.Module], 
     tokens_BL = torch.randint(0, rows, (2, 32), generator=torch.Generator().manual_seed(0))
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(released.files.folder, local_files_only=True)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(released.files.folder, local_files_only=True)
     with torch.no_grad():
         logits_BLV = model(tokens_BL)[..., :rows]
-        their_logits_BLV = theirs.to(torch.float32).eval()(tokens_BL).logits[..., :rows]
+        their_logits_BLV = theirs.float().eval()(tokens_BL).logits[..., :rows]
     apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
     if not apart <= _TOLERANCE * max(1.0, size):
         raise CheckpointError(

@@ -45,7 +45,7 @@ _CONSTANTS = (
 
 
 def hub_names(shape: ModelShape) -> dict[str, str]:
-    """Our name of every weight of such a model, in our order -> its name in a file of transformers'."""
+    """Our name of every weight of such a model -> its name in a file of transformers'."""
     if isinstance(shape, GPTNeoXShape):
         return _gpt_neox_names(shape)
     assert isinstance(shape, LlamaShape), f"no names for {type(shape).__name__}"
