@@ -30,6 +30,7 @@ VARIANTS = {  # name: (architecture that transformers is to take, overrides of d
     "other base and epsilon": ("llama", {"rope_base": 500.0, "norm_eps": 1e-3}),
     "llama3 scaling": ("llama", {"rope_scaling": LLAMA3}),
     "yarn scaling": ("llama", {"rope_scaling": YARN}),
+    "yarn whose ramp begins between two features": ("llama", {"rope_scaling": YARN | {"original_seq_len": 1024}}),
     "yarn with a given attention factor": (
         "llama",
         {"rope_scaling": YARN | {"attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 0.5}},
@@ -318,6 +319,7 @@ def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
     mistral = named_size("llama", "mistral-7b", 257)
     wanted = [
         dataclasses.replace(mistral, sliding_window=None, vocab_size=32_064),
+        dataclasses.replace(mistral, sliding_window=None),
         dataclasses.replace(mistral, width=2048, rope_scaling=built(rope_scaling=YARN).shape.rope_scaling),
         built(qk_norm=True, heads=4, vocab_size=300).shape,
         named_size("gpt_neox", "160m", 257, overrides={"width": 512, "heads": 4, "parallel_residual": False}),
