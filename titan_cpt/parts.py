@@ -17,8 +17,10 @@ from titan_cpt.data.inventory import open_streams, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
-from titan_cpt.distributed.mesh import Ranks
-from titan_cpt.distributed.parallelise import parallelise
+from titan_cpt.distributed.engine import Engine
+from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh
+from titan_cpt.distributed.parallelise import Techniques
+from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
 from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
@@ -39,9 +41,10 @@ class Parts:
     config: Config
     plan: Plan
     ranks: Ranks
+    mesh: Mesh
     folder: Path
-    precision: torch.dtype
     model: GPTNeoX
+    engine: Engine
     optimizer: AdamW
     guard: UpdateGuard
     reader: SequenceReader
@@ -70,15 +73,8 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         print_plan(plan, console, config.checkpoint.keep_latest_k)
 
     precision = getattr(torch, config.training.mixed_precision_param)
-    with torch.device("meta"):
-        model = GPTNeoX(plan.shape)
-    parallelise(
-        model,
-        ranks,
-        precision=precision,
-        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
-    )
-    model.to_empty(device=ranks.device)
+    mesh = build_mesh(ranks, plan.layout)
+    model, engine = build_model(plan.shape, mesh, _techniques(config, precision))
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
@@ -97,17 +93,18 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         sequences=config.validation.sequences,
         seq_len=plan.seq_len,
         local_batch=config.validation.local_batch_size or plan.local_batch_size,
-        precision=precision,
-        ranks=ranks,
+        engine=engine,
+        mesh=mesh,
     )
     done = 0 if found is None else found.manifest["run_step"]
     parts = Parts(
         config=config,
         plan=plan,
         ranks=ranks,
+        mesh=mesh,
         folder=folder,
-        precision=precision,
         model=model,
+        engine=engine,
         optimizer=optimizer,
         guard=UpdateGuard(optimizer),
         reader=SequenceReader(streams, seq_len=plan.seq_len, seed=plan.seed),
@@ -146,6 +143,17 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
             "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])
         )
     return found
+
+
+def _techniques(config: Config, precision: torch.dtype) -> Techniques:
+    kept = config.activation_checkpoint
+    return Techniques(
+        precision=precision,
+        recompute=kept.mode,
+        selection=kept.selective_ac_option,
+        memory_budget=kept.memory_budget,
+        compiled=config.compile.enable,
+    )
 
 
 def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:

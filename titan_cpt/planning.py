@@ -26,6 +26,8 @@ from titan_cpt.config import (
 )
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import PlanError
+from titan_cpt.layout import Layout, layout_of
+from titan_cpt.layout_rules import layout_faults
 from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
 from titan_cpt.models.sizes import ModelShape, named_size
 from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
@@ -48,12 +50,13 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
     faults, notes = list(_vocabulary_faults(shape, inventory)), list(_notes(config, inventory))
-    data_parallel = _data_parallel(config, world_size, faults)
-    per_step = data_parallel * config.training.local_batch_size
+    faults += layout_faults(config, shape, world_size)
+    layout = Layout() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
+    per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
         faults.append(
             f"training.global_batch_size: {config.training.global_batch_size} sequences do not divide into "
-            f"{per_step} a micro-step ({data_parallel} data-parallel ranks x training.local_batch_size "
+            f"{per_step} a micro-step ({layout.data_parallel} data-parallel ranks x training.local_batch_size "
             f"{config.training.local_batch_size}): change one of the two, or the number of ranks"
         )
     planner = _Planner(config, inventory, faults, notes)
@@ -75,29 +78,12 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
-        world_size=world_size,
-        data_parallel=data_parallel,
+        layout=layout,
         accumulation=config.training.global_batch_size // per_step,
         sequences=planner.sequences,
         base_recipe=_base_recipe(config, shape),
         notes=tuple(notes),
     )
-
-
-def _data_parallel(config: Config, world_size: int, faults: list[str]) -> int:
-    layout = config.parallelism
-    model_parallel = layout.tensor_parallel_degree * layout.pipeline_parallel_degree * layout.context_parallel_degree
-    if world_size % model_parallel:
-        faults.append(f"parallelism: {world_size} ranks do not divide into replicas of {model_parallel} ranks")
-        return 1
-    degree = world_size // model_parallel
-    asked = layout.data_parallel_shard_degree
-    if asked is not None and asked * layout.data_parallel_replicate_degree != degree:
-        faults.append(
-            f"parallelism.data_parallel_shard_degree: must be {degree // layout.data_parallel_replicate_degree} on "
-            f"{world_size} ranks, or left out, got {asked}"
-        )
-    return degree
 
 
 def _vocabulary_faults(shape: ModelShape, inventory: Inventory) -> Iterator[str]:

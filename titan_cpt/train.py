@@ -26,9 +26,8 @@ from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
-from titan_cpt.distributed.mesh import autocast, join_ranks, leave_ranks
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks
 from titan_cpt.errors import CheckpointError, NumericsError
-from titan_cpt.loss import summed_cross_entropy
 from titan_cpt.manifest import differences, verify, write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
 from titan_cpt.parts import Parts, build
@@ -61,20 +60,25 @@ def run(config: Config) -> int:
     for message in _THEIR_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     ranks = join_ranks()
-    folder = Path(config.job.output_dir) / config.job.name
     try:
-        with locked(folder, rank=ranks.rank), StopRequest() as stop:
-            if ranks.rank == 0:
-                materialise(config)
-            if dist.is_initialized():
-                dist.barrier()
-            parts, found = build(config, ranks, folder, stop)
-            try:
-                return train(parts, found)
-            finally:
-                parts.log.close()
+        return run_among(ranks, config)
     finally:
         leave_ranks()
+
+
+def run_among(ranks: Ranks, config: Config) -> int:
+    """As `run`, among ranks that have joined already and stay joined."""
+    folder = Path(config.job.output_dir) / config.job.name
+    with locked(folder, rank=ranks.rank), StopRequest() as stop:
+        if ranks.rank == 0:
+            materialise(config)
+        if dist.is_initialized():
+            dist.barrier()
+        parts, found = build(config, ranks, folder, stop)
+        try:
+            return train(parts, found)
+        finally:
+            parts.log.close()
 
 
 def train(parts: Parts, found: Found | None) -> int:
@@ -152,7 +156,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int) -> int:
         first_step=done,
         accumulation=plan.accumulation,
         local_batch=plan.local_batch_size,
-        rank=parts.ranks.rank,
+        rank=parts.mesh.data_rank,
         workers=config.training.num_workers,
     )
     parts.display.begin_stage(stage, done)
@@ -190,14 +194,9 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
         inputs_BL, targets_BL = (
             tokens.to(parts.ranks.device, non_blocking=True) for tokens in loader.batch(step, micro)
         )
-        with autocast(parts.ranks, parts.precision):
-            logits_BLV = model(inputs_BL)
-        part = summed_cross_entropy(logits_BLV, targets_BL) / plan.step_tokens  # its share of the global batch's mean
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-    grad_norm = clip_grad_norm(model, parts.config.training.max_norm)
+        loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
+    loss = parts.mesh.summed_shares(loss)
+    grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
     parts.guard.observe(loss, grad_norm)
     set_lr(optimizer, stage.lr_at(step))
     optimizer.step()
@@ -256,7 +255,7 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
 def validate(parts: Parts, stage: StagePlan, done: int) -> None:
     """Measure every dataset and write down its loss, and how much of it was forgotten."""
     plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure(parts.model)
+    losses = parts.validator.measure()
     said = []
     for dataset, loss in losses.items():
         since = plan.forgetting_since(stage, dataset)
