@@ -103,14 +103,14 @@ def _mlp_width(asked: Asked) -> str | None:
 
 def _sequence(asked: Asked) -> str | None:
     layout, length = asked.layout, asked.config.training.seq_len
-    parts = layout.tp * layout.cp * (2 if layout.cp > 1 else 1)
-    if length % parts == 0:
+    parts = 2 * layout.tp * layout.cp
+    if layout.cp == 1 or length % parts == 0:
         return None
     lower, upper = length // parts * parts, -(-length // parts) * parts
     near = f"{lower} or {upper}" if lower else str(upper)
     return (
-        f"training.seq_len: {length} does not divide into {parts} equal parts, which tensor {layout.tp} x context "
-        f"{layout.cp} parallelism needs (twice as many with context parallelism, for an even load): use {near}"
+        f"training.seq_len: {length} does not divide into {parts} equal parts, which context parallelism needs "
+        f"(2 x context {layout.cp} x tensor {layout.tp}): use {near}"
     )
 
 
@@ -210,7 +210,7 @@ RULES: tuple[Rule, ...] = (
     Rule("a shard degree that leaves ranks over", "every rank has a place in the mesh", _shard_degree),
     Rule("heads that do not divide by TP", "a rank computes whole heads", _heads),
     Rule("MLP width that does not divide by TP", "a rank computes an equal share of the features", _mlp_width),
-    Rule("seq_len that does not divide by TP x CP", "sequence and context parallelism cut equal parts", _sequence),
+    Rule("CP with a seq_len that does not divide by 2 x CP x TP", "a rank holds two equal pieces", _sequence),
     Rule("an unknown pipeline schedule", "torch has no such schedule", _unknown_schedule),
     Rule("layers that do not divide into the stages", "stages are equal shares of the layers", _layers),
     Rule("local batch that does not divide into micro-batches", "a schedule's shapes are fixed", _microbatch_size),

@@ -74,7 +74,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
 
     precision = getattr(torch, config.training.mixed_precision_param)
     mesh = build_mesh(ranks, plan.layout)
-    model, engine = build_model(plan.shape, mesh, _techniques(config, precision))
+    model, engine = build_model(plan.shape, mesh, techniques(config))
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
@@ -118,6 +118,18 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     return parts, found
 
 
+def techniques(config: Config) -> Techniques:
+    """What the config asks to be done to every block."""
+    kept = config.activation_checkpoint
+    return Techniques(
+        precision=getattr(torch, config.training.mixed_precision_param),
+        recompute=kept.mode,
+        selection=kept.selective_ac_option,
+        memory_budget=kept.memory_budget,
+        compiled=config.compile.enable,
+    )
+
+
 def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, str], console: Console) -> Found | None:
     """The newest good checkpoint, if its past is the config's past.
 
@@ -143,17 +155,6 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
             "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])
         )
     return found
-
-
-def _techniques(config: Config, precision: torch.dtype) -> Techniques:
-    kept = config.activation_checkpoint
-    return Techniques(
-        precision=precision,
-        recompute=kept.mode,
-        selection=kept.selective_ac_option,
-        memory_budget=kept.memory_budget,
-        compiled=config.compile.enable,
-    )
 
 
 def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:

@@ -14,6 +14,7 @@ from typing import Any
 
 from titan_cpt import schedules
 from titan_cpt.errors import PlanError
+from titan_cpt.footprint import Footprint
 from titan_cpt.layout import Layout
 from titan_cpt.mixture import Draw, Tree, draws, leaves
 from titan_cpt.models.sizes import ModelShape
@@ -119,6 +120,7 @@ class Plan:
 
     Attributes:
         layout: how the ranks share the work.
+        footprint: what that costs each of them.
         accumulation: local batches of one data-parallel rank in one step.
         sequences: of every source; None where the data is not there yet.
         base_recipe: what must never change in a run, by dotted key.
@@ -133,6 +135,7 @@ class Plan:
     global_batch_size: int
     local_batch_size: int
     layout: Layout
+    footprint: Footprint
     accumulation: int
     sequences: Mapping[str, int | None]
     base_recipe: Mapping[str, Any]

@@ -26,6 +26,7 @@ from titan_cpt.config import (
 )
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import PlanError
+from titan_cpt.footprint import Work, footprint
 from titan_cpt.layout import Layout, layout_of
 from titan_cpt.layout_rules import layout_faults
 from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
@@ -79,10 +80,24 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
         layout=layout,
+        footprint=footprint(shape, layout, _work(config, layout, config.training.global_batch_size // per_step)),
         accumulation=config.training.global_batch_size // per_step,
         sequences=planner.sequences,
         base_recipe=_base_recipe(config, shape),
         notes=tuple(notes),
+    )
+
+
+def _work(config: Config, layout: Layout, accumulation: int) -> Work:
+    kept = config.activation_checkpoint
+    rows = config.training.local_batch_size // layout.microbatches
+    return Work(
+        microbatch_tokens=rows * config.training.seq_len // layout.cp,
+        accumulation=accumulation,
+        bytes_per_number=2 if config.training.mixed_precision_param == "bfloat16" else 4,
+        recompute=kept.mode,
+        selection=kept.selective_ac_option,
+        memory_budget=kept.memory_budget,
     )
 
 

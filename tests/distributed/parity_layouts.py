@@ -19,6 +19,7 @@ _KEYS = {
     "select": "activation_checkpoint.selective_ac_option",
     "compile": "compile.enable",
     "layers": "model.layers",
+    "length": "training.seq_len",
 }
 
 
@@ -49,7 +50,7 @@ def _case(world_size: int, *, bf16: bool = False, rows: int = 2, **keys: object)
     if bf16:
         overrides["training.mixed_precision_param"] = "bfloat16"
         words.append("bf16")
-    against = "one-bf16" if bf16 else "one-deep" if "layers" in keys else "one"
+    against = "one-bf16" if bf16 else "one-deep" if "layers" in keys else "one-odd" if "length" in keys else "one"
     return Case("-".join(words), world_size, overrides, against, bf16)
 
 
@@ -103,6 +104,8 @@ CASES: tuple[Case, ...] = (
     _case(6, tp=3, pp=2, schedule="ZBVZeroBubble"),
     _case(6, tp=3, pp=2, bf16=True),
     _case(6, tp=3),
+    _case(6, tp=3, pp=2, length=50),
+    _case(6, tp=3, length=50, gathered_logits=True),
     # eight ranks: three and four dimensions
     _case(8, rep=2, tp=2),
     _case(8, tp=2, pp=2, ac="selective", bf16=True),
@@ -115,6 +118,7 @@ REFERENCES: dict[str, dict[str, str]] = {
     "one": {},
     "one-bf16": {"training.mixed_precision_param": "bfloat16"},
     "one-deep": {"model.layers": "8"},
+    "one-odd": {"training.seq_len": "50"},
 }
 
 HANDED_ON: tuple[tuple[Case, Case], ...] = (

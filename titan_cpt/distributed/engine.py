@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
@@ -31,18 +32,18 @@ class WholeModel:
         Args:
             step_tokens: target tokens of the whole optimizer step, by which the summed loss is divided.
         """
-        inputs_BL, targets_BL = own_part(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
         with sharded_loss(self.mesh):
             with autocast(self.mesh, self.precision):
                 logits_BLV = self.model(inputs_BL)
-            part = summed_cross_entropy(logits_BLV, targets_BL) / step_tokens
+            part = summed_cross_entropy(unpadded(logits_BLV, targets_BL), targets_BL) / step_tokens
             part.backward()  # type: ignore[no-untyped-call]
         return part.detach()
 
     @torch.no_grad()
     def nats(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
         """The summed loss of every sequence, nats_B, the same on all ranks that share the batch; collective."""
-        inputs_BL, targets_BL = own_part(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
         with sharded_loss(self.mesh):
             with autocast(self.mesh, self.precision):
                 logits_BLV = self.model(inputs_BL)
@@ -90,7 +91,7 @@ class Pipeline:
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
         """As `WholeModel.backward`, for batches of one size; the share is 0 on ranks without the last stage."""
         self._step_tokens = step_tokens
-        inputs = (own_part(inputs_BL, self.mesh),) if 0 in self.stages else ()
+        inputs = (own_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = own_part(targets_BL, self.mesh) if self.last is not None else None
         losses: list[Tensor] | None = [] if self.last is not None else None
         with sharded_loss(self.mesh):
@@ -106,7 +107,7 @@ class Pipeline:
         pieces = max(1, min(self.mesh.layout.microbatches, len(inputs_BL)))
         nats = []
         for inputs, targets in zip(inputs_BL.chunk(pieces), targets_BL.chunk(pieces), strict=True):
-            logits = self._forward(own_part(inputs, self.mesh))
+            logits = self._forward(own_inputs(inputs, self.mesh))
             nats.append(torch.zeros(len(inputs), device=inputs.device))
             if logits is not None:
                 with sharded_loss(self.mesh):
@@ -134,7 +135,7 @@ class Pipeline:
         return x if self.last is not None else None
 
     def _loss(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        return summed_cross_entropy(logits_BLV, targets_BL) / self._step_tokens
+        return summed_cross_entropy(unpadded(logits_BLV, targets_BL), targets_BL) / self._step_tokens
 
 
 Engine = WholeModel | Pipeline
@@ -148,6 +149,20 @@ def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     return tokens_BL[:, positions.to(tokens_BL.device)]
 
 
+def own_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
+    """`own_part`, filled up at the end to as many positions as sequence parallelism can cut into equal pieces.
+
+    Causal attention never looks at what was filled in, and `unpadded` takes it from the logits: no number changes.
+    """
+    tokens_BL = own_part(tokens_BL, mesh)
+    return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.layout.tp))
+
+
+def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """The logits of the positions that have a target."""
+    return logits_BLV if logits_BLV.shape[1] == targets_BL.shape[1] else logits_BLV[:, : targets_BL.shape[1]]
+
+
 def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
     """Within it the cross-entropy of logits sharded over the vocabulary is known to torch, forward and backward."""
     return loss_parallel() if mesh.layout.tp > 1 and mesh.layout.loss_parallel else nullcontext()
@@ -155,5 +170,5 @@ def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
 
 def nats_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The summed loss of every sequence by itself, nats_B."""
-    sequences = range(len(targets_BL))
+    logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
     return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])
