@@ -173,6 +173,16 @@ def _split_backward_compiled(asked: Asked) -> str | None:
     )
 
 
+def _split_backward_selective(asked: Asked) -> str | None:
+    kept = asked.config.activation_checkpoint
+    if not asked.layout.kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
+        return None
+    return (
+        f'activation_checkpoint.selective_ac_option: what "op" keeps can be used once, and {asked.layout.schedule} goes '
+        f'backward twice: use a number n (every n-th block), or mode = "full"'
+    )
+
+
 def _budget_without_compile(asked: Asked) -> str | None:
     if asked.config.activation_checkpoint.mode != "memory_budget" or asked.config.compile.enable:
         return None
@@ -224,6 +234,11 @@ RULES: tuple[Rule, ...] = (
         "split-backward schedules with torch.compile",
         "torch raises when the schedule is made",
         _split_backward_compiled,
+    ),
+    Rule(
+        "split-backward schedules with selective checkpointing per operator",
+        "torch raises in the second half of the backward pass",
+        _split_backward_selective,
     ),
     Rule('"memory_budget" without torch.compile', "the budget is spent by its partitioner", _budget_without_compile),
     Rule("a selection that is neither op nor a number", "nothing else is defined", _selection),
