@@ -178,8 +178,8 @@ def _split_backward_selective(asked: Asked) -> str | None:
     if not asked.layout.kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
         return None
     return (
-        f'activation_checkpoint.selective_ac_option: what "op" keeps can be used once, and {asked.layout.schedule} goes '
-        f'backward twice: use a number n (every n-th block), or mode = "full"'
+        f'activation_checkpoint.selective_ac_option: what "op" keeps is used up once, and {asked.layout.schedule} '
+        f'goes backward twice: use a number n (every n-th block), or mode = "full"'
     )
 
 
