@@ -93,7 +93,6 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         sequences=config.validation.sequences,
         seq_len=plan.seq_len,
         local_batch=config.validation.local_batch_size or plan.local_batch_size,
-        engine=engine,
         mesh=mesh,
     )
     done = 0 if found is None else found.manifest["run_step"]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt import checkpoint as ckpt
@@ -26,7 +25,7 @@ from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
-from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, wait_for_all
 from titan_cpt.errors import CheckpointError, NumericsError
 from titan_cpt.manifest import differences, verify, write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
@@ -72,8 +71,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
     with locked(folder, rank=ranks.rank), StopRequest() as stop:
         if ranks.rank == 0:
             materialise(config)
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         parts, found = build(config, ranks, folder, stop)
         try:
             return train(parts, found)
@@ -191,9 +189,7 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
     plan, model, optimizer = parts.plan, parts.model, parts.optimizer
     loss = torch.zeros((), device=parts.ranks.device)
     for micro in range(plan.accumulation):
-        inputs_BL, targets_BL = (
-            tokens.to(parts.ranks.device, non_blocking=True) for tokens in loader.batch(step, micro)
-        )
+        inputs_BL, targets_BL = loader.batch(step, micro)
         loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
     loss = parts.mesh.summed_shares(loss)
     grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
@@ -255,7 +251,7 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
 def validate(parts: Parts, stage: StagePlan, done: int) -> None:
     """Measure every dataset and write down its loss, and how much of it was forgotten."""
     plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure()
+    losses = parts.validator.measure(parts.engine)
     said = []
     for dataset, loss in losses.items():
         since = plan.forgetting_since(stage, dataset)

@@ -40,7 +40,7 @@ class ValidationLoss:
 
 
 class Validator:
-    """Measures a model on fixed windows, the same ones at every call and under every number of ranks.
+    """Measures what an engine runs on fixed windows, the same ones at every call and under every number of ranks.
 
     Args:
         streams: held-out tokens by name.
@@ -48,7 +48,6 @@ class Validator:
         sequences: windows of each stream, evenly spread; all of them where there are fewer.
         seq_len: L.
         local_batch: B of one forward pass.
-        engine: runs the model.
 
     Raises:
         DataError: a stream is shorter than one window.
@@ -62,11 +61,10 @@ class Validator:
         sequences: int,
         seq_len: int,
         local_batch: int,
-        engine: Engine,
         mesh: Mesh,
     ) -> None:
         self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
-        self.sequences, self.engine, self.mesh = sequences, engine, mesh
+        self.sequences, self.mesh = sequences, mesh
         for name, stream in streams.items():
             if stream.tokens <= seq_len:
                 raise DataError(
@@ -76,15 +74,15 @@ class Validator:
         self.token_bytes = torch.from_numpy(token_bytes).to(mesh.ranks.device)
 
     @torch.no_grad()
-    def measure(self) -> dict[str, ValidationLoss]:
+    def measure(self, engine: Engine) -> dict[str, ValidationLoss]:
         """The loss on every stream; collective, the same result on every rank.
 
         Raises:
             DataError: a stream cannot be read.
         """
-        return {name: self._loss(stream) for name, stream in self.streams.items()}
+        return {name: self._loss(engine, stream) for name, stream in self.streams.items()}
 
-    def _loss(self, stream: TokenStream) -> ValidationLoss:
+    def _loss(self, engine: Engine, stream: TokenStream) -> ValidationLoss:
         windows = fixed_windows((stream.tokens - 1) // self.seq_len, self.sequences)
         device, rows = self.mesh.ranks.device, self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
@@ -96,7 +94,7 @@ class Validator:
             filled = mine + windows[:1] * (rows - len(mine))
             tokens = np.stack([stream.read(window * self.seq_len, self.seq_len + 1) for window in filled])
             batch = torch.from_numpy(tokens).to(device)
-            nats_B = self.engine.nats(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
+            nats_B = engine.nats(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
             bytes_BL = self.token_bytes[batch[: len(mine), 1:]]
             sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():

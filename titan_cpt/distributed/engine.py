@@ -142,7 +142,8 @@ Engine = WholeModel | Pipeline
 
 
 def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
-    """The positions of a batch that this rank holds: all, but under context parallelism."""
+    """The positions of a batch that this rank holds, on its device: all, but under context parallelism."""
+    tokens_BL = tokens_BL.to(mesh.ranks.device, non_blocking=True)
     if mesh.layout.cp == 1:
         return tokens_BL
     positions = own_positions(tokens_BL.shape[1], mesh.place.context, mesh.layout.cp)

@@ -94,6 +94,12 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def build_mesh(ranks: Ranks, layout: Layout) -> Mesh:
     """Give every rank its place and make the process groups; collective.
 
