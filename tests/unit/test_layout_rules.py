@@ -64,6 +64,11 @@ REFUSED = [
         {PP: "2", SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.mode": "selective"},
         ["InterleavedZeroBubble goes backward twice", 'mode = "full"'],
     ),
+    (
+        2,
+        {TP: "2", "compile.enable": "true"},
+        ["wrong gradients without an error under tensor parallelism", "degree to 1"],
+    ),
     (1, {"activation_checkpoint.mode": "memory_budget"}, ["compile.enable = true"]),
     (
         1,

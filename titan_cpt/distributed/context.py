@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
 
@@ -49,7 +48,7 @@ class ContextParallelAttention(nn.Module):
         piece, out = own // 2, []
         for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * piece, (2 * degree - 1 - rank) * piece), strict=True):
             until = first + piece  # nothing of this piece looks further
-            mask = causal_lower_right(piece, until)
+            mask = torch.ones(piece, until, dtype=torch.bool, device=device).tril(first)  # position p sees 0 to p
             out.append(F.scaled_dot_product_attention(half, k_BNLH[:, :, :until], v_BNLH[:, :, :until], attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 
