@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "what a config comes to: steps, tokens, LR, compute; needs no device")
     _add_config(plan)
+    plan.add_argument("--device-memory", metavar="SIZE", help="whether a rank's share fits, such as 80GiB")
+    plan.add_argument("--check-layout", action="store_true", help="build the sharded model without memory and count it")
+    plan.add_argument("--suggest", action="store_true", help="layouts for the ranks and --device-memory (80GiB)")
     plan.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks to plan for (default 1)")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.add_argument("--lr-at", type=_integers, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
@@ -160,14 +163,18 @@ def _none_left(words: Sequence[str]) -> list[tuple[str, str]]:
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.config_file import load_config
     from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.layout_view import parse_bytes
     from titan_cpt.planning import make_plan
 
     config = load_config(options.config, overrides)
+    device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
+    if options.suggest:
+        return _suggest(config, options, device_bytes or parse_bytes("80GiB"))
     plan = make_plan(config, take_inventory(config), options.world_size)
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
 
-        answer = plan_as_json(plan)
+        answer = plan_as_json(plan, device_bytes)
         if options.lr_at:
             answer["lr_at"] = lr_as_json(plan, options.lr_at)
         if options.recipe:
@@ -177,7 +184,32 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         from titan_cpt.display import make_console
         from titan_cpt.plan_view import print_plan
 
-        print_plan(plan, make_console(), config.checkpoint.keep_latest_k)
+        print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
+    if options.check_layout:
+        from titan_cpt.distributed.check_layout import check_layout  # torch, which the plan itself does without
+        from titan_cpt.parts import techniques
+
+        for line in check_layout(plan, techniques(config)):
+            print(line, file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _suggest(config: Any, options: argparse.Namespace, device_bytes: int) -> int:
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.suggest import suggestions
+
+    found = suggestions(config, take_inventory(config), options.world_size, device_bytes)
+    if options.json:
+        lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
+        print(json.dumps({"suggestions": lines}))
+        return 0
+    print(f"{len(found)} layouts of {options.world_size} ranks fit; a step's time is an estimate for H100s in bfloat16")
+    for place, suggestion in enumerate(found[:5], 1):
+        words = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
+        print(
+            f"{place}. {suggestion.plan.layout.described()}: {suggestion.step_s:.2f} s a step\n   {suggestion.reason}"
+        )
+        print(f"   {words}")
     return 0
 
 

@@ -16,14 +16,7 @@ RESERVED_STAGE_NAMES = ("tb",)  # the run's folder holds these beside the stages
 # What the schema knows and no code does yet: dotted key and the only value that is honest until then.
 NOT_AVAILABLE_YET: dict[str, Any] = {
     "training.enable_cpu_offload": False,
-    "parallelism.data_parallel_replicate_degree": 1,
-    "parallelism.tensor_parallel_degree": 1,
     "parallelism.enable_async_tensor_parallel": False,
-    "parallelism.disable_loss_parallel": False,
-    "parallelism.pipeline_parallel_degree": 1,
-    "parallelism.context_parallel_degree": 1,
-    "activation_checkpoint.mode": "none",
-    "compile.enable": False,
     "float8.recipe_name": None,
     "float8.enable_fsdp_float8_all_gather": False,
     "profiling.enable_profiling": False,

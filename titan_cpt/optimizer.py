@@ -81,15 +81,17 @@ def reset_state(optimizer: AdamW) -> None:
                 value.zero_()
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup | None = None) -> Tensor:
     """Scale all gradients down so that their common L2 norm is at most `max_norm`; returns the norm before that.
 
-    The norm spans the whole mesh of sharded parameters and is the same on each of its ranks. No host sync and no check:
-    a norm that is not finite turns the gradients into NaN or 0, which `UpdateGuard` keeps from the weights.
+    The norm spans the whole mesh of sharded parameters and all stages of a pipeline, and is the same on each rank. No
+    host sync and no check: a norm that is not finite turns the gradients into NaN or 0, which `UpdateGuard` keeps from
+    the weights.
 
     Args:
         model: all its gradients are plain tensors, or all are DTensors of one mesh.
         max_norm: above 0.
+        pipeline: the ranks that hold the model's other layers, where there are any.
 
     Returns:
         A plain tensor without dimensions, on the gradients' device.
@@ -98,6 +100,10 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if pipeline is not None:
+        squared = norm.square()
+        dist.all_reduce(squared, group=pipeline)
+        norm = squared.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

@@ -17,13 +17,15 @@ from titan_cpt.data.inventory import open_streams, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
-from titan_cpt.distributed.mesh import Ranks
-from titan_cpt.distributed.parallelise import parallelise
+from titan_cpt.distributed.engine import Engine
+from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh
+from titan_cpt.distributed.parallelise import Techniques
+from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
 from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
-from titan_cpt.models.families import LanguageModel, build_model
+from titan_cpt.models.families import LanguageModel
 from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
@@ -39,9 +41,10 @@ class Parts:
     config: Config
     plan: Plan
     ranks: Ranks
+    mesh: Mesh
     folder: Path
-    precision: torch.dtype
     model: LanguageModel
+    engine: Engine
     optimizer: AdamW
     guard: UpdateGuard
     reader: SequenceReader
@@ -70,15 +73,8 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         print_plan(plan, console, config.checkpoint.keep_latest_k)
 
     precision = getattr(torch, config.training.mixed_precision_param)
-    with torch.device("meta"):
-        model = build_model(plan.shape)
-    parallelise(
-        model,
-        ranks,
-        precision=precision,
-        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
-    )
-    model.to_empty(device=ranks.device)
+    mesh = build_mesh(ranks, plan.layout)
+    model, engine = build_model(plan.shape, mesh, techniques(config))
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
@@ -97,17 +93,17 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         sequences=config.validation.sequences,
         seq_len=plan.seq_len,
         local_batch=config.validation.local_batch_size or plan.local_batch_size,
-        precision=precision,
-        ranks=ranks,
+        mesh=mesh,
     )
     done = 0 if found is None else found.manifest["run_step"]
     parts = Parts(
         config=config,
         plan=plan,
         ranks=ranks,
+        mesh=mesh,
         folder=folder,
-        precision=precision,
         model=model,
+        engine=engine,
         optimizer=optimizer,
         guard=UpdateGuard(optimizer),
         reader=SequenceReader(streams, seq_len=plan.seq_len, seed=plan.seed),
@@ -119,6 +115,18 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         stop=stop,
     )
     return parts, found
+
+
+def techniques(config: Config) -> Techniques:
+    """What the config asks to be done to every block."""
+    kept = config.activation_checkpoint
+    return Techniques(
+        precision=getattr(torch, config.training.mixed_precision_param),
+        recompute=kept.mode,
+        selection=kept.selective_ac_option,
+        memory_budget=kept.memory_budget,
+        compiled=config.compile.enable,
+    )
 
 
 def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, str], console: Console) -> Found | None:

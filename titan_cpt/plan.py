@@ -14,6 +14,8 @@ from typing import Any
 
 from titan_cpt import schedules
 from titan_cpt.errors import PlanError
+from titan_cpt.footprint import Footprint
+from titan_cpt.layout import Layout
 from titan_cpt.mixture import Draw, Tree, draws, leaves
 from titan_cpt.models.shapes import ModelShape
 
@@ -117,7 +119,9 @@ class Plan:
     """The whole run on a given number of ranks.
 
     Attributes:
-        accumulation: micro-batches of one rank in one step.
+        layout: how the ranks share the work.
+        footprint: what that costs each of them.
+        accumulation: local batches of one data-parallel rank in one step.
         sequences: of every source; None where the data is not there yet.
         base_recipe: what must never change in a run, by dotted key.
         notes: doubts a user should hear before any money is spent.
@@ -130,12 +134,22 @@ class Plan:
     seq_len: int
     global_batch_size: int
     local_batch_size: int
-    world_size: int
-    data_parallel: int
+    layout: Layout
+    footprint: Footprint
     accumulation: int
     sequences: Mapping[str, int | None]
     base_recipe: Mapping[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.layout.world_size
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different sequences."""
+        return self.layout.data_parallel
 
     @property
     def step_tokens(self) -> int:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from titan_cpt.errors import PlanError
+from titan_cpt.layout_view import layout_as_json, layout_lines
 from titan_cpt.plan import Plan, StagePlan
 from titan_cpt.schedules import lr_at
 
@@ -18,7 +19,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
     """The plan as DESIGN section 3b promises it to other programs."""
     stages = [_stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
     total = sum(stage["tokens"] for stage in stages)
@@ -28,6 +29,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "world_size": plan.world_size,
         "accumulation": plan.accumulation,
         "step_tokens": plan.step_tokens,
+        "layout": layout_as_json(plan, device_bytes),
         "model": {
             "family": plan.shape.family,
             "parameters": plan.shape.parameters,
@@ -86,8 +88,8 @@ def _turning_steps(stage: StagePlan) -> list[int]:
     return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
 
 
-def print_plan(plan: Plan, console: Console, kept_checkpoints: int) -> None:
-    """A line per stage, what it takes of each dataset, the LR as a drawing, and what the whole costs."""
+def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
+    """A line per stage, what it takes of each dataset, the LR as a drawing, the layout, and what the whole costs."""
     shape = plan.shape
     console.print(
         f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {shape.family}, {shape.parameters:,} parameters "
@@ -104,7 +106,7 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int) -> None:
     for line in _lr_drawing(plan):
         console.print(line, highlight=False, markup=False)
     console.print()
-    for line in _costs(plan, kept_checkpoints):
+    for line in [*layout_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
         console.print(line, highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)

@@ -26,6 +26,9 @@ from titan_cpt.config import (
 )
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import PlanError
+from titan_cpt.footprint import Work, footprint
+from titan_cpt.layout import Layout, layout_of
+from titan_cpt.layout_rules import layout_faults
 from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
 from titan_cpt.models.shapes import ModelShape
 from titan_cpt.models.sizes import named_size
@@ -48,19 +51,14 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         config.parallelism.tensor_parallel_degree,
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
-    faults: list[str] = []
+    faults: list[str] = list(layout_faults(config, shape, world_size))
     notes = list(_notes(config, inventory))
-    if shape.tied and config.parallelism.pipeline_parallel_degree > 1:
-        faults.append(
-            "model.tie_embeddings: a head that is the embedding cannot be cut off from it into another pipeline stage: "
-            "set parallelism.pipeline_parallel_degree to 1, or tie_embeddings to false"
-        )
-    data_parallel = _data_parallel(config, world_size, faults)
-    per_step = data_parallel * config.training.local_batch_size
+    layout = Layout() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
+    per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
         faults.append(
             f"training.global_batch_size: {config.training.global_batch_size} sequences do not divide into "
-            f"{per_step} a micro-step ({data_parallel} data-parallel ranks x training.local_batch_size "
+            f"{per_step} a micro-step ({layout.data_parallel} data-parallel ranks x training.local_batch_size "
             f"{config.training.local_batch_size}): change one of the two, or the number of ranks"
         )
     planner = _Planner(config, inventory, faults, notes)
@@ -82,8 +80,8 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
-        world_size=world_size,
-        data_parallel=data_parallel,
+        layout=layout,
+        footprint=footprint(shape, layout, _work(config, layout, config.training.global_batch_size // per_step)),
         accumulation=config.training.global_batch_size // per_step,
         sequences=planner.sequences,
         base_recipe=_base_recipe(config, shape),
@@ -91,20 +89,17 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
 
 
-def _data_parallel(config: Config, world_size: int, faults: list[str]) -> int:
-    layout = config.parallelism
-    model_parallel = layout.tensor_parallel_degree * layout.pipeline_parallel_degree * layout.context_parallel_degree
-    if world_size % model_parallel:
-        faults.append(f"parallelism: {world_size} ranks do not divide into replicas of {model_parallel} ranks")
-        return 1
-    degree = world_size // model_parallel
-    asked = layout.data_parallel_shard_degree
-    if asked is not None and asked * layout.data_parallel_replicate_degree != degree:
-        faults.append(
-            f"parallelism.data_parallel_shard_degree: must be {degree // layout.data_parallel_replicate_degree} on "
-            f"{world_size} ranks, or left out, got {asked}"
-        )
-    return degree
+def _work(config: Config, layout: Layout, accumulation: int) -> Work:
+    kept = config.activation_checkpoint
+    rows = config.training.local_batch_size // layout.microbatches
+    return Work(
+        microbatch_tokens=rows * config.training.seq_len // layout.cp,
+        accumulation=accumulation,
+        bytes_per_number=2 if config.training.mixed_precision_param == "bfloat16" else 4,
+        recompute=kept.mode,
+        selection=kept.selective_ac_option,
+        memory_budget=kept.memory_budget,
+    )
 
 
 def _notes(config: Config, inventory: Inventory) -> Iterator[str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt import checkpoint as ckpt
@@ -26,10 +25,9 @@ from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
-from titan_cpt.distributed.mesh import autocast, join_ranks, leave_ranks
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, wait_for_all
 from titan_cpt.errors import NumericsError
 from titan_cpt.initial import load_initial
-from titan_cpt.loss import summed_cross_entropy
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
 from titan_cpt.parts import Parts, build
@@ -62,20 +60,24 @@ def run(config: Config) -> int:
     for message in _THEIR_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     ranks = join_ranks()
-    folder = Path(config.job.output_dir) / config.job.name
     try:
-        with locked(folder, rank=ranks.rank), StopRequest() as stop:
-            if ranks.rank == 0:
-                materialise(config)
-            if dist.is_initialized():
-                dist.barrier()
-            parts, found = build(config, ranks, folder, stop)
-            try:
-                return train(parts, found)
-            finally:
-                parts.log.close()
+        return run_among(ranks, config)
     finally:
         leave_ranks()
+
+
+def run_among(ranks: Ranks, config: Config) -> int:
+    """As `run`, among ranks that have joined already and stay joined."""
+    folder = Path(config.job.output_dir) / config.job.name
+    with locked(folder, rank=ranks.rank), StopRequest() as stop:
+        if ranks.rank == 0:
+            materialise(config)
+        wait_for_all()
+        parts, found = build(config, ranks, folder, stop)
+        try:
+            return train(parts, found)
+        finally:
+            parts.log.close()
 
 
 def train(parts: Parts, found: Found | None) -> int:
@@ -147,7 +149,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int) -> int:
         first_step=done,
         accumulation=plan.accumulation,
         local_batch=plan.local_batch_size,
-        rank=parts.ranks.rank,
+        rank=parts.mesh.data_rank,
         workers=config.training.num_workers,
     )
     parts.display.begin_stage(stage, done)
@@ -182,17 +184,10 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
     plan, model, optimizer = parts.plan, parts.model, parts.optimizer
     loss = torch.zeros((), device=parts.ranks.device)
     for micro in range(plan.accumulation):
-        inputs_BL, targets_BL = (
-            tokens.to(parts.ranks.device, non_blocking=True) for tokens in loader.batch(step, micro)
-        )
-        with autocast(parts.ranks, parts.precision):
-            logits_BLV = model(inputs_BL)
-        part = summed_cross_entropy(logits_BLV, targets_BL) / plan.step_tokens  # its share of the global batch's mean
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-    grad_norm = clip_grad_norm(model, parts.config.training.max_norm)
+        inputs_BL, targets_BL = loader.batch(step, micro)
+        loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
+    loss = parts.mesh.summed_shares(loss)
+    grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
     parts.guard.observe(loss, grad_norm)
     set_lr(optimizer, stage.lr_at(step))
     optimizer.step()
@@ -251,7 +246,7 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
 def validate(parts: Parts, stage: StagePlan, done: int) -> None:
     """Measure every dataset and write down its loss, and how much of it was forgotten."""
     plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure(parts.model)
+    losses = parts.validator.measure(parts.engine)
     said = []
     for dataset, loss in losses.items():
         since = plan.forgetting_since(stage, dataset)

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from titan_cpt.data.indexed import TokenStream
-from titan_cpt.distributed.mesh import Ranks, autocast
+from titan_cpt.distributed.engine import Engine
+from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.errors import DataError
-from titan_cpt.loss import summed_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ValidationLoss:
 
 
 class Validator:
-    """Measures a model on fixed windows, the same ones at every call and under every number of ranks.
+    """Measures what an engine runs on fixed windows, the same ones at every call and under every number of ranks.
 
     Args:
         streams: held-out tokens by name.
@@ -49,7 +48,6 @@ class Validator:
         sequences: windows of each stream, evenly spread; all of them where there are fewer.
         seq_len: L.
         local_batch: B of one forward pass.
-        precision: what matrices are multiplied in.
 
     Raises:
         DataError: a stream is shorter than one window.
@@ -63,51 +61,46 @@ class Validator:
         sequences: int,
         seq_len: int,
         local_batch: int,
-        precision: torch.dtype,
-        ranks: Ranks,
+        mesh: Mesh,
     ) -> None:
         self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
-        self.sequences, self.precision, self.ranks = sequences, precision, ranks
+        self.sequences, self.mesh = sequences, mesh
         for name, stream in streams.items():
             if stream.tokens <= seq_len:
                 raise DataError(
                     f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
                     f"sequence of {seq_len} + 1; give it more, or leave it out"
                 )
-        self.token_bytes = torch.from_numpy(token_bytes).to(ranks.device)
+        self.token_bytes = torch.from_numpy(token_bytes).to(mesh.ranks.device)
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> dict[str, ValidationLoss]:
+    def measure(self, engine: Engine) -> dict[str, ValidationLoss]:
         """The loss on every stream; collective, the same result on every rank.
 
         Raises:
             DataError: a stream cannot be read.
         """
-        return {name: self._loss(model, stream) for name, stream in self.streams.items()}
+        return {name: self._loss(engine, stream) for name, stream in self.streams.items()}
 
-    def _loss(self, model: nn.Module, stream: TokenStream) -> ValidationLoss:
+    def _loss(self, engine: Engine, stream: TokenStream) -> ValidationLoss:
         windows = fixed_windows((stream.tokens - 1) // self.seq_len, self.sequences)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)  # nats, tokens, bytes
-        per_pass = self.ranks.world_size * self.local_batch
-        for start in range(0, len(windows), per_pass):
-            # Every rank runs every pass, since a sharded forward is collective; one with no window left counts nothing.
-            first = start + self.ranks.rank * self.local_batch
-            mine = windows[first : first + self.local_batch]
-            tokens = [stream.read(window * self.seq_len, self.seq_len + 1) for window in mine or windows[:1]]
-            batch = torch.from_numpy(np.stack(tokens)).to(self.ranks.device)
-            nats, targets = self._nats(model, batch)
-            if mine:
-                sums += torch.stack([nats, torch.tensor(float(targets.numel())), self.token_bytes[targets].sum()])
+        device, rows = self.mesh.ranks.device, self.local_batch
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+        for start in range(0, len(windows), self.mesh.layout.data_parallel * rows):
+            # Every rank runs every pass with a whole batch, since a sharded forward is collective and a pipeline's
+            # shapes are fixed; windows that stand in for missing ones count nothing.
+            first = start + self.mesh.data_rank * rows
+            mine = windows[first : first + rows]
+            filled = mine + windows[:1] * (rows - len(mine))
+            tokens = np.stack([stream.read(window * self.seq_len, self.seq_len + 1) for window in filled])
+            batch = torch.from_numpy(tokens).to(device)
+            nats_B = engine.nats(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
+            bytes_BL = self.token_bytes[batch[: len(mine), 1:]]
+            sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():
-            dist.all_reduce(sums)
-        nats, tokens, length = sums.tolist()
-        return ValidationLoss(nats / tokens, nats / math.log(2) / length if length else math.nan)
-
-    def _nats(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        inputs_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
-        with autocast(self.ranks, self.precision):
-            logits_BLV = model(inputs_BL)
-        return summed_cross_entropy(logits_BLV, targets_BL), targets_BL
+            dist.all_reduce(sums)  # ranks that share their sequences count them alike, which the ratios below undo
+        nats, counted, length = sums.tolist()
+        return ValidationLoss(nats / counted, nats / math.log(2) / length if length else math.nan)
 
 
 def fixed_windows(available: int, wanted: int) -> list[int]:

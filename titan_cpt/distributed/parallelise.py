@@ -1,34 +1,189 @@
-"""How a plain model is laid over the ranks, from outside: a line for each technique, in torchtitan's order."""
+"""How a plain model is laid over the ranks, from outside: a line for each technique, in torchtitan's order.
+
+Shape letters: B sequences, L positions, D width, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from titan_cpt.distributed.mesh import Ranks
+from titan_cpt.distributed.context import ContextParallelAttention
+from titan_cpt.distributed.mesh import Mesh
+from titan_cpt.models.families import LanguageModel
+from titan_cpt.models.gpt_neox import Block, GPTNeoX
+
+_KEPT_OPERATORS = (
+    "aten.mm.default",
+    "aten.addmm.default",  # a linear layer with a bias
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_attention_math.default",
+    "_c10d_functional.reduce_scatter_tensor.default",  # cheaper to keep than to send again
+)
+_RECOMPUTED_PRODUCTS = 2  # of the products, every second one is computed again: half the memory for a sixth of the work
 
 
-def parallelise(model: nn.Module, ranks: Ranks, *, precision: torch.dtype, reshard_after_forward: bool) -> None:
-    """Shard the model over the data-parallel ranks (FSDP2), block by block and then what is left; in place.
+@dataclass(frozen=True)
+class Techniques:
+    """What is done to every block beside splitting it over ranks.
 
-    A single process is left as it is.
-
-    Args:
+    Attributes:
         precision: what parameters are gathered and multiplied in; gradients are reduced in float32.
-        reshard_after_forward: gather a block's parameters again for the backward pass instead of keeping them.
+        recompute: "none", "full", "selective" or "memory_budget": what the backward pass computes again.
+        selection: under "selective": "op", or n for every n-th block.
+        memory_budget: share of the activations kept under "memory_budget".
+        compiled: torch.compile, block by block.
     """
-    if ranks.mesh is None:
+
+    precision: torch.dtype
+    recompute: str = "none"
+    selection: str = "op"
+    memory_budget: float = 0.5
+    compiled: bool = False
+
+
+def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> None:
+    """Lay a model, or the stage of a pipeline, over the ranks; in place, its parameters keep their names.
+
+    A single process is neither split nor sharded. Names: DCP and `get_model_state_dict` leave out the prefixes of the
+    wrappers that checkpointing and compiling put around blocks.
+    """
+    if mesh.layout.tp > 1:
+        split_matrices(model, mesh.tensor, loss_parallel=mesh.layout.loss_parallel)
+    if mesh.context is not None:
+        split_sequences(model, mesh.context)
+    if techniques.recompute != "none":
+        recompute_activations(model, techniques)
+    if techniques.compiled:
+        compile_blocks(model, techniques.precision)
+    if mesh.dims is not None:
+        shard_parameters(model, mesh, techniques.precision)
+
+
+def split_matrices(model: LanguageModel, tensor: DeviceMesh, *, loss_parallel: bool) -> None:
+    """Tensor and sequence parallelism: columns, then rows; between them the residual stream is split over positions.
+
+    Sequence parallelism is not an option: without it LayerNorm's weights would stay plain tensors beside DTensors, and
+    no gradient norm spans both. Source: Korthikanti et al. 2022, arXiv:2205.05198.
+    """
+    positions, whole = Shard(1), Replicate()
+    vocabulary = (Shard(-1), False) if loss_parallel else (whole, True)
+    ends = {
+        "embedding": RowwiseParallel(input_layouts=whole, output_layouts=positions),
+        "final_norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=positions, output_layouts=vocabulary[0], use_local_output=vocabulary[1]),
+    }
+    parallelize_module(model, tensor, {name: plan for name, plan in ends.items() if getattr(model, name) is not None})
+    for block in model.blocks.values():
+        gather = partial(PrepareModuleInput, input_layouts=(positions,), desired_input_layouts=(whole,))
+        block_plan = {
+            "attention_norm": SequenceParallel(),
+            "attention": gather(),
+            "attention.qkv": ColwiseParallel(),  # its rows lie head after head: a slice holds whole heads
+            "attention.out": RowwiseParallel(output_layouts=positions),
+            "mlp_norm": SequenceParallel(),
+            "mlp": gather(),
+            "mlp.up": ColwiseParallel(),
+            "mlp.down": RowwiseParallel(output_layouts=positions),
+        }
+        parallelize_module(block, tensor, block_plan)
+
+
+def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGroup) -> None:
+    """Context parallelism: every block's attention gathers the other ranks' keys and values."""
+    for block in model.blocks.values():
+        attention = cast(Block, block).attention
+        attention.core = ContextParallelAttention(attention.core, context)  # type: ignore[assignment]
+
+
+def recompute_activations(model: LanguageModel, techniques: Techniques) -> None:
+    """Keep less for the backward pass and compute it again there.
+
+    "full" keeps a block's input alone; "selective" by "op" keeps attention and every second product, by n treats every
+    n-th block as "full" does; "memory_budget" leaves the choice to torch.compile.
+    """
+    if techniques.recompute == "memory_budget":
+        torch._functorch.config.activation_memory_budget = techniques.memory_budget
         return
-    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    blocks = model.get_submodule("blocks")
-    assert isinstance(blocks, nn.ModuleDict), "a model's blocks are a ModuleDict keyed by the layer's number"
-    for block in blocks.values():
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    by_operator = techniques.recompute == "selective" and techniques.selection == "op"
+    every = int(techniques.selection) if techniques.recompute == "selective" and not by_operator else 1
+    for layer, block in list(model.blocks.items()):
+        if int(layer) % every == 0:
+            wrap = partial(checkpoint_wrapper, context_fn=_selective_contexts) if by_operator else checkpoint_wrapper
+            model.blocks[layer] = wrap(block, preserve_rng_state=False)
+
+
+def _selective_contexts() -> object:
+    """The contexts of one forward pass and its recomputation; products are counted apart in the two."""
+    kept = set(_KEPT_OPERATORS)
+    products = {False: 0, True: 0}
+
+    def policy(context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
+        name = str(operator)
+        if name in ("aten.mm.default", "aten.addmm.default"):
+            recomputing = bool(getattr(context, "is_recompute", False))
+            products[recomputing] += 1
+            if products[recomputing] % _RECOMPUTED_PRODUCTS == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if name in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
+
+
+def compile_blocks(model: LanguageModel, precision: torch.dtype) -> None:
+    """torch.compile, block by block: all blocks share one piece of generated code.
+
+    In bfloat16 on a CPU attention and MLP are compiled apart where the residual is parallel: their last biases have one
+    and the same gradient, and Inductor's C++ stores it twice under one name (torch 2.13).
+    """
+    on_cpu = not torch.cuda.is_available()
+    for layer, block in list(model.blocks.items()):
+        if on_cpu and precision != torch.float32 and isinstance(model, GPTNeoX) and model.shape.parallel_residual:
+            inner = cast(Block, block)
+            inner.attention.compile()
+            inner.mlp.compile()
+        else:
+            model.blocks[layer] = cast(nn.Module, torch.compile(block))
+
+
+def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype) -> None:
+    """FSDP2: shard every block by itself, then the embedding, then the head with its norm; HSDP over two dimensions.
+
+    Over a single rank nothing is sharded, but parameters and activations are cast to the precision all the same.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy)
+    reshard = mesh.layout.reshard_after_forward
+    if model.embedding is not None:
+        shard(model.embedding, reshard_after_forward=reshard)
+    for block in model.blocks.values():
+        shard(block, reshard_after_forward=reshard)
+    last = [module for module in (model.final_norm, model.head) if module is not None]
+    if last:
+        shard(last, reshard_after_forward=False)  # the backward pass begins with them
+    shard(model, reshard_after_forward=reshard)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already a share of the global batch's mean: sum gradients over ranks, do not average them.
             module.set_gradient_divide_factor(1.0)
-            if ranks.device.type == "cpu":
+            if mesh.ranks.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM

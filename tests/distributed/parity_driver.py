@@ -1,0 +1,46 @@
+"""Run under torchrun: several runs of the real trainer, one after another, inside one process group.
+
+`parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "stages" names its TOML.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan_cpt.config_file import load_config
+from titan_cpt.distributed.mesh import join_ranks, leave_ranks
+from titan_cpt.train import run_among
+
+
+def main(runs: Path) -> None:
+    """Carry out every run; one that fails on any rank ends the process, since its peers would wait for ever."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    ranks = join_ranks()
+    try:
+        for overrides in json.loads(runs.read_text()):
+            toml = Path(f"stages-{overrides.pop('stages', 1)}.toml")
+            began = time.perf_counter()
+            try:
+                run_among(ranks, load_config(toml, list(overrides.items())))
+            except BaseException:
+                print(f"FAILED {overrides['job.name']} on rank {ranks.rank}\n{traceback.format_exc()}", file=sys.stderr)
+                raise
+            if ranks.rank == 0:
+                print(f"ran {overrides['job.name']} in {time.perf_counter() - began:.1f} s", flush=True)
+            if dist.is_initialized():
+                dist.barrier()
+    finally:
+        leave_ranks()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""Starts the driver for the tests, on data made from this repository's own pages, and reads what the runs wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from titan_cpt.data.indexed_writer import IndexedWriter
+
+ROOT = Path(__file__).parents[2]
+TOML = """
+[job]
+name = "base"
+output_dir = "outputs"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 4
+width = 96
+heads = 12
+vocab_size = 384                # divides by 1, 2, 3 and 4 ranks, so that all layouts have one model
+rotary_fraction = 0.5
+[datasets.pages]
+train = "pages"
+validation = "pages-validation"
+[training]
+global_batch_size = 8
+local_batch_size = 8
+seq_len = 48
+mixed_precision_param = "float32"
+[validation]
+interval = 100
+sequences = 5                   # not a multiple of any batch
+[metrics]
+enable_tensorboard = false
+[[stages]]
+name = "first"
+dataset = "pages"
+steps = 3
+lr = { schedule = "constant", max = 1e-3 }
+"""
+SECOND_STAGE = """
+[[stages]]
+name = "second"
+dataset = "pages"
+steps = 2
+optimizer_state = "keep"
+lr = { schedule = "constant", max = 5e-4 }
+"""
+
+
+def make_data(folder: Path) -> None:
+    """The repository's pages in bytes, a document each."""
+    pages = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+    for prefix, chosen in (("pages", pages[:-1]), ("pages-validation", pages[-1:])):
+        with IndexedWriter(folder / prefix, 257) as writer:
+            for page in chosen:
+                writer.add_document(np.append(np.frombuffer(page.read_bytes(), dtype=np.uint8).astype(np.int64), 256))
+
+
+def launch(folder: Path, runs: list[dict[str, str]], world_size: int) -> None:
+    """Carry out runs on so many ranks, in `folder`; "stages" in a run's overrides is how many of the two it has."""
+    if not (folder / "pages.idx").exists():
+        make_data(folder)
+        (folder / "stages-1.toml").write_text(TOML)
+        (folder / "stages-2.toml").write_text(TOML + SECOND_STAGE)
+    (folder / f"runs-{world_size}.json").write_text(json.dumps(runs))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    driver = str(Path(__file__).with_name("parity_driver.py"))
+    done = subprocess.run(
+        [sys.executable, *(torchrun if world_size > 1 else []), driver, f"runs-{world_size}.json"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    (folder / f"output-{world_size}.txt").write_text(done.stdout + done.stderr)
+    failures = "\n".join(done.stderr.split("FAILED")[1:])[:6000] or done.stderr[-6000:]
+    assert done.returncode == 0, f"{folder}: {failures}"
+
+
+def record(folder: Path, name: str) -> list[dict[str, object]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "outputs" / name / "metrics.jsonl").read_text().splitlines()]

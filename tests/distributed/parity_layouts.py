@@ -1,0 +1,135 @@
+"""The layouts that are held against one process, by world size; docs/parallelism.md lists the same ones as tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SCHEDULES = ("GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+
+_KEYS = {
+    "rep": "parallelism.data_parallel_replicate_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "schedule": "parallelism.pipeline_parallel_schedule",
+    "size": "parallelism.pipeline_parallel_microbatch_size",
+    "reshard": "parallelism.fsdp_reshard_after_forward",
+    "gathered_logits": "parallelism.disable_loss_parallel",
+    "ac": "activation_checkpoint.mode",
+    "select": "activation_checkpoint.selective_ac_option",
+    "compile": "compile.enable",
+    "layers": "model.layers",
+    "length": "training.seq_len",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the trainer.
+
+    Attributes:
+        name: of the run's folder.
+        world_size: ranks.
+        overrides: dotted key to value, over the tests' TOML.
+        against: the run of one process with the same model and precision.
+        bf16: in bfloat16, hence with the wider tolerance.
+    """
+
+    name: str
+    world_size: int
+    overrides: dict[str, str] = field(default_factory=dict)
+    against: str = "one"
+    bf16: bool = False
+
+
+def _case(world_size: int, *, bf16: bool = False, rows: int = 2, **keys: object) -> Case:
+    """A case from the short names of `_KEYS`; `rows` is the local batch."""
+    overrides = {_KEYS[key]: str(value).lower() if value is True else str(value) for key, value in keys.items()}
+    overrides["training.local_batch_size"] = str(rows)
+    words = [f"w{world_size}", *(f"{key}_{value}" for key, value in keys.items()), f"rows_{rows}"]
+    if bf16:
+        overrides["training.mixed_precision_param"] = "bfloat16"
+        words.append("bf16")
+    against = "one-bf16" if bf16 else "one-deep" if "layers" in keys else "one-odd" if "length" in keys else "one"
+    return Case("-".join(words), world_size, overrides, against, bf16)
+
+
+CASES: tuple[Case, ...] = (
+    # one process: accumulation and activation checkpointing
+    _case(1),
+    _case(1, ac="full"),
+    _case(1, ac="selective"),
+    _case(1, ac="selective", select=2),
+    # two ranks: every technique by itself
+    _case(2),
+    _case(2, rows=4),
+    _case(2, reshard="never"),
+    _case(2, bf16=True),
+    _case(2, rep=2),
+    _case(2, tp=2),
+    _case(2, tp=2, gathered_logits=True),
+    _case(2, tp=2, bf16=True),
+    _case(2, tp=2, ac="selective"),
+    _case(2, cp=2),
+    _case(2, cp=2, bf16=True),
+    _case(2, cp=2, ac="selective"),
+    *(_case(2, pp=2, schedule=name, rows=4) for name in SCHEDULES),
+    _case(2, pp=2, size=2, rows=8),
+    _case(2, pp=2, rows=4, bf16=True),
+    _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, bf16=True),
+    _case(2, pp=2, ac="full"),
+    _case(2, pp=2, schedule="ZBVZeroBubble", ac="full"),
+    _case(2, pp=2, schedule="Interleaved1F1B", ac="selective"),
+    _case(2, compile=True, ac="memory_budget"),
+    _case(2, compile=True, bf16=True),
+    _case(2, pp=2, compile=True),
+    _case(2, cp=2, compile=True, ac="full"),
+    # four ranks: two dimensions, and long pipelines
+    _case(4),
+    _case(4, rep=2),
+    _case(4, rep=4),
+    _case(4, rep=2, bf16=True),
+    _case(4, tp=2, ac="full"),
+    _case(4, tp=2, bf16=True),
+    _case(4, tp=4),
+    _case(4, cp=4),
+    _case(4, cp=2, tp=2),
+    *(_case(4, pp=2, schedule=name, rows=4) for name in SCHEDULES),
+    *(_case(4, pp=4, schedule=name, rows=8, layers=8) for name in ("1F1B", "InterleavedZeroBubble", "DualPipeV")),
+    _case(4, pp=2, tp=2),
+    _case(4, pp=2, tp=2, schedule="Interleaved1F1B"),
+    _case(4, pp=2, tp=2, schedule="ZBVZeroBubble", ac="selective", select=2),
+    _case(4, pp=2, tp=2, schedule="InterleavedZeroBubble", ac="full"),
+    _case(4, pp=2, tp=2, bf16=True),
+    _case(4, pp=2, cp=2, schedule="ZBVZeroBubble", ac="full", rows=4),
+    _case(4, pp=2, rep=2, schedule="DualPipeV", bf16=True, rows=4),
+    _case(4, pp=2, rep=2),
+    _case(4, pp=2, reshard="always"),
+    # six ranks: the paper's odd tensor-parallel degree
+    _case(6, tp=3, pp=2),
+    _case(6, tp=3, pp=2, schedule="ZBVZeroBubble"),
+    _case(6, tp=3, pp=2, bf16=True),
+    _case(6, tp=3),
+    _case(6, tp=3, pp=2, length=50),
+    _case(6, tp=3, length=50, gathered_logits=True),
+    # eight ranks: three and four dimensions
+    _case(8, rep=2, tp=2),
+    _case(8, tp=2, pp=2, ac="selective", bf16=True),
+    _case(8, tp=2, pp=2, schedule="DualPipeV", rows=4),
+    _case(8, tp=2, pp=2, cp=2),
+    _case(8, rep=2, pp=2, schedule="Interleaved1F1B"),
+)
+
+REFERENCES: dict[str, dict[str, str]] = {
+    "one": {},
+    "one-bf16": {"training.mixed_precision_param": "bfloat16"},
+    "one-deep": {"model.layers": "8"},
+    "one-odd": {"training.seq_len": "50"},
+}
+
+HANDED_ON: tuple[tuple[Case, Case], ...] = (
+    (_case(4, tp=2), _case(4, pp=2, schedule="ZBVZeroBubble", rows=4)),
+    (_case(4, pp=2, tp=2), _case(4, rep=2)),
+    (_case(4), _case(4, pp=2, cp=2)),
+)
+"""The first layout saves, the second goes on from its checkpoint."""

@@ -1,0 +1,128 @@
+"""What the plan says of memory, held against what torch does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from titan_cpt.distributed.mesh import Mesh, Ranks
+from titan_cpt.distributed.parallelise import Techniques, parallelise
+from titan_cpt.footprint import Work, bubble, footprint, in_flight, layer_activation_bytes, local_parameters
+from titan_cpt.layout import Layout, Place
+from titan_cpt.models.gpt_neox import GPTNeoX
+from titan_cpt.models.sizes import ModelShape, named_size
+
+SHAPE = named_size("gpt_neox", "debug", 257, 1, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
+WORK = Work(
+    microbatch_tokens=256,
+    accumulation=1,
+    bytes_per_number=4,
+    recompute="none",
+    selection="op",
+    memory_budget=0.5,
+)
+
+
+def kept_between_layers(shape: ModelShape, recompute: str, selection: str) -> int:
+    """Bytes of all tensors, other than parameters, that a model keeps for its backward pass: 4 sequences of 64."""
+    model = GPTNeoX(shape)
+    model.init_weights(0)
+    mesh = Mesh(Ranks(0, 1, torch.device("cpu")), Layout(), Layout().place(0), 0, None, None)
+    parallelise(model, mesh, Techniques(torch.float32, recompute=recompute, selection=selection))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(torch.zeros(4, 64, dtype=torch.int64))
+    assert logits.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("recompute", "selection"), [("none", "op"), ("full", "op"), ("selective", "2")])
+def test_activations_are_what_autograd_saves(recompute: str, selection: str) -> None:
+    """Two depths apart, so that embedding and head cancel out: within 15 %, the promise of the plan."""
+    deep = dataclasses.replace(SHAPE, layers=8)
+    saved = kept_between_layers(deep, recompute, selection) - kept_between_layers(SHAPE, recompute, selection)
+    work = dataclasses.replace(WORK, recompute=recompute, selection=selection)
+    planned, _ = layer_activation_bytes(SHAPE, Layout(), work)
+
+    assert saved / 4 == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp_shard=3),
+        Layout(dp_shard=5, tp=2),
+        Layout(dp_shard=2, cp=2, tp=4, pp=2, schedule="1F1B"),
+        Layout(dp_shard=3, pp=2, schedule="ZBVZeroBubble"),
+    ],
+)
+def test_the_ranks_hold_every_parameter_once(layout: Layout) -> None:
+    """Over all ranks of one copy the pieces add up to the model, what tensor-parallel ranks hold in common aside."""
+    total = common = 0
+    for rank in range(layout.world_size):
+        place = layout.place(rank)
+        for name, count in local_parameters(SHAPE, layout, place):
+            copied = "norm" in name or name.endswith(("out.bias", "down.bias"))
+            total += 0 if copied and place.tensor else count
+            common += count if copied and place.tensor else 0
+
+    assert total == SHAPE.parameters
+    assert (common > 0) == (layout.tp > 1)
+
+
+def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:
+    """float32 weights, gradients and two moments: 16 bytes a parameter."""
+    costs = footprint(SHAPE, Layout(), WORK)
+
+    assert costs.parameters + costs.gradients + costs.optimizer == 16 * SHAPE.parameters
+    assert costs.sent == 0
+
+
+def test_the_idle_share_by_hand() -> None:
+    """Four ranks: 3 of 4 + 3 slots under 1F1B with 4 micro-batches, 3 of 8 + 3 with two stages a rank."""
+    one = Layout(pp=4, schedule="1F1B", microbatches=4)
+
+    assert bubble(one) == pytest.approx(3 / 7)
+    assert bubble(dataclasses.replace(one, schedule="Interleaved1F1B")) == pytest.approx(3 / 11)
+    assert bubble(Layout(dp_shard=4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rank", "expected"),
+    [("GPipe", 3, 8), ("1F1B", 0, 4), ("1F1B", 3, 1), ("LoopedBFS", 0, 16), ("Interleaved1F1B", 0, 11)],
+)
+def test_micro_batches_in_flight(schedule: str, rank: int, expected: int) -> None:
+    """GPipe holds all 8, the first rank of 1F1B as many as there are ranks, the last 1; interleaving its warm-up."""
+    layout = Layout(pp=4, schedule=schedule, microbatches=8)
+
+    assert in_flight(layout, rank) == expected
+
+
+def test_fsdp_sends_what_a_ring_sends() -> None:
+    """Gathered twice in float32 and summed once over 4 ranks: three times 3/4 of the model, 4 bytes each."""
+    costs = footprint(SHAPE, Layout(dp_shard=4), WORK)
+
+    assert costs.sent_fsdp == round(3 * 0.75 * 4 * SHAPE.parameters)
+
+
+def test_place_and_rank_follow_each_other() -> None:
+    """Tensor places run fastest, pipeline places slowest; tensor and context ranks share their data."""
+    layout = Layout(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2, schedule="1F1B")
+
+    assert layout.place(0) == Place(0, 0, 0, 0, 0)
+    assert layout.place(1) == Place(0, 0, 0, 0, 1)
+    assert layout.place(2) == Place(0, 0, 0, 1, 0)
+    assert layout.place(4) == Place(0, 0, 1, 0, 0)
+    assert layout.place(12) == Place(0, 1, 0, 0, 0)
+    assert layout.place(24) == Place(1, 0, 0, 0, 0)
+    assert [layout.data_rank(rank) for rank in (0, 3, 4, 12, 23, 24)] == [0, 0, 1, 3, 5, 0]

@@ -1,0 +1,127 @@
+"""The plan at scale: what `titan-cpt plan` says of layouts, the shipped configs, and the page made from the rules."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titan_cpt.config_file import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.errors import PlanError
+from titan_cpt.layout_view import fits, parse_bytes
+from titan_cpt.planning import make_plan
+from titan_cpt.suggest import suggestions
+
+ROOT = Path(__file__).parents[2]
+TEN_BILLION = ROOT / "train_configs" / "10b_pile_to_german.toml"
+
+
+def titan_cpt(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "titan_cpt", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_the_10b_model_is_checked_for_1656_ranks() -> None:
+    """TP 6 x PP 4 x 69 replicas, in under 30 s and 2 GiB, with the counts that the plan worked out without torch."""
+    done = titan_cpt("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--check-layout")
+    checked = re.search(r"checked in ([0-9.]+) s and ([0-9.]+) GiB", done.stdout)
+
+    assert done.returncode == 0, done.stderr
+    assert checked, done.stdout
+    assert float(checked[1]) < 30
+    assert float(checked[2]) < 2
+    assert done.stdout.count("as planned") == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "parameters", "per_step"),
+    [("10b_pile_to_german", 1656, 9_642_249_216, 16), ("405m_pile_to_german", 276, 405_334_016, 4)],
+)
+def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_step: int) -> None:
+    """METHOD section 4: parameters, batch, steps, LR and layout of the shipped configs."""
+    config = load_config(ROOT / "train_configs" / f"{name}.toml")
+    plan = make_plan(config, take_inventory(config), world_size)
+
+    assert plan.shape.parameters == parameters
+    assert plan.step_tokens == 2_260_992
+    assert [stage.steps for stage in plan.stages] == [132_366, 86_000]
+    assert plan.local_batch_size == per_step
+    assert plan.accumulation == 1
+    assert max(plan.stages[0].lr_at(step) for step in (1322, 1323, 1324)) == pytest.approx(
+        {"10b": 1.2e-4, "405m": 3e-4}[config.model.size], rel=1e-6
+    )
+
+
+def test_the_plan_imports_no_torch() -> None:
+    """With a layout, its memory and suggestions."""
+    for extra in (["--device-memory", "80GiB"], ["--suggest"]):
+        words = ["plan", "--config", str(TEN_BILLION), "--world-size", "1656", *extra]
+        code = (
+            "import sys\nfrom titan_cpt.cli import main\n"
+            f"try: main({words!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_layout_in_json() -> None:
+    """Degrees, holdings, bytes and whether they fit."""
+    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--json", "--device-memory")
+    layout = json.loads(titan_cpt(*words, "80GiB").stdout)["layout"]
+
+    assert (layout["pp"], layout["dp_shard"], layout["tp"], layout["microbatches"]) == (4, 69, 6, 4)
+    assert layout["pipeline_ranks"][3] == {
+        "pipeline_rank": 3,
+        "first_rank": 1242,
+        "last_rank": 1655,
+        "holds": ["layers 27 to 35", "final norm and head"],
+    }
+    assert layout["fits"] is True
+    assert json.loads(titan_cpt(*words, "4GiB").stdout)["layout"]["fits"] is False
+
+
+def test_suggestions_fit_and_come_fastest_first() -> None:
+    """Each one is a layout of all ranks that keeps the rules; too small a device is refused with the reason."""
+    config = load_config(TEN_BILLION)
+    inventory = take_inventory(config)
+    found = suggestions(config, inventory, 64, parse_bytes("80GiB"))
+
+    assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
+    assert all(suggestion.plan.world_size == 64 for suggestion in found)
+    assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
+    with pytest.raises(PlanError, match="no layout of 64 ranks keeps the rules and fits 1 GiB"):
+        suggestions(config, inventory, 64, 2**30)
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("40GB", 40 * 10**9), ("1.5 KiB", 1536), ("7", 7)])
+def test_sizes_of_memory(text: str, size: int) -> None:
+    """Powers of 1024 with an i, of 1000 without."""
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 gigs", "0GiB"])
+def test_no_size_of_memory(text: str) -> None:
+    """A mistake is told."""
+    with pytest.raises(PlanError, match="--device-memory"):
+        parse_bytes(text)
+
+
+def test_the_page_on_parallelism_is_made_from_the_rules() -> None:
+    """docs/parallelism.md is what the script prints."""
+    script = ROOT / "scripts" / "docs" / "parallelism_reference.py"
+    spec = importlib.util.spec_from_file_location("parallelism_reference", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    assert (ROOT / "docs" / "parallelism.md").read_text() == module.reference() + "\n"

@@ -1,0 +1,120 @@
+"""What is refused, each with place, reason and the nearest valid choice; and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from titan_cpt.config_file import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.errors import PlanError
+from titan_cpt.layout_rules import RULES
+from titan_cpt.planning import make_plan
+
+TOML = """
+[job]
+name = "laid-out"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 96
+heads = 6
+[datasets.pages]
+train = "pages"
+[training]
+global_batch_size = 48
+local_batch_size = 8
+seq_len = 48
+[[stages]]
+name = "only"
+dataset = "pages"
+steps = 2
+lr = { schedule = "constant", max = 1e-3 }
+"""
+TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
+SCHEDULE = "parallelism.pipeline_parallel_schedule"
+
+REFUSED = [
+    (5, {TP: "2"}, ["5 ranks do not divide into groups of 2", "use 4 ranks"]),
+    (4, {"parallelism.data_parallel_shard_degree": "3"}, ["data_parallel_shard_degree: must be 4 on 4 ranks"]),
+    (4, {TP: "4"}, ["6 attention heads do not divide by 4", "use 3 or 6"]),
+    (3, {TP: "3", "model.mlp_width": "128"}, ["128 features of the MLP do not divide by 3", "use 2 or 4"]),
+    (2, {CP: "2", "training.seq_len": "50"}, ["training.seq_len: 50", "use 48 or 52"]),
+    (2, {PP: "2", SCHEDULE: "1f1b"}, ["unknown '1f1b'", "Allowed: GPipe, 1F1B"]),
+    (3, {PP: "3"}, ["8 layers do not divide into 3 stages", "use 2 or 4"]),
+    (8, {PP: "8", SCHEDULE: "DualPipeV"}, ["8 layers do not divide into 16 stages", "use 4"]),
+    (2, {PP: "2", "parallelism.pipeline_parallel_microbatch_size": "3"}, ["local_batch_size = 8, got 3", "use 2 or 4"]),
+    (4, {PP: "4", "training.local_batch_size": "2"}, ["1F1B on 4 ranks needs at least 4", "use 4 sequences"]),
+    (
+        4,
+        {PP: "4", SCHEDULE: "Interleaved1F1B", "training.local_batch_size": "9"},
+        ["needs a multiple of 2", "use 8 sequences"],
+    ),
+    (4, {PP: "4", SCHEDULE: "DualPipeV", "training.local_batch_size": "6"}, ["at least 8", "use 8 sequences"]),
+    (
+        2,
+        {PP: "2", SCHEDULE: "ZBVZeroBubble", "parallelism.fsdp_reshard_after_forward": "always"},
+        ["wrong gradients without an error", '"never"'],
+    ),
+    (2, {PP: "2", SCHEDULE: "DualPipeV", "compile.enable": "true"}, ["compile.enable", "Interleaved1F1B"]),
+    (
+        2,
+        {PP: "2", SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.mode": "selective"},
+        ["InterleavedZeroBubble goes backward twice", 'mode = "full"'],
+    ),
+    (
+        2,
+        {TP: "2", "compile.enable": "true"},
+        ["wrong gradients without an error under tensor parallelism", "degree to 1"],
+    ),
+    (1, {"activation_checkpoint.mode": "memory_budget"}, ["compile.enable = true"]),
+    (
+        1,
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "ops"},
+        ["got 'ops'; did you mean \"op\"?"],
+    ),
+    (5, {}, ["48 sequences do not divide into 40"]),
+]
+
+
+def planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> object:
+    path = tmp_path / "config.toml"
+    path.write_text(TOML)
+    config = load_config(path, list(overrides.items()))
+    return make_plan(config, take_inventory(config), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "overrides", "words"), REFUSED)
+def test_refused_with_reason_and_remedy(
+    tmp_path: Path, world_size: int, overrides: dict[str, str], words: list[str]
+) -> None:
+    """The message names the key, what is wrong, and what to write instead."""
+    with pytest.raises(PlanError) as refusal:
+        planned(tmp_path, world_size, overrides)
+
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_every_rule_is_tested_here() -> None:
+    """One refusal for each rule, and that of the global batch, which planning.py makes."""
+    assert len(REFUSED) >= len(RULES) + 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (6, {TP: "6"}),
+        (2, {TP: "2", "training.seq_len": "47"}),
+        (4, {PP: "4", "training.local_batch_size": "4"}),
+        (4, {PP: "4", SCHEDULE: "DualPipeV"}),
+        (2, {PP: "2", "parallelism.fsdp_reshard_after_forward": "always"}),
+        (2, {PP: "2", "compile.enable": "true"}),
+        (2, {PP: "2", SCHEDULE: "DualPipeV", "activation_checkpoint.mode": "full"}),
+    ],
+)
+def test_accepted(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> None:
+    """The neighbours of what is refused are planned."""
+    assert planned(tmp_path, world_size, overrides)

@@ -1,0 +1,80 @@
+"""Context parallelism: the positions of a sequence are split over ranks, and attention gathers the others' keys.
+
+A sequence is cut into 2 x cp equal pieces; rank r holds pieces r and 2 cp - 1 - r, an early and a late one, so that
+under a causal mask every rank has the same number of keys to look at. Queries stay where they are; keys and values are
+gathered, which works on every device and, with grouped or wide heads, costs less than attention itself. Source of the
+balance and of gathering: Llama 3, arXiv:2407.21783, section 3.3.2.
+
+Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
+
+
+def own_positions(length: int, rank: int, degree: int) -> Tensor:
+    """The positions of a sequence of `length` that a context rank holds, ascending, int64 [P]."""
+    pieces = torch.arange(length).chunk(2 * degree)
+    return torch.cat((pieces[rank], pieces[2 * degree - 1 - rank]))
+
+
+class ContextParallelAttention(nn.Module):
+    """Takes the place of `RotaryCausalAttention` on a rank that holds two pieces of every sequence; no weights."""
+
+    def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.rotary_width, self.rope_base, self.group = plain.rotary_width, plain.rope_base, group
+
+    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
+        """Attention's result for this rank's positions, out_BPNH."""
+        degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        own, device = q_BPNH.shape[1], q_BPNH.device
+        positions_P = own_positions(own * degree, rank, degree).to(device)
+        cos_PR, sin_PR = rotary_tables(positions_P, rotary_width=self.rotary_width, base=self.rope_base)
+        q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        k_BNLH = _in_sequence_order(k_BNPH, self.group)
+        v_BNLH = _in_sequence_order(v_BPNH.transpose(1, 2), self.group)
+
+        piece, out = own // 2, []
+        for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * piece, (2 * degree - 1 - rank) * piece), strict=True):
+            until = first + piece  # nothing of this piece looks further
+            mask = torch.ones(piece, until, dtype=torch.bool, device=device).tril(first)  # position p sees 0 to p
+            out.append(F.scaled_dot_product_attention(half, k_BNLH[:, :, :until], v_BNLH[:, :, :until], attn_mask=mask))
+        return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _in_sequence_order(x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' pieces, in the order of the sequence, x_BNLH."""
+    degree = dist.get_world_size(group)
+    gathered: Tensor = _GatherPositions.apply(x_BNPH, group)  # type: ignore[no-untyped-call]
+    pieces = gathered.chunk(2 * degree, dim=2)  # rank 0's early and late piece, then rank 1's ...
+    return torch.cat((*pieces[0::2], *pieces[1::2][::-1]), dim=2)
+
+
+class _GatherPositions(torch.autograd.Function):
+    """Concatenates the ranks' positions, rank after rank; the gradient is summed over ranks in fp32 and cut again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x_BNPH, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, x_BNPH.contiguous(), group=group)
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNLH: Tensor) -> tuple[Tensor, None]:
+        parts = [part.float().contiguous() for part in grad_BNLH.chunk(ctx.group.size(), dim=2)]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own.to(grad_BNLH.dtype), None

@@ -1,0 +1,287 @@
+"""What a layout costs each rank: bytes of memory, bytes sent per step, and the share of time a pipeline stands idle.
+
+Worked out, not measured; pure numbers. Parameters are counted exactly, as FSDP2 and tensor parallelism cut them
+(`titan-cpt plan --check-layout` holds the count against the sharded model). Activations are what autograd saves for the
+backward pass, layer by layer (a test holds them against the saved tensors). What the allocator wastes, the libraries'
+work space (1 to 2 GiB on CUDA) and communication buffers come on top.
+
+Letters: D width, F feed-forward width, V vocabulary, T tokens of one micro-batch on one rank, t tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from titan_cpt.layout import Layout, Place
+from titan_cpt.models.shapes import ModelShape
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank is given to do, beside the layout.
+
+    Attributes:
+        microbatch_tokens: T, of one forward pass of one context-parallel rank.
+        accumulation: local batches of a step.
+        bytes_per_number: of parameters and activations while they are multiplied: 2 in bfloat16, 4 in float32.
+        recompute: "none", "full", "selective" or "memory_budget".
+        selection: "op", or n for every n-th block.
+        memory_budget: share of the activations kept under "memory_budget".
+    """
+
+    microbatch_tokens: int
+    accumulation: int
+    bytes_per_number: int
+    recompute: str
+    selection: str
+    memory_budget: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The costs of the rank that has most to hold; all in bytes, communication as sent per step.
+
+    Attributes:
+        local_parameters: numbers that the rank keeps, of each pipeline rank in turn (at shard 0 and tensor place 0).
+        bubble: share of a step's time in which a pipeline rank waits, where forward, backward of the inputs and
+            backward of the weights take the same time and communication none.
+        heaviest: the pipeline rank whose memory this is.
+    """
+
+    local_parameters: tuple[int, ...]
+    heaviest: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    logits: int
+    sent_fsdp: int
+    sent_tensor: int
+    sent_context: int
+    sent_pipeline: int
+    bubble: float
+
+    @property
+    def memory(self) -> int:
+        """The sum of all that is held at once."""
+        parts = (self.parameters, self.gradients, self.optimizer, self.gathered, self.activations, self.logits)
+        return sum(parts)
+
+    @property
+    def sent(self) -> int:
+        """All bytes that one rank sends in a step."""
+        return self.sent_fsdp + self.sent_tensor + self.sent_context + self.sent_pipeline
+
+
+def footprint(shape: ModelShape, layout: Layout, work: Work) -> Footprint:
+    """The costs of a layout."""
+    local = tuple(
+        sum(count for _, count in local_parameters(shape, layout, Place(rank, 0, 0, 0, 0))) for rank in range(layout.pp)
+    )
+    return max(
+        (_of_rank(shape, layout, work, rank, local) for rank in range(layout.pp)), key=lambda costs: costs.memory
+    )
+
+
+def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tuple[int, ...]) -> Footprint:
+    stages = layout.stages_of(rank)
+    held = sum(_unsharded(shape, layout, stage) for stage in stages)
+    block = _count_cut(block_parameters(shape), layout.tp)
+    ends = held - block * len(_layers(shape, layout, stages))
+    over = layout.dp_shard * layout.cp
+    number = work.bytes_per_number
+    if layout.world_size == 1:
+        gathered = held * number if number != _FP32 else 0  # autocast's copies
+    elif layout.reshard_after_forward:
+        gathered = (ends + 2 * block) * number + block * _FP32  # this block, the next one, and its gradients
+    else:
+        gathered = held * number
+    if layout.pp > 1:
+        gathered += held * _FP32  # gradients are summed whole over the micro-batches and reduced once
+    return Footprint(
+        local_parameters=local,
+        heaviest=rank,
+        parameters=local[rank] * _FP32,
+        gradients=local[rank] * _FP32,
+        optimizer=local[rank] * 2 * _FP32,
+        gathered=gathered,
+        activations=round(_activations(shape, layout, work, rank)),
+        logits=_logits(shape, layout, work) if layout.stages - 1 in stages else 0,
+        sent_fsdp=round(_sent_fsdp(held, over, layout, work)),
+        sent_tensor=round(_sent_tensor(shape, layout, work, stages)),
+        sent_context=round(_sent_context(shape, layout, work, stages)),
+        sent_pipeline=_sent_pipeline(shape, layout, work, stages),
+        bubble=bubble(layout),
+    )
+
+
+def block_parameters(shape: ModelShape) -> tuple[tuple[str, tuple[int, ...], int | None], ...]:
+    """Every parameter of a block: name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
+    d, f = shape.width, shape.mlp_width
+    norms = [(f"{norm}.{part}", (d,), None) for norm in ("attention_norm", "mlp_norm") for part in ("weight", "bias")]
+    return (
+        *norms,
+        ("attention.qkv.weight", (3 * d, d), 0),
+        ("attention.qkv.bias", (3 * d,), 0),
+        ("attention.out.weight", (d, d), 1),
+        ("attention.out.bias", (d,), None),
+        ("mlp.up.weight", (f, d), 0),
+        ("mlp.up.bias", (f,), 0),
+        ("mlp.down.weight", (d, f), 1),
+        ("mlp.down.bias", (d,), None),
+    )
+
+
+def _stage_parameters(
+    shape: ModelShape, layout: Layout, stage: int
+) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    if stage == 0:
+        yield "embedding.weight", (shape.vocab_size, shape.width), 0
+    for layer in layout.layers_of(stage, shape.layers):
+        for name, size, cut in block_parameters(shape):
+            yield f"blocks.{layer}.{name}", size, cut
+    if stage == layout.stages - 1:
+        yield "final_norm.weight", (shape.width,), None
+        yield "final_norm.bias", (shape.width,), None
+        yield "head.weight", (shape.vocab_size, shape.width), 0
+
+
+def local_parameters(shape: ModelShape, layout: Layout, place: Place) -> Iterator[tuple[str, int]]:
+    """Name and count of what a rank keeps of each parameter: cut by TP, then by FSDP2 along the first dimension.
+
+    FSDP2 cuts as `torch.chunk` does: equal pieces rounded up, so that the last ranks may hold less, or nothing.
+    """
+    over = layout.dp_shard * layout.cp
+    index = place.shard * layout.cp + place.context
+    for stage in layout.stages_of(place.pipeline):
+        for name, size, cut in _stage_parameters(shape, layout, stage):
+            count = _size(size) // (layout.tp if cut is not None else 1)
+            rows = size[0] // (layout.tp if cut == 0 else 1)
+            piece = -(-rows // over)
+            mine = max(0, min(rows, (index + 1) * piece) - index * piece)
+            yield name, count // rows * mine
+
+
+def bubble(layout: Layout) -> float:
+    """The idle share of a pipeline's time with p ranks, m micro-batches and v stages a rank.
+
+        (p - 1) / (v m + p - 1)         GPipe, 1F1B (v = 1), LoopedBFS, Interleaved1F1B
+        (p - 1) / (3 v m + p - 1)       InterleavedZeroBubble: weights' gradients fill two thirds of it
+        0                               ZBVZeroBubble, DualPipeV, where micro-batches are many; less is not modelled
+
+    Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2; Qi et al. 2024, arXiv:2401.10241 and 2405.15362.
+    """
+    if layout.pp == 1 or layout.kind.placement == "v":
+        return 0.0
+    parts = layout.kind.stages_per_rank * layout.microbatches * (3 if layout.kind.splits_backward else 1)
+    return (layout.pp - 1) / (parts + layout.pp - 1)
+
+
+def in_flight(layout: Layout, rank: int) -> int:
+    """Micro-batches x stages whose activations a pipeline rank holds at once, at most."""
+    all_of_them = layout.microbatches * layout.kind.stages_per_rank
+    p = layout.pp
+    match layout.schedule if p > 1 else "":
+        case "":
+            return 1
+        case "1F1B":
+            return min(all_of_them, p - rank)
+        case "Interleaved1F1B" | "InterleavedZeroBubble":
+            return min(all_of_them, (layout.kind.stages_per_rank - 1) * p + 2 * (p - rank - 1) + 1)
+        case "ZBVZeroBubble" | "DualPipeV":
+            return min(all_of_them, 2 * p + 1)
+    return all_of_them  # GPipe, LoopedBFS
+
+
+def layer_activation_bytes(shape: ModelShape, layout: Layout, work: Work) -> tuple[float, float]:
+    """Bytes that autograd keeps of one layer and micro-batch: as checkpointing leaves them, and while it recomputes.
+
+    A whole block, per token: its input D/t; the gathered inputs of both halves 2 D; queries, keys and values 3 D/t
+    and the rotated two once more 2 D/t; attention's result D/t; the MLP before and after GELU 2 F/t. LayerNorm's and
+    attention's statistics are in fp32, a few numbers a token. Per operator: the input, qkv's and up's results and
+    attention's.
+    """
+    d, f, t, number = shape.width, shape.mlp_width, layout.tp, work.bytes_per_number
+    statistics = (4 / t + shape.heads / t) * _FP32
+    whole = work.microbatch_tokens * (number * (2 * d + 7 * d / t + 2 * f / t) + statistics)
+    entrance = work.microbatch_tokens * number * d / t
+    if work.recompute == "full":
+        return entrance, whole
+    if work.recompute == "selective" and work.selection == "op":
+        kept = number * (5 * d / t + f / t) + shape.heads / t * _FP32
+        return work.microbatch_tokens * kept, whole
+    if work.recompute == "selective":
+        every = int(work.selection)
+        return (entrance + (every - 1) * whole) / every, whole
+    if work.recompute == "memory_budget":
+        return entrance + work.memory_budget * (whole - entrance), whole
+    return whole, 0.0
+
+
+def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> float:
+    kept, recomputed = layer_activation_bytes(shape, layout, work)
+    per_stage = shape.layers / layout.stages
+    return kept * per_stage * in_flight(layout, rank) + recomputed
+
+
+def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
+    """Logits and their gradient; under loss parallelism torch takes the softmax in fp32, besides."""
+    rows = work.microbatch_tokens * shape.vocab_size
+    if layout.tp == 1 or not layout.loss_parallel:
+        return rows * 2 * work.bytes_per_number
+    return rows // layout.tp * (work.bytes_per_number + 2 * _FP32)
+
+
+def _sent_fsdp(held: int, over: int, layout: Layout, work: Work) -> float:
+    """Gathers, once or twice a local batch, and one sum of gradients; then the copies' sum (a ring sends it twice)."""
+    share = (over - 1) / over
+    gathers = 2 if layout.reshard_after_forward else 1
+    sent = held * share * (gathers * work.bytes_per_number + _FP32) * work.accumulation
+    copies = (layout.dp_replicate - 1) / layout.dp_replicate
+    return sent + 2 * held / over * _FP32 * copies * work.accumulation
+
+
+def _passes(layout: Layout, work: Work) -> int:
+    return layout.microbatches * work.accumulation
+
+
+def _sent_tensor(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> float:
+    """Two gathers and two sums over the positions a layer forward, as many backward, two more where recomputed."""
+    moved = work.microbatch_tokens * shape.width * work.bytes_per_number * (layout.tp - 1) / layout.tp
+    collectives = (8 + (4 if work.recompute == "full" else 0)) * len(_layers(shape, layout, stages))
+    collectives += 2 * (0 in stages) + 2 * (layout.stages - 1 in stages)
+    return moved * collectives * _passes(layout, work)
+
+
+def _sent_context(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> float:
+    """Keys and values of the other ranks, forward, and their gradients in fp32, backward."""
+    forward = 2 if work.recompute == "full" else 1
+    moved = 2 * work.microbatch_tokens * shape.width / layout.tp * (forward * work.bytes_per_number + _FP32)
+    return moved * (layout.cp - 1) * len(_layers(shape, layout, stages)) * _passes(layout, work)
+
+
+def _sent_pipeline(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> int:
+    """The residual stream to the next stage and its gradient to the one before, unless they are on the same rank."""
+    moved = work.microbatch_tokens * shape.width // layout.tp * work.bytes_per_number * _passes(layout, work)
+    neighbours = [n for stage in stages for n in (stage - 1, stage + 1) if 0 <= n < layout.stages and n not in stages]
+    return moved * len(neighbours)
+
+
+def _layers(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -> list[int]:
+    return [layer for stage in stages for layer in layout.layers_of(stage, shape.layers)]
+
+
+def _unsharded(shape: ModelShape, layout: Layout, stage: int) -> int:
+    return _count_cut(tuple(_stage_parameters(shape, layout, stage)), layout.tp)
+
+
+def _count_cut(parameters: tuple[tuple[str, tuple[int, ...], int | None], ...], tp: int) -> int:
+    return sum(_size(size) // (tp if cut is not None else 1) for _, size, cut in parameters)
+
+
+def _size(size: tuple[int, ...]) -> int:
+    return size[0] * (size[1] if len(size) > 1 else 1)
