@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device-memory", metavar="SIZE", help="whether a rank's share fits, such as 80GiB")
     plan.add_argument("--check-layout", action="store_true", help="build the sharded model without memory and count it")
     plan.add_argument("--suggest", action="store_true", help="layouts for the ranks and --device-memory (80GiB)")
-    plan.add_argument("--world-size", type=_positive, default=1, metavar="N", help="ranks to plan for (default 1)")
+    plan.add_argument("--world-size", type=_positive, metavar="N", help="ranks to plan for (default: the fewest)")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.add_argument("--lr-at", type=_integers, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
     plan.add_argument("--recipe", nargs=2, metavar=("STAGE", "STEP"), help="the 0-based global batch STEP (JSON)")
@@ -163,14 +163,16 @@ def _none_left(words: Sequence[str]) -> list[tuple[str, str]]:
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.config_file import load_config
     from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.layout import fewest_ranks
     from titan_cpt.layout_view import parse_bytes
     from titan_cpt.planning import make_plan
 
     config = load_config(options.config, overrides)
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
+    world_size = options.world_size or fewest_ranks(config)
     if options.suggest:
-        return _suggest(config, options, device_bytes or parse_bytes("80GiB"))
-    plan = make_plan(config, take_inventory(config), options.world_size)
+        return _suggest(config, options, world_size, device_bytes or parse_bytes("80GiB"))
+    plan = make_plan(config, take_inventory(config), world_size)
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
 
@@ -194,16 +196,16 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
-def _suggest(config: Any, options: argparse.Namespace, device_bytes: int) -> int:
+def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_bytes: int) -> int:
     from titan_cpt.data.inventory import take_inventory
     from titan_cpt.suggest import suggestions
 
-    found = suggestions(config, take_inventory(config), options.world_size, device_bytes)
+    found = suggestions(config, take_inventory(config), world_size, device_bytes)
     if options.json:
         lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
         print(json.dumps({"suggestions": lines}))
         return 0
-    print(f"{len(found)} layouts of {options.world_size} ranks fit; a step's time is an estimate for H100s in bfloat16")
+    print(f"{len(found)} layouts of {world_size} ranks fit; a step's time is an estimate for H100s in bfloat16")
     for place, suggestion in enumerate(found[:5], 1):
         words = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
         print(

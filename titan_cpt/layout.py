@@ -130,6 +130,13 @@ class Layout:
         return " x ".join(degrees) or "one process"
 
 
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the config's degrees can be laid over."""
+    asked = config.parallelism
+    model = asked.tensor_parallel_degree * asked.pipeline_parallel_degree * asked.context_parallel_degree
+    return model * asked.data_parallel_replicate_degree * (asked.data_parallel_shard_degree or 1)
+
+
 def layout_of(config: Config, world_size: int) -> Layout:
     """The layout that the config asks for on so many ranks; whether it can be is `layout_faults`' to say."""
     asked = config.parallelism

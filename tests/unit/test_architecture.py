@@ -14,9 +14,12 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe",
     "config_model models.sizes models.layers models.huggingface models.huggingface_config",
     "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts",
-    "config_faults data.tokenizer plan models.families",
-    "config_file planning plan_view data.inventory data.shards distributed.mesh optimizer metrics manifest run_folder",
-    "data.prepare distributed.parallelise interchange lineage",
+    "config_faults layout data.tokenizer models.families",
+    "layout_rules footprint",
+    "plan distributed.mesh distributed.context",
+    "planning layout_view distributed.parallelise distributed.engine",
+    "config_file plan_view suggest data.inventory data.shards distributed.stages optimizer metrics manifest run_folder",
+    "data.prepare distributed.check_layout interchange lineage",
     "data.loader data.materialise checkpoint display report model_card",
     "validate export",
     "parts",
@@ -28,7 +31,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 LONGEST = {"train": 349}  # lines; every other file has fewer than 500
-TORCHLESS = ("config_file", "planning", "plan_view", "data.inventory", "models.sizes")
+TORCHLESS = ("config_file", "planning", "plan_view", "suggest", "data.inventory", "models.sizes")
 OPTIONAL = {"torch", "tokenizers", "datasets", "transformers", "pyarrow", "huggingface_hub", "zstandard"}
 
 

@@ -169,7 +169,7 @@ def test_recipe_is_asked_by_stage_and_step(plan, two_stages):
 def test_the_world_size_changes_the_accumulation_alone(plan, two_stages):
     """1656 ranks can be checked on a laptop as well as ten; the steps stay the same ones."""
     alone, ten = plan(two_stages), plan(two_stages, "--world-size", "10")
-    keys = {"world_size", "accumulation"}
+    keys = {"world_size", "accumulation", "layout"}
 
     assert (alone["accumulation"], ten["accumulation"]) == (10, 1)
     assert {key: ten[key] for key in ten.keys() - keys} == {key: alone[key] for key in alone.keys() - keys}
@@ -252,7 +252,7 @@ def test_names_with_brackets_do_not_break_the_table(run, write, two_stages):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_can_be_planned_without_its_data(run, path):
-    """On one rank, in an empty folder."""
+    """On the fewest ranks of its layout, in an empty folder."""
     status, out, err = run("plan", "--config", path, "--json")
 
     assert (status, err) == (0, "")

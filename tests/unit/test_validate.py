@@ -11,14 +11,16 @@ from torch import nn
 from titan_cpt.data.indexed import TokenStream
 from titan_cpt.data.indexed_writer import IndexedWriter
 from titan_cpt.data.tokenizer import load_tokenizer
-from titan_cpt.distributed.mesh import Ranks
+from titan_cpt.distributed.engine import WholeModel
+from titan_cpt.distributed.mesh import Ranks, build_mesh
 from titan_cpt.errors import DataError
+from titan_cpt.layout import Layout
 from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.models.sizes import named_size
 from titan_cpt.validate import Validator, fixed_windows
 
 SEQ_LEN, WINDOWS = 8, 23
-ONE = Ranks(0, 1, torch.device("cpu"), None)
+ONE = build_mesh(Ranks(0, 1, torch.device("cpu")), Layout())
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def model():
     return model
 
 
-def validator_of(stream, *, sequences=7, local_batch=2, seq_len=SEQ_LEN, precision=torch.float32):
+def validator_of(stream, *, sequences=7, local_batch=2, seq_len=SEQ_LEN):
     lengths = load_tokenizer("bytes").token_byte_lengths()
     return Validator(
         {"x": stream},
@@ -53,8 +55,7 @@ def validator_of(stream, *, sequences=7, local_batch=2, seq_len=SEQ_LEN, precisi
         sequences=sequences,
         seq_len=seq_len,
         local_batch=local_batch,
-        precision=precision,
-        ranks=ONE,
+        mesh=ONE,
     )
 
 
@@ -84,7 +85,7 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
     with torch.no_grad():
         mean = F.cross_entropy(model(inputs).double().flatten(0, 1), targets.flatten()).item()
     target_bytes = int((targets != 256).sum())
-    found = validator_of(stream).measure(model)["x"]
+    found = validator_of(stream).measure(WholeModel(model, ONE, torch.float32))["x"]
 
     assert target_bytes < 56
     assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
@@ -95,8 +96,8 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
 @pytest.mark.parametrize("local_batch", [1, 2, 3, 7, 64])
 def test_the_size_of_a_pass_does_not_change_the_loss(model, stream, local_batch):
     """Of seven windows, in passes of which the last is often smaller."""
-    alone = validator_of(stream, local_batch=1).measure(model)["x"]
-    found = validator_of(stream, local_batch=local_batch).measure(model)["x"]
+    alone = validator_of(stream, local_batch=1).measure(WholeModel(model, ONE, torch.float32))["x"]
+    found = validator_of(stream, local_batch=local_batch).measure(WholeModel(model, ONE, torch.float32))["x"]
 
     assert found.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
@@ -106,7 +107,7 @@ def test_measuring_twice_gives_the_same_bits_and_leaves_no_trace(model, stream):
     """No gradient, no change of a weight, no change of the random numbers."""
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     random = torch.get_rng_state()
-    first, second = (validator_of(stream).measure(model)["x"] for _ in range(2))
+    first, second = (validator_of(stream).measure(WholeModel(model, ONE, torch.float32))["x"] for _ in range(2))
 
     assert first == second
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -121,14 +122,16 @@ def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(stream):
         def forward(self, tokens):
             return torch.zeros(*tokens.shape, 384)
 
-    assert validator_of(stream).measure(Nothing())["x"].nats_per_token == pytest.approx(math.log(384), rel=1e-6)
+    assert validator_of(stream).measure(WholeModel(Nothing(), ONE, torch.float32))["x"].nats_per_token == pytest.approx(
+        math.log(384), rel=1e-6
+    )
 
 
 def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
     """Nothing but ends of documents."""
     with IndexedWriter(tmp_path / "empty", 257) as writer:
         writer.add_document(np.full(33, 256))
-    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(model)["x"]
+    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(WholeModel(model, ONE, torch.float32))["x"]
 
     assert math.isfinite(found.nats_per_token)
     assert math.isnan(found.bits_per_byte)
