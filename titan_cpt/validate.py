@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from titan_cpt.data.indexed import TokenStream
+from titan_cpt.data.source import TokenSource
 from titan_cpt.distributed.mesh import Ranks, autocast
 from titan_cpt.errors import DataError
 from titan_cpt.loss import summed_cross_entropy
@@ -57,7 +57,7 @@ class Validator:
 
     def __init__(
         self,
-        streams: Mapping[str, TokenStream],
+        streams: Mapping[str, TokenSource],
         token_bytes: NDArray[np.int64],
         *,
         sequences: int,
@@ -69,7 +69,7 @@ class Validator:
         self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
         self.sequences, self.precision, self.ranks = sequences, precision, ranks
         for name, stream in streams.items():
-            if stream.tokens <= seq_len:
+            if not stream.windows(seq_len):
                 raise DataError(
                     f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
                     f"sequence of {seq_len} + 1; give it more, or leave it out"
@@ -85,15 +85,15 @@ class Validator:
         """
         return {name: self._loss(model, stream) for name, stream in self.streams.items()}
 
-    def _loss(self, model: nn.Module, stream: TokenStream) -> ValidationLoss:
-        windows = fixed_windows((stream.tokens - 1) // self.seq_len, self.sequences)
+    def _loss(self, model: nn.Module, stream: TokenSource) -> ValidationLoss:
+        windows = fixed_windows(stream.windows(self.seq_len), self.sequences)
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)  # nats, tokens, bytes
         per_pass = self.ranks.world_size * self.local_batch
         for start in range(0, len(windows), per_pass):
             # Every rank runs every pass, since a sharded forward is collective; one with no window left counts nothing.
             first = start + self.ranks.rank * self.local_batch
             mine = windows[first : first + self.local_batch]
-            tokens = [stream.read(window * self.seq_len, self.seq_len + 1) for window in mine or windows[:1]]
+            tokens = [stream.window(window, self.seq_len) for window in mine or windows[:1]]
             batch = torch.from_numpy(np.stack(tokens)).to(self.ranks.device)
             nats, targets = self._nats(model, batch)
             if mine:
