@@ -78,7 +78,7 @@ def _named(paths: Sequence[Path]) -> str:
 
 
 def _counted(where: str, lengths: set[int], tokens: int, seq_len: int) -> int:
-    """Sequences of seq_len + 1 in so many tokens; `lengths` are those that an .idx tells, without one there are none."""
+    """Sequences of seq_len + 1 in so many tokens; `lengths` are those that an .idx tells, none without one."""
     if other := lengths - {0, seq_len + 1}:
         raise DataError(
             f"{where}: sequences of {min(other)} tokens; allowed is training.seq_len + 1 = {seq_len + 1} for every "
