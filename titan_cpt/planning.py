@@ -151,7 +151,18 @@ class _Planner:
     def stages(self) -> tuple[StagePlan, ...]:
         for stage in self.config.stages:
             self.done[stage.name] = self._stage(stage)
+            self._note_orders_that_end(self.done[stage.name])
         return tuple(self.done.values())
+
+    def _note_orders_that_end(self, stage: StagePlan) -> None:
+        """An order that somebody trained in is followed once; what comes behind its end is our own repetition."""
+        for leaf, count in counts(stage.tree, stage.steps * self.batch).items():
+            sequences = self.own_sequences.get(leaf.source, 0)
+            if not leaf.replayed and leaf.first < sequences < leaf.first + count:
+                self.notes.append(
+                    f"stages.{stage.name}: the stored order of {leaf.source} ends after {sequences} sequences, "
+                    f"{leaf.first + count} are asked for: it begins again"
+                )
 
     def _windows(self, source: str, tokens: int | None) -> int | None:
         if self.own_sequences.get(source):

@@ -260,3 +260,16 @@ def test_a_stage_replays_the_order_and_a_later_step_is_reached_without_walking(t
     assert plan.sequences["en"] == len(shuffle)
     assert found.tolist() == [joined[s * 16 : s * 16 + 17].tolist() for s in shuffle[28:32]]
     assert plan.stages[0].recipe["order.en"] == "megatron_order, as stored"
+
+
+def test_an_order_that_is_too_short_for_the_run_is_noted(tmp_path):
+    """Two samples where 12 steps of 4 are asked for; the plan says at what point it is no longer the earlier run's."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    hand(tmp_path)
+    index = {"format": "megatron_order", "index_prefix": str(tmp_path / "order")}
+    raw["datasets"]["en"] = {"train": str(tmp_path / "x"), **index}
+    raw["training"]["seq_len"] = 3
+    config = training.config_of(raw)
+    notes = make_plan(config, take_inventory(config)).notes
+
+    assert "stages.english: the stored order of en ends after 2 sequences, 48 are asked for: it begins again" in notes
