@@ -11,12 +11,13 @@ ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors",
-    "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe",
-    "config_model models.sizes models.layers models.huggingface models.huggingface_config",
-    "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts",
-    "config_faults data.tokenizer plan models.families",
-    "config_file planning plan_view data.inventory data.shards distributed.mesh optimizer metrics manifest run_folder",
-    "data.prepare distributed.parallelise interchange lineage",
+    "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe "
+    "data.source data.record",
+    "config_model config_data models.sizes models.layers models.huggingface models.huggingface_config data.number_file",
+    "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts data.raw",
+    "config_faults data.tokenizer plan models.families data.presequenced data.megatron_order",
+    "config_file planning plan_view data.formats data.shards distributed.mesh optimizer metrics manifest run_folder",
+    "data.prepare data.inventory distributed.parallelise interchange lineage",
     "data.loader data.materialise checkpoint display report model_card",
     "validate export",
     "parts",
