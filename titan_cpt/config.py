@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from titan_cpt.config_data import Dataset
 from titan_cpt.config_model import Model
 from titan_cpt.config_types import (
     FileName,
@@ -20,7 +21,6 @@ from titan_cpt.config_types import (
     Position,
     PositiveFloat,
     PositiveInt,
-    Strings,
     Table,
     Tokens,
     fault,
@@ -58,55 +58,6 @@ class Tokenizer(Table):
     """A tokenizer.json, or "bytes": 256 byte values and an end-of-document id."""
     train: TokenizerTraining | None = None
     """How to make the file at `path` when it is missing."""
-
-
-class Source(Table):
-    """[datasets.NAME.source]: the text that `train` and `validation` are prepared from when they are missing."""
-
-    text: Strings
-    """Files or globs (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or "hub:NAME[:CONFIG[:SPLIT]]"."""
-    text_field: str = "text"
-    """The field that holds a document's text."""
-    holdout: Fraction01 = 0.0
-    """Share of the documents, chosen by their hash, kept apart for `validation`."""
-    fetch: str | None = None
-    """A Python script, relative to this TOML, that is run when no file of `text` is there."""
-
-
-class Domain(Table):
-    """[datasets.NAME.domains.DOMAIN]: one weighted part of a dataset."""
-
-    train: Strings
-    """Prefix of a .bin/.idx pair, a glob over them, or a list."""
-    validation: Strings | None = None
-    """Held-out tokens of this domain, measured on their own."""
-    weight: PositiveFloat
-    """Share of the dataset's sequences, relative to the other domains' weights."""
-
-
-class Dataset(Table):
-    """[datasets.NAME]: tokens to train on and to measure on."""
-
-    train: Strings | None = None
-    """Prefix of a .bin/.idx pair, a glob over them, or a list; or give `domains`."""
-    validation: Strings | None = None
-    """Held-out tokens; without them nobody can tell what is forgotten."""
-    domains: dict[Name, Domain] = Field(default_factory=dict)
-    """Weighted parts in place of `train`."""
-    source: Source | None = None
-    """Where the text comes from when the tokens are missing."""
-
-    @model_validator(mode="after")
-    def _tokens_come_from_one_place(self) -> Dataset:
-        if self.train and self.domains:
-            raise fault("give either train or domains, not both")
-        if not (self.train or self.domains or self.validation):
-            raise fault("holds no tokens: give train or domains, or validation alone to only measure on it")
-        if self.source and (self.domains or len(self.train or ()) != 1):
-            raise fault("with source, train must be one prefix: it is what is written")
-        if self.source and self.source.holdout and self.validation != (f"{(self.train or ('',))[0]}-validation",):
-            raise fault('with source.holdout, validation must be the train prefix followed by "-validation"')
-        return self
 
 
 class Optimizer(Table):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -29,10 +29,14 @@ class Inventory:
     Attributes:
         tokens: of every source, `dataset` or `dataset.domain`; None where its files are not there yet.
         vocab_size: ids of the tokenizer; None where it is not there yet.
+        sequences: of the sources whose sequences are not windows of their stream.
+        unrecorded: sources whose tokens do not say which tokenizer made them.
     """
 
     tokens: Mapping[str, int | None]
     vocab_size: int | None
+    sequences: Mapping[str, int] = field(default_factory=dict)
+    unrecorded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

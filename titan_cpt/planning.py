@@ -16,7 +16,6 @@ from titan_cpt.config import (
     Config,
     ConstantLR,
     CosineLR,
-    Dataset,
     InfiniteCosineLR,
     InfiniteInvSqrtLR,
     InvSqrtLR,
@@ -24,6 +23,7 @@ from titan_cpt.config import (
     Stage,
     WsdLR,
 )
+from titan_cpt.config_data import OWN_ORDER, Dataset
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import PlanError
 from titan_cpt.footprint import Work, footprint
@@ -108,6 +108,11 @@ def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
         yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
     if inventory.vocab_size is None:
         yield f"tokenizer not there yet: {config.tokenizer.path}; a size without a vocabulary counts the fewest rows"
+    if inventory.unrecorded:
+        yield (
+            f"{', '.join(inventory.unrecorded)}: nothing says which tokenizer made these tokens (`prepare` writes it "
+            f"into PREFIX.json); they are taken to be of {config.tokenizer.path}"
+        )
     used = {name for stage in config.stages for name in stage.dataset}
     for name in sorted(used):
         dataset = config.datasets[name]
@@ -134,15 +139,29 @@ class _Planner:
         self.tokens = inventory.tokens
         self.batch = config.training.global_batch_size
         self.seq_len = config.training.seq_len
+        self.own_sequences = inventory.sequences
         self.sequences = {name: self._windows(name, tokens) for name, tokens in inventory.tokens.items()}
         self.done: dict[str, StagePlan] = {}
 
     def stages(self) -> tuple[StagePlan, ...]:
         for stage in self.config.stages:
             self.done[stage.name] = self._stage(stage)
+            self._note_orders_that_end(self.done[stage.name])
         return tuple(self.done.values())
 
+    def _note_orders_that_end(self, stage: StagePlan) -> None:
+        """An order that somebody trained in is followed once; what comes behind its end is our own repetition."""
+        for leaf, count in counts(stage.tree, stage.steps * self.batch).items():
+            sequences = self.own_sequences.get(leaf.source, 0)
+            if not leaf.replayed and leaf.first < sequences < leaf.first + count:
+                self.notes.append(
+                    f"stages.{stage.name}: the stored order of {leaf.source} ends after {sequences} sequences, "
+                    f"{leaf.first + count} are asked for: it begins again"
+                )
+
     def _windows(self, source: str, tokens: int | None) -> int | None:
+        if self.own_sequences.get(source):
+            return self.own_sequences[source]
         if tokens is not None and tokens <= self.seq_len:
             where = "datasets." + source.replace(".", ".domains.")
             self.faults.append(f"{where}.train: {tokens} tokens are fewer than one sequence of {self.seq_len} + 1")
@@ -417,6 +436,7 @@ def _stage_recipe(
             for name in weighed
             if config.datasets[name].domains
         },
+        **_own_orders(config, weighed),
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
         "optimizer_state": stage.optimizer_state,
         "optimizer.beta1": numbers.betas[0],
@@ -431,3 +451,15 @@ def _stage_recipe(
         else sorted(weights),
         "replay.order": replay.order if replay else "as_trained",
     }
+
+
+def _own_orders(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """How the sequences of a source come about, where they are not permuted windows of its stream."""
+    orders = {}
+    for name in names:
+        dataset = config.datasets[name]
+        for source, table in {name: dataset, **{f"{name}.{d}": t for d, t in dataset.domains.items()}}.items():
+            if table.format in OWN_ORDER or table.in_stored_order:
+                kind = table.format if table.format in OWN_ORDER else "windows"
+                orders[f"order.{source}"] = f"{kind}, {'as stored' if table.in_stored_order else 'shuffled'}"
+    return orders

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from titan_cpt.data.indexed import TokenStream
+from titan_cpt.data.source import TokenSource
 from titan_cpt.distributed.engine import Engine
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.errors import DataError
@@ -55,7 +55,7 @@ class Validator:
 
     def __init__(
         self,
-        streams: Mapping[str, TokenStream],
+        streams: Mapping[str, TokenSource],
         token_bytes: NDArray[np.int64],
         *,
         sequences: int,
@@ -66,7 +66,7 @@ class Validator:
         self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
         self.sequences, self.mesh = sequences, mesh
         for name, stream in streams.items():
-            if stream.tokens <= seq_len:
+            if not stream.windows(seq_len):
                 raise DataError(
                     f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
                     f"sequence of {seq_len} + 1; give it more, or leave it out"
@@ -82,8 +82,8 @@ class Validator:
         """
         return {name: self._loss(engine, stream) for name, stream in self.streams.items()}
 
-    def _loss(self, engine: Engine, stream: TokenStream) -> ValidationLoss:
-        windows = fixed_windows((stream.tokens - 1) // self.seq_len, self.sequences)
+    def _loss(self, engine: Engine, stream: TokenSource) -> ValidationLoss:
+        windows = fixed_windows(stream.windows(self.seq_len), self.sequences)
         device, rows = self.mesh.ranks.device, self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for start in range(0, len(windows), self.mesh.layout.data_parallel * rows):
@@ -92,7 +92,7 @@ class Validator:
             first = start + self.mesh.data_rank * rows
             mine = windows[first : first + rows]
             filled = mine + windows[:1] * (rows - len(mine))
-            tokens = np.stack([stream.read(window * self.seq_len, self.seq_len + 1) for window in filled])
+            tokens = np.stack([stream.window(window, self.seq_len) for window in filled])
             batch = torch.from_numpy(tokens).to(device)
             nats_B = engine.nats(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
             bytes_BL = self.token_bytes[batch[: len(mine), 1:]]

@@ -11,15 +11,16 @@ ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors",
-    "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe",
-    "config_model models.sizes models.layers models.huggingface models.huggingface_config",
-    "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts",
-    "config_faults layout data.tokenizer models.families",
+    "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe "
+    "data.source data.record",
+    "config_model config_data models.sizes models.layers models.huggingface models.huggingface_config data.number_file",
+    "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts data.raw",
+    "config_faults layout data.tokenizer models.families data.presequenced data.megatron_order",
     "layout_rules footprint",
     "plan distributed.mesh distributed.context",
     "planning layout_view distributed.parallelise distributed.engine",
-    "config_file plan_view suggest data.inventory data.shards distributed.stages optimizer metrics manifest run_folder",
-    "data.prepare distributed.check_layout interchange lineage",
+    "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
+    "data.prepare data.inventory distributed.check_layout interchange lineage",
     "data.loader data.materialise checkpoint display report model_card",
     "validate export",
     "parts",

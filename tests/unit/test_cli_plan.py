@@ -147,7 +147,11 @@ def test_epochs_come_from_the_token_files(plan, tmp_path, one_stage):
     answer = plan(one_stage)
 
     assert answer["stages"][0]["datasets"]["pile"]["epochs"] == 32.0
-    assert answer["notes"] == ["data not there yet: german; epochs and replay limits are unknown until it is"]
+    assert answer["notes"] == [
+        "data not there yet: german; epochs and replay limits are unknown until it is",
+        "pile: nothing says which tokenizer made these tokens (`prepare` writes it into PREFIX.json); they are taken "
+        "to be of bytes",
+    ]
 
 
 def test_lr_at_is_asked_by_t(plan, one_stage):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_cpt.data.indexed import TokenStream
+from titan_cpt.data.source import TokenSource
 from titan_cpt.mixture import Draw
 from titan_cpt.permutation import permuted
 
@@ -25,25 +25,32 @@ from titan_cpt.permutation import permuted
 class SequenceReader:
     """Turns (source, ordinal) into tokens: of a source with n windows, ordinal o is window perm(o mod n), epoch o // n.
 
+    A source that is seen as it is stored has no permutation: ordinal o is window o mod n.
+
     Args:
-        streams: the token stream of every source.
-        seq_len: L; a window is seq_len + 1 tokens, and the next one starts on its last token.
+        streams: where the tokens of every source lie, and how they are cut into windows.
+        seq_len: L; a window is seq_len + 1 tokens.
         seed: names the order of the windows, together with the source and the epoch.
+
+    Raises:
+        DataError: a source has no sequences of this length.
     """
 
-    def __init__(self, streams: Mapping[str, TokenStream], *, seq_len: int, seed: int) -> None:
+    def __init__(self, streams: Mapping[str, TokenSource], *, seq_len: int, seed: int) -> None:
         self.streams, self.seq_len, self.seed = streams, seq_len, seed
+        self._counts = {name: stream.windows(seq_len) for name, stream in streams.items()}
 
     def windows(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
         """The window, counted within its source, of each draw."""
         windows = np.empty(len(draws), dtype=np.int64)
         places: dict[tuple[str, int], list[int]] = {}
         for place, draw in enumerate(draws):
-            places.setdefault((draw.source, draw.ordinal // self._windows_of(draw.source)), []).append(place)
+            places.setdefault((draw.source, draw.ordinal // self._counts[draw.source]), []).append(place)
         for (source, epoch), where in places.items():
-            count = self._windows_of(source)
+            count = self._counts[source]
             within = np.array([draws[place].ordinal % count for place in where])
-            windows[where] = permuted(within, count, f"{self.seed}/{source}/{epoch}")
+            stored = self.streams[source].in_stored_order
+            windows[where] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
         return windows
 
     def read(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
@@ -53,8 +60,7 @@ class SequenceReader:
             DataError: a file changed under the run, or holds tokens beyond the vocabulary.
         """
         rows = zip(draws, self.windows(draws), strict=True)
-        length = self.seq_len + 1
-        return np.stack([self.streams[draw.source].read(int(w) * self.seq_len, length) for draw, w in rows])
+        return np.stack([self.streams[draw.source].window(int(window), self.seq_len) for draw, window in rows])
 
     def batch_hash(self, draws: Sequence[Draw]) -> str:
         """Sixteen hexadecimal digits over the sources and windows of a global batch, in order."""
@@ -62,9 +68,6 @@ class SequenceReader:
         for draw, window in zip(draws, self.windows(draws), strict=True):
             digest.update(f"{draw.source}:{window}\n".encode())
         return digest.hexdigest()
-
-    def _windows_of(self, source: str) -> int:
-        return (self.streams[source].tokens - 1) // self.seq_len
 
 
 class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from titan_cpt.config import Config, Dataset, Source
+from titan_cpt.config import Config
+from titan_cpt.config_data import Dataset, Source
 from titan_cpt.data.indexed import missing
 from titan_cpt.data.prepare import prepare
 from titan_cpt.data.texts import iterate_texts, missing_inputs

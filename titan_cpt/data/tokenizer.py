@@ -115,8 +115,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path == BYTES:
         table = (*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT.encode())
-        fingerprint = hashlib.sha256(b"titan_cpt bytes 1").hexdigest()
-        return Tokenizer(BYTES, fingerprint, len(table), 256, table, frozenset({256}), None)
+        return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, table, frozenset({256}), None)
     content, spec = _read(path)
     added = spec.get("added_tokens") or []
     numbers = _numbers(spec)
@@ -142,6 +141,15 @@ def vocab_size_of(path: str) -> int:
         DataError: the file is missing or is no tokenizer.json.
     """
     return 257 if path == BYTES else max(_numbers(_read(path)[1]).values()) + 1
+
+
+def fingerprint_of(path: str) -> str:
+    """Return the tokenizer's fingerprint from the file alone, in milliseconds.
+
+    Raises:
+        DataError: the file is missing or is no tokenizer.json.
+    """
+    return hashlib.sha256(b"titan_cpt bytes 1" if path == BYTES else _read(path)[0]).hexdigest()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:

@@ -1,0 +1,30 @@
+"""Which tokenizer made some tokens: what `prepare` writes into PREFIX.json, found again when the tokens are used."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+HELD_OUT = "-validation"
+
+
+class MadeBy(NamedTuple):
+    """A tokenizer as PREFIX.json names it."""
+
+    record: Path
+    fingerprint: str
+    vocab_size: int
+
+
+def made_by(prefix: Path) -> MadeBy | None:
+    """The tokenizer that a pair's record names; None where there is no record, or one that `prepare` did not write.
+
+    A held-out PREFIX-validation has no record of its own: it is part of what PREFIX.json tells.
+    """
+    whole = Path(str(prefix).removesuffix(HELD_OUT))
+    for path in dict.fromkeys((Path(f"{prefix}.json"), Path(f"{whole}.json"))):
+        try:
+            tokenizer = json.loads(path.read_text())["tokenizer"]
+            return MadeBy(path, str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
