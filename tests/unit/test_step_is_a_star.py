@@ -1,0 +1,60 @@
+"""During a step, calls go outward from train.py and nothing calls back: few files, no two that call each other."""
+
+import sys
+from pathlib import Path
+
+import training
+
+import titan_cpt
+from titan_cpt.data.loader import StageLoader
+from titan_cpt.train import train_step, transition
+
+ROOT = Path(titan_cpt.__file__).parent
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+
+def test_a_step_enters_few_files_and_none_calls_back(tmp_path):
+    """At most 14 of our files, three of them to read tokens, and no pair of files with calls in both directions."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    with training.cast(training.config_of(raw)) as parts:
+        stage = parts.plan.stages[0]
+        transition(parts, stage)
+        loader = StageLoader(
+            parts.reader,
+            lambda step: parts.plan.batch(stage, step),
+            steps=stage.steps,
+            first_step=0,
+            accumulation=parts.plan.accumulation,
+            local_batch=parts.plan.local_batch_size,
+            rank=0,
+            workers=0,
+        )
+        calls = called_files(lambda: train_step(parts, loader, stage, 0))
+    entered = {callee for _, callee in calls}
+
+    assert len(entered) <= 14, sorted(entered)
+    assert not {(caller, callee) for caller, callee in calls if (callee, caller) in calls}
+
+
+def called_files(function):
+    """(calling file, called file) of every call between two different files of the package."""
+    calls = set()
+
+    def note(frame, event, _argument):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            caller = frame.f_back
+            while caller is not None and not caller.f_code.co_filename.startswith(str(ROOT)):
+                caller = caller.f_back
+            if caller is not None and caller.f_code.co_filename != frame.f_code.co_filename:
+                calls.add((ours(caller), ours(frame)))
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def ours(frame):
+    return str(Path(frame.f_code.co_filename).relative_to(ROOT))
