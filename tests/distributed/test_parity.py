@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs of this module lie, those of one process among them."""
     folder = tmp_path_factory.mktemp("parity")
     runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
-    launch(folder, [*runs, {"job.name": "one-two-stages", "stages": "2"}], 1)
+    launch(folder, [*runs, {"job.name": "one-two-stages", "toml": "two-stages"}], 1)
     return folder
 
 
@@ -34,7 +34,7 @@ def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: 
 def test_every_layout_reads_the_checkpoint_of_any_other(folder: Path) -> None:
     """A second stage with the optimizer kept, under another layout than the first, goes on as one process would."""
     launch_all(folder, 4)
-    launch(folder, [{"job.name": "handed-to-one", "stages": "2"}], 1)
+    launch(folder, [{"job.name": "handed-to-one", "toml": "two-stages"}], 1)
 
     names = [*(f"handed-{number}" for number in range(len(HANDED_ON))), "handed-to-one"]
     cases = [Case(name, 4, against="one-two-stages") for name in names]
@@ -49,7 +49,7 @@ def launch_all(folder: Path, world_size: int) -> None:
     runs = [{"job.name": case.name, **case.overrides} for case in CASES if case.world_size == world_size]
     for number, (saves, reads) in enumerate(HANDED_ON if world_size == 4 else ()):
         runs += [{"job.name": f"handed-{number}", **saves.overrides}]
-        runs += [{"job.name": f"handed-{number}", "stages": "2", **reads.overrides}]
+        runs += [{"job.name": f"handed-{number}", "toml": "two-stages", **reads.overrides}]
     runs += [{"job.name": "handed-to-one", **HANDED_ON[1][0].overrides}] if world_size == 4 else []
     launch(folder, runs, world_size)
 
