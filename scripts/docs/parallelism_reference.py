@@ -25,7 +25,8 @@ holds them together.
 
 Every layout gives the numbers of one process: `tests/distributed/test_parity.py` takes three optimizer steps of the
 real trainer and compares losses (to 1e-5 nats per token in float32, 2e-3 in bfloat16), gradient norms (the same,
-relative), validation losses, and the hashes of the global batches. A checkpoint is read under any other layout.
+relative), Adam's mean gradient of every single parameter (to 1e-3 of its norm, 1e-1 in bfloat16), validation losses,
+and the hashes of the global batches. A checkpoint is read under any other layout.
 
 The vocabulary is padded to 128 x the tensor-parallel degree, so that a run that is to change its TP degree half-way
 should fix `model.vocab_size` at its start. Ranks are numbered with tensor-parallel neighbours side by side and pipeline

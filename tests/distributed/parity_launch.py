@@ -68,9 +68,9 @@ def launch(folder: Path, runs: list[dict[str, str]], world_size: int) -> None:
     """Carry out runs on so many ranks, in `folder`; "toml" in a run's overrides names what they are laid over."""
     if not (folder / "pages.idx").exists():
         make_data(folder)
-        (folder / "gpt_neox.toml").write_text(TOML)
-        (folder / "two-stages.toml").write_text(TOML + SECOND_STAGE)
-        (folder / "llama.toml").write_text(LLAMA)
+        for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
+            (folder / f"{name}.toml").write_text(toml)
+            (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
     (folder / f"runs-{world_size}.json").write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     driver = str(Path(__file__).with_name("parity_driver.py"))

@@ -176,5 +176,6 @@ HANDED_ON: tuple[tuple[Case, Case], ...] = (
     (_case(4, tp=2), _case(4, pp=2, schedule="ZBVZeroBubble", rows=4)),
     (_case(4, pp=2, tp=2), _case(4, rep=2)),
     (_case(4), _case(4, pp=2, cp=2)),
+    (_case(4, tp=2, model="tied"), _case(4, model="tied")),
 )
 """The first layout saves, the second goes on from its checkpoint."""

@@ -246,7 +246,7 @@ def test_a_folder_that_is_there_is_never_written_into(tmp_path):
 
 
 def test_an_import_takes_less_memory_than_two_shards(tmp_path):
-    """12 shards of up to 15 MB, 153 MB in all: the process grows by under two of them while it writes them as a checkpoint."""
+    """12 shards of up to 15 MB, 153 MB in all: the process grows by under two of them while it writes."""
     code = f"""
 import sys
 import torch
