@@ -135,14 +135,14 @@ def _llama_block(block: llama.Block) -> dict[str, ParallelStyle]:
     dimension 2, which makes their weights DTensors, held by all, and sums the ranks' gradients.
     """
     positions, whole = Shard(1), Replicate()
-    head_norms = {"attention.q_norm": block.attention.q_norm, "attention.k_norm": block.attention.k_norm}
+    head_norms = ("attention.q_norm", "attention.k_norm") if block.attention.q_norm is not None else ()
     return {
         "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
         "attention.q": ColwiseParallel(),  # the rows of all three lie head after head: a slice holds whole heads
         "attention.k": ColwiseParallel(),
         "attention.v": ColwiseParallel(),
-        **{name: SequenceParallel(sequence_dim=2, use_local_output=True) for name, norm in head_norms.items() if norm},
+        **{name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in head_norms},
         "attention.out": RowwiseParallel(output_layouts=positions),
         "mlp_norm": SequenceParallel(),
         "mlp": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
