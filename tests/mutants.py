@@ -23,6 +23,7 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
     f"unit/test_{name}.py"
     for name in ("schedules", "mixture", "permutation", "plan", "config", "config_file", "cli_plan")
 )
+RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
 
 
 @dataclass(frozen=True)
@@ -439,6 +440,11 @@ MUTANTS = (
     ),
     Mutant("status 1 for a user's mistake", "cli.py", "status = error.exit_status", "status = 1", (CLI,)),
     Mutant("the last override is lost", "cli.py", "    while rest:", "    while len(rest) > 2:", (CLI,)),
+    # Layouts
+    Mutant("heads of keys may be cut", "layout_rules.py", "shape.kv_heads % tp == 0 or", "shape.kv_heads or", (RULES,)),
+    Mutant("a tied head is counted", "footprint.py", "if not shape.tied:", "if shape.vocab_size:", (FOOTPRINT,)),
+    Mutant("biases are not counted", "footprint.py", "if shape.qkv_bias else ()", "if False else ()", (FOOTPRINT,)),
+    Mutant("head norms keep nothing", "footprint.py", "if shape.qk_norm else 0)", "if False else 0)", (FOOTPRINT,)),
 )
 
 

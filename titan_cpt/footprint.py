@@ -5,7 +5,8 @@ Worked out, not measured; pure numbers. Parameters are counted exactly, as FSDP2
 backward pass, layer by layer (a test holds them against the saved tensors). What the allocator wastes, the libraries'
 work space (1 to 2 GiB on CUDA) and communication buffers come on top.
 
-Letters: D width, F feed-forward width, V vocabulary, T tokens of one micro-batch on one rank, t tensor-parallel degree.
+Letters: D width, A width of all queries, K width of all keys, F feed-forward width, V vocabulary, T tokens of one
+micro-batch on one rank, t tensor-parallel degree.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_cpt.layout import Layout, Place
-from titan_cpt.models.shapes import ModelShape
+from titan_cpt.models.shapes import LlamaShape, ModelShape
 
 _FP32 = 4
+
+Parameter = tuple[str, tuple[int, ...], int | None]
+"""Name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,31 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
     )
 
 
-def block_parameters(shape: ModelShape) -> tuple[tuple[str, tuple[int, ...], int | None], ...]:
-    """Every parameter of a block: name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
+def block_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
+    """Every parameter of a block of the shape's family."""
+    return _llama_block(shape) if isinstance(shape, LlamaShape) else _gpt_neox_block(shape)
+
+
+def _llama_block(shape: LlamaShape) -> tuple[Parameter, ...]:
+    d, a, k, f = shape.width, shape.attention_width, shape.kv_width, shape.mlp_width
+    head_norms = ("attention.q_norm", "attention.k_norm") if shape.qk_norm else ()
+    biases = (("q", a), ("k", k), ("v", k)) if shape.qkv_bias else ()
+    return (
+        ("attention_norm.weight", (d,), None),
+        ("mlp_norm.weight", (d,), None),
+        *((f"{norm}.weight", (shape.head_width,), None) for norm in head_norms),
+        ("attention.q.weight", (a, d), 0),
+        ("attention.k.weight", (k, d), 0),
+        ("attention.v.weight", (k, d), 0),
+        *((f"attention.{name}.bias", (width,), 0) for name, width in biases),
+        ("attention.out.weight", (d, a), 1),
+        ("mlp.gate.weight", (f, d), 0),
+        ("mlp.up.weight", (f, d), 0),
+        ("mlp.down.weight", (d, f), 1),
+    )
+
+
+def _gpt_neox_block(shape: ModelShape) -> tuple[Parameter, ...]:
     d, f = shape.width, shape.mlp_width
     norms = [(f"{norm}.{part}", (d,), None) for norm in ("attention_norm", "mlp_norm") for part in ("weight", "bias")]
     return (
@@ -136,9 +163,7 @@ def block_parameters(shape: ModelShape) -> tuple[tuple[str, tuple[int, ...], int
     )
 
 
-def _stage_parameters(
-    shape: ModelShape, layout: Layout, stage: int
-) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+def _stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> Iterator[Parameter]:
     if stage == 0:
         yield "embedding.weight", (shape.vocab_size, shape.width), 0
     for layer in layout.layers_of(stage, shape.layers):
@@ -146,8 +171,10 @@ def _stage_parameters(
             yield f"blocks.{layer}.{name}", size, cut
     if stage == layout.stages - 1:
         yield "final_norm.weight", (shape.width,), None
-        yield "final_norm.bias", (shape.width,), None
-        yield "head.weight", (shape.vocab_size, shape.width), 0
+        if not isinstance(shape, LlamaShape):
+            yield "final_norm.bias", (shape.width,), None
+        if not shape.tied:
+            yield "head.weight", (shape.vocab_size, shape.width), 0
 
 
 def local_parameters(shape: ModelShape, layout: Layout, place: Place) -> Iterator[tuple[str, int]]:
@@ -200,26 +227,54 @@ def in_flight(layout: Layout, rank: int) -> int:
 def layer_activation_bytes(shape: ModelShape, layout: Layout, work: Work) -> tuple[float, float]:
     """Bytes that autograd keeps of one layer and micro-batch: as checkpointing leaves them, and while it recomputes.
 
-    A whole block, per token: its input D/t; the gathered inputs of both halves 2 D; queries, keys and values 3 D/t
-    and the rotated two once more 2 D/t; attention's result D/t; the MLP before and after GELU 2 F/t. LayerNorm's and
-    attention's statistics are in fp32, a few numbers a token. Per operator: the input, qkv's and up's results and
-    attention's.
+    Under "selective" by "op" the results of every second product and of attention are kept, besides the input.
     """
-    d, f, t, number = shape.width, shape.mlp_width, layout.tp, work.bytes_per_number
-    statistics = (4 / t + shape.heads / t) * _FP32
-    whole = work.microbatch_tokens * (number * (2 * d + 7 * d / t + 2 * f / t) + statistics)
-    entrance = work.microbatch_tokens * number * d / t
+    per_token = _llama_token_bytes if isinstance(shape, LlamaShape) else _gpt_neox_token_bytes
+    whole, by_operator = (work.microbatch_tokens * size for size in per_token(shape, layout, work.bytes_per_number))
+    entrance = work.microbatch_tokens * work.bytes_per_number * shape.width / layout.tp
     if work.recompute == "full":
         return entrance, whole
     if work.recompute == "selective" and work.selection == "op":
-        kept = number * (5 * d / t + f / t) + shape.heads / t * _FP32
-        return work.microbatch_tokens * kept, whole
+        return by_operator, whole
     if work.recompute == "selective":
         every = int(work.selection)
         return (entrance + (every - 1) * whole) / every, whole
     if work.recompute == "memory_budget":
         return entrance + work.memory_budget * (whole - entrance), whole
     return whole, 0.0
+
+
+def _gpt_neox_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[float, float]:
+    """Bytes kept of a token in a whole block, and under "op".
+
+    Its input D/t; the gathered inputs of both halves 2 D; queries, keys and values 3 D/t and the rotated two once more
+    2 D/t; attention's result D/t; the MLP before and after GELU 2 F/t. LayerNorm's and attention's statistics are in
+    fp32. Per operator: the input, qkv's and up's results and attention's.
+    """
+    d, f, t = shape.width, shape.mlp_width, layout.tp
+    statistics = (4 / t + shape.heads / t) * _FP32
+    whole = number * (2 * d + 7 * d / t + 2 * f / t) + statistics
+    return whole, number * (5 * d / t + f / t) + shape.heads / t * _FP32
+
+
+def _llama_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[float, float]:
+    """Bytes kept of a token in a whole block, and under "op".
+
+    Both RMSNorms' inputs, before and after the division by the root, in fp32, 4 D/t (a kernel of one piece, as CUDA
+    has, keeps half of that); the gathered inputs of both halves 2 D; rotated queries, rotated keys and values
+    (A + 2 K)/t, each key repeated for its queries where attention takes a mask, and of all positions under context
+    parallelism; attention's result A/t; the MLP's gate before and after SiLU, up and their product 4 F/t; twice the
+    heads once more, in fp32, where they are normed. Per operator: the input, the results of q, v, gate and down (of all
+    positions, as it comes before the sum over ranks) and attention's.
+    """
+    assert isinstance(shape, LlamaShape), f"no Llama: {type(shape).__name__}"
+    d, a, k, f, t = shape.width, shape.attention_width, shape.kv_width, shape.mlp_width, layout.tp
+    statistics = (2 + shape.heads) / t * _FP32
+    masked = layout.cp > 1 or shape.sliding_window is not None
+    seen = layout.cp * 2 * (a if masked else k)
+    normed = 4 * d + (2 * (a + k) if shape.qk_norm else 0)
+    whole = number * (2 * d + (2 * a + seen + 4 * f) / t) + _FP32 * normed / t + statistics
+    return whole, number * (d + (d + 2 * a + k + f) / t) + shape.heads / t * _FP32
 
 
 def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> float:
@@ -260,7 +315,7 @@ def _sent_tensor(shape: ModelShape, layout: Layout, work: Work, stages: tuple[in
 def _sent_context(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> float:
     """Keys and values of the other ranks, forward, and their gradients in fp32, backward."""
     forward = 2 if work.recompute == "full" else 1
-    moved = 2 * work.microbatch_tokens * shape.width / layout.tp * (forward * work.bytes_per_number + _FP32)
+    moved = 2 * work.microbatch_tokens * shape.kv_width / layout.tp * (forward * work.bytes_per_number + _FP32)
     return moved * (layout.cp - 1) * len(_layers(shape, layout, stages)) * _passes(layout, work)
 
 
@@ -279,7 +334,7 @@ def _unsharded(shape: ModelShape, layout: Layout, stage: int) -> int:
     return _count_cut(tuple(_stage_parameters(shape, layout, stage)), layout.tp)
 
 
-def _count_cut(parameters: tuple[tuple[str, tuple[int, ...], int | None], ...], tp: int) -> int:
+def _count_cut(parameters: tuple[Parameter, ...], tp: int) -> int:
     return sum(_size(size) // (tp if cut is not None else 1) for _, size, cut in parameters)
 
 

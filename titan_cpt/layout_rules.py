@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from titan_cpt.config import Config
 from titan_cpt.layout import SCHEDULES, Layout, layout_of
-from titan_cpt.models.shapes import ModelShape
+from titan_cpt.models.shapes import LlamaShape, ModelShape
 
 _PARALLELISM = "parallelism."
 
@@ -94,6 +94,13 @@ def _shard_degree(asked: Asked) -> str | None:
 def _heads(asked: Asked) -> str | None:
     heads, tp = asked.shape.heads, asked.layout.tp
     return None if heads % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, heads, "attention heads")
+
+
+def _kv_heads(asked: Asked) -> str | None:
+    shape, tp = asked.shape, asked.layout.tp
+    if not isinstance(shape, LlamaShape) or shape.kv_heads % tp == 0 or shape.heads % tp:
+        return None
+    return _not_a_divisor("tensor_parallel_degree", tp, shape.kv_heads, "heads of keys and values")
 
 
 def _tied(asked: Asked) -> str | None:
@@ -237,6 +244,7 @@ RULES: tuple[Rule, ...] = (
     Rule("ranks that do not divide by the degrees", "every degree is a dimension of one mesh", _ranks_do_not_divide),
     Rule("a shard degree that leaves ranks over", "every rank has a place in the mesh", _shard_degree),
     Rule("heads that do not divide by TP", "a rank computes whole heads", _heads),
+    Rule("heads of keys and values that do not divide by TP", "no head of them is held twice", _kv_heads),
     Rule("tied embeddings over a pipeline", "the last stage would need the first one's weight", _tied),
     Rule("MLP width that does not divide by TP", "a rank computes an equal share of the features", _mlp_width),
     Rule("CP with a seq_len that does not divide by 2 x CP x TP", "a rank holds two equal pieces", _sequence),

@@ -16,7 +16,7 @@ from titan_cpt.layout_rules import RULES, layout_faults
 from titan_cpt.models.sizes import named_size
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "distributed"))
-from parity_layouts import CASES, Case
+from parity_layouts import CASES, LLAMAS, Case
 
 HEADER = """# Layouts: what works together, what is tested, what is refused
 
@@ -25,7 +25,8 @@ holds them together.
 
 Every layout gives the numbers of one process: `tests/distributed/test_parity.py` takes three optimizer steps of the
 real trainer and compares losses (to 1e-5 nats per token in float32, 2e-3 in bfloat16), gradient norms (the same,
-relative), validation losses, and the hashes of the global batches. A checkpoint is read under any other layout.
+relative), Adam's mean gradient of every single parameter (to 1e-3 of its norm, 1e-1 in bfloat16), validation losses,
+and the hashes of the global batches. A checkpoint is read under any other layout.
 
 The vocabulary is padded to 128 x the tensor-parallel degree, so that a run that is to change its TP degree half-way
 should fix `model.vocab_size` at its start. Ranks are numbered with tensor-parallel neighbours side by side and pipeline
@@ -127,6 +128,10 @@ def _refused() -> list[str]:
     return [*lines, *(f"| {rule.refused} | {rule.because} |" for rule in RULES)]
 
 
+def _in_code(overrides: dict[str, str]) -> str:
+    return ", ".join(f"`{key} {value}`" for key, value in overrides.items())
+
+
 def _absent() -> list[str]:
     tables = ("parallelism.", "training.", "activation_checkpoint.", "compile.", "float8.")
     keys = [key for key in NOT_AVAILABLE_YET if key.startswith(tables)]
@@ -138,10 +143,14 @@ def _absent() -> list[str]:
 
 
 def _tested() -> list[str]:
-    lines = ["\n## Parity cases\n", "| ranks | overrides | precision |", "|---|---|---|"]
+    lines = ["\n## Parity cases\n", "The kinds of Llama, all with three heads of queries to one of keys and values:\n"]
+    lines += [f"- {model}: {_in_code(overrides) or 'plain'}" for model, overrides in LLAMAS.items()]
+    lines += ["\n| ranks | model | overrides | precision |", "|---|---|---|---|"]
     for case in CASES:
-        keys = [f"`{k} {v}`" for k, v in case.overrides.items() if k != "training.mixed_precision_param"]
-        lines.append(f"| {case.world_size} | {', '.join(keys)} | {'bfloat16' if case.bf16 else 'float32'} |")
+        own = {"toml", "training.mixed_precision_param", *LLAMAS.get(case.model, ())}
+        keys = _in_code({key: value for key, value in case.overrides.items() if key not in own})
+        precision = "bfloat16" if case.bf16 else "float32"
+        lines.append(f"| {case.world_size} | {case.model} | {keys} | {precision} |")
     return lines
 
 

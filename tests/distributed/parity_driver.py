@@ -1,6 +1,6 @@
 """Run under torchrun: several runs of the real trainer, one after another, inside one process group.
 
-`parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "stages" names its TOML.
+`parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "toml" names its base.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(runs: Path) -> None:
     ranks = join_ranks()
     try:
         for overrides in json.loads(runs.read_text()):
-            toml = Path(f"stages-{overrides.pop('stages', 1)}.toml")
+            toml = Path(f"{overrides.pop('toml', 'gpt_neox')}.toml")
             began = time.perf_counter()
             try:
                 run_among(ranks, load_config(toml, list(overrides.items())))

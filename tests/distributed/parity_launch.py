@@ -44,6 +44,7 @@ dataset = "pages"
 steps = 3
 lr = { schedule = "constant", max = 1e-3 }
 """
+LLAMA = TOML.replace('"gpt_neox"', '"llama"').replace("rotary_fraction = 0.5", "kv_heads = 4\nmlp_width = 192")
 SECOND_STAGE = """
 [[stages]]
 name = "second"
@@ -64,11 +65,12 @@ def make_data(folder: Path) -> None:
 
 
 def launch(folder: Path, runs: list[dict[str, str]], world_size: int) -> None:
-    """Carry out runs on so many ranks, in `folder`; "stages" in a run's overrides is how many of the two it has."""
+    """Carry out runs on so many ranks, in `folder`; "toml" in a run's overrides names what they are laid over."""
     if not (folder / "pages.idx").exists():
         make_data(folder)
-        (folder / "stages-1.toml").write_text(TOML)
-        (folder / "stages-2.toml").write_text(TOML + SECOND_STAGE)
+        for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
+            (folder / f"{name}.toml").write_text(toml)
+            (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
     (folder / f"runs-{world_size}.json").write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     driver = str(Path(__file__).with_name("parity_driver.py"))

@@ -22,6 +22,18 @@ _KEYS = {
     "length": "training.seq_len",
 }
 
+LLAMAS = {
+    "llama": {},  # 12 heads of queries, 4 of keys and values
+    "qwen2": {"model.qkv_bias": "true"},
+    "qwen3": {"model.qk_norm": "true", "model.head_width": "16"},
+    "tied": {"model.tie_embeddings": "true"},
+    "windowed": {
+        "model.sliding_window": "20",  # of 48 positions
+        "model.rope_scaling": '{ kind = "yarn", factor = 4.0, original_seq_len = 16 }',
+    },
+}
+"""The kinds of Llama, each with what is laid over the tests' llama.toml."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -33,6 +45,7 @@ class Case:
         overrides: dotted key to value, over the tests' TOML.
         against: the run of one process with the same model and precision.
         bf16: in bfloat16, hence with the wider tolerance.
+        model: "gpt_neox" or one of `LLAMAS`.
     """
 
     name: str
@@ -40,9 +53,10 @@ class Case:
     overrides: dict[str, str] = field(default_factory=dict)
     against: str = "one"
     bf16: bool = False
+    model: str = "gpt_neox"
 
 
-def _case(world_size: int, *, bf16: bool = False, rows: int = 2, **keys: object) -> Case:
+def _case(world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows: int = 2, **keys: object) -> Case:
     """A case from the short names of `_KEYS`; `rows` is the local batch."""
     overrides = {_KEYS[key]: str(value).lower() if value is True else str(value) for key, value in keys.items()}
     overrides["training.local_batch_size"] = str(rows)
@@ -51,7 +65,11 @@ def _case(world_size: int, *, bf16: bool = False, rows: int = 2, **keys: object)
         overrides["training.mixed_precision_param"] = "bfloat16"
         words.append("bf16")
     against = "one-bf16" if bf16 else "one-deep" if "layers" in keys else "one-odd" if "length" in keys else "one"
-    return Case("-".join(words), world_size, overrides, against, bf16)
+    if model != "gpt_neox":
+        overrides = {"toml": "llama", **LLAMAS[model], **overrides}
+        words.append(model)
+        against = f"{model}-bf16" if bf16 else model
+    return Case("-".join(words), world_size, overrides, against, bf16, model)
 
 
 CASES: tuple[Case, ...] = (
@@ -83,6 +101,21 @@ CASES: tuple[Case, ...] = (
     _case(2, compile=True, bf16=True),
     _case(2, pp=2, compile=True),
     _case(2, cp=2, compile=True, ac="full"),
+    # two ranks: the kinds of Llama
+    *(_case(2, model=model) for model in LLAMAS),
+    *(_case(2, tp=2, model=model) for model in LLAMAS),
+    *(_case(2, cp=2, model=model) for model in ("llama", "qwen3", "windowed")),
+    *(_case(2, pp=2, schedule=name, rows=4, model="llama") for name in ("1F1B", "ZBVZeroBubble")),
+    _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, model="qwen3"),
+    _case(2, bf16=True, model="llama"),
+    _case(2, bf16=True, model="tied"),
+    _case(2, tp=2, bf16=True, model="llama"),
+    _case(2, tp=2, gathered_logits=True, model="tied"),
+    _case(2, pp=2, rows=4, bf16=True, model="llama"),
+    _case(2, ac="full", model="llama"),
+    _case(2, tp=2, ac="selective", model="llama"),
+    _case(2, compile=True, model="llama"),
+    _case(2, compile=True, bf16=True, model="llama"),
     # four ranks: two dimensions, and long pipelines
     _case(4),
     _case(4, rep=2),
@@ -102,6 +135,13 @@ CASES: tuple[Case, ...] = (
     _case(4, pp=2, cp=2, schedule="ZBVZeroBubble", ac="full", rows=4),
     _case(4, pp=2, rep=2, schedule="DualPipeV", bf16=True, rows=4),
     _case(4, pp=2, reshard="always"),
+    # four ranks: the kinds of Llama
+    *(_case(4, tp=2, model=model) for model in ("llama", "qwen3", "tied")),
+    *(_case(4, pp=2, tp=2, model=model) for model in ("llama", "qwen2", "qwen3")),
+    _case(4, pp=2, tp=2, schedule="ZBVZeroBubble", rows=4, model="llama"),
+    _case(4, tp=2, bf16=True, model="llama"),
+    _case(4, tp=4, model="llama"),
+    _case(4, cp=2, tp=2, model="windowed"),
     # six ranks: the paper's odd tensor-parallel degree
     _case(6, tp=3, pp=2),
     _case(6, tp=3, pp=2, schedule="ZBVZeroBubble"),
@@ -121,11 +161,17 @@ REFERENCES: dict[str, dict[str, str]] = {
     "one-bf16": {"training.mixed_precision_param": "bfloat16"},
     "one-deep": {"model.layers": "8"},
     "one-odd": {"training.seq_len": "50"},
+    **{model: {"toml": "llama", **overrides} for model, overrides in LLAMAS.items()},
+    **{
+        f"{model}-bf16": {"toml": "llama", "training.mixed_precision_param": "bfloat16", **LLAMAS[model]}
+        for model in ("llama", "tied")
+    },
 }
 
 HANDED_ON: tuple[tuple[Case, Case], ...] = (
     (_case(4, tp=2), _case(4, pp=2, schedule="ZBVZeroBubble", rows=4)),
     (_case(4, pp=2, tp=2), _case(4, rep=2)),
     (_case(4), _case(4, pp=2, cp=2)),
+    (_case(4, tp=2, model="tied"), _case(4, model="tied")),
 )
 """The first layout saves, the second goes on from its checkpoint."""

@@ -11,10 +11,20 @@ from titan_cpt.distributed.mesh import Mesh, Ranks
 from titan_cpt.distributed.parallelise import Techniques, parallelise
 from titan_cpt.footprint import Work, bubble, footprint, in_flight, layer_activation_bytes, local_parameters
 from titan_cpt.layout import Layout, Place
-from titan_cpt.models.gpt_neox import GPTNeoX
-from titan_cpt.models.sizes import ModelShape, named_size
+from titan_cpt.models.families import build_model
+from titan_cpt.models.shapes import ModelShape
+from titan_cpt.models.sizes import named_size
 
 SHAPE = named_size("gpt_neox", "debug", 257, 1, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
+LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}
+LLAMAS = {
+    "llama": named_size("llama", "debug", 257, 1, LLAMA_NUMBERS),
+    "ungrouped": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "kv_heads": 4, "mlp_width": 512}),
+    "qwen2": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "qkv_bias": True}),
+    "qwen3": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "qk_norm": True, "head_width": 48}),
+    "windowed": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "sliding_window": 16}),
+    "tied": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "tie_embeddings": True}),
+}
 WORK = Work(
     microbatch_tokens=256,
     accumulation=1,
@@ -27,7 +37,7 @@ WORK = Work(
 
 def kept_between_layers(shape: ModelShape, recompute: str, selection: str) -> int:
     """Bytes of all tensors, other than parameters, that a model keeps for its backward pass: 4 sequences of 64."""
-    model = GPTNeoX(shape)
+    model = build_model(shape)
     model.init_weights(0)
     mesh = Mesh(Ranks(0, 1, torch.device("cpu")), Layout(), Layout().place(0), 0, None, None)
     parallelise(model, mesh, Techniques(torch.float32, recompute=recompute, selection=selection))
@@ -47,12 +57,13 @@ def kept_between_layers(shape: ModelShape, recompute: str, selection: str) -> in
 
 
 @pytest.mark.parametrize(("recompute", "selection"), [("none", "op"), ("full", "op"), ("selective", "2")])
-def test_activations_are_what_autograd_saves(recompute: str, selection: str) -> None:
+@pytest.mark.parametrize("shape", [SHAPE, *LLAMAS.values()], ids=["gpt_neox", *LLAMAS])
+def test_activations_are_what_autograd_saves(shape: ModelShape, recompute: str, selection: str) -> None:
     """Two depths apart, so that embedding and head cancel out: within 15 %, the promise of the plan."""
-    deep = dataclasses.replace(SHAPE, layers=8)
-    saved = kept_between_layers(deep, recompute, selection) - kept_between_layers(SHAPE, recompute, selection)
+    deep = dataclasses.replace(shape, layers=8)
+    saved = kept_between_layers(deep, recompute, selection) - kept_between_layers(shape, recompute, selection)
     work = dataclasses.replace(WORK, recompute=recompute, selection=selection)
-    planned, _ = layer_activation_bytes(SHAPE, Layout(), work)
+    planned, _ = layer_activation_bytes(shape, Layout(), work)
 
     assert saved / 4 == pytest.approx(planned, rel=0.15)
 
@@ -78,6 +89,21 @@ def test_the_ranks_hold_every_parameter_once(layout: Layout) -> None:
 
     assert total == SHAPE.parameters
     assert (common > 0) == (layout.tp > 1)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp_shard=5), Layout(dp_shard=3, tp=2)])
+def test_the_ranks_hold_every_parameter_of_a_llama_once(name: str, layout: Layout) -> None:
+    """By the built model's names and shapes; norms are held by every tensor-parallel rank, all else is cut."""
+    shape = LLAMAS[name]
+    with torch.device("meta"):
+        expected = {name: parameter.numel() for name, parameter in build_model(shape).named_parameters()}
+    held = dict.fromkeys(expected, 0)
+    for rank in range(layout.world_size):
+        for name, count in local_parameters(shape, layout, layout.place(rank)):
+            held[name] += count
+
+    assert held == {name: count * (layout.tp if "norm" in name else 1) for name, count in expected.items()}
 
 
 def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan_cpt.config_file import load_config
 from titan_cpt.data.inventory import take_inventory
+from titan_cpt.distributed.check_layout import check_layout
+from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.errors import PlanError
 from titan_cpt.layout_view import fits, parse_bytes
 from titan_cpt.planning import make_plan
@@ -38,6 +41,29 @@ def test_the_10b_model_is_checked_for_1656_ranks() -> None:
     assert float(checked[1]) < 30
     assert float(checked[2]) < 2
     assert done.stdout.count("as planned") == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "world_size"),
+    [
+        ("llama3.1-8b", {"tensor_parallel_degree": "8", "pipeline_parallel_degree": "2"}, 48),
+        ("qwen2.5-7b", {"tensor_parallel_degree": "4"}, 12),
+        ("qwen3-0.6b", {"tensor_parallel_degree": "2", "context_parallel_degree": "2"}, 12),
+        ("mistral-7b", {"data_parallel_replicate_degree": "2"}, 6),
+    ],
+)
+def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[str, str], world_size: int) -> None:
+    """Grouped keys, biases, norms of queries and keys, tied embeddings: torch holds what the plan counted."""
+    toml = tmp_path / "llama.toml"
+    toml.write_text(f'extends = "{TEN_BILLION}"\n[model]\nfamily = "llama"\nsize = "{size}"\n')
+    degrees = {"tensor_parallel_degree": "1", "pipeline_parallel_degree": "1", **overrides}
+    settings = {f"parallelism.{key}": value for key, value in degrees.items()}
+    settings |= {"training.global_batch_size": "48", "training.local_batch_size": "8"}
+    config = load_config(toml, list(settings.items()))
+    plan = make_plan(config, take_inventory(config), world_size)
+    lines = list(check_layout(plan, Techniques(torch.bfloat16)))
+
+    assert sum(line.endswith("as planned") for line in lines) == 2 * plan.layout.pp
 
 
 @pytest.mark.parametrize(

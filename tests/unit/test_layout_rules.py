@@ -35,11 +35,18 @@ lr = { schedule = "constant", max = 1e-3 }
 """
 TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
+LLAMA = {"model.family": "llama"}
 
 REFUSED = [
     (5, {TP: "2"}, ["5 ranks do not divide into groups of 2", "use 4 ranks"]),
     (4, {"parallelism.data_parallel_shard_degree": "3"}, ["data_parallel_shard_degree: must be 4 on 4 ranks"]),
     (4, {TP: "4"}, ["6 attention heads do not divide by 4", "use 3 or 6"]),
+    (
+        4,
+        {TP: "4", **LLAMA, "model.heads": "12", "model.kv_heads": "2"},
+        ["2 heads of keys and values do not divide by 4", "use 2"],
+    ),
+    (2, {PP: "2", **LLAMA, "model.tie_embeddings": "true"}, ["cut off from it into another pipeline stage", "to 1"]),
     (3, {TP: "3", "model.mlp_width": "128"}, ["128 features of the MLP do not divide by 3", "use 2 or 4"]),
     (2, {CP: "2", "training.seq_len": "50"}, ["training.seq_len: 50", "use 48 or 52"]),
     (2, {PP: "2", SCHEDULE: "1f1b"}, ["unknown '1f1b'", "Allowed: GPipe, 1F1B"]),
@@ -107,6 +114,9 @@ def test_every_rule_is_tested_here() -> None:
     ("world_size", "overrides"),
     [
         (6, {TP: "6"}),
+        (2, {TP: "2", **LLAMA, "model.kv_heads": "2", "model.tie_embeddings": "true"}),
+        (2, {TP: "2", **LLAMA, "model.kv_heads": "2", "model.qk_norm": "true"}),
+        (2, {CP: "2", **LLAMA, "model.kv_heads": "3", "model.sliding_window": "20"}),
         (2, {TP: "2", "training.seq_len": "47"}),
         (4, {PP: "4", "training.local_batch_size": "4"}),
         (4, {PP: "4", SCHEDULE: "DualPipeV"}),

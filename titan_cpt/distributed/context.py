@@ -2,10 +2,12 @@
 
 A sequence is cut into 2 x cp equal pieces; rank r holds pieces r and 2 cp - 1 - r, an early and a late one, so that
 under a causal mask every rank has the same number of keys to look at. Queries stay where they are; keys and values are
-gathered, which works on every device and, with grouped or wide heads, costs less than attention itself. Source of the
-balance and of gathering: Llama 3, arXiv:2407.21783, section 3.3.2.
+gathered, which works on every device and, with grouped or wide heads, costs less than attention itself; under a sliding
+window the gathered ones are cut to what a piece can see. Source of the balance and of gathering: Llama 3,
+arXiv:2407.21783, section 3.3.2.
 
-Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, N heads, H head width.
+Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, S positions that a piece of it
+may see, N heads, H head width.
 """
 
 from __future__ import annotations
@@ -33,23 +35,32 @@ class ContextParallelAttention(nn.Module):
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.rotary_width, self.rope_base, self.group = plain.rotary_width, plain.rope_base, group
+        self.scaling, self.window = plain.scaling, plain.window
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
-        """Attention's result for this rank's positions, out_BPNH."""
+        """Attention's result for this rank's positions, out_BPNH; keys and values may have fewer heads than queries."""
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own, device = q_BPNH.shape[1], q_BPNH.device
         positions_P = own_positions(own * degree, rank, degree).to(device)
-        cos_PR, sin_PR = rotary_tables(positions_P, rotary_width=self.rotary_width, base=self.rope_base)
+        cos_PR, sin_PR = rotary_tables(
+            positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
+        )
         q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNLH = _in_sequence_order(k_BNPH, self.group)
         v_BNLH = _in_sequence_order(v_BPNH.transpose(1, 2), self.group)
+        shared_by = q_BNPH.shape[1] // k_BNLH.shape[1]
+        # After they were sent: the kernels that take a mask want as many heads of keys as of queries.
+        k_BNLH, v_BNLH = (x.repeat_interleave(shared_by, dim=1) if shared_by > 1 else x for x in (k_BNLH, v_BNLH))
 
         piece, out = own // 2, []
+        window = own * degree if self.window is None else self.window
         for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * piece, (2 * degree - 1 - rank) * piece), strict=True):
-            until = first + piece  # nothing of this piece looks further
-            mask = torch.ones(piece, until, dtype=torch.bool, device=device).tril(first)  # position p sees 0 to p
-            out.append(F.scaled_dot_product_attention(half, k_BNLH[:, :, :until], v_BNLH[:, :, :until], attn_mask=mask))
+            since, until = max(0, first - window + 1), first + piece  # nothing of this piece looks farther
+            mask = torch.ones(piece, until - since, dtype=torch.bool, device=device)
+            mask = mask.tril(first - since).triu(first - since - window + 1)  # position p sees p - window + 1 to p
+            k_BNSH, v_BNSH = k_BNLH[:, :, since:until], v_BNLH[:, :, since:until]
+            out.append(F.scaled_dot_product_attention(half, k_BNSH, v_BNSH, attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -26,8 +28,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from titan_cpt.distributed.context import ContextParallelAttention
 from titan_cpt.distributed.mesh import Mesh
+from titan_cpt.models import gpt_neox, llama
 from titan_cpt.models.families import LanguageModel
-from titan_cpt.models.gpt_neox import Block, GPTNeoX
+from titan_cpt.models.gpt_neox import GPTNeoX
+from titan_cpt.models.llama import Llama, TiedHead
 
 _KEPT_OPERATORS = (
     "aten.mm.default",
@@ -82,36 +86,76 @@ def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> Non
 def split_matrices(model: LanguageModel, tensor: DeviceMesh, *, loss_parallel: bool) -> None:
     """Tensor and sequence parallelism: columns, then rows; between them the residual stream is split over positions.
 
-    Sequence parallelism is not an option: without it LayerNorm's weights would stay plain tensors beside DTensors, and
+    Sequence parallelism is not an option: without it the norms' weights would stay plain tensors beside DTensors, and
     no gradient norm spans both. Source: Korthikanti et al. 2022, arXiv:2205.05198.
     """
     positions, whole = Shard(1), Replicate()
-    vocabulary = (Shard(-1), False) if loss_parallel else (whole, True)
+    logits: Shard | Replicate = Shard(-1) if loss_parallel else whole
+    head: ParallelStyle = ColwiseParallel(
+        input_layouts=positions, output_layouts=logits, use_local_output=not loss_parallel
+    )
+    if isinstance(model.head, TiedHead):  # its second input is the embedding's weight, rows of which lie here already
+        head = PrepareModuleInputOutput(
+            input_layouts=(positions, None),
+            desired_input_layouts=(whole, None),
+            output_layouts=Shard(-1),
+            desired_output_layouts=logits,
+            use_local_output=not loss_parallel,
+        )
     ends = {
         "embedding": RowwiseParallel(input_layouts=whole, output_layouts=positions),
         "final_norm": SequenceParallel(),
-        "head": ColwiseParallel(input_layouts=positions, output_layouts=vocabulary[0], use_local_output=vocabulary[1]),
+        "head": head,
     }
     parallelize_module(model, tensor, {name: plan for name, plan in ends.items() if getattr(model, name) is not None})
     for block in model.blocks.values():
-        gather = partial(PrepareModuleInput, input_layouts=(positions,), desired_input_layouts=(whole,))
-        block_plan = {
-            "attention_norm": SequenceParallel(),
-            "attention": gather(),
-            "attention.qkv": ColwiseParallel(),  # its rows lie head after head: a slice holds whole heads
-            "attention.out": RowwiseParallel(output_layouts=positions),
-            "mlp_norm": SequenceParallel(),
-            "mlp": gather(),
-            "mlp.up": ColwiseParallel(),
-            "mlp.down": RowwiseParallel(output_layouts=positions),
-        }
-        parallelize_module(block, tensor, block_plan)
+        plan = _llama_block(cast(llama.Block, block)) if isinstance(model, Llama) else _gpt_neox_block()
+        parallelize_module(block, tensor, plan)
+
+
+def _gpt_neox_block() -> dict[str, ParallelStyle]:
+    """How a GPT-NeoX block is split."""
+    positions, whole = Shard(1), Replicate()
+    return {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
+        "attention.qkv": ColwiseParallel(),  # its rows lie head after head: a slice holds whole heads
+        "attention.out": RowwiseParallel(output_layouts=positions),
+        "mlp_norm": SequenceParallel(),
+        "mlp": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
+        "mlp.up": ColwiseParallel(),
+        "mlp.down": RowwiseParallel(output_layouts=positions),
+    }
+
+
+def _llama_block(block: llama.Block) -> dict[str, ParallelStyle]:
+    """How a Llama block is split.
+
+    The norms of queries and keys see q_BLNH, whose heads lie on several ranks: they are "sequence parallel" over
+    dimension 2, which makes their weights DTensors, held by all, and sums the ranks' gradients.
+    """
+    positions, whole = Shard(1), Replicate()
+    head_norms = ("attention.q_norm", "attention.k_norm") if block.attention.q_norm is not None else ()
+    return {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
+        "attention.q": ColwiseParallel(),  # the rows of all three lie head after head: a slice holds whole heads
+        "attention.k": ColwiseParallel(),
+        "attention.v": ColwiseParallel(),
+        **{name: SequenceParallel(sequence_dim=2, use_local_output=True) for name in head_norms},
+        "attention.out": RowwiseParallel(output_layouts=positions),
+        "mlp_norm": SequenceParallel(),
+        "mlp": PrepareModuleInput(input_layouts=(positions,), desired_input_layouts=(whole,)),
+        "mlp.gate": ColwiseParallel(),
+        "mlp.up": ColwiseParallel(),
+        "mlp.down": RowwiseParallel(output_layouts=positions),
+    }
 
 
 def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGroup) -> None:
     """Context parallelism: every block's attention gathers the other ranks' keys and values."""
     for block in model.blocks.values():
-        attention = cast(Block, block).attention
+        attention = cast(gpt_neox.Block | llama.Block, block).attention
         attention.core = ContextParallelAttention(attention.core, context)  # type: ignore[assignment]
 
 
@@ -158,7 +202,7 @@ def compile_blocks(model: LanguageModel, precision: torch.dtype) -> None:
     on_cpu = not torch.cuda.is_available()
     for layer, block in list(model.blocks.items()):
         if on_cpu and precision != torch.float32 and isinstance(model, GPTNeoX) and model.shape.parallel_residual:
-            inner = cast(Block, block)
+            inner = cast(gpt_neox.Block, block)
             inner.attention.compile()
             inner.mlp.compile()
         else:
@@ -168,19 +212,22 @@ def compile_blocks(model: LanguageModel, precision: torch.dtype) -> None:
 def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype) -> None:
     """FSDP2: shard every block by itself, then the embedding, then the head with its norm; HSDP over two dimensions.
 
-    Over a single rank nothing is sharded, but parameters and activations are cast to the precision all the same.
+    A tied embedding is both ends of the model, so it belongs to the root, which stays gathered from the first forward
+    to the end of the backward pass: the head reads its weight without calling it. Over a single rank nothing is
+    sharded, but parameters and activations are cast to the precision all the same.
     """
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy)
     reshard = mesh.layout.reshard_after_forward
-    if model.embedding is not None:
+    tied = isinstance(model.head, TiedHead)
+    if model.embedding is not None and not tied:
         shard(model.embedding, reshard_after_forward=reshard)
     for block in model.blocks.values():
         shard(block, reshard_after_forward=reshard)
-    last = [module for module in (model.final_norm, model.head) if module is not None]
+    last = [module for module in (model.final_norm, model.head) if module is not None and not tied]
     if last:
         shard(last, reshard_after_forward=False)  # the backward pass begins with them
-    shard(model, reshard_after_forward=reshard)
+    shard(model, reshard_after_forward=reshard and not tied)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already a share of the global batch's mean: sum gradients over ranks, do not average them.

@@ -83,6 +83,11 @@ class ModelShape:
         raise NotImplementedError(type(self).__name__)
 
     @property
+    def kv_width(self) -> int:
+        """Features of the keys of all heads together, and of the values; fewer where heads share them."""
+        return self.attention_width
+
+    @property
     def tied(self) -> bool:
         """Whether the head is the input embedding."""
         return False
