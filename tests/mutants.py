@@ -23,6 +23,9 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
     f"unit/test_{name}.py"
     for name in ("schedules", "mixture", "permutation", "plan", "config", "config_file", "cli_plan")
 )
+FORMATS, ORDER, MADE_BY = (
+    f"unit/test_{name}.py" for name in ("indexed_formats", "indexed_megatron_order", "tokenizer_of_data")
+)
 
 
 @dataclass(frozen=True)
@@ -439,6 +442,25 @@ MUTANTS = (
     ),
     Mutant("status 1 for a user's mistake", "cli.py", "status = error.exit_status", "status = 1", (CLI,)),
     Mutant("the last override is lost", "cli.py", "    while rest:", "    while len(rest) > 2:", (CLI,)),
+    Mutant("a sample without its last token", "data/megatron_order.py", "until + 1 if", "until if", (ORDER,)),
+    Mutant(
+        "samples unshuffled",
+        "data/megatron_order.py",
+        "sample = int(self._order.shuffle.read(number, 1)[0])",
+        "sample = number",
+        (ORDER,),
+    ),
+    Mutant(
+        "later documents not whole", "data/megatron_order.py", "offset if place == first else 0", "offset", (ORDER,)
+    ),
+    Mutant("indices unchecked on open", "data/megatron_order.py", "        self._order.check()\n", "", (ORDER,)),
+    Mutant("overlapping sequences", "data/presequenced.py", "number * (seq_len + 1)", "number * seq_len", (FORMATS,)),
+    Mutant("rest of a sequence taken", "data/presequenced.py", "if tokens % (seq_len + 1):", "if False:", (FORMATS,)),
+    Mutant("halves of ids", "data/raw.py", "(vocab_size - 1) >> 16", "-1", (FORMATS,)),
+    Mutant("odd lengths", "data/raw.py", "if size_bytes % asked.itemsize:", "if False:", (FORMATS,)),
+    Mutant("order outside the recipe", "planning.py", "        **_own_orders(config, weighed),\n", "", (FORMATS,)),
+    Mutant("stored order shuffled", "data/loader.py", "within if stored else permuted", "permuted", (FORMATS, ORDER)),
+    Mutant("any tokenizer", "data/inventory.py", "made.fingerprint != ours", "False", (MADE_BY,)),
 )
 
 
