@@ -24,6 +24,9 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
     for name in ("schedules", "mixture", "permutation", "plan", "config", "config_file", "cli_plan")
 )
 RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
+FORMATS, ORDER, MADE_BY = (
+    f"unit/test_{name}.py" for name in ("indexed_formats", "indexed_megatron_order", "tokenizer_of_data")
+)
 
 
 @dataclass(frozen=True)
@@ -445,6 +448,25 @@ MUTANTS = (
     Mutant("a tied head is counted", "footprint.py", "if not shape.tied:", "if shape.vocab_size:", (FOOTPRINT,)),
     Mutant("biases are not counted", "footprint.py", "if shape.qkv_bias else ()", "if False else ()", (FOOTPRINT,)),
     Mutant("head norms keep nothing", "footprint.py", "if shape.qk_norm else 0)", "if False else 0)", (FOOTPRINT,)),
+    Mutant("a sample without its last token", "data/megatron_order.py", "until + 1 if", "until if", (ORDER,)),
+    Mutant(
+        "samples unshuffled",
+        "data/megatron_order.py",
+        "sample = int(self._order.shuffle.read(number, 1)[0])",
+        "sample = number",
+        (ORDER,),
+    ),
+    Mutant(
+        "later documents not whole", "data/megatron_order.py", "offset if place == first else 0", "offset", (ORDER,)
+    ),
+    Mutant("indices unchecked on open", "data/megatron_order.py", "        self._order.check()\n", "", (ORDER,)),
+    Mutant("overlapping sequences", "data/presequenced.py", "number * (seq_len + 1)", "number * seq_len", (FORMATS,)),
+    Mutant("rest of a sequence taken", "data/presequenced.py", "if tokens % (seq_len + 1):", "if False:", (FORMATS,)),
+    Mutant("halves of ids", "data/raw.py", "(vocab_size - 1) >> 16", "-1", (FORMATS,)),
+    Mutant("odd lengths", "data/raw.py", "if size_bytes % asked.itemsize:", "if False:", (FORMATS,)),
+    Mutant("order outside the recipe", "planning.py", "        **_own_orders(config, weighed),\n", "", (FORMATS,)),
+    Mutant("stored order shuffled", "data/loader.py", "within if stored else permuted", "permuted", (FORMATS, ORDER)),
+    Mutant("any tokenizer", "data/inventory.py", "made.fingerprint != ours", "False", (MADE_BY,)),
 )
 
 

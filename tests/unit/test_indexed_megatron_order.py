@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from titan_cpt.data import megatron_order
 from titan_cpt.data.formats import TokenFiles, absent, count, open_source
 from titan_cpt.data.indexed_writer import IndexedWriter
-from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.errors import DataError
 from titan_cpt.mixture import Draw
@@ -258,6 +258,7 @@ def test_a_stage_replays_the_order_and_a_later_step_is_reached_without_walking(t
     found = reader.read(plan.batch(plan.stages[0], 7))
 
     assert plan.sequences["en"] == len(shuffle)
+    assert [files.format for _, files in validation_files(config)] == ["indexed", "indexed"]
     assert found.tolist() == [joined[s * 16 : s * 16 + 17].tolist() for s in shuffle[28:32]]
     assert plan.stages[0].recipe["order.en"] == "megatron_order, as stored"
 
