@@ -346,8 +346,10 @@ def test_an_output_folder_that_cannot_be_written_ends_with_2(raw, config, tmp_pa
 
 def test_a_record_that_cannot_grow_ends_with_2_and_no_traceback(config, tmp_path):
     """The disk is full when metrics.jsonl is written, before any checkpoint was due."""
-    outcome = train(config, "--checkpoint.interval", "1000", largest_file_bytes=3000)
+    outcome = train(
+        config, "--checkpoint.interval", "1000", largest_file_bytes=5000
+    )  # what it prints is longer than 3000
 
     assert outcome.status == 2, outcome.output
     assert "Traceback" not in outcome.output
-    assert Path(tmp_path / "run" / "metrics.jsonl").stat().st_size <= 3000
+    assert Path(tmp_path / "run" / "metrics.jsonl").stat().st_size <= 5000
