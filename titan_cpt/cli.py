@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-positions", type=_positive, metavar="TOKENS", help="default: what it was trained or released for"
     )
 
+    anneal = _command(commands, "anneal", _anneal, "branch off a constant phase: a run that anneals")
+    anneal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
+    anneal.add_argument("--tokens", type=_tokens, required=True, metavar="N", help="of the annealing, such as 10B")
+    anneal.add_argument("--min", type=_lr, metavar="LR", help="LR of its last step (default: the stage's own)")
+    anneal.add_argument("--prepare-only", action="store_true", help="make the run's folder and do not train yet")
+
     report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
 
@@ -113,7 +119,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace, list[tuple[str, str]]], int], summary: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    command.set_defaults(run=run, takes_overrides=name in ("plan", "train", "prepare"))
+    command.set_defaults(run=run, takes_overrides=name in ("plan", "train", "prepare", "anneal"))
     return command
 
 
@@ -134,6 +140,23 @@ def _integers(text: str) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"steps are not negative, got {text}")
     return numbers
+
+
+def _tokens(text: str) -> int:
+    from titan_cpt.config_types import parse_tokens
+
+    try:
+        tokens = parse_tokens(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return _positive(str(tokens))
+
+
+def _lr(text: str) -> float:
+    lr = float(text)
+    if not 0 <= lr < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a learning rate of 0 or more, got {text}")
+    return lr
 
 
 def _overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -219,6 +242,21 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     from titan_cpt.config_file import load_config
 
     config = load_config(options.config, overrides)  # before torch: a mistake is told in a blink
+    from titan_cpt.train import run
+
+    return run(config)
+
+
+def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.anneal import branch_off
+
+    rank = int(os.environ.get("RANK", "0"))
+    config = branch_off(options.checkpoint, tokens=options.tokens, min_lr=options.min, overrides=overrides, rank=rank)
+    folder = Path(config.job.output_dir) / config.job.name
+    if rank == 0:
+        print(f"{folder}: branched off; ./run_train.sh --config {folder / 'config.toml'} goes on with it")
+    if options.prepare_only:
+        return 0
     from titan_cpt.train import run
 
     return run(config)

@@ -40,7 +40,15 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config
     Raises:
         ConfigError: every fault found, each with its dotted key, what was found and what is allowed.
     """
-    raw = read_with_bases(path)
+    return check_config(read_with_bases(path), path, overrides)
+
+
+def check_config(raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """A file's tables as a Config, after the overrides, which are written into them; faults are told under `path`.
+
+    Raises:
+        ConfigError: every fault found, as `load_config` tells them.
+    """
     faults = [fault for key, text in overrides for fault in _override(raw, key, text)]
     try:
         config = Config.model_validate(raw)

@@ -30,6 +30,18 @@ def parse_tokens(text: str) -> int:
     return int(tokens)
 
 
+def parse_steps(text: str) -> Fraction:
+    """The exact number that a string such as "1323.66 steps" names: an end point between two steps.
+
+    Raises:
+        ValueError: not such a string.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,1100})?) steps", text)
+    if match is None:
+        raise ValueError(f'must be a number of steps such as "1323.66 steps", got {text!r}')
+    return Fraction(match[1])
+
+
 def fault(message: str) -> PydanticCustomError:
     """A validator's refusal in our own words."""
     return PydanticCustomError("titan", "{message}", {"message": message})
@@ -50,7 +62,7 @@ def _position(value: Any) -> Any:
     allowed = 'a share of the stage (a float in [0, 1]), a step (an integer) or tokens (such as "3B")'
     if isinstance(value, str):
         try:
-            parse_tokens(value)
+            parse_steps(value) if value.endswith(" steps") else parse_tokens(value)
         except ValueError:
             raise fault(f"must be {allowed}, got {value!r}") from None
     elif isinstance(value, bool) or not isinstance(value, int | float):

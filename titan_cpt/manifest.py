@@ -42,6 +42,25 @@ def write(folder: Path, record: Mapping[str, Any]) -> None:
     _sync(folder.parent)
 
 
+def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """A checkpoint that was just verified, there a second time under another record; its files are shared if they can.
+
+    Links and not copies, where the file system has them: nothing here ever writes into a file of a checkpoint.
+    """
+    remove(folder)
+    folder.mkdir(parents=True)
+    for name in record["files"]:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(checkpoint / name, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(checkpoint / name, target)
+            _sync(target)
+    write_text_atomically(folder / NAME, json.dumps(dict(record), indent=1))
+    _sync(folder.parent)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """The whole text or what was there before, whenever the power fails."""
     temporary = path.with_name(path.name + ".tmp")

@@ -78,7 +78,6 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
-    log = _open_log(config, plan, ranks, folder, precision)
     checkpoints = Checkpoints(
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
@@ -86,6 +85,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         on_saved=lambda path: log.event("checkpoint", folder=str(path)),
     )
     found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
+    log = _open_log(config, plan, ranks, folder, precision)
     _write_record(config, plan, ranks, folder)
     validator = Validator(
         held_out,

@@ -24,7 +24,7 @@ from titan_cpt.config import (
     WsdLR,
 )
 from titan_cpt.config_data import OWN_ORDER, Dataset
-from titan_cpt.config_types import parse_tokens
+from titan_cpt.config_types import parse_steps, parse_tokens
 from titan_cpt.errors import PlanError
 from titan_cpt.footprint import Work, footprint
 from titan_cpt.layout import Layout, layout_of
@@ -359,7 +359,8 @@ def _end_points(stage: Stage, steps: int, step_tokens: int) -> dict[str, Fractio
     points = {}
     for name, value in found.items():
         if isinstance(value, str):
-            points[name] = Fraction(parse_tokens(value), step_tokens)
+            between = value.endswith(" steps")
+            points[name] = parse_steps(value) if between else Fraction(parse_tokens(value), step_tokens)
         else:
             points[name] = Fraction(str(value)) * steps if isinstance(value, float) else Fraction(value)
     return points
