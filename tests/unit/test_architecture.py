@@ -22,7 +22,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
     "data.prepare data.inventory distributed.check_layout interchange lineage",
     "data.loader data.materialise checkpoint display report model_card",
-    "validate export",
+    "validate export anneal",
     "parts",
     "initial",
     "train",
