@@ -32,8 +32,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from titan_cpt.config import Config
 from titan_cpt.config_file import load_config
 from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.loader import StageLoader
 from titan_cpt.distributed.mesh import join_ranks
 from titan_cpt.parts import Parts, build
+from titan_cpt.plan import StagePlan
 from titan_cpt.run_folder import StopRequest
 
 THEIR_WARNINGS_IGNORED = [
@@ -157,6 +159,20 @@ def cast(config: Config) -> Iterator[Parts]:
 
 
 # Runs in processes of their own
+
+
+def loader_of(parts: Parts, stage: StagePlan) -> StageLoader:
+    """The loader of a stage's first step, as a single rank has it."""
+    return StageLoader(
+        parts.reader,
+        lambda step: parts.plan.batch(stage, step),
+        steps=stage.steps,
+        first_step=0,
+        accumulation=parts.plan.accumulation,
+        local_batch=parts.plan.local_batch_size,
+        rank=0,
+        workers=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ VARIANTS = {  # name: (architecture that transformers is to take, overrides of d
     "qwen3": ("qwen3", {"qk_norm": True, "head_width": 48}),
     "qwen3 tied, in a window": ("qwen3", {"qk_norm": True, "tie_embeddings": True, "sliding_window": 9}),
 }
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def built(size="debug", seed=11, **overrides):
@@ -310,12 +316,6 @@ def test_a_released_configuration_is_the_named_size(text, size):
 
 def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
     """Read back as TOML and laid over the size, it is the shape again; no size with a window can be its base."""
-    import sys
-
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib is in Python since 3.11")
-    import tomllib
-
     mistral = named_size("llama", "mistral-7b", 257)
     wanted = [
         dataclasses.replace(mistral, sliding_window=None, vocab_size=32_064),

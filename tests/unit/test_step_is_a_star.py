@@ -6,7 +6,6 @@ from pathlib import Path
 import training
 
 import titan_cpt
-from titan_cpt.data.loader import StageLoader
 from titan_cpt.train import train_step, transition
 
 ROOT = Path(titan_cpt.__file__).parent
@@ -19,16 +18,7 @@ def test_a_step_enters_few_files_and_none_calls_back(tmp_path):
     with training.cast(training.config_of(raw)) as parts:
         stage = parts.plan.stages[0]
         transition(parts, stage)
-        loader = StageLoader(
-            parts.reader,
-            lambda step: parts.plan.batch(stage, step),
-            steps=stage.steps,
-            first_step=0,
-            accumulation=parts.plan.accumulation,
-            local_batch=parts.plan.local_batch_size,
-            rank=0,
-            workers=0,
-        )
+        loader = training.loader_of(parts, stage)
         calls = called_files(lambda: train_step(parts, loader, stage, 0))
     entered = {callee for _, callee in calls}
 

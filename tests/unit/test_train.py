@@ -17,7 +17,6 @@ import titan_cpt.distributed.engine
 import titan_cpt.train
 from titan_cpt import manifest
 from titan_cpt.cli import main
-from titan_cpt.data.loader import StageLoader
 from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.train import run, train_stage, train_step, transition
 
@@ -44,19 +43,6 @@ def command(raw):
     with pytest.raises(SystemExit) as left:
         main(["train", "--config", str(path)])
     return left.value.code
-
-
-def loader_of(parts, stage):
-    return StageLoader(
-        parts.reader,
-        lambda step: parts.plan.batch(stage, step),
-        steps=stage.steps,
-        first_step=0,
-        accumulation=parts.plan.accumulation,
-        local_batch=parts.plan.local_batch_size,
-        rank=0,
-        workers=0,
-    )
 
 
 def english_lr(t):
@@ -95,7 +81,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
     with training.cast(training.config_of(raw)) as parts:
         stage = parts.plan.stages[0]
         transition(parts, stage)
-        loader = loader_of(parts, stage)
+        loader = training.loader_of(parts, stage)
         ours = []
         for step in range(5):
             result = train_step(parts, loader, stage, step)
@@ -176,7 +162,7 @@ def test_the_first_step_of_a_stage_that_keeps_its_optimizer_uses_the_new_stages_
         weights, moments = weights_of(parts), moments_of(parts)
         twin = copy.deepcopy(parts.model)
         gradients(twin, parts.reader.read(parts.plan.batch(german, 0)))
-        train_step(parts, loader_of(parts, german), german, 0)
+        train_step(parts, training.loader_of(parts, german), german, 0)
         lrs = {group["lr"] for group in parts.optimizer.param_groups}
         counts = {state["step"].item() for state in parts.optimizer.state.values()}
 
@@ -202,7 +188,7 @@ def test_reset_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
         before = moments_of(parts)
         transition(parts, german)
         after, weights = moments_of(parts), weights_of(parts)
-        train_step(parts, loader_of(parts, german), german, 0)
+        train_step(parts, training.loader_of(parts, german), german, 0)
         counts = {state["step"].item() for state in parts.optimizer.state.values()}
 
     assert all(value.abs().sum() > 0 for name, value in before.items() if name.endswith((".step", "exp_avg_sq")))
