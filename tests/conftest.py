@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
+from titan_cpt.config_file import load_config
+from titan_cpt.data import texts
+from titan_cpt.plan import Inventory
+from titan_cpt.planning import make_plan
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
 
 settings.register_profile("titan_cpt", deadline=None, max_examples=60)
@@ -82,3 +87,26 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make(write):
+    """make(text, *overrides, tokens={source: tokens}, world_size=1): the plan; data that is not named is not there."""
+
+    def make(text, *overrides, tokens=None, world_size=1, vocab_size=257):
+        config = load_config(write(text), overrides)
+        absent = {
+            source: None
+            for name, dataset in config.datasets.items()
+            for source in ([f"{name}.{domain}" for domain in dataset.domains] or [name])
+        }
+        return make_plan(config, Inventory(absent | (tokens or {}), vocab_size), world_size)
+
+    return make
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of two kilobytes, so that small inputs have many."""
+    monkeypatch.setattr(texts, "SMALLEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(texts, "LARGEST_CHUNK_BYTES", 2000)

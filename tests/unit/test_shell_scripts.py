@@ -1,90 +1,17 @@
-"""run_train.sh and scripts/setup.sh, run in a copy of the repository's skeleton with stand-ins for Python.
+"""run_train.sh in a copy of the repository's skeleton, with stand-ins for Python.
 
 A stand-in writes down how it was called and ends as the test says, so that what is tested is the script: which command
 it runs, with which environment, and what becomes of its exit status.
 """
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# Writes how it was called and what it was given in the environment to $CALLS, a JSON object a line, then runs $ACTION.
-# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path.
-RECORDER = """
-import json, os, sys
-program, *arguments = sys.argv[1:]
-if arguments[0] == "-c":
-    sys.exit("LACKS_TITAN_CPT" in os.environ and os.environ["LACKS_TITAN_CPT"] in program)
-wanted = ("TITAN_CPT_STATUS_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-given = {name: os.environ[name] for name in wanted if name in os.environ}
-with open(os.environ["CALLS"], "a") as calls:
-    print(json.dumps({"program": program, "arguments": arguments, "directory": os.getcwd(), **given}), file=calls)
-os.execvp("bash", ["bash", "-c", os.environ.get("ACTION", "exit 0")])
-"""
-
-
-class Repository:
-    """A folder with the scripts under test, and the calls that the stand-ins saw."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "a repository"  # a path with a space: quoting is part of what is tested
-        self.elsewhere = folder / "elsewhere"
-        self.tools = folder / "tools"
-        self.calls_file = folder / "calls.jsonl"
-        for made in (self.folder / "scripts", self.elsewhere, self.tools, folder / "tmp"):
-            made.mkdir(parents=True)
-        shutil.copy(ROOT / "run_train.sh", self.folder)
-        shutil.copy(ROOT / "scripts" / "setup.sh", self.folder / "scripts")
-        shutil.copy(ROOT / "pyproject.toml", self.folder)
-        self.environment = {
-            "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(folder),
-            "TMPDIR": str(folder / "tmp"),
-            "CALLS": str(self.calls_file),
-        }
-
-    def add_recorder(self, path: Path) -> None:
-        """Make `path` a Python that only writes down how it was called."""
-        program = self.calls_file.with_name("recorder.py")
-        program.write_text(RECORDER, encoding="utf-8")
-        self.add_tool(path, f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "{program}" "$0" "$@"\n')
-
-    def add_tool(self, path: Path, script: str) -> None:
-        """Make `path` an executable file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script, encoding="utf-8")
-        path.chmod(0o755)
-
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a script of the repository from another directory."""
-        return subprocess.run(
-            [str(self.folder / script), *arguments],
-            cwd=self.elsewhere,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    def calls(self) -> list[dict]:
-        """What the stand-ins were called with, in order."""
-        if not self.calls_file.exists():
-            return []
-        return [json.loads(line) for line in self.calls_file.read_text(encoding="utf-8").splitlines()]
-
-    def only_call(self) -> dict:
-        (call,) = self.calls()
-        return call
+from shell_repository import ROOT, Repository
 
 
 @pytest.fixture
@@ -380,150 +307,6 @@ class TestSeveralProcesses:
 
             assert (process.wait(timeout=30), rest) == (75, "saved\n")
         assert int(repository.only_call()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
-
-
-# A stand-in for Python before and after `-m venv`: it answers setup.sh's questions out of a folder of marks.
-FAKE_PYTHON = """#!/usr/bin/env bash
-marks=$(dirname -- "$CALLS")/marks; mkdir -p "$marks"
-case "$*" in
-    --version) echo "Python ${VERSION:-3.11.7}" ;;
-    "-c import sys; sys.exit(sys.version_info < (3, 10))") [[ ${VERSION:-3.11.7} != 3.9.* ]] ;;
-    "-c import ensurepip, venv") [[ -z ${NO_VENV:-} ]] ;;
-    "-c import sys; sys.exit(sys.prefix == sys.base_prefix)") [[ $0 == */.venv/bin/python ]] ;;
-    "-c import torch; torch.empty(1)") [[ -e $marks/torch ]] ;;
-    "-m pip --version") [[ -e $marks/pip ]] ;;
-    "-I - "*) cat >/dev/null; [[ -e $marks/package && " $(cat "$marks/package") " == *"[${!#}]"* ]] ;;
-    *)
-        printf '%s\\n' "$*" >>"$CALLS"
-        case "$*" in
-            "-m venv --clear "* | "-m venv "*)
-                [[ $2 == venv && $3 == --clear ]] && rm -rf "${!#}"
-                mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; touch "$marks/pip" ;;
-            "-m ensurepip --upgrade") [[ -z ${NO_ENSUREPIP:-} ]] && touch "$marks/pip" ;;
-            "-m pip install --editable "*) echo "${!#}" >"$marks/package" ;;
-            "-m pip install "*) touch "$marks/torch" ;;
-        esac ;;
-esac
-"""
-
-
-class TestSetup:
-    """scripts/setup.sh with a Python that installs nothing."""
-
-    @pytest.fixture
-    def machine(self, tmp_path: Path) -> Repository:
-        """A fresh clone on a machine whose python3 is the stand-in."""
-        repository = Repository(tmp_path)
-        repository.add_tool(repository.tools / "python3", FAKE_PYTHON)
-        return repository
-
-    def installs(self, machine: Repository) -> list[str]:
-        """The commands that changed something, in order."""
-        if not machine.calls_file.exists():
-            return []
-        return machine.calls_file.read_text(encoding="utf-8").splitlines()
-
-    def test_a_bare_machine_gets_everything(self, machine: Repository) -> None:
-        """Environment, torch, the package with what the quick start needs; every command is printed."""
-        done = machine.run("scripts/setup.sh")
-
-        assert done.returncode == 0, done.stderr
-        assert self.installs(machine) == [
-            f"-m venv {machine.folder}/.venv",
-            "-m pip install torch==2.13.0",
-            f"-m pip install --editable {machine.folder}[hf]",
-        ]
-        assert [line.startswith("+ ") for line in done.stdout.splitlines()].count(True) == 3
-
-    def test_extras_are_those_asked_for(self, machine: Repository) -> None:
-        """Several may be named."""
-        machine.run("scripts/setup.sh", "test", "hf")
-
-        assert self.installs(machine)[-1] == f"-m pip install --editable {machine.folder}[test,hf]"
-
-    def test_an_unknown_extra_is_refused(self, machine: Repository) -> None:
-        """pip would only warn; the message names the extras that there are."""
-        done = machine.run("scripts/setup.sh", "tets")
-
-        assert done.returncode == 2
-        assert "no extra is called 'tets'" in done.stderr
-        assert " test " in done.stderr
-        assert self.installs(machine) == []
-
-    def test_torch_comes_from_the_index_named(self, machine: Repository) -> None:
-        """TORCH_INDEX_URL chooses the build."""
-        machine.run("scripts/setup.sh", TORCH_INDEX_URL="https://example.org/cpu")
-
-        assert "-m pip install --index-url https://example.org/cpu torch>=2.13" in self.installs(machine)
-
-    def test_a_second_run_does_nothing(self, machine: Repository) -> None:
-        """Everything is there: nothing is installed again."""
-        machine.run("scripts/setup.sh")
-        machine.calls_file.unlink()
-
-        done = machine.run("scripts/setup.sh")
-
-        assert done.returncode == 0, done.stderr
-        assert "nothing to do" in done.stdout
-        assert self.installs(machine) == []
-
-    def test_a_torch_that_is_there_is_kept(self, machine: Repository) -> None:
-        """A second extra brings the package up to date and leaves torch alone."""
-        machine.run("scripts/setup.sh")
-        machine.calls_file.unlink()
-
-        machine.run("scripts/setup.sh", "test")
-
-        assert self.installs(machine) == [f"-m pip install --editable {machine.folder}[test]"]
-
-    def test_a_half_made_environment_is_made_again(self, machine: Repository) -> None:
-        """A .venv without a Python, as an interruption leaves it, is no reason to fail."""
-        (machine.folder / ".venv/lib").mkdir(parents=True)
-
-        done = machine.run("scripts/setup.sh")
-
-        assert done.returncode == 0, done.stderr
-        assert self.installs(machine)[0] == f"-m venv --clear {machine.folder}/.venv"
-
-    def test_an_environment_without_pip_gets_pip(self, machine: Repository) -> None:
-        """An interruption between Python and pip, or an environment made by uv: nothing in it is thrown away."""
-        machine.run("scripts/setup.sh")
-        machine.calls_file.unlink()
-        (machine.folder.parent / "marks/pip").unlink()
-
-        done = machine.run("scripts/setup.sh")
-
-        assert done.returncode == 0, done.stderr
-        assert self.installs(machine) == ["-m ensurepip --upgrade"]
-
-    @pytest.mark.parametrize(
-        ("environment", "messages"),
-        [
-            ({"VERSION": "3.9.2"}, ["needs Python 3.10 or newer; found Python 3.9.2", "PYTHON="]),
-            ({"NO_VENV": "yes"}, ["cannot make virtual environments", "apt-get install python3-venv"]),
-            ({"PYTHON": "python3.77"}, ["found no python3.77", "PYTHON="]),
-        ],
-        ids=["too old", "no venv", "no such interpreter"],
-    )
-    def test_a_machine_that_will_not_do_is_told_the_remedy(
-        self, machine: Repository, environment: dict[str, str], messages: list[str]
-    ) -> None:
-        """What was found, what is needed and what to do; nothing is left behind."""
-        done = machine.run("scripts/setup.sh", **environment)
-
-        assert done.returncode == 2
-        assert all(message in done.stderr for message in messages), done.stderr
-        assert not (machine.folder / ".venv").exists()
-
-    def test_the_interpreter_can_be_named(self, machine: Repository) -> None:
-        """PYTHON may be a path outside PATH."""
-        other = machine.folder.parent / "other/python3.12"
-        machine.add_tool(other, FAKE_PYTHON)
-
-        done = machine.run("scripts/setup.sh", PYTHON=str(other))
-
-        assert done.returncode == 0, done.stderr
-        assert f"{other} -m venv" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup.sh", ".ci/run"])

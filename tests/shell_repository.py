@@ -1,0 +1,80 @@
+"""A folder with the shell scripts under test, and stand-ins for the programs that they call."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Writes how it was called and what it was given in the environment to $CALLS, a JSON object a line, then runs $ACTION.
+# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path.
+RECORDER = """
+import json, os, sys
+program, *arguments = sys.argv[1:]
+if arguments[0] == "-c":
+    sys.exit("LACKS_TITAN_CPT" in os.environ and os.environ["LACKS_TITAN_CPT"] in program)
+wanted = ("TITAN_CPT_STATUS_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+given = {name: os.environ[name] for name in wanted if name in os.environ}
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps({"program": program, "arguments": arguments, "directory": os.getcwd(), **given}), file=calls)
+os.execvp("bash", ["bash", "-c", os.environ.get("ACTION", "exit 0")])
+"""
+
+
+class Repository:
+    """A folder with the scripts under test, and the calls that the stand-ins saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "a repository"  # a path with a space: quoting is part of what is tested
+        self.elsewhere = folder / "elsewhere"
+        self.tools = folder / "tools"
+        self.calls_file = folder / "calls.jsonl"
+        for made in (self.folder / "scripts", self.elsewhere, self.tools, folder / "tmp"):
+            made.mkdir(parents=True)
+        shutil.copy(ROOT / "run_train.sh", self.folder)
+        shutil.copy(ROOT / "scripts" / "setup.sh", self.folder / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        self.environment = {
+            "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(folder),
+            "TMPDIR": str(folder / "tmp"),
+            "CALLS": str(self.calls_file),
+        }
+
+    def add_recorder(self, path: Path) -> None:
+        """Make `path` a Python that only writes down how it was called."""
+        program = self.calls_file.with_name("recorder.py")
+        program.write_text(RECORDER, encoding="utf-8")
+        self.add_tool(path, f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "{program}" "$0" "$@"\n')
+
+    def add_tool(self, path: Path, script: str) -> None:
+        """Make `path` an executable file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of the repository from another directory."""
+        return subprocess.run(
+            [str(self.folder / script), *arguments],
+            cwd=self.elsewhere,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self) -> list[dict]:
+        """What the stand-ins were called with, in order."""
+        if not self.calls_file.exists():
+            return []
+        return [json.loads(line) for line in self.calls_file.read_text(encoding="utf-8").splitlines()]
+
+    def only_call(self) -> dict:
+        (call,) = self.calls()
+        return call
