@@ -7,6 +7,7 @@ the model's parameter names, so that a checkpoint is read under any layout of ra
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -55,92 +56,139 @@ class Checkpoints:
     Args:
         run: the run's folder.
         keep_latest: interval checkpoints that are kept; stage ends and pre-anneal points always are.
+        keep_every: so are interval checkpoints at a multiple of so many steps of their stage.
         asynchronous: write in a thread.
+        before: called on rank 0 before anything is written; an OSError from it is a save that failed.
         on_saved: called from `poll` on rank 0 with the folder of each checkpoint that has come to exist.
+        on_failed: called with what is to be told of a save that failed.
     """
 
-    def __init__(self, run: Path, *, keep_latest: int, asynchronous: bool, on_saved: Callable[[Path], None]) -> None:
-        self.run, self.keep_latest, self.asynchronous, self.on_saved = run, keep_latest, asynchronous, on_saved
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep_latest: int,
+        asynchronous: bool,
+        on_saved: Callable[[Path], None],
+        keep_every: int | None = None,
+        before: Callable[[], None] = lambda: None,
+        on_failed: Callable[[CheckpointError], None] = lambda error: None,
+    ) -> None:
+        self.run, self.keep_latest, self.keep_every, self.asynchronous = run, keep_latest, keep_every, asynchronous
+        self.before, self.on_saved, self.on_failed = before, on_saved, on_failed
+        self.waited_s = 0.0
+        """How long the last `save` waited for the one before it."""
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         # Collectives of the writing thread must not meet those of the training thread.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
         self._writing: _Writing | None = None
+        self._failed: CheckpointError | None = None  # of the last save, if it failed
+        self._needed = False  # whether the last save was of a point that later stages begin from
 
     def save(
         self, model: nn.Module, optimizer: Optimizer, *, stage: str, steps_done: int, record: Mapping[str, Any]
     ) -> None:
         """Begin a save of the state as it is now; an earlier one is waited for first.
 
+        One that fails, now or in the background, is told, and the next one is a new attempt; but no run goes on past a
+        stage's end or a pre-anneal point that it could not save.
+
         Args:
             record: what the manifest holds beside the files: stage_index, kind, recipe, fingerprint, data, ...
 
         Raises:
-            CheckpointError: this save, or the one before, could not be written.
+            CheckpointError: the save before was one of those, and has failed.
         """
-        self.wait()
+        began = time.perf_counter()
+        if self._needed:
+            self.wait()
+        self._end()
+        self.waited_s, self._failed = time.perf_counter() - began, None
+        self._needed = record["kind"] != INTERVAL
         folder = checkpoint_folder(self.run, stage, steps_done)
-        try:
-            if self.rank == 0:
-                manifest.remove(folder)  # what a save left that was cut short, or a damaged one
-                folder.mkdir(parents=True)
-        except OSError as error:
-            raise self._cannot_write(folder, error) from None
-        if self.distributed:
-            dist.barrier(self.group)
+        if self.rank == 0:
+            self._make_room(folder)
+        if self._has_failed():
+            return
         state = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_FLAT),
         }
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = FileSystemWriter(folder, sync_files=True, overwrite=False)
-        try:
-            written = async_save(state, storage_writer=writer, process_group=self.group)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise self._cannot_write(folder, error) from None
+        written = async_save(state, storage_writer=writer, process_group=self.group)
         assert isinstance(written, Future), "async_save without an async stager answers with a future"
         self._writing = _Writing(folder, written, record, seal=self.rank == 0)
         if not self.asynchronous:
-            self.wait()
+            self._end()
 
-    def poll(self) -> None:
-        """Notice a save that has come to its end; call it now and then.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
-        if self._writing is not None and self._writing.done():
-            self.wait()
+    def poll(self, *, until_done: bool = False) -> None:
+        """Notice a save that has come to its end, well or not; call it now and then, or wait for that end."""
+        if self._writing is not None and (until_done or self._writing.done()):
+            self._end()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until nothing is being written; collective.
 
         Raises:
-            CheckpointError: what was being written could not be.
+            CheckpointError: the last save has failed, on any rank.
         """
+        self._end()
+        if self._has_failed():
+            raise self._failed or CheckpointError(f"{self.run}: rank 0 could not write the last checkpoint")
+
+    def _make_room(self, folder: Path) -> None:
+        """The empty folder of a new checkpoint. The run's own is not made again: it may be mounted again later."""
+        try:
+            self.before()
+            manifest.remove(folder)  # what a save left that was cut short, or a damaged one
+            folder.parent.mkdir(exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            self._fail(folder, error)
+
+    def _end(self) -> None:
+        """Wait for the save under way, and take note of how it went."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
         error = writing.join()
         if error is not None:
-            raise self._cannot_write(writing.folder, error) from None
-        if self.rank == 0:
+            self._fail(writing.folder, error)
+        elif self.rank == 0:
             self.on_saved(writing.folder)
             self._prune(writing.folder)
+
+    def _fail(self, folder: Path, error: BaseException) -> None:
+        self._failed = self._cannot_write(folder, error)
+        self.on_failed(self._failed)
+
+    def _has_failed(self) -> bool:
+        """Whether the last save failed, as rank 0 has it, which knows of every rank's failure; collective."""
+        if not self.distributed:
+            return self._failed is not None
+        failed = torch.tensor(int(self._failed is not None))
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(failed.item())
 
     def _prune(self, written: Path) -> None:
         """Keep the newest interval checkpoints and the one just written, which a damaged one may seem to follow."""
         kept = [found for found in self.listed() if found.manifest["kind"] == INTERVAL]
         for found in kept[self.keep_latest :]:
-            if found.folder != written:
-                manifest.remove(found.folder)
+            for_good = self.keep_every is not None and found.manifest["steps_done"] % self.keep_every == 0
+            if found.folder != written and not for_good:
+                try:
+                    manifest.remove(found.folder)
+                except OSError as error:
+                    self.on_failed(CheckpointError(f"{found.folder}: cannot be removed, and stays: {_reason(error)}"))
 
     def _cannot_write(self, folder: Path, error: BaseException) -> CheckpointError:
         newest = next((found.folder for found in self.listed() if found.folder != folder), None)
         intact = f"{newest} is whole" if newest else "there is no earlier checkpoint"
         return CheckpointError(
-            f"{folder}: cannot be written: {_reason(error)}. Make room or choose another job.output_dir, then run the "
-            f"same command again; {intact}"
+            f"{folder}: cannot be written: {_reason(error)}; {intact}. Make room there: the next save "
+            "is a new attempt, and after a run that ended the same command goes on from what is whole"
         )
 
     def listed(self) -> list[Found]:

@@ -107,6 +107,17 @@ class Training(Table):
     """Keep parameters, gradients and optimizer state in host memory."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read batches ahead; 0 reads in the training process."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What is done about a loss or gradient that is not finite, which never reaches the weights: stop; pass over the
+    batch; or go back to the last checkpoint, and pass over it from there."""
+    on_loss_spike: Literal["log", "stop", "skip", "rollback"] = "log"
+    """The same for a loss far above those before it; "log" tells of it and trains on."""
+    loss_spike_z_score: PositiveFloat = 8.0
+    """A loss so many standard deviations above the mean of the window before it is a spike."""
+    loss_spike_window: Annotated[int, Field(ge=0, le=100_000)] = 100
+    """Steps of the window, inside one stage; there is no spike before it is full, and none at all with 0."""
+    max_skips_per_1000_steps: Annotated[int, Field(ge=0, le=1000)] = 10
+    """Batches that are passed over in any 1000 steps of a stage; at the next one the run stops."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, so that ranks do not stop at different times."""
 
@@ -143,8 +154,16 @@ class Checkpoint(Table):
     """Steps between checkpoints; a stage's end and its pre-anneal point are saved besides."""
     keep_latest_k: PositiveInt = 2
     """Newest interval checkpoints kept; stage ends and pre-anneal points are always kept."""
+    keep_every: PositiveInt | None = None
+    """Interval checkpoints at a multiple of so many steps of the stage are kept for good; a multiple of interval."""
     async_mode: Literal["async", "disabled"] = "async"
     """Write while training goes on, or stop for it."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> Checkpoint:
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise fault(f"keep_every must be a multiple of interval ({self.interval}), got {self.keep_every}")
+        return self
 
 
 class ActivationCheckpoint(Table):

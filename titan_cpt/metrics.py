@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,10 @@ class MetricsLog:
     def __init__(
         self, run: Path, *, writing: bool, tensorboard: ScalarWriter | None, flops_per_token: int, peak_flops: float
     ) -> None:
-        self._file = open_record(run / FILE_NAME) if writing else None
+        self._record = open_record(run / FILE_NAME) if writing else None
+        self._unwritten = b""
+        self.trouble = ""
+        """Why lines wait in memory for room on the disk; empty while all is well."""
         self.before = losses_before(run) if writing else {}
         """Loss at step 0 by (stage, dataset): what forgetting is measured from."""
         self._tensorboard = tensorboard
@@ -64,13 +68,23 @@ class MetricsLog:
         self._tokens = 0
         self._since = time.perf_counter()
 
-    def step(self, numbers: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        """Keep one step: what the host knows, and what the device still computes."""
-        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float()])))
+    def step(
+        self, numbers: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
+    ) -> None:
+        """Keep one step: what the host knows, and what the device still computes.
+
+        Args:
+            health: what `UpdateGuard.observe` returned.
+        """
+        told = torch.zeros(2, device=loss.device) if health is None else health
+        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float(), *told])))
         self._tokens += tokens
 
     def flush(self) -> list[dict[str, Any]]:
-        """Wait for the device, write the steps kept, and return their lines."""
+        """Wait for the device, write the steps kept, and return their lines.
+
+        The lines returned hold two more keys: whether the guard held the step back, and its loss's z-score.
+        """
         if not self._pending:
             return []
         values = torch.stack([device for _, device in self._pending]).tolist()
@@ -82,10 +96,10 @@ class MetricsLog:
             "memory_gib": memory_gib(),
         }
         lines = []
-        for (numbers, _), (loss, grad_norm) in zip(self._pending, values, strict=True):
+        for (numbers, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
             batch_hash = numbers.pop("batch_hash")
             line = {"kind": "train", **numbers, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
-            lines.append(line)
+            lines.append({**line, "held_back": held_back > 0, "loss_z_score": z_score})
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
@@ -116,35 +130,61 @@ class MetricsLog:
 
     def close(self) -> None:
         """Let go of the files."""
-        if self._file is not None:
-            self._file.close()
+        record, self._record = self._record, None
+        if record is not None:
+            try:
+                self._write_out(record)
+            finally:
+                record.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
+        if self._record is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            self._file.write(json.dumps(finite) + "\n")
+            self._unwritten += (json.dumps(finite) + "\n").encode()
 
     def _sync(self) -> None:
-        """On the disk before a checkpoint that comes after it: a resume finds all that went before."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        """Bring what was written to the disk; where there is no room, it waits in memory and training goes on."""
+        try:
+            self.secure()
+        except OSError as error:
+            self.trouble = (
+                f"{FILE_NAME} cannot be written: {error.strerror}; {len(self._unwritten)} bytes wait in memory"
+            )
+
+    def secure(self) -> None:
+        """All that was written is on the disk when this returns: no checkpoint is made before what led to it.
+
+        Raises:
+            OSError: it could not be; nothing is lost, and the next call tries again.
+        """
+        if self._record is not None:
+            self._write_out(self._record)
+            self.trouble = ""
+
+    def _write_out(self, record: FileIO) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[record.write(self._unwritten) :]
+        os.fsync(record.fileno())
 
     def _scalars(self, run_step: int, numbers: dict[str, float]) -> None:
         if self._tensorboard is not None:
-            for tag, value in numbers.items():
-                self._tensorboard.add_scalar(tag, value, run_step)
+            try:
+                for tag, value in numbers.items():
+                    self._tensorboard.add_scalar(tag, value, run_step)
+            except OSError as error:  # its writing thread found no room; the record goes on without the curves
+                self._tensorboard = None
+                self.event("tensorboard_lost", why=str(error))
 
 
-def open_record(path: Path):  # type: ignore[no-untyped-def]  # a text file, whose type typing calls TextIO or IO[str]
-    """Open metrics.jsonl to append; a last line that a kill cut short is taken away."""
+def open_record(path: Path) -> FileIO:
+    """Open metrics.jsonl to append, unbuffered; a last line that a kill cut short is taken away."""
     path.touch()
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
-    return path.open("a")
+    return path.open("ab", buffering=0)
 
 
 def losses_before(run: Path) -> dict[tuple[str, str], float]:

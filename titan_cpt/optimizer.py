@@ -3,6 +3,9 @@
 Nothing here waits for the device: the learning rate is a Python number, norms and flags stay tensors.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -117,15 +120,22 @@ class UpdateGuard:
     were before the bad step, however many steps ago that was.
     """
 
-    def __init__(self, optimizer: AdamW) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: AdamW, *, spike_window: int = 0, spike_z_score: float = math.inf) -> None:
+        """Guard this optimizer's steps.
+
+        Args:
+            spike_window: losses that the next one is compared with; 0 for none.
+            spike_z_score: a loss so many standard deviations above their mean is held back too.
+        """
+        self._optimizer, self._spike_z_score = optimizer, spike_z_score
         device = optimizer.param_groups[0]["params"][0].device
         self.halted = torch.zeros((), dtype=torch.float32, device=device)
         """1.0 from the first bad step on, 0.0 before, on all ranks alike. `bool(guard.halted)` waits for the device."""
         optimizer.found_inf = self.halted  # type: ignore[attr-defined]  # the name that AdamW.step looks up
+        self._losses = torch.full((spike_window,), math.nan, device=device)
 
     @torch.no_grad()
-    def observe(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def observe(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Take note of this step's numbers; to be called by all ranks before `optimizer.step()`.
 
         The ranks agree on the flag (a reduction of one number), or those that saw nothing wrong would go on alone: a
@@ -134,12 +144,31 @@ class UpdateGuard:
         Args:
             loss: this rank's share of the step's loss, or the whole, without dimensions.
             grad_norm: what `clip_grad_norm` returned.
+
+        Returns:
+            [`halted` after this step, the loss's z-score over the window before it: NaN until the window is full].
         """
         assert all(group["fused"] for group in self._optimizer.param_groups), "only the fused AdamW heeds the guard"
-        healthy = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        deviation, mean = torch.std_mean(self._losses, correction=0) if len(self._losses) else (loss, loss * math.nan)
+        z_score = (loss - mean) / deviation.clamp(min=1e-6)
+        healthy = torch.isfinite(loss) & torch.isfinite(grad_norm) & ~(z_score > self._spike_z_score)
         self.halted.copy_(torch.maximum(self.halted, 1.0 - healthy.float()))
         if dist.is_initialized():
             dist.all_reduce(self.halted, op=dist.ReduceOp.MAX)
+        if len(self._losses):
+            moved = torch.cat([self._losses[1:], loss.float().reshape(1)])
+            self._losses.copy_(torch.where(self.halted > 0, self._losses, moved))
+        return torch.stack([self.halted, z_score.float()])
+
+    def recent_losses(self) -> list[float]:
+        """The window's losses, oldest first, as many as there are; waits for the device."""
+        return [loss for loss in self._losses.tolist() if not math.isnan(loss)]
+
+    def recall(self, losses: Sequence[float]) -> None:
+        """Compare with these losses from now on, oldest first, or with none until there are enough."""
+        window = len(self._losses)
+        kept = [math.nan] * window + [float(loss) for loss in losses]
+        self._losses.copy_(torch.tensor(kept[len(kept) - window :]))
 
     def reset(self) -> None:
         """Let updates through again, after the host has dealt with the cause."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,10 +30,11 @@ from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.optimizer import UpdateGuard, build_adamw
-from titan_cpt.plan import Plan, fingerprint
+from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
 from titan_cpt.planning import make_plan
 from titan_cpt.run_folder import StopRequest
+from titan_cpt.skips import Skips
 from titan_cpt.validate import Validator
 
 
@@ -47,6 +51,7 @@ class Parts:
     engine: Engine
     optimizer: AdamW
     guard: UpdateGuard
+    skips: Skips
     reader: SequenceReader
     validator: Validator
     checkpoints: Checkpoints
@@ -82,9 +87,14 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
         asynchronous=config.checkpoint.async_mode == "async",
+        keep_every=config.checkpoint.keep_every,
+        before=lambda: log.secure(),
         on_saved=lambda path: log.event("checkpoint", folder=str(path)),
+        on_failed=lambda error: tell_failure(log, display, error),
     )
     found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
+    if found is not None and config.job.deterministic:
+        check_same_machine(found, ranks)
     log = _open_log(config, plan, ranks, folder, precision)
     _write_record(config, plan, ranks, folder)
     validator = Validator(
@@ -96,6 +106,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         mesh=mesh,
     )
     done = 0 if found is None else found.manifest["run_step"]
+    display = Display(plan, console, steps_done=done, shown=ranks.rank == 0)
     parts = Parts(
         config=config,
         plan=plan,
@@ -105,13 +116,18 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         model=model,
         engine=engine,
         optimizer=optimizer,
-        guard=UpdateGuard(optimizer),
+        guard=UpdateGuard(
+            optimizer,
+            spike_window=config.training.loss_spike_window,
+            spike_z_score=math.inf if config.training.on_loss_spike == "log" else config.training.loss_spike_z_score,
+        ),
+        skips=Skips(folder, writing=ranks.rank == 0),
         reader=SequenceReader(streams, seq_len=plan.seq_len, seed=plan.seed),
         validator=validator,
         checkpoints=checkpoints,
         identities=identities,
         log=log,
-        display=Display(plan, console, steps_done=done, shown=ranks.rank == 0),
+        display=display,
         stop=stop,
     )
     return parts, found
@@ -154,6 +170,50 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
             "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])
         )
     return found
+
+
+def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dict[str, Any]:
+    """What a checkpoint of this moment tells of itself, beside its files: where it stands, what it went through."""
+    plan, index = parts.plan, parts.plan.stages.index(stage)
+    recipe = plan.recipe_until(index)
+    return {
+        "stage_index": index,
+        "kind": kind,
+        "run_step": plan.steps_before(stage) + done,
+        "recipe": recipe,
+        "fingerprint": fingerprint(recipe),
+        "data": parts.identities,
+        "skipped": parts.skips.past([earlier.name for earlier in plan.stages[: index + 1]], done),
+        "recent_losses": parts.guard.recent_losses(),
+        "python": platform.python_version(),
+        **_machine(parts.ranks),
+    }
+
+
+def _machine(ranks: Ranks) -> dict[str, Any]:
+    """What may change the last bits of a sum."""
+    return {"world_size": ranks.world_size, "threads": torch.get_num_threads(), "device": ranks.device.type}
+
+
+def check_same_machine(found: Found, ranks: Ranks) -> None:
+    """Refuse to go on where `job.deterministic` promises bits that another layout or torch would not give.
+
+    Raises:
+        CheckpointError: names each difference.
+    """
+    here = {**_machine(ranks), "torch": torch.__version__}
+    changed = differences({key: found.manifest.get(key) for key in here}, here)
+    if changed:
+        remedy = (
+            "Restore these, or go on with --job.deterministic false: the batches stay the same, sums are rounded anew."
+        )
+        raise CheckpointError("\n  ".join([f"{found.folder}: job.deterministic cannot be kept:", *changed, remedy]))
+
+
+def tell_failure(log: MetricsLog, display: Display, error: CheckpointError) -> None:
+    """A checkpoint that could not be written: told, and noted in the record."""
+    display.say(f"  {error}")
+    log.event("save_failed", why=str(error))
 
 
 def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from titan_cpt.errors import CheckpointError
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 @contextmanager
 def locked(folder: Path, *, rank: int) -> Iterator[None]:
@@ -47,9 +49,10 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns SIGTERM and the first SIGINT into a request that the training loop honours between two steps.
+    """Turns SIGTERM, SIGUSR1 and the first SIGINT into a request that the training loop honours between two steps.
 
-    A second SIGINT ends the process at once: checkpoints count only with their manifest, so that nothing is harmed.
+    SIGUSR1 is what Slurm is told to send before a time limit. A second SIGINT ends the process at once: checkpoints
+    count only with their manifest, so that nothing is harmed.
     """
 
     def __init__(self) -> None:
@@ -57,7 +60,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         """Listen from here on."""
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-import platform
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from titan_cpt import checkpoint as ckpt
+from titan_cpt import numerics
 from titan_cpt.checkpoint import Found, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
@@ -30,8 +27,9 @@ from titan_cpt.errors import NumericsError
 from titan_cpt.initial import load_initial
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
-from titan_cpt.parts import Parts, build
-from titan_cpt.plan import StagePlan, fingerprint
+from titan_cpt.parts import Parts, build, manifest_record
+from titan_cpt.plan import StagePlan
+from titan_cpt.records import StepResult, record, validate
 from titan_cpt.report import print_summary, summarise
 from titan_cpt.run_folder import StopRequest, locked
 
@@ -41,14 +39,7 @@ _THEIR_WARNINGS = (
 )
 
 STOPPED_EARLY = 75  # a queue may start the same command again
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Numbers of one step, still on the device: mean loss in nats per token, gradient norm before clipping."""
-
-    loss: Tensor
-    grad_norm: Tensor
+SLOW_SAVE_S = 10.0
 
 
 def run(config: Config) -> int:
@@ -86,17 +77,18 @@ def train(parts: Parts, found: Found | None) -> int:
     first = 0
     if found is not None:
         first = found.manifest["stage_index"]
-        if found.manifest["steps_done"] == parts.plan.stages[first].steps:
+        if found.manifest["steps_done"] == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
             first, found = first + 1, None
     for stage in parts.plan.stages[:first]:
         parts.log.event("skip", stage=stage.name)
         parts.display.say(f"stage {stage.name}: already trained, skipped")
     for stage in parts.plan.stages[first:]:
         done = resume(parts, found) if found is not None else transition(parts, stage)
+        unmeasured = found is None or bool(found.manifest.get("validation_due"))
         found = None
-        done = train_stage(parts, stage, done)
+        done, whole = train_stage(parts, stage, done, unmeasured=unmeasured)
         write_summary(parts)
-        unfinished = done < stage.steps or stage is not parts.plan.stages[-1]
+        unfinished = done < stage.steps or not whole or stage is not parts.plan.stages[-1]
         if parts.stop.agreed() and unfinished:
             parts.checkpoints.wait()
             parts.log.event("stop", stage=stage.name, step=done, signal=parts.stop.name)
@@ -112,6 +104,8 @@ def resume(parts: Parts, found: Found) -> int:
     stage, done = parts.plan.stage(found.manifest["stage"]), int(found.manifest["steps_done"])
     load_state(found.folder, parts.model, parts.optimizer)
     _use_numbers(parts, stage)
+    parts.skips.recall(found.manifest.get("skipped"))
+    parts.guard.recall(found.manifest.get("recent_losses", ()))
     parts.log.event("resume", stage=stage.name, step=done, folder=str(found.folder))
     parts.display.say(f"stage {stage.name}: goes on after step {done:,} of {stage.steps:,}, from {found.folder}")
     return done
@@ -124,6 +118,7 @@ def transition(parts: Parts, stage: StagePlan) -> int:
     if not stage.keep_optimizer:
         reset_state(parts.optimizer)
     _use_numbers(parts, stage)
+    parts.guard.recall(())
     carried = {
         "weights": weights,
         "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
@@ -139,44 +134,58 @@ def transition(parts: Parts, stage: StagePlan) -> int:
     return 0
 
 
-def train_stage(parts: Parts, stage: StagePlan, done: int) -> int:
-    """Steps `done` to the stage's end, or to a signal, measured and saved on the way; returns the steps done."""
-    plan, config = parts.plan, parts.config
-    loader = StageLoader(
-        parts.reader,
-        partial(plan.batch, stage),  # no lambda: where reading processes are not forked, it is pickled
-        steps=stage.steps,
-        first_step=done,
-        accumulation=plan.accumulation,
-        local_batch=plan.local_batch_size,
-        rank=parts.mesh.data_rank,
-        workers=config.training.num_workers,
-    )
+def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool = True) -> tuple[int, bool]:
+    """Steps `done` to the stage's end, or to a signal, measured and saved on the way.
+
+    Args:
+        unmeasured: validation is due before the first of them.
+
+    Returns:
+        The steps done, and whether everything due by then was measured: a signal cuts validation short.
+    """
+    config, loader, due = parts.config, open_loader(parts, stage, done), False
     parts.display.begin_stage(stage, done)
-    if done == 0:
-        validate(parts, stage, 0)
-        if stage.pre_anneal_step == 0:
-            save(parts, stage, 0, ckpt.PRE_ANNEAL)
+    if unmeasured and not validate(parts, stage, done):
+        return done, False
+    if done == 0 == stage.pre_anneal_step:
+        save(parts, stage, 0, ckpt.PRE_ANNEAL)
     gc.disable()  # ranks that collect at different times wait for each other
-    for step in range(done, stage.steps):
-        result = train_step(parts, loader, stage, step)
-        record(parts, stage, step, result)
+    while done < stage.steps:
+        step, taken = done, pass_over if parts.skips.holds(stage.name, done) else train_step
+        record(parts, stage, step, taken(parts, loader, stage, step))
         done = step + 1
         last, stopping = done == stage.steps, parts.stop.agreed()
         measured = last or done % config.validation.interval == 0 or done in stage.final_window
         saved = _save_kind(stage, done, config.checkpoint.interval, stopping=stopping)
         if measured or saved or done % config.metrics.log_freq == 0:
-            show(parts, stage, done)
-        if measured:
-            validate(parts, stage, done)
-        if saved:
-            save(parts, stage, done, saved)
+            held_back = show(parts, stage, done)
+            if held_back is not None:
+                done = mend(parts, stage, held_back)
+                loader = open_loader(parts, stage, done)
+                continue
+        due = measured and not validate(parts, stage, done)
+        if saved or due:
+            save(parts, stage, done, saved or ckpt.INTERVAL, validation_due=due)
         if step % config.training.gc_freq == 0:
             gc.collect(1)
-        if stopping:
+        if stopping or due:
             break
     parts.display.end_stage()
-    return done
+    return done, not due
+
+
+def open_loader(parts: Parts, stage: StagePlan, first_step: int) -> StageLoader:
+    """This rank's micro-batches from a step on."""
+    return StageLoader(
+        parts.reader,
+        partial(parts.plan.batch, stage),  # no lambda: where reading processes are not forked, it is pickled
+        steps=stage.steps,
+        first_step=first_step,
+        accumulation=parts.plan.accumulation,
+        local_batch=parts.plan.local_batch_size,
+        rank=parts.mesh.data_rank,
+        workers=parts.config.training.num_workers,
+    )
 
 
 def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
@@ -188,108 +197,71 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
         loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
     loss = parts.mesh.summed_shares(loss)
     grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
-    parts.guard.observe(loss, grad_norm)
+    health = parts.guard.observe(loss, grad_norm)
     set_lr(optimizer, stage.lr_at(step))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm)
+    return StepResult(loss, grad_norm, health)
 
 
-def record(parts: Parts, stage: StagePlan, step: int, result: StepResult) -> None:
-    """Keep a step for metrics.jsonl; the device is not waited for."""
-    plan = parts.plan
-    run_step = plan.steps_before(stage) + step + 1
-    draws = plan.batch(stage, step) if parts.ranks.rank == 0 else []
-    numbers = {
-        "stage": stage.name,
-        "step": step + 1,
-        "run_step": run_step,
-        "tokens": run_step * plan.step_tokens,
-        "replayed_tokens": sum(draw.replayed for draw in draws) * plan.seq_len,
-        "lr": parts.optimizer.param_groups[0]["lr"],
-        "batch_hash": parts.reader.batch_hash(draws),
-    }
-    parts.log.step(numbers, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens)
+def pass_over(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
+    """A step whose batch is read and not used: the schedule and the data go on, weights and moments stay."""
+    for micro in range(parts.plan.accumulation):
+        loader.batch(step, micro)
+    set_lr(parts.optimizer, stage.lr_at(step))
+    nothing = torch.full((), torch.nan, device=parts.ranks.device)
+    return StepResult(nothing, nothing, None)
 
 
-def show(parts: Parts, stage: StagePlan, done: int) -> None:
-    """Bring what was kept to the disk and the screen.
+def show(parts: Parts, stage: StagePlan, done: int) -> dict[str, Any] | None:
+    """Bring what was kept to the disk and the screen; returns the first step that the guard held back, if any."""
+    lines = parts.log.flush()
+    held_back = numerics.first_held_back(parts, stage, lines)
+    if held_back is None and lines:
+        parts.display.step(stage, lines[-1])
+    if parts.log.trouble:
+        parts.display.say(f"  {parts.log.trouble}")
+    parts.checkpoints.poll()
+    return held_back
+
+
+def mend(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> int:
+    """Answer numbers that are bad as the config asks; returns the step from which the stage goes on.
 
     Raises:
-        NumericsError: a loss or a gradient since the last call was not finite.
-        CheckpointError: a save in the background failed.
+        NumericsError: it asks to stop, or too many batches were passed over; the weights are those before that step.
     """
-    lines = parts.log.flush()
-    for line in lines:
-        if not (math.isfinite(line["loss_nats_per_token"]) and math.isfinite(line["grad_norm"])):
-            _stop_before(parts, stage, line)
-    if lines:
-        parts.display.step(stage, lines[-1])
-    parts.checkpoints.poll()
+    answer = numerics.answer(parts, stage, bad)
+    if answer == "stop":
+        _stop_before(parts, stage, bad)
+    numerics.pass_over(parts, stage, bad)
+    if answer == "skip":
+        return int(bad["step"]) - 1
+    parts.checkpoints.wait()
+    found = parts.checkpoints.newest_good(parts.display.say)
+    here = found is not None and found.manifest["stage"] == stage.name
+    return resume(parts, found) if found is not None and here else transition(parts, stage)
 
 
 def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoReturn:
-    """Save the weights as they were before a step whose numbers are not finite, which they still are, and stop."""
+    """Save the weights as they were before a step whose numbers are bad, which they still are, and stop."""
     done = bad["step"] - 1
     if done and _save_kind(stage, done, parts.config.checkpoint.interval, stopping=False) is None:
         save(parts, stage, done, ckpt.INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
-    parts.checkpoints.wait()
+    parts.checkpoints.poll(until_done=True)
     newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none, as it was the first step")
-    raise NumericsError(
-        f"stage {stage.name}, step {done} (counted from 0): the loss is {bad['loss_nats_per_token']}, the gradient "
-        f"norm {bad['grad_norm']}. No weight was changed by it or since; newest checkpoint: {newest}. Look at the "
-        f"batch with `titan-cpt plan --recipe {stage.name} {done}`; to train the stage again with another LR, change "
-        f"it and remove {parts.folder / stage.name}"
-    )
+    raise NumericsError(numerics.complaint(parts, stage, bad, newest))
 
 
-def validate(parts: Parts, stage: StagePlan, done: int) -> None:
-    """Measure every dataset and write down its loss, and how much of it was forgotten."""
-    plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure(parts.engine)
-    said = []
-    for dataset, loss in losses.items():
-        since = plan.forgetting_since(stage, dataset)
-        if done == 0:
-            parts.log.before[stage.name, dataset] = loss.nats_per_token
-        before = None if since is None else parts.log.before.get((since, dataset))
-        forgetting = None if before is None else loss.nats_per_token - before
-        line = {
-            "stage": stage.name,
-            "step": done,
-            "dataset": dataset,
-            "loss_nats_per_token": loss.nats_per_token,
-            "perplexity": loss.perplexity,
-            "bits_per_byte": loss.bits_per_byte,
-            "forgetting_nats_per_token": forgetting,
-        }
-        parts.log.validation(line, run_step)
-        said.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
-    if said:
-        parts.display.say(f"  validation after step {done:,} of {stage.name}: {', '.join(said)}")
-    parts.log.restart_clock()
-
-
-def save(parts: Parts, stage: StagePlan, done: int, kind: str) -> None:
+def save(parts: Parts, stage: StagePlan, done: int, kind: str, *, validation_due: bool = False) -> None:
     """Begin a checkpoint of this moment; it exists once its manifest is written."""
-    plan, index = parts.plan, parts.plan.stages.index(stage)
-    recipe = plan.recipe_until(index)
-    parts.checkpoints.save(
-        parts.model,
-        parts.optimizer,
-        stage=stage.name,
-        steps_done=done,
-        record={
-            "stage_index": index,
-            "kind": kind,
-            "run_step": plan.steps_before(stage) + done,
-            "recipe": recipe,
-            "fingerprint": fingerprint(recipe),
-            "data": parts.identities,
-            "world_size": plan.world_size,
-            "python": platform.python_version(),
-        },
-    )
+    record = {**manifest_record(parts, stage, done, kind), "validation_due": validation_due}
+    parts.checkpoints.save(parts.model, parts.optimizer, stage=stage.name, steps_done=done, record=record)
+    if parts.checkpoints.waited_s > SLOW_SAVE_S:
+        parts.display.say(
+            f"  training waited {parts.checkpoints.waited_s:.0f} s for the checkpoint before this one to be written; "
+            "a longer checkpoint.interval or a faster disk would spare that"
+        )
     if kind == ckpt.PRE_ANNEAL:
         parts.log.event("anneal", stage=stage.name, step=done)
         parts.display.say(f"  annealing begins; the checkpoint before it stays at step {done:,} of {stage.name}")

@@ -7,7 +7,7 @@ later stage; adaptation is the loss on the data that is new in a stage. Source: 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,13 +74,23 @@ class Validator:
         self.token_bytes = torch.from_numpy(token_bytes).to(mesh.ranks.device)
 
     @torch.no_grad()
-    def measure(self, engine: Engine) -> dict[str, ValidationLoss]:
+    def measure(
+        self, engine: Engine, *, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, ValidationLoss] | None:
         """The loss on every stream; collective, the same result on every rank.
+
+        Args:
+            interrupted: asked before each stream, on every rank, with the same answer; if true there is no result.
 
         Raises:
             DataError: a stream cannot be read.
         """
-        return {name: self._loss(engine, stream) for name, stream in self.streams.items()}
+        losses = {}
+        for name, stream in self.streams.items():
+            if interrupted():
+                return None
+            losses[name] = self._loss(engine, stream)
+        return losses
 
     def _loss(self, engine: Engine, stream: TokenSource) -> ValidationLoss:
         windows = fixed_windows(stream.windows(self.seq_len), self.sequences)

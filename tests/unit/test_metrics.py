@@ -138,7 +138,7 @@ def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "event", "name": "start"}\n{"kind": "train", "st')
     with open_record(path) as file:
-        file.write('{"kind": "event", "name": "resume"}\n')
+        file.write(b'{"kind": "event", "name": "resume"}\n')
 
     assert [line["name"] for line in written(tmp_path)] == ["start", "resume"]
 

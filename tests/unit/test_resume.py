@@ -5,6 +5,7 @@ All in fp32 with one process and one thread, where equal means equal to the last
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import training
 from training import Fault, Process, train
 
 from titan_cpt import manifest
+from titan_cpt.metrics import MetricsLog
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -344,12 +346,36 @@ def test_an_output_folder_that_cannot_be_written_ends_with_2(raw, config, tmp_pa
     assert "Traceback" not in outcome.output
 
 
-def test_a_record_that_cannot_grow_ends_with_2_and_no_traceback(config, tmp_path):
-    """The disk is full when metrics.jsonl is written, before any checkpoint was due."""
-    outcome = train(
-        config, "--checkpoint.interval", "1000", largest_file_bytes=5000
-    )  # what it prints is longer than 3000
+def test_a_record_that_cannot_grow_waits_in_memory_and_no_checkpoint_is_made_without_it(config, tmp_path):
+    """metrics.jsonl fills the disk at once: told at every look; the pre-anneal point cannot be saved, which ends it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"kind": "event", "name": "earlier"}\n' * 1000)
+    outcome = train(config, "--checkpoint.interval", "1000", largest_file_bytes=38_000)
 
     assert outcome.status == 2, outcome.output
+    assert "metrics.jsonl cannot be written: File too large; " in outcome.output
+    assert "english/step-00000009: cannot be written: " in outcome.output
     assert "Traceback" not in outcome.output
-    assert Path(tmp_path / "run" / "metrics.jsonl").stat().st_size <= 5000
+    assert training.checkpoints_of(run) == []
+    assert Path(run / "metrics.jsonl").stat().st_size <= 38_000
+
+
+def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeypatch):
+    """Ten lines, the disk full in the middle of one: told; later all are there, once and in order."""
+    log = MetricsLog(tmp_path, writing=True, tensorboard=None, flops_per_token=1, peak_flops=1.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+    try:
+        for number in range(10):
+            log.event(f"e{number}")
+        trouble = log.trouble
+        with pytest.raises(OSError, match="File too large"):
+            log.secure()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.event("last")
+    log.close()
+
+    assert "metrics.jsonl cannot be written: File too large" in trouble
+    assert log.trouble == ""
+    assert [e["name"] for e in training.events_of(tmp_path)] == [*(f"e{number}" for number in range(10)), "last"]

@@ -1,0 +1,156 @@
+"""Faults laid into runs: bad numbers at chosen steps, and several ranks in processes forked from a warm server.
+
+A run here is `titan_cpt.cli.main([...])`, forked like those of training.py, with the environment that torchrun would
+give it: four ranks start in the time of one fork each, not in eleven seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import training
+from training import Fault, Outcome
+
+import titan_cpt.train
+
+
+@dataclass(frozen=True)
+class BadNumbers:
+    """Spoil steps of a stage, on one rank or on all.
+
+    Attributes:
+        kind: "nan gradient", or "spike": logits a hundred times too large, and so the loss and its true gradient.
+        once: a file; with it each step is spoilt once and never again, in this process or a later one.
+    """
+
+    stage: str
+    steps: tuple[int, ...]
+    kind: str = "nan gradient"
+    rank: int | None = None
+    once: str = ""
+
+    def lay(self) -> None:
+        """Take the place of train_step in this process."""
+        sound = titan_cpt.train.train_step
+
+        def spoilt(parts: Any, loader: Any, stage: Any, step: int) -> Any:
+            if stage.name != self.stage or step not in self.steps or self._spent(step):
+                return sound(parts, loader, stage, step)
+            if self.rank is not None and parts.ranks.rank != self.rank:
+                return sound(parts, loader, stage, step)
+            hook = parts.model.register_forward_hook(_nan_gradient if self.kind == "nan gradient" else _wild)
+            try:
+                return sound(parts, loader, stage, step)
+            finally:
+                hook.remove()
+
+        titan_cpt.train.train_step = spoilt
+
+    def _spent(self, step: int) -> bool:
+        if not self.once:
+            return False
+        marker = Path(f"{self.once}-{step}")
+        spent = marker.exists()
+        marker.touch()
+        return spent
+
+
+def _nan_gradient(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    spoilt = logits * 1
+    spoilt.register_hook(lambda gradient: gradient * torch.nan)
+    return spoilt
+
+
+def _wild(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits * 100
+
+
+@dataclass(frozen=True)
+class Life:
+    """One start of a command and how it may end before its time."""
+
+    arguments: tuple[str, ...]
+    faults: tuple[Any, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def start(life: Life, output: Path) -> Any:
+    """The process, under way."""
+    output.touch()
+    process = training._server().Process(target=_child, args=(life, str(output)))
+    process.start()
+    atexit.register(process.kill)
+    return process
+
+
+def outcome_of(process: Any, output: Path, *, seconds: float = 120) -> Outcome:
+    """Wait for its end."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"it did not end; it printed:\n{output.read_text()}")
+    return Outcome(process.exitcode, output.read_text())
+
+
+def train(config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1) -> Outcome:
+    """`titan-cpt train --config CONFIG ...` on so many ranks, to its end; what rank 0 came to."""
+    return launch(config, *overrides, faults=faults, ranks=ranks)[0]
+
+
+def launch(config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1) -> list[Outcome]:
+    """The same, and what every rank came to."""
+    started = start_ranks(config, *overrides, faults=faults, ranks=ranks)
+    return [outcome_of(process, output) for process, output in started]
+
+
+def start_ranks(
+    config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1, only: int | None = None
+) -> list[tuple[Any, Path]]:
+    """The processes of all ranks, under way; a Fault, which kills, is laid on every rank or on one only."""
+    shared: tuple[tuple[str, str], ...] = ()
+    if ranks > 1:
+        shared = (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(_free_port())), ("WORLD_SIZE", str(ranks)))
+    started = []
+    for rank in range(ranks):
+        output = config.with_suffix(f".{time.monotonic_ns()}.{rank}.txt")
+        place = (*shared, ("RANK", str(rank)), ("LOCAL_RANK", str(rank))) if ranks > 1 else ()
+        mine = tuple(fault for fault in faults if only in (None, rank) or not isinstance(fault, Fault))
+        life = Life(("train", "--config", str(config), *overrides), mine, place)
+        started.append((start(life, output), output))
+    return started
+
+
+def _child(life: Life, output: str) -> None:
+    os.environ |= dict(life.environment)
+    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    for fault in life.faults:
+        if isinstance(fault, Fault):
+            training._lay(fault)
+        else:
+            fault.lay()
+    from titan_cpt.cli import main
+
+    main(life.arguments)
+
+
+def _free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return int(asked.getsockname()[1])
+
+
+def kill(process: Any) -> None:
+    """kill -9, if it still runs."""
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)

@@ -1,0 +1,54 @@
+"""The crash matrix in small: thirty kills at seeded moments, and not one number or tensor that is another's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import training
+from crashes import MOMENTS, Matrix
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+
+def test_thirty_kills_change_nothing(tmp_path):
+    """Steps, saves, transitions, measurements, skips, starts; scripts/crash_matrix.py goes on for longer."""
+    toll = Matrix(tmp_path, seed=20).go_on(30)
+
+    assert toll.mismatches == []
+    assert toll.damaged == []
+    assert toll.total >= 30
+    assert toll.resumes >= 10
+    assert len(toll.kills) >= 9, "the seed must hit most kinds of moment"
+
+
+def test_killing_one_of_two_ranks_changes_nothing(tmp_path):
+    """The other one ends by itself, or hangs and is killed; then both are started again."""
+    toll = Matrix(tmp_path, seed=3, ranks=2).go_on(4)
+
+    assert toll.mismatches == []
+    assert toll.damaged == []
+    assert toll.total >= 4
+
+
+@pytest.mark.parametrize("moment", [name for name, places in MOMENTS.items() if places])
+def test_every_moment_of_the_matrix_can_be_hit(tmp_path, moment):
+    """A place that was renamed would never be called, and its kills never counted."""
+    matrix = Matrix(tmp_path, seed=1)
+    matrix.rng.choice = lambda among: moment if moment in among else among[0]
+    matrix.rng.randint = lambda low, high: low
+    toll = matrix.go_on(1)
+
+    assert toll.kills == {moment: 1}
+    assert toll.mismatches == []
+
+
+def test_the_script_prints_kills_resumes_and_mismatches():
+    """As the issue asks for it."""
+    script = Path(__file__).parents[2] / "scripts" / "crash_matrix.py"
+    command = [sys.executable, script, "--kills", "2", "--seed", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills 2, resumes " in done.stdout
+    assert "damaged 0, mismatches 0" in done.stdout

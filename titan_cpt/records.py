@@ -1,0 +1,73 @@
+"""What a step and a measurement leave behind: lines of metrics.jsonl, and the losses that forgetting is told from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from titan_cpt.parts import Parts
+from titan_cpt.plan import StagePlan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one step, still on the device: mean loss in nats per token, gradient norm before clipping, health."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    health: Tensor | None
+    """What `UpdateGuard.observe` told; None for a batch that is passed over."""
+
+
+def record(parts: Parts, stage: StagePlan, step: int, result: StepResult) -> None:
+    """Keep a step for metrics.jsonl; the device is not waited for."""
+    plan = parts.plan
+    run_step = plan.steps_before(stage) + step + 1
+    draws = plan.batch(stage, step) if parts.ranks.rank == 0 else []
+    numbers = {
+        "stage": stage.name,
+        "step": step + 1,
+        "run_step": run_step,
+        "tokens": run_step * plan.step_tokens,
+        "replayed_tokens": sum(draw.replayed for draw in draws) * plan.seq_len,
+        "lr": parts.optimizer.param_groups[0]["lr"],
+        "batch_hash": parts.reader.batch_hash(draws),
+    }
+    if result.health is None:
+        numbers["skipped"] = True
+    parts.log.step(numbers, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
+
+
+def validate(parts: Parts, stage: StagePlan, done: int) -> bool:
+    """Measure every dataset and write down its loss, and how much of it was forgotten.
+
+    Returns:
+        False where a signal cut it short: nothing is written then, and it is due still.
+    """
+    plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
+    losses = parts.validator.measure(parts.engine, interrupted=parts.stop.agreed)
+    if losses is None:
+        return False
+    said = []
+    for dataset, loss in losses.items():
+        since = plan.forgetting_since(stage, dataset)
+        if done == 0:
+            parts.log.before[stage.name, dataset] = loss.nats_per_token
+        before = None if since is None else parts.log.before.get((since, dataset))
+        forgetting = None if before is None else loss.nats_per_token - before
+        line = {
+            "stage": stage.name,
+            "step": done,
+            "dataset": dataset,
+            "loss_nats_per_token": loss.nats_per_token,
+            "perplexity": loss.perplexity,
+            "bits_per_byte": loss.bits_per_byte,
+            "forgetting_nats_per_token": forgetting,
+        }
+        parts.log.validation(line, run_step)
+        said.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
+    if said:
+        parts.display.say(f"  validation after step {done:,} of {stage.name}: {', '.join(said)}")
+    parts.log.restart_clock()
+    return True
