@@ -127,6 +127,8 @@ run_torchrun() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_per_process "$nproc")}
     # A stop on a signal saves a checkpoint first; torchrun's own 30 s would kill a large model in the middle of it.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
+    # Ranks that torchrun starts again (--max-restarts) must not find the addresses of the dead in its store.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     options+=(--local-ranks-filter="$log_rank" --log-dir="$scratch/logs")
     local hidden=""
     for ((rank = 0; rank < nproc; rank++)); do

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from titan_cpt import manifest
+from titan_cpt.checkpoint_files import HashingWriter, SafePlanner, SafeReader
 from titan_cpt.errors import CheckpointError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -116,10 +116,10 @@ class Checkpoints:
             "optimizer": get_optimizer_state_dict(model, optimizer, options=_FLAT),
         }
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
-        writer = FileSystemWriter(folder, sync_files=True, overwrite=False)
+        writer = HashingWriter(folder)
         written = async_save(state, storage_writer=writer, process_group=self.group)
         assert isinstance(written, Future), "async_save without an async stager answers with a future"
-        self._writing = _Writing(folder, written, record, seal=self.rank == 0)
+        self._writing = _Writing(folder, written, record, writer, self.group)
         if not self.asynchronous:
             self._end()
 
@@ -219,10 +219,17 @@ class Checkpoints:
 
 
 class _Writing:
-    """A save under way: waits for DCP in a thread of its own, then seals the folder with its manifest (rank 0)."""
+    """A save under way: waits for DCP in a thread of its own, then rank 0 seals the folder with its manifest."""
 
-    def __init__(self, folder: Path, written: Future[Any], record: Mapping[str, Any], *, seal: bool) -> None:
-        self.folder, self._written, self._record, self._seal = folder, written, record, seal
+    def __init__(
+        self,
+        folder: Path,
+        written: Future[Any],
+        record: Mapping[str, Any],
+        writer: HashingWriter,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.folder, self._written, self._record, self._writer, self._group = folder, written, record, writer, group
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._finish, name=f"seal {folder.name}")
         self._thread.start()
@@ -230,8 +237,13 @@ class _Writing:
     def _finish(self) -> None:
         try:
             self._written.result()
-            if self._seal:
-                manifest.write(self.folder, self._record)
+            checksums = self._writer.checksums()
+            if self._group is not None:
+                gathered: list[Any] = [None] * dist.get_world_size(self._group)
+                dist.all_gather_object(gathered, checksums, group=self._group)
+                checksums = {name: file for of_rank in gathered for name, file in of_rank.items()}
+            if self._group is None or dist.get_rank() == 0:
+                manifest.write(self.folder, self._record, checksums)
         except BaseException as error:  # handed to the training thread, which tells the user
             self._error = error
 
@@ -253,7 +265,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
     try:
-        load(state, storage_reader=FileSystemReader(folder))
+        load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
     except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException
         raise CheckpointError(f"{folder}: cannot be loaded into this model: {_reason(error)}") from None
     set_model_state_dict(model, state["model"])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt import manifest
+from titan_cpt.checkpoint_files import SafePlanner, SafeReader
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.families import build_model
 from titan_cpt.models.huggingface import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names, in_lines
@@ -261,7 +262,7 @@ def _stream(released: Released, shape: ModelShape, folder: Path) -> None:
 def _load_plain(folder: Path, model: nn.Module) -> None:
     """Read back what was written, into a whole model, in place."""
     with alone():
-        load({"model": model.state_dict()}, storage_reader=FileSystemReader(folder), no_dist=True)
+        load({"model": model.state_dict()}, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
 
 
 def _compared_in_a_run(released: Released, shape: ModelShape) -> str:

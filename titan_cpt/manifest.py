@@ -31,13 +31,27 @@ _KINDS: dict[str, type] = {
 }
 
 
-def write(folder: Path, record: Mapping[str, Any]) -> None:
-    """Hash every file of the folder, then write the manifest: the moment at which the checkpoint begins to exist."""
+def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """List every file of the folder in its manifest: the moment at which the checkpoint begins to exist.
+
+    Args:
+        checksums: {"bytes", "sha256"} of files that were hashed while they were written, and synced; the others are
+            read again here.
+
+    Raises:
+        CheckpointError: a file does not have the length that was written.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != NAME:
-            _sync(path)
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+            known = (checksums or {}).get(name)
+            if known is None:
+                _sync(path)
+                known = {"bytes": size, "sha256": _digest(path)}
+            if known["bytes"] != size:
+                raise CheckpointError(f"{path}: has {size} bytes, and {known['bytes']} were written")
+            files[name] = dict(known)
     write_text_atomically(folder / NAME, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
     _sync(folder.parent)
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from titan_cpt.layout import Layout, Place
 
@@ -84,7 +86,16 @@ def join_ranks() -> Ranks:
         torch.cuda.set_device(device)
     if world_size == 1:
         return Ranks(0, 1, device)
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun (2.13) starts ranks again on the store of those that died, where their addresses still stand: the new
+        # ones would call the dead. run_train.sh asks it for a new store, which helps with several nodes too.
+        store, rank, _ = next(rendezvous("env://"))
+        store = PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
     return Ranks(dist.get_rank(), world_size, device)
 
 
