@@ -10,6 +10,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from titan_cpt.errors import ConfigError, TitanError
 
+_TAKE_OVERRIDES = ("plan", "train", "sweep", "prepare", "anneal")
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
 
 
@@ -71,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train what is not trained yet; run_train.sh calls this")
     _add_config(train)
 
+    sweep = _command(commands, "sweep", _sweep, "train the arms of [sweep] files, what they share once")
+    sweep.add_argument("files", nargs="+", type=Path, metavar="FILE", help="TOMLs; one without [sweep] is one arm")
+    sweep.add_argument("--arm", type=int, metavar="N", help="only arm N, from 0 (default: SLURM_ARRAY_TASK_ID, or all)")
+    sweep.add_argument("--plan", action="store_true", help="list the arms and what they come to; trains nothing")
+    sweep.add_argument("--prepare-only", action="store_true", help="make the arms' folders and do not train yet")
+    sweep.add_argument("--launch", metavar="COMMAND", help="what trains an arm, such as ./run_train.sh")
+    sweep.epilog = "Any key of the files is overridden by its dotted name: --training.seq_len 512"
+
     prepare = _command(commands, "prepare", _prepare, "text to token files, and tokenizers from text")
     prepare.add_argument("--config", type=Path, metavar="FILE", help="prepare what this config's datasets still lack")
     prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
@@ -119,7 +129,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace, list[tuple[str, str]]], int], summary: str
 ) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    command.set_defaults(run=run, takes_overrides=name in ("plan", "train", "prepare", "anneal"))
+    command.set_defaults(run=run, takes_overrides=name in _TAKE_OVERRIDES)
     return command
 
 
@@ -239,12 +249,33 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
 
 
 def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.config_file import load_config
+    from titan_cpt.config_file import load_run
 
-    config = load_config(options.config, overrides)  # before torch: a mistake is told in a blink
+    config = load_run(options.config, overrides)  # before torch: a mistake is told in a blink
     from titan_cpt.train import run
 
     return run(config)
+
+
+def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.display import make_console
+    from titan_cpt.sweep import TRAIN, exit_status, print_arms, print_outcomes, run_arms
+
+    if options.plan:
+        print_arms(options.files, overrides, make_console())
+        return 0
+    arm = options.arm
+    if arm is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        arm = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    outcomes = run_arms(
+        options.files,
+        overrides,
+        only=arm,
+        launch=shlex.split(options.launch) if options.launch else TRAIN,
+        train=not options.prepare_only,
+    )
+    print_outcomes(outcomes, make_console())
+    return exit_status(outcomes)
 
 
 def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -319,11 +350,15 @@ def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.comparison import compare, print_comparison
     from titan_cpt.display import make_console
-    from titan_cpt.report import print_summary, summarise
+    from titan_cpt.report import print_summary, read_run, summary_of
 
-    for run in options.runs:
-        print_summary(summarise(run), make_console())
+    records = [read_run(run) for run in options.runs]
+    for record in records:
+        print_summary(summary_of(record), make_console())
+    if len(records) > 1:
+        print_comparison(compare(records), make_console())
     return 0
 
 

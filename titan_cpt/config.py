@@ -414,5 +414,6 @@ class Config(Table):
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
     sweep: dict[str, Any] = Field(default_factory=dict)
-    """[sweep]: dotted keys to lists of values."""
+    """[sweep]: dotted keys to lists of values, which are crossed; those in [sweep.zip] go in step. `titan-cpt sweep`
+    trains an arm for each choice."""
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, strict=False)]

@@ -22,7 +22,6 @@ NOT_AVAILABLE_YET: dict[str, Any] = {
     "profiling.enable_profiling": False,
     "evaluation.suite": None,
     "evaluation.every": None,
-    "sweep": {},
 }
 
 

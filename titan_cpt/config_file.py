@@ -22,6 +22,7 @@ from titan_cpt.config_faults import (
     reference_faults,
     tables,
 )
+from titan_cpt.config_sweep import points, sweep_faults
 from titan_cpt.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -43,13 +44,29 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config
     return check_config(read_with_bases(path), path, overrides)
 
 
+def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """As `load_config`, of a file that is one run and not a sweep of several.
+
+    Raises:
+        ConfigError: as `load_config`, or the file has a [sweep].
+    """
+    config = load_config(path, overrides)
+    if config.sweep:
+        count = len(points(config.sweep))
+        raise ConfigError(
+            f"{path}: sweep: this file describes {count} runs; `titan-cpt sweep {path}` trains them, and with --plan "
+            "shows what they come to"
+        )
+    return config
+
+
 def check_config(raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """A file's tables as a Config, after the overrides, which are written into them; faults are told under `path`.
 
     Raises:
         ConfigError: every fault found, as `load_config` tells them.
     """
-    faults = [fault for key, text in overrides for fault in _override(raw, key, text)]
+    faults = [fault for key, text in overrides for fault in set_key(raw, key, text=text)]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -58,6 +75,7 @@ def check_config(raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str,
         raise _config_error(path, faults) from None
     faults += list(reference_faults(raw))
     faults += list(not_available_faults(config))
+    faults += list(sweep_faults(config.sweep))
     if faults:
         raise _config_error(path, faults)
     return config
@@ -157,31 +175,37 @@ def _merge_stages(base: list[Any], over: list[Any]) -> list[Any]:
 # Overrides
 
 
-def _override(raw: dict[str, Any], dotted: str, text: str) -> Iterator[str]:
-    """Set one dotted key in place; yields a fault instead where the path leads nowhere."""
+def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | None = None) -> Iterator[str]:
+    """Set one dotted key in place, stages by name; yields a fault instead where the path leads nowhere.
+
+    Args:
+        value: what the key gets.
+        text: in the value's place what the command line says, read as the key's type asks.
+    """
     parts = dotted.split(".")
+    where = f"sweep.{dotted}" if text is None else f"--{dotted}"
     place: Any = raw
     for depth, part in enumerate(parts[:-1]):
         if isinstance(place, list):
             found = [stage for stage in place if isinstance(stage, dict) and stage.get("name") == part]
             if not found:
                 known = [str(stage.get("name")) for stage in place if isinstance(stage, dict)]
-                yield f"--{dotted}: there is no stage {part!r}{nearest(part, known)}; stages are {listed(known)}"
+                yield f"{where}: there is no stage {part!r}{nearest(part, known)}; stages are {listed(known)}"
                 return
             place = found[0]
         elif isinstance(place, dict):
             place = place.setdefault(part, [] if depth == 0 and part == "stages" else {})
         else:
-            yield f"--{dotted}: {'.'.join(parts[:depth])} is a value, not a table"
+            yield f"{where}: {'.'.join(parts[:depth])} is a value, not a table"
             return
     if isinstance(place, list):
-        yield f"--{dotted}: is not a key; a stage's key is written stages.NAME.KEY"
+        yield f"{where}: is not a key; a stage's key is written stages.NAME.KEY"
     elif not isinstance(place, dict):
-        yield f"--{dotted}: {'.'.join(parts[:-1])} is a value, not a table"
+        yield f"{where}: {'.'.join(parts[:-1])} is a value, not a table"
     else:
-        value = _value(parts, text)
+        value = value if text is None else _value(parts, text)
         if _beyond_64_bits(value):
-            yield f"--{dotted}: integers must fit into 64 bits"
+            yield f"{where}: integers must fit into 64 bits"
         else:
             place[parts[-1]] = value
 

@@ -113,6 +113,8 @@ def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
             f"{', '.join(inventory.unrecorded)}: nothing says which tokenizer made these tokens (`prepare` writes it "
             f"into PREFIX.json); they are taken to be of {config.tokenizer.path}"
         )
+    if config.sweep:
+        yield "this file is a sweep: what is planned here is the run that its arms differ from; titan-cpt sweep --plan"
     used = {name for stage in config.stages for name in stage.dataset}
     for name in sorted(used):
         dataset = config.datasets[name]

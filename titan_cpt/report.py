@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,86 @@ from rich.console import Console
 from rich.table import Table
 
 from titan_cpt.errors import DataError
-from titan_cpt.metrics import read_record
+from titan_cpt.metrics import FILE_NAME, read_record
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run wrote down, each thing once: of what a resume measured again, the last.
+
+    Attributes:
+        plan: plan.json, or what metrics.jsonl tells of it where that is all there is.
+        trains: lines of steps, in the order of the run.
+        validations: lines of measurements, likewise.
+        events: all of them, in the order of time.
+    """
+
+    name: str
+    folder: Path
+    plan: Mapping[str, Any]
+    trains: Sequence[Mapping[str, Any]]
+    validations: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+
+    def tokens_at(self, stage: str, step: int) -> int:
+        """Tokens that the run had trained on after so many steps of a stage, earlier stages included."""
+        before = 0
+        for each in self.plan["stages"]:
+            if each["name"] == stage:
+                break
+            before += each["steps"]
+        return int((before + step) * self.plan["step_tokens"])
+
+
+def read_run(path: Path) -> Record:
+    """The record of a run's folder, or of a metrics.jsonl alone; of a run that is still going, as far as it has come.
+
+    Raises:
+        DataError: it is neither, or damaged.
+    """
+    run = path.parent if path.name == FILE_NAME else path
+    trains: dict[tuple[str, int], dict[str, Any]] = {}
+    validations: dict[tuple[str, int, str], dict[str, Any]] = {}
+    events: list[dict[str, Any]] = []
+    plan = _read_plan(run) if not (run / FILE_NAME).exists() or (run / "plan.json").exists() else {}
+    for line in read_record(run):
+        if line["kind"] == "validation":
+            validations[line["stage"], line["step"], line["dataset"]] = line
+        elif line["kind"] == "train":
+            trains[line["stage"], line["step"]] = line
+        elif line["kind"] == "event":
+            events.append(line)
+    plan = plan or _told_by_lines(run.name, [*trains.values()], [*validations.values()])
+    places = {stage["name"]: place for place, stage in enumerate(plan["stages"])}
+
+    def in_order(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        mine = (line for line in lines if line["stage"] in places)
+        return sorted(mine, key=lambda line: (places[line["stage"]], line["step"]))
+
+    return Record(plan["name"], run, plan, in_order(trains.values()), in_order(validations.values()), events)
+
+
+def _read_plan(run: Path) -> dict[str, Any]:
+    path = run / "plan.json"
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}. Name the folder of a run") from None
+    return plan
+
+
+def _told_by_lines(name: str, trains: list[dict[str, Any]], validations: list[dict[str, Any]]) -> dict[str, Any]:
+    """What of a plan its run's lines tell: stages and steps so far, tokens; not what is new in a stage."""
+    steps: dict[str, int] = {}
+    for line in [*trains, *validations]:
+        steps[line["stage"]] = max(line["step"], steps.get(line["stage"], 0))
+    step_tokens = max((line["tokens"] // line["run_step"] for line in trains), default=0)
+    stages, total = [], 0
+    for stage, count in steps.items():
+        total += count * step_tokens
+        told = {"name": stage, "steps": count, "tokens": count * step_tokens, "union_tokens": total}
+        stages.append({**told, "new_datasets": [], "datasets": {}, "final_window": []})
+    return {"name": name, "fingerprint": "", "step_tokens": step_tokens, "stages": stages}
 
 
 def summarise(run: Path) -> dict[str, Any]:
@@ -22,25 +103,25 @@ def summarise(run: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder is not a run's, or its record is damaged.
     """
-    plan = _read_plan(run)
-    validations: dict[tuple[str, int, str], dict[str, Any]] = {}
-    seconds: dict[tuple[str, int], float] = {}
-    for line in read_record(run):
-        if line["kind"] == "validation":
-            validations[line["stage"], line["step"], line["dataset"]] = line
-        elif line["kind"] == "train" and line["tokens_per_s"]:
-            seconds[line["stage"], line["step"]] = plan["step_tokens"] / line["tokens_per_s"]
+    return summary_of(read_run(run))
+
+
+def summary_of(record: Record) -> dict[str, Any]:
+    """As `summarise`, of a record that was read already."""
+    plan = record.plan
+    validations = {(line["stage"], line["step"], line["dataset"]): dict(line) for line in record.validations}
+    seconds = {
+        (line["stage"], line["step"]): plan["step_tokens"] / line["tokens_per_s"]
+        for line in record.trains
+        if line["tokens_per_s"]
+    }
     stages = [_stage_summary(stage, validations, seconds) for stage in plan["stages"]]
-    return {"name": plan["name"], "folder": str(run), "fingerprint": plan["fingerprint"], "stages": stages}
-
-
-def _read_plan(run: Path) -> dict[str, Any]:
-    path = run / "plan.json"
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Name the folder of a run") from None
-    return plan
+    return {
+        "name": record.name,
+        "folder": str(record.folder),
+        "fingerprint": plan["fingerprint"],
+        "stages": stages,
+    }
 
 
 def _stage_summary(

@@ -425,9 +425,7 @@ def test_a_dataset_with_validation_alone_can_be_measured_and_not_trained_on(one_
 @pytest.mark.parametrize("key", NOT_AVAILABLE_YET)
 def test_keys_of_later_parts_are_refused_rather_than_ignored(one_stage, faults, key):
     """Until the part is there, a legal value is told to be not available yet."""
-    table = "\n[sweep]\n'job.seed' = [1]" if key == "sweep" else ""
-    overrides = [] if key == "sweep" else [(key, EXAMPLES[key])]
-    (found,) = faults(one_stage + table, *overrides)
+    (found,) = faults(one_stage, (key, EXAMPLES[key]))
 
     assert found.startswith(f"{key}: ")
     assert " is not available yet; " in found

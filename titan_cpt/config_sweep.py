@@ -1,0 +1,109 @@
+"""[sweep]: from dotted keys and their values to the points of a sweep, one value for each key, and their names.
+
+Keys that stand in [sweep] are crossed with each other; those in [sweep.zip] go in step, and the steps are crossed with
+the rest. `stages.german.lr.max = [...]` and `"stages.german.lr.max" = [...]` say the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+ZIP = "zip"
+_OF_THE_ARMS = ("job.name", "job.output_dir")
+_LONGEST_NAME = 120
+
+
+def sweep_faults(table: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the table, a line each."""
+    crossed, zipped = _keys(table)
+    for key, values in [*crossed, *zipped]:
+        if "." not in key:
+            yield f"sweep.{key}: must be a dotted key such as stages.german.lr.max"
+        elif key in _OF_THE_ARMS:
+            yield f"sweep.{key}: cannot be swept: an arm's name and folder follow from what differs"
+        if not isinstance(values, list) or not values:
+            yield f"sweep.{key}: must be a list of values, not empty, got {values!r}"
+        elif (key, values) in crossed and len({_text(value) for value in values}) < len(values):
+            yield f"sweep.{key}: holds a value twice, so that two arms would be the same: {values!r}"
+    lengths = {key: len(values) for key, values in zipped if isinstance(values, list)}
+    if len(set(lengths.values())) > 1:
+        yield f"sweep.zip: its lists go in step and must be equally long, got {lengths}"
+    elif len({_text(point) for point in _steps(zipped)}) < len(_steps(zipped)):
+        yield "sweep.zip: two of its steps are the same, so that two arms would be"
+    names = [key for key, _ in [*crossed, *zipped]]
+    for key in sorted({key for key in names if names.count(key) > 1}):
+        yield f"sweep.{key}: is given twice"
+
+
+def points(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{dotted key: value} of every arm, the last key changing fastest, of a table without faults."""
+    crossed, zipped = _keys(table)
+    axes: list[list[dict[str, Any]]] = [[{key: value} for value in values] for key, values in crossed]
+    if zipped:
+        axes.append(_steps(zipped))
+    return [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)]
+
+
+def point_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each point by what differs, such as `fraction-0.05_seed-1`: a name of a folder, no two the same."""
+    keys = list(found[0]) if found else []
+    shown = {key: _shown([point[key] for point in found]) for key in keys}
+    names: list[str] = []
+    for place in range(len(found)):
+        name = "_".join(f"{_short(key, keys)}-{shown[key][place]}" for key in keys)
+        if len(name) > _LONGEST_NAME:
+            name = f"arm-{place}"
+        names.append(name if name not in names else f"{name}_{place}")
+    return names
+
+
+def _keys(table: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """(key, values) of what is crossed and of what goes in step, in the order of the file."""
+    zipped = table.get(ZIP, {})
+    crossed = {key: value for key, value in table.items() if key != ZIP}
+    return list(_flat(crossed)), list(_flat(zipped)) if isinstance(zipped, Mapping) else [(ZIP, zipped)]
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield before + key, value
+
+
+def _steps(zipped: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    lists = [values for _, values in zipped if isinstance(values, list)]
+    return [dict(zip([key for key, _ in zipped], step, strict=False)) for step in zip(*lists, strict=False)]
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last words of a dotted key that no other key ends with."""
+    words = key.split(".")
+    for count in range(1, len(words)):
+        end = ".".join(words[-count:])
+        if all(other == key or not f".{other}".endswith(f".{end}") for other in keys):
+            return end
+    return key
+
+
+def _shown(values: Sequence[Any]) -> list[str]:
+    """Each value as a part of a name; of tables, the entries in which they differ."""
+    leaves = [dict(_flat({"": value})) if isinstance(value, Mapping) else {"": value} for value in values]
+    keys = dict.fromkeys(key for leaf in leaves for key in leaf)
+    differing = [key for key in keys if len({_text(leaf.get(key)) for leaf in leaves}) > 1] or list(keys)
+    words = [[_word(leaf[key]) for key in differing if key in leaf] for leaf in leaves]
+    return ["-".join(each) or "none" for each in words]
+
+
+def _word(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e-0", "e-")).strip("-.") or "none"
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
