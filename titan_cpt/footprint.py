@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from titan_cpt.layout import Layout, Place
 from titan_cpt.models.shapes import LlamaShape, ModelShape
+from titan_cpt.pipeline_costs import bubble, in_flight
 
 _FP32 = 4
 
@@ -50,8 +51,7 @@ class Footprint:
 
     Attributes:
         local_parameters: numbers that the rank keeps, of each pipeline rank in turn (at shard 0 and tensor place 0).
-        bubble: share of a step's time in which a pipeline rank waits, where forward, backward of the inputs and
-            backward of the weights take the same time and communication none.
+        bubble: share of a step's time in which a pipeline rank waits, as pipeline_costs.py counts it.
         heaviest: the pipeline rank whose memory this is.
     """
 
@@ -191,37 +191,6 @@ def local_parameters(shape: ModelShape, layout: Layout, place: Place) -> Iterato
             piece = -(-rows // over)
             mine = max(0, min(rows, (index + 1) * piece) - index * piece)
             yield name, count // rows * mine
-
-
-def bubble(layout: Layout) -> float:
-    """The idle share of a pipeline's time with p ranks, m micro-batches and v stages a rank.
-
-        (p - 1) / (v m + p - 1)         GPipe, 1F1B (v = 1), LoopedBFS, Interleaved1F1B
-        (p - 1) / (3 v m + p - 1)       InterleavedZeroBubble: weights' gradients fill two thirds of it
-        0                               ZBVZeroBubble, DualPipeV, where micro-batches are many; less is not modelled
-
-    Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2; Qi et al. 2024, arXiv:2401.10241 and 2405.15362.
-    """
-    if layout.pp == 1 or layout.kind.placement == "v":
-        return 0.0
-    parts = layout.kind.stages_per_rank * layout.microbatches * (3 if layout.kind.splits_backward else 1)
-    return (layout.pp - 1) / (parts + layout.pp - 1)
-
-
-def in_flight(layout: Layout, rank: int) -> int:
-    """Micro-batches x stages whose activations a pipeline rank holds at once, at most."""
-    all_of_them = layout.microbatches * layout.kind.stages_per_rank
-    p = layout.pp
-    match layout.schedule if p > 1 else "":
-        case "":
-            return 1
-        case "1F1B":
-            return min(all_of_them, p - rank)
-        case "Interleaved1F1B" | "InterleavedZeroBubble":
-            return min(all_of_them, (layout.kind.stages_per_rank - 1) * p + 2 * (p - rank - 1) + 1)
-        case "ZBVZeroBubble" | "DualPipeV":
-            return min(all_of_them, 2 * p + 1)
-    return all_of_them  # GPipe, LoopedBFS
 
 
 def layer_activation_bytes(shape: ModelShape, layout: Layout, work: Work) -> tuple[float, float]:

@@ -89,7 +89,6 @@ def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
         yield (
             f"pipeline: {layout.schedule}, {layout.stages} stages, {layout.microbatches} micro-batches of "
             f"{plan.local_batch_size // layout.microbatches}; idle {costs.bubble:.1%} of the time"
-            + (" at best" if layout.kind.placement == "v" else "")
         )
         for rank, ranks, held in holdings(layout, plan.shape.layers):
             yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"

@@ -9,7 +9,7 @@ import torch
 
 from titan_cpt.distributed.mesh import Mesh, Ranks
 from titan_cpt.distributed.parallelise import Techniques, parallelise
-from titan_cpt.footprint import Work, bubble, footprint, in_flight, layer_activation_bytes, local_parameters
+from titan_cpt.footprint import Work, footprint, layer_activation_bytes, local_parameters
 from titan_cpt.layout import Layout, Place
 from titan_cpt.models.families import build_model
 from titan_cpt.models.shapes import ModelShape
@@ -112,26 +112,6 @@ def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:
 
     assert costs.parameters + costs.gradients + costs.optimizer == 16 * SHAPE.parameters
     assert costs.sent == 0
-
-
-def test_the_idle_share_by_hand() -> None:
-    """Four ranks: 3 of 4 + 3 slots under 1F1B with 4 micro-batches, 3 of 8 + 3 with two stages a rank."""
-    one = Layout(pp=4, schedule="1F1B", microbatches=4)
-
-    assert bubble(one) == pytest.approx(3 / 7)
-    assert bubble(dataclasses.replace(one, schedule="Interleaved1F1B")) == pytest.approx(3 / 11)
-    assert bubble(Layout(dp_shard=4)) == 0
-
-
-@pytest.mark.parametrize(
-    ("schedule", "rank", "expected"),
-    [("GPipe", 3, 8), ("1F1B", 0, 4), ("1F1B", 3, 1), ("LoopedBFS", 0, 16), ("Interleaved1F1B", 0, 11)],
-)
-def test_micro_batches_in_flight(schedule: str, rank: int, expected: int) -> None:
-    """GPipe holds all 8, the first rank of 1F1B as many as there are ranks, the last 1; interleaving its warm-up."""
-    layout = Layout(pp=4, schedule=schedule, microbatches=8)
-
-    assert in_flight(layout, rank) == expected
 
 
 def test_fsdp_sends_what_a_ring_sends() -> None:
