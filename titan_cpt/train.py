@@ -36,6 +36,7 @@ from titan_cpt.run_folder import StopRequest, locked
 _THEIR_WARNINGS = (
     "'set_vital' is deprecated",  # torchdata's loader, of torch
     "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, which is what we mean
+    "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that go on in place, which ours do not
 )
 
 STOPPED_EARLY = 75  # a queue may start the same command again
@@ -114,6 +115,7 @@ def resume(parts: Parts, found: Found) -> int:
 def transition(parts: Parts, stage: StagePlan) -> int:
     """Begin a stage: weights from `init`, the optimizer reset or kept, the new stage's numbers; 0 steps are done."""
     parts.checkpoints.wait()
+    wait_for_all()  # rank 0 writes the manifest, which every rank is about to read
     weights = load_initial(parts, stage)
     if not stage.keep_optimizer:
         reset_state(parts.optimizer)

@@ -1,6 +1,7 @@
 """Run under torchrun: several runs of the real trainer, one after another, inside one process group.
 
-`parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "toml" names its base.
+`parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "toml" names its base, "seal_s"
+holds every manifest back by so many seconds.
 """
 
 from __future__ import annotations
@@ -10,14 +11,34 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from titan_cpt import manifest
 from titan_cpt.config_file import load_config
 from titan_cpt.distributed.mesh import join_ranks, leave_ranks
 from titan_cpt.train import run_among
+
+
+@contextmanager
+def slow_seals(seconds: float) -> Iterator[None]:
+    """Manifests take so long to write, as those of large models do."""
+    write = manifest.write
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return write(*args, **kwargs)
+
+    manifest.write = slowly
+    try:
+        yield
+    finally:
+        manifest.write = write
 
 
 def main(runs: Path) -> None:
@@ -28,9 +49,11 @@ def main(runs: Path) -> None:
     try:
         for overrides in json.loads(runs.read_text()):
             toml = Path(f"{overrides.pop('toml', 'gpt_neox')}.toml")
+            seal_s = float(overrides.pop("seal_s", 0))
             began = time.perf_counter()
             try:
-                run_among(ranks, load_config(toml, list(overrides.items())))
+                with slow_seals(seal_s):
+                    run_among(ranks, load_config(toml, list(overrides.items())))
             except BaseException:
                 print(f"FAILED {overrides['job.name']} on rank {ranks.rank}\n{traceback.format_exc()}", file=sys.stderr)
                 raise

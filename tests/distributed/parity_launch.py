@@ -64,25 +64,29 @@ def make_data(folder: Path) -> None:
                 writer.add_document(np.append(np.frombuffer(page.read_bytes(), dtype=np.uint8).astype(np.int64), 256))
 
 
-def launch(folder: Path, runs: list[dict[str, str]], world_size: int) -> None:
+def make_inputs(folder: Path) -> None:
+    """Data and the TOMLs that runs name."""
+    make_data(folder)
+    for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
+        (folder / f"{name}.toml").write_text(toml)
+        (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
+
+
+def launch(folder: Path, runs: list[dict[str, str]], world_size: int, name: str = "") -> None:
     """Carry out runs on so many ranks, in `folder`; "toml" in a run's overrides names what they are laid over."""
-    if not (folder / "pages.idx").exists():
-        make_data(folder)
-        for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
-            (folder / f"{name}.toml").write_text(toml)
-            (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
-    (folder / f"runs-{world_size}.json").write_text(json.dumps(runs))
+    name = name or str(world_size)
+    (folder / f"runs-{name}.json").write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     driver = str(Path(__file__).with_name("parity_driver.py"))
     done = subprocess.run(
-        [sys.executable, *(torchrun if world_size > 1 else []), driver, f"runs-{world_size}.json"],
+        [sys.executable, *(torchrun if world_size > 1 else []), driver, f"runs-{name}.json"],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    (folder / f"output-{world_size}.txt").write_text(done.stdout + done.stderr)
+    (folder / f"output-{name}.txt").write_text(done.stdout + done.stderr)
     failures = "\n".join(done.stderr.split("FAILED")[1:])[:6000] or done.stderr[-6000:]
     assert done.returncode == 0, f"{folder}: {failures}"
 

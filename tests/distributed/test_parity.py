@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from parity_launch import launch, record
+from parity_launch import launch, make_inputs, record
 from parity_layouts import CASES, HANDED_ON, REFERENCES, Case
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
 WORLD_SIZES = sorted({case.world_size for case in CASES})
 TOLERANCE = {False: 1e-5, True: 2e-3}  # by bf16; nats per token for losses, relative for gradient norms
 MOMENT_TOLERANCE = {False: 1e-3, True: 1e-1}  # relative, of each parameter by itself
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs of this module lie, those of one process among them."""
-    folder = tmp_path_factory.mktemp("parity")
-    runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
-    runs += [
-        {"job.name": f"{name}-two-stages", **REFERENCES[name], "toml": two_stages(REFERENCES[name])}
-        for name in {saves.against: None for saves, _ in HANDED_ON}
-    ]
-    launch(folder, runs, 1)
+    """Where all runs lie, those of one process among them, which whichever pytest process comes first carries out."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    folder = shared / "parity"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "output-1.txt").exists():
+            make_inputs(folder)
+            runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
+            runs += [{"job.name": f"{name}-two-stages", **in_two_stages(REFERENCES[name])} for name in TWO_STAGES]
+            runs += [{"job.name": case.name, **case.overrides} for case in CASES if case.world_size == 1]
+            launch(folder, runs, 1)
     return folder
 
 
@@ -34,39 +43,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: Path) -> None:
     """Losses, gradient norms, each parameter's, validation, hashes of the batches: all layouts of a world size."""
     cases = [case for case in CASES if case.world_size == world_size]
-    launch_all(folder, world_size)
+    if world_size > 1:
+        launch(folder, [{"job.name": case.name, **case.overrides} for case in cases], world_size)
 
     faults = [fault for case in cases for fault in faults_of(case, folder)]
     assert not faults, "\n".join(faults)
 
 
 def test_every_layout_reads_the_checkpoint_of_any_other(folder: Path) -> None:
-    """A second stage with the optimizer kept, under another layout than the first, goes on as one process would."""
-    launch_all(folder, 4)
-    launch(folder, [{"job.name": "handed-to-one", "toml": two_stages({})}], 1)
+    """A second stage with the optimizer kept, under another layout than the first, goes on as one process would.
+
+    So do two stages of one run, where the manifest between them takes as long to write as a large model's.
+    """
+    runs = [{"job.name": "slowly-sealed", "seal_s": "1.5", **in_two_stages(HANDED_ON[0][0].overrides)}]
+    for number, (saves, reads) in enumerate(HANDED_ON):
+        runs += [{"job.name": f"handed-{number}", **saves.overrides}]
+        runs += [{"job.name": f"handed-{number}", **in_two_stages(reads.overrides)}]
+    runs += [{"job.name": "handed-to-one", **HANDED_ON[1][0].overrides}]
+    launch(folder, runs, 4, "handed")
+    launch(folder, [{"job.name": "handed-to-one", **in_two_stages({})}], 1, "handed-to-one")
 
     against = {f"handed-{number}": saves.against for number, (saves, _) in enumerate(HANDED_ON)}
-    against["handed-to-one"] = "one"
+    against |= {"handed-to-one": "one", "slowly-sealed": "one"}
     cases = [Case(name, 4, against=f"{reference}-two-stages") for name, reference in against.items()]
     faults = [fault for case in cases for fault in faults_of(case, folder)]
     assert not faults, "\n".join(faults)
 
 
-def two_stages(overrides: dict[str, str]) -> str:
-    """The TOML that goes on where these overrides' own ends."""
-    return f"{overrides.get('toml', 'gpt_neox')}-two-stages"
-
-
-def launch_all(folder: Path, world_size: int) -> None:
-    """Every run of so many ranks in one launch, unless it was done already; the runs that hand on are of four ranks."""
-    if world_size > 1 and (folder / f"output-{world_size}.txt").exists():
-        return
-    runs = [{"job.name": case.name, **case.overrides} for case in CASES if case.world_size == world_size]
-    for number, (saves, reads) in enumerate(HANDED_ON if world_size == 4 else ()):
-        runs += [{"job.name": f"handed-{number}", **saves.overrides}]
-        runs += [{"job.name": f"handed-{number}", **reads.overrides, "toml": two_stages(reads.overrides)}]
-    runs += [{"job.name": "handed-to-one", **HANDED_ON[1][0].overrides}] if world_size == 4 else []
-    launch(folder, runs, world_size)
+def in_two_stages(overrides: dict[str, str]) -> dict[str, str]:
+    """These overrides over the TOML that goes on where theirs ends."""
+    return {**overrides, "toml": f"{overrides.get('toml', 'gpt_neox')}-two-stages"}
 
 
 def faults_of(case: Case, folder: Path) -> list[str]:
