@@ -30,7 +30,7 @@ KILLED, TERMINATED, STOPPED, DONE = -9, -15, 75, 0
 # What a life is cut short in: the place, and how many times it may be called before the kill.
 MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
     "a step": (("titan_cpt.train:train_step", 7), ("torch.optim:AdamW.step", 7)),
-    "a save, before its shards": (("torch.distributed.checkpoint.filesystem:FileSystemWriter.write_data", 3),),
+    "a save, before its shards": (("titan_cpt.checkpoint_files:ShardWriter.write_data", 3),),
     "a save, between files and manifest": (("titan_cpt.manifest:write", 3),),
     "a save, while it hashes or syncs": (("titan_cpt.manifest:_sync", 20),),
     "pruning": (("shutil:rmtree", 2), ("os:unlink", 9)),

@@ -26,8 +26,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+from safetensors import safe_open
 
 from titan_cpt.config import Config
 from titan_cpt.config_file import load_config
@@ -320,9 +319,21 @@ def checkpoints_of(run: Path) -> list[str]:
 
 
 def tensors_of(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, read with torch alone: "model" or "optimizer"."""
-    state = _load_state_dict_from_keys(storage_reader=FileSystemReader(checkpoint))
-    return {name: value for name, value in state[part].items() if isinstance(value, torch.Tensor)}
+    """The tensors of a checkpoint by name, read with safetensors alone: "model" or "optimizer"."""
+    found = {}
+    for name, told in json.loads((checkpoint / "index.json").read_text())["tensors"].items():
+        if not name.startswith(f"{part}."):
+            continue
+        pieces = []
+        for piece in told["parts"]:
+            beginning = f"@{','.join(map(str, piece['at']))}" if any(piece["at"]) else ""
+            with safe_open(checkpoint / piece["file"], framework="pt") as file:
+                pieces.append((piece["at"], file.get_tensor(name + beginning)))
+        whole = torch.empty(told["shape"], dtype=pieces[0][1].dtype)
+        for at, tensor in pieces:
+            whole[tuple(slice(first, first + length) for first, length in zip(at, tensor.shape, strict=True))] = tensor
+        found[name.removeprefix(f"{part}.")] = whole
+    return found
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

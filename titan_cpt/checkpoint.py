@@ -1,7 +1,8 @@
 """Saving and loading weights and optimizer with torch.distributed.checkpoint (DCP), while training goes on.
 
 A checkpoint is the folder `<stage>/step-<8 digits>` with a manifest written last (manifest.py). DCP names tensors by
-the model's parameter names, so that a checkpoint is read under any layout of ranks.
+the model's parameter names, so that a checkpoint is read under any layout of ranks. It holds tensors alone: every other
+number of the optimizer is the plan's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from titan_cpt import manifest
-from titan_cpt.checkpoint_files import HashingWriter, SafePlanner, SafeReader
+from titan_cpt.checkpoint_files import ShardReader, ShardWriter
 from titan_cpt.errors import CheckpointError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -82,6 +84,8 @@ class Checkpoints:
         self.rank = dist.get_rank() if self.distributed else 0
         # Collectives of the writing thread must not meet those of the training thread.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
+        # The copy that is written while training changes the state; its memory is asked for once, by the first save.
+        self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self._writing: _Writing | None = None
         self._failed: CheckpointError | None = None  # of the last save, if it failed
         self._needed = False  # whether the last save was of a point that later stages begin from
@@ -111,14 +115,11 @@ class Checkpoints:
             self._make_room(folder)
         if self._has_failed():
             return
-        state = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=_FLAT),
-        }
+        state = {"model": get_model_state_dict(model), "optimizer": _tensors(_optimizer_state(model, optimizer))}
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
-        writer = HashingWriter(folder)
-        written = async_save(state, storage_writer=writer, process_group=self.group)
-        assert isinstance(written, Future), "async_save without an async stager answers with a future"
+        writer = ShardWriter(folder)
+        written = async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
+        assert isinstance(written, Future), "async_save with a stager that blocks answers with a future"
         self._writing = _Writing(folder, written, record, writer, self.group)
         if not self.asynchronous:
             self._end()
@@ -226,7 +227,7 @@ class _Writing:
         folder: Path,
         written: Future[Any],
         record: Mapping[str, Any],
-        writer: HashingWriter,
+        writer: ShardWriter,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.folder, self._written, self._record, self._writer, self._group = folder, written, record, writer, group
@@ -237,7 +238,7 @@ class _Writing:
     def _finish(self) -> None:
         try:
             self._written.result()
-            checksums = self._writer.checksums()
+            checksums = self._writer.checksums
             if self._group is not None:
                 gathered: list[Any] = [None] * dist.get_world_size(self._group)
                 dist.all_gather_object(gathered, checksums, group=self._group)
@@ -262,15 +263,27 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
         CheckpointError: the folder cannot be read, or holds other tensors than the model has.
     """
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    numbers: dict[str, Any] = {}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        numbers = _optimizer_state(model, optimizer)
+        state["optimizer"] = _tensors(numbers)
     try:
-        load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+        load(state, storage_reader=ShardReader(folder))
     except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException
         raise CheckpointError(f"{folder}: cannot be loaded into this model: {_reason(error)}") from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_FLAT)
+        set_optimizer_state_dict(model, optimizer, {**numbers, **state["optimizer"]}, options=_FLAT)
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state under the parameters' names, of this rank's shards."""
+    return get_optimizer_state_dict(model, optimizer, options=_FLAT)
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Moments and step counts: what is left when betas, weight decay and their like are not counted as state."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _reason(error: BaseException) -> str:

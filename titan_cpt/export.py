@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt import manifest
-from titan_cpt.checkpoint_files import SafePlanner, SafeReader
+from titan_cpt.checkpoint_files import ShardReader
 from titan_cpt.data.bpe import token_bytes
 from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
@@ -161,7 +161,7 @@ def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Ten
     weights = {name: torch.empty(*lengths, dtype=torch.float32) for name, lengths in group.items()}
     try:
         with alone():
-            load({"model": weights}, storage_reader=SafeReader(checkpoint), planner=SafePlanner(), no_dist=True)
+            load({"model": weights}, storage_reader=ShardReader(checkpoint), no_dist=True)
     except Exception as error:  # DCP wraps whatever went wrong
         raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None
     return weights

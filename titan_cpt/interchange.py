@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt import manifest
-from titan_cpt.checkpoint_files import SafePlanner, SafeReader
+from titan_cpt.checkpoint_files import ShardReader, ShardWriter
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.families import build_model
 from titan_cpt.models.huggingface import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names, in_lines
@@ -179,7 +178,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
     tell(f"{released.told(shape)}: {shape.family}, {shape.parameters:,} parameters")
     partial = partial_folder(out)
     try:
-        _stream(released, shape, partial)
+        checksums = _stream(released, shape, partial)
         tell(compared(released, shape, lambda model: _load_plain(partial, model)))
         recipe = shape.as_recipe()
         record = {
@@ -194,7 +193,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
             "released": {"name": name, "config": released.config},
             "torch": torch.__version__,
         }
-        manifest.write(partial, record)
+        manifest.write(partial, record, checksums)
         partial.rename(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error}. Make room, or name another folder") from None
@@ -245,24 +244,25 @@ class _ReadWhenWritten(DefaultSavePlanner):
         return self._read(index.fqn.removeprefix("model.")).float()
 
 
-def _stream(released: Released, shape: ModelShape, folder: Path) -> None:
+def _stream(released: Released, shape: ModelShape, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the weights one after another; returns what `manifest.write` wants to know of the files."""
     state = {
         "model": {
             name: torch.empty(lengths, dtype=torch.float32, device="meta")
             for name, lengths in weight_shapes(shape).items()
         }
     }
-    # A file for each tensor: DCP keeps what it writes into one file in memory until the file is whole.
-    writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
     planner = _ReadWhenWritten(lambda name: released.read(name, shape))
+    writer = ShardWriter(folder, threads=1)
     with alone():
         save(state, storage_writer=writer, planner=planner, no_dist=True)
+    return writer.checksums
 
 
 def _load_plain(folder: Path, model: nn.Module) -> None:
     """Read back what was written, into a whole model, in place."""
     with alone():
-        load({"model": model.state_dict()}, storage_reader=SafeReader(folder), planner=SafePlanner(), no_dist=True)
+        load({"model": model.state_dict()}, storage_reader=ShardReader(folder), no_dist=True)
 
 
 def _compared_in_a_run(released: Released, shape: ModelShape) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from parity_launch import launch, make_inputs, record
 from parity_layouts import CASES, HANDED_ON, REFERENCES, Case
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load
+from training import tensors_of
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
 WORLD_SIZES = sorted({case.world_size for case in CASES})
@@ -109,9 +107,4 @@ def moment_faults(case: Case, folder: Path) -> list[str]:
 def last_moments(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Adam's mean of the gradients, of every parameter, whole, from a run's last checkpoint."""
     checkpoint = max((folder / "outputs" / name).glob("*/step-*"))
-    described = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    means = {key: torch.empty(entry.size) for key, entry in described.items() if key.endswith(".exp_avg")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group is meant
-        load(means, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    return means
+    return {name: value for name, value in tensors_of(checkpoint, "optimizer").items() if name.endswith(".exp_avg")}

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_two_ranks_holds_the_whole_model(one, two):
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
     assert all((ours[key] - theirs[key]).abs().max() < 2e-3 for key in theirs if theirs[key].dim() == 2)
     assert record["world_size"] == 2
-    assert {name[:4] for name in record["files"] if name.endswith(".distcp")} == {"__0_", "__1_"}
+    assert {name[:10] for name in record["files"]} == {"rank-00000", "rank-00001", "index.json"}
 
 
 def test_only_one_rank_writes_the_record(two):

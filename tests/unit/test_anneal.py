@@ -147,7 +147,7 @@ def test_pruning_the_old_run_leaves_the_branch_whole(trunk, tmp_path):
     (copy / "config.toml").write_text(config)
     status = command("anneal", copy / "english" / "step-00000004", "--tokens", "64", "--prepare-only")
     branch = next(tmp_path.glob("run-anneal-*")) / "english" / "step-00000004"
-    shard = next(branch.glob("*.distcp"))
+    shard = next(branch.glob("*.safetensors"))
     links = os.stat(shard).st_nlink
     manifest.remove(copy / "english" / "step-00000004")
 
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_is_refused(trunk, tmp_path, capsys):
     """Its files are compared with the manifest before anything is made."""
     copy = tmp_path / "run"
     shutil.copytree(trunk, copy)
-    shard = next((copy / "english" / "step-00000004").glob("*.distcp"))
+    shard = next((copy / "english" / "step-00000004").glob("*.safetensors"))
     os.truncate(shard, 100)
     status = command("anneal", copy / "english" / "step-00000004", "--tokens", "1K")
 

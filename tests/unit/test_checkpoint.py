@@ -71,7 +71,7 @@ def save_all(checkpoints, *moments):
 
 
 def damage(folder):
-    shard = next(folder.glob("*.distcp"))
+    shard = next(folder.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -241,11 +241,11 @@ def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
     """Old shards, of another layout perhaps, do not mix with the new ones."""
     folder = tmp_path / "a" / "step-00000001"
     folder.mkdir(parents=True)
-    (folder / "__7_0.distcp").write_bytes(b"half a shard")
+    (folder / "rank-00007-0.safetensors").write_bytes(b"half a shard")
     save_all(checkpoints_in(tmp_path), ("a", 0, 1, ckpt.INTERVAL))
 
-    assert not (folder / "__7_0.distcp").exists()
-    assert "__7_0.distcp" not in manifest.verify(folder)["files"]
+    assert not (folder / "rank-00007-0.safetensors").exists()
+    assert "rank-00007-0.safetensors" not in manifest.verify(folder)["files"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -303,4 +303,4 @@ def test_the_record_is_readable_json_with_the_recipe(tmp_path):
     found = json.loads((tmp_path / "a" / "step-00000001" / "manifest.json").read_text())
 
     assert found["recipe"] == {"training.seq_len": 8}
-    assert set(found["files"]) >= {".metadata"}
+    assert set(found["files"]) >= {"index.json"}

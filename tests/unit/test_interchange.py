@@ -269,6 +269,8 @@ if len(sys.argv) > 1:
     sys.exit()
 released = Released("x", {{}}, shape, WeightFiles(folder))
 small = named_size("gpt_neox", "debug", 257, overrides=dict(layers=1, width=512, heads=8, vocab_size=512))
+for name in ("first", "out"):
+    (folder / name).mkdir()
 _stream(released, small, folder / "first")  # all that is imported on the way, once
 Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
@@ -378,7 +380,7 @@ def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
     """A byte changed in one file: the file is named, and nothing is left behind."""
     folder, _ = round_trip
     copy = shutil.copytree(folder / "gpt_neox-imported", tmp_path / "copy")
-    file = next(copy.glob("*.distcp"))
+    file = next(copy.glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
