@@ -13,10 +13,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from titan_cpt.errors import ConfigError, TitanError
+from titan_cpt.errors import ConfigError, DataError, TitanError
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "prepare", "anneal")
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
@@ -117,6 +118,30 @@ def _parser() -> argparse.ArgumentParser:
     anneal.add_argument("--min", type=_lr, metavar="LR", help="LR of its last step (default: the stage's own)")
     anneal.add_argument("--prepare-only", action="store_true", help="make the run's folder and do not train yet")
 
+    evaluating = _command(
+        commands, "eval", _eval, "benchmarks on checkpoints, before and after (lm-evaluation-harness)"
+    )
+    evaluating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="or RUN: its stages' ends")
+    evaluating.add_argument("--suite", metavar="NAME", help="paper_english, paper_german, minimal_pairs or offline")
+    evaluating.add_argument(
+        "--tasks", nargs="+", default=(), metavar="TASK[:SHOTS[:METRIC]]", help="or some of --suite"
+    )
+    evaluating.add_argument("--limit", type=_positive, metavar="N", help="only N samples of each task, evenly spread")
+    evaluating.add_argument("--tasks-dir", type=Path, metavar="DIR", help="more tasks, as YAML files of the harness")
+    evaluating.add_argument("--again", action="store_true", help="repeat tasks that are done already")
+    evaluating.add_argument("--json", action="store_true", help="one JSON object on stdout, progress on stderr")
+    _add_opening(evaluating)
+
+    generating = _command(commands, "generate", _generate, "continue prompts with a checkpoint")
+    generating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="or RUN: its stages' ends")
+    generating.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    generating.add_argument("--examples", action="store_true", help="prompts of our own; kept for the run's report")
+    generating.add_argument("--tokens", type=_positive, default=64, metavar="N", help="at most (default 64)")
+    generating.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0: the likeliest token")
+    generating.add_argument("--top-p", type=_share, default=0.95, metavar="P", help="draw among the likeliest P (0.95)")
+    generating.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other texts")
+    _add_opening(generating)
+
     report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
 
@@ -136,6 +161,16 @@ def _command(
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, required=True, metavar="FILE", help="the TOML")
     command.epilog = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
+
+
+def _add_opening(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    command.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
+    command.add_argument(
+        "--max-length", type=_positive, metavar="TOKENS", help="default: what the weights were made for"
+    )
+    command.add_argument("--batch-tokens", type=_positive, default=8192, metavar="N", help="of a pass (default 8192)")
+    command.add_argument("--shard-weights", action="store_true", help="under torchrun: spread the weights over ranks")
 
 
 def _positive(text: str) -> int:
@@ -167,6 +202,20 @@ def _lr(text: str) -> float:
     if not 0 <= lr < 1e9:
         raise argparse.ArgumentTypeError(f"must be a learning rate of 0 or more, got {text}")
     return lr
+
+
+def _temperature(text: str) -> float:
+    temperature = float(text)
+    if not 0 <= temperature < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a temperature of 0 or more, got {text}")
+    return temperature
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return share
 
 
 def _overrides(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -347,6 +396,69 @@ def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         tell=print,
     )
     return 0
+
+
+def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.suites import chosen_tasks
+
+    tasks = chosen_tasks(options.suite, options.tasks)  # before torch: a mistake is told in a blink
+    from titan_cpt.distributed.mesh import join_ranks, leave_ranks
+    from titan_cpt.evaluate import Asked, evaluate_all
+
+    whole_suite = options.suite if not options.tasks else None
+    asked = Asked(tasks, suite=whole_suite, limit=options.limit, again=options.again, **_opening(options))
+    tell = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+    ranks = join_ranks()
+    try:
+        columns, lacking = evaluate_all(options.checkpoints, ranks, asked, options.tasks_dir, tell=tell)
+    finally:
+        leave_ranks()
+    if ranks.rank == 0:
+        from titan_cpt.display import make_console
+        from titan_cpt.score_view import print_scores, scores_as_json
+
+        if options.json:
+            print(json.dumps(scores_as_json(columns)))
+        else:
+            print_scores(columns, make_console())
+    if lacking:
+        raise DataError(f"without {', '.join(lacking)}, whose questions could not be had; all other scores are kept")
+    return 0
+
+
+def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if not options.prompt and not options.examples:
+        raise ConfigError("command line: give --prompt TEXT, once or several times, or --examples")
+    from titan_cpt.continuations import continue_prompts
+    from titan_cpt.distributed.mesh import join_ranks, leave_ranks
+    from titan_cpt.generation import Sampling
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    ranks = join_ranks()
+    try:
+        continue_prompts(
+            options.checkpoints,
+            ranks,
+            options.prompt,
+            sampling=sampling,
+            tokens=options.tokens,
+            examples=options.examples,
+            opening=_opening(options),
+            tell=print,
+        )
+    finally:
+        leave_ranks()
+    return 0
+
+
+def _opening(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "precision": options.precision,
+        "tokenizer": options.tokenizer,
+        "max_length": options.max_length,
+        "sharded": options.shard_weights,
+        "batch_tokens": options.batch_tokens,
+    }
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from titan_cpt import manifest
 from titan_cpt.checkpoint_files import ShardReader
 from titan_cpt.data.bpe import token_bytes
-from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer, load_tokenizer
-from titan_cpt.errors import CheckpointError, ConfigError, DataError
+from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer
+from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.interchange import alone, open_released, partial_folder, require_free, weight_shapes
-from titan_cpt.lineage import Origin, legs, origin
+from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
 from titan_cpt.model_card import model_card
 from titan_cpt.models.huggingface import hub_names
 from titan_cpt.models.huggingface_config import config_from_shape
 from titan_cpt.models.shapes import ModelShape, shape_from_recipe
 from titan_cpt.weight_files import read_config, tensors_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BESIDE_TOKENIZER = (
@@ -83,8 +77,8 @@ def export(
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
     came_from = origin(record)
-    words = _tokenizer(record, checkpoint, tokenizer, came_from)
-    positions = max_positions or _positions(record, came_from)
+    words = tokenizer_of(record, checkpoint, tokenizer, came_from)
+    positions = max_positions or longest_sequence(record, came_from)
     partial = partial_folder(out)
     try:
         files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
@@ -118,12 +112,6 @@ def parse_bytes(text: str) -> int:
         raise ConfigError(f'command line: a size in bytes must be such as "5GB" or "300MB", got {text!r}')
     unit: int = 1000 ** " KMGT".index(match[2].upper() or " ")
     return int(match[1]) * unit
-
-
-def _positions(record: Mapping[str, Any], came_from: Origin | None) -> int:
-    released = came_from.config.get("max_position_embeddings") if came_from else None
-    trained = record["recipe"].get("training.seq_len")
-    return max([n for n in (released, trained) if isinstance(n, int)], default=2048)
 
 
 def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> int:
@@ -188,42 +176,6 @@ def _write_settings(
     marks = {"bos_token_id": None, "eos_token_id": None} | marks
     (out / "config.json").write_text(json.dumps(config | marks, indent=2))
     (out / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **marks}, indent=2))
-
-
-def _tokenizer(
-    record: Mapping[str, Any], checkpoint: Path, asked: str | None, came_from: Origin | None
-) -> Tokenizer | None:
-    """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known."""
-    path = asked or _runs_tokenizer(checkpoint)
-    if path is None and came_from and came_from.folder and (came_from.folder / "tokenizer.json").exists():
-        path = str(came_from.folder)
-    if path is None:
-        return None
-    words = load_tokenizer(path)
-    trained_with = record["data"].get("tokenizer")
-    if trained_with not in (None, words.fingerprint):
-        raise DataError(
-            f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "
-            f"{trained_with[:12]}); give --tokenizer the file that the run was trained with"
-        )
-    if words.vocab_size > record["recipe"]["model.vocab_size"]:
-        raise DataError(
-            f"{path}: has {words.vocab_size:,} ids, the model {record['recipe']['model.vocab_size']:,} rows: it is "
-            "another model's; give --tokenizer the right one"
-        )
-    return words
-
-
-def _runs_tokenizer(checkpoint: Path) -> str | None:
-    """What the config beside the run's stages says; None for a checkpoint that is not in a run's folder."""
-    path = checkpoint.parent.parent / "config.toml"
-    if not path.exists():
-        return None
-    try:
-        config = tomllib.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; give --tokenizer PATH") from None
-    return str(config.get("tokenizer", {}).get("path", BYTES))
 
 
 def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:

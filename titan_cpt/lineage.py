@@ -1,15 +1,22 @@
-"""Where a checkpoint's weights come from, as its manifest tells: the stages that they went through, and the release."""
+"""Where a checkpoint's weights come from, as its manifest tells: stages, release, tokenizer, length of sequences."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from titan_cpt import manifest
-from titan_cpt.errors import CheckpointError
+from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.weight_files import read_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _HUB, _CHECKPOINT = "hf:", "checkpoint:"
 _RUNS_FOLLOWED = 50  # a chain of runs that is longer goes in a circle
@@ -97,3 +104,50 @@ def _in_cache(name: str) -> Path | None:
     except ValueError:  # not a name that the hub could have
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def longest_sequence(record: Mapping[str, Any], came_from: Origin | None) -> int:
+    """Tokens that the weights know what to do with: what the run was trained on or the release promises."""
+    released = came_from.config.get("max_position_embeddings") if came_from else None
+    trained = record["recipe"].get("training.seq_len")
+    return max([n for n in (released, trained) if isinstance(n, int)], default=2048)
+
+
+def tokenizer_of(
+    record: Mapping[str, Any], checkpoint: Path, asked: str | None, came_from: Origin | None
+) -> Tokenizer | None:
+    """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known.
+
+    Raises:
+        DataError: it cannot be read, or is not the one that the weights were trained with.
+    """
+    path = asked or _runs_tokenizer(checkpoint)
+    if path is None and came_from and came_from.folder and (came_from.folder / "tokenizer.json").exists():
+        path = str(came_from.folder)
+    if path is None:
+        return None
+    words = load_tokenizer(path)
+    trained_with = record["data"].get("tokenizer")
+    if trained_with not in (None, words.fingerprint):
+        raise DataError(
+            f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "
+            f"{trained_with[:12]}); give --tokenizer the file that the run was trained with"
+        )
+    if words.vocab_size > record["recipe"]["model.vocab_size"]:
+        raise DataError(
+            f"{path}: has {words.vocab_size:,} ids, the model {record['recipe']['model.vocab_size']:,} rows: it is "
+            "another model's; give --tokenizer the right one"
+        )
+    return words
+
+
+def _runs_tokenizer(checkpoint: Path) -> str | None:
+    """What the config beside the run's stages says; None for a checkpoint that is not in a run's folder."""
+    path = checkpoint.parent.parent / "config.toml"
+    if not path.exists():
+        return None
+    try:
+        config = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; give --tokenizer PATH") from None
+    return str(config.get("tokenizer", {}).get("path", BYTES))

@@ -12,19 +12,22 @@ ROOT = Path(titan_cpt.__file__).parent
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors",
     "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe "
-    "data.source data.record checkpoint_files",
+    "data.source data.record checkpoint_files suites scores",
     "config_model config_data models.sizes models.layers models.huggingface models.huggingface_config data.number_file",
     "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts data.raw",
     "config_faults config_sweep layout data.tokenizer models.families data.presequenced data.megatron_order",
     "pipeline_costs",
-    "footprint",
+    "footprint models.cached",
     "layout_rules",
     "plan distributed.mesh distributed.context",
     "planning layout_view distributed.parallelise distributed.engine",
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
     "data.prepare data.inventory distributed.check_layout interchange lineage skips",
-    "data.loader data.materialise checkpoint display report model_card arms",
-    "validate export anneal comparison",
+    "data.loader data.materialise checkpoint display report model_card arms score_view",
+    "validate export anneal comparison inference evaluated",
+    "generation",
+    "harness continuations",
+    "evaluate",
     "sweep",
     "parts",
     "initial numerics records",
@@ -36,7 +39,7 @@ RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 LONGEST = {"train": 349}  # lines; every other file has fewer than 500
 TORCHLESS = ("config_file", "planning", "plan_view", "suggest", "data.inventory", "models.sizes")
-OPTIONAL = {"torch", "tokenizers", "datasets", "transformers", "pyarrow", "huggingface_hub", "zstandard"}
+OPTIONAL = {"torch", "tokenizers", "datasets", "transformers", "pyarrow", "huggingface_hub", "zstandard", "lm_eval"}
 
 
 def module_name(path):

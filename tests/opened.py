@@ -1,0 +1,81 @@
+"""What the tests of evaluation share: checkpoints of small models whose answers are not all alike, and a local task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from titan_cpt.distributed.mesh import join_ranks
+from titan_cpt.inference import Opened, open_checkpoint
+from titan_cpt.interchange import import_released
+from titan_cpt.models.families import build_model
+from titan_cpt.models.huggingface import to_huggingface
+from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.sizes import named_size
+
+SHAPES = {
+    "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),
+    "llama": named_size("llama", "debug", 257, overrides={"vocab_size": 300, "kv_heads": 1}),
+    "window": named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 7}),
+}
+POSITIONS = 64
+
+
+def released_and_imported(folder: Path, name: str) -> Path:
+    """A release of a model with far from even logits, in `folder`/released, and its import, which is returned."""
+    shape = SHAPES[name]
+    model = build_model(shape)
+    model.init_weights(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 4
+    released = folder / "released"
+    released.mkdir(parents=True)
+    (released / "config.json").write_text(
+        json.dumps(config_from_shape(shape, max_positions=POSITIONS, dtype="float32"))
+    )
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(released))
+    state = {
+        key.replace("embed_out", "lm_head"): tensor for key, tensor in to_huggingface(model.state_dict(), shape).items()
+    }
+    theirs.load_state_dict(state, strict=False)
+    theirs.save_pretrained(released)
+    import_released(str(released), folder / "imported", tell=lambda line: None)
+    return folder / "imported"
+
+
+def opened(checkpoint: Path, **how: object) -> Opened:
+    """The checkpoint in this process, with the byte tokenizer."""
+    return open_checkpoint(checkpoint, join_ranks(), tokenizer="bytes", **how)  # type: ignore[arg-type]
+
+
+QUESTIONS = [
+    {"question": f"{a} and {b} make", "choices": [str(a + b), str(a - b), "a lot of it"], "answer": (a * b) % 3}
+    for a in range(1, 6)
+    for b in range(1, 5)
+]
+
+
+def write_tasks(folder: Path) -> Path:
+    """Two tasks over one local file, one of choices and one of texts; returns the folder of their YAML files."""
+    tasks = folder / "bench" / "tasks"
+    tasks.mkdir(parents=True)
+    (tasks.parent / "sums.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    head = (
+        "dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: BENCH_DIR/sums.jsonl\n"
+        'validation_split: validation\nfewshot_split: validation\ndoc_to_text: "{{question}}"\n'
+    )
+    (tasks / "sums.yaml").write_text(
+        f'task: sums\n{head}output_type: multiple_choice\ndoc_to_target: answer\ndoc_to_choice: "{{{{choices}}}}"\n'
+        "metric_list:\n  - metric: acc\n  - metric: acc_norm\nmetadata:\n  version: 1.0\n"
+    )
+    (tasks / "sums_text.yaml").write_text(
+        f'task: sums_text\n{head}output_type: generate_until\ndoc_to_target: "{{{{choices[0]}}}}"\n'
+        'generation_kwargs:\n  until: ["e", "\\n"]\n  do_sample: false\n  max_gen_toks: 12\n'
+        "metric_list:\n  - metric: exact_match\nmetadata:\n  version: 1.0\n"
+    )
+    return tasks

@@ -1,0 +1,122 @@
+"""lm-evaluation-harness on a checkpoint and its own `hf` model on the export of it: the same answers."""
+
+import opened
+import pytest
+
+from titan_cpt.export import export
+from titan_cpt.generation import Sampling
+from titan_cpt.suites import SUITES, Task
+
+pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
+pytest.importorskip("accelerate", reason="needs accelerate, which the test extra brings")
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.harness import CheckpointLM, Tasks, ask, spread
+
+CONTEXTS = ("The dog", "The dog ran over the", "", "a" * 100, "Ünïcode und ein Satz ", "x\ny ")
+CONTINUATIONS = (" ran", " over the street because it was late", "b", "\n", " it.", "ü")
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "llama"])
+def pair(request, tmp_path_factory):
+    """(our model, the harness's own on the export) of the same weights in float32, for each family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = opened.released_and_imported(folder, request.param)
+    export(checkpoint, folder / "exported", dtype="float32", tokenizer="bytes", tell=lambda line: None)
+    theirs = HFLM(pretrained=str(folder / "exported"), dtype="float32", batch_size=3, device="cpu")
+    return CheckpointLM(opened.opened(checkpoint, batch_tokens=150)), theirs
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """The harness with two small tasks of ours."""
+    return Tasks(opened.write_tasks(tmp_path_factory.mktemp("tasks")))
+
+
+def requests(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=number) for number, one in enumerate(arguments)]
+
+
+def test_log_likelihoods_are_those_of_the_harness_own_model(pair):
+    """Each of 36 requests within 1e-3, empty and overlong contexts among them, and the same ones greedy."""
+    ours, theirs = pair
+    asked = requests("loglikelihood", [(context, text) for context in CONTEXTS for text in CONTINUATIONS])
+    one, other = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
+
+    assert [nats for nats, _ in one] == pytest.approx([nats for nats, _ in other], abs=1e-3)
+    assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
+    assert len({round(nats, 2) for nats, _ in one}) > 20
+
+
+def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(pair):
+    """Texts of one to four windows."""
+    ours, theirs = pair
+    asked = requests("loglikelihood_rolling", [("A short text.",), ("Long. " * 20,), ("Longer still. " * 15,)])
+    one, other = ours.loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+
+    assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_greedy_generations_are_those_of_the_harness_own_model(pair):
+    """Prompts of different lengths, one of them cut, until a text or the length ends them."""
+    ours, theirs = pair
+    ways = ({"until": ["e", "zz"], "max_gen_toks": 20}, {"until": [], "max_gen_toks": 9, "do_sample": False})
+    asked = requests("generate_until", [(context or "?", way) for context in CONTEXTS for way in ways])
+    one, other = ours.generate_until(asked), theirs.generate_until(asked, disable_tqdm=True)
+
+    assert one == other
+    assert len(set(one)) > 6
+
+
+@pytest.mark.parametrize("task", [Task("sums", 0), Task("sums", 3), Task("sums_text", 1)], ids=str)
+def test_a_task_is_scored_the_same(pair, tasks, task):
+    """Every metric, its error, and every sample; without and with worked examples."""
+    found = [ask(model, tasks.load(task), task, 7) for model in pair]
+
+    assert found[0] == found[1]
+    assert found[0].samples == 7
+    assert found[0].shots == task.shots
+
+
+def test_a_limit_spreads_over_all_samples():
+    """The middles of equal parts; all of them where there are fewer."""
+    assert spread(100, 4) == [12, 37, 62, 87]
+    assert spread(3, 10) == [0, 1, 2]
+
+
+def test_an_unknown_task_is_refused_with_its_neighbours(tasks):
+    """Before any model is loaded; a tag is not a task either."""
+    with pytest.raises(ConfigError, match=r"did you mean .*hellaswag"):
+        tasks.require(Task("hellaswagg"))
+    with pytest.raises(ConfigError, match="tag of several tasks"):
+        tasks.require(Task("ai2_arc"))
+
+
+def test_questions_that_cannot_be_had_are_told(tmp_path):
+    """The file of a local task is gone: one message that names the task and the cause."""
+    folder = opened.write_tasks(tmp_path)
+    (folder.parent / "sums.jsonl").unlink()
+
+    with pytest.raises(DataError, match=r"task sums: .*sums.jsonl"):
+        Tasks(folder).load(Task("sums"))
+
+
+def test_a_way_of_sampling_that_is_not_here_is_refused(pair):
+    """A task that asks for beams gets no greedy text instead."""
+    with pytest.raises(DataError, match="num_beams"):
+        pair[0].generate_until(requests("generate_until", [("a", {"until": ["e"], "max_gen_toks": 3, "num_beams": 4})]))
+
+
+def test_the_papers_suites_are_tasks_of_the_harness():
+    """Every name is there, and shots that a task fixes itself are the suite's."""
+    manager = TaskManager()
+    named = [task for name in ("paper_english", "paper_german") for task in SUITES[name]]
+    fixed = {task.name: manager.task_index[task.name].cfg.get("num_fewshot", task.shots) for task in named}
+
+    assert set(fixed) <= {*manager.all_subtasks, *manager.all_groups}
+    assert fixed == {task.name: task.shots for task in named}
+    assert Sampling() == Sampling(temperature=0)
