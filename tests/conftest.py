@@ -1,6 +1,7 @@
 """What all tests share: one torch thread, hypothesis without deadlines, and a config of one stage to start from."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from titan_cpt.plan import Inventory
 from titan_cpt.planning import make_plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` ignores it, and so would what tests interrupt
 
 settings.register_profile("titan_cpt", deadline=None, max_examples=60)
 settings.register_profile("mutants", settings.get_profile("titan_cpt"), phases=(Phase.explicit, Phase.generate))
