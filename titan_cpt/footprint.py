@@ -19,6 +19,8 @@ from titan_cpt.models.shapes import LlamaShape, ModelShape
 from titan_cpt.pipeline_costs import bubble, in_flight
 
 _FP32 = 4
+LOGITS_CHUNK = 2**26
+"""Logits that exist at a time where head and loss are one operation; 128 MiB in bfloat16."""
 
 Parameter = tuple[str, tuple[int, ...], int | None]
 """Name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
@@ -99,7 +101,7 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
     over = layout.dp_shard * layout.cp
     number = work.bytes_per_number
     if layout.world_size == 1:
-        gathered = held * number if number != _FP32 else 0  # autocast's copies
+        gathered = held * number if number != _FP32 else 0  # the working copy
     elif layout.reshard_after_forward:
         gathered = (ends + 2 * block) * number + block * _FP32  # this block, the next one, and its gradients
     else:
@@ -253,8 +255,16 @@ def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> fl
 
 
 def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
-    """Logits and their gradient; under loss parallelism torch takes the softmax in fp32, besides."""
+    """Logits and their gradient; under loss parallelism torch takes the softmax in fp32, besides.
+
+    Where head and loss are one operation the gradient takes the place of the logits, of a chunk of tokens at a time,
+    and the head's gradient is summed over the chunks in fp32.
+    """
     rows = work.microbatch_tokens * shape.vocab_size
+    if layout.tp == 1 and layout.pp == 1:
+        chunks = -(-rows // LOGITS_CHUNK)
+        head = shape.vocab_size * shape.width * (_FP32 + work.bytes_per_number) if chunks > 1 else 0
+        return rows // chunks * work.bytes_per_number + head
     if layout.tp == 1 or not layout.loss_parallel:
         return rows * 2 * work.bytes_per_number
     return rows // layout.tp * (work.bytes_per_number + 2 * _FP32)

@@ -17,6 +17,7 @@ import torch
 
 from titan_cpt import checkpoint as ckpt
 from titan_cpt import numerics
+from titan_cpt.allocator import keep_freed_memory
 from titan_cpt.checkpoint import Found, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
@@ -51,6 +52,7 @@ def run(config: Config) -> int:
     """
     for message in _THEIR_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    keep_freed_memory()
     ranks = join_ranks()
     try:
         return run_among(ranks, config)

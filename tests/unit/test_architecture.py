@@ -10,8 +10,8 @@ import titan_cpt
 ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
-    "errors",
-    "config_types permutation schedules models.shapes weight_files loss data.indexed_format data.unpacking data.bpe "
+    "errors allocator",
+    "config_types permutation schedules models.shapes weight_files data.indexed_format data.unpacking data.bpe "
     "data.source data.record checkpoint_files suites scores",
     "config_model config_data models.sizes models.layers models.huggingface models.huggingface_config data.number_file",
     "config mixture models.gpt_neox models.llama data.indexed data.indexed_writer data.engines data.texts data.raw",
@@ -19,7 +19,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "pipeline_costs",
     "footprint models.cached",
     "layout_rules",
-    "plan distributed.mesh distributed.context",
+    "plan distributed.mesh distributed.context distributed.working_copy loss",
     "planning layout_view distributed.parallelise distributed.engine",
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
     "data.prepare data.inventory distributed.check_layout interchange lineage skips",

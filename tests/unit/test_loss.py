@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt import loss
-from titan_cpt.loss import summed_cross_entropy
+from titan_cpt.loss import head_and_loss, summed_cross_entropy
 
 
 def example(dtype, *, sequences=2, length=7, vocabulary=50):
@@ -101,3 +101,63 @@ def test_no_fp32_copy_of_bf16_logits_is_ever_whole(monkeypatch):
         summed_cross_entropy(logits_BLV, targets_BL).backward()
 
     assert largest == 100
+
+
+# Head and loss as one operation
+
+
+def head_example(dtype, *, vocabulary=50, width=6):
+    generator = torch.Generator().manual_seed(2)
+    x_BLD = torch.randn(2, 7, width, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    return x_BLD, weight_VD, torch.randint(0, vocabulary, (2, 7), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 14, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_head_and_loss_are_the_loss_of_the_heads_logits(dtype, tolerance, chunk_tokens, monkeypatch):
+    """Value and both gradients against torch in fp64 through whole logits; the result is scaled once more behind it."""
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 50 * chunk_tokens)
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
+    x_BLD, weight_VD, targets_BL = head_example(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x_BLD, weight_VD)]
+    expected = F.cross_entropy(F.linear(*exact).flatten(0, 1), targets_BL.flatten(), reduction="sum") / 14
+    (3 * expected).backward()
+    share = head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1 / 14)
+    (3 * share).backward()
+
+    assert share.dtype is torch.float32
+    assert share.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, theirs in ((x_BLD, exact[0]), (weight_VD, exact[1])):
+        assert ours.grad.dtype is dtype
+        assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
+
+
+def test_the_form_for_the_compiler_gives_the_same(monkeypatch):
+    """It runs on CUDA alone, where the chunks of the other one would be many small kernels."""
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
+    logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))
+    targets_C = torch.arange(14)
+    losses_C, grad_CV = loss._softmax_in_one(logits_CV, targets_C, 0.5)
+    chunked_losses_C, chunked_grad_CV = loss._softmax(logits_CV.clone(), targets_C, 0.5)
+
+    torch.testing.assert_close(losses_C, chunked_losses_C, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_CV, chunked_grad_CV, rtol=1e-5, atol=1e-7)
+
+
+def test_the_logits_of_all_tokens_never_exist(monkeypatch):
+    """The largest tensor made, forward or backward, is a chunk of logits or the head's weight."""
+    sizes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.update([result.numel()] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 100)
+    x_BLD, weight_VD, targets_BL = head_example(torch.bfloat16)
+    with Watch():
+        head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
+
+    assert max(sizes) == 300

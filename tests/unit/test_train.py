@@ -384,13 +384,13 @@ def test_saving_in_the_background_does_not_change_training(raw):
 
 def poison(monkeypatch, call, value=math.nan):
     """The `call`-th loss that is worked out for training comes out as another number, and its gradient with it."""
-    calls, sound = [0], titan_cpt.distributed.engine.summed_cross_entropy
+    calls, sound = [0], titan_cpt.distributed.engine.head_and_loss
 
-    def poisoned(logits, targets):
-        calls[0] += torch.is_grad_enabled()
-        return sound(logits, targets) * (value if calls[0] == call and torch.is_grad_enabled() else 1.0)
+    def poisoned(*tensors, **numbers):
+        calls[0] += 1
+        return sound(*tensors, **numbers) * (value if calls[0] == call else 1.0)
 
-    monkeypatch.setattr(titan_cpt.distributed.engine, "summed_cross_entropy", poisoned)
+    monkeypatch.setattr(titan_cpt.distributed.engine, "head_and_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

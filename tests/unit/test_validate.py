@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
     with torch.no_grad():
         mean = F.cross_entropy(model(inputs).double().flatten(0, 1), targets.flatten()).item()
     target_bytes = int((targets != 256).sum())
-    found = validator_of(stream).measure(WholeModel(model, ONE, torch.float32))["x"]
+    found = validator_of(stream).measure(WholeModel(model, ONE))["x"]
 
     assert target_bytes < 56
     assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
@@ -96,8 +96,8 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
 @pytest.mark.parametrize("local_batch", [1, 2, 3, 7, 64])
 def test_the_size_of_a_pass_does_not_change_the_loss(model, stream, local_batch):
     """Of seven windows, in passes of which the last is often smaller."""
-    alone = validator_of(stream, local_batch=1).measure(WholeModel(model, ONE, torch.float32))["x"]
-    found = validator_of(stream, local_batch=local_batch).measure(WholeModel(model, ONE, torch.float32))["x"]
+    alone = validator_of(stream, local_batch=1).measure(WholeModel(model, ONE))["x"]
+    found = validator_of(stream, local_batch=local_batch).measure(WholeModel(model, ONE))["x"]
 
     assert found.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
@@ -107,7 +107,7 @@ def test_measuring_twice_gives_the_same_bits_and_leaves_no_trace(model, stream):
     """No gradient, no change of a weight, no change of the random numbers."""
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     random = torch.get_rng_state()
-    first, second = (validator_of(stream).measure(WholeModel(model, ONE, torch.float32))["x"] for _ in range(2))
+    first, second = (validator_of(stream).measure(WholeModel(model, ONE))["x"] for _ in range(2))
 
     assert first == second
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -122,7 +122,7 @@ def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(stream):
         def forward(self, tokens):
             return torch.zeros(*tokens.shape, 384)
 
-    assert validator_of(stream).measure(WholeModel(Nothing(), ONE, torch.float32))["x"].nats_per_token == pytest.approx(
+    assert validator_of(stream).measure(WholeModel(Nothing(), ONE))["x"].nats_per_token == pytest.approx(
         math.log(384), rel=1e-6
     )
 
@@ -131,7 +131,7 @@ def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
     """Nothing but ends of documents."""
     with IndexedWriter(tmp_path / "empty", 257) as writer:
         writer.add_document(np.full(33, 256))
-    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(WholeModel(model, ONE, torch.float32))["x"]
+    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(WholeModel(model, ONE))["x"]
 
     assert math.isfinite(found.nats_per_token)
     assert math.isnan(found.bits_per_byte)

@@ -6,6 +6,7 @@ Both kinds of engine answer the two questions of the training loop: `backward` a
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,21 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_cpt.distributed.context import own_positions
-from titan_cpt.distributed.mesh import Mesh, autocast
-from titan_cpt.loss import summed_cross_entropy
+from titan_cpt.distributed.mesh import Mesh
+from titan_cpt.distributed.working_copy import WorkingCopy
+from titan_cpt.loss import head_and_loss, summed_cross_entropy
 
 
 class WholeModel:
-    """A model whose layers all lie on this rank, whatever else is split."""
+    """A model whose layers all lie on this rank, whatever else is split.
 
-    def __init__(self, model: nn.Module, mesh: Mesh, precision: torch.dtype) -> None:
-        self.model, self.mesh, self.precision = model, mesh, precision
+    Args:
+        model: what runs.
+        copy: how the weights of `model` follow the trained ones, where these are others.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, copy: WorkingCopy | None = None, *, compiled: bool = False) -> None:
+        self.model, self.mesh, self.copy, self.compiled = model, mesh, copy, compiled
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
         """Add this batch's gradients to those there are; returns its share of the step's mean loss, on this rank.
@@ -33,21 +40,28 @@ class WholeModel:
             step_tokens: target tokens of the whole optimizer step, by which the summed loss is divided.
         """
         inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        if self.copy is not None:
+            self.copy.refresh()
+            self.copy.take_gradients()
         with sharded_loss(self.mesh):
-            with autocast(self.mesh, self.precision):
-                logits_BLV = self.model(inputs_BL)
-            part = summed_cross_entropy(unpadded(logits_BLV, targets_BL), targets_BL) / step_tokens
+            if self.mesh.layout.tp > 1:  # the head's rows lie on several ranks
+                part = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
+            else:
+                loss = partial(head_and_loss, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled)
+                part = self.model(inputs_BL, loss)
             part.backward()  # type: ignore[no-untyped-call]
+        if self.copy is not None:
+            self.copy.give_gradients()
         return part.detach()
 
     @torch.no_grad()
     def nats(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
         """The summed loss of every sequence, nats_B, the same on all ranks that share the batch; collective."""
         inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        if self.copy is not None:
+            self.copy.refresh()
         with sharded_loss(self.mesh):
-            with autocast(self.mesh, self.precision):
-                logits_BLV = self.model(inputs_BL)
-            nats_B = nats_by_sequence(logits_BLV, targets_BL)
+            nats_B = nats_by_sequence(self.model(inputs_BL), targets_BL)
         if self.mesh.context is not None:
             dist.all_reduce(nats_B, group=self.mesh.context)
         return nats_B

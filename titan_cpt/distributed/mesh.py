@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -135,10 +134,3 @@ def _context_group(device: str, layout: Layout) -> dist.ProcessGroup:
     outer = layout.world_size // (layout.cp * layout.tp)
     mesh = init_device_mesh(device, (outer, layout.cp, layout.tp), mesh_dim_names=("others", "cp", "tp"))
     return mesh["cp"].get_group()
-
-
-def autocast(mesh: Mesh, precision: torch.dtype) -> AbstractContextManager[object]:
-    """bfloat16 products over float32 weights for a single process; FSDP2 casts by itself when there are several."""
-    if precision == torch.float32 or mesh.dims is not None:
-        return nullcontext()
-    return torch.autocast(mesh.ranks.device.type, dtype=precision)

@@ -8,6 +8,7 @@ from torch import nn
 from titan_cpt.distributed.engine import Engine, Pipeline, WholeModel
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.distributed.parallelise import Techniques, parallelise
+from titan_cpt.distributed.working_copy import WorkingCopy
 from titan_cpt.models import families
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.shapes import ModelShape
@@ -17,14 +18,20 @@ def build_model(shape: ModelShape, mesh: Mesh, techniques: Techniques) -> tuple[
     """This rank's model, its weights not set yet, and what runs it.
 
     The model holds every stage of this rank under the names of the whole model, so that initial weights, optimizer and
-    checkpoints need not know of a pipeline.
+    checkpoints need not know of a pipeline. Its weights are float32; a single process in reduced precision runs a
+    working copy of it.
     """
     stages = {number: cut(shape, mesh, number) for number in mesh.layout.stages_of(mesh.place.pipeline)}
     for stage in stages.values():
         parallelise(stage, mesh, techniques)
         stage.to_empty(device=mesh.ranks.device)
+    if mesh.dims is None and techniques.precision != torch.float32:
+        trained, working = cut(shape, mesh, 0), stages[0].to(techniques.precision)
+        trained.to_empty(device=mesh.ranks.device)
+        copy = WorkingCopy(trained, working)
+        return trained, WholeModel(working, mesh, copy, compiled=techniques.compiled)
     if mesh.layout.pp == 1:
-        return stages[0], WholeModel(stages[0], mesh, techniques.precision)
+        return stages[0], WholeModel(stages[0], mesh, compiled=techniques.compiled)
     engine = Pipeline({**stages}, mesh, techniques.precision, width=shape.width)
     return merged(list(stages.values())), engine
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_cpt.models.layers import RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
 from titan_cpt.models.shapes import GPTNeoXShape
 
 
@@ -31,10 +31,10 @@ class GPTNeoX(nn.Module):
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
         self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
         self.final_norm: nn.LayerNorm | None = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.head: nn.Linear | None = nn.Linear(shape.width, shape.vocab_size, bias=False)
+        self.head: Head | None = Head(shape.width, shape.vocab_size, bias=False)
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Logits for the token after each position, logits_BLV.
+    def forward(self, tokens_BL: Tensor, project: Project = F.linear) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
 
         A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
         the head returns it.
@@ -43,7 +43,7 @@ class GPTNeoX(nn.Module):
         for block in self.blocks.values():
             x_BLD = block(x_BLD)
         x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
-        return self.head(x_BLD) if self.head is not None else x_BLD
+        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Set every weight to its first value, which the seed alone decides, whatever the devices and the layout.

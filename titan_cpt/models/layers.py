@@ -5,6 +5,7 @@ Shape letters: B sequences, L positions, N heads, H head width, R half of a head
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,22 @@ class RotaryCausalAttention(nn.Module):
         return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=seen_LL)
 
 
+class Head(nn.Linear):
+    """The projection to the vocabulary, or what is asked for in its place, such as a loss that holds no whole logits.
+
+    What is asked for gets the residual stream and the weight here, inside the module's own call, as FSDP2 gathers the
+    weight for no longer than that.
+    """
+
+    def forward(self, x_BLD: Tensor, project: "Project" = F.linear) -> Tensor:
+        """`project(x_BLD, weight_VD)`, by default the logits."""
+        return project(x_BLD, self.weight)
+
+
+Project = Callable[[Tensor, Tensor], Tensor]
+"""Of the residual stream x_BLD and the head's weight_VD: logits_BLV, or a loss worked out from them."""
+
+
 def rotary_tables(
     positions_L: Tensor, *, rotary_width: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -76,11 +93,30 @@ def rotary_tables(
     frequencies_R = 1.0 / base**exponents_R
     if scaling is None:
         angles_LR = positions_L.float()[:, None] * frequencies_R
-        return angles_LR.cos(), angles_LR.sin()
+        return _cos_sin(angles_LR)
     assert scaling.attention_factor is not None, "a checked scaling has one"
     stretch = {"llama3": _llama3_frequencies, "yarn": _yarn_frequencies}[scaling.kind]
     angles_LR = positions_L.float()[:, None] * stretch(frequencies_R, base, scaling)
-    return angles_LR.cos() * scaling.attention_factor, angles_LR.sin() * scaling.attention_factor
+    cos_LR, sin_LR = _cos_sin(angles_LR)
+    return cos_LR * scaling.attention_factor, sin_LR * scaling.attention_factor
+
+
+def _cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of every angle; opaque to torch.compile, which would work them out again for every element rotated."""
+    if torch.compiler.is_compiling():
+        opaque: tuple[Tensor, Tensor] = _opaque_cos_sin(angles_LR)
+        return opaque
+    return angles_LR.cos(), angles_LR.sin()
+
+
+@torch.library.custom_op("titan_cpt::cos_sin", mutates_args=())
+def _opaque_cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
+    return angles_LR.cos(), angles_LR.sin()
+
+
+@_opaque_cos_sin.register_fake
+def _(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(angles_LR), torch.empty_like(angles_LR)
 
 
 def _llama3_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScaling) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_cpt.models.layers import RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
 from titan_cpt.models.shapes import LlamaShape
 
 INITIAL_STD = 0.02
@@ -37,12 +37,12 @@ class Llama(nn.Module):
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
         self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
         self.final_norm: RMSNorm | None = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.head: nn.Linear | TiedHead | None = (
-            TiedHead() if shape.tie_embeddings else nn.Linear(shape.width, shape.vocab_size, bias=False)
+        self.head: Head | TiedHead | None = (
+            TiedHead() if shape.tie_embeddings else Head(shape.width, shape.vocab_size, bias=False)
         )
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Logits for the token after each position, logits_BLV.
+    def forward(self, tokens_BL: Tensor, project: Project = F.linear) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
 
         A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
         the head returns it.
@@ -53,9 +53,9 @@ class Llama(nn.Module):
         x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
         if isinstance(self.head, TiedHead):
             assert self.embedding is not None, "a model with tied embeddings has both or neither"
-            logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight)
+            logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight, project=project)
             return logits_BLV
-        return self.head(x_BLD) if self.head is not None else x_BLD
+        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Set every weight to its first value, which the seed alone decides, whatever the devices and the layout.
@@ -73,16 +73,16 @@ class Llama(nn.Module):
             cast(Block, block).init_weights(seed=seed, name=f"blocks.{layer}")
         if self.final_norm is not None:
             self.final_norm.reset_parameters()
-        if isinstance(self.head, nn.Linear):
+        if isinstance(self.head, Head):
             init_linear(self.head, std=INITIAL_STD, seed=seed, name="head")
 
 
 class TiedHead(nn.Module):
     """The head of a model with tied embeddings: no weight of its own, so that nothing can untie or save it twice."""
 
-    def forward(self, x_BLD: Tensor, embedding_VD: Tensor) -> Tensor:
-        """Logits from the input embedding's rows, logits_BLV."""
-        return F.linear(x_BLD, embedding_VD)
+    def forward(self, x_BLD: Tensor, embedding_VD: Tensor, project: Project = F.linear) -> Tensor:
+        """`project(x_BLD, embedding_VD)`, by default the logits from the input embedding's rows."""
+        return project(x_BLD, embedding_VD)
 
 
 class RMSNorm(nn.Module):
