@@ -13,21 +13,21 @@ from titan_cpt.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 faults = []
-for _ in range(12):
+for _ in range(30):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[6:]), sum(faults[6:]))
+print(sum(faults[20:]))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
 def test_the_same_memory_is_used_again_without_page_faults():
-    """A tensor of 64 MiB made again and again: six times cost less than once does when glibc was told nothing."""
+    """A tensor of 64 MiB made again and again: the last ten of thirty cost no page fault."""
     faults = {
         how: subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout
         for how in ("default", "kept")
     }
-    (least, _), (_, total) = ([int(number) for number in faults[how].split()] for how in ("default", "kept"))
 
-    assert total < least
+    assert int(faults["default"]) > 10_000
+    assert int(faults["kept"]) < 100

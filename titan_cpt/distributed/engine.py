@@ -30,7 +30,9 @@ class WholeModel:
         copy: how the weights of `model` follow the trained ones, where these are others.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, copy: WorkingCopy | None = None, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, copy: WorkingCopy | None = None, *, compiled: bool = False
+    ) -> None:
         self.model, self.mesh, self.copy, self.compiled = model, mesh, copy, compiled
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
