@@ -7,12 +7,13 @@ give it: four ranks start in the time of one fork each, not in eleven seconds.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,16 @@ def _wild(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Life:
-    """One start of a command and how it may end before its time."""
+    """One start of a command and how it may end before its time.
+
+    Attributes:
+        main: "module:function", which is given the arguments.
+    """
 
     arguments: tuple[str, ...]
     faults: tuple[Any, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    main: str = "titan_cpt.cli:main"
 
 
 def start(life: Life, output: Path) -> Any:
@@ -116,16 +122,21 @@ def start_ranks(
     config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1, only: int | None = None
 ) -> list[tuple[Any, Path]]:
     """The processes of all ranks, under way; a Fault, which kills, is laid on every rank or on one only."""
+    life = Life(("train", "--config", str(config), *overrides), tuple(faults))
+    return start_all(life, config, ranks=ranks, only=only)
+
+
+def start_all(life: Life, beside: Path, *, ranks: int, only: int | None = None) -> list[tuple[Any, Path]]:
+    """One process for each rank, and where its output goes: a file beside another one."""
     shared: tuple[tuple[str, str], ...] = ()
     if ranks > 1:
-        shared = (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(_free_port())), ("WORLD_SIZE", str(ranks)))
+        shared = (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port())), ("WORLD_SIZE", str(ranks)))
     started = []
     for rank in range(ranks):
-        output = config.with_suffix(f".{time.monotonic_ns()}.{rank}.txt")
+        output = beside.with_suffix(f".{time.monotonic_ns()}.{rank}.txt")
         place = (*shared, ("RANK", str(rank)), ("LOCAL_RANK", str(rank))) if ranks > 1 else ()
-        mine = tuple(fault for fault in faults if only in (None, rank) or not isinstance(fault, Fault))
-        life = Life(("train", "--config", str(config), *overrides), mine, place)
-        started.append((start(life, output), output))
+        mine = tuple(fault for fault in life.faults if only in (None, rank) or not isinstance(fault, Fault))
+        started.append((start(replace(life, faults=mine, environment=place), output), output))
     return started
 
 
@@ -139,12 +150,12 @@ def _child(life: Life, output: str) -> None:
             training._lay(fault)
         else:
             fault.lay()
-    from titan_cpt.cli import main
+    module, _, function = life.main.partition(":")
+    getattr(importlib.import_module(module), function)(life.arguments)
 
-    main(life.arguments)
 
-
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return int(asked.getsockname()[1])

@@ -158,27 +158,43 @@ main()
 """
 
 
-def test_torchrun_starts_again_by_itself_when_a_rank_is_killed(data, tmp_path):
-    """Two ranks, one of them killed at step 6: --max-restarts 1 goes on from step 4 and ends as if nothing had been."""
-    raw = training.changed(training.two_stages(data, tmp_path), training={"local_batch_size": 1})
-    whole = training.write_config(training.changed(raw, job={"name": "whole"}), tmp_path / "whole.toml")
-    unbroken = faulty.train(whole, ranks=2)
+def lives_with_a_killed_rank(raw, tmp_path, *, nodes):
+    """Two ranks under `torchrun --max-restarts 1`, of one node or of two; rank 1 is killed once, at step 6."""
     config = training.write_config(raw, tmp_path / "c.toml")
     script = tmp_path / "deadly.py"
     script.write_text(RANK_1_DIES_ONCE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", script, "train", "--config", config, tmp_path / "marker"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--nnodes", str(nodes)]
+    torchrun += ["--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-id", "x"]
+    torchrun += ["--rdzv-endpoint", f"127.0.0.1:{faulty.free_port()}", "--local-addr", "127.0.0.1"]
+    command = [*torchrun, script, "train", "--config", config, tmp_path / "marker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    if nodes > 1:
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as run_train.sh does
+    output = tmp_path / "output.txt"
+    with output.open("a") as told:
+        started = [
+            subprocess.Popen(command, env=environment, stdout=told, stderr=subprocess.STDOUT) for _ in range(nodes)
+        ]
+        try:
+            statuses = [process.wait(timeout=240) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    return statuses, output.read_text()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_again_by_itself_when_a_rank_is_killed(data, tmp_path, nodes):
+    """Two ranks, one of them killed at step 6: it goes on from step 4 and ends as if nothing had been."""
+    raw = training.changed(training.two_stages(data, tmp_path), training={"local_batch_size": 1})
+    raw["stages"] = raw["stages"][:1]
+    whole = training.write_config(training.changed(raw, job={"name": "whole"}), tmp_path / "whole.toml")
+    unbroken = faulty.train(whole, ranks=2)
+    statuses, output = lives_with_a_killed_rank(raw, tmp_path, nodes=nodes)
     run = tmp_path / "run"
 
     assert unbroken.status == 0, unbroken.output
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses == [0] * nodes, output
     assert (tmp_path / "marker").exists()
     assert [event["step"] for event in training.events_of(run, "resume")] == [4]
     assert training.numbers_of(run) == training.numbers_of(tmp_path / "whole")

@@ -1,0 +1,116 @@
+"""Run on every rank: checkpoints written under some layouts, and read again under others, inside one process group."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from titan_cpt import manifest
+from titan_cpt.checkpoint import INTERVAL, Found
+from titan_cpt.config_file import load_config
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks
+from titan_cpt.parts import Parts, build
+from titan_cpt.run_folder import StopRequest
+from titan_cpt.train import resume, save, train_stage
+
+LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
+    1: {"one": {}},
+    2: {
+        "fsdp": {"training.local_batch_size": "4"},
+        "tp": {"parallelism.tensor_parallel_degree": "2"},
+        "pp": {"parallelism.pipeline_parallel_degree": "2"},
+        "cp": {"parallelism.context_parallel_degree": "2"},
+    },
+    4: {
+        "fsdp4": {"training.local_batch_size": "2"},
+        "hsdp": {"parallelism.data_parallel_replicate_degree": "2", "training.local_batch_size": "2"},
+        "fsdp-tp": {"parallelism.tensor_parallel_degree": "2", "training.local_batch_size": "4"},
+        "pp-fsdp": {
+            "parallelism.pipeline_parallel_degree": "2",
+            "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble",
+            "training.local_batch_size": "4",
+        },
+        "pp-tp": {"parallelism.pipeline_parallel_degree": "2", "parallelism.tensor_parallel_degree": "2"},
+    },
+}
+"""Layouts by their number of ranks, as overrides of a run of one process."""
+STEP = "first/step-00000002"
+
+
+def write(arguments: Sequence[str]) -> None:
+    """Read the run `one`'s checkpoint under every layout of this number of ranks, and write it again."""
+    folder, ranks = Path(arguments[0]), _join()
+    for name, overrides in LAYOUTS[ranks.world_size].items():
+        if name == "one":
+            continue
+        with _built(folder, ranks, name, overrides) as parts:
+            _resume(parts, folder / "one" / STEP)
+            save(parts, parts.plan.stages[0], 2, INTERVAL)
+            parts.checkpoints.wait()
+    leave_ranks()
+
+
+def read(arguments: Sequence[str]) -> None:
+    """Read the checkpoints of all layouts under every layout of this number of ranks, and go on from the last."""
+    folder, ranks = Path(arguments[0]), _join()
+    for name, overrides in LAYOUTS[ranks.world_size].items():
+        with _built(folder, ranks, f"to-{name}", overrides) as parts:
+            digests = {}
+            for writer in (writer for of_ranks in LAYOUTS.values() for writer in of_ranks):
+                _forget(parts)
+                _resume(parts, folder / writer / STEP)
+                digests[writer] = _digest(parts)
+            save(parts, parts.plan.stages[0], 2, INTERVAL)
+            train_stage(parts, parts.plan.stages[0], 2, unmeasured=False)
+            parts.checkpoints.wait()
+        told = folder / f"to-{name}" / f"digests-{ranks.rank}.json"
+        told.write_text(json.dumps(digests))
+    leave_ranks()
+
+
+def _join() -> Ranks:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return join_ranks()
+
+
+@contextmanager
+def _built(folder: Path, ranks: Ranks, name: str, overrides: dict[str, str]) -> Iterator[Parts]:
+    config = load_config(folder / "run.toml", [*overrides.items(), ("job.name", name)])
+    run = folder / name
+    run.mkdir(exist_ok=True)
+    with StopRequest() as stop:
+        parts, _ = build(config, ranks, run, stop)
+        try:
+            yield parts
+        finally:
+            parts.log.close()
+
+
+def _resume(parts: Parts, checkpoint: Path) -> None:
+    resume(parts, Found(checkpoint, manifest.read(checkpoint)))
+
+
+def _tensors(parts: Parts) -> Iterator[torch.Tensor]:
+    for parameter in parts.model.parameters():
+        for tensor in (parameter.data, *parts.optimizer.state[parameter].values()):
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _forget(parts: Parts) -> None:
+    for tensor in _tensors(parts):
+        tensor.fill_(-1)
+
+
+def _digest(parts: Parts) -> str:
+    digest = hashlib.sha256()
+    for tensor in _tensors(parts):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""A resume under another layout: every one to every other of 1, 2 and 4 ranks, the state exact, the losses close."""
+
+import json
+
+import faulty
+import pytest
+import training
+from faulty import Life
+from layouts import LAYOUTS, STEP
+from parity_launch import TOML, make_data
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+NAMES = [(ranks, name) for ranks, of_ranks in LAYOUTS.items() for name in of_ranks]
+
+
+def on_ranks(ranks, function, folder):
+    """Call a function of layouts.py on so many ranks."""
+    life = Life((str(folder),), main=f"layouts:{function}")
+    ended = [faulty.outcome_of(*one) for one in faulty.start_all(life, folder / "layouts", ranks=ranks)]
+
+    assert [one.status for one in ended] == [0] * ranks, "\n".join(one.output for one in ended)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The run of one process, its step 2 under every layout, and what each layout made of all of those."""
+    folder = tmp_path_factory.mktemp("layouts")
+    make_data(folder)
+    toml = (
+        TOML.replace('"outputs"', f'"{folder}"').replace('"pages', f'"{folder}/pages').replace("steps = 3", "steps = 4")
+    )
+    toml = toml.replace(f'dataset = "{folder}/pages"', 'dataset = "pages"').replace('name = "base"', 'name = "one"')
+    (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\n")
+    outcome = training.train(folder / "run.toml")
+
+    assert outcome.status == 0, outcome.output
+    for ranks in (2, 4):
+        on_ranks(ranks, "write", folder)
+    for ranks in (1, 2, 4):
+        on_ranks(ranks, "read", folder)
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES)
+def test_a_resume_reads_every_layouts_checkpoint_into_the_same_bits(folder, ranks, name):
+    """Ten writers, one reader: on each rank the shards of weights, moments and step counts are the same ten times."""
+    told = [json.loads((folder / f"to-{name}" / f"digests-{rank}.json").read_text()) for rank in range(ranks)]
+
+    assert [len(digests) for digests in told] == [len(NAMES)] * ranks
+    assert [len(set(digests.values())) for digests in told] == [1] * ranks
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize(("ranks", "name"), NAMES)
+def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, ranks, name, part):
+    """What it writes again at once is bit for bit what the one process wrote, whoever reads and writes in between."""
+    one = training.tensors_of(folder / "one" / STEP, part)
+    for run in (name, f"to-{name}"):
+        assert training.same_bits(one, training.tensors_of(folder / run / STEP, part))
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES)
+def test_a_resume_under_another_layout_trains_on_the_same_batches(folder, ranks, name):
+    """Steps 3 and 4 against those of the run that nothing interrupted: the hashes are equal, the losses within 1e-5."""
+    expected, found = (training.numbers_of(folder / run) for run in ("one", f"to-{name}"))
+    steps = [("train", "first", step, None) for step in (3, 4)]
+
+    assert [found[step][2:] for step in steps] == [expected[step][2:] for step in steps]
+    assert [found[step][0] for step in steps] == pytest.approx([expected[step][0] for step in steps], abs=1e-5)
