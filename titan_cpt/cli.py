@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from titan_cpt.errors import ConfigError, DataError, TitanError
 
-_TAKE_OVERRIDES = ("plan", "train", "sweep", "prepare", "anneal")
+_TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
 
 
@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--prepare-only", action="store_true", help="make the arms' folders and do not train yet")
     sweep.add_argument("--launch", metavar="COMMAND", help="what trains an arm, such as ./run_train.sh")
     sweep.epilog = "Any key of the files is overridden by its dotted name: --training.seq_len 512"
+
+    baselines = _command(commands, "baselines", _baselines, "the runs to compare a config with, derived from it")
+    _add_config(baselines)
+    baselines.add_argument("--output", type=Path, metavar="FOLDER", help="for their TOMLs (default: below output_dir)")
+    baselines.add_argument("--run", action="store_true", dest="train", help="train the config and all of these")
+    baselines.add_argument("--launch", metavar="COMMAND", help="what trains a run, such as ./run_train.sh")
 
     prepare = _command(commands, "prepare", _prepare, "text to token files, and tokenizers from text")
     prepare.add_argument("--config", type=Path, metavar="FILE", help="prepare what this config's datasets still lack")
@@ -307,24 +313,41 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.display import make_console
-    from titan_cpt.sweep import TRAIN, exit_status, print_arms, print_outcomes, run_arms
-
     if options.plan:
+        from titan_cpt.display import make_console
+        from titan_cpt.sweep import print_arms
+
         print_arms(options.files, overrides, make_console())
         return 0
     arm = options.arm
     if arm is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         arm = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    outcomes = run_arms(
-        options.files,
-        overrides,
-        only=arm,
-        launch=shlex.split(options.launch) if options.launch else TRAIN,
-        train=not options.prepare_only,
-    )
+    return _run_arms(options.files, overrides, options.launch, only=arm, train=not options.prepare_only)
+
+
+def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: str | None, **how: Any) -> int:
+    from titan_cpt.display import make_console
+    from titan_cpt.sweep import TRAIN, exit_status, print_outcomes, run_arms
+
+    outcomes = run_arms(files, overrides, launch=shlex.split(launch) if launch else TRAIN, **how)
     print_outcomes(outcomes, make_console())
     return exit_status(outcomes)
+
+
+def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.baselines import write_baselines
+    from titan_cpt.config_file import load_run
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.layout import fewest_ranks
+    from titan_cpt.planning import make_plan
+
+    config = load_run(options.config, overrides)
+    plan = make_plan(config, take_inventory(config), fewest_ranks(config))
+    paths = write_baselines(config, plan, options.output)
+    if options.train:
+        return _run_arms(paths, [], options.launch)
+    print(f"titan-cpt sweep {paths[0].parent}/*.toml   # trains the run itself and them, what they share once")
+    return 0
 
 
 def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

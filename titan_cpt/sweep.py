@@ -105,7 +105,7 @@ def _one(
     others = [other for other in arms if isinstance(other, Arm)]
     begin = time.monotonic()
     try:
-        with _turn(arm, shared_stages(arm, others), say) as has_shared_stages:
+        with _turn(arm, others, say) as has_shared_stages:
             adopted = adopt(arm, others)
             if adopted:
                 say(f"  adopted {adopted}")
@@ -132,17 +132,20 @@ def _one(
 
 
 @contextmanager
-def _turn(arm: Arm, shared: int, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def _turn(arm: Arm, others: Sequence[Arm], say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """One arm at a time trains what is shared; yields what lets go of the turn once that is there.
 
     What is yielded is called now and then, and answers whether the turn is over.
     """
+    shared = shared_stages(arm, others)
     if not shared:
         yield lambda: True
         return
-    arm.folder.parent.mkdir(parents=True, exist_ok=True)
-    path = arm.folder.parent / f".shared-{fingerprint(arm.plan.recipe_until(0))}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    common = Path(os.path.commonpath([other.folder.resolve().parent for other in others]))
+    common.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(
+        common / f".shared-{fingerprint(arm.plan.recipe_until(0))}.lock", os.O_RDWR | os.O_CREAT, 0o644
+    )
     waiting = False
     while True:
         try:
