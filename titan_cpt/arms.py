@@ -22,6 +22,7 @@ from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.layout import fewest_ranks
 from titan_cpt.metrics import FILE_NAME, read_record
 from titan_cpt.plan import Plan, fingerprint
+from titan_cpt.plan_view import plan_as_json
 from titan_cpt.planning import make_plan
 from titan_cpt.run_folder import locked
 
@@ -149,6 +150,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
     if best is None:
         return ""
     with locked(arm.folder, rank=0):
+        manifest.write_text_atomically(arm.folder / "plan.json", json.dumps(plan_as_json(arm.plan), indent=1))
         _write_past(best, arm, count)
         for index in range(count):  # the last one's end is planted last: an arm that was cut short here begins again
             for folder in _kept_points(best, arm.plan, index):

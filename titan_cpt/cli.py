@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
+    report.add_argument(
+        "--html", nargs="?", type=Path, const=Path(), metavar="OUT", help="a page and PNGs into this folder"
+    )
 
     verify = _command(commands, "verify", _verify, "check a checkpoint's manifest, sizes and checksums")
     verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -487,13 +490,18 @@ def _opening(options: argparse.Namespace) -> dict[str, Any]:
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.comparison import compare, print_comparison
     from titan_cpt.display import make_console
-    from titan_cpt.report import print_summary, read_run, summary_of
+    from titan_cpt.report import labelled, print_summary, read_run, summary_of
 
     records = [read_run(run) for run in options.runs]
     for record in records:
         print_summary(summary_of(record), make_console())
     if len(records) > 1:
-        print_comparison(compare(records), make_console())
+        print_comparison(compare(labelled(records)), make_console())
+    if options.html is not None:
+        from titan_cpt.report_page import default_folder, write_page
+
+        out = default_folder(options.runs) if options.html == Path() else options.html
+        print(f"the page: {write_page(records, out)}")
     return 0
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,6 +219,13 @@ def read_record(run: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(record, dict) or "kind" not in record:
             raise DataError(f"{path}:{number}: is not a line of this record; it was damaged after it was written")
         yield record
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the numbers were made with: the program, torch, Python and the device."""
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    ours = metadata.version("titan_cpt")
+    return {"titan_cpt": ours, "torch": torch.__version__, "python": platform.python_version(), "on": cuda}
 
 
 def memory_gib() -> float:

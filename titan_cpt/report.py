@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ class Record:
     trains: Sequence[Mapping[str, Any]]
     validations: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all stages to their ends."""
+        return int(sum(stage["steps"] for stage in self.plan["stages"]) * self.plan["step_tokens"])
 
     def tokens_at(self, stage: str, step: int) -> int:
         """Tokens that the run had trained on after so many steps of a stage, earlier stages included."""
@@ -69,6 +74,13 @@ def read_run(path: Path) -> Record:
         return sorted(mine, key=lambda line: (places[line["stage"]], line["step"]))
 
     return Record(plan["name"], run, plan, in_order(trains.values()), in_order(validations.values()), events)
+
+
+def labelled(records: Sequence[Record]) -> list[Record]:
+    """The records under names that tell them apart: with that of the folder around them where these differ."""
+    if len({record.folder.resolve().parent for record in records}) == 1:
+        return list(records)
+    return [replace(record, name=f"{record.folder.resolve().parent.name}/{record.name}") for record in records]
 
 
 def _read_plan(run: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, wait_for_
 from titan_cpt.errors import NumericsError
 from titan_cpt.initial import load_initial
 from titan_cpt.manifest import write_text_atomically
+from titan_cpt.metrics import versions
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
 from titan_cpt.parts import Parts, build, manifest_record
 from titan_cpt.plan import StagePlan
@@ -76,7 +77,8 @@ def run_among(ranks: Ranks, config: Config) -> int:
 
 def train(parts: Parts, found: Found | None) -> int:
     """Every stage that is not done yet, in order."""
-    parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size)
+    told = {"versions": versions(parts.ranks.device), "data": parts.identities}
+    parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size, **told)
     first = 0
     if found is not None:
         first = found.manifest["stage_index"]

@@ -28,7 +28,8 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "generation",
     "harness continuations",
     "evaluate",
-    "sweep",
+    "sweep report_figures",
+    "report_page",
     "parts",
     "initial numerics records",
     "train",
@@ -39,7 +40,18 @@ RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 LONGEST = {"train": 349}  # lines; every other file has fewer than 500
 TORCHLESS = ("config_file", "planning", "plan_view", "suggest", "data.inventory", "models.sizes")
-OPTIONAL = {"torch", "tokenizers", "datasets", "transformers", "pyarrow", "huggingface_hub", "zstandard", "lm_eval"}
+OPTIONAL = {
+    "torch",
+    "tokenizers",
+    "datasets",
+    "transformers",
+    "pyarrow",
+    "huggingface_hub",
+    "zstandard",
+    "matplotlib",
+    "jinja2",
+    "lm_eval",
+}
 
 
 def module_name(path):

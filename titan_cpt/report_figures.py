@@ -1,0 +1,206 @@
+"""The figures of a report: losses over tokens, learning rates, forgetting against adaptation, throughput.
+
+Each is drawn twice, on white for paper and light screens and on black for dark ones, from the same numbers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import matplotlib
+
+from titan_cpt.comparison import Row
+from titan_cpt.report import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+matplotlib.use("Agg")  # no screen is asked for
+from matplotlib import pyplot  # after the choice of what it draws with
+
+# Okabe and Ito's colours, which differ for every kind of colour vision; yellow, too pale on white, is left out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
+_STYLES = ("-", "--", "-.", ":")
+_MOST_POINTS = 500
+_MOST_IN_LEGEND = 16
+_THEMES = {"light": ("#1b1f24", "#8c959f", "#e6e8eb"), "dark": ("#e6edf3", "#8b949e", "#2b3138")}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing: what it shows, how wide it is in inches, its bytes as PNG and as SVG for light and dark pages."""
+
+    name: str
+    caption: str
+    width: float
+    png: bytes
+    svg_light: str
+    svg_dark: str
+
+
+def draw(name: str, caption: str, paint: Callable[[], Canvas]) -> Figure:
+    """What `paint` draws, as PNG and SVG."""
+    with _theme("light"):
+        canvas = paint()
+        width = float(canvas.get_figwidth())
+        png = _saved(canvas, "png")
+        light = _saved(canvas, "svg").decode()
+    with _theme("dark"):
+        dark = _saved(paint(), "svg").decode()
+    return Figure(name, caption, width, png, light, dark)
+
+
+@contextmanager
+def _theme(name: str) -> Iterator[None]:
+    ink, faint, grid = _THEMES[name]
+    settings: dict[str, Any] = {
+        "figure.facecolor": "none" if name == "dark" else "white",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none" if name == "dark" else "white",
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "xtick.color": faint,
+        "ytick.color": faint,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "axes.edgecolor": faint,
+        "axes.grid": True,
+        "grid.color": grid,
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9.5,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.fontsize": 8.5,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "font.family": "sans-serif",
+        "svg.hashsalt": "titan_cpt",  # the same numbers give the same bytes
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _saved(canvas: Canvas, form: str) -> bytes:
+    out = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"Software": None}
+    canvas.savefig(out, format=form, dpi=180, bbox_inches="tight", metadata=metadata)
+    pyplot.close(canvas)
+    return out.getvalue()
+
+
+def losses_over_tokens(records: Sequence[Record]) -> Canvas:
+    """A panel for each dataset: its held-out loss over the tokens trained on, a line for each run."""
+    datasets = sorted({line["dataset"] for record in records for line in record.validations})
+    columns = min(2, len(datasets))
+    rows = -(-len(datasets) // columns)
+    canvas, panels = pyplot.subplots(rows, columns, figsize=(10.4, 3.5 * rows), squeeze=False)
+    unit, size = _unit(records)
+    for axes, dataset in zip(panels.flat, datasets, strict=False):
+        shown: list[float] = []
+        last = max(record.total_tokens for record in records)
+        for number, record in enumerate(records):
+            mine = [line for line in record.validations if line["dataset"] == dataset]
+            tokens = [record.tokens_at(line["stage"], line["step"]) for line in mine]
+            losses = [line["loss_nats_per_token"] for line in mine]
+            axes.plot([t / size for t in tokens], losses, **_look(number), label=record.name)
+            shown += [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.03 * last]
+        _mark_borders(axes, records, size)
+        if shown:  # the first steps, which fall from the logarithm of the vocabulary, would flatten the rest
+            low, high = min(shown), max(shown)
+            axes.set_ylim(low - 0.06 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+        axes.set_title(dataset)
+        axes.set_xlabel(f"tokens trained on ({unit})")
+        axes.set_ylabel("loss, nats per token")
+    for axes in list(panels.flat)[len(datasets) :]:
+        axes.set_axis_off()
+    return _with_legend(canvas, panels[0, 0], len(records))
+
+
+def learning_rates(records: Sequence[Record]) -> Canvas:
+    """The LR that each run used, over its tokens."""
+    return _over_tokens(records, "lr", "learning rate", scientific=True)
+
+
+def throughput(records: Sequence[Record]) -> Canvas:
+    """Tokens per second, validation and saving left out."""
+    return _over_tokens(records, "tokens_per_s", "tokens per second", scientific=False)
+
+
+def _over_tokens(records: Sequence[Record], key: str, label: str, *, scientific: bool) -> Canvas:
+    canvas, axes = pyplot.subplots(figsize=(10.4, 3.1))
+    unit, size = _unit(records)
+    for number, record in enumerate(records):
+        lines = [line for line in record.trains if line[key] is not None]
+        kept = lines[:: max(1, len(lines) // _MOST_POINTS)] + lines[-1:]
+        tokens = [record.tokens_at(line["stage"], line["step"]) / size for line in kept]
+        axes.plot(tokens, [line[key] for line in kept], **_look(number), label=record.name)
+    _mark_borders(axes, records, size)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"tokens trained on ({unit})")
+    axes.set_ylabel(label)
+    if scientific:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return _with_legend(canvas, axes, len(records))
+
+
+def trade_off(points: Sequence[tuple[int, Row, float]]) -> Canvas:
+    """Forgetting against adaptation, (number of the run, its row, forgetting) for each; better to the lower left.
+
+    A run that forgets nothing of its own, because it was trained from scratch, is drawn hollow.
+    """
+    canvas, axes = pyplot.subplots(figsize=(6.8, 4.2))
+    for number, row, value in points:
+        marker, inside = ("o", None) if row.forgetting else ("D", "none")
+        place = (row.adaptation or 0.0, value)
+        axes.plot(*place, marker, color=_look(number)["color"], markersize=7.5, markerfacecolor=inside)
+        axes.annotate(row.name, place, (6, 5), textcoords="offset points", fontsize=8.5)
+    axes.margins(x=0.25, y=0.14)
+    axes.set_xlabel("adaptation: loss on the new data, nats per token")
+    axes.set_ylabel("forgetting: rise of the loss on the old data")
+    return cast("Canvas", canvas)
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)]}
+
+
+def _unit(records: Sequence[Record]) -> tuple[str, float]:
+    most = max(record.total_tokens for record in records)
+    return next((pair for pair in (("B", 1e9), ("M", 1e6)) if most >= pair[1]), ("thousand", 1e3))
+
+
+def _mark_borders(axes: Axes, records: Sequence[Record], size: float) -> None:
+    """Dashed lines where the stages of the run with the most of them end, and the stages' names."""
+    record = max(records, key=lambda record: len(record.plan["stages"]))
+    stages = [stage["name"] for stage in record.plan["stages"]]
+    if len(stages) < 2:
+        return
+    for place, name in enumerate(stages):
+        begin = record.tokens_at(name, 0) / size
+        if place:
+            axes.axvline(begin, color=matplotlib.rcParams["xtick.color"], linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+        colour = matplotlib.rcParams["xtick.color"]
+        where = axes.get_xaxis_transform()
+        axes.annotate(
+            name, (begin, 1.0), (4, -3), xycoords=where, textcoords="offset points", va="top", fontsize=8, color=colour
+        )
+
+
+def _with_legend(canvas: Canvas, axes: Axes, count: int) -> Canvas:
+    canvas.tight_layout()
+    if 1 < count <= _MOST_IN_LEGEND:
+        handles, labels = axes.get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(5, count))
+    return canvas

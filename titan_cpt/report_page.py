@@ -1,0 +1,239 @@
+"""A report as one HTML page that needs nothing else, and its figures as PNGs beside it.
+
+The page is a list of sections, each made by a plain function of the runs' records; a new one is a line in `sections`.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titan_cpt.comparison import Row, compare
+from titan_cpt.errors import DataError
+from titan_cpt.manifest import write_text_atomically
+from titan_cpt.report import Record, labelled, summary_of
+
+if TYPE_CHECKING:
+    from titan_cpt.report_figures import Figure
+
+PAGE_NAME = "index.html"
+_TEMPLATE = Path(__file__).with_name("report_page.html")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: its head, its rows of text, and the places of the lowest number of a column, which are set in bold."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column's cells are numbers, which are set flush right."""
+        cells = [row[column] for row in self.rows if row[column]]
+        return bool(cells) and all(cell[0] in "+-0123456789" for cell in cells)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        lead: one or two sentences above everything else.
+        details: (summary, text) of what is folded away, text as it stands.
+    """
+
+    title: str
+    lead: str = ""
+    figures: Sequence[Figure] = ()
+    grids: Sequence[Grid] = ()
+    details: Sequence[tuple[str, str]] = ()
+
+
+def write_page(records: Sequence[Record], out: Path) -> Path:
+    """Write `out`/index.html and the PNGs of its figures; the page's path.
+
+    Raises:
+        DataError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2  # with matplotlib the extra `report`
+    except ImportError:
+        raise DataError("--html needs jinja2 and matplotlib: pip install 'titan_cpt[report]'") from None
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    made = list(sections(labelled(records)))
+    out.mkdir(parents=True, exist_ok=True)
+    for figure in (figure for section in made for figure in section.figures):
+        (out / f"{figure.name}.png").write_bytes(figure.png)
+    title = records[0].name if len(records) == 1 else f"{len(records)} runs"
+    template = environment.from_string(_TEMPLATE.read_text())
+    page = template.render(title=title, sections=made, runs=[_state(record) for record in records])
+    write_text_atomically(out / PAGE_NAME, page)
+    return out / PAGE_NAME
+
+
+def default_folder(runs: Sequence[Path]) -> Path:
+    """`report` in the run's folder, or in the one that holds all of them."""
+    folders = [run if run.is_dir() else run.parent for run in runs]
+    return (folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))) / "report"
+
+
+def sections(records: Sequence[Record]) -> Iterator[Section]:
+    """The parts of the page, in order."""
+    rows = compare(records)
+    yield from final_losses(rows)
+    yield from loss_curves(records)
+    yield from trade_off_section(rows, records)
+    yield from schedules(records)
+    yield from data(records)
+    yield from speed(records)
+    yield from what_was_run(records)
+
+
+def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
+    """The table of every run's last losses."""
+    datasets = sorted({name for row in rows for name in row.losses})
+    head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute of the last stage"]
+    numbers = [
+        [*(row.losses.get(name) for name in datasets), row.average, row.mean_forgetting, row.adaptation] for row in rows
+    ]
+    body = []
+    for row, line in zip(rows, numbers, strict=True):
+        losses = [_shown(value, sign=place == len(datasets) + 1) for place, value in enumerate(line)]
+        compute = f"{row.update_share:.2f}x" + ("" if row.is_done else f", still in {row.stage}")
+        body.append([row.name, *losses, _count(row.tokens), compute])
+    best = set()
+    for column in range(len(head) - 3):
+        known = [(line[column], place) for place, line in enumerate(numbers) if line[column] is not None]
+        if len(known) > 1:
+            best.add((min((value, place) for value, place in known if value is not None)[1], column + 1))
+    yield Section(
+        "Final losses",
+        "Nats per token on held-out text at the end of the last stage, as the mean of its final window where there is "
+        "one. AVG is the plain mean over the datasets trained on. Compute is that of the last stage against training "
+        "again on everything; the lowest number of a column is bold.",
+        grids=[Grid(head, body, frozenset(best))],
+    )
+
+
+def loss_curves(records: Sequence[Record]) -> Iterator[Section]:
+    """Loss of every dataset over tokens."""
+    if any(record.validations for record in records):
+        from titan_cpt.report_figures import draw, losses_over_tokens
+
+        caption = "Held-out loss of each dataset over the tokens trained on; dashed: where a stage ends."
+        yield Section(
+            "What was learnt and forgotten",
+            figures=[draw("losses", caption, lambda: losses_over_tokens(records))],
+        )
+
+
+def trade_off_section(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Section]:
+    """Forgetting against adaptation; a run from scratch is set against what the others had before."""
+    before: dict[str, list[float]] = {}
+    for record in records:
+        for stage in summary_of(record)["stages"]:
+            for name, value in stage["forgetting"].items():
+                before.setdefault(name, []).append(stage["after"][name] - value)
+    points: list[tuple[int, Row, float]] = []
+    new = {name for record in records for name in record.plan["stages"][-1]["new_datasets"] if name not in before}
+    for number, row in enumerate(rows):
+        against = [row.losses[name] - sum(b) / len(b) for name, b in before.items() if name in row.losses]
+        value = row.mean_forgetting if row.forgetting else sum(against) / len(against) if against else None
+        mine = [row.losses[name] for name in new if name in row.losses]
+        if value is not None and row.adaptation is not None and mine:
+            point = row if row.forgetting else replace(row, adaptation=sum(mine) / len(mine))
+            points.append((number, point, value))
+    if len(points) > 1:
+        from titan_cpt.report_figures import draw, trade_off
+
+        caption = "A point for each run, better to the lower left. Hollow: from scratch, against the others' start."
+        drawn = draw("trade-off", caption, lambda: trade_off(points))
+        yield Section("Forgetting against adaptation", figures=[drawn])
+
+
+def schedules(records: Sequence[Record]) -> Iterator[Section]:
+    """The LR as it was used."""
+    if any(record.trains for record in records):
+        from titan_cpt.report_figures import draw, learning_rates
+
+        drawn = draw("learning-rates", "Learning rate of every step, as used.", lambda: learning_rates(records))
+        yield Section("Learning rates", figures=[drawn])
+
+
+def data(records: Sequence[Record]) -> Iterator[Section]:
+    """Tokens, replay and epochs of every dataset in every stage."""
+    rows = []
+    for record in records:
+        for stage in record.plan["stages"]:
+            for name, use in stage["datasets"].items():
+                share = use["replayed_tokens"] / stage["tokens"]
+                epochs = "not known" if use["epochs"] is None else f"{use['epochs']:.2f}"
+                replay = f"{_count(use['replayed_tokens'])} ({share:.1%})" if use["replayed_tokens"] else ""
+                rows.append([record.name, stage["name"], name, _count(use["tokens"]), replay, epochs])
+    if rows:
+        yield Section(
+            "Data",
+            "What each stage takes of each dataset, replay included; epochs are of the stage.",
+            grids=[Grid(["run", "stage", "dataset", "tokens", "of them replayed", "epochs"], rows)],
+        )
+
+
+def speed(records: Sequence[Record]) -> Iterator[Section]:
+    """Throughput."""
+    if any(line["tokens_per_s"] for record in records for line in record.trains):
+        from titan_cpt.report_figures import draw, throughput
+
+        rows = []
+        for record in records:
+            seconds = sum(stage["seconds"] for stage in summary_of(record)["stages"])
+            tokens = sum(bool(line["tokens_per_s"]) for line in record.trains) * record.plan["step_tokens"]
+            mfus = [line["mfu"] for line in record.trains if line.get("mfu")]
+            memory = max((line["memory_gib"] for line in record.trains if line.get("memory_gib")), default=None)
+            cells = [f"{seconds:,.0f}", f"{tokens / seconds:,.0f}" if seconds else ""]
+            cells += [f"{sum(mfus) / len(mfus):.1%}" if mfus else "", "" if memory is None else f"{memory:.2f}"]
+            rows.append([record.name, *cells])
+        drawn = draw("throughput", "Validation and saving are left out.", lambda: throughput(records))
+        grid = Grid(["run", "seconds of training", "tokens per second", "share of the peak", "memory, GiB"], rows)
+        yield Section("Throughput", figures=[drawn], grids=[grid])
+
+
+def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
+    """Plan, versions, data and config of every run."""
+    rows, details = [], []
+    for record in records:
+        start: Mapping[str, Any] = next((event for event in reversed(record.events) if event["name"] == "start"), {})
+        versions = ", ".join(f"{name} {value}" for name, value in start.get("versions", {}).items())
+        rows.append([record.name, str(record.plan["fingerprint"]), str(start.get("world_size", "")), versions])
+        told = "".join(f"{name:<40} {value}\n" for name, value in start.get("data", {}).items())
+        if told:
+            details.append((f"{record.name}: fingerprints of the data", told))
+        config = record.folder / "config.toml"
+        if config.exists():
+            details.append((f"{record.name}: config, every default spelt out", config.read_text()))
+    yield Section("What was run", grids=[Grid(["run", "plan", "ranks", "versions"], rows)], details=details)
+
+
+def _state(record: Record) -> str:
+    stages = summary_of(record)["stages"]
+    done, steps = (sum(stage[key] for stage in stages) for key in ("steps_done", "steps"))
+    return f"{record.name}: {done:,} of {steps:,} steps"
+
+
+def _shown(value: float | None, *, sign: bool) -> str:
+    return "" if value is None else f"{value:+.4f}" if sign else f"{value:.4f}"
+
+
+def _count(tokens: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if tokens >= size:
+            return f"{tokens / size:.4g}{unit}"
+    return str(tokens)
