@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
 from titan_cpt.errors import ConfigError, DataError, TitanError
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if arguments is None else arguments
     options, rest = parser.parse_known_args(words)
     try:
-        overrides = _overrides(rest) if options.takes_overrides else _none_left(rest)
+        overrides = overrides_in(rest) if options.takes_overrides else none_left(rest)
         status = options.run(options, overrides)
     except TitanError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -66,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device-memory", metavar="SIZE", help="whether a rank's share fits, such as 80GiB")
     plan.add_argument("--check-layout", action="store_true", help="build the sharded model without memory and count it")
     plan.add_argument("--suggest", action="store_true", help="layouts for the ranks and --device-memory (80GiB)")
-    plan.add_argument("--world-size", type=_positive, metavar="N", help="ranks to plan for (default: the fewest)")
+    plan.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for (default: the fewest)")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    plan.add_argument("--lr-at", type=_integers, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
+    plan.add_argument("--lr-at", type=steps, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
     plan.add_argument("--recipe", nargs=2, metavar=("STAGE", "STEP"), help="the 0-based global batch STEP (JSON)")
 
     train = _command(commands, "train", _train, "train what is not trained yet; run_train.sh calls this")
@@ -95,17 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|PATH", help="default: bytes")
     prepare.add_argument("--text-field", default="text", metavar="NAME", help="field of a document's text")
     prepare.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share for PREFIX-validation")
-    prepare.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes")
+    prepare.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
     prepare.add_argument("--force", action="store_true", help="replace an output made in another way")
     prepare.add_argument(
-        "--train-tokenizer", type=_positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
+        "--train-tokenizer", type=positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
     )
 
     importing = _command(commands, "import", _import, "a released model (Hugging Face) as a checkpoint to begin with")
     importing.add_argument("source", metavar="PATH-OR-HUB-NAME", help="a folder, OWNER/NAME or OWNER/NAME@REVISION")
     importing.add_argument("output", type=Path, metavar="OUT", help="the checkpoint to write")
     importing.add_argument(
-        "--vocab-size", type=_positive, metavar="ROWS", help="rows beyond are dropped, new ones the mean of the old"
+        "--vocab-size", type=positive, metavar="ROWS", help="rows beyond are dropped, new ones the mean of the old"
     )
 
     export = _command(commands, "export", _export, "a checkpoint as a folder that transformers and vLLM load")
@@ -115,13 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
     export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
     export.add_argument(
-        "--max-positions", type=_positive, metavar="TOKENS", help="default: what it was trained or released for"
+        "--max-positions", type=positive, metavar="TOKENS", help="default: what it was trained or released for"
     )
 
     anneal = _command(commands, "anneal", _anneal, "branch off a constant phase: a run that anneals")
     anneal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
-    anneal.add_argument("--tokens", type=_tokens, required=True, metavar="N", help="of the annealing, such as 10B")
-    anneal.add_argument("--min", type=_lr, metavar="LR", help="LR of its last step (default: the stage's own)")
+    anneal.add_argument("--tokens", type=tokens, required=True, metavar="N", help="of the annealing, such as 10B")
+    anneal.add_argument("--min", type=learning_rate, metavar="LR", help="LR of its last step (default: the stage's)")
     anneal.add_argument("--prepare-only", action="store_true", help="make the run's folder and do not train yet")
 
     evaluating = _command(
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument(
         "--tasks", nargs="+", default=(), metavar="TASK[:SHOTS[:METRIC]]", help="or some of --suite"
     )
-    evaluating.add_argument("--limit", type=_positive, metavar="N", help="only N samples of each task, evenly spread")
+    evaluating.add_argument("--limit", type=positive, metavar="N", help="only N samples of each task, evenly spread")
     evaluating.add_argument("--tasks-dir", type=Path, metavar="DIR", help="more tasks, as YAML files of the harness")
     evaluating.add_argument("--again", action="store_true", help="repeat tasks that are done already")
     evaluating.add_argument("--json", action="store_true", help="one JSON object on stdout, progress on stderr")
@@ -142,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     generating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="or RUN: its stages' ends")
     generating.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     generating.add_argument("--examples", action="store_true", help="prompts of our own; kept for the run's report")
-    generating.add_argument("--tokens", type=_positive, default=64, metavar="N", help="at most (default 64)")
-    generating.add_argument("--temperature", type=_temperature, default=0.8, metavar="T", help="0: the likeliest token")
-    generating.add_argument("--top-p", type=_share, default=0.95, metavar="P", help="draw among the likeliest P (0.95)")
+    generating.add_argument("--tokens", type=positive, default=64, metavar="N", help="at most (default 64)")
+    generating.add_argument("--temperature", type=temperature, default=0.8, metavar="T", help="0: the likeliest token")
+    generating.add_argument("--top-p", type=share, default=0.95, metavar="P", help="draw among the likeliest P (0.95)")
     generating.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other texts")
     _add_opening(generating)
 
@@ -176,79 +177,10 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     command.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
     command.add_argument(
-        "--max-length", type=_positive, metavar="TOKENS", help="default: what the weights were made for"
+        "--max-length", type=positive, metavar="TOKENS", help="default: what the weights were made for"
     )
-    command.add_argument("--batch-tokens", type=_positive, default=8192, metavar="N", help="of a pass (default 8192)")
+    command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N", help="of a pass (default 8192)")
     command.add_argument("--shard-weights", action="store_true", help="under torchrun: spread the weights over ranks")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 0:
-        raise argparse.ArgumentTypeError(f"steps are not negative, got {text}")
-    return numbers
-
-
-def _tokens(text: str) -> int:
-    from titan_cpt.config_types import parse_tokens
-
-    try:
-        tokens = parse_tokens(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return _positive(str(tokens))
-
-
-def _lr(text: str) -> float:
-    lr = float(text)
-    if not 0 <= lr < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a learning rate of 0 or more, got {text}")
-    return lr
-
-
-def _temperature(text: str) -> float:
-    temperature = float(text)
-    if not 0 <= temperature < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a temperature of 0 or more, got {text}")
-    return temperature
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return share
-
-
-def _overrides(words: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b value` and `--a.b=value` as pairs."""
-    pairs, rest = [], list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            raise ConfigError(
-                f"command line: unknown argument {word!r}; a config key is overridden as --table.key value"
-            )
-        if not equals:
-            if not rest:
-                raise ConfigError(f"command line: {word} has no value; write {word} VALUE")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
-
-
-def _none_left(words: Sequence[str]) -> list[tuple[str, str]]:
-    if words:
-        raise ConfigError(f"command line: unknown argument {words[0]!r}; --help lists what this command takes")
-    return []
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -377,7 +309,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
 
         materialise(load_config(options.config, overrides), workers=options.workers, force=options.force)
         return 0
-    _none_left([f"--{key}" for key, _ in overrides])
+    none_left([f"--{key}" for key, _ in overrides])
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
     if options.train_tokenizer:

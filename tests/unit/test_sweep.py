@@ -248,7 +248,8 @@ def test_a_damaged_checkpoint_is_not_adopted(swept, tmp_path):
     path = swept({FRACTION: [0.0, 0.25]})
     assert training.train(_only_config(path)).status == 0
     first, second = read_arms([path])
-    victim = max((first.folder / "english" / "step-00000012").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    files = (first.folder / "english" / "step-00000012").rglob("*")
+    victim = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
