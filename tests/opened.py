@@ -79,3 +79,20 @@ def write_tasks(folder: Path) -> Path:
         "metric_list:\n  - metric: exact_match\nmetadata:\n  version: 1.0\n"
     )
     return tasks
+
+
+def write_minimal_pairs(folder: Path) -> Path:
+    """The three tasks of suite `minimal_pairs`, a few short sentences each; returns the folder of their YAML files."""
+    tasks = folder / "pairs" / "tasks"
+    tasks.mkdir(parents=True)
+    for number, name in enumerate(("clams_de", "clams_en", "blimp_en")):
+        pairs = [
+            {"good": f"{word} geht{number}", "bad": f"{word} gehen"} for word in ("er", "sie", "der Hund", "es", "a")
+        ]
+        (tasks.parent / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        (tasks / f"{name}_local.yaml").write_text(
+            f"task: {name}_local\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+            f"    validation: BENCH_DIR/{name}.jsonl\noutput_type: multiple_choice\nvalidation_split: validation\n"
+            'doc_to_text: ""\ndoc_to_target: 0\ndoc_to_choice: "{{[good, bad]}}"\nmetric_list:\n  - metric: acc\n'
+        )
+    return tasks

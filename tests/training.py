@@ -242,7 +242,7 @@ def train(config: Path, *overrides: str, **faults: Any) -> Outcome:
 def _server() -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["titan_cpt.train", "training", "torch._dynamo"])
+    context.set_forkserver_preload(["titan_cpt.train", "training", "torch._dynamo", "lm_eval.evaluator"])
     return context
 
 

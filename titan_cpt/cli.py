@@ -364,11 +364,18 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.evaluate import Asked, evaluate_all
 
     whole_suite = options.suite if not options.tasks else None
-    asked = Asked(tasks, suite=whole_suite, limit=options.limit, again=options.again, **_opening(options))
+    asked = Asked(
+        tasks,
+        suite=whole_suite,
+        folder=options.tasks_dir,
+        limit=options.limit,
+        again=options.again,
+        **_opening(options),
+    )
     tell = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
     ranks = join_ranks()
     try:
-        columns, lacking = evaluate_all(options.checkpoints, ranks, asked, options.tasks_dir, tell=tell)
+        columns, lacking = evaluate_all(options.checkpoints, ranks, asked, tell=tell)
     finally:
         leave_ranks()
     if ranks.rank == 0:

@@ -25,6 +25,7 @@ from titan_cpt.config_types import (
     Tokens,
     fault,
 )
+from titan_cpt.suites import SUITES
 
 
 class Job(Table):
@@ -232,11 +233,23 @@ class Evaluation(Table):
     """[evaluation]: benchmarks inside training."""
 
     suite: str | None = None
-    """A suite's name."""
+    """paper_english, paper_german, minimal_pairs or offline; left out, nothing is evaluated."""
     every: PositiveInt | None = None
-    """Steps between evaluations."""
+    """Steps of a stage between evaluations; a checkpoint is saved for each."""
     at_stage_end: bool = True
     """Evaluate when a stage ends."""
+    tasks_dir: str | None = None
+    """Folder of more tasks, as YAML files of lm-evaluation-harness."""
+    limit: PositiveInt | None = None
+    """Only so many samples of each task, evenly spread."""
+
+    @model_validator(mode="after")
+    def _suite_is_known(self) -> Evaluation:
+        if self.suite is not None and self.suite not in SUITES:
+            raise fault(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+        if self.suite is None and self.every is not None:
+            raise fault("every needs a suite; give evaluation.suite")
+        return self
 
 
 class _LR(Table):

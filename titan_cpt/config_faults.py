@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from titan_cpt.config import Config
 
-RESERVED_STAGE_NAMES = ("tb",)  # the run's folder holds these beside the stages' folders
+RESERVED_STAGE_NAMES = ("tb", "evaluations")  # the run's folder holds these beside the stages' folders
 
 # What the schema knows and no code does yet: dotted key and the only value that is honest until then.
 NOT_AVAILABLE_YET: dict[str, Any] = {
@@ -20,8 +20,6 @@ NOT_AVAILABLE_YET: dict[str, Any] = {
     "float8.recipe_name": None,
     "float8.enable_fsdp_float8_all_gather": False,
     "profiling.enable_profiling": False,
-    "evaluation.suite": None,
-    "evaluation.every": None,
 }
 
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +27,10 @@ import torch.distributed as dist
 from titan_cpt import manifest
 from titan_cpt.continuations import keep_examples
 from titan_cpt.distributed.mesh import Ranks, wait_for_all
-from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.errors import ConfigError, DataError, TitanError
 from titan_cpt.evaluated import run_of, scores_folder, stage_ends
 from titan_cpt.inference import Opened, open_checkpoint
+from titan_cpt.lineage import precision_of
 from titan_cpt.scores import FORMAT, GENERATIONS, Score, average, file_name, read_score
 from titan_cpt.suites import Task
 
@@ -41,14 +44,16 @@ class Asked:
 
     Attributes:
         suite: the name under which the tasks' average is kept; None for tasks by themselves.
+        folder: of tasks beside the harness's own.
         limit: only so many samples of each task, evenly spread.
         again: repeat what is done already.
     """
 
     tasks: tuple[Task, ...]
     suite: str | None = None
+    folder: Path | None = None
     limit: int | None = None
-    precision: str = "float32"
+    precision: str | None = None
     tokenizer: str | None = None
     max_length: int | None = None
     sharded: bool = False
@@ -56,8 +61,9 @@ class Asked:
     again: bool = False
 
 
-def open_tasks(asked: Sequence[Task], folder: Path | None) -> Tasks:
-    """The harness, once it is known that it has all these tasks.
+@cache
+def open_tasks(asked: tuple[Task, ...], folder: Path | None) -> Tasks:
+    """The harness, once it is known that it has all these tasks; it takes seconds, once in a process.
 
     Raises:
         ConfigError: it is not installed, or has no such task.
@@ -67,7 +73,7 @@ def open_tasks(asked: Sequence[Task], folder: Path | None) -> Tasks:
         from titan_cpt.harness import Tasks
     except ImportError as error:
         raise ConfigError(f"benchmarks need lm-evaluation-harness: pip install 'titan_cpt[eval]' ({error})") from None
-    tasks = Tasks(folder)
+    tasks = Tasks(folder, asked)
     for task in asked:
         tasks.require(task)
     return tasks
@@ -77,11 +83,11 @@ def evaluate(
     checkpoint: Path,
     ranks: Ranks,
     asked: Asked,
-    tasks: Tasks,
     *,
     tell: Callable[[str], None],
     examples: bool = False,
     checked: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Score], list[str]]:
     """Scores of one checkpoint, those that were kept and those that were still missing; collective.
 
@@ -89,61 +95,65 @@ def evaluate(
         tell: is given a line for each task; on rank 0 only.
         examples: continue the example prompts as well.
         checked: compare the checkpoint's checksums first.
+        interrupted: asked before each task, with the same answer on every rank; the rest is left out once it says so.
 
     Returns:
-        The scores, and the names of tasks whose questions could not be had.
+        The scores, and the names of tasks that have none: their questions could not be had or put to the model.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
     """
     say = tell if ranks.rank == 0 else _nothing
     bench = _Bench(checkpoint, ranks, asked, checked)
-    scores, missing = [], []
+    scores, missing, asked_now = list[Score](), list[str](), False
     with _undisturbed():
         for task in asked.tasks:
             path = bench.folder / file_name(task.name, task.shots, asked.limit)
             kept = None if asked.again else _kept(path, bench, task)
-            if kept is not None:
+            if _everywhere(kept is not None, ranks) and kept is not None:
                 say(f"  {task.name}: {_said(kept)}, kept from before")
                 scores.append(kept)
                 continue
+            if interrupted():
+                break
             try:
-                loaded = _agreed(lambda task=task: tasks.load(task), ranks)  # type: ignore[misc]
+                tasks = open_tasks(asked.tasks, asked.folder)
+                loaded = _agreed(lambda task=task, tasks=tasks: tasks.load(task), ranks)  # type: ignore[misc]
+                scores.append(_score(bench, task, loaded, path))
+                asked_now = True
             except DataError as error:
                 say(f"  {error}")
                 missing.append(task.name)
                 continue
-            scores.append(_score(bench, task, loaded, path))
             say(f"  {task.name}: {_said(scores[-1])}, {scores[-1].samples:,} samples, {scores[-1].seconds:.1f} s")
-        if examples and not (bench.folder / GENERATIONS).exists():
+        if examples and not interrupted() and not _everywhere((bench.folder / GENERATIONS).exists(), ranks):
             keep_examples(bench.opened())
         bench.close()
-    if ranks.rank == 0 and scores:
-        _chart(bench, asked, scores, whole=not missing)
+    if ranks.rank == 0 and asked_now:
+        _chart(bench, asked, scores, whole=len(scores) == len(asked.tasks))
     wait_for_all()
     return scores, missing
 
 
 def evaluate_all(
-    paths: Sequence[Path], ranks: Ranks, asked: Asked, folder: Path | None, *, tell: Callable[[str], None]
+    paths: Sequence[Path], ranks: Ranks, asked: Asked, *, tell: Callable[[str], None]
 ) -> tuple[dict[str, list[Score]], list[str]]:
     """Scores of several checkpoints by their names, and the tasks that some of them lack; collective.
 
     Args:
         paths: checkpoints, or runs, of which the ends of all stages are meant.
-        folder: of tasks beside the harness's own.
 
     Raises:
         CheckpointError: a folder is neither.
         ConfigError: the harness is not installed, or has no such task.
     """
     checkpoints = [checkpoint for path in paths for checkpoint in stage_ends(path)]
-    tasks = open_tasks(asked.tasks, folder)
+    open_tasks(asked.tasks, asked.folder)
     found, lacking = {}, set[str]()
     for checkpoint in checkpoints:
         if ranks.rank == 0:
             tell(f"{checkpoint}")
-        scores, missing = evaluate(checkpoint, ranks, asked, tasks, tell=tell)
+        scores, missing = evaluate(checkpoint, ranks, asked, tell=tell)
         found[str(checkpoint)] = scores
         lacking.update(missing)
     columns = {name: [score for score in scores if score.task not in lacking] for name, scores in found.items()}
@@ -164,15 +174,13 @@ class _Bench:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the answers, as far as it is known without loading anything."""
-        from titan_cpt.harness import VERSION
-
         files = json.dumps(self.record["files"], sort_keys=True).encode()
         return {
             "files": hashlib.sha256(files).hexdigest(),
-            "precision": self.asked.precision,
+            "precision": self.asked.precision or precision_of(self.checkpoint),
             "tokenizer": self.asked.tokenizer,
             "max_length": self.asked.max_length,
-            "harness": VERSION,
+            "harness": version("lm_eval"),
         }
 
     def opened(self) -> Opened:
@@ -197,7 +205,12 @@ class _Bench:
 
         if self._model is None:
             self._model = CheckpointLM(self.opened())
-        return ask(self._model, loaded, task, self.asked.limit)
+        try:
+            return ask(self._model, loaded, task, self.asked.limit)
+        except (TitanError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # of a task's own code, or of the device; other tasks may still be possible
+            raise DataError(f"task {task.name}: cannot be asked: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         """Give the memory back; a training run has the collector switched off."""
@@ -212,7 +225,7 @@ def _score(bench: _Bench, task: Task, loaded: Any, path: Path) -> Score:
     answers = bench.ask(loaded, task)
     metric = task.metric or next(iter(answers.metrics))
     if metric not in answers.metrics:
-        raise ConfigError(f"task {task.name}: has no metric {metric!r}; it has {', '.join(answers.metrics)}")
+        raise DataError(f"task {task.name}: has no metric {metric!r}; it has {', '.join(answers.metrics)}")
     record = bench.record
     score = Score(
         task=task.name,
@@ -291,6 +304,15 @@ def _agreed(load: Callable[[], Any], ranks: Ranks) -> Any:
     if failure is not None:
         raise failure
     return loaded
+
+
+def _everywhere(found: bool, ranks: Ranks) -> bool:
+    """Whether every rank has found it; else all of them go to work."""
+    if ranks.world_size == 1:
+        return found
+    lacking = torch.tensor(int(not found))
+    dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+    return not lacking.item()
 
 
 @contextmanager

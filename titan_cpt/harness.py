@@ -15,7 +15,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -36,7 +36,6 @@ from titan_cpt.suites import Task
 
 LONGEST_TEXT = 256
 """Tokens generated for a task that does not say how many; the harness's own default."""
-VERSION: str = lm_eval.__version__
 _HARNESS_TASKS, _BENCH_DIR = "LM_EVAL_TASKS", "BENCH_DIR"
 _BOOTSTRAPS = 1000
 _SEED = 1234
@@ -167,11 +166,14 @@ class Tasks:
     In the YAML files of that folder LM_EVAL_TASKS stands for the harness's own folder of tasks, and BENCH_DIR for the
     folder above the one with the YAML files.
 
+    Args:
+        wanted: tasks; if the folder has all of them, the harness's thousands of others are not looked through.
+
     Raises:
         DataError: the folder holds no YAML file.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, wanted: Iterable[Task] = ()) -> None:
         written = Path(tempfile.mkdtemp(prefix="titan-cpt-tasks-"))
         weakref.finalize(self, shutil.rmtree, written, ignore_errors=True)
         paths: list[str | Path] = []
@@ -188,8 +190,11 @@ class Tasks:
                     text = text.replace(_HARNESS_TASKS, ours).replace(_BENCH_DIR, str(folder.resolve().parent))
                     (written / f"{number}-{file.name}").write_text(text)
             paths = [folder, written]
+        names = {task.name for task in wanted}
         with quiet():
-            self._manager = TaskManager(include_path=paths)
+            self._manager = TaskManager(include_path=paths, include_defaults=False)
+            if not names or not names <= set(self._manager.all_subtasks):
+                self._manager = TaskManager(include_path=paths)
 
     def require(self, task: Task) -> None:
         """Find out that there is such a task.
@@ -203,7 +208,9 @@ class Tasks:
         if task.name not in known:
             near = difflib.get_close_matches(task.name, sorted(known), 3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"task {task.name}: is not in lm-evaluation-harness {VERSION} or --tasks-dir{hint}")
+            raise ConfigError(
+                f"task {task.name}: is not in lm-evaluation-harness {lm_eval.__version__} or --tasks-dir{hint}"
+            )
 
     def load(self, task: Task) -> Any:
         """The task with its questions, from the disk or the hub.

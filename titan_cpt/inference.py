@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from titan_cpt import manifest
 from titan_cpt.checkpoint import load_state
@@ -26,7 +27,7 @@ from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.interchange import alone
 from titan_cpt.layout import Layout
-from titan_cpt.lineage import longest_sequence, origin, tokenizer_of
+from titan_cpt.lineage import longest_sequence, origin, precision_of, tokenizer_of
 from titan_cpt.models import families
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.shapes import shape_from_recipe
@@ -63,7 +64,7 @@ def open_checkpoint(
     folder: Path,
     ranks: Ranks,
     *,
-    precision: str = "float32",
+    precision: str | None = None,
     tokenizer: str | None = None,
     max_length: int | None = None,
     sharded: bool = False,
@@ -73,7 +74,8 @@ def open_checkpoint(
     """Build the checkpoint's model and load its weights; collective.
 
     Args:
-        precision: a key of `PRECISIONS`: of weights and products. Log-probabilities are float32 in any case.
+        precision: a key of `PRECISIONS`: of weights and products; left out, what the run computes in, float32 outside
+            of runs. Log-probabilities are float32 in any case.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; left out, the run's own.
         max_length: left out, what the run was trained on or the release promises, the longer one.
         sharded: spread the weights over all ranks.
@@ -92,6 +94,7 @@ def open_checkpoint(
     words = tokenizer_of(record, folder, tokenizer, came_from)
     if words is None:
         raise DataError(f"{folder}: no tokenizer is known for these weights; give --tokenizer PATH")
+    precision = precision or precision_of(folder)
     sharded = sharded and ranks.world_size > 1
     if sharded:
         mesh = build_mesh(ranks, Layout(dp_shard=ranks.world_size))
@@ -186,18 +189,14 @@ def _score_batch(
     return [(number, nats, bool(greedy)) for number, (nats, greedy) in sums.items()]
 
 
-def logits_at(model: nn.Module, tokens_BL: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
+def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
     """Logits at some positions of some sequences, logits_TV: the others never go through the head, the widest layer."""
 
-    def pick(_head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0][rows_T, positions_T], *inputs[1:])
+    def project(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.linear(x_BLD[rows_T, positions_T], weight_VD)
 
-    handle = model.head.register_forward_pre_hook(pick)  # type: ignore[union-attr]
-    try:
-        logits_TV: Tensor = model(tokens_BL)
-        return logits_TV
-    finally:
-        handle.remove()
+    logits_TV: Tensor = model(tokens_BL, project=project)
+    return logits_TV
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:

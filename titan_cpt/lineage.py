@@ -141,13 +141,23 @@ def tokenizer_of(
     return words
 
 
+def precision_of(checkpoint: Path) -> str:
+    """What the run that a checkpoint belongs to computes in; float32 for one outside of runs."""
+    config = _config_beside(checkpoint)
+    return str((config or {}).get("training", {}).get("mixed_precision_param", "float32"))
+
+
 def _runs_tokenizer(checkpoint: Path) -> str | None:
     """What the config beside the run's stages says; None for a checkpoint that is not in a run's folder."""
-    path = checkpoint.parent.parent / "config.toml"
+    config = _config_beside(checkpoint)
+    return None if config is None else str(config.get("tokenizer", {}).get("path", BYTES))
+
+
+def _config_beside(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint.absolute().parent.parent / "config.toml"
     if not path.exists():
         return None
     try:
-        config = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; give --tokenizer PATH") from None
-    return str(config.get("tokenizer", {}).get("path", BYTES))

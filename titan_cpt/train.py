@@ -18,6 +18,7 @@ import torch
 from titan_cpt import checkpoint as ckpt
 from titan_cpt import numerics
 from titan_cpt.allocator import keep_freed_memory
+from titan_cpt.benchmarks import benchmarks_due, require_benchmarks, take_benchmarks
 from titan_cpt.checkpoint import Found, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
@@ -84,9 +85,12 @@ def train(parts: Parts, found: Found | None) -> int:
         first = found.manifest["stage_index"]
         if found.manifest["steps_done"] == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
             first, found = first + 1, None
+    require_benchmarks(parts.config, fresh=first == 0 and found is None)
     for stage in parts.plan.stages[:first]:
         parts.log.event("skip", stage=stage.name)
         parts.display.say(f"stage {stage.name}: already trained, skipped")
+        if benchmarks_due(parts.config, stage, stage.steps) and not take_benchmarks(parts, stage, stage.steps):
+            return _stopped(parts, stage, stage.steps)
     for stage in parts.plan.stages[first:]:
         done = resume(parts, found) if found is not None else transition(parts, stage)
         unmeasured = found is None or bool(found.manifest.get("validation_due"))
@@ -95,13 +99,17 @@ def train(parts: Parts, found: Found | None) -> int:
         write_summary(parts)
         unfinished = done < stage.steps or not whole or stage is not parts.plan.stages[-1]
         if parts.stop.agreed() and unfinished:
-            parts.checkpoints.wait()
-            parts.log.event("stop", stage=stage.name, step=done, signal=parts.stop.name)
-            parts.display.say(f"stopped by {parts.stop.name}; everything is saved, the same command goes on from here")
-            return STOPPED_EARLY
+            return _stopped(parts, stage, done)
     parts.checkpoints.wait()
     _tell_the_end(parts)
     return 0
+
+
+def _stopped(parts: Parts, stage: StagePlan, done: int) -> int:
+    parts.checkpoints.wait()
+    parts.log.event("stop", stage=stage.name, step=done, signal=parts.stop.name)
+    parts.display.say(f"stopped by {parts.stop.name}; everything is saved, the same command goes on from here")
+    return STOPPED_EARLY
 
 
 def resume(parts: Parts, found: Found) -> int:
@@ -153,6 +161,8 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
     parts.display.begin_stage(stage, done)
     if unmeasured and not validate(parts, stage, done):
         return done, False
+    if benchmarks_due(config, stage, done) and not take_benchmarks(parts, stage, done):
+        return done, False
     if done == 0 == stage.pre_anneal_step:
         save(parts, stage, 0, ckpt.PRE_ANNEAL)
     gc.disable()  # ranks that collect at different times wait for each other
@@ -162,7 +172,8 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
         done = step + 1
         last, stopping = done == stage.steps, parts.stop.agreed()
         measured = last or done % config.validation.interval == 0 or done in stage.final_window
-        saved = _save_kind(stage, done, config.checkpoint.interval, stopping=stopping)
+        evaluated = benchmarks_due(config, stage, done)
+        saved = _save_kind(stage, done, config.checkpoint.interval, stopping=stopping or evaluated)
         if measured or saved or done % config.metrics.log_freq == 0:
             held_back = show(parts, stage, done)
             if held_back is not None:
@@ -172,6 +183,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
         due = measured and not validate(parts, stage, done)
         if saved or due:
             save(parts, stage, done, saved or ckpt.INTERVAL, validation_due=due)
+        due = due or (evaluated and (stopping or not take_benchmarks(parts, stage, done)))
         if step % config.training.gc_freq == 0:
             gc.collect(1)
         if stopping or due:

@@ -32,7 +32,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "sweep report_figures",
     "report_page",
     "parts",
-    "initial numerics records",
+    "initial numerics records benchmarks",
     "train",
     "cli",
     "__main__",

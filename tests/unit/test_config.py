@@ -26,8 +26,6 @@ EXAMPLES = {  # a legal value of each key that some later part may carry out
     "float8.recipe_name": "rowwise",
     "float8.enable_fsdp_float8_all_gather": "true",
     "profiling.enable_profiling": "true",
-    "evaluation.suite": "paper_english",
-    "evaluation.every": "100",
 }
 
 
