@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt import schedules
+from titan_cpt.advice import advice
 from titan_cpt.config import (
     Config,
     ConstantLR,
@@ -63,6 +64,7 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         )
     planner = _Planner(config, inventory, faults, notes)
     stages = planner.stages()
+    notes += [] if faults else advice(stages)
     if faults:
         raise PlanError(
             "\n".join(
