@@ -1,0 +1,155 @@
+"""The novels of the reproduction as text: English and German, 1840 to 1920, held out by whole novel.
+
+    python scripts/reproduce/fetch_novels.py data/reproduce                       # ELTeC from GitHub, 200 MB
+    python scripts/reproduce/fetch_novels.py data/reproduce --archive FILE        # from an archive that is at hand
+
+The European Literary Text Collection (COST-ELTeC, CC BY 4.0; its texts are in the public domain) has a hundred novels of
+each language as TEI. An archive holds such TEI files, or jsonl files that were made of them before: names beginning with
+`english` or `german`, those of the held-out part with `heldout` in them. Writes english.jsonl, english-heldout.jsonl,
+german.jsonl and german-heldout.jsonl, a document of about 20,000 characters a line: {"text", "id"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tarfile
+import tempfile
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+REPOSITORIES = {"english": "ELTeC-eng", "german": "ELTeC-deu"}
+_ADDRESS = "https://github.com/COST-ELTeC/{name}/archive/refs/heads/master.tar.gz"
+_TEI = "{http://www.tei-c.org/ns/1.0}"
+_BLOCKS = ("head", "p", "l")  # headings, paragraphs, lines of verse
+_DOCUMENT_CHARACTERS = 20_000
+_HELD_OUT_OF = 20  # one novel in so many
+
+
+class FetchError(Exception):
+    """The text cannot be had; the message says why."""
+
+
+def main() -> int:
+    """Make the four files, unless they are there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--archive", type=Path, help="a tar archive of TEI or jsonl files in place of the network")
+    options = parser.parse_args()
+    wanted = [options.folder / f"{name}{part}.jsonl" for name in REPOSITORIES for part in ("", "-heldout")]
+    if all(path.exists() for path in wanted):
+        return 0
+    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.archive is not None:
+            from_archive(options.archive, options.folder)
+        else:
+            from_github(options.folder)
+    except (FetchError, OSError, tarfile.TarError) as error:
+        print(f"fetch_novels: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def from_github(folder: Path) -> None:
+    """Both collections, as their repositories have them now."""
+    for language, name in REPOSITORIES.items():
+        address = _ADDRESS.format(name=name)
+        print(f"fetch_novels: {address}", flush=True)
+        with tempfile.TemporaryFile() as file, urllib.request.urlopen(address, timeout=60) as response:
+            while block := response.read(1 << 20):
+                file.write(block)
+            file.seek(0)
+            with tarfile.open(fileobj=file) as archive:
+                write(language, novels_of(archive), folder)
+
+
+def from_archive(path: Path, folder: Path) -> None:
+    """What an archive holds: jsonl files are taken as they are, TEI files are read.
+
+    Raises:
+        FetchError: it holds neither.
+    """
+    with tarfile.open(path) as archive:
+        found = {member.name.rpartition("/")[2]: member for member in archive.getmembers() if member.isfile()}
+        for language in REPOSITORIES:
+            lines = [name for name in found if name.startswith(language) and name.endswith(".jsonl")]
+            for name in lines:
+                part = "-heldout" if "heldout" in name else ""
+                content = archive.extractfile(found[name])
+                assert content is not None, "it is a file"
+                (folder / f"{language}{part}.jsonl").write_bytes(content.read())
+            if not lines:
+                code = REPOSITORIES[language].partition("-")[2].upper()
+                write(language, novels_of(archive, starting_with=code), folder)
+
+
+def novels_of(archive: tarfile.TarFile, starting_with: str = "") -> Iterator[tuple[str, str]]:
+    """(name, text) of every TEI file of a collection's level 1, by name; only text that a reader would see."""
+    for member in sorted(archive.getmembers(), key=lambda member: member.name):
+        folder, _, name = member.name.rpartition("/")
+        if member.isfile() and folder.endswith("level1") and name.startswith(starting_with) and name.endswith(".xml"):
+            content = archive.extractfile(member)
+            assert content is not None, "it is a file"
+            yield name.removesuffix(".xml"), text_of(content.read())
+
+
+def text_of(tei: bytes) -> str:
+    """The body of a TEI file as paragraphs; notes, page breaks and the header are left out."""
+    body = ElementTree.fromstring(tei).find(f"{_TEI}text/{_TEI}body")
+    if body is None:
+        raise FetchError("a TEI file without a body")
+    blocks = (block for block in body.iter() if block.tag in {_TEI + name for name in _BLOCKS})
+    return "\n\n".join(text for block in blocks if (text := " ".join("".join(_visible(block)).split())))
+
+
+def _visible(element: ElementTree.Element) -> Iterator[str]:
+    yield element.text or ""
+    for child in element:
+        if child.tag != _TEI + "note":
+            yield from _visible(child)
+        yield child.tail or ""
+
+
+def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Both files of a language; a novel is held out whole, by the hash of its name.
+
+    Raises:
+        FetchError: there is no novel.
+    """
+    counts = [0, 0]
+    parts = [folder / f"{language}.jsonl", folder / f"{language}-heldout.jsonl"]
+    with parts[0].open("w") as kept, parts[1].open("w") as held_out:
+        for name, text in novels:
+            held = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_OF == 0
+            counts[held] += 1
+            for number, piece in enumerate(pieces(text)):
+                line = json.dumps({"text": piece, "id": f"{name}@{number:03d}"}, ensure_ascii=False)
+                (held_out if held else kept).write(line + "\n")
+    if not all(counts):
+        for part in parts:
+            part.unlink()
+        raise FetchError(f"{language}: {counts[0]} novels and {counts[1]} held-out ones were found, which cannot be")
+    print(f"fetch_novels: {language}: {counts[0]} novels, {counts[1]} held out", flush=True)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A novel in documents of about 20,000 characters, cut between paragraphs."""
+    piece: list[str] = []
+    length = 0
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        length += len(paragraph) + 2
+        if length >= _DOCUMENT_CHARACTERS:
+            yield "\n\n".join(piece)
+            piece, length = [], 0
+    if piece:
+        yield "\n\n".join(piece)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
