@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from titan_cpt import manifest
 from titan_cpt.checkpoint_files import ShardReader, ShardWriter
+from titan_cpt.distributed.float8 import in_high_precision
 from titan_cpt.errors import CheckpointError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -115,7 +116,10 @@ class Checkpoints:
             self._make_room(folder)
         if self._has_failed():
             return
-        state = {"model": get_model_state_dict(model), "optimizer": _tensors(_optimizer_state(model, optimizer))}
+        state = {
+            "model": in_high_precision(get_model_state_dict(model)),
+            "optimizer": _tensors(_optimizer_state(model, optimizer)),
+        }
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = ShardWriter(folder)
         written = async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
@@ -262,7 +266,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     Raises:
         CheckpointError: the folder cannot be read, or holds other tensors than the model has.
     """
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": in_high_precision(get_model_state_dict(model))}
     numbers: dict[str, Any] = {}
     if optimizer is not None:
         numbers = _optimizer_state(model, optimizer)

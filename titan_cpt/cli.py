@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
-from titan_cpt.errors import ConfigError, DataError, TitanError
+from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(plan)
     plan.add_argument("--device-memory", metavar="SIZE", help="whether a rank's share fits, such as 80GiB")
     plan.add_argument("--check-layout", action="store_true", help="build the sharded model without memory and count it")
-    plan.add_argument("--suggest", action="store_true", help="layouts for the ranks and --device-memory (80GiB)")
+    plan.add_argument("--suggest", action="store_true", help="layouts for the ranks and --device-memory")
     plan.add_argument("--world-size", type=positive, metavar="N", help="ranks to plan for (default: the fewest)")
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     plan.add_argument("--lr-at", type=steps, default=(), metavar="T,...", help="LR of the 1-based steps T (JSON)")
@@ -194,7 +194,7 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
     world_size = options.world_size or fewest_ranks(config)
     if options.suggest:
-        return _suggest(config, options, world_size, device_bytes or parse_bytes("80GiB"))
+        return _suggest(config, options, world_size, device_bytes)
     plan = make_plan(config, take_inventory(config), world_size)
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
@@ -219,16 +219,19 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     return 0
 
 
-def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_bytes: int) -> int:
+def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_bytes: int | None) -> int:
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.suggest import suggestions
+    from titan_cpt.suggest import assumed, device_of, suggestions
 
+    if device_bytes is None:
+        raise PlanError("--suggest: for which device? Give its memory with --device-memory, such as 80GiB")
     found = suggestions(config, take_inventory(config), world_size, device_bytes)
     if options.json:
         lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
-        print(json.dumps({"suggestions": lines}))
+        print(json.dumps({"assumed": assumed(device_of(device_bytes)), "suggestions": lines}))
         return 0
-    print(f"{len(found)} layouts of {world_size} ranks fit; a step's time is an estimate for H100s in bfloat16")
+    print(f"{len(found)} layouts of {world_size} ranks fit, by an estimate of a step's time")
+    print(assumed(device_of(device_bytes)))
     for place, suggestion in enumerate(found[:5], 1):
         words = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
         print(

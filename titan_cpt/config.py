@@ -146,6 +146,8 @@ class Parallelism(Table):
     """Sequences of one pipeline micro-batch."""
     context_parallel_degree: PositiveInt = 1
     """Ranks over which a sequence is split."""
+    context_parallel_method: Literal["gather", "ring"] = "gather"
+    """Keys and values are gathered from the other ranks, or pass round them (torch's ring attention, CUDA)."""
 
 
 class Checkpoint(Table):
@@ -192,8 +194,8 @@ class Float8(Table):
     """torchao's scaling recipe; left out, no float8."""
     enable_fsdp_float8_all_gather: bool = False
     """Gather parameters in float8."""
-    filter_fqns: Annotated[tuple[str, ...], Field(strict=False)] = ("head",)
-    """Linear layers whose name holds one of these stay in higher precision."""
+    filter_fqns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Linear layers of the blocks whose name holds one of these stay in higher precision, as the head does anyway."""
 
 
 class Metrics(Table):

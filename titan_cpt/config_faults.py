@@ -15,10 +15,6 @@ RESERVED_STAGE_NAMES = ("tb", "evaluations")  # the run's folder holds these bes
 
 # What the schema knows and no code does yet: dotted key and the only value that is honest until then.
 NOT_AVAILABLE_YET: dict[str, Any] = {
-    "training.enable_cpu_offload": False,
-    "parallelism.enable_async_tensor_parallel": False,
-    "float8.recipe_name": None,
-    "float8.enable_fsdp_float8_all_gather": False,
     "profiling.enable_profiling": False,
 }
 

@@ -21,6 +21,7 @@ from titan_cpt.pipeline_costs import bubble, in_flight
 _FP32 = 4
 LOGITS_CHUNK = 2**26
 """Logits that exist at a time where head and loss are one operation; 128 MiB in bfloat16."""
+_FLOAT8_MULTIPLE = 16
 
 Parameter = tuple[str, tuple[int, ...], int | None]
 """Name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
@@ -37,6 +38,8 @@ class Work:
         recompute: "none", "full", "selective" or "memory_budget".
         selection: "op", or n for every n-th block.
         memory_budget: share of the activations kept under "memory_budget".
+        offloaded: parameters, gradients and the optimizer lie in the host's memory.
+        float8_kept_out: where weights are gathered in float8, parts of the names of those that are not.
     """
 
     microbatch_tokens: int
@@ -45,6 +48,8 @@ class Work:
     recompute: str
     selection: str
     memory_budget: float
+    offloaded: bool = False
+    float8_kept_out: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Footprint:
 
     Attributes:
         local_parameters: numbers that the rank keeps, of each pipeline rank in turn (at shard 0 and tensor place 0).
+        host: held in the host's memory instead of the device's.
         bubble: share of a step's time in which a pipeline rank waits, as pipeline_costs.py counts it.
         heaviest: the pipeline rank whose memory this is.
     """
@@ -70,6 +76,7 @@ class Footprint:
     sent_context: int
     sent_pipeline: int
     bubble: float
+    host: int
 
     @property
     def memory(self) -> int:
@@ -97,27 +104,30 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
     stages = layout.stages_of(rank)
     held = sum(_unsharded(shape, layout, stage) for stage in stages)
     block = _count_cut(block_parameters(shape), layout.tp)
-    ends = held - block * len(_layers(shape, layout, stages))
-    over = layout.dp_shard * layout.cp
-    number = work.bytes_per_number
+    one_block = tuple((f"blocks.0.{name}", size, cut) for name, size, cut in block_parameters(shape))
+    sent_block = _gathered_bytes(one_block, layout, work)
+    sent_all = sum(_gathered_bytes(tuple(_stage_parameters(shape, layout, stage)), layout, work) for stage in stages)
+    ends = sent_all - sent_block * len(_layers(shape, layout, stages))
     if layout.world_size == 1:
-        gathered = held * number if number != _FP32 else 0  # the working copy
+        gathered = held * work.bytes_per_number if work.bytes_per_number != _FP32 else 0  # the working copy
     elif layout.reshard_after_forward:
-        gathered = (ends + 2 * block) * number + block * _FP32  # this block, the next one, and its gradients
+        gathered = ends + 2 * sent_block + block * _FP32  # this block, the next one, and its gradients
     else:
-        gathered = held * number
+        gathered = sent_all
     if layout.pp > 1:
         gathered += held * _FP32  # gradients are summed whole over the micro-batches and reduced once
+    on_device = 0 if work.offloaded else local[rank] * _FP32
     return Footprint(
         local_parameters=local,
         heaviest=rank,
-        parameters=local[rank] * _FP32,
-        gradients=local[rank] * _FP32,
-        optimizer=local[rank] * 2 * _FP32,
+        parameters=on_device,
+        gradients=on_device,
+        optimizer=on_device * 2,
+        host=local[rank] * 4 * _FP32 if work.offloaded else 0,
         gathered=gathered,
         activations=round(_activations(shape, layout, work, rank)),
         logits=_logits(shape, layout, work) if layout.stages - 1 in stages else 0,
-        sent_fsdp=round(_sent_fsdp(held, over, layout, work)),
+        sent_fsdp=round(_sent_fsdp(held, sent_all, layout, work)),
         sent_tensor=round(_sent_tensor(shape, layout, work, stages)),
         sent_context=round(_sent_context(shape, layout, work, stages)),
         sent_pipeline=_sent_pipeline(shape, layout, work, stages),
@@ -163,6 +173,20 @@ def _gpt_neox_block(shape: ModelShape) -> tuple[Parameter, ...]:
         ("mlp.down.weight", (d, f), 1),
         ("mlp.down.bias", (d,), None),
     )
+
+
+def in_float8(name: str, size: tuple[int, ...], *, tp: int, kept_out: tuple[str, ...]) -> bool:
+    """Whether a linear layer multiplies in float8: one of a block, whose sides divide by 16 x TP for the hardware.
+
+    The head does not: its product is one operation with the loss.
+
+    Args:
+        name: of the layer or of its weight, in the whole model.
+        size: rows and columns of the whole weight.
+        kept_out: parts of the names of layers that stay in higher precision.
+    """
+    divides = all(side % (_FLOAT8_MULTIPLE * tp) == 0 for side in size)
+    return name.startswith("blocks.") and divides and not any(part in name for part in kept_out)
 
 
 def _stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> Iterator[Parameter]:
@@ -270,11 +294,17 @@ def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
     return rows // layout.tp * (work.bytes_per_number + 2 * _FP32)
 
 
-def _sent_fsdp(held: int, over: int, layout: Layout, work: Work) -> float:
-    """Gathers, once or twice a local batch, and one sum of gradients; then the copies' sum (a ring sends it twice)."""
+def _sent_fsdp(held: int, gathered: int, layout: Layout, work: Work) -> float:
+    """Gathers, once or twice a local batch, and one sum of gradients; then the copies' sum (a ring sends it twice).
+
+    Args:
+        held: numbers of the rank's stages, whole.
+        gathered: bytes of them when they are gathered.
+    """
+    over = layout.dp_shard * layout.cp
     share = (over - 1) / over
     gathers = 2 if layout.reshard_after_forward else 1
-    sent = held * share * (gathers * work.bytes_per_number + _FP32) * work.accumulation
+    sent = share * (gathers * gathered + held * _FP32) * work.accumulation
     copies = (layout.dp_replicate - 1) / layout.dp_replicate
     return sent + 2 * held / over * _FP32 * copies * work.accumulation
 
@@ -311,6 +341,17 @@ def _layers(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -> list[
 
 def _unsharded(shape: ModelShape, layout: Layout, stage: int) -> int:
     return _count_cut(tuple(_stage_parameters(shape, layout, stage)), layout.tp)
+
+
+def _gathered_bytes(parameters: tuple[Parameter, ...], layout: Layout, work: Work) -> int:
+    """Bytes of parameters as FSDP2 gathers them: a byte a number where torchao casts them before."""
+    total = 0
+    for parameter in parameters:
+        name, size, _ = parameter
+        cast = work.float8_kept_out is not None and len(size) == 2
+        cast = cast and in_float8(name, size, tp=layout.tp, kept_out=work.float8_kept_out or ())
+        total += _count_cut((parameter,), layout.tp) * (1 if cast else work.bytes_per_number)
+    return total
 
 
 def _count_cut(parameters: tuple[Parameter, ...], tp: int) -> int:

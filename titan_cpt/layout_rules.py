@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from titan_cpt.config import Config
+from titan_cpt.errors import PlanError
+from titan_cpt.footprint import block_parameters, in_float8
 from titan_cpt.layout import SCHEDULES, Layout, layout_of
 from titan_cpt.models.shapes import LlamaShape, ModelShape
 
@@ -32,6 +34,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class CPURule:
+    """What is refused on a CPU; see `Rule`."""
+
+    refused: str
+    because: str
+    fault: Callable[[Config], str | None]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One kind of combination that is refused.
 
@@ -44,6 +55,18 @@ class Rule:
     refused: str
     because: str
     fault: Callable[[Asked], str | None]
+
+
+def check_device(config: Config, device: str) -> None:
+    """Refuse what this kind of device cannot do; the plan, which may be made on another machine, says nothing of it.
+
+    Raises:
+        PlanError: names every such key.
+    """
+    faults = [rule.fault(config) for rule in CPU_RULES] if device == "cpu" else []
+    found = [fault for fault in faults if fault]
+    if found:
+        raise PlanError("\n".join(["not on a CPU:", *(f"  - {fault}" for fault in found)]))
 
 
 def layout_faults(config: Config, shape: ModelShape, world_size: int) -> Iterator[str]:
@@ -130,6 +153,16 @@ def _sequence(asked: Asked) -> str | None:
     )
 
 
+def _ring_window(asked: Asked) -> str | None:
+    ring = asked.config.parallelism.context_parallel_method == "ring" and asked.layout.cp > 1
+    if not ring or not isinstance(asked.shape, LlamaShape) or asked.shape.sliding_window is None:
+        return None
+    return (
+        f"{_PARALLELISM}context_parallel_method: torch's ring attention knows no sliding window "
+        f'({asked.shape.sliding_window} positions here): use "gather"'
+    )
+
+
 def _layers(asked: Asked) -> str | None:
     layout, layers = asked.layout, asked.shape.layers
     if layout.pp == 1 or layers % layout.stages == 0:
@@ -190,11 +223,56 @@ def _split_backward_compiled(asked: Asked) -> str | None:
 
 
 def _compiled_tensor_parallel(asked: Asked) -> str | None:
-    if asked.layout.tp == 1 or not asked.config.compile.enable:
+    asynchronous = asked.config.parallelism.enable_async_tensor_parallel  # on CUDA alone, which the device's rule holds
+    if asked.layout.tp == 1 or not asked.config.compile.enable or asynchronous:
         return None
     return (
         "compile.enable: gives wrong gradients without an error under tensor parallelism (torch 2.13 on gloo, up to "
         f"12 % of their norm; not proven elsewhere): set it to false, or {_PARALLELISM}tensor_parallel_degree to 1"
+    )
+
+
+def _float8_gather(asked: Asked) -> str | None:
+    float8 = asked.config.float8
+    if not float8.enable_fsdp_float8_all_gather or float8.recipe_name == "tensorwise":
+        return None
+    found = f'"{float8.recipe_name}" scales each row by itself' if float8.recipe_name else "there is no recipe"
+    return (
+        f"float8.enable_fsdp_float8_all_gather: {found}, and FSDP2 gathers weights with one scale each: set "
+        'float8.recipe_name = "tensorwise", or leave it out'
+    )
+
+
+def _float8_nothing(asked: Asked) -> str | None:
+    float8, shape = asked.config.float8, asked.shape
+    if float8.recipe_name is None or asked.shape.heads % asked.layout.tp:
+        return None
+    matrices = [(f"blocks.0.{name}", size) for name, size, _ in block_parameters(shape) if len(size) == 2]
+    if any(in_float8(name, size, tp=asked.layout.tp, kept_out=float8.filter_fqns) for name, size in matrices):
+        return None
+    return (
+        f"float8.recipe_name: no layer of a block is left to convert: both sides of a weight must divide by "
+        f"{16 * asked.layout.tp} (16 x tensor {asked.layout.tp}) and its name hold none of float8.filter_fqns = "
+        f"{list(float8.filter_fqns)}: leave float8 out, or choose model.width and model.mlp_width so"
+    )
+
+
+def _offload_of_one(asked: Asked) -> str | None:
+    if not asked.config.training.enable_cpu_offload or asked.world_size > 1:
+        return None
+    return (
+        "training.enable_cpu_offload: FSDP2 moves what it shards, and a single process shards nothing: use 2 ranks or "
+        "more, or leave it out"
+    )
+
+
+def _asynchronous(asked: Asked) -> str | None:
+    wanted = asked.config.parallelism.enable_async_tensor_parallel
+    if not wanted or (asked.layout.tp > 1 and asked.config.compile.enable):
+        return None
+    return (
+        f"{_PARALLELISM}enable_async_tensor_parallel: torch.compile overlaps the traffic of tensor-parallel ranks: set "
+        f"{_PARALLELISM}tensor_parallel_degree to 2 or more and compile.enable = true, or leave it out"
     )
 
 
@@ -248,6 +326,7 @@ RULES: tuple[Rule, ...] = (
     Rule("tied embeddings over a pipeline", "the last stage would need the first one's weight", _tied),
     Rule("MLP width that does not divide by TP", "a rank computes an equal share of the features", _mlp_width),
     Rule("CP with a seq_len that does not divide by 2 x CP x TP", "a rank holds two equal pieces", _sequence),
+    Rule("ring attention with a sliding window", "torch's ring knows none", _ring_window),
     Rule("an unknown pipeline schedule", "torch has no such schedule", _unknown_schedule),
     Rule("layers that do not divide into the stages", "stages are equal shares of the layers", _layers),
     Rule("local batch that does not divide into micro-batches", "a schedule's shapes are fixed", _microbatch_size),
@@ -269,5 +348,44 @@ RULES: tuple[Rule, ...] = (
         _split_backward_selective,
     ),
     Rule('"memory_budget" without torch.compile', "the budget is spent by its partitioner", _budget_without_compile),
+    Rule("float8 all-gather without the tensorwise recipe", "a gathered weight has one scale", _float8_gather),
+    Rule("float8 that converts no layer", "its products take sides that divide by 16", _float8_nothing),
+    Rule("CPU offload in a single process", "FSDP2 moves what it shards", _offload_of_one),
+    Rule("async TP without TP or torch.compile", "the compiler overlaps traffic and products", _asynchronous),
     Rule("a selection that is neither op nor a number", "nothing else is defined", _selection),
+)
+
+
+def _asynchronous_on_cpu(config: Config) -> str | None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return None
+    return (
+        f"{_PARALLELISM}enable_async_tensor_parallel: goes through symmetric memory, which only CUDA has: set it and "
+        "compile.enable to false here"
+    )
+
+
+def _ring_on_cpu(config: Config) -> str | None:
+    asked = config.parallelism
+    if asked.context_parallel_degree == 1 or asked.context_parallel_method != "ring":
+        return None
+    return f'{_PARALLELISM}context_parallel_method: torch 2.13 has no ring for the CPU\'s attention: use "gather"'
+
+
+def _compiled_float8_on_cpu(config: Config) -> str | None:
+    bf16 = config.training.mixed_precision_param == "bfloat16"
+    if not config.compile.enable or config.float8.recipe_name is None or not bf16:
+        return None
+    return (
+        "compile.enable: torch 2.13 cannot compile emulated float8 in bfloat16: set it to false, or "
+        'training.mixed_precision_param to "float32"'
+    )
+
+
+CPU_RULES: tuple[CPURule, ...] = (
+    CPURule("ring attention", "torch 2.13 has no ring for the CPU's kernel", _ring_on_cpu),
+    CPURule("async TP", "it goes through symmetric memory, which only CUDA has", _asynchronous_on_cpu),
+    CPURule(
+        "float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8_on_cpu
+    ),
 )

@@ -27,7 +27,12 @@ def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any
         "bubble": costs.bubble,
         "pipeline_ranks": [vars_of(held) for held in holdings(layout, plan.shape.layers)],
         "local_parameters": list(costs.local_parameters),
-        "bytes_per_rank": {**_memory(costs), "total": costs.memory, "of_pipeline_rank": costs.heaviest},
+        "bytes_per_rank": {
+            **_memory(costs),
+            "total": costs.memory,
+            "of_pipeline_rank": costs.heaviest,
+            "in_host_memory": costs.host,
+        },
         "bytes_sent_per_step": {**_sent(costs), "total": costs.sent},
         "fits": None if device_bytes is None else fits(costs, device_bytes),
     }
@@ -94,6 +99,8 @@ def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
             yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in _memory(costs).items() if size)
     yield f"memory of a rank: {_gib(costs.memory)} GiB worked out ({parts})"
+    if costs.host:
+        yield f"in the host's memory, a rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
     if costs.sent:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in _sent(costs).items() if size)
         yield f"sent by a rank in a step: {_gib(costs.sent)} GiB ({parts})"

@@ -21,10 +21,12 @@ from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
 from titan_cpt.distributed.engine import Engine
+from titan_cpt.distributed.float8 import Float8
 from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh
 from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
+from titan_cpt.layout_rules import check_device
 from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
@@ -76,6 +78,9 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     }
     if ranks.rank == 0:
         print_plan(plan, console, config.checkpoint.keep_latest_k)
+        if config.float8.recipe_name is not None and ranks.device.type == "cpu":
+            console.print("[yellow]note[/] float8 is emulated on a CPU: its numbers, without its speed")
+    check_device(config, ranks.device.type)
 
     precision = getattr(torch, config.training.mixed_precision_param)
     mesh = build_mesh(ranks, plan.layout)
@@ -135,13 +140,20 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
 
 def techniques(config: Config) -> Techniques:
     """What the config asks to be done to every block."""
-    kept = config.activation_checkpoint
+    kept, recipe = config.activation_checkpoint, config.float8.recipe_name
     return Techniques(
         precision=getattr(torch, config.training.mixed_precision_param),
         recompute=kept.mode,
         selection=kept.selective_ac_option,
         memory_budget=kept.memory_budget,
         compiled=config.compile.enable,
+        ring_attention=config.parallelism.context_parallel_method == "ring"
+        and config.parallelism.context_parallel_degree > 1,
+        asynchronous=config.parallelism.enable_async_tensor_parallel,
+        offloaded=config.training.enable_cpu_offload,
+        float8=None
+        if recipe is None
+        else Float8(recipe, config.float8.enable_fsdp_float8_all_gather, config.float8.filter_fqns),
     )
 
 
@@ -165,6 +177,11 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
         remedy = f"Restore these, or start again under another job.name. Stages after {name!r} may be changed freely."
         if all(line.startswith(f"stages.{name}.") for line in changed):
             remedy += f" To train {name!r} alone again, remove {found.folder.parent}."
+        if any(line.startswith("model.vocab_size:") for line in changed):
+            remedy += (
+                " The vocabulary is padded to 128 x parallelism.tensor_parallel_degree: model.vocab_size = "
+                f"{recorded['model.vocab_size']} keeps it under any degree that divides it."
+            )
         old, new = found.manifest["fingerprint"], fingerprint(planned)
         raise CheckpointError(
             "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])

@@ -53,7 +53,7 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
     faults: list[str] = list(layout_faults(config, shape, world_size))
-    notes = list(_notes(config, inventory))
+    notes = [*_notes(config, inventory), *_padding_note(config, inventory, shape)]
     layout = Layout() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
     per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
@@ -91,6 +91,18 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
 
 
+def _padding_note(config: Config, inventory: Inventory, shape: ModelShape) -> Iterator[str]:
+    """Another tensor-parallel degree would make another model, which a resume refuses; better known at the start."""
+    degree = config.parallelism.tensor_parallel_degree
+    chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
+    unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, 1, chosen).vocab_size
+    if shape.vocab_size != unsplit:
+        yield (
+            f"model.vocab_size: {shape.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} (one rank "
+            f"would have {unsplit:,}): to go on under another degree one day, write it into the config now"
+        )
+
+
 def _work(config: Config, layout: Layout, accumulation: int) -> Work:
     kept = config.activation_checkpoint
     rows = config.training.local_batch_size // layout.microbatches
@@ -101,6 +113,8 @@ def _work(config: Config, layout: Layout, accumulation: int) -> Work:
         recompute=kept.mode,
         selection=kept.selective_ac_option,
         memory_budget=kept.memory_budget,
+        offloaded=config.training.enable_cpu_offload,
+        float8_kept_out=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
     )
 
 
@@ -132,6 +146,7 @@ def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
         "training.seq_len": config.training.seq_len,
         "training.max_norm": config.training.max_norm,
         "training.mixed_precision_param": config.training.mixed_precision_param,
+        **({"float8.recipe_name": config.float8.recipe_name} if config.float8.recipe_name else {}),
     }
 
 

@@ -2,6 +2,7 @@
 
 The estimate is coarse and says what it is made of: products at half of the device's peak, the pipeline's idle time,
 recomputation, and communication over links of two speeds, of which FSDP's and the pipeline's is hidden behind products.
+Which device that is, its memory tells; `assumed` puts it into words.
 """
 
 from __future__ import annotations
@@ -16,10 +17,44 @@ from titan_cpt.plan import Inventory, Plan
 from titan_cpt.planning import make_plan
 
 RANKS_OF_A_NODE = 8
-NODE_BYTES_PER_S = 200e9  # what a rank sends inside a node (NVLink), half of the data sheet
-NETWORK_BYTES_PER_S = 25e9  # and between nodes (400 Gbit/s for each rank, half of it)
-DEVICE_FLOPS = 989e12 / 2  # an H100 in bfloat16 at half its peak
+REACHED = 0.5  # of every figure of a data sheet
+NETWORK_BYTES_PER_S = 50e9  # what a rank sends between nodes: 400 Gbit/s
 _RECOMPUTED = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}  # more work, as a share of forward and backward
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures of a data sheet: memory in bytes, products in dense bfloat16, and what it sends inside a node."""
+
+    name: str
+    memory: float
+    flops: float
+    node_bytes_per_s: float
+
+
+DEVICES = (
+    Device("RTX 4090", 24e9, 165e12, 32e9),  # PCIe 4, one way, as the L40S
+    Device("A100 40 GB", 40e9, 312e12, 300e9),
+    Device("L40S", 48e9, 362e12, 32e9),
+    Device("H100 SXM", 80e9, 989e12, 450e9),
+    Device("H200", 141e9, 989e12, 450e9),
+    Device("B200", 180e9, 2250e12, 900e9),
+)
+"""Those of NVIDIA's data sheets, by memory; the one whose memory is nearest stands for a device."""
+
+
+def device_of(memory: int) -> Device:
+    """The device whose figures are taken for one of so many bytes."""
+    return min(DEVICES, key=lambda device: abs(device.memory / memory - 1))
+
+
+def assumed(device: Device) -> str:
+    """What the estimates rest on, in a sentence."""
+    return (
+        f"assumed: {REACHED:.0%} of an {device.name}'s {device.flops / 1e12:.0f} TFLOP/s in bfloat16, of "
+        f"{device.node_bytes_per_s / 1e9:.0f} GB/s inside a node of {RANKS_OF_A_NODE} and of "
+        f"{NETWORK_BYTES_PER_S / 1e9:.0f} GB/s between nodes; other figures change the order"
+    )
 
 
 @dataclass(frozen=True)
@@ -45,6 +80,7 @@ def suggestions(config: Config, inventory: Inventory, world_size: int, device_by
     Raises:
         PlanError: none fits, or the config is wrong under every layout.
     """
+    device = device_of(device_bytes)
     best: dict[tuple[int, ...], Suggestion] = {}
     error: PlanError | None = None
     for overrides in _candidates(config, world_size):
@@ -54,7 +90,7 @@ def suggestions(config: Config, inventory: Inventory, world_size: int, device_by
             error = refused
             continue
         if fits(plan.footprint, device_bytes):
-            found = _estimated(plan, overrides)
+            found = _estimated(plan, overrides, device)
             layout = plan.layout
             degrees = (layout.tp, layout.pp, layout.cp)
             if degrees not in best or found.step_s < best[degrees].step_s:
@@ -97,14 +133,14 @@ def _with(config: Config, overrides: dict[str, str]) -> Config:
     )
 
 
-def _estimated(plan: Plan, overrides: dict[str, str]) -> Suggestion:
+def _estimated(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
     layout, costs = plan.layout, plan.footprint
     again = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
-    products = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / DEVICE_FLOPS
+    products = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
     computing = products * (1 + again) / (1 - costs.bubble)
-    tensor = costs.sent_tensor / NODE_BYTES_PER_S
-    network = NODE_BYTES_PER_S if plan.world_size <= RANKS_OF_A_NODE else NETWORK_BYTES_PER_S
-    behind = (costs.sent_fsdp + costs.sent_pipeline) / network
+    tensor = costs.sent_tensor / (device.node_bytes_per_s * REACHED)
+    network = device.node_bytes_per_s if plan.world_size <= RANKS_OF_A_NODE else NETWORK_BYTES_PER_S
+    behind = (costs.sent_fsdp + costs.sent_pipeline) / (network * REACHED)
     step = computing + tensor + max(0.0, behind - computing)
     reason = (
         f"products {products:.2f} s, recomputed {again:.0%}, pipeline idle {costs.bubble:.0%}, tensor-parallel traffic "

@@ -24,6 +24,7 @@ from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
+from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, wait_for_all
 from titan_cpt.errors import NumericsError
 from titan_cpt.initial import load_initial
@@ -127,7 +128,6 @@ def resume(parts: Parts, found: Found) -> int:
 def transition(parts: Parts, stage: StagePlan) -> int:
     """Begin a stage: weights from `init`, the optimizer reset or kept, the new stage's numbers; 0 steps are done."""
     parts.checkpoints.wait()
-    wait_for_all()  # rank 0 writes the manifest, which every rank is about to read
     weights = load_initial(parts, stage)
     if not stage.keep_optimizer:
         reset_state(parts.optimizer)
@@ -215,9 +215,12 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
         loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
     loss = parts.mesh.summed_shares(loss)
     grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
+    loss = loss.to(grad_norm.device)  # the host's, where parameters are offloaded to it
     health = parts.guard.observe(loss, grad_norm)
     set_lr(optimizer, stage.lr_at(step))
     optimizer.step()
+    if parts.config.float8.enable_fsdp_float8_all_gather:
+        refresh_scales(model)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, health)
 
@@ -296,6 +299,8 @@ def _save_kind(stage: StagePlan, done: int, interval: int, *, stopping: bool) ->
 
 def _use_numbers(parts: Parts, stage: StagePlan) -> None:
     """The stage's optimizer numbers, after any state was loaded: a loaded state brings the old stage's with it."""
+    if parts.config.float8.enable_fsdp_float8_all_gather:
+        refresh_scales(parts.model)
     numbers = stage.optimizer
     set_hyperparameters(parts.optimizer, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
     set_lr(parts.optimizer, stage.lr_at(0))

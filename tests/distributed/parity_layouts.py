@@ -20,6 +20,9 @@ _KEYS = {
     "compile": "compile.enable",
     "layers": "model.layers",
     "length": "training.seq_len",
+    "offload": "training.enable_cpu_offload",
+    "float8": "float8.recipe_name",
+    "gather": "float8.enable_fsdp_float8_all_gather",
 }
 
 BF16 = {"training.mixed_precision_param": "bfloat16", "stages.first.lr.max": "1e-4"}
@@ -48,7 +51,8 @@ class Case:
         world_size: ranks.
         overrides: dotted key to value, over the tests' TOML.
         against: the run of one process with the same model and precision.
-        bf16: in bfloat16, hence with the wider tolerance.
+        precision: "float32", "bfloat16", "float8, one scale" where the same tensors are scaled as in one process, or
+            "float8"; each has its tolerance.
         model: "gpt_neox" or one of `LLAMAS`.
     """
 
@@ -56,12 +60,16 @@ class Case:
     world_size: int
     overrides: dict[str, str] = field(default_factory=dict)
     against: str = "one"
-    bf16: bool = False
+    precision: str = "float32"
     model: str = "gpt_neox"
 
 
 def _case(world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows: int = 2, **keys: object) -> Case:
-    """A case from the short names of `_KEYS`; `rows` is the local batch."""
+    """A case from the short names of `_KEYS`; `rows` is the local batch.
+
+    In float8 a rank scales what it holds: where that is a share of a tensor (TP, CP), or weights are cast from float32
+    instead of bfloat16 (the gather), it rounds otherwise than one process does.
+    """
     overrides = {_KEYS[key]: str(value).lower() if value is True else str(value) for key, value in keys.items()}
     overrides["training.local_batch_size"] = str(rows)
     words = [f"w{world_size}", *(f"{key}_{value}" for key, value in keys.items()), f"rows_{rows}"]
@@ -73,7 +81,11 @@ def _case(world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows:
         overrides = {"toml": "llama", **LLAMAS[model], **overrides}
         words.append(model)
         against = f"{model}-bf16" if bf16 else model
-    return Case("-".join(words), world_size, overrides, against, bf16, model)
+    precision = "bfloat16" if bf16 else "float32"
+    if "float8" in keys:
+        against = f"one-{keys['float8']}" + ("-bf16" if bf16 else "")
+        precision = "float8" if {"tp", "cp"} & set(keys) or (bf16 and "gather" in keys) else "float8, one scale"
+    return Case("-".join(words), world_size, overrides, against, precision, model)
 
 
 CASES: tuple[Case, ...] = (
@@ -95,6 +107,8 @@ CASES: tuple[Case, ...] = (
     _case(2, cp=2, bf16=True),
     _case(2, cp=2, ac="selective"),
     *(_case(2, pp=2, schedule=name, rows=4) for name in SCHEDULES),
+    _case(2, offload=True),
+    _case(2, offload=True, pp=2, bf16=True),
     _case(2, pp=2, size=2, rows=8),
     _case(2, pp=2, rows=4, bf16=True),
     _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, bf16=True),
@@ -168,6 +182,42 @@ REFERENCES: dict[str, dict[str, str]] = {
     **{model: {"toml": "llama", **overrides} for model, overrides in LLAMAS.items()},
     **{f"{model}-bf16": {"toml": "llama", **BF16, **LLAMAS[model]} for model in ("llama", "tied")},
 }
+
+FLOAT8: tuple[Case, ...] = (
+    _case(2, float8="tensorwise"),
+    _case(2, float8="tensorwise", gather=True),
+    _case(2, float8="tensorwise", gather=True, ac="full"),
+    _case(2, float8="tensorwise", gather=True, bf16=True),
+    _case(2, float8="rowwise"),
+    _case(2, float8="rowwise", bf16=True),
+    _case(2, float8="rowwise_with_gw_hp", bf16=True),
+    _case(2, float8="tensorwise", pp=2, size=2, rows=4),
+    _case(2, float8="tensorwise", pp=2, size=2, rows=4, schedule="ZBVZeroBubble"),
+    _case(2, float8="tensorwise", tp=2),
+    _case(2, float8="tensorwise", tp=2, gather=True),
+    _case(2, float8="rowwise", tp=2),
+    _case(2, float8="tensorwise", cp=2),
+)
+"""In float8, which torchao emulates on a CPU; the micro-batches are those of one process, since they share a scale."""
+
+FLOAT8_REFERENCES: dict[str, dict[str, str]] = {
+    f"one-{recipe}{suffix}": {
+        "float8.recipe_name": recipe,
+        "training.local_batch_size": "2",
+        **(BF16 if suffix else {}),
+    }
+    for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+    for suffix in ("", "-bf16")
+}
+
+NEW_WEIGHTS = {
+    "toml": "gpt_neox-two-stages",
+    "stages.second.init": "random",
+    "stages.second.optimizer_state": "reset",
+    "stages.first.lr.max": "0.01",
+    **FLOAT8_REFERENCES["one-tensorwise"],
+}
+"""A second stage that begins with other weights than those the first one, at a high LR, ends with."""
 
 HANDED_ON: tuple[tuple[Case, Case], ...] = (
     (_case(4, tp=2), _case(4, pp=2, schedule="ZBVZeroBubble", rows=4)),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from parity_launch import launch, make_inputs, record
-from parity_layouts import CASES, HANDED_ON, REFERENCES, Case
+from parity_layouts import CASES, FLOAT8, FLOAT8_REFERENCES, HANDED_ON, NEW_WEIGHTS, REFERENCES, Case
 from training import tensors_of
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
 WORLD_SIZES = sorted({case.world_size for case in CASES})
-TOLERANCE = {False: 1e-5, True: 2e-3}  # by bf16; nats per token for losses, relative for gradient norms
-MOMENT_TOLERANCE = {False: 1e-3, True: 1e-1}  # relative, of each parameter by itself
+# Nats per token for losses, relative for gradient norms; float8 itself is within 5e-2 of the others here.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3, "float8, one scale": 2e-3, "float8": 2e-2}
+# Relative, of each parameter by itself. A last bit may turn how a number is rounded to float8.
+MOMENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float8, one scale": 1e-1, "float8": 2e-1}
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +71,37 @@ def test_every_layout_reads_the_checkpoint_of_any_other(folder: Path) -> None:
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_float8_is_one_process_in_float8(folder: Path) -> None:
+    """Every layout to the tolerance of its rounding, float8 itself near the others, and checkpoints without it."""
+    alone = [{"job.name": name, **overrides} for name, overrides in FLOAT8_REFERENCES.items()]
+    launch(folder, [*alone, {"job.name": "new-weights-one", **NEW_WEIGHTS}], 1, "float8-1")
+    ranks = [{"job.name": case.name, **case.overrides} for case in FLOAT8]
+    gathered = {"job.name": "new-weights", **NEW_WEIGHTS, "float8.enable_fsdp_float8_all_gather": "true"}
+    launch(folder, [*ranks, gathered], 2, "float8-2")
+
+    faults = [fault for case in FLOAT8 for fault in faults_of(case, folder)]
+    assert not faults, "\n".join(faults)
+    for name in FLOAT8_REFERENCES:
+        plain = "one-bf16" if name.endswith("bf16") else "one"
+        pairs = zip(losses(folder, name), losses(folder, plain), strict=True)
+        assert 1e-4 < max(abs(ours - theirs) for ours, theirs in pairs) < 5e-2, name
+    begun, one = (
+        next(line for line in record(folder, name) if line["kind"] == "validation" and line["stage"] == "second")
+        for name in ("new-weights", "new-weights-one")
+    )
+    assert begun["loss_nats_per_token"] == pytest.approx(one["loss_nats_per_token"], abs=1e-5)  # the scales are new too
+    assert "float8 is emulated on a CPU" in (folder / "output-float8-1.txt").read_text()
+    files = [path for path in (folder / "outputs" / FLOAT8[1].name).glob("*/step-*/*") if path.is_file()]
+    assert files
+    assert not any(b"torchao" in path.read_bytes() for path in files)
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    """The training losses of a run."""
+    return [line["loss_nats_per_token"] for line in record(folder, name) if line["kind"] == "train"]
+
+
 def in_two_stages(overrides: dict[str, str]) -> dict[str, str]:
     """These overrides over the TOML that goes on where theirs ends."""
     return {**overrides, "toml": f"{overrides.get('toml', 'gpt_neox')}-two-stages"}
@@ -75,7 +109,7 @@ def in_two_stages(overrides: dict[str, str]) -> dict[str, str]:
 
 def faults_of(case: Case, folder: Path) -> list[str]:
     """Where a case's numbers are not those of one process."""
-    tolerance = TOLERANCE[case.bf16]
+    tolerance = TOLERANCE[case.precision]
     ours, theirs = (record(folder, name) for name in (case.name, case.against))
     faults = []
     for kind, keys in (("train", ("loss_nats_per_token", "grad_norm")), ("validation", ("loss_nats_per_token",))):
@@ -100,7 +134,7 @@ def moment_faults(case: Case, folder: Path) -> list[str]:
     ours, theirs = (last_moments(folder, name) for name in (case.name, case.against))
     assert ours.keys() == theirs.keys(), f"{case.name}: {sorted(ours.keys() ^ theirs.keys())}"
     errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
-    tolerance = MOMENT_TOLERANCE[case.bf16]
+    tolerance = MOMENT_TOLERANCE[case.precision]
     return [f"{case.name}: {name} is off by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
 
 

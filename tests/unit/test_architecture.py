@@ -20,7 +20,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "pipeline_costs",
     "footprint models.cached",
     "layout_rules",
-    "plan distributed.mesh distributed.context distributed.working_copy loss",
+    "plan distributed.mesh distributed.context distributed.working_copy distributed.float8 loss",
     "advice",
     "planning layout_view distributed.parallelise distributed.engine",
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",

@@ -19,7 +19,7 @@ from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.errors import PlanError
 from titan_cpt.layout_view import fits, parse_bytes
 from titan_cpt.planning import make_plan
-from titan_cpt.suggest import suggestions
+from titan_cpt.suggest import device_of, suggestions
 
 ROOT = Path(__file__).parents[2]
 TEN_BILLION = ROOT / "train_configs" / "10b_pile_to_german.toml"
@@ -87,7 +87,7 @@ def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_ste
 
 def test_the_plan_imports_no_torch() -> None:
     """With a layout, its memory and suggestions."""
-    for extra in (["--device-memory", "80GiB"], ["--suggest"]):
+    for extra in (["--device-memory", "80GiB"], ["--suggest", "--device-memory", "80GiB"]):
         words = ["plan", "--config", str(TEN_BILLION), "--world-size", "1656", *extra]
         code = (
             "import sys\nfrom titan_cpt.cli import main\n"
@@ -126,6 +126,22 @@ def test_suggestions_fit_and_come_fastest_first() -> None:
     assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
     with pytest.raises(PlanError, match="no layout of 64 ranks keeps the rules and fits 1 GiB"):
         suggestions(config, inventory, 64, 2**30)
+
+
+def test_suggestions_say_what_device_they_assume() -> None:
+    """The one whose memory is nearest; without a memory there is nothing to assume. Figures of NVIDIA's data sheets."""
+    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "64", "--suggest")
+    done = titan_cpt(*words, "--device-memory", "80GiB")
+    refused = titan_cpt(*words)
+
+    assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
+    assert refused.returncode == 2
+    assert "--device-memory" in refused.stderr
+    assert [device_of(parse_bytes(size)).name for size in ("40GB", "140GiB", "16GB")] == [
+        "A100 40 GB",
+        "H200",
+        "RTX 4090",
+    ]
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("40GB", 40 * 10**9), ("1.5 KiB", 1536), ("7", 7)])

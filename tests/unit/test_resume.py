@@ -254,6 +254,7 @@ PAST_EDITS = {
     "stages.german.replay.fraction": ("0.5", "stages.german.replay.fraction: 0.25 -> 0.5"),
     "optimizer.beta2": ("0.99", "stages.english.optimizer.beta2: 0.95 -> 0.99"),
     "model.width": ("32", "model.width: 64 -> 32"),
+    "model.vocab_size": ("512", "model.vocab_size: 384 -> 512"),
 }
 
 
@@ -266,6 +267,7 @@ def test_an_edited_past_is_refused_with_the_key_the_old_and_the_new_value(ended,
         assert outcome.status == 2, key
         assert difference in outcome.output
         assert "written under plan" in outcome.output
+        assert ("model.vocab_size = 384 keeps it" in outcome.output) == (key == "model.vocab_size")
         assert "Traceback" not in outcome.output
     assert training.numbers_of(ended) == training.numbers_of(unbroken)
 

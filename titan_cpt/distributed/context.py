@@ -19,6 +19,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.experimental._context_parallel import (
+    _ContextParallel,
+    _enable_context_parallel_dispatcher,
+)
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
 
@@ -62,6 +69,49 @@ class ContextParallelAttention(nn.Module):
             k_BNSH, v_BNSH = k_BNLH[:, :, since:until], v_BNLH[:, :, since:until]
             out.append(F.scaled_dot_product_attention(half, k_BNSH, v_BNSH, attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
+
+
+class RingAttention(nn.Module):
+    """As `ContextParallelAttention`, by torch's ring: keys and values come by piece by piece, none is held whole.
+
+    On CUDA, whose attention kernels return what partial results are merged by. Torch takes the rank's positions to be
+    an early and a late piece, as `own_positions` cuts them (a test holds the two together). Never run by us: no GPU was
+    at hand. Source: Liu et al. 2023, arXiv:2310.01889.
+    """
+
+    def __init__(self, plain: RotaryCausalAttention, mesh: DeviceMesh) -> None:
+        super().__init__()
+        assert plain.window is None, "torch's ring knows no sliding window; the rules refuse it"
+        self.rotary_width, self.rope_base, self.scaling = plain.rotary_width, plain.rope_base, plain.scaling
+        self.group = mesh.get_group()
+        _enable_context_parallel_dispatcher()
+        style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
+        self.attend = parallelize_module(_CausalProduct(), mesh, style)
+
+    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
+        """Attention's result for this rank's positions, out_BPNH; keys and values may have fewer heads than queries."""
+        degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        positions_P = own_positions(q_BPNH.shape[1] * degree, rank, degree).to(q_BPNH.device)
+        cos_PR, sin_PR = rotary_tables(
+            positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
+        )
+        q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        shared_by = q_BPNH.shape[2] // k_BPNH.shape[2]
+        k_BNPH, v_BNPH = (
+            x.repeat_interleave(shared_by, dim=1) if shared_by > 1 else x for x in (k_BNPH, v_BPNH.transpose(1, 2))
+        )
+        out_BNPH: Tensor = self.attend(q_BNPH, k_BNPH, v_BNPH)
+        return out_BNPH.transpose(1, 2)
+
+
+class _CausalProduct(nn.Module):
+    """Attention proper, in a module of its own, for torch to lay its ring around."""
+
+    def forward(self, q_BNPH: Tensor, k_BNPH: Tensor, v_BNPH: Tensor) -> Tensor:
+        """As if these were all the positions there are."""
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+            return F.scaled_dot_product_attention(q_BNPH, k_BNPH, v_BNPH, is_causal=True)
 
 
 def _in_sequence_order(x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,7 +26,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from titan_cpt.distributed.context import ContextParallelAttention
+from titan_cpt.distributed.context import ContextParallelAttention, RingAttention
+from titan_cpt.distributed.float8 import Float8, convert_layers
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.models import gpt_neox, llama
 from titan_cpt.models.families import LanguageModel
@@ -36,6 +37,7 @@ from titan_cpt.models.llama import Llama, TiedHead
 _KEPT_OPERATORS = (
     "aten.mm.default",
     "aten.addmm.default",  # a linear layer with a bias
+    "aten._scaled_mm.default",  # a product in float8
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
@@ -56,6 +58,10 @@ class Techniques:
         selection: under "selective": "op", or n for every n-th block.
         memory_budget: share of the activations kept under "memory_budget".
         compiled: torch.compile, block by block.
+        ring_attention: context-parallel ranks pass keys and values round instead of gathering them.
+        asynchronous: tensor-parallel traffic overlaps with the products beside it.
+        offloaded: parameters, gradients and the optimizer stay in host memory.
+        float8: how matrices are multiplied in 8 bits, if they are.
     """
 
     precision: torch.dtype
@@ -63,6 +69,10 @@ class Techniques:
     selection: str = "op"
     memory_budget: float = 0.5
     compiled: bool = False
+    ring_attention: bool = False
+    asynchronous: bool = False
+    offloaded: bool = False
+    float8: Float8 | None = None
 
 
 def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> None:
@@ -71,16 +81,21 @@ def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> Non
     A single process is neither split nor sharded. Names: DCP and `get_model_state_dict` leave out the prefixes of the
     wrappers that checkpointing and compiling put around blocks.
     """
+    if techniques.float8 is not None:
+        emulated, sharded = mesh.ranks.device.type == "cpu", mesh.dims is not None
+        convert_layers(model, techniques.float8, tp=mesh.layout.tp, sharded=sharded, emulated=emulated)
     if mesh.layout.tp > 1:
         split_matrices(model, mesh.tensor, loss_parallel=mesh.layout.loss_parallel)
     if mesh.context is not None:
-        split_sequences(model, mesh.context)
+        split_sequences(model, mesh.context, ring=techniques.ring_attention)
     if techniques.recompute != "none":
         recompute_activations(model, techniques)
     if techniques.compiled:
         compile_blocks(model, techniques.precision)
+    if techniques.asynchronous:
+        overlap_tensor_traffic(mesh.tensor)
     if mesh.dims is not None:
-        shard_parameters(model, mesh, techniques.precision)
+        shard_parameters(model, mesh, techniques.precision, offloaded=techniques.offloaded)
 
 
 def split_matrices(model: LanguageModel, tensor: DeviceMesh, *, loss_parallel: bool) -> None:
@@ -152,11 +167,15 @@ def _llama_block(block: llama.Block) -> dict[str, ParallelStyle]:
     }
 
 
-def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGroup) -> None:
-    """Context parallelism: every block's attention gathers the other ranks' keys and values."""
+def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGroup, *, ring: bool) -> None:
+    """Context parallelism: every block's attention gathers the other ranks' keys and values, or lets them go round."""
+    mesh = DeviceMesh.from_group(context, "cuda") if ring else None
     for block in model.blocks.values():
         attention = cast(gpt_neox.Block | llama.Block, block).attention
-        attention.core = ContextParallelAttention(attention.core, context)  # type: ignore[assignment]
+        core: nn.Module = (
+            ContextParallelAttention(attention.core, context) if mesh is None else RingAttention(attention.core, mesh)
+        )
+        attention.core = core  # type: ignore[assignment]
 
 
 def recompute_activations(model: LanguageModel, techniques: Techniques) -> None:
@@ -183,7 +202,7 @@ def _selective_contexts() -> object:
 
     def policy(context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
         name = str(operator)
-        if name in ("aten.mm.default", "aten.addmm.default"):
+        if name in ("aten.mm.default", "aten.addmm.default", "aten._scaled_mm.default"):
             recomputing = bool(getattr(context, "is_recompute", False))
             products[recomputing] += 1
             if products[recomputing] % _RECOMPUTED_PRODUCTS == 0:
@@ -209,7 +228,18 @@ def compile_blocks(model: LanguageModel, precision: torch.dtype) -> None:
             model.blocks[layer] = cast(nn.Module, torch.compile(block))
 
 
-def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype) -> None:
+def overlap_tensor_traffic(tensor: DeviceMesh) -> None:
+    """Async TP: torch.compile cuts gathers and products into pieces and sends one while it multiplies the next.
+
+    Through symmetric memory, which CUDA has. Never run by us: no GPU was at hand.
+    """
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # not in every build of torch
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tensor.get_group().group_name)
+
+
+def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offloaded: bool) -> None:
     """FSDP2: shard every block by itself, then the embedding, then the head with its norm; HSDP over two dimensions.
 
     A tied embedding is both ends of the model, so it belongs to the root, which stays gathered from the first forward
@@ -217,7 +247,9 @@ def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype) -
     sharded, but parameters and activations are cast to the precision all the same.
     """
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
-    shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy)
+    # Pinned memory is CUDA's; on a CPU the parameters are where they would be anyway.
+    kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy, offload_policy=kept)
     reshard = mesh.layout.reshard_after_forward
     tied = isinstance(model.head, TiedHead)
     if model.embedding is not None and not tied:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from titan_cpt.distributed.engine import Engine, Pipeline, WholeModel
+from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.distributed.parallelise import Techniques, parallelise
 from titan_cpt.distributed.working_copy import WorkingCopy
@@ -21,10 +22,12 @@ def build_model(shape: ModelShape, mesh: Mesh, techniques: Techniques) -> tuple[
     checkpoints need not know of a pipeline. Its weights are float32; a single process in reduced precision runs a
     working copy of it.
     """
+    if techniques.float8 is not None:
+        require_float8(mesh.ranks.device)
     stages = {number: cut(shape, mesh, number) for number in mesh.layout.stages_of(mesh.place.pipeline)}
     for stage in stages.values():
         parallelise(stage, mesh, techniques)
-        stage.to_empty(device=mesh.ranks.device)
+        stage.to_empty(device="cpu" if techniques.offloaded else mesh.ranks.device)
     if mesh.dims is None and techniques.precision != torch.float32:
         trained, working = cut(shape, mesh, 0), stages[0].to(techniques.precision)
         trained.to_empty(device=mesh.ranks.device)

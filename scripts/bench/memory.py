@@ -1,0 +1,174 @@
+"""Holds the plan's memory of a rank against what training really takes: peak resident memory, layout by layout.
+
+    python scripts/bench/memory.py                      # all layouts, a few minutes on two cores
+    python scripts/bench/memory.py --only tp,pp         # those whose name holds one of these words
+
+Each layout is a launch of its own that builds the run as `titan-cpt train` does and takes two optimizer steps. Measured
+is how far the process's resident memory rises, from before the model is built to the highest point of the second step;
+the figure is the rank's that rose most. Tensors are given back to the system when they are freed (glibc's mmap
+threshold), so that the allocator keeps nothing for later. Prints a table in Markdown; exit status 1 if a layout is off
+by more than the 15 % that the plan promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+PROMISED = 0.15
+TOML = """
+[job]
+name = "memory"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 512
+heads = 8
+vocab_size = 8192
+[datasets.noise]
+train = "noise"
+[training]
+global_batch_size = 8
+local_batch_size = 4
+seq_len = 512
+mixed_precision_param = "float32"
+[metrics]
+enable_tensorboard = false
+[[stages]]
+name = "only"
+dataset = "noise"
+steps = 2
+lr = { schedule = "constant", max = 1e-3 }
+"""
+DP, TP, PP, CP = (
+    f"parallelism.{name}_degree"
+    for name in ("data_parallel_shard", "tensor_parallel", "pipeline_parallel", "context_parallel")
+)
+LLAMA = {"model.family": "llama", "model.kv_heads": "4", "model.mlp_width": "1408"}
+BF16 = {"training.mixed_precision_param": "bfloat16"}
+ONE_BATCH = {"training.global_batch_size": "4"}
+LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
+    "one process": (1, ONE_BATCH),
+    "one process, accumulating": (1, {}),
+    "one process, AC full": (1, {**ONE_BATCH, "activation_checkpoint.mode": "full"}),
+    "one process, AC selective op": (1, {**ONE_BATCH, "activation_checkpoint.mode": "selective"}),
+    "one process, llama": (1, {**ONE_BATCH, **LLAMA}),
+    "fsdp 2": (2, {}),
+    "fsdp 2, never reshard": (2, {"parallelism.fsdp_reshard_after_forward": "never"}),
+    "fsdp 2, bfloat16": (2, BF16),
+    "fsdp 2, CPU offload": (2, {"training.enable_cpu_offload": "true"}),
+    "tp 2": (2, {TP: "2", **ONE_BATCH}),
+    "tp 2, llama": (2, {TP: "2", **ONE_BATCH, **LLAMA}),
+    "cp 2": (2, {CP: "2", **ONE_BATCH}),
+    "pp 2, 1F1B": (2, {PP: "2", **ONE_BATCH}),
+    "pp 2, ZBVZeroBubble": (2, {PP: "2", "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble", **ONE_BATCH}),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Measure every layout asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="words, comma-separated; layouts whose name holds one of them")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.worker:
+        work(json.loads(asked.worker))
+        return 0
+    print("| layout | worked out, MiB | measured, MiB | off by |\n|---|---|---|---|")
+    worst = 0.0
+    for name, (world_size, overrides) in LAYOUTS.items():
+        if any(word in name for word in asked.only.split(",")):
+            planned, measured = measure(world_size, overrides)
+            off = planned / measured - 1
+            worst = max(worst, abs(off))
+            print(f"| {name} | {planned / 2**20:.0f} | {measured / 2**20:.0f} | {off:+.0%} |", flush=True)
+    return int(worst > PROMISED)
+
+
+def measure(world_size: int, overrides: dict[str, str]) -> tuple[int, int]:
+    """Bytes worked out, and bytes by which the rank that rose most rose."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [
+                sys.executable,
+                *(torchrun if world_size > 1 else []),
+                str(Path(__file__).resolve()),
+                "--worker",
+                json.dumps(overrides),
+            ],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
+    if done.returncode != 0 or len(found) != world_size:
+        raise SystemExit(done.stderr[-3000:])
+    return max(rank["planned"] for rank in found), max(rank["measured"] for rank in found)
+
+
+def work(overrides: dict[str, str]) -> None:
+    """One rank: build, take two steps, write down what it took."""
+    import torch
+
+    from titan_cpt.config_file import load_config
+    from titan_cpt.data.indexed_writer import IndexedWriter
+    from titan_cpt.distributed.mesh import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.parts import build
+    from titan_cpt.run_folder import StopRequest
+    from titan_cpt.train import open_loader, train_step
+
+    torch.set_num_threads(1)
+    ranks = join_ranks()
+    if ranks.rank == 0:
+        Path("config.toml").write_text(TOML)
+        with IndexedWriter(Path("noise"), 257) as writer:
+            writer.add_document(np.random.default_rng(0).integers(0, 257, size=40_000))
+    wait_for_all()
+    warm_up(torch.device("cpu"))
+    config, folder = load_config(Path("config.toml"), list(overrides.items())), Path("run")
+    folder.mkdir(exist_ok=True)
+    before = resident("VmRSS")
+    with StopRequest() as stop:
+        parts, _ = build(config, ranks, folder, stop)
+        stage = parts.plan.stages[0]
+        parts.model.init_weights(0)
+        loader = open_loader(parts, stage, 0)
+        for step in range(2):
+            Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted anew
+            train_step(parts, loader, stage, step)
+        costs = parts.plan.footprint
+        measured = resident("VmHWM") - before
+        Path(f"rank-{ranks.rank}.json").write_text(
+            json.dumps({"planned": costs.memory + costs.host, "measured": measured})
+        )
+        parts.log.close()
+    leave_ranks()
+
+
+def warm_up(device) -> None:  # type: ignore[no-untyped-def]  # torch is imported by the workers alone
+    """Take what libraries take once: the products' work space, autograd's threads."""
+    import torch
+
+    layer = torch.nn.Linear(64, 64, device=device)
+    layer(torch.ones(64, 64, device=device)).sum().backward()
+
+
+def resident(name: str) -> int:
+    """VmRSS (now) or VmHWM (the highest point) of this process, bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

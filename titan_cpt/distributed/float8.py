@@ -1,0 +1,108 @@
+"""Matrix products in 8 bits, by torchao: which layers, how they are scaled, and how FSDP2 gathers their weights.
+
+Weights and moments stay float32; a converted layer casts its input, its weight and the gradient of its output to float8
+right before each of its three products. Where there is no hardware for that (a CPU), torchao emulates it: the numbers
+of float8, without its speed. Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_cpt.errors import ConfigError
+from titan_cpt.footprint import in_float8
+
+LEAST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply in float8
+
+
+@dataclass(frozen=True)
+class Float8:
+    """What is asked of float8.
+
+    Attributes:
+        recipe: torchao's: "tensorwise", "rowwise" or "rowwise_with_gw_hp".
+        gather: weights are cast before FSDP2 gathers them, a byte a number; tensorwise alone.
+        kept_out: layers whose name holds one of these stay in higher precision.
+    """
+
+    recipe: str
+    gather: bool
+    kept_out: tuple[str, ...]
+
+
+def require_float8(device: torch.device) -> None:
+    """That this machine can do what is asked.
+
+    Raises:
+        ConfigError: torchao is not installed, or the GPU does not multiply in float8.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError("float8.recipe_name: needs torchao: pip install 'titan_cpt[float8]', or leave it out")
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        raise ConfigError(
+            f"float8.recipe_name: {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has "
+            f"no products in float8; it takes {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more: leave it out"
+        )
+
+
+def convert_layers(model: nn.Module, float8: Float8, *, tp: int, sharded: bool, emulated: bool) -> None:
+    """Put torchao's float8 layers in the place of the linear layers that `in_float8` names; the weights stay.
+
+    Args:
+        model: not split or sharded yet; on the meta device or off it.
+        tp: ranks over which matrices will be split.
+        sharded: FSDP2 will gather the weights, so that casting them before means something.
+        emulated: there is no hardware for these products.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an optional package, and a slow one
+
+    recipe = Float8LinearConfig.from_recipe_name(float8.recipe)
+    config = replace(recipe, emulate=emulated, enable_fsdp_float8_all_gather=float8.gather and sharded)
+
+    def wanted(layer: nn.Module, name: str) -> bool:
+        assert isinstance(layer, nn.Linear), f"torchao asks about linear layers only, not {type(layer).__name__}"
+        return in_float8(name, tuple(layer.weight.shape), tp=tp, kept_out=float8.kept_out)
+
+    convert_to_float8_training(model, module_filter_fn=wanted, config=config)
+
+
+def refresh_scales(model: nn.Module) -> None:
+    """Work out the scales of all weights that are gathered in float8, at once; to be called whenever weights changed.
+
+    Without it each layer would ask the other ranks for its own scale before every gather. The scale of older weights
+    would saturate newer ones, or waste their range, without a word. Does nothing where no weight is gathered so.
+    """
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def in_high_precision(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with plain float32 tensors in the place of those that FSDP2 casts, sharing their memory.
+
+    So that a checkpoint holds nothing of torchao's and is read under any layout, with float8 or without.
+    """
+    return {name: _plain(value) if _cast_before_gather(value) else value for name, value in state.items()}
+
+
+def _cast_before_gather(value: Any) -> bool:
+    return isinstance(value, DTensor) and type(value.to_local()).__name__ == "WeightWithDynamicFloat8CastTensor"
+
+
+def _plain(weight: DTensor) -> DTensor:
+    local: Tensor = weight.to_local()._tensor  # type: ignore[attr-defined]  # torchao's name for what it wraps
+    return DTensor.from_local(
+        local,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
