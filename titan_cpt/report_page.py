@@ -16,6 +16,7 @@ from titan_cpt.comparison import Row, compare
 from titan_cpt.errors import DataError
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.report import Record, labelled, summary_of
+from titan_cpt.report_benchmarks import benchmark_table, continuations
 
 if TYPE_CHECKING:
     from titan_cpt.report_figures import Figure
@@ -93,6 +94,7 @@ def sections(records: Sequence[Record]) -> Iterator[Section]:
     yield from loss_curves(records)
     yield from trade_off_section(rows, records)
     yield from schedules(records)
+    yield from benchmarks(records)
     yield from data(records)
     yield from speed(records)
     yield from what_was_run(records)
@@ -167,6 +169,21 @@ def schedules(records: Sequence[Record]) -> Iterator[Section]:
 
         drawn = draw("learning-rates", "Learning rate of every step, as used.", lambda: learning_rates(records))
         yield Section("Learning rates", figures=[drawn])
+
+
+def benchmarks(records: Sequence[Record]) -> Iterator[Section]:
+    """What `titan-cpt eval` and [evaluation] found out, run by run, and what became of the example prompts."""
+    for record in records:
+        title = "Benchmarks" if len(records) == 1 else f"Benchmarks of {record.name}"
+        table, texts = benchmark_table(record.folder), continuations(record.folder)
+        if table is not None or texts:
+            yield Section(
+                title,
+                "Scores with their standard errors. A change is told sample by sample where the same samples were "
+                "asked; p is how likely one as large is by chance. Below, what each stage makes of the same prompts.",
+                grids=[] if table is None else [Grid(table.head, table.rows)],
+                details=texts,
+            )
 
 
 def data(records: Sequence[Record]) -> Iterator[Section]:

@@ -25,7 +25,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "planning layout_view distributed.parallelise distributed.engine",
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
     "data.prepare data.inventory distributed.check_layout interchange lineage skips",
-    "data.loader data.materialise checkpoint display report model_card arms score_view",
+    "data.loader data.materialise checkpoint display report report_benchmarks model_card arms score_view",
     "validate export anneal comparison baselines inference evaluated",
     "generation",
     "harness continuations",

@@ -4,7 +4,6 @@ import opened
 import pytest
 
 from titan_cpt.export import export
-from titan_cpt.generation import Sampling
 from titan_cpt.suites import SUITES, Task
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
@@ -12,7 +11,6 @@ pytest.importorskip("accelerate", reason="needs accelerate, which the test extra
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.harness import CheckpointLM, Tasks, ask, spread
@@ -34,7 +32,13 @@ def pair(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """The harness with two small tasks of ours."""
-    return Tasks(opened.write_tasks(tmp_path_factory.mktemp("tasks")))
+    return Tasks(opened.write_tasks(tmp_path_factory.mktemp("tasks")), [Task("sums"), Task("sums_text")])
+
+
+@pytest.fixture(scope="module")
+def all_tasks():
+    """The harness with all of its own."""
+    return Tasks(None)
 
 
 def requests(kind, arguments):
@@ -88,12 +92,12 @@ def test_a_limit_spreads_over_all_samples():
     assert spread(3, 10) == [0, 1, 2]
 
 
-def test_an_unknown_task_is_refused_with_its_neighbours(tasks):
+def test_an_unknown_task_is_refused_with_its_neighbours(all_tasks):
     """Before any model is loaded; a tag is not a task either."""
     with pytest.raises(ConfigError, match=r"did you mean .*hellaswag"):
-        tasks.require(Task("hellaswagg"))
+        all_tasks.require(Task("hellaswagg"))
     with pytest.raises(ConfigError, match="tag of several tasks"):
-        tasks.require(Task("ai2_arc"))
+        all_tasks.require(Task("ai2_arc"))
 
 
 def test_questions_that_cannot_be_had_are_told(tmp_path):
@@ -102,7 +106,7 @@ def test_questions_that_cannot_be_had_are_told(tmp_path):
     (folder.parent / "sums.jsonl").unlink()
 
     with pytest.raises(DataError, match=r"task sums: .*sums.jsonl"):
-        Tasks(folder).load(Task("sums"))
+        Tasks(folder, [Task("sums")]).load(Task("sums"))
 
 
 def test_a_way_of_sampling_that_is_not_here_is_refused(pair):
@@ -111,12 +115,17 @@ def test_a_way_of_sampling_that_is_not_here_is_refused(pair):
         pair[0].generate_until(requests("generate_until", [("a", {"until": ["e"], "max_gen_toks": 3, "num_beams": 4})]))
 
 
-def test_the_papers_suites_are_tasks_of_the_harness():
-    """Every name is there, and shots that a task fixes itself are the suite's."""
-    manager = TaskManager()
-    named = [task for name in ("paper_english", "paper_german") for task in SUITES[name]]
-    fixed = {task.name: manager.task_index[task.name].cfg.get("num_fewshot", task.shots) for task in named}
+def test_the_papers_suites_are_tasks_of_the_harness(all_tasks):
+    """Every name is there."""
+    for name in ("paper_english", "paper_german"):
+        for task in SUITES[name]:
+            all_tasks.require(task)
 
-    assert set(fixed) <= {*manager.all_subtasks, *manager.all_groups}
-    assert fixed == {task.name: task.shots for task in named}
-    assert Sampling() == Sampling(temperature=0)
+
+def test_a_tasks_own_shots_do_not_stand_against_a_suites(tasks):
+    """A number that the task fixes itself gives way to the one asked for; without one, the task's own counts."""
+    asked, own = (
+        tasks.load(task)["tasks"]["sums"].get_config("num_fewshot") for task in (Task("sums", 3), Task("sums"))
+    )
+
+    assert (asked, own) == (3, 0)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.report_benchmarks import benchmark_table, continuations
 from titan_cpt.score_view import print_scores, scores_as_json
 from titan_cpt.scores import FORMAT, Score, average, difference, file_name, read_score, read_scores
 from titan_cpt.suites import SUITES, Task, chosen_tasks, suite_of
@@ -95,6 +96,44 @@ def test_scores_are_found_in_the_order_of_training(tmp_path):
 
     assert [score.stage for score in read_scores(tmp_path)] == ["zulu", "alpha"]
     assert read_scores(tmp_path)[0].metrics == {"acc": (0.5, 0.5)}
+
+
+def kept_run(folder):
+    """A run of two stages: four samples in two tasks, the second stage measured twice, and a prompt continued."""
+    answers = {("one", 0, 10): [0, 0, 1, 1], ("two", 1, 5): [0, 0, 0, 0], ("two", 1, 8): [1, 1, 1, 1]}
+    for (stage, number, steps), values in answers.items():
+        place = folder / "evaluations" / stage / f"step-{steps:08d}"
+        place.mkdir(parents=True)
+        score = scored(values, stage=stage, stage_index=number, steps_done=steps)
+        for task in ("piqa", "boolq"):
+            made = replace(score, task=task)
+            (place / file_name(task, 0, None)).write_text(json.dumps({"format": FORMAT, **asdict(made)}))
+        texts = [{"prompt": "The dog", "continuation": f" at {steps}"}]
+        told = {"stage": stage, "stage_index": number, "steps_done": steps, "texts": texts}
+        (place / "generations.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_report_tells_what_each_stage_changed(tmp_path):
+    """The last evaluation of a stage counts: 0.5 and then 1, d = (1, 1, 0, 0), error sqrt(1 / 12), p of z 1.7320508."""
+    table = benchmark_table(kept_run(tmp_path))
+
+    assert table.head[4:] == ["after one", "after two", "change from one to two"]
+    assert [row[0] for row in table.rows] == ["boolq", "piqa"]
+    assert table.rows[0][4:] == ["0.5000 ± 0.2887", "1.0000 ± 0.0000", "+0.5000 ± 0.2887 (p = 0.0833)"]
+    assert benchmark_table(tmp_path / "evaluations") is None
+
+
+def test_a_report_shows_each_stages_continuation(tmp_path):
+    """Of the same prompt, the last one of each stage, in the order of training; a damaged file is told."""
+    run = kept_run(tmp_path)
+    (prompt, text) = continuations(run)[0]
+    (run / "evaluations/one/step-00000010/generations.json").write_text("{")
+
+    assert prompt == "The dog"
+    assert text == "after one (10 steps): The dog at 10\n\nafter two (8 steps): The dog at 8"
+    with pytest.raises(DataError, match=r"generations.json: cannot be read"):
+        continuations(run)
 
 
 @pytest.mark.parametrize(
