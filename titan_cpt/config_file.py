@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_LARGEST_BYTES = 1 << 20
+_ENDLESS_KEY = re.compile(rb"(?:[\w\"' \t-]{1,40}\.){100}")  # tomllib's time grows with the square of such a key
 
 
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -112,15 +116,21 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: is no file. Give --config the path of a TOML file")
         with path.open("rb") as file:
-            raw = tomllib.load(file)
+            content = file.read(_LARGEST_BYTES + 1)
+        if len(content) > _LARGEST_BYTES or _ENDLESS_KEY.search(content):
+            raise ConfigError(f"{path}: not valid TOML: more than {_LARGEST_BYTES:,} bytes, or a key of 100 names")
+        raw = tomllib.loads(content.decode())
+        beyond = _beyond_64_bits(raw)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
-    if _beyond_64_bits(raw):
+    if beyond:
         raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
     return raw
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 _TOKEN_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST_NAME = 200  # a file system's limit is 255, and `anneal` adds to it
 
 
 def parse_tokens(text: str) -> int:
@@ -77,12 +78,18 @@ def _position(value: Any) -> Any:
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise fault(f"must be letters, digits, '_' and '-', starting with a letter or digit, got {value!r}")
-    return value
+    return _not_too_long(value)
 
 
 def _file_name(value: str) -> str:
     if not _FILE_NAME.fullmatch(value):
         raise fault(f"names a folder: letters, digits, '.', '_' and '-', not starting with '.', got {value!r}")
+    return _not_too_long(value)
+
+
+def _not_too_long(value: str) -> str:
+    if len(value) > _LONGEST_NAME:
+        raise fault(f"must be at most {_LONGEST_NAME} characters, got {len(value)}")
     return value
 
 

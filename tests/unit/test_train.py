@@ -131,7 +131,7 @@ def weights_of(parts):
     return {name: parameter.detach().clone() for name, parameter in parts.model.named_parameters()}
 
 
-def test_a_stage_after_an_infinite_one_begins_from_its_pre_anneal_checkpoint_bit_for_bit(raw):
+def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_checkpoint_bit_for_bit(raw):
     """Weights, and with "keep" moments and step count too, are those after 9 of 12 steps, not those of the end."""
     with training.cast(training.config_of(raw)) as parts:
         english, german = parts.plan.stages
@@ -151,7 +151,7 @@ def test_a_stage_after_an_infinite_one_begins_from_its_pre_anneal_checkpoint_bit
     assert any(value.abs().sum() > 0 for name, value in moments.items() if name.endswith("exp_avg"))
 
 
-def test_the_first_step_of_a_stage_that_keeps_its_optimizer_uses_the_new_stages_numbers(raw):
+def test_the_first_step_after_a_transition_that_keeps_the_optimizer_uses_the_new_stages_numbers(raw):
     """AdamW's step by hand, in fp64, from the kept moments: new betas, eps, decay, LR, and step count 10."""
     raw["stages"][1]["optimizer"] = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.6}
     with training.cast(training.config_of(raw)) as parts:
@@ -178,7 +178,7 @@ def test_the_first_step_of_a_stage_that_keeps_its_optimizer_uses_the_new_stages_
         torch.testing.assert_close(parts.model.get_parameter(name).double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_reset_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
+def test_a_transition_that_resets_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
     """After a stage of which nothing but the weights is to stay."""
     raw["stages"][1]["optimizer_state"] = "reset"
     with training.cast(training.config_of(raw)) as parts:

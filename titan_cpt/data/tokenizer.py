@@ -12,7 +12,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from titan_cpt.errors import DataError
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
+_IDS = 1 << 24  # more than any vocabulary has; a table of all ids is made
 END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 
@@ -93,7 +95,8 @@ class Tokenizer:
     def _engine(self) -> tuple[Engine, str | None]:
         if self._spec is None:
             return BytesEngine(self._table), None
-        return best_engine(self._spec, self.name, self._table)
+        with _understood(self.name):
+            return best_engine(self._spec, self.name, self._table)
 
     def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
         try:
@@ -117,21 +120,22 @@ def load_tokenizer(path: str) -> Tokenizer:
         table = (*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT.encode())
         return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, table, frozenset({256}), None)
     content, spec = _read(path)
-    added = spec.get("added_tokens") or []
-    numbers = _numbers(spec)
-    eod_id = _end_of_document(path, numbers, added)
-    special = {token["id"] for token in added if token.get("special")} | {eod_id}
-    # A token that ends documents must not come about from its name in a text, whatever the file calls it.
-    safe = [{**token, "special": True} if token["id"] == eod_id else token for token in added]
-    return Tokenizer(
-        name=path,
-        fingerprint=hashlib.sha256(content).hexdigest(),
-        vocab_size=max(numbers.values()) + 1,
-        eod_id=eod_id,
-        _table=_byte_table(spec, numbers),
-        _special_ids=frozenset(special),
-        _spec={**spec, "added_tokens": safe},
-    )
+    with _understood(path):
+        added = spec.get("added_tokens") or []
+        numbers = _numbers(spec)
+        eod_id = _end_of_document(path, numbers, added)
+        special = {token["id"] for token in added if token.get("special")} | {eod_id}
+        # A token that ends documents must not come about from its name in a text, whatever the file calls it.
+        safe = [{**token, "special": True} if token["id"] == eod_id else token for token in added]
+        return Tokenizer(
+            name=path,
+            fingerprint=hashlib.sha256(content).hexdigest(),
+            vocab_size=max(numbers.values()) + 1,
+            eod_id=eod_id,
+            _table=_byte_table(spec, numbers),
+            _special_ids=frozenset(special),
+            _spec={**spec, "added_tokens": safe},
+        )
 
 
 def vocab_size_of(path: str) -> int:
@@ -140,7 +144,10 @@ def vocab_size_of(path: str) -> int:
     Raises:
         DataError: the file is missing or is no tokenizer.json.
     """
-    return 257 if path == BYTES else max(_numbers(_read(path)[1]).values()) + 1
+    if path == BYTES:
+        return 257
+    with _understood(path):
+        return max(_numbers(_read(path)[1]).values()) + 1
 
 
 def fingerprint_of(path: str) -> str:
@@ -187,6 +194,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
     _write_whole(output, tokenizer.to_str(pretty=True).encode())
 
 
+@contextmanager
+def _understood(path: str) -> Iterator[None]:
+    """For what a tokenizer.json is taken apart in: one that is built otherwise than all others is an error of its."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as fault:
+        raise DataError(
+            f"{path}: is no tokenizer.json of the usual build ({type(fault).__name__}: {fault}); get the file again"
+        ) from fault
+
+
 def _read(path: str) -> tuple[bytes, dict[str, Any]]:
     """Content of a tokenizer.json, raw and parsed."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
@@ -198,9 +216,10 @@ def _read(path: str) -> tuple[bytes, dict[str, Any]]:
         ) from fault
     try:
         spec = json.loads(content)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise DataError(f"{file}: is no JSON ({fault}); a tokenizer.json is wanted, not a tokenizer.model") from fault
-    vocab = spec.get("model", {}).get("vocab") if isinstance(spec, dict) else None
+    model = spec.get("model") if isinstance(spec, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
     if not vocab or not isinstance(vocab, dict | list):
         raise DataError(f"{file}: has no model.vocab; allowed is a tokenizer.json of the `tokenizers` library")
     return content, spec
@@ -210,7 +229,11 @@ def _numbers(spec: dict[str, Any]) -> dict[str, int]:
     """Token to id, added tokens included; a Unigram model lists [token, score] in the order of ids."""
     vocab = spec["model"]["vocab"]
     numbers = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
-    return {**numbers, **{token["content"]: token["id"] for token in spec.get("added_tokens") or []}}
+    numbers = {**numbers, **{token["content"]: token["id"] for token in spec.get("added_tokens") or []}}
+    for token, number in numbers.items():
+        if type(number) is not int or not 0 <= number < _IDS:
+            raise ValueError(f"the id of {token!r} must be an integer from 0 to {_IDS - 1}, got {number!r}")
+    return numbers
 
 
 def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, Any]]) -> int:
