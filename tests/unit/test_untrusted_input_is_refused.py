@@ -13,7 +13,7 @@ from untrusted import KINDS, read_as
 from titan_cpt.config_file import load_config
 from titan_cpt.errors import ConfigError
 
-SOON = settings(max_examples=150, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
+SOON = settings(max_examples=80, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
 JSON_KINDS = [kind for kind, (name, _, _) in KINDS.items() if name.endswith(".json")]
 
 
