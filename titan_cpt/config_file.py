@@ -116,8 +116,8 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is no file. Give --config the path of a TOML file")
+        if path.is_char_device() or path.is_fifo():
+            raise ConfigError(f"{path}: is a device, which may never end. Give --config the path of a TOML file")
         with path.open("rb") as file:
             content = file.read(_LARGEST_BYTES + 1)
         if len(content) > _LARGEST_BYTES or _ENDLESS_KEY.search(content):
