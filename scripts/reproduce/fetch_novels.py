@@ -3,10 +3,10 @@
     python scripts/reproduce/fetch_novels.py data/reproduce                       # ELTeC from GitHub, 200 MB
     python scripts/reproduce/fetch_novels.py data/reproduce --archive FILE        # from an archive that is at hand
 
-The European Literary Text Collection (COST-ELTeC, CC BY 4.0; its texts are in the public domain) has a hundred novels of
-each language as TEI. An archive holds such TEI files, or jsonl files that were made of them before: names beginning with
-`english` or `german`, those of the held-out part with `heldout` in them. Writes english.jsonl, english-heldout.jsonl,
-german.jsonl and german-heldout.jsonl, a document of about 20,000 characters a line: {"text", "id"}.
+The European Literary Text Collection (COST-ELTeC, CC BY 4.0; its texts are in the public domain) has a hundred novels
+of each language as TEI. An archive holds such TEI files, or jsonl files that were made of them before: names beginning
+with `english` or `german`, those of the held-out part with `heldout` in them. Writes english.jsonl, german.jsonl,
+english-heldout.jsonl and german-heldout.jsonl, a document of about 20,000 characters a line: {"text", "id"}.
 """
 
 from __future__ import annotations
