@@ -23,6 +23,7 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
     f"unit/test_{name}.py"
     for name in ("schedules", "mixture", "permutation", "plan*", "config", "config_file", "cli_plan")
 )
+SWEEP, PAGE, BASELINES, ADVICE = (f"unit/test_{name}.py" for name in ("sweep", "report_page", "baselines", "advice"))
 RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
 FORMATS, ORDER, MADE_BY = (
     f"unit/test_{name}.py" for name in ("indexed_formats", "indexed_megatron_order", "tokenizer_of_data")
@@ -467,6 +468,50 @@ MUTANTS = (
     Mutant("order outside the recipe", "planning.py", "        **_own_orders(config, weighed),\n", "", (FORMATS,)),
     Mutant("stored order shuffled", "data/loader.py", "within if stored else permuted", "permuted", (FORMATS, ORDER)),
     Mutant("any tokenizer", "data/inventory.py", "made.fingerprint != ours", "False", (MADE_BY,)),
+    # Comparisons
+    Mutant(
+        "arms measured on other windows share their stages",
+        "arms.py",
+        "return same and ours.validation == theirs.validation and ours.tokenizer.path == theirs.tokenizer.path",
+        "return same and ours.tokenizer.path == theirs.tokenizer.path",
+        (SWEEP,),
+    ),
+    Mutant(
+        "keys are not crossed",
+        "config_sweep.py",
+        "for parts in itertools.product(*axes)]",
+        "for parts in zip(*axes)]",
+        (SWEEP,),
+    ),
+    Mutant(
+        "the turn to train what is shared is never waited for",
+        "sweep.py",
+        "fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n            break",
+        "break",
+        (SWEEP,),
+    ),
+    Mutant(
+        "the last measurement in place of the final window",
+        "comparison.py",
+        'losses = {**stage["after"], **stage["final_loss"]}',
+        'losses = dict(stage["after"])',
+        (PAGE,),
+    ),
+    Mutant(
+        "a stage's tokens are counted from its own beginning",
+        "report.py",
+        'return int((before + step) * self.plan["step_tokens"])',
+        'return int(step * self.plan["step_tokens"])',
+        (PAGE,),
+    ),
+    Mutant(
+        "the union has the last stage's steps",
+        "baselines.py",
+        "steps = sum(stage.steps for stage in plan.stages)",
+        "steps = plan.stages[-1].steps",
+        (BASELINES,),
+    ),
+    Mutant("a tenth of the peak has not decayed", "advice.py", "_DECAYED = 0.5", "_DECAYED = 0.05", (ADVICE,)),
 )
 
 

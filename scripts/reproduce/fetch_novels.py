@@ -103,8 +103,16 @@ def text_of(tei: bytes) -> str:
     body = ElementTree.fromstring(tei).find(f"{_TEI}text/{_TEI}body")
     if body is None:
         raise FetchError("a TEI file without a body")
-    blocks = (block for block in body.iter() if block.tag in {_TEI + name for name in _BLOCKS})
-    return "\n\n".join(text for block in blocks if (text := " ".join("".join(_visible(block)).split())))
+    texts = (" ".join("".join(_visible(block)).split()) for block in _blocks(body))
+    return "\n\n".join(text for text in texts if text)
+
+
+def _blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    for child in element:
+        if child.tag in {_TEI + name for name in _BLOCKS}:
+            yield child
+        elif child.tag != _TEI + "note":
+            yield from _blocks(child)
 
 
 def _visible(element: ElementTree.Element) -> Iterator[str]:
