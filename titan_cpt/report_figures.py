@@ -160,13 +160,14 @@ def trade_off(points: Sequence[tuple[int, Row, float]]) -> Canvas:
 
     A run that forgets nothing of its own, because it was trained from scratch, is drawn hollow.
     """
-    canvas, axes = pyplot.subplots(figsize=(6.8, 4.2))
+    canvas, axes = pyplot.subplots(figsize=(8.2, 3.9))
     for number, row, value in points:
-        marker, inside = ("o", None) if row.forgetting else ("D", "none")
+        marker, inside = ("o", "auto") if row.forgetting else ("D", "none")
         place = (row.adaptation or 0.0, value)
-        axes.plot(*place, marker, color=_look(number)["color"], markersize=7.5, markerfacecolor=inside)
-        axes.annotate(row.name, place, (6, 5), textcoords="offset points", fontsize=8.5)
-    axes.margins(x=0.25, y=0.14)
+        look = {"color": _look(number)["color"], "markersize": 7.5, "label": row.name}
+        axes.plot(*place, marker, markerfacecolor=inside, **look)
+    axes.margins(x=0.08, y=0.1)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))  # names beside the points would cover each other
     axes.set_xlabel("adaptation: loss on the new data, nats per token")
     axes.set_ylabel("forgetting: rise of the loss on the old data")
     return cast("Canvas", canvas)

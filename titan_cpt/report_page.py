@@ -70,7 +70,8 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-    made = list(sections(labelled(records)))
+    records = labelled(records)
+    made = list(sections(records))
     out.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in made for figure in section.figures):
         (out / f"{figure.name}.png").write_bytes(figure.png)
@@ -104,9 +105,10 @@ def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
     """The table of every run's last losses."""
     datasets = sorted({name for row in rows for name in row.losses})
     head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute of the last stage"]
-    numbers = [
-        [*(row.losses.get(name) for name in datasets), row.average, row.mean_forgetting, row.adaptation] for row in rows
-    ]
+    numbers = []
+    for row in rows:
+        adaptation = row.adaptation if row.forgetting else None  # from scratch everything is new
+        numbers.append([*(row.losses.get(name) for name in datasets), row.average, row.mean_forgetting, adaptation])
     body = []
     for row, line in zip(rows, numbers, strict=True):
         losses = [_shown(value, sign=place == len(datasets) + 1) for place, value in enumerate(line)]
