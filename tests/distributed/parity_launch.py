@@ -7,10 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tomli_w
 
 from titan_cpt.data.indexed_writer import IndexedWriter
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 TOML = """
@@ -70,6 +77,23 @@ def make_inputs(folder: Path) -> None:
     for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
         (folder / f"{name}.toml").write_text(toml)
         (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
+    (folder / "quickstart.toml").write_text(tomli_w.dumps(small_quickstart()))
+
+
+def small_quickstart() -> dict[str, Any]:
+    """The shipped quick start with the smallest model, short sequences and three steps a stage, over `make_data`'s."""
+    raw = tomllib.loads((ROOT / "train_configs" / "quickstart.toml").read_text())
+    del raw["tokenizer"]
+    raw["model"] |= {"size": "debug", "vocab_size": 384}
+    raw["training"]["seq_len"] = 64
+    raw["validation"]["sequences"] = 5
+    raw["metrics"] = {"enable_tensorboard": False}
+    for dataset in raw["datasets"].values():
+        del dataset["source"]
+        dataset |= {"train": "pages", "validation": "pages-validation"}
+    for stage in raw["stages"]:
+        stage["steps"] = 3
+    return raw
 
 
 def launch(folder: Path, runs: list[dict[str, str]], world_size: int, name: str = "") -> None:

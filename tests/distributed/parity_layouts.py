@@ -174,7 +174,18 @@ CASES: tuple[Case, ...] = (
     _case(8, rep=2, pp=2, schedule="Interleaved1F1B"),
 )
 
+QUICKSTART: tuple[Case, ...] = tuple(
+    Case(f"quickstart-{name}", 2, {"toml": "quickstart", key: value}, "quickstart", model="quickstart")
+    for name, key, value in (
+        ("tp", "parallelism.tensor_parallel_degree", "2"),
+        ("fsdp", "training.local_batch_size", "8"),
+        ("pp", "parallelism.pipeline_parallel_degree", "2"),
+    )
+)
+"""The shipped quick start, made small, in two processes by one override each, as docs/parallelism.md shows it whole."""
+
 REFERENCES: dict[str, dict[str, str]] = {
+    "quickstart": {"toml": "quickstart"},
     "one": {},
     "one-bf16": BF16,
     "one-deep": {"model.layers": "8"},

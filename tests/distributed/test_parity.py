@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity_launch import launch, make_inputs, record
-from parity_layouts import CASES, FLOAT8, FLOAT8_REFERENCES, HANDED_ON, NEW_WEIGHTS, REFERENCES, Case
+from parity_layouts import CASES, FLOAT8, FLOAT8_REFERENCES, HANDED_ON, NEW_WEIGHTS, QUICKSTART, REFERENCES, Case
 from training import tensors_of
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: Path) -> None:
     """Losses, gradient norms, each parameter's, validation, hashes of the batches: all layouts of a world size."""
-    cases = [case for case in CASES if case.world_size == world_size]
+    cases = [case for case in (*CASES, *QUICKSTART) if case.world_size == world_size]
     if world_size > 1:
         launch(folder, [{"job.name": case.name, **case.overrides} for case in cases], world_size)
 
