@@ -25,6 +25,7 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
 )
 SWEEP, PAGE, BASELINES, ADVICE = (f"unit/test_{name}.py" for name in ("sweep", "report_page", "baselines", "advice"))
 RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
+PIPELINES, FLOAT8 = "unit/test_pipeline_costs.py", "unit/test_float8.py"
 FORMATS, ORDER, MADE_BY = (
     f"unit/test_{name}.py" for name in ("indexed_formats", "indexed_megatron_order", "tokenizer_of_data")
 )
@@ -446,6 +447,23 @@ MUTANTS = (
     Mutant("the last override is lost", "cli.py", "    while rest:", "    while len(rest) > 2:", (CLI,)),
     # Layouts
     Mutant("heads of keys may be cut", "layout_rules.py", "shape.kv_heads % tp == 0 or", "shape.kv_heads or", (RULES,)),
+    Mutant(
+        "zero bubbles that never idle",
+        "pipeline_costs.py",
+        "idle = max(p - 1, 4 * p - 2 * m - 2)",
+        "idle = 0",
+        (PIPELINES,),
+    ),
+    Mutant("pairs of passes cost one", "pipeline_costs.py", "idle = 2 * (p - 1)", "idle = p - 1", (PIPELINES,)),
+    Mutant(
+        "micro-batches that are missing", "pipeline_costs.py", "missing = max(0, p - m)", "missing = 0", (PIPELINES,)
+    ),
+    Mutant("one activation less", "pipeline_costs.py", "v * p + 1)", "v * p)", (PIPELINES,)),
+    Mutant(
+        "a rank's share not asked", "footprint.py", "(_FLOAT8_MULTIPLE * tp) == 0", "_FLOAT8_MULTIPLE == 0", (FLOAT8,)
+    ),
+    Mutant("gathered as before the cast", "footprint.py", "(1 if cast else work.bytes_per_number)", "2", (FLOAT8,)),
+    Mutant("offloaded and kept", "footprint.py", "0 if work.offloaded else", "", (FLOAT8,)),
     Mutant("a tied head is counted", "footprint.py", "if not shape.tied:", "if shape.vocab_size:", (FOOTPRINT,)),
     Mutant("biases are not counted", "footprint.py", "if shape.qkv_bias else ()", "if False else ()", (FOOTPRINT,)),
     Mutant("head norms keep nothing", "footprint.py", "if shape.qk_norm else 0)", "if False else 0)", (FOOTPRINT,)),

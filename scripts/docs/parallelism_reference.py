@@ -55,8 +55,7 @@ gradient norms relative, of 8 validation losses in nats per token):
 | pp | 40 | the same | 5.7e-06 | 6.1e-06 | 2.5e-07 |
 
 All steps but one agree to 1.5e-5 nats per token. The one is German's second, where 20 steps have warmed up to 2e-3 at
-once and the loss jumps. German ends at 5.1590 nats per token in all four. A
-small copy of this is a parity case.
+once and the loss jumps. German ends at 5.1590 nats per token in all four. A small copy of this is a parity case.
 
 ## float8
 
