@@ -207,20 +207,46 @@ class Checkpoints:
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
     def newest_good(self, on_damaged: Callable[[str], None]) -> Found | None:
-        """The newest checkpoint whose files are all as they were saved; `on_damaged` is told of each passed over."""
+        """The newest checkpoint whose files are all as they were saved; collective.
+
+        Args:
+            on_damaged: told of each that is passed over.
+        """
         for path in sorted(self.run.glob(f"*/step-*/{manifest.NAME}")):
             try:
                 manifest.read(path.parent)
             except CheckpointError as error:
                 on_damaged(str(error))
-        for found in self.listed():
+        candidates = [self.listed()]
+        if self.distributed:
+            dist.broadcast_object_list(candidates, src=0, group=self.group)
+        for found in candidates[0]:
             try:
-                manifest.verify(found.folder)
+                self.verify(found.folder)
             except CheckpointError as error:
                 on_damaged(str(error))
                 continue
             return found
         return None
+
+    def verify(self, folder: Path) -> dict[str, Any]:
+        """The manifest of a checkpoint that is as it was saved; collective, each rank looks at its share of the files.
+
+        Raises:
+            CheckpointError: on every rank, what any of them found.
+        """
+        ranks = dist.get_world_size() if self.distributed else 1
+        record: dict[str, Any] = {}
+        faults = [""] * ranks
+        try:
+            record = manifest.verify(folder, share=self.rank, of=ranks)
+        except CheckpointError as error:
+            faults[self.rank] = str(error)
+        if self.distributed:
+            dist.all_gather_object(faults, faults[self.rank], group=self.group)
+        for fault in filter(None, faults):
+            raise CheckpointError(fault)
+        return record
 
 
 class _Writing:

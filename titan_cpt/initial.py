@@ -7,7 +7,7 @@ from pathlib import Path
 from titan_cpt.checkpoint import checkpoint_folder, load_state
 from titan_cpt.errors import CheckpointError
 from titan_cpt.interchange import IMPORTED, load_released
-from titan_cpt.manifest import differences, verify
+from titan_cpt.manifest import differences
 from titan_cpt.parts import Parts
 from titan_cpt.plan import Point, StagePlan
 
@@ -34,7 +34,7 @@ def _source(parts: Parts, stage: StagePlan) -> Path:
         folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
     else:
         folder = Path(stage.init.removeprefix("checkpoint:"))
-    found, ours = verify(folder), parts.plan.base_recipe
+    found, ours = parts.checkpoints.verify(folder), parts.plan.base_recipe
     if stage.keep_optimizer and found["kind"] == IMPORTED:
         raise CheckpointError(
             f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "

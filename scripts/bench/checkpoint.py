@@ -1,10 +1,12 @@
-"""What a checkpoint costs: how long training stands still for it, how long it takes to write, what the checksums add.
+"""What a checkpoint costs: how long training stands still for it, how fast it is written, what the checksums add.
 
     python scripts/bench/checkpoint.py --size mini --saves 5 --folder /some/disk
-    python scripts/bench/checkpoint.py --size 160m --saves 3 --folder /dev/shm      # memory: no disk to hide behind
+    python scripts/bench/checkpoint.py --size 405m --saves 3 --folder /dev/shm      # memory: no disk to hide behind
 
-Each save is timed from the call to its return (the stall) and to the manifest (the whole); then once more with the
-hashing left out, save by save in turn, so that what else the machine does falls on both alike. One line of JSON.
+Three kinds in turn, so that what else the machine does falls on all alike: ours; ours with the hashing left out; and
+torch's own files (DCP's FileSystemWriter, two threads, synced) of the same tensors. Each save is timed from the call to
+its return (the stall) and to its end (the manifest, for ours). The first round warms up: it asks for the memory of the
+copy that is written. One line of JSON, in seconds and GB/s; medians.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from titan_cpt import checkpoint_files
 from titan_cpt.checkpoint import INTERVAL, Checkpoints
@@ -30,17 +35,58 @@ from titan_cpt.models.sizes import named_size
 from titan_cpt.optimizer import build_adamw
 
 RECORD = {"stage_index": 0, "kind": INTERVAL, "run_step": 0, "recipe": {}, "fingerprint": "", "data": {}}
+KINDS = ("ours", "unhashed", "dcp")
 
 
 class _NoHash:
     """Stands in for SHA-256."""
 
-    def update(self, block: bytes) -> None:
+    def update(self, block: memoryview) -> None:
         """Nothing."""
 
     def hexdigest(self) -> str:
         """As long as a real one."""
         return "0" * 64
+
+
+class Bench:
+    """One model with its moments, saved in one folder over and over."""
+
+    def __init__(self, family: str, size: str, run: Path) -> None:
+        self.model = build_model(named_size(family, size, 50_304, 1, {}))
+        self.optimizer = build_adamw(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        self.run = run
+        self.checkpoints = Checkpoints(run, keep_latest=1, asynchronous=True, on_saved=lambda folder: None)
+        self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+
+    def timed(self, kind: str, number: int) -> tuple[float, float, int]:
+        """Stall and whole time of a save, in seconds, and its bytes; it is removed again."""
+        os.sync()
+        began = time.perf_counter()
+        ended, folder = self._dcp(number) if kind == "dcp" else self._ours(kind, number)
+        stall = time.perf_counter() - began
+        ended()
+        whole = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
+        return stall, whole, size
+
+    def _ours(self, kind: str, number: int) -> tuple[Any, Path]:
+        checkpoint_files.new_hash = hashlib.sha256 if kind == "ours" else _NoHash  # type: ignore[assignment]
+        self.checkpoints.save(self.model, self.optimizer, stage="a", steps_done=number, record=RECORD)
+        return self.checkpoints.wait, self.run / "a" / f"step-{number:08d}"
+
+    def _dcp(self, number: int) -> tuple[Any, Path]:
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        folder = self.run / f"dcp-{number}"
+        writer = FileSystemWriter(folder, thread_count=2, sync_files=True)
+        state = {"model": self.model.state_dict(), "optimizer": moments}
+        saving: Any = async_save(state, storage_writer=writer, async_stager=self.stager)
+        return saving.result, folder
 
 
 def main() -> None:
@@ -53,49 +99,22 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-    model = build_model(named_size(options.family, options.size, 50_304, 1, {}))
-    optimizer = build_adamw(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     run = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=options.folder))
     try:
-        timed = {"hashed": [], "plain": []}  # type: dict[str, list[tuple[float, float]]]
-        checkpoints = Checkpoints(run, keep_latest=1, asynchronous=True, on_saved=lambda folder: None)
-        for number in range(2 * options.saves + 2):
-            kind = "hashed" if number % 2 else "plain"
-            checkpoint_files.new_hash = hashlib.sha256 if kind == "hashed" else _NoHash
-            measured = _timed_save(checkpoints, model, optimizer, number)
-            if number >= 2:  # the first of each kind warms up
-                timed[kind].append(measured)
-        size = sum(path.stat().st_size for path in next(run.glob("*/step-*")).iterdir())
+        bench = Bench(options.family, options.size, run)
+        rounds = [{kind: bench.timed(kind, number) for kind in KINDS} for number in range(options.saves + 1)][1:]
+        parameters = sum(parameter.numel() for parameter in bench.model.parameters())
     finally:
         shutil.rmtree(run)
-    whole = {kind: statistics.median(seconds for _, seconds in of_kind) for kind, of_kind in timed.items()}
-    print(
-        json.dumps(
-            {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "bytes": size,
-                "stall_s": round(statistics.median(stall for stall, _ in timed["hashed"]), 4),
-                "save_s": round(whole["hashed"], 4),
-                "save_without_checksums_s": round(whole["plain"], 4),
-                "checksums_share": round((whole["hashed"] - whole["plain"]) / whole["hashed"], 4),
-                "gb_per_s": round(size / whole["hashed"] / 1e9, 3),
-                "sha256_alone_s": round(_sha256_alone(size), 4),
-                "saves": options.saves,
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "load": os.getloadavg()[0],
-            }
-        )
-    )
-
-
-def _timed_save(checkpoints: Checkpoints, model: Any, optimizer: Any, number: int) -> tuple[float, float]:
-    os.sync()
-    began = time.perf_counter()
-    checkpoints.save(model, optimizer, stage="a", steps_done=number, record=RECORD)
-    stall = time.perf_counter() - began
-    checkpoints.wait()
-    return stall, time.perf_counter() - began
+    told: dict[str, Any] = {"parameters": parameters, "bytes": rounds[0]["ours"][2]}
+    for kind in KINDS:
+        stall, whole = (statistics.median(one[kind][what] for one in rounds) for what in (0, 1))
+        told |= {f"{kind}_stall_s": round(stall, 3), f"{kind}_save_s": round(whole, 3)}
+        told |= {f"{kind}_gb_per_s": round(told["bytes"] / whole / 1e9, 3)}
+    told |= {"checksums_share": round(1 - told["unhashed_save_s"] / told["ours_save_s"], 3)}
+    told |= {"sha256_alone_s": round(_sha256_alone(told["bytes"]), 3), "saves": options.saves}
+    told |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+    print(json.dumps(told))
 
 
 def _sha256_alone(size: int) -> float:

@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faulty
 import pytest
 import training
-from crashes import MOMENTS, Matrix
+from crashes import MOMENTS, Matrix, small_run
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -29,6 +30,26 @@ def test_killing_one_of_two_ranks_changes_nothing(tmp_path):
     assert toll.mismatches == []
     assert toll.damaged == []
     assert toll.total >= 4
+
+
+def test_two_ranks_share_the_files_to_verify_and_both_fall_back_from_a_damaged_one(tmp_path):
+    """Each of the four files of the newest checkpoint is damaged in turn, whichever rank looks at it."""
+    raw = training.changed(small_run(tmp_path), training={"on_nonfinite": "stop"})
+    raw["stages"] = raw["stages"][:1]
+    config = training.write_config(raw, tmp_path / "run.toml")
+    run = tmp_path / raw["job"]["name"]
+
+    assert faulty.train(config, ranks=2).status == 0
+    files = sorted((run / "english" / "step-00000008").glob("rank-*"))
+    sound = {file: file.read_bytes() for file in files}
+    for file in files:
+        file.write_bytes(sound[file][:-1] + bytes([sound[file][-1] ^ 1]))
+        ended = faulty.launch(config, ranks=2)
+
+        assert [one.status for one in ended] == [0, 0], ended[0].output
+        assert f"passed over: {file}: its content changed" in " ".join(ended[0].output.split())
+        assert [event["step"] for event in training.events_of(run, "resume")][-1] == 6
+    assert len(files) == 4
 
 
 @pytest.mark.parametrize("moment", [name for name, places in MOMENTS.items() if places])
