@@ -117,6 +117,7 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
     if layout.pp > 1:
         gathered += held * _FP32  # gradients are summed whole over the micro-batches and reduced once
     on_device = 0 if work.offloaded else local[rank] * _FP32
+    once = _gathered_once(shape, layout, stages) * work.bytes_per_number
     return Footprint(
         local_parameters=local,
         heaviest=rank,
@@ -127,7 +128,7 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
         gathered=gathered,
         activations=round(_activations(shape, layout, work, rank)),
         logits=_logits(shape, layout, work) if layout.stages - 1 in stages else 0,
-        sent_fsdp=round(_sent_fsdp(held, sent_all, layout, work)),
+        sent_fsdp=round(_sent_fsdp(held, sent_all, once, layout, work)),
         sent_tensor=round(_sent_tensor(shape, layout, work, stages)),
         sent_context=round(_sent_context(shape, layout, work, stages)),
         sent_pipeline=_sent_pipeline(shape, layout, work, stages),
@@ -294,19 +295,29 @@ def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
     return rows // layout.tp * (work.bytes_per_number + 2 * _FP32)
 
 
-def _sent_fsdp(held: int, gathered: int, layout: Layout, work: Work) -> float:
+def _sent_fsdp(held: int, gathered: int, once: int, layout: Layout, work: Work) -> float:
     """Gathers, once or twice a local batch, and one sum of gradients; then the copies' sum (a ring sends it twice).
 
     Args:
         held: numbers of the rank's stages, whole.
         gathered: bytes of them when they are gathered.
+        once: bytes of those that stay gathered until the backward pass.
     """
     over = layout.dp_shard * layout.cp
     share = (over - 1) / over
-    gathers = 2 if layout.reshard_after_forward else 1
-    sent = share * (gathers * gathered + held * _FP32) * work.accumulation
+    gathers = 2 * gathered - once if layout.reshard_after_forward else gathered
+    sent = share * (gathers + held * _FP32) * work.accumulation
     copies = (layout.dp_replicate - 1) / layout.dp_replicate
     return sent + 2 * held / over * _FP32 * copies * work.accumulation
+
+
+def _gathered_once(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -> int:
+    """What stays gathered between forward and backward: the head and its norm, tied to the embedding or not."""
+    if layout.stages - 1 not in stages:
+        return 0
+    parameters = _stage_parameters(shape, layout, layout.stages - 1)
+    ends = ("final_norm", "head", "embedding") if shape.tied else ("final_norm", "head")
+    return _count_cut(tuple(parameter for parameter in parameters if parameter[0].startswith(ends)), layout.tp)
 
 
 def _passes(layout: Layout, work: Work) -> int:

@@ -1,0 +1,135 @@
+"""Bytes that one traced step sends, by collective, against what the plan works out (titan_cpt/footprint.py).
+
+    python scripts/scale/traced.py
+
+The step is real (forward, loss, backward of titan_cpt's own engine), so are the tensors; the process group is
+torch's fake one, whose collectives send nothing, so that any number of ranks is traced on one core. A gather of n ranks
+is counted as its output times (n - 1) / n, a scattered sum as its input times (n - 1) / n, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_cpt.distributed.mesh import Ranks, build_mesh
+from titan_cpt.distributed.parallelise import Techniques
+from titan_cpt.distributed.stages import build_model
+from titan_cpt.footprint import Work, footprint
+from titan_cpt.layout import Layout
+from titan_cpt.models.sizes import named_size
+
+SEQ_LEN, SEQUENCES, ACCUMULATION = 256, 2, 2
+LAYOUTS = (
+    Layout(dp_shard=8),
+    Layout(dp_shard=64, reshard_after_forward=False),
+    Layout(dp_replicate=2, dp_shard=8),
+    Layout(tp=4),
+    Layout(dp_shard=16, tp=4),
+    Layout(dp_shard=4, cp=2),
+)
+TOLERANCE = 0.01
+
+
+class Sent(TorchDispatchMode):
+    """Sums the bytes of every collective that this rank takes part in, by the number of its ranks' dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and let it run."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[-1]
+        if name == "_allgather_base_":
+            self._add("fsdp gather", args[0].nbytes - args[1].nbytes)
+        elif name == "_reduce_scatter_base_":
+            self._add("fsdp scatter", args[1].nbytes - args[0].nbytes)
+        elif name == "all_gather_into_tensor":
+            self._add("tensor", out.nbytes - args[0].nbytes)
+        elif name == "reduce_scatter_tensor":
+            self._add("tensor", args[0].nbytes - out.nbytes)
+        elif name == "all_reduce":
+            ranks = dist.distributed_c10d._resolve_process_group(args[2]).size()
+            self._add("tensor, small sums", 2 * args[0].nbytes * (ranks - 1) // ranks)
+        elif name == "allgather_":
+            self._add("context", sum(part.nbytes for part in args[0][0]) - args[1][0].nbytes)
+        elif name == "reduce_scatter_":
+            self._add("context", sum(part.nbytes for part in args[1][0]) - args[0][0].nbytes)
+        elif name == "allreduce_":
+            tensors: list[Tensor] = args[0]
+            ranks = dist.distributed_c10d.ProcessGroup.unbox(args[1]).size()
+            self._add("copies' sum", sum(2 * tensor.nbytes * (ranks - 1) // ranks for tensor in tensors))
+        return out
+
+    def _add(self, kind: str, count: int) -> None:
+        self.bytes[kind] += count
+        self.calls[kind] += 1
+
+
+def traced(family: str, layout: Layout) -> tuple[Sent, Any]:
+    """One step's bytes as counted, and as worked out."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
+    try:
+        shape = named_size(family, "mini", 8000, layout.tp)
+        ranks = Ranks(0, layout.world_size, torch.device("cpu"))
+        mesh = build_mesh(ranks, layout)
+        model, engine = build_model(shape, mesh, Techniques(precision=torch.bfloat16))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.01)
+        tokens = torch.zeros(SEQUENCES, SEQ_LEN + 1, dtype=torch.int64)
+        with Sent() as sent:
+            for _ in range(ACCUMULATION):
+                engine.backward(tokens[:, :-1], tokens[:, 1:], SEQUENCES * SEQ_LEN * ACCUMULATION)
+    finally:
+        dist.destroy_process_group()
+    work = Work(
+        microbatch_tokens=SEQUENCES * SEQ_LEN // layout.cp,
+        accumulation=ACCUMULATION,
+        bytes_per_number=2,
+        recompute="none",
+        selection="op",
+        memory_budget=0.5,
+    )
+    return sent, footprint(shape, layout, work)
+
+
+def main() -> int:
+    """Print a line for each layout; 1 if any differs by more than the tolerance."""
+    worst = 0.0
+    for family in ("gpt_neox", "llama"):
+        for layout in LAYOUTS:
+            sent, planned = traced(family, layout)
+            counted = {
+                "fsdp": sent.bytes["fsdp gather"] + sent.bytes["fsdp scatter"] + sent.bytes["copies' sum"],
+                "tensor": sent.bytes["tensor"] + sent.bytes["tensor, small sums"],
+                "context": sent.bytes["context"],
+            }
+            worked_out = {"fsdp": planned.sent_fsdp, "tensor": planned.sent_tensor, "context": planned.sent_context}
+            degrees = {name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "tp", "cp")}
+            print(f"{family}", " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1))
+            for kind, count in counted.items():
+                if count or worked_out[kind]:
+                    off = worked_out[kind] / count - 1 if count else float("inf")
+                    worst = max(worst, abs(off))
+                    print(f"  {kind:<8} counted {count:>13,} bytes, worked out {worked_out[kind]:>13,}: {off:+.2%}")
+            print("  calls   ", ", ".join(f"{kind} {calls}" for kind, calls in sorted(sent.calls.items())))
+    print(f"the largest difference is {worst:.2%}")
+    return int(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
