@@ -24,6 +24,7 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
     for name in ("schedules", "mixture", "permutation", "plan*", "config", "config_file", "cli_plan")
 )
 SWEEP, PAGE, BASELINES, ADVICE = (f"unit/test_{name}.py" for name in ("sweep", "report_page", "baselines", "advice"))
+INFERENCE, SCORES = "unit/test_inference.py", "unit/test_scores.py"
 RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
 PIPELINES, FLOAT8 = "unit/test_pipeline_costs.py", "unit/test_float8.py"
 FORMATS, ORDER, MADE_BY = (
@@ -530,6 +531,64 @@ MUTANTS = (
         (BASELINES,),
     ),
     Mutant("a tenth of the peak has not decayed", "advice.py", "_DECAYED = 0.5", "_DECAYED = 0.05", (ADVICE,)),
+    # Evaluation
+    Mutant(
+        "a cached query sees itself not",
+        "models/cached.py",
+        "seen_BLS = behind_BLS >= 0",
+        "seen_BLS = behind_BLS > 0",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "a window one longer with a cache",
+        "models/cached.py",
+        "behind_BLS < plain.window",
+        "behind_BLS <= plain.window",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "finished sequences keep the others' keys",
+        "models/cached.py",
+        "getattr(core, name)[rows]",
+        "getattr(core, name)[: len(rows)]",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "scored from one position too early",
+        "inference.py",
+        "for position in range(len(tokens) - scored, len(tokens))",
+        "for position in range(len(tokens) - scored - 1, len(tokens) - 1)",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "a context cut at its end",
+        "inference.py",
+        "(context + continuation)[-(opened.max_length + 1) :]",
+        "(context + continuation)[: opened.max_length + 1]",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "top_p without the token that reaches it",
+        "generation.py",
+        "(reached_BV < sampling.top_p).sum(-1) + 1)",
+        "(reached_BV < sampling.top_p).sum(-1)).clamp(min=1)",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "draws by the place in the batch",
+        "generation.py",
+        "repr((seed, prompt))",
+        "repr((seed, len(prompt)))",
+        (INFERENCE,),
+    ),
+    Mutant(
+        "pairs of other samples",
+        "scores.py",
+        "before.documents == after.documents and",
+        "",
+        (SCORES,),
+    ),
+    Mutant("error of a sum, not of a mean", "scores.py", "* (len(changes) - 1)))", "))", (SCORES,)),
 )
 
 

@@ -246,7 +246,7 @@ def ask(model: CheckpointLM, loaded: Any, task: Task, limit: int | None) -> Answ
         few = (
             None
             if limit is None
-            else {name: spread(len(part.eval_docs), limit) for name, part in loaded["tasks"].items()}
+            else {name: Places(spread(len(part.eval_docs), limit)) for name, part in loaded["tasks"].items()}
         )
         found: Any = evaluate(model, loaded, samples=few, bootstrap_iters=_BOOTSTRAPS, log_samples=True)
     parts = sorted(found["samples"])
@@ -276,6 +276,18 @@ def ask(model: CheckpointLM, loaded: Any, task: Task, limit: int | None) -> Answ
         digest.update("".join(str(sample[key]) for key in ("doc_hash", "prompt_hash", "target_hash")).encode())
     shots = {int(found["n-shot"][part]) for part in parts}
     return Answers(max(shots), metrics, len(first), digest.hexdigest(), per_sample)
+
+
+class Places(list[int]):
+    """Places of samples, in order; the harness asks of every sample there is whether it is among them."""
+
+    def __init__(self, places: Iterable[int]) -> None:
+        super().__init__(places)
+        self._known = frozenset(self)
+
+    def __contains__(self, place: object) -> bool:
+        """Without a search."""
+        return place in self._known
 
 
 def spread(available: int, wanted: int) -> list[int]:
