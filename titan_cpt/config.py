@@ -208,12 +208,12 @@ class Metrics(Table):
 
 
 class Profiling(Table):
-    """[profiling]: traces of torch.profiler."""
+    """[profiling]: traces of torch.profiler, `<run>/profile/<stage>-step-<8 digits>/rank-<5 digits>.json.gz`."""
 
     enable_profiling: bool = False
     """Record traces."""
     profile_freq: PositiveInt = 100
-    """Steps between traces."""
+    """Steps from one trace to the next; a trace holds one step."""
 
 
 class Validation(Table):

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in words: pydantic's errors, broken references, and what is not available yet."""
+"""What is wrong with a config, in words: pydantic's errors and broken references."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from pydantic import BaseModel
 
 from titan_cpt.config import Config
 
-RESERVED_STAGE_NAMES = ("tb", "evaluations")  # the run's folder holds these beside the stages' folders
-
-# What the schema knows and no code does yet: dotted key and the only value that is honest until then.
-NOT_AVAILABLE_YET: dict[str, Any] = {
-    "profiling.enable_profiling": False,
-}
+RESERVED_STAGE_NAMES = ("tb", "evaluations", "profile")  # the run's folder holds these beside the stages' folders
 
 
 def in_words(error: Any, raw: dict[str, Any]) -> str:
@@ -238,14 +233,3 @@ def _tokenizer_training_faults(train: dict[str, Any], datasets: dict[str, dict[s
     yield from _dataset_faults("tokenizer.train.dataset", name, datasets)
     if name in datasets and "source" not in datasets[name]:
         yield f"tokenizer.train.dataset: [datasets.{name}] has no source, so there is no text to train a tokenizer on"
-
-
-def not_available_faults(config: Config) -> Iterator[str]:
-    """Keys that the schema knows and nothing carries out yet: refused rather than ignored."""
-    for dotted, allowed in NOT_AVAILABLE_YET.items():
-        value: Any = config
-        for part in dotted.split("."):
-            value = getattr(value, part)
-        if value != allowed:
-            remedy = "leave it out" if allowed in (None, {}) else f"only {_shown(allowed)} is"
-            yield f"{dotted}: {_shown(value)} is not available yet; {remedy}"

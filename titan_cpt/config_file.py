@@ -19,7 +19,6 @@ from titan_cpt.config_faults import (
     listed,
     models_at,
     nearest,
-    not_available_faults,
     reference_faults,
     tables,
 )
@@ -78,7 +77,6 @@ def check_config(raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str,
         faults += list(reference_faults(raw))
         raise _config_error(path, faults) from None
     faults += list(reference_faults(raw))
-    faults += list(not_available_faults(config))
     faults += list(sweep_faults(config.sweep))
     if faults:
         raise _config_error(path, faults)

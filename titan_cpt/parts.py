@@ -35,6 +35,7 @@ from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
 from titan_cpt.planning import make_plan
+from titan_cpt.profiling import Profiler
 from titan_cpt.run_folder import StopRequest
 from titan_cpt.skips import Skips
 from titan_cpt.validate import Validator
@@ -60,6 +61,7 @@ class Parts:
     identities: dict[str, str]
     log: MetricsLog
     display: Display
+    profiler: Profiler
     stop: StopRequest
 
 
@@ -133,6 +135,12 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         identities=identities,
         log=log,
         display=display,
+        profiler=Profiler(
+            folder,
+            every_steps=config.profiling.profile_freq if config.profiling.enable_profiling else None,
+            rank=ranks.rank,
+            on_failed=display.say,
+        ),
         stop=stop,
     )
     return parts, found

@@ -40,6 +40,7 @@ from titan_cpt.run_folder import StopRequest, locked
 _THEIR_WARNINGS = (
     "'set_vital' is deprecated",  # torchdata's loader, of torch
     "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, which is what we mean
+    "Warning: Profiler clears events at the end of each cycle",  # which is why every trace is written at once
     "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that go on in place, which ours do not
 )
 
@@ -74,6 +75,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
         try:
             return train(parts, found)
         finally:
+            parts.profiler.close()
             parts.log.close()
 
 
@@ -186,6 +188,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
         due = due or (evaluated and (stopping or not take_benchmarks(parts, stage, done)))
         if step % config.training.gc_freq == 0:
             gc.collect(1)
+        parts.profiler.step(stage.name, done)
         if stopping or due:
             break
     parts.display.end_stage()

@@ -4,7 +4,6 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from titan_cpt import config as schema
-from titan_cpt.config_faults import NOT_AVAILABLE_YET
 from titan_cpt.config_file import load_config
 from titan_cpt.config_types import parse_tokens
 from titan_cpt.errors import ConfigError
@@ -418,15 +417,6 @@ def test_a_dataset_with_validation_alone_can_be_measured_and_not_trained_on(one_
 
     assert load_config(write(text)).datasets["books"].validation == ("data/books",)
     assert faults(text, ("stages.first.dataset", "books")) == [f"stages.first.dataset: {expected}"]
-
-
-@pytest.mark.parametrize("key", NOT_AVAILABLE_YET)
-def test_keys_of_later_parts_are_refused_rather_than_ignored(one_stage, faults, key):
-    """Until the part is there, a legal value is told to be not available yet."""
-    (found,) = faults(one_stage, (key, EXAMPLES[key]))
-
-    assert found.startswith(f"{key}: ")
-    assert " is not available yet; " in found
 
 
 # All at once
