@@ -28,8 +28,9 @@ from titan_cpt.comparison import compare, print_comparison
 from titan_cpt.config_file import dump_config
 from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.manifest import write_text_atomically
+from titan_cpt.metrics import FILE_NAME
 from titan_cpt.plan import fingerprint
-from titan_cpt.report import read_run
+from titan_cpt.report import labelled, read_run
 
 CONFIG_NAME = "arm.toml"  # config.toml is the run's own record of what it was trained under
 CONSOLE_NAME = "console.txt"
@@ -105,7 +106,7 @@ def _one(
     others = [other for other in arms if isinstance(other, Arm)]
     begin = time.monotonic()
     try:
-        with _turn(arm, others, say) as has_shared_stages:
+        with _turn(arm, others, stop, say) as has_shared_stages:
             adopted = adopt(arm, others)
             if adopted:
                 say(f"  adopted {adopted}")
@@ -117,6 +118,8 @@ def _one(
                 return Outcome(arm.name, "ready", arm.folder)
             say(f"  trains; its output is in {arm.folder / CONSOLE_NAME}")
             status = _launch([*launch, "--config", str(config)], arm.folder / CONSOLE_NAME, stop, has_shared_stages)
+    except _Stopped:
+        return Outcome(arm.name, "stopped", arm.folder)
     except TitanError as error:
         say(f"  failed: {error}")
         return Outcome(arm.name, "failed", arm.folder, str(error))
@@ -132,7 +135,7 @@ def _one(
 
 
 @contextmanager
-def _turn(arm: Arm, others: Sequence[Arm], say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def _turn(arm: Arm, others: Sequence[Arm], stop: _Stop, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """One arm at a time trains what is shared; yields what lets go of the turn once that is there.
 
     What is yielded is called now and then, and answers whether the turn is over.
@@ -155,6 +158,9 @@ def _turn(arm: Arm, others: Sequence[Arm], say: Callable[[str], None]) -> Iterat
             if not waiting:
                 say("  waits for the arm that trains the stages they share")
             waiting = True
+            if stop.asked:
+                os.close(descriptor)
+                raise _Stopped from None
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     held = True
 
@@ -198,6 +204,10 @@ def _last_message(console: Path, status: int) -> str:
     return "\n".join(said) or f"ended with status {status} and said nothing"
 
 
+class _Stopped(Exception):
+    """Asked to stop while waiting for a turn; nothing of the arm has begun."""
+
+
 class _Stop:
     """Turns SIGTERM and SIGINT into a request that the arm under way is told of, and that no further one begins."""
 
@@ -224,12 +234,11 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """A table of all arms with the losses they have come to, and why any failed."""
-    records = [
-        read_run(outcome.folder)
-        for outcome in outcomes
-        if outcome.folder is not None and (outcome.folder / "metrics.jsonl").exists()
-    ]
-    print_comparison(compare(records), console, {o.name: o.message for o in outcomes if o.state == "failed"})
+    begun = [outcome for outcome in outcomes if outcome.folder and (outcome.folder / FILE_NAME).exists()]
+    records = labelled([read_run(outcome.folder) for outcome in begun if outcome.folder])
+    names = {outcome.folder: record.name for outcome, record in zip(begun, records, strict=True)}
+    failed = {names.get(each.folder, each.name): each.message for each in outcomes if each.state == "failed"}
+    print_comparison(compare(records), console, failed)
 
 
 def print_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]], console: Console) -> None:

@@ -125,3 +125,14 @@ def test_the_command_writes_files_that_a_sweep_trains_with_english_once(raw, tmp
     }
     assert trained == 0
     assert [event["stage"] for event in training.events_of(arms[4].folder, "transition")] == ["german"]
+
+
+def test_the_command_trains_all_of_them(raw, tmp_path, capsys):
+    """--run goes through the run itself and its six baselines, each with the command that --launch names."""
+    path = training.write_config(raw, tmp_path / "c.toml")
+    status = status_of("baselines", "--config", path, "--run", "--launch", "true")
+    said = capsys.readouterr().out
+
+    assert status == 0
+    assert "[1/7] run" in said
+    assert "[7/7] constant-max" in said

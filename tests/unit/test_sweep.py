@@ -232,6 +232,25 @@ def test_a_signal_stops_the_arm_under_way_and_begins_no_other(swept, tmp_path):
     assert not (tmp_path / "out" / "run" / "seed-2").exists()
 
 
+def test_a_signal_ends_the_wait_for_another_arm(swept, tmp_path):
+    """An arm that waits while another process has the turn leaves with 75 and has begun nothing."""
+    path = swept({FRACTION: [0.0, 0.25]})
+    first, second = read_arms([path])
+    command = [sys.executable, "-m", "titan_cpt", "sweep", str(path), "--arm", "1", "--launch", "true"]
+    with sweep._Stop() as stop, sweep._turn(first, [first, second], stop, lambda _: None):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+        )
+        assert process.stdout is not None
+        said = [process.stdout.readline(), process.stdout.readline()]
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+
+    assert "waits for the arm that trains the stages they share" in said[1]
+    assert process.returncode == 75
+    assert not second.folder.exists()
+
+
 def test_a_run_that_fails_is_told_in_its_own_words(tmp_path):
     """The last error that it named, with the lines that belong to it; its status where it said nothing."""
     console = tmp_path / "console.txt"
