@@ -146,7 +146,8 @@ def claims(prefix: str = "") -> list[Claim]:
     cost = five if prefix else ten
     c2 = Claim(
         "C2",
-        "replay cuts forgetting and costs the new data almost nothing; 1 % already removes much",
+        "replay cuts forgetting and costs the new data almost nothing"
+        + ("" if prefix else "; 1 % already removes much"),
         [
             Part(
                 f"forgetting, none minus {'5' if prefix else '10'} %",
