@@ -58,6 +58,8 @@ class Footprint:
 
     Attributes:
         local_parameters: numbers that the rank keeps, of each pipeline rank in turn (at shard 0 and tensor place 0).
+        working: gradients of the activations that one layer's backward pass is at.
+        never_at_once: what the sum of the others counts too much: as gradients of weights come, activations go.
         host: held in the host's memory instead of the device's.
         bubble: share of a step's time in which a pipeline rank waits, as pipeline_costs.py counts it.
         heaviest: the pipeline rank whose memory this is.
@@ -71,6 +73,8 @@ class Footprint:
     gathered: int
     activations: int
     logits: int
+    working: int
+    never_at_once: int
     sent_fsdp: int
     sent_tensor: int
     sent_context: int
@@ -80,9 +84,9 @@ class Footprint:
 
     @property
     def memory(self) -> int:
-        """The sum of all that is held at once."""
+        """The most that is held at once."""
         parts = (self.parameters, self.gradients, self.optimizer, self.gathered, self.activations, self.logits)
-        return sum(parts)
+        return sum(parts) + self.working - self.never_at_once
 
     @property
     def sent(self) -> int:
@@ -118,6 +122,11 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
         gathered += held * _FP32  # gradients are summed whole over the micro-batches and reduced once
     on_device = 0 if work.offloaded else local[rank] * _FP32
     once = _gathered_once(shape, layout, stages) * work.bytes_per_number
+    kept, layer = _activations(shape, layout, work, rank)
+    recomputed = layer if work.recompute != "none" else 0
+    logits = _logits(shape, layout, work) if layout.stages - 1 in stages else 0
+    carried = work.accumulation > 1 or layout.pp > 1  # a batch before this one has left gradients
+    begins, ends_with = kept + logits + (on_device if carried else 0), on_device + layer
     return Footprint(
         local_parameters=local,
         heaviest=rank,
@@ -126,8 +135,10 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
         optimizer=on_device * 2,
         host=local[rank] * 4 * _FP32 if work.offloaded else 0,
         gathered=gathered,
-        activations=round(_activations(shape, layout, work, rank)),
-        logits=_logits(shape, layout, work) if layout.stages - 1 in stages else 0,
+        activations=kept + recomputed,
+        logits=logits,
+        working=round(_working(shape, layout, work)),
+        never_at_once=on_device + kept + recomputed + logits - max(begins, ends_with),
         sent_fsdp=round(_sent_fsdp(held, sent_all, once, layout, work)),
         sent_tensor=round(_sent_tensor(shape, layout, work, stages)),
         sent_context=round(_sent_context(shape, layout, work, stages)),
@@ -273,10 +284,16 @@ def _llama_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[
     return whole, number * (d + (d + 2 * a + k + f) / t) + shape.heads / t * _FP32
 
 
-def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> float:
+def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> tuple[int, int]:
+    """What the layers keep until the backward pass, and one layer whole, as its backward pass needs it."""
     kept, recomputed = layer_activation_bytes(shape, layout, work)
     per_stage = shape.layers / layout.stages
-    return kept * per_stage * in_flight(layout, rank) + recomputed
+    return round(kept * per_stage * in_flight(layout, rank)), round(recomputed or kept)
+
+
+def _working(shape: ModelShape, layout: Layout, work: Work) -> float:
+    """The MLP's gradients, before and after its activation, and the residual stream's on both sides: 2 F/t + 2 D."""
+    return work.microbatch_tokens * work.bytes_per_number * (2 * shape.mlp_width / layout.tp + 2 * shape.width)
 
 
 def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:

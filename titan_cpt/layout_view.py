@@ -29,6 +29,7 @@ def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any
         "local_parameters": list(costs.local_parameters),
         "bytes_per_rank": {
             **_memory(costs),
+            "never_at_once": costs.never_at_once,
             "total": costs.memory,
             "of_pipeline_rank": costs.heaviest,
             "in_host_memory": costs.host,
@@ -98,6 +99,7 @@ def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
         for rank, ranks, held in holdings(layout, plan.shape.layers):
             yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in _memory(costs).items() if size)
+    parts += f"; {_gib(costs.never_at_once)} of it never at once" if costs.never_at_once else ""
     yield f"memory of a rank: {_gib(costs.memory)} GiB worked out ({parts})"
     if costs.host:
         yield f"in the host's memory, a rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
@@ -111,7 +113,7 @@ def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
 
 
 def _memory(costs: Footprint) -> dict[str, int]:
-    names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits")
+    names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working")
     return {name: getattr(costs, name) for name in names}
 
 

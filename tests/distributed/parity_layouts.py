@@ -64,12 +64,19 @@ class Case:
     model: str = "gpt_neox"
 
 
-def _case(world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows: int = 2, **keys: object) -> Case:
+def _case(
+    world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows: int | None = None, **keys: int | str | bool
+) -> Case:
     """A case from the short names of `_KEYS`; `rows` is the local batch.
 
+    Under TP and CP, whose operations cost most on a CPU, fewer and larger batches make up a step unless it says so.
     In float8 a rank scales what it holds: where that is a share of a tensor (TP, CP), or weights are cast from float32
     instead of bfloat16 (the gather), it rounds otherwise than one process does.
     """
+    if rows is None and {"tp", "cp"} & set(keys) and "float8" not in keys:
+        rows = min(4, 8 * int(keys.get("tp", 1)) * int(keys.get("pp", 1)) * int(keys.get("cp", 1)) // world_size)
+        keys |= {"size": rows // 2} if "pp" in keys and rows > 2 else {}
+    rows = rows or 2
     overrides = {_KEYS[key]: str(value).lower() if value is True else str(value) for key, value in keys.items()}
     overrides["training.local_batch_size"] = str(rows)
     words = [f"w{world_size}", *(f"{key}_{value}" for key, value in keys.items()), f"rows_{rows}"]

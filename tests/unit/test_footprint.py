@@ -114,6 +114,21 @@ def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:
     assert costs.sent == 0
 
 
+def test_what_is_held_at_once_by_hand() -> None:
+    """Gradients come as activations go: all activations and no gradient, or all gradients and one layer's activations.
+
+    Where a batch before has left gradients, all of them lie beside all activations.
+    """
+    once = footprint(SHAPE, Layout(), WORK)
+    again = footprint(SHAPE, Layout(), dataclasses.replace(WORK, accumulation=2))
+    fixed = once.parameters + once.optimizer + once.working
+    layer, _ = layer_activation_bytes(SHAPE, Layout(), WORK)
+
+    assert once.working == 256 * 4 * (2 * 512 + 2 * 128)
+    assert once.memory - fixed == max(once.activations + once.logits, once.gradients + round(layer))
+    assert again.memory - fixed == once.activations + once.logits + once.gradients
+
+
 def test_fsdp_sends_what_a_ring_sends() -> None:
     """Over 4 ranks 3/4 of the model in float32: gathered twice and summed once, the head and its norm gathered once."""
     costs = footprint(SHAPE, Layout(dp_shard=4), WORK)

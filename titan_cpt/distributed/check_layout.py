@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.mesh import Ranks, build_mesh
 from titan_cpt.distributed.parallelise import Techniques, parallelise
 from titan_cpt.distributed.stages import cut
@@ -28,8 +29,11 @@ def check_layout(plan: Plan, techniques: Techniques) -> Iterator[str]:
     """Build the first and the last rank of every pipeline rank; a line for each, then time and memory taken.
 
     Raises:
+        ConfigError: float8 is asked for and torchao is not installed.
         PlanError: a rank would hold other parameters than the plan says, or torch cannot build it; names the first.
     """
+    if techniques.float8 is not None:
+        require_float8(torch.device("cpu"))
     began, layout = time.perf_counter(), plan.layout
     group = layout.world_size // layout.pp
     for pipeline in range(layout.pp):
