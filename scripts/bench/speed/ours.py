@@ -1,0 +1,88 @@
+"""titan_cpt as a contestant: the real parts and the real train_step, or the whole trainer; and the shared material.
+
+prepare   writes weights (Hugging Face's names), batches and the config that all contestants use
+step      train_step alone
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import serve
+
+wanted = serve.arguments()
+
+import numpy as np  # noqa: E402  # after the allocator was told
+import tomli_w  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from titan_cpt.allocator import keep_freed_memory  # noqa: E402
+from titan_cpt.config_file import load_config  # noqa: E402
+from titan_cpt.data.indexed_writer import IndexedWriter  # noqa: E402
+from titan_cpt.distributed.mesh import join_ranks  # noqa: E402
+from titan_cpt.models.huggingface import hub_names  # noqa: E402
+from titan_cpt.parts import build  # noqa: E402
+from titan_cpt.run_folder import StopRequest  # noqa: E402
+from titan_cpt.train import open_loader, train_step, transition  # noqa: E402
+
+folder, shape = Path(wanted["folder"]), wanted["shape"]
+torch.set_num_threads(1)
+
+
+def config_file(compiled: bool) -> Path:
+    """The config of the race, the data made beside it where it is not there."""
+    prefix = folder / "tokens"
+    if not prefix.with_suffix(".idx").exists():
+        rng = np.random.default_rng(0)
+        with IndexedWriter(prefix, shape["vocab_size"]) as writer:
+            for _ in range(600):
+                # Zipf's law, so that there is something to learn
+                writer.add_document((rng.zipf(1.3, size=2000) % 256).tolist())
+    raw = {
+        "job": {"name": f"{wanted['name']}", "output_dir": str(folder)},
+        "model": {"family": wanted["family"], "size": "mini", **shape},
+        "datasets": {"text": {"train": str(prefix)}},
+        "training": {
+            "global_batch_size": wanted["batch"],
+            "local_batch_size": wanted["batch"],
+            "seq_len": wanted["seq_len"],
+            "mixed_precision_param": wanted["precision"],
+        },
+        "compile": {"enable": compiled},
+        "metrics": {"enable_tensorboard": False},
+        "stages": [
+            {
+                "name": "race",
+                "dataset": "text",
+                "steps": wanted["steps"],
+                "lr": {"schedule": "constant", "max": wanted["lr"]},
+            }
+        ],
+    }
+    path = folder / f"{wanted['name']}.toml"
+    path.write_text(tomli_w.dumps(raw))
+    return path
+
+
+if wanted["allocator"]:
+    keep_freed_memory()
+config = load_config(config_file(wanted["compiled"]))
+run = folder / config.job.name
+run.mkdir(exist_ok=True)
+with StopRequest() as stop:
+    parts, _ = build(config, join_ranks(), run, stop)
+    stage = parts.plan.stages[0]
+    transition(parts, stage)
+    if wanted["name"] == "prepare":
+        names = hub_names(parts.plan.shape)
+        weights = {names[name]: value.detach().clone() for name, value in parts.model.state_dict().items()}
+        save_file(weights, folder / "weights.safetensors")
+        np.save(
+            folder / "batches.npy",
+            np.stack([parts.reader.read(parts.plan.batch(stage, step)) for step in range(wanted["steps"])]),
+        )
+        serve.say(flops_per_token=parts.plan.shape.flops_per_token(wanted["seq_len"]))
+    else:
+        loader = open_loader(parts, stage, 0)
+        serve.serve(lambda step: train_step(parts, loader, stage, step).loss)
