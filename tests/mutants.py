@@ -25,6 +25,10 @@ SCHEDULES, MIXTURE, PERMUTATION, PLAN, CONFIG, CONFIG_FILE, CLI = (
 )
 SWEEP, PAGE, BASELINES, ADVICE = (f"unit/test_{name}.py" for name in ("sweep", "report_page", "baselines", "advice"))
 INFERENCE, SCORES = "unit/test_inference.py", "unit/test_scores.py"
+FILES, DISK, NUMBERS, CRASHES, UNTRUSTED = (
+    f"unit/test_{name}.py"
+    for name in ("checkpoint_files", "disk_faults", "numeric_faults", "crash_matrix", "untrusted_input_is_refused")
+)
 RULES, FOOTPRINT = "unit/test_layout_rules.py", "unit/test_footprint.py"
 PIPELINES, FLOAT8 = "unit/test_pipeline_costs.py", "unit/test_float8.py"
 FORMATS, ORDER, MADE_BY = (
@@ -589,6 +593,69 @@ MUTANTS = (
         (SCORES,),
     ),
     Mutant("error of a sum, not of a mean", "scores.py", "* (len(changes) - 1)))", "))", (SCORES,)),
+    # Checkpoints and faults
+    Mutant(
+        "an index that names any file", "checkpoint_files.py", "Path(part.file).name != part.file", "False", (FILES,)
+    ),
+    Mutant(
+        "a tensor with a gap",
+        "checkpoint_files.py",
+        "if sum(math.prod(part.shape) for part in parts) != math.prod(shape):",
+        "if False:",
+        (FILES,),
+    ),
+    Mutant(
+        "another dtype is cast in silence",
+        "checkpoint_files.py",
+        "if (found.dtype, found.shape) != (target.dtype, target.shape):",
+        "if found.shape != target.shape:",
+        (FILES,),
+    ),
+    Mutant(
+        "the last byte of each block is not hashed",
+        "checkpoint_files.py",
+        "self._digest.update(block)",
+        "self._digest.update(block[:-1])",
+        (FILES,),
+    ),
+    Mutant("files are not synced", "checkpoint_files.py", "os.fsync(self._descriptor)", "pass", (DISK,)),
+    Mutant(
+        "a run goes on past a stage's end that it could not save",
+        "checkpoint.py",
+        'self._needed = record["kind"] != INTERVAL',
+        "self._needed = False",
+        (DISK,),
+    ),
+    Mutant(
+        "a vanished folder is made anew",
+        "checkpoint.py",
+        "folder.parent.mkdir(exist_ok=True)",
+        "folder.parent.mkdir(parents=True, exist_ok=True)",
+        (DISK,),
+    ),
+    Mutant("some files are nobody's share", "manifest.py", "[share::of]", "[share :: of + 1]", (CRASHES,)),
+    Mutant(
+        "a bad gradient behind a good loss",
+        "optimizer.py",
+        "torch.isfinite(loss) & torch.isfinite(grad_norm)",
+        "torch.isfinite(loss)",
+        (NUMBERS,),
+    ),
+    Mutant(
+        "skips are forgotten by a resume",
+        "train.py",
+        'parts.skips.recall(found.manifest.get("skipped"))',
+        "pass",
+        (NUMBERS,),
+    ),
+    Mutant("an id without limit", "data/tokenizer.py", "not 0 <= number < _IDS", "False", (UNTRUSTED,)),
+    Mutant(
+        "determinism is promised to any torch",
+        "parts.py",
+        '"torch": torch.__version__}\n    changed',
+        "}\n    changed",
+        (DISK,),
+    ),
 )
 
 

@@ -105,21 +105,23 @@ def test_a_save_that_fails_is_told_and_the_run_trains_on_to_the_same_end(config,
     assert_same(run, unbroken)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_stages_end_that_cannot_be_saved_ends_the_run_and_a_resume_comes_to_the_same_end(
-    config, unbroken, tmp_path, fault
+@pytest.mark.parametrize(("fault", "step", "before"), [*((fault, 12, 9) for fault in FAULTS), ("a quota", 9, 8)])
+def test_a_point_that_later_stages_begin_from_and_cannot_be_saved_ends_the_run(
+    config, unbroken, tmp_path, fault, step, before
 ):
-    """Exit status 2, the newest whole checkpoint named; with the disk well again the same command goes on from it."""
+    """The stage's end, or the pre-anneal point: status 2, what is whole is named; later the same command goes on."""
     call, number = FAULTS[fault]
-    stopped = faulty.train(config, faults=[Refusal(call, number, "english/step-00000012")])
+    stopped = faulty.train(config, faults=[Refusal(call, number, f"english/step-{step:08d}")])
     run = tmp_path / "run"
-    whole = manifest.verify(run / "english" / "step-00000009")
+    whole = manifest.verify(run / "english" / f"step-{before:08d}")
+    there = training.checkpoints_of(run)
     last = training.train(config)
 
     assert stopped.status == 2, stopped.output
-    assert "step-00000009 is whole" in " ".join(stopped.output.split())
+    assert f"step-{before:08d} is whole" in " ".join(stopped.output.split())
     assert "Traceback" not in stopped.output
-    assert whole["steps_done"] == 9
+    assert whole["steps_done"] == before
+    assert there[-1] == f"english/step-{before:08d}"
     assert last.status == 0, last.output
     assert_same(run, unbroken)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from untrusted import KINDS, read_as
 
 from titan_cpt.config_file import load_config
-from titan_cpt.errors import ConfigError
+from titan_cpt.data.tokenizer import load_tokenizer
+from titan_cpt.errors import ConfigError, DataError
 
 SOON = settings(max_examples=80, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
 JSON_KINDS = [kind for kind, (name, _, _) in KINDS.items() if name.endswith(".json")]
@@ -114,3 +115,17 @@ def test_a_config_cannot_extend_what_is_no_file(tmp_path, path):
     (tmp_path / "config.toml").write_text(f'extends = "{path}"')
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize("number", [10**12, 1 << 24, -1, True, 1.5, "7", None])
+@pytest.mark.parametrize("place", ["vocabulary", "added token"])
+def test_an_id_that_is_none_is_refused_by_the_tokens_name(tmp_path, number, place):
+    """A table of all ids is made: a trillion of them would be a terabyte, and -1 the last one's place."""
+    spec = json.loads(KINDS["tokenizer"][1])
+    if place == "vocabulary":
+        spec["model"]["vocab"]["ab"] = number
+    else:
+        spec["added_tokens"].append({**spec["added_tokens"][0], "content": "ab", "id": number})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r"the id of 'ab' must be an integer from 0 to 16777215"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
