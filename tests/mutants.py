@@ -579,10 +579,10 @@ MUTANTS = (
         (INFERENCE,),
     ),
     Mutant(
-        "draws by the place in the batch",
+        "draws that depend on the batch",
         "generation.py",
-        "repr((seed, prompt))",
-        "repr((seed, len(prompt)))",
+        "[_draws(sampling.seed, prompt) for prompt in prompts]",
+        "[_draws(sampling.seed, prompts[0]) for prompt in prompts]",
         (INFERENCE,),
     ),
     Mutant(
