@@ -56,7 +56,7 @@ MANIFEST = json.dumps(
         "recipe": {"training.seq_len": 16},
         "fingerprint": "00",
         "data": {},
-        "files": {"manifest.json": {"bytes": 1, "sha256": "0"}},
+        "files": {"manifest.json": {"bytes": 1, "xxh3_128": "0"}},
     }
 ).encode()
 INDEX = json.dumps(

@@ -5,13 +5,14 @@ It is written last, by an atomic rename after everything it names has reached th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from titan_cpt.errors import CheckpointError
 
@@ -35,7 +36,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
     """List every file of the folder in its manifest: the moment at which the checkpoint begins to exist.
 
     Args:
-        checksums: {"bytes", "sha256"} of files that were hashed while they were written, and synced; the others are
+        checksums: {"bytes", "xxh3_128"} of files that were hashed while they were written, and synced; the others are
             read again here.
 
     Raises:
@@ -48,7 +49,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
             known = (checksums or {}).get(name)
             if known is None:
                 _sync(path)
-                known = {"bytes": size, "sha256": _digest(path)}
+                known = {"bytes": size, "xxh3_128": _digest(path)}
             if known["bytes"] != size:
                 raise CheckpointError(f"{path}: has {size} bytes, and {known['bytes']} were written")
             files[name] = dict(known)
@@ -130,8 +131,8 @@ def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:
             raise CheckpointError(f"{path}: is missing; the manifest lists it with {file.get('bytes')} bytes")
         if path.stat().st_size != file.get("bytes"):
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the manifest says {file.get('bytes')}")
-        if _digest(path) != file.get("sha256"):
-            raise CheckpointError(f"{path}: its content changed since it was saved (sha256 differs)")
+        if _digest(path) != file.get("xxh3_128"):
+            raise CheckpointError(f"{path}: its content changed since it was saved (its checksum differs)")
     return manifest
 
 
@@ -166,7 +167,7 @@ def _shown(value: Any) -> str:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

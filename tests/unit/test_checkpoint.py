@@ -223,7 +223,7 @@ def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
     assert found.folder.name == "step-00000001"
     assert [message.split(": ")[0].split("/")[-2] for message in told] == ["step-00000002", "step-00000003"]
     assert "manifest.json" in told[0]
-    assert "sha256" in told[1]
+    assert "checksum" in told[1]
 
 
 def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
