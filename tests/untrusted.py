@@ -47,7 +47,7 @@ _TABLE = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 
 SAFETENSORS = struct.pack("<Q", len(_TABLE)) + _TABLE + bytes(16)
 MANIFEST = json.dumps(
     {
-        "format": 1,
+        "format": 2,
         "stage": "s",
         "stage_index": 0,
         "steps_done": 4,

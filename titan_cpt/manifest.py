@@ -17,7 +17,7 @@ import xxhash
 from titan_cpt.errors import CheckpointError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1 was of pickled files, or hashed by SHA-256
 _KINDS: dict[str, type] = {
     "format": int,
     "stage": str,

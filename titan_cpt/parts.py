@@ -169,9 +169,18 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
     """The newest good checkpoint, if its past is the config's past.
 
     Raises:
-        CheckpointError: the config or the data of what is already trained changed; names each difference.
+        CheckpointError: the config or the data of what is already trained changed, each difference is named; or there
+            are checkpoints and every one of them is damaged.
     """
-    found = checkpoints.newest_good(lambda message: console.print(f"passed over: {message}", highlight=False))
+    damaged: list[str] = []
+    found = checkpoints.newest_good(damaged.append)
+    for message in damaged:
+        console.print(f"passed over: {message}", highlight=False)
+    if found is None and damaged:
+        raise CheckpointError(
+            f"{checkpoints.run}: not one of its checkpoints can be gone on from. For one, {damaged[0]}. "
+            "Restore one; to train again from the beginning, remove that folder or choose another job.name"
+        )
     if found is None:
         return None
     index = min(found.manifest["stage_index"], len(plan.stages) - 1)

@@ -63,10 +63,10 @@ def test_a_manifest_lists_every_file_with_its_size_and_checksum(checkpoint):
     files = record.pop("files")
     expected = xxhash.xxh3_128((checkpoint / "__0_0.distcp").read_bytes()).hexdigest()
 
-    assert record == {"format": 1, **RECORD}
+    assert record == {"format": 2, **RECORD}
     assert {name: file["bytes"] for name, file in files.items()} == {"__0_0.distcp": 10240, "deep/.metadata": 21}
     assert files["__0_0.distcp"]["xxh3_128"] == expected
-    assert manifest.verify(checkpoint) == {"format": 1, **RECORD, "files": files}
+    assert manifest.verify(checkpoint) == {"format": 2, **RECORD, "files": files}
     assert not list(checkpoint.rglob("*.tmp"))
 
 
@@ -129,9 +129,9 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint):
 
 def test_a_manifest_of_another_format_is_named(checkpoint):
     """A later version's."""
-    edit(checkpoint, format=2)
+    edit(checkpoint, format=3)
 
-    verified(checkpoint, "format 2", "reads 1")
+    verified(checkpoint, "format 3", "reads 2")
 
 
 @pytest.mark.parametrize("key", [*RECORD, "files", "format"])
@@ -151,7 +151,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-WHOLE = {"format": 1, **RECORD, "files": {}}
+WHOLE = {"format": 2, **RECORD, "files": {}}
 
 
 def refused_or_whole(folder):

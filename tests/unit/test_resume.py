@@ -234,6 +234,19 @@ def test_with_every_checkpoint_of_a_stage_damaged_the_stage_begins_again(ended, 
     assert_same(ended, unbroken)
 
 
+def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, config):
+    """Work is not begun again, and written over, on the word of a disk that fails: status 2, and what can be done."""
+    record = (ended / "metrics.jsonl").read_bytes()
+    for folder in training.checkpoints_of(ended):
+        damage(ended, folder, "flipped byte")
+    outcome = train(config)
+
+    assert outcome.status == 2
+    assert "not one of its checkpoints can be gone on from" in " ".join(outcome.output.split())
+    assert "Traceback" not in outcome.output
+    assert (ended / "metrics.jsonl").read_bytes() == record
+
+
 def test_a_damaged_pre_anneal_checkpoint_is_an_error_and_not_another_beginning(ended, config):
     """The stage after it cannot begin as planned, and nothing else is taken in its place."""
     shutil.rmtree(ended / "german")
