@@ -70,12 +70,14 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; collective, the same answer on every rank."""
-        if dist.is_initialized():
-            asked = torch.tensor(int(bool(self.name)))
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            if asked.item() and not self.name:
-                self.name = "a signal to another rank"
-        return bool(self.name)
+        if not dist.is_initialized():
+            return bool(self.name)
+        asked = torch.tensor(int(bool(self.name)))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        stop = bool(asked.item())  # and not the name, which a signal may have set since: the others do not know of it
+        if stop and not self.name:
+            self.name = "a signal to another rank"
+        return stop
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch.distributed as dist
 import training
 
 from titan_cpt.errors import CheckpointError
@@ -109,3 +110,25 @@ def test_a_second_sigint_ends_the_process_at_once(tmp_path):
 
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGINT
+
+
+def test_a_signal_while_the_ranks_agree_counts_from_the_next_time_on(monkeypatch):
+    """The other ranks have answered by then: a rank that stopped alone would leave them waiting for ever."""
+    all_reduce = dist.all_reduce
+
+    def interrupted(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        all_reduce(*arguments, **keywords)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with StopRequest() as stop:
+            monkeypatch.setattr(dist, "all_reduce", interrupted)
+            first = stop.agreed()
+            monkeypatch.setattr(dist, "all_reduce", all_reduce)
+            second = stop.agreed()
+    finally:
+        dist.destroy_process_group()
+
+    assert (first, second) == (False, True)
+    assert stop.name == "SIGTERM"
