@@ -4,6 +4,7 @@ Imports no torch: the plan asks here and must answer in milliseconds. The parame
 them against the built models and against the published counts.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class ModelShape(abc.ABC):
     """What the shapes of all families share. A shape that cannot be built raises ConfigError."""
 
     family: str
@@ -73,14 +74,14 @@ class ModelShape:
         if faults:
             raise ConfigError("\n".join(faults))
 
+    @abc.abstractmethod
     def _faults(self) -> list[str]:
         """What is wrong in this family, once every number is of its type and above 0."""
-        raise NotImplementedError(type(self).__name__)
 
     @property
+    @abc.abstractmethod
     def attention_width(self) -> int:
         """Features of the queries of all heads together (N x H)."""
-        raise NotImplementedError(type(self).__name__)
 
     @property
     def kv_width(self) -> int:
@@ -98,9 +99,9 @@ class ModelShape:
         return None
 
     @property
+    @abc.abstractmethod
     def parameters_without_embeddings(self) -> int:
         """Every weight and bias but those of the input embedding and of the output embedding (the head)."""
-        raise NotImplementedError(type(self).__name__)
 
     @property
     def embedding_parameters(self) -> int:
