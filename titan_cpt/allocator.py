@@ -12,8 +12,8 @@ _GROWTH_BYTES = 64 << 20
 def keep_freed_memory() -> bool:
     """Tell glibc not to return freed memory to the kernel; returns whether it could be told.
 
-    By default every large tensor is mapped and unmapped, and the kernel clears its pages each time, which can cost a
-    fifth of a step on a CPU. Under another allocator (LD_PRELOAD) or C library this changes nothing.
+    By default every large tensor is mapped and unmapped, and the kernel clears its pages each time. Under another
+    allocator (LD_PRELOAD) or C library this changes nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
