@@ -31,7 +31,6 @@ from titan_cpt.distributed.float8 import Float8, convert_layers
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.models import gpt_neox, llama
 from titan_cpt.models.families import LanguageModel
-from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.models.llama import Llama, TiedHead
 
 _KEPT_OPERATORS = (
@@ -91,7 +90,7 @@ def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> Non
     if techniques.recompute != "none":
         recompute_activations(model, techniques)
     if techniques.compiled:
-        compile_blocks(model, techniques.precision)
+        compile_blocks(model)
     if techniques.asynchronous:
         overlap_tensor_traffic(mesh.tensor)
     if mesh.dims is not None:
@@ -212,20 +211,10 @@ def _selective_contexts() -> object:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-def compile_blocks(model: LanguageModel, precision: torch.dtype) -> None:
-    """torch.compile, block by block: all blocks share one piece of generated code.
-
-    In bfloat16 on a CPU attention and MLP are compiled apart where the residual is parallel: their last biases have one
-    and the same gradient, and Inductor's C++ stores it twice under one name (torch 2.13).
-    """
-    on_cpu = not torch.cuda.is_available()
+def compile_blocks(model: LanguageModel) -> None:
+    """torch.compile, block by block: all blocks share one piece of generated code."""
     for layer, block in list(model.blocks.items()):
-        if on_cpu and precision != torch.float32 and isinstance(model, GPTNeoX) and model.shape.parallel_residual:
-            inner = cast(gpt_neox.Block, block)
-            inner.attention.compile()
-            inner.mlp.compile()
-        else:
-            model.blocks[layer] = cast(nn.Module, torch.compile(block))
+        model.blocks[layer] = cast(nn.Module, torch.compile(block))
 
 
 def overlap_tensor_traffic(tensor: DeviceMesh) -> None:

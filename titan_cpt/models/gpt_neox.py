@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.opaque import gelu, with_gradient_apart
 from titan_cpt.models.shapes import GPTNeoXShape
 
 
@@ -87,7 +88,7 @@ class Block(nn.Module):
         attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD))
         after_attention_BLD = x_BLD + attended_BLD
         fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.shape.parallel_residual else after_attention_BLD))
-        return after_attention_BLD + fed_BLD
+        return after_attention_BLD + with_gradient_apart(fed_BLD)
 
     def init_weights(self, *, seed: int, name: str) -> None:
         """The block's part of `GPTNeoX.init_weights`; `name` is the block's in the whole model."""
@@ -133,5 +134,5 @@ class MLP(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The same function of every position, out_BLD."""
-        out_BLD: Tensor = self.down(F.gelu(self.up(x_BLD)))
+        out_BLD: Tensor = self.down(gelu(self.up(x_BLD)))
         return out_BLD

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from titan_cpt.models.opaque import cos_sin
 from titan_cpt.models.shapes import RopeScaling
 
 
@@ -110,30 +111,12 @@ def rotary_tables(
     frequencies_R = 1.0 / base**exponents_R
     if scaling is None:
         angles_LR = positions_L.float()[:, None] * frequencies_R
-        return _cos_sin(angles_LR)
+        return cos_sin(angles_LR)
     assert scaling.attention_factor is not None, "a checked scaling has one"
     stretch = {"llama3": _llama3_frequencies, "yarn": _yarn_frequencies}[scaling.kind]
     angles_LR = positions_L.float()[:, None] * stretch(frequencies_R, base, scaling)
-    cos_LR, sin_LR = _cos_sin(angles_LR)
+    cos_LR, sin_LR = cos_sin(angles_LR)
     return cos_LR * scaling.attention_factor, sin_LR * scaling.attention_factor
-
-
-def _cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of every angle; opaque to torch.compile, which would work them out again for every element rotated."""
-    if torch.compiler.is_compiling():
-        opaque: tuple[Tensor, Tensor] = _opaque_cos_sin(angles_LR)
-        return opaque
-    return angles_LR.cos(), angles_LR.sin()
-
-
-@torch.library.custom_op("titan_cpt::cos_sin", mutates_args=())
-def _opaque_cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
-    return angles_LR.cos(), angles_LR.sin()
-
-
-@_opaque_cos_sin.register_fake
-def _(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(angles_LR), torch.empty_like(angles_LR)
 
 
 def _llama3_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScaling) -> Tensor:
@@ -178,8 +161,8 @@ def rotate(x_BNLH: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     """
     half = cos_LR.shape[-1]
     first, second = x_BNLH[..., :half].float(), x_BNLH[..., half : 2 * half].float()
-    rotated = torch.cat((first * cos_LR - second * sin_LR, second * cos_LR + first * sin_LR), dim=-1)
-    return torch.cat((rotated.to(x_BNLH.dtype), x_BNLH[..., 2 * half :]), dim=-1)
+    rotated = first * cos_LR - second * sin_LR, second * cos_LR + first * sin_LR
+    return torch.cat((*(part.to(x_BNLH.dtype) for part in rotated), x_BNLH[..., 2 * half :]), dim=-1)
 
 
 @torch.no_grad()

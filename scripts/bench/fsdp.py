@@ -1,0 +1,101 @@
+"""FSDP2 on two processes against one: the same work for each, one thread each.
+
+    python scripts/bench/fsdp.py [--turns 3]
+
+Runs of one and of two processes take turns; each process trains on batches of 8 x 512 tokens, shape B of the races in
+bfloat16, over gloo. Ideal would be twice the tokens per second of one. Medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from trainer import HEAD, STAGE
+
+WARM_UP_STEPS, STEPS = 2, 8
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options.worker)
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.turns):
+        for processes, found in speeds.items():
+            found.append(tokens_per_second(processes))
+    alone, together = (statistics.median(found) for found in speeds.values())
+    print("| processes | tokens/s | of ideal |\n|---|---|---|")
+    print(f"| 1 | {alone:.0f} | |\n| 2 | {together:.0f} | {together / (2 * alone):.1%} |")
+    return None
+
+
+def tokens_per_second(processes: int) -> float:
+    """Of a launch."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as name:
+        words = [sys.executable, *torchrun, str(Path(__file__).resolve()), "--worker", name]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        return float(json.loads((Path(name) / "speed.json").read_text()))
+
+
+def work(folder: Path) -> None:
+    """One rank's part."""
+    import torch
+
+    from titan_cpt.allocator import keep_freed_memory
+    from titan_cpt.config_file import load_config
+    from titan_cpt.data.indexed_writer import IndexedWriter
+    from titan_cpt.distributed.mesh import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.parts import build
+    from titan_cpt.run_folder import StopRequest
+    from titan_cpt.train import open_loader, train_step, transition
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    ranks, steps = join_ranks(), WARM_UP_STEPS + STEPS
+    if ranks.rank == 0:
+        with IndexedWriter(folder / "noise", 257) as writer:
+            writer.add_document(np.random.default_rng(0).integers(0, 257, size=16 * 512 * steps + 1))
+        (folder / "fsdp.toml").write_text(
+            HEAD.format(folder=folder, interval=1000) + STAGE.format(number=0, steps=steps)
+        )
+    wait_for_all()
+    config = load_config(folder / "fsdp.toml", [("training.global_batch_size", str(8 * ranks.world_size))])
+    (folder / config.job.name).mkdir(exist_ok=True)
+    with StopRequest() as stop:
+        parts, _ = build(config, ranks, folder / config.job.name, stop)
+        stage = parts.plan.stages[0]
+        transition(parts, stage)
+        loader = open_loader(parts, stage, 0)
+        for step in range(WARM_UP_STEPS):
+            train_step(parts, loader, stage, step)
+        wait_for_all()
+        begin = time.perf_counter()
+        for step in range(WARM_UP_STEPS, steps):
+            train_step(parts, loader, stage, step)
+        wait_for_all()
+        seconds = time.perf_counter() - begin
+        parts.log.close()
+    if ranks.rank == 0:
+        (folder / "speed.json").write_text(json.dumps(STEPS * parts.plan.step_tokens / seconds))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

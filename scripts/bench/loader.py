@@ -1,0 +1,143 @@
+"""What the loader delivers, and how soon it delivers from the middle of a very long run.
+
+    python scripts/bench/loader.py [--consumes 60000]
+
+First half: tokens per second of one rank's loader over a stage with 5 % replay, sequences of 2,048, files in the page
+cache, without and with reading processes; beside --consumes, the tokens per second of the rank that trains on them.
+Second half: a stage of 10^12 tokens on a sparse file of 2 TB. A process of its own plans it, opens it, and reads the
+batch at three places; each time is from the config to the batch, the memory what the process grew by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+CONFIG = """
+[job]
+name = "loader"
+[model]
+family = "gpt_neox"
+size = "debug"
+[datasets.old]
+train = "{folder}/old.bin"
+format = "raw"
+dtype = "uint16"
+[datasets.new]
+train = "{folder}/{new}.bin"
+format = "raw"
+dtype = "uint16"
+[training]
+global_batch_size = {batch}
+local_batch_size = {batch}
+seq_len = 2048
+[[stages]]
+name = "first"
+dataset = "old"
+steps = 10
+lr = {{ schedule = "constant", max = 1e-3 }}
+[[stages]]
+name = "second"
+dataset = "new"
+{length}
+lr = {{ schedule = "cosine", max = 1e-3 }}
+replay = {{ fraction = 0.05, on_exhausted = "repeat" }}
+"""
+SMALL_TOKENS, HUGE_TOKENS = 50_000_000, 10**12
+PLACES = (0.0, 0.5, 0.999)
+
+
+def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
+    """The loader of a config's second stage from that share of its steps on, and the step where it begins."""
+    from titan_cpt.config_file import load_config
+    from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+    from titan_cpt.data.loader import SequenceReader
+    from titan_cpt.planning import make_plan
+    from titan_cpt.train import open_loader
+
+    config = load_config(path, [("training.num_workers", str(workers))])
+    plan = make_plan(config, take_inventory(config))
+    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=plan.seq_len, seed=plan.seed)
+    stage = plan.stages[1]
+    step = int(place * (stage.steps - 1))
+    parts = SimpleNamespace(reader=reader, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))
+    return open_loader(parts, stage, step), step  # type: ignore[arg-type]  # the four parts that it looks at
+
+
+def throughput(path: Path, workers: int, seconds: float) -> float:
+    """Tokens per second, over so many seconds, after the first batch."""
+    loader, step = opened(path, workers)
+    loader.batch(step, 0)
+    begin, tokens = time.perf_counter(), 0
+    for following in itertools.count(step + 1):
+        tokens += loader.batch(following, 0)[0].numel()
+        if time.perf_counter() - begin > seconds:
+            break
+    return tokens / (time.perf_counter() - begin)
+
+
+def seek(path: Path, place: float) -> None:
+    """Say what the first batch from `place` on took."""
+    import titan_cpt.train  # noqa: F401  # imports are not what is measured
+
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted anew
+    begin = time.perf_counter()
+    loader, step = opened(path, 0, place)
+    batch_BL = loader.batch(step, 0)[0]
+    seconds = time.perf_counter() - begin
+    print(json.dumps([step, list(batch_BL.shape), seconds, status_bytes("VmHWM") - before]))
+
+
+def status_bytes(name: str) -> int:
+    """VmRSS (now) or VmHWM (the highest point) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--consumes", type=float, default=60_000, help="tokens per second of the rank that trains")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seek", nargs=2, metavar=("FILE", "PLACE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.seek:
+        return seek(Path(options.seek[0]), float(options.seek[1]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rng = np.random.default_rng(0)
+        for which in ("old", "new"):
+            rng.integers(0, 257, SMALL_TOKENS, dtype=np.uint16).tofile(folder / f"{which}.bin")
+        with open(folder / "huge.bin", "wb") as file:
+            file.truncate(2 * HUGE_TOKENS)
+        small, huge = folder / "small.toml", folder / "huge.toml"
+        small.write_text(CONFIG.format(folder=folder, new="new", batch=8, length="steps = 1_000_000"))
+        huge.write_text(CONFIG.format(folder=folder, new="huge", batch=8, length='tokens = "1T"'))
+        print("| reading processes | tokens/s | x what is consumed |\n|---|---|---|")
+        for workers in (0, 1):
+            speed = throughput(small, workers, options.seconds)
+            print(f"| {workers} | {speed / 1e6:.1f}M | {speed / options.consumes:.0f} |", flush=True)
+        print("\n| step of 10^12 tokens | batch | seconds | MB |\n|---|---|---|---|")
+        for place in PLACES:
+            words = [sys.executable, __file__, "--seek", str(huge), str(place)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr[-3000:])
+            step, shape, seconds, grown = json.loads(done.stdout)
+            print(f"| {step:,} | {' x '.join(map(str, shape))} | {seconds:.2f} | {grown / 1e6:.0f} |", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Text to .bin/.idx: ours, and the way of GPT-NeoX's preprocess with the `tokenizers` library, at identical output.
+
+    python scripts/bench/prepare.py --input english.jsonl --tokenizer gpt-neox-20b/tokenizer.json [--turns 3]
+
+Both start from a JSONL file with a field `text`, tokenise in --workers processes and write a pair of files, which must
+be the same to the byte. The other way: a pool of processes of which each takes a line, decodes it, encodes its text and
+adds the end of document; the main process writes them in order. The two take turns; medians of wall seconds from the
+start of the process to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LINES_A_TASK = 25
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--theirs", type=Path, metavar="PREFIX", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.theirs:
+        return line_by_line(options.input, options.tokenizer, options.theirs, options.workers)
+    common = ["--input", str(options.input), "--tokenizer", str(options.tokenizer), "--workers", str(options.workers)]
+    times: dict[str, list[float]] = {"line by line, tokenizers": [], "titan-cpt prepare": []}
+    with tempfile.TemporaryDirectory() as name:
+        for turn in range(options.turns):
+            theirs, ours = Path(name) / f"theirs-{turn}", Path(name) / f"ours-{turn}"
+            ways = (
+                [sys.executable, __file__, *common, "--theirs", str(theirs)],
+                [sys.executable, "-m", "titan_cpt", "prepare", *common, "--output", str(ours)],
+            )
+            for words, taken in zip(ways, times.values(), strict=True):
+                begin = time.perf_counter()
+                subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+                taken.append(time.perf_counter() - begin)
+            for suffix in (".bin", ".idx"):
+                if theirs.with_suffix(suffix).read_bytes() != ours.with_suffix(suffix).read_bytes():
+                    sys.exit(f"the {suffix} files differ")
+        size = sum(len(json.loads(line)["text"].encode()) for line in options.input.open()) / 1e6
+    print(f"{size:.1f} MB of text, {options.workers} processes, identical files\n")
+    print("| | seconds | MB/s | ratio |\n|---|---|---|---|")
+    slow = statistics.median(times["line by line, tokenizers"])
+    for what, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"| {what} | {middle:.1f} | {size / middle:.2f} | {slow / middle:.2f} |")
+    return None
+
+
+class Encoder:
+    """One process's tokenizer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self) -> None:
+        """Load it, once a process."""
+        from tokenizers import Tokenizer
+
+        Encoder.tokenizer = Tokenizer.from_file(str(self.path))
+
+    def encode(self, line: str) -> list[int]:
+        """The ids of a document and its end."""
+        ids: list[int] = Encoder.tokenizer.encode(json.loads(line)["text"]).ids
+        return [*ids, Encoder.tokenizer.token_to_id("<|endoftext|>")]
+
+
+def line_by_line(text: Path, tokenizer: Path, prefix: Path, workers: int) -> None:
+    """The other way."""
+    from tokenizers import Tokenizer
+
+    from titan_cpt.data.indexed_writer import IndexedWriter
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    encoder, entries = Encoder(tokenizer), Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+    with (
+        multiprocessing.Pool(workers, initializer=encoder.start) as pool,
+        text.open() as lines,
+        IndexedWriter(prefix, entries) as writer,
+    ):
+        for ids in pool.imap(encoder.encode, lines, LINES_A_TASK):
+            writer.add_document(ids)
+
+
+if __name__ == "__main__":
+    main()

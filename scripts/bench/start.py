@@ -1,0 +1,110 @@
+"""How long a run takes to its first step, against the import of torch that no training escapes.
+
+    python scripts/bench/start.py [--turns 5]
+
+Three things take turns, each in a process of its own: `import torch, torch.distributed.fsdp`; a run to the end of its
+first step; the same run with compiled blocks, whose cache an uncounted run fills first. Medians of wall seconds; also
+that of the first step alone, by the run's own record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from titan_cpt.data.indexed_writer import IndexedWriter
+
+CONFIG = """
+[job]
+name = "start"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 384
+heads = 6
+vocab_size = 8192
+[datasets.noise]
+train = "noise"
+[training]
+global_batch_size = 1
+local_batch_size = 1
+seq_len = 512
+[checkpoint]
+interval = 1000
+[metrics]
+log_freq = 1
+[[stages]]
+name = "only"
+dataset = "noise"
+steps = 1000
+lr = { schedule = "constant", max = 1e-3 }
+"""
+
+
+def seconds_to(words: list[str], folder: Path, sign: str) -> float:
+    """Wall seconds from the start of a process to the line that holds `sign`, or to its end where that is empty."""
+    begin = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None, "it was started with a pipe"
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if sign and sign in line:
+            seconds = time.perf_counter() - begin
+            process.kill()
+            process.wait()
+            return seconds
+    if process.wait() or sign:
+        sys.exit("".join(said[-20:]))
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=5)
+    turns = parser.parse_args().turns
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "start.toml").write_text(CONFIG)
+        with IndexedWriter(folder / "noise", 257) as writer:
+            writer.add_document(np.random.default_rng(0).integers(0, 257, size=200_000))
+        trains = [sys.executable, "-m", "titan_cpt", "train", "--config", "start.toml"]
+        entries = {
+            "import torch, torch.distributed.fsdp": (
+                [sys.executable, "-c", "import torch, torch.distributed.fsdp"],
+                "",
+            ),
+            "run to its first step": (trains, "step 1/"),
+            "compiled, warm cache": ([*trains, "--compile.enable", "true"], "step 1/"),
+        }
+        times: dict[str, list[float]] = {what: [] for what in entries}
+        for turn in range(turns + 1):
+            for what, (words, sign) in entries.items():
+                shutil.rmtree(folder / "outputs", ignore_errors=True)
+                taken = seconds_to(words, folder, sign)
+                if turn:  # the first turn fills caches, of the disk and of the compiler
+                    times[what].append(taken)
+    print("| | seconds | more than the line above |\n|---|---|---|")
+    above = None
+    for what, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"| {what} | {middle:.2f} | {'' if above is None else f'{middle - above:+.2f}'} |")
+        above = middle
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What the trainer costs above its steps: loader, metrics, TensorBoard, asynchronous checkpoints; validation apart.
+
+    python scripts/bench/trainer.py [--stages 4] [--steps 30]
+
+In one process, in turns: a stage as `titan-cpt train` trains it, saved halfway and at its end, and as many bare steps
+on batches that lie in memory. One thread for the steps; what writes checkpoints has the machine's other cores. Shape B
+of the races in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEAD = """
+[job]
+name = "trainer"
+output_dir = "{folder}"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 384
+heads = 6
+mlp_width = 1536
+vocab_size = 8192
+[datasets.noise]
+train = "{folder}/noise"
+[training]
+global_batch_size = 8
+local_batch_size = 8
+seq_len = 512
+[checkpoint]
+interval = {interval}
+"""
+STAGE = """
+[[stages]]
+name = "stage-{number}"
+dataset = "noise"
+steps = {steps}
+lr = {{ schedule = "constant", max = 1e-3 }}
+"""
+WARM_UP_STEPS = 3
+
+
+class InMemory:
+    """The batches of a stage, read beforehand."""
+
+    def __init__(self, loader: Any, steps: int) -> None:
+        self.batches = [loader.batch(step, 0) for step in range(steps)]
+
+    def batch(self, step: int, micro: int) -> Any:
+        """As StageLoader.batch, for one micro-batch a step."""
+        assert micro == 0, "one micro-batch a step"
+        return self.batches[step]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        pairs = measure(Path(name), options.stages, options.steps)
+    print("| turn | whole trainer, s a step | bare step, s | bare / whole |\n|---|---|---|---|")
+    for turn, (whole, bare) in enumerate(pairs, start=1):
+        print(f"| {turn} | {whole:.3f} | {bare:.3f} | {bare / whole:.1%} |")
+    whole, bare = (statistics.median(times) for times in zip(*pairs, strict=True))
+    print(f"| median | {whole:.3f} | {bare:.3f} | {statistics.median(b / w for w, b in pairs):.1%} |")
+
+
+def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
+    """Seconds a step of every stage: by the whole trainer, and bare."""
+    import torch
+
+    from titan_cpt.allocator import keep_freed_memory
+    from titan_cpt.config_file import load_config
+    from titan_cpt.data.indexed_writer import IndexedWriter
+    from titan_cpt.distributed.mesh import join_ranks
+    from titan_cpt.parts import build
+    from titan_cpt.run_folder import StopRequest
+    from titan_cpt.train import open_loader, train_stage, train_step, transition
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    with IndexedWriter(folder / "noise", 257) as writer:
+        writer.add_document(np.random.default_rng(0).integers(0, 257, size=8 * 512 * stages * steps + 1))
+    text = HEAD.format(folder=folder, interval=-(-steps // 2))
+    text += "".join(STAGE.format(number=number, steps=steps) for number in range(stages))
+    (folder / "trainer.toml").write_text(text)
+    config = load_config(folder / "trainer.toml")
+    run, pairs = folder / config.job.name, []
+    run.mkdir()
+    with StopRequest() as stop:
+        parts, _ = build(config, join_ranks(), run, stop)
+        for stage in parts.plan.stages:
+            transition(parts, stage)
+            held = InMemory(open_loader(parts, stage, 0), steps)
+            for step in range(WARM_UP_STEPS):
+                train_step(parts, held, stage, step)  # type: ignore[arg-type]  # all that it asks of a loader
+            begin = time.perf_counter()
+            train_stage(parts, stage, 0)
+            whole = time.perf_counter() - begin
+            parts.checkpoints.wait()
+            begin = time.perf_counter()
+            for step in range(steps):
+                train_step(parts, held, stage, step)  # type: ignore[arg-type]
+            pairs.append((whole / steps, (time.perf_counter() - begin) / steps))
+        parts.log.close()
+    return pairs
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
