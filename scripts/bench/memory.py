@@ -2,6 +2,8 @@
 
     python scripts/bench/memory.py                      # all layouts, a few minutes on two cores
     python scripts/bench/memory.py --only tp,pp         # those whose name holds one of these words
+    python scripts/bench/memory.py --only vocabulary    # activation checkpointing and the chunked loss, on and off
+    python scripts/bench/memory.py --only 405M          # the paper's smaller model with its own sequence length
 
 Each layout is a launch of its own that builds the run as `titan-cpt train` does and takes two optimizer steps. Measured
 is how far the process's resident memory rises, from before the model is built to the highest point of the second step;
@@ -55,6 +57,13 @@ DP, TP, PP, CP = (
 LLAMA = {"model.family": "llama", "model.kv_heads": "4", "model.mlp_width": "1408"}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 ONE_BATCH = {"training.global_batch_size": "4"}
+WHOLE_LOGITS = "whole logits"  # no key: head and loss take all tokens at once
+LARGE_HEAD = {**BF16, "model.vocab_size": "50304", "training.local_batch_size": "8"}
+THE_PAPERS = {
+    **BF16,
+    **{"model.layers": "24", "model.width": "1024", "model.heads": "16", "model.vocab_size": "50304"},
+    **{"training.seq_len": "2048", "training.global_batch_size": "2", "training.local_batch_size": "1"},
+}
 LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
     "one process": (1, ONE_BATCH),
     "one process, accumulating": (1, {}),
@@ -69,6 +78,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
     "tp 2, llama": (2, {TP: "2", **ONE_BATCH, **LLAMA}),
     "cp 2": (2, {CP: "2", **ONE_BATCH}),
     "pp 2, 1F1B": (2, {PP: "2", **ONE_BATCH}),
+    **{
+        f"vocabulary 50,304, bfloat16, AC {mode}{loss}": (
+            1,
+            {**LARGE_HEAD, "activation_checkpoint.mode": mode, **chunk},
+        )
+        for loss, chunk in (("", {}), (", whole logits", {WHOLE_LOGITS: "true"}))
+        for mode in ("none", "selective", "full")
+    },
+    "405M, sequence 2,048, bfloat16": (1, THE_PAPERS),
     "pp 2, ZBVZeroBubble": (2, {PP: "2", "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble", **ONE_BATCH}),
 }
 
@@ -121,6 +139,7 @@ def work(overrides: dict[str, str]) -> None:
     """One rank: build, take two steps, write down what it took."""
     import torch
 
+    from titan_cpt import footprint, loss
     from titan_cpt.config_file import load_config
     from titan_cpt.data.indexed_writer import IndexedWriter
     from titan_cpt.distributed.mesh import join_ranks, leave_ranks, wait_for_all
@@ -129,6 +148,8 @@ def work(overrides: dict[str, str]) -> None:
     from titan_cpt.train import open_loader, train_step
 
     torch.set_num_threads(1)
+    if overrides.pop(WHOLE_LOGITS, None):
+        footprint.LOGITS_CHUNK = loss.LOGITS_CHUNK = sys.maxsize
     ranks = join_ranks()
     if ranks.rank == 0:
         Path("config.toml").write_text(TOML)

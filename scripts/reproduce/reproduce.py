@@ -1,7 +1,7 @@
 """The paper's claims on real text and a small model: data, arms, tables, verdicts. run.sh calls this.
 
     python scripts/reproduce/reproduce.py --quick          # three claims, one seed: under 15 minutes on two cores
-    python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 4 1/2 hours on two cores
+    python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours on two cores
     python scripts/reproduce/reproduce.py --tables-only    # from what is in docs/reproduction already
 
 Every arm that is done leaves its metrics, thinned, in docs/reproduction/SWEEP/ARM. Arms found there are not trained
