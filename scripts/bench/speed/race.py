@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--peers", required=True, help="the Python of the environment of requirements.txt")
     parser.add_argument("--races", default=",".join(RACES), help="which of " + ", ".join(RACES))
     parser.add_argument("--only", default="", help="kinds of peers: hf_trainer, litgpt, plain, torchtitan")
-    parser.add_argument("--turns", type=int, default=8, help=f"each contestant's turns of {STEPS_A_TURN} steps")
+    parser.add_argument("--turns", type=int, default=5, help=f"each contestant's turns of {STEPS_A_TURN} steps")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--quick", action="store_true", help="A and B in 3 turns")
     parser.add_argument("--write", type=Path, help="the page whose tables are replaced")
