@@ -5,7 +5,7 @@
     python scripts/reproduce/reproduce.py --tables-only    # from what is in docs/reproduction already
 
 Every arm that is done leaves its metrics, thinned, in docs/reproduction/SWEEP/ARM. Arms found there are not trained
-again, on whatever machine; commit the folder and go on elsewhere.
+again, on whatever machine; commit the folder and go on elsewhere. The first seed of every arm comes before the others.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
     broken = [arm for arm in arms if not isinstance(arm, Arm)]
     if broken:
         raise SystemExit(f"{broken[0].name}: {broken[0].fault}")
-    waiting = [(number, arm) for number, arm in enumerate(arms) if not has_result(arm, results)]
+    waiting = in_turn([(number, arm) for number, arm in enumerate(arms) if not has_result(arm, results)])
     print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them done", flush=True)
 
     def one(number: int, arm: Arm) -> bool:
@@ -121,6 +121,11 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
 
     with ThreadPoolExecutor(jobs) as pool:
         return sum(not good for good in pool.map(lambda each: one(*each), waiting[:most]))
+
+
+def in_turn(arms: list[tuple[int, Arm]]) -> list[tuple[int, Arm]]:
+    """The first seed of every arm, then the second: what is stopped early has something to say on every claim."""
+    return sorted(arms, key=lambda each: each[1].config.job.seed)
 
 
 def result_folder(arm: Arm, results: Path) -> Path:
