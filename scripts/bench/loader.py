@@ -1,6 +1,6 @@
 """What the loader delivers, and how soon it delivers from the middle of a very long run.
 
-    python scripts/bench/loader.py [--consumes 60000]
+    python scripts/bench/loader.py [--consumes 150000]
 
 First half: tokens per second of one rank's loader over a stage with 5 % replay, sequences of 2,048, files in the page
 cache, without and with reading processes; beside --consumes, the tokens per second of the rank that trains on them.
@@ -108,7 +108,7 @@ def status_bytes(name: str) -> int:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--consumes", type=float, default=60_000, help="tokens per second of the rank that trains")
+    parser.add_argument("--consumes", type=float, default=150_000, help="tokens per second of the rank that trains")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--seek", nargs=2, metavar=("FILE", "PLACE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -57,6 +57,7 @@ DP, TP, PP, CP = (
 LLAMA = {"model.family": "llama", "model.kv_heads": "4", "model.mlp_width": "1408"}
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 ONE_BATCH = {"training.global_batch_size": "4"}
+SHORT = {"training.global_batch_size": "32", "training.local_batch_size": "32"}
 WHOLE_LOGITS = "whole logits"  # no key: head and loss take all tokens at once
 LARGE_HEAD = {**BF16, "model.vocab_size": "50304", "training.local_batch_size": "8"}
 THE_PAPERS = {
@@ -70,6 +71,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
     "one process, AC full": (1, {**ONE_BATCH, "activation_checkpoint.mode": "full"}),
     "one process, AC selective op": (1, {**ONE_BATCH, "activation_checkpoint.mode": "selective"}),
     "one process, llama": (1, {**ONE_BATCH, **LLAMA}),
+    "one process, bfloat16, 32 x 128": (1, {**BF16, "training.seq_len": "128", **SHORT}),
     "fsdp 2": (2, {}),
     "fsdp 2, never reshard": (2, {"parallelism.fsdp_reshard_after_forward": "never"}),
     "fsdp 2, bfloat16": (2, BF16),
