@@ -32,7 +32,7 @@ def advice(stages: Sequence[StagePlan]) -> Iterator[str]:
 
 def _many_epochs(stage: StagePlan) -> Iterator[str]:
     for name, use in stage.use.items():
-        new = 0.0 if use.epochs is None else use.epochs * (use.tokens - use.replayed_tokens) / use.tokens
+        new = use.epochs * (use.tokens - use.replayed_tokens) / use.tokens if use.epochs else 0.0
         if new > MOST_EPOCHS:
             yield (
                 f"stages.{stage.name}: goes {new:.1f} times over {name}; beyond {MOST_EPOCHS} epochs repeated tokens "

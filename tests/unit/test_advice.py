@@ -84,6 +84,14 @@ def test_staying_at_a_decayed_lr_is_told_and_staying_at_a_constant_one_is_not(no
     assert notes(("stages.first.lr", infinite), ("stages.second.lr", later)) == ()
 
 
+def test_a_stage_too_short_for_a_share_of_its_data_is_planned(notes):
+    """One step of a few sequences holds none of a replay of 0.1 %: nothing to divide by, and told as no replay."""
+    told = notes(("stages.second.steps", "1"), ("stages.second.replay.fraction", "0.001"))
+
+    assert [note for note in told if "nothing is replayed" in note]
+    assert not [note for note in told if " times over " in note]
+
+
 def test_many_epochs_over_the_new_data_are_told(notes):
     """50 steps of 15 new sequences x 16 tokens are 12,000; over 2,001 tokens six times, over 4,001 three times."""
     (note,) = notes(german=2001)
