@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,8 @@ def run(config: Config) -> int:
     for message in _THEIR_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     keep_freed_memory()
+    if config.job.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses cuBLAS; read when CUDA begins
     ranks = join_ranks()
     try:
         return run_among(ranks, config)

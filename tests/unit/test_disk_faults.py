@@ -13,6 +13,7 @@ import training
 import titan_cpt.checkpoint_files
 import titan_cpt.train
 from titan_cpt import manifest
+from titan_cpt.config_file import load_config
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -268,3 +269,19 @@ def test_deterministic_runs_give_the_bits_of_ordinary_ones_and_a_resume_keeps_th
     assert killed.status == -9
     assert last.status == 0, last.output
     assert_same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_deterministic_gives_cublas_its_workspace_before_cuda_begins(monkeypatch, config, chosen, expected):
+    """torch stops at the first product on CUDA without it; what the user chose stays."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+    def join():
+        raise InterruptedError(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+
+    monkeypatch.setattr("titan_cpt.train.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("titan_cpt.train.join_ranks", join)
+    with pytest.raises(InterruptedError, match=f"^{expected}$"):
+        titan_cpt.train.run(load_config(config, [("job.deterministic", "true")]))
