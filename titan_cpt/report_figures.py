@@ -26,6 +26,7 @@ from matplotlib import pyplot  # after the choice of what it draws with
 # Okabe and Ito's colours, which differ for every kind of colour vision; yellow, too pale on white, is left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 _STYLES = ("-", "--", "-.", ":")
+_MARKERS = ("o", "s", "^", "v")
 _MOST_POINTS = 500
 _MOST_IN_LEGEND = 16
 _THEMES = {"light": ("#1b1f24", "#8c959f", "#e6e8eb"), "dark": ("#e6edf3", "#8b949e", "#2b3138")}
@@ -162,10 +163,9 @@ def trade_off(points: Sequence[tuple[int, Row, float]]) -> Canvas:
     """
     canvas, axes = pyplot.subplots(figsize=(8.2, 3.9))
     for number, row, value in points:
-        marker, inside = ("o", "auto") if row.forgetting else ("D", "none")
-        place = (row.adaptation or 0.0, value)
-        look = {"color": _look(number)["color"], "markersize": 7.5, "label": row.name}
-        axes.plot(*place, marker, markerfacecolor=inside, **look)
+        inside = "auto" if row.forgetting else "none"
+        look = {"color": _look(number)["color"], "marker": _of_round(_MARKERS, number), "label": row.name}
+        axes.plot(row.adaptation or 0.0, value, linestyle="none", markersize=7.5, markerfacecolor=inside, **look)
     axes.margins(x=0.08, y=0.1)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))  # names beside the points would cover each other
     axes.set_xlabel("adaptation: loss on the new data, nats per token")
@@ -174,7 +174,12 @@ def trade_off(points: Sequence[tuple[int, Row, float]]) -> Canvas:
 
 
 def _look(number: int) -> dict[str, Any]:
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)]}
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _of_round(_STYLES, number)}
+
+
+def _of_round(ways: Sequence[str], number: int) -> str:
+    """Another way of drawing for each round through the colours."""
+    return ways[number // len(_COLOURS) % len(ways)]
 
 
 def _unit(records: Sequence[Record]) -> tuple[str, float]:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from titan_cpt.cli import main
-from titan_cpt.comparison import compare
+from titan_cpt.comparison import Row, compare
 from titan_cpt.report import labelled, read_run
+from titan_cpt.report_figures import trade_off
 from titan_cpt.report_page import default_folder, sections
 
 STEP_TOKENS = 1000
@@ -242,3 +243,12 @@ def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
     assert b"<title>true,true,true,true,7</title>" in dumped.stdout
     assert corner > 240 if scheme == "light" else corner < 40
     assert len(painted.getcolors(maxcolors=256)) > 50
+
+
+def test_no_two_points_of_the_trade_off_look_alike():
+    """Seven colours, four shapes; a run that forgets nothing of its own is hollow."""
+    rows = [Row(f"arm {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)]
+    points = trade_off([(number, row, 0.1) for number, row in enumerate(rows)]).axes[0].lines
+
+    assert len({(point.get_color(), point.get_marker()) for point in points}) == 28
+    assert [point.get_markerfacecolor() == "none" for point in points] == [True] + [False] * 27
