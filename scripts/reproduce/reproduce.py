@@ -124,8 +124,8 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
 
 
 def in_turn(arms: list[tuple[int, Arm]]) -> list[tuple[int, Arm]]:
-    """The first seed of every arm, then the second: what is stopped early has something to say on every claim."""
-    return sorted(arms, key=lambda each: each[1].config.job.seed)
+    """The first seed of every arm, so that a set stopped early has something on every claim; then sweep by sweep."""
+    return sorted(arms, key=lambda each: each[1].config.job.seed > 0)
 
 
 def result_folder(arm: Arm, results: Path) -> Path:
