@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from trainer import HEAD, STAGE
+from shape_b import HEAD, STAGE
 
 WARM_UP_STEPS, STEPS = 2, 8
 

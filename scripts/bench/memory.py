@@ -80,6 +80,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
     "tp 2, llama": (2, {TP: "2", **ONE_BATCH, **LLAMA}),
     "cp 2": (2, {CP: "2", **ONE_BATCH}),
     "pp 2, 1F1B": (2, {PP: "2", **ONE_BATCH}),
+    "pp 2, ZBVZeroBubble": (2, {PP: "2", "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble", **ONE_BATCH}),
     **{
         f"vocabulary 50,304, bfloat16, AC {mode}{loss}": (
             1,
@@ -89,7 +90,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
         for mode in ("none", "selective", "full")
     },
     "405M, sequence 2,048, bfloat16": (1, THE_PAPERS),
-    "pp 2, ZBVZeroBubble": (2, {PP: "2", "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble", **ONE_BATCH}),
 }
 
 

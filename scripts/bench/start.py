@@ -3,8 +3,8 @@
     python scripts/bench/start.py [--turns 5]
 
 Three things take turns, each in a process of its own: `import torch, torch.distributed.fsdp`; a run to the end of its
-first step; the same run with compiled blocks, whose cache an uncounted run fills first. Medians of wall seconds; also
-that of the first step alone, by the run's own record.
+first step, a sequence of 512 tokens of shape B; the same with compiled blocks, whose cache an uncounted run fills
+first. Medians of wall seconds.
 """
 
 from __future__ import annotations
@@ -20,35 +20,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from shape_b import HEAD, STAGE
 
 from titan_cpt.data.indexed_writer import IndexedWriter
 
-CONFIG = """
-[job]
-name = "start"
-[model]
-family = "gpt_neox"
-size = "debug"
-layers = 8
-width = 384
-heads = 6
-vocab_size = 8192
-[datasets.noise]
-train = "noise"
-[training]
-global_batch_size = 1
-local_batch_size = 1
-seq_len = 512
-[checkpoint]
-interval = 1000
-[metrics]
-log_freq = 1
-[[stages]]
-name = "only"
-dataset = "noise"
-steps = 1000
-lr = { schedule = "constant", max = 1e-3 }
-"""
+ONE_SHORT_STEP = ["--training.global_batch_size", "1", "--training.local_batch_size", "1", "--metrics.log_freq", "1"]
 
 
 def seconds_to(words: list[str], folder: Path, sign: str) -> float:
@@ -79,10 +55,11 @@ def main() -> None:
     turns = parser.parse_args().turns
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "start.toml").write_text(CONFIG)
+        text = HEAD.format(folder=folder, interval=1000) + STAGE.format(number=0, steps=100)
+        (folder / "start.toml").write_text(text)
         with IndexedWriter(folder / "noise", 257) as writer:
             writer.add_document(np.random.default_rng(0).integers(0, 257, size=200_000))
-        trains = [sys.executable, "-m", "titan_cpt", "train", "--config", "start.toml"]
+        trains = [sys.executable, "-m", "titan_cpt", "train", "--config", "start.toml", *ONE_SHORT_STEP]
         entries = {
             "import torch, torch.distributed.fsdp": (
                 [sys.executable, "-c", "import torch, torch.distributed.fsdp"],
@@ -94,7 +71,7 @@ def main() -> None:
         times: dict[str, list[float]] = {what: [] for what in entries}
         for turn in range(turns + 1):
             for what, (words, sign) in entries.items():
-                shutil.rmtree(folder / "outputs", ignore_errors=True)
+                shutil.rmtree(folder / "bench", ignore_errors=True)
                 taken = seconds_to(words, folder, sign)
                 if turn:  # the first turn fills caches, of the disk and of the compiler
                     times[what].append(taken)

@@ -1,6 +1,6 @@
-"""Operations that torch.compile is not to look into on a CPU, where it would make them slower or fail (torch 2.13).
+"""Operations that torch.compile is not to look into, because it would make them slower or fail (torch 2.13).
 
-Outside torch.compile, and on other devices, each is what its name says and nothing else.
+Outside torch.compile each is what its name says and nothing else.
 """
 
 import torch
