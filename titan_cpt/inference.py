@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from titan_cpt import manifest
@@ -30,6 +29,7 @@ from titan_cpt.layout import Layout
 from titan_cpt.lineage import longest_sequence, origin, precision_of, tokenizer_of
 from titan_cpt.models import families
 from titan_cpt.models.families import LanguageModel
+from titan_cpt.models.products import linear
 from titan_cpt.models.shapes import shape_from_recipe
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -193,7 +193,7 @@ def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions
     """Logits at some positions of some sequences, logits_TV: the others never go through the head, the widest layer."""
 
     def project(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
-        return F.linear(x_BLD[rows_T, positions_T], weight_VD)
+        return linear(x_BLD[rows_T, positions_T], weight_VD)
 
     logits_TV: Tensor = model(tokens_BL, project=project)
     return logits_TV

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.footprint import LOGITS_CHUNK
+from titan_cpt.models.products import linear, multiply
 
 CPU_CHUNK_ELEMENTS = 2**18
 """Logits that are held in fp32 at a time on a CPU: 1 MiB, which stays in its cache (half the time of 16 MiB)."""
@@ -85,10 +86,10 @@ class _HeadAndLoss(torch.autograd.Function):
         losses_T, grad_x_TD, grad_VD = [], torch.empty_like(x_TD) if wanted else None, None
         first = 0
         for x_CD, targets_C in zip(x_TD.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True):
-            losses_C, grad_CV = softmax(F.linear(x_CD, weight_VD), targets_C, scale)
+            losses_C, grad_CV = softmax(linear(x_CD, weight_VD), targets_C, scale)
             losses_T.append(losses_C)
             if grad_x_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
+                multiply(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
                 share_VD = _share_of_weight(grad_CV, x_CD)
                 if grad_VD is None:
                     grad_VD = share_VD.float() if chunks > 1 else share_VD
@@ -111,7 +112,7 @@ def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:
     On a CPU a left operand that lies transposed costs a product up to twice its time; of the two it is the input, the
     small one, that is turned around.
     """
-    return (x_CD.t().contiguous() @ grad_CV).t() if grad_CV.is_cpu else grad_CV.t() @ x_CD
+    return multiply(x_CD.t().contiguous(), grad_CV).t() if grad_CV.is_cpu else multiply(grad_CV.t(), x_CD)
 
 
 _Softmax = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

@@ -5,7 +5,8 @@
     python scripts/reproduce/reproduce.py --tables-only    # from what is in docs/reproduction already
 
 Every arm that is done leaves its metrics, thinned, in docs/reproduction/SWEEP/ARM. Arms found there are not trained
-again, on whatever machine; commit the folder and go on elsewhere. The first seed of every arm comes before the others.
+again, on whatever machine; commit the folder and go on elsewhere. All arms get one seed before
+any gets the next.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
 
 
 def in_turn(arms: list[tuple[int, Arm]]) -> list[tuple[int, Arm]]:
-    """The first seed of every arm, so that a set stopped early has something on every claim; then sweep by sweep."""
-    return sorted(arms, key=lambda each: each[1].config.job.seed > 0)
+    """The first seed of every arm, then the second of every arm ...: a set stopped early has as much on every claim."""
+    return sorted(arms, key=lambda each: each[1].config.job.seed)
 
 
 def result_folder(arm: Arm, results: Path) -> Path:

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
+from titan_cpt.models.products import attention
 
 
 def own_positions(length: int, rank: int, degree: int) -> Tensor:
@@ -67,7 +68,7 @@ class ContextParallelAttention(nn.Module):
             mask = torch.ones(piece, until - since, dtype=torch.bool, device=device)
             mask = mask.tril(first - since).triu(first - since - window + 1)  # position p sees p - window + 1 to p
             k_BNSH, v_BNSH = k_BNLH[:, :, since:until], v_BNLH[:, :, since:until]
-            out.append(F.scaled_dot_product_attention(half, k_BNSH, v_BNSH, attn_mask=mask))
+            out.append(attention(half, k_BNSH, v_BNSH, attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 

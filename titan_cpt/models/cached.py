@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
+from titan_cpt.models.products import attention
 
 
 class Progress:
@@ -64,9 +65,7 @@ class CachedAttention(nn.Module):
         if plain.window is not None:
             seen_BLS &= behind_BLS < plain.window
         shared_by = q_BNLH.shape[1] // k_BNLH.shape[1]
-        out_BNLH = F.scaled_dot_product_attention(
-            q_BNLH, self.k_BNSH, self.v_BNSH, attn_mask=seen_BLS[:, None], enable_gqa=shared_by > 1
-        )
+        out_BNLH = attention(q_BNLH, self.k_BNSH, self.v_BNSH, attn_mask=seen_BLS[:, None], enable_gqa=shared_by > 1)
         return out_BNLH.transpose(1, 2)
 
 

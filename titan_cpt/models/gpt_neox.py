@@ -10,11 +10,11 @@ Shape letters: B sequences, L positions, D width, N heads, H head width, F feed-
 import math
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
 from titan_cpt.models.opaque import gelu, with_gradient_apart
+from titan_cpt.models.products import Linear, linear
 from titan_cpt.models.shapes import GPTNeoXShape
 
 
@@ -34,7 +34,7 @@ class GPTNeoX(nn.Module):
         self.final_norm: nn.LayerNorm | None = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.head: Head | None = Head(shape.width, shape.vocab_size, bias=False)
 
-    def forward(self, tokens_BL: Tensor, project: Project = F.linear) -> Tensor:
+    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
 
         A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
@@ -112,9 +112,9 @@ class Attention(nn.Module):
     def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
         self.head_width = shape.head_width
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.qkv = Linear(shape.width, 3 * shape.width)
         self.core = RotaryCausalAttention(rotary_width=shape.rotary_width, rope_base=shape.rope_base)
-        self.out = nn.Linear(shape.width, shape.width)
+        self.out = Linear(shape.width, shape.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What each position draws from itself and those before it, out_BLD."""
@@ -129,8 +129,8 @@ class MLP(nn.Module):
 
     def __init__(self, shape: GPTNeoXShape) -> None:
         super().__init__()
-        self.up = nn.Linear(shape.width, shape.mlp_width)
-        self.down = nn.Linear(shape.mlp_width, shape.width)
+        self.up = Linear(shape.width, shape.mlp_width)
+        self.down = Linear(shape.mlp_width, shape.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The same function of every position, out_BLD."""

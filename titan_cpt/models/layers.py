@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_cpt.models.opaque import cos_sin
+from titan_cpt.models.products import attention, linear
 from titan_cpt.models.shapes import RopeScaling
 
 
@@ -56,13 +56,13 @@ class RotaryCausalAttention(nn.Module):
         if _runs_faster_in_fp32(q_BNLH):
             return self.attend(q_BNLH.float(), k_BNLH.float(), v_BNLH.float()).to(q_BNLH.dtype)
         if self.window is None or length <= self.window:
-            return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, is_causal=True, enable_gqa=group > 1)
+            return attention(q_BNLH, k_BNLH, v_BNLH, is_causal=True, enable_gqa=group > 1)
         behind_LL = torch.arange(length, device=q_BNLH.device)
         behind_LL = behind_LL[:, None] - behind_LL[None, :]
         seen_LL = (behind_LL >= 0) & (behind_LL < self.window)
         # The kernels that take a mask and do not keep L x L scores want as many heads of keys as of queries.
         k_BNLH, v_BNLH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNLH, v_BNLH))
-        return F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=seen_LL)
+        return attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=seen_LL)
 
 
 def _runs_faster_in_fp32(q_BNLH: Tensor) -> bool:
@@ -87,7 +87,7 @@ class Head(nn.Linear):
     weight for no longer than that.
     """
 
-    def forward(self, x_BLD: Tensor, project: "Project" = F.linear) -> Tensor:
+    def forward(self, x_BLD: Tensor, project: "Project" = linear) -> Tensor:
         """`project(x_BLD, weight_VD)`, by default the logits."""
         return project(x_BLD, self.weight)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.products import Linear, linear
 from titan_cpt.models.shapes import LlamaShape
 
 INITIAL_STD = 0.02
@@ -41,7 +42,7 @@ class Llama(nn.Module):
             TiedHead() if shape.tie_embeddings else Head(shape.width, shape.vocab_size, bias=False)
         )
 
-    def forward(self, tokens_BL: Tensor, project: Project = F.linear) -> Tensor:
+    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
 
         A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
@@ -80,7 +81,7 @@ class Llama(nn.Module):
 class TiedHead(nn.Module):
     """The head of a model with tied embeddings: no weight of its own, so that nothing can untie or save it twice."""
 
-    def forward(self, x_BLD: Tensor, embedding_VD: Tensor, project: Project = F.linear) -> Tensor:
+    def forward(self, x_BLD: Tensor, embedding_VD: Tensor, project: Project = linear) -> Tensor:
         """`project(x_BLD, embedding_VD)`, by default the logits from the input embedding's rows."""
         return project(x_BLD, embedding_VD)
 
@@ -135,10 +136,10 @@ class Block(nn.Module):
                 norm.reset_parameters()
         outward = {"attention.q": attention.q, "attention.k": attention.k, "attention.v": attention.v}
         outward |= {"mlp.gate": mlp.gate, "mlp.up": mlp.up}
-        for linear_name, linear in outward.items():
-            init_linear(linear, std=INITIAL_STD, seed=seed, name=f"{name}.{linear_name}")
-        for linear_name, linear in {"attention.out": attention.out, "mlp.down": mlp.down}.items():
-            init_linear(linear, std=residual_std, seed=seed, name=f"{name}.{linear_name}")
+        for linear_name, layer in outward.items():
+            init_linear(layer, std=INITIAL_STD, seed=seed, name=f"{name}.{linear_name}")
+        for linear_name, layer in {"attention.out": attention.out, "mlp.down": mlp.down}.items():
+            init_linear(layer, std=residual_std, seed=seed, name=f"{name}.{linear_name}")
 
 
 class Attention(nn.Module):
@@ -151,9 +152,9 @@ class Attention(nn.Module):
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
         self.head_width = shape.head_width
-        self.q = nn.Linear(shape.width, shape.attention_width, bias=shape.qkv_bias)
-        self.k = nn.Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
-        self.v = nn.Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
+        self.q = Linear(shape.width, shape.attention_width, bias=shape.qkv_bias)
+        self.k = Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
+        self.v = Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
         self.q_norm = RMSNorm(shape.head_width, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(shape.head_width, eps=shape.norm_eps) if shape.qk_norm else None
         self.core = RotaryCausalAttention(
@@ -162,7 +163,7 @@ class Attention(nn.Module):
             scaling=shape.rope_scaling,
             window=shape.sliding_window,
         )
-        self.out = nn.Linear(shape.attention_width, shape.width, bias=False)
+        self.out = Linear(shape.attention_width, shape.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What each position draws from itself and those before it, out_BLD."""
@@ -180,9 +181,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.gate = nn.Linear(shape.width, shape.mlp_width, bias=False)
-        self.up = nn.Linear(shape.width, shape.mlp_width, bias=False)
-        self.down = nn.Linear(shape.mlp_width, shape.width, bias=False)
+        self.gate = Linear(shape.width, shape.mlp_width, bias=False)
+        self.up = Linear(shape.width, shape.mlp_width, bias=False)
+        self.down = Linear(shape.mlp_width, shape.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The same function of every position, out_BLD."""
