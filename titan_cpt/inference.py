@@ -29,7 +29,7 @@ from titan_cpt.layout import Layout
 from titan_cpt.lineage import longest_sequence, origin, precision_of, tokenizer_of
 from titan_cpt.models import families
 from titan_cpt.models.families import LanguageModel
-from titan_cpt.models.products import linear
+from titan_cpt.models.operations import linear
 from titan_cpt.models.shapes import shape_from_recipe
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.footprint import LOGITS_CHUNK
-from titan_cpt.models.products import linear, multiply
+from titan_cpt.models.operations import linear, multiply
 
 CPU_CHUNK_ELEMENTS = 2**18
 """Logits that are held in fp32 at a time on a CPU: 1 MiB, which stays in its cache (half the time of 16 MiB)."""

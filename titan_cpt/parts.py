@@ -31,7 +31,7 @@ from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
-from titan_cpt.models.products import CPU_HAS_BFLOAT16
+from titan_cpt.models.operations import multiplied_in_float32
 from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
@@ -84,7 +84,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         print_plan(plan, console, config.checkpoint.keep_latest_k)
         if config.float8.recipe_name is not None and ranks.device.type == "cpu":
             console.print("[yellow]note[/] float8 is emulated on a CPU: its numbers, without its speed")
-        if precision == torch.bfloat16 and ranks.device.type == "cpu" and not CPU_HAS_BFLOAT16:
+        if multiplied_in_float32(precision, ranks.device):
             console.print(
                 "[yellow]note[/] this CPU has no products in bfloat16: they are made in float32 and rounded; "
                 'training.mixed_precision_param = "float32" is faster here and more exact'
@@ -257,7 +257,7 @@ def tell_failure(log: MetricsLog, display: Display, error: CheckpointError) -> N
 
 
 def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:
-    in_float32 = precision == torch.bfloat16 and ranks.device.type == "cpu" and not CPU_HAS_BFLOAT16
+    multiplied = torch.float32 if multiplied_in_float32(precision, ranks.device) else precision
     writer = None
     if ranks.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
@@ -268,7 +268,7 @@ def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision:
         writing=ranks.rank == 0,
         tensorboard=writer,
         flops_per_token=plan.shape.flops_per_token(plan.seq_len),
-        peak_flops=peak_flops(ranks.device, torch.float32 if in_float32 else precision) * ranks.world_size,
+        peak_flops=peak_flops(ranks.device, multiplied) * ranks.world_size,
     )
 
 

@@ -2,8 +2,8 @@
 
     python scripts/bench/attention.py
 
-The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/layers.py takes float32 where a head's
-positions x features are few.
+The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/operations.py takes float32 where a
+head's positions x features are few.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
     python scripts/reproduce/reproduce.py --tables-only    # from what is in docs/reproduction already
 
 Every arm that is done leaves its metrics, thinned, in docs/reproduction/SWEEP/ARM. Arms found there are not trained
-again, on whatever machine; commit the folder and go on elsewhere. All arms get one seed before
-any gets the next.
+again, on whatever machine; commit the folder and go on elsewhere. All arms get a seed before any gets one more.
 """
 
 from __future__ import annotations

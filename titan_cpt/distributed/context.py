@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
-from titan_cpt.models.products import attention
+from titan_cpt.models.operations import attention
 
 
 def own_positions(length: int, rank: int, degree: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.layers import RotaryCausalAttention, rotary_tables, rotate
-from titan_cpt.models.products import attention
+from titan_cpt.models.operations import attention
 
 
 class Progress:

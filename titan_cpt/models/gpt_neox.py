@@ -13,8 +13,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
-from titan_cpt.models.opaque import gelu, with_gradient_apart
-from titan_cpt.models.products import Linear, linear
+from titan_cpt.models.operations import Linear, gelu, linear, with_gradient_apart
 from titan_cpt.models.shapes import GPTNeoXShape
 
 

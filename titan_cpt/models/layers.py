@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_cpt.models.opaque import cos_sin
-from titan_cpt.models.products import attention, linear
+from titan_cpt.models.operations import attention, cos_sin, linear
 from titan_cpt.models.shapes import RopeScaling
 
 
@@ -53,8 +52,6 @@ class RotaryCausalAttention(nn.Module):
     def attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
         """Attention proper, out_BNLH, of queries and keys that are rotated already."""
         group, length = q_BNLH.shape[1] // k_BNLH.shape[1], q_BNLH.shape[2]
-        if _runs_faster_in_fp32(q_BNLH):
-            return self.attend(q_BNLH.float(), k_BNLH.float(), v_BNLH.float()).to(q_BNLH.dtype)
         if self.window is None or length <= self.window:
             return attention(q_BNLH, k_BNLH, v_BNLH, is_causal=True, enable_gqa=group > 1)
         behind_LL = torch.arange(length, device=q_BNLH.device)
@@ -63,21 +60,6 @@ class RotaryCausalAttention(nn.Module):
         # The kernels that take a mask and do not keep L x L scores want as many heads of keys as of queries.
         k_BNLH, v_BNLH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNLH, v_BNLH))
         return attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=seen_LL)
-
-
-def _runs_faster_in_fp32(q_BNLH: Tensor) -> bool:
-    """Whether attention of these bf16 queries takes less time in fp32: short sequences that are trained on a CPU.
-
-    The backward pass of torch's bf16 kernel for the CPU costs much a block however small: 2.5 times the fp32 kernel's
-    time, forward and backward, at 128 positions of 32 features, as much at 512, and less beyond
-    (scripts/bench/attention.py).
-    """
-    length, width = q_BNLH.shape[-2:]
-    trained = torch.is_grad_enabled() and q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
-    return trained and length * width <= _SHORT_ON_CPU
-
-
-_SHORT_ON_CPU = 128 * 64  # positions x features of a head
 
 
 class Head(nn.Linear):

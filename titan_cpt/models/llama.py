@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
-from titan_cpt.models.products import Linear, linear
+from titan_cpt.models.operations import Linear, linear
 from titan_cpt.models.shapes import LlamaShape
 
 INITIAL_STD = 0.02
