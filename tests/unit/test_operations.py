@@ -76,7 +76,7 @@ def without_bfloat16(monkeypatch):
 
 
 def bf16(*shape, seed):
-    """Small whole numbers, whose products and sums bfloat16 and float32 hold exactly, so that any order adds up alike."""
+    """Small whole numbers: bfloat16 and float32 hold their products and sums exactly, in any order."""
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
