@@ -31,7 +31,7 @@ from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.metrics import MetricsLog, peak_flops
 from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
-from titan_cpt.models.operations import multiplied_in_float32
+from titan_cpt.models.operations import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.optimizer import UpdateGuard, build_adamw
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
@@ -218,7 +218,7 @@ def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dic
     recipe = plan.recipe_until(index)
     return {
         "stage_index": index,
-        "kind": kind,
+        "processor": processor,
         "run_step": plan.steps_before(stage) + done,
         "recipe": recipe,
         "fingerprint": fingerprint(recipe),
@@ -231,12 +231,21 @@ def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dic
 
 
 def _machine(ranks: Ranks) -> dict[str, Any]:
-    """What may change the last bits of a sum."""
-    return {"world_size": ranks.world_size, "threads": torch.get_num_threads(), "device": ranks.device.type}
+    """What may change the last bits of a sum; of a CPU the instructions that torch uses."""
+    if ranks.device.type == "cuda":
+        processor = torch.cuda.get_device_name(ranks.device)
+    else:
+        processor = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if CPU_HAS_BFLOAT16 else "")
+    return {
+        "world_size": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "device": ranks.device.type,
+        "processor": processor,
+    }
 
 
 def check_same_machine(found: Found, ranks: Ranks) -> None:
-    """Refuse to go on where `job.deterministic` promises bits that another layout or torch would not give.
+    """Refuse to go on where `job.deterministic` promises bits that another layout, torch or machine would not give.
 
     Raises:
         CheckpointError: names each difference.

@@ -14,18 +14,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import lzma
 import sys
 import tarfile
 import tempfile
 import urllib.request
+import zlib
 from collections.abc import Iterable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from xml.etree import ElementTree
 
 REPOSITORIES = {"english": "ELTeC-eng", "german": "ELTeC-deu"}
 _ADDRESS = "https://github.com/COST-ELTeC/{name}/archive/refs/heads/master.tar.gz"
 _TEI = "{http://www.tei-c.org/ns/1.0}"
-_BLOCKS = ("head", "p", "l")  # headings, paragraphs, lines of verse
+_BLOCKS = {_TEI + name for name in ("head", "p", "l")}  # headings, paragraphs, lines of verse
 _DOCUMENT_CHARACTERS = 20_000
 _HELD_OUT_OF = 20  # one novel in so many
 
@@ -49,8 +52,8 @@ def main() -> int:
             from_archive(options.archive, options.folder)
         else:
             from_github(options.folder)
-    except (FetchError, OSError, tarfile.TarError) as error:
-        print(f"fetch_novels: {error}", file=sys.stderr)
+    except (FetchError, OSError, HTTPException, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+        print(f"fetch_novels: {error or 'what was received ends too soon'}; nothing was kept of it", file=sys.stderr)
         return 2
     return 0
 
@@ -108,11 +111,14 @@ def text_of(tei: bytes) -> str:
 
 
 def _blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
+    """Blocks in the order of the text; what holds none, such as a quotation of one line, is one itself."""
     for child in element:
-        if child.tag in {_TEI + name for name in _BLOCKS}:
-            yield child
-        elif child.tag != _TEI + "note":
+        if child.tag == _TEI + "note":
+            continue
+        if child.tag not in _BLOCKS and any(inner.tag in _BLOCKS for inner in child.iter()):
             yield from _blocks(child)
+        else:
+            yield child
 
 
 def _visible(element: ElementTree.Element) -> Iterator[str]:
@@ -124,14 +130,15 @@ def _visible(element: ElementTree.Element) -> Iterator[str]:
 
 
 def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> None:
-    """Both files of a language; a novel is held out whole, by the hash of its name.
+    """Both files of a language, or neither; a novel is held out whole, by the hash of its name.
 
     Raises:
         FetchError: there is no novel.
     """
     counts = [0, 0]
     parts = [folder / f"{language}.jsonl", folder / f"{language}-heldout.jsonl"]
-    with parts[0].open("w") as kept, parts[1].open("w") as held_out:
+    unfinished = [part.with_suffix(".unfinished") for part in parts]
+    with unfinished[0].open("w") as kept, unfinished[1].open("w") as held_out:
         for name, text in novels:
             held = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_OF == 0
             counts[held] += 1
@@ -139,9 +146,9 @@ def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> Non
                 line = json.dumps({"text": piece, "id": f"{name}@{number:03d}"}, ensure_ascii=False)
                 (held_out if held else kept).write(line + "\n")
     if not all(counts):
-        for part in parts:
-            part.unlink()
         raise FetchError(f"{language}: {counts[0]} novels and {counts[1]} held-out ones were found, which cannot be")
+    for before, part in zip(unfinished, parts, strict=True):
+        before.replace(part)
     print(f"fetch_novels: {language}: {counts[0]} novels, {counts[1]} held out", flush=True)
 
 

@@ -242,14 +242,18 @@ def test_a_slow_disk_is_waited_for_and_told_and_changes_nothing(config, unbroken
 DETERMINISTIC = ("--job.deterministic", "true")
 
 
-@pytest.mark.parametrize(("key", "told"), [("world_size", "2 -> 1"), ("torch", "1.0 -> "), ("threads", "7 -> 1")])
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [("world_size", "2 -> 1"), ("torch", "1.0 -> "), ("threads", "7 -> 1"), ("processor", "H100 -> ")],
+)
 def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp_path, key, told):
-    """A checkpoint of another number of ranks, torch or number of threads: named, with the flag that goes on anyway."""
+    """A checkpoint of other ranks, torch, threads or processor: named, with the flag that goes on anyway."""
     run = tmp_path / "run"
     killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7)])
     path = run / "english" / "step-00000004" / "manifest.json"
     record = training.json.loads(path.read_text())
-    path.write_text(training.json.dumps({**record, key: {"world_size": 2, "torch": "1.0", "threads": 7}[key]}))
+    before = {"world_size": 2, "torch": "1.0", "threads": 7, "processor": "H100"}[key]
+    path.write_text(training.json.dumps({**record, key: before}))
     refused = training.train(config, *DETERMINISTIC)
     allowed = training.train(config)
 

@@ -22,7 +22,8 @@ TOKENS_PER_SECOND = 16_000  # of one core, as docs/reproduction.md has it
 
 TEI = """<TEI xmlns="http://www.tei-c.org/ns/1.0"><teiHeader><p>about the file</p></teiHeader><text>
 <front><p>a preface</p></front><body><div><head>CHAPTER I</head><p>One  <hi>fine</hi>
-day<note>a note<p>of two</p></note> it rained.</p><pb n="2"/><lg><l>A line</l></lg></div></body></text></TEI>"""
+day<note>a note<p>of two</p></note> it rained.</p><pb n="2"/><lg><l>A line</l></lg><quote>A <hi>letter</hi></quote>
+<quote><p>Another</p></quote><trailer>THE END.</trailer></div></body></text></TEI>"""
 
 
 def end(english, german=1.0, forgetting=0.0, rise=0.0):
@@ -186,7 +187,10 @@ def test_the_tables_say_what_was_not_run(finished):
 
 def test_a_tei_file_is_read_as_a_reader_would():
     """Headings, paragraphs and verse of the body; no header, preface or note, white space as one space."""
-    assert fetch_novels.text_of(TEI.encode()) == "CHAPTER I\n\nOne fine day it rained.\n\nA line"
+    assert fetch_novels.text_of(TEI.encode()).split("\n\n") == [
+        *("CHAPTER I", "One fine day it rained.", "A line"),
+        *("A letter", "Another", "THE END."),
+    ]
 
 
 def test_pieces_are_cut_between_paragraphs_and_lose_nothing():
@@ -242,3 +246,24 @@ def test_an_archive_without_novels_is_told(tmp_path, monkeypatch, capsys):
     assert fetch_novels.main() == 2
     assert "english: 0 novels and 0 held-out ones were found" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_is_taken_for_text(tmp_path, monkeypatch, capsys):
+    """German ends in the middle: status 2, its files are not there, and the next call fetches it again."""
+    for language, code in (("eng", "ENG"), ("deu", "DEU")):
+        files = {f"ELTeC-{language}-master/level1/{code}{number:03d}.xml": TEI.encode() for number in range(50)}
+        whole = archive_of(tmp_path / "whole.tar.xz", files).read_bytes()
+        (tmp_path / f"ELTeC-{language}.tar").write_bytes(whole if language == "eng" else whole[: len(whole) // 2])
+    monkeypatch.setattr(
+        fetch_novels, "_ADDRESS", (tmp_path / "{name}.tar").as_uri().replace("%7B", "{").replace("%7D", "}")
+    )
+    monkeypatch.setattr(sys, "argv", ["fetch_novels.py", str(tmp_path / "out")])
+    broken = fetch_novels.main()
+    left = {path.name for path in (tmp_path / "out").glob("*.jsonl")}
+    (tmp_path / "ELTeC-deu.tar").write_bytes(whole)
+    mended = fetch_novels.main()
+
+    assert (broken, mended) == (2, 0)
+    assert "fetch_novels: " in capsys.readouterr().err
+    assert left == {"english.jsonl", "english-heldout.jsonl"}
+    assert (tmp_path / "out" / "german.jsonl").stat().st_size > 0

@@ -17,6 +17,7 @@ import titan_cpt.distributed.engine
 import titan_cpt.train
 from titan_cpt import manifest
 from titan_cpt.cli import main
+from titan_cpt.models import operations
 from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.train import run, train_stage, train_step, transition
 
@@ -72,6 +73,24 @@ def gradients(model, rows, max_norm=1.0):
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return loss.item(), norm.item()
+
+
+def test_a_cpu_without_bfloat16_trains_in_it_all_the_same_and_says_how(raw, monkeypatch, capfd):
+    """Losses and gradient norms of five steps are torch's own within bfloat16's rounding; a note before them."""
+    raw["training"]["mixed_precision_param"] = "bfloat16"
+    found, said = {}, {}
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(operations, "CPU_HAS_BFLOAT16", has_bfloat16)
+        with training.cast(training.config_of(raw)) as parts:
+            stage = parts.plan.stages[0]
+            transition(parts, stage)
+            loader = training.loader_of(parts, stage)
+            steps = [train_step(parts, loader, stage, step) for step in range(5)]
+            found[has_bfloat16] = torch.tensor([[step.loss, step.grad_norm] for step in steps])
+        said[has_bfloat16] = "this CPU has no products in bfloat16" in " ".join(capfd.readouterr().out.split())
+
+    torch.testing.assert_close(found[False], found[True], rtol=5e-3, atol=0)
+    assert said == {True: False, False: True}
 
 
 @pytest.mark.parametrize("local_batch", [1, 2, 4])
