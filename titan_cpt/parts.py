@@ -218,7 +218,7 @@ def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dic
     recipe = plan.recipe_until(index)
     return {
         "stage_index": index,
-        "processor": processor,
+        "kind": kind,
         "run_step": plan.steps_before(stage) + done,
         "recipe": recipe,
         "fingerprint": fingerprint(recipe),
