@@ -1,9 +1,10 @@
 """The paper's claims on real text and a small model: data, arms, tables, verdicts. run.sh calls this.
 
-    python scripts/reproduce/reproduce.py --quick          # three claims, one seed: under 15 minutes on two cores
-    python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours on two cores
+    python scripts/reproduce/reproduce.py --quick          # three claims, one seed: 6 minutes on two cores
+    python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours
     python scripts/reproduce/reproduce.py --tables-only    # from what is in docs/reproduction already
 
+Times are those of two cores with instructions for bfloat16 (AMX); without them it takes about four times as long.
 Every arm that is done leaves its metrics, thinned, in docs/reproduction/SWEEP/ARM. Arms found there are not trained
 again, on whatever machine; commit the folder and go on elsewhere. All arms get a seed before any gets one more.
 """

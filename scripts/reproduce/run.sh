@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The paper's claims reproduced small; see docs/reproduction.md.
 #
-#   scripts/reproduce/run.sh --quick                 three claims, one seed: under 15 minutes on two cores
+#   scripts/reproduce/run.sh --quick                 three claims, one seed: 6 minutes on two cores
 #   scripts/reproduce/run.sh                         all claims, three seeds: about 2 1/2 hours on two cores
+#
+# Those are cores with instructions for bfloat16 (AMX); without them it takes about four times as long.
+#
 #   NOVELS_ARCHIVE=novels.tar.xz scripts/reproduce/run.sh ...    the text from a file instead of the network
 #
 # Run it again after an interruption: what is done stays done. Other options are reproduce.py's (--help).
