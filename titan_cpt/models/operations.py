@@ -2,7 +2,7 @@
 
 Anywhere else each is torch's own. Two reasons:
 
-- A CPU without instructions for bfloat16 multiplies such matrices element by element, at a tenth to a hundredth of the
+- A CPU without instructions for bfloat16 multiplies such matrices element by element, at a quarter to a fiftieth of the
   speed of float32 (scripts/bench/products.py). There products are made in float32 and rounded once, which is what the
   instructions do: they too add up in float32.
 - torch.compile looks into an operation and makes it slower, or fails.
