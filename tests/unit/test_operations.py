@@ -124,3 +124,13 @@ def test_float32_and_other_devices_are_left_to_torch(without_bfloat16):
     assert operations.multiplied_in_float32(torch.bfloat16, torch.device("cpu"))
     assert not operations.multiplied_in_float32(torch.float32, torch.device("cpu"))
     assert not operations.multiplied_in_float32(torch.bfloat16, torch.device("cuda"))
+
+
+def test_a_weights_gradient_is_rounded_to_bfloat16_even_where_it_is_kept_in_float32(without_bfloat16):
+    """As a working copy keeps it; autograd would not round it there."""
+    layer = operations.Linear(16, 8).bfloat16()
+    layer.weight.grad_dtype = torch.float32
+    layer(torch.randn(64, 16).bfloat16()).square().sum().backward()
+
+    assert layer.weight.grad.dtype == torch.float32
+    assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
