@@ -209,6 +209,12 @@ class Process:
         self._process.start()
         atexit.register(self._process.kill)  # a failed test leaves none behind; a daemon could have no workers
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process.pid is not None, "it was started"
+        return int(self._process.pid)
+
     def send(self, number: int) -> None:
         """Send a signal to it."""
         assert self._process.pid is not None, "it was started"

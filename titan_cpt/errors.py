@@ -1,4 +1,4 @@
-"""The five errors that the package raises on purpose.
+"""The six errors that the package raises on purpose.
 
 Each carries one message for its reader: where the fault is, what was found, what is allowed and what to do. The command
 line prints that message and no traceback. `exit_status` is what a program that called us may rely on.
@@ -6,7 +6,7 @@ line prints that message and no traceback. `exit_status` is what a program that 
 
 
 class TitanError(Exception):
-    """What the five share: a message meant for the user, and the exit status that goes with it."""
+    """What the six share: a message meant for the user, and the exit status that goes with it."""
 
     exit_status = 2
 
@@ -25,6 +25,10 @@ class DataError(TitanError):
 
 class CheckpointError(TitanError):
     """A checkpoint is missing or damaged, or belongs to another recipe than the config's."""
+
+
+class AccessError(TitanError):
+    """The system does not let a file be read, written or locked: permission or input/output. That is not damage."""
 
 
 class NumericsError(TitanError):

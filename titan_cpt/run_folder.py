@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from titan_cpt.errors import CheckpointError
+from titan_cpt.locks import exclusive
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -23,29 +23,28 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
     """Hold the run's folder, which is made if need be; the kernel lets go of it however the process ends.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be made.
+        CheckpointError: another process holds it, or it cannot be created.
+        AccessError: the lock cannot be taken for another reason than that.
     """
     if rank != 0:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or mend its permissions"
-        ) from None
-    try:
+
+    def held(by: str) -> CheckpointError:
+        return CheckpointError(
+            f"{folder}: another process is training here{by}. Wait for it, or choose another job.name"
+        )
+
+    with ExitStack() as stack:
         try:
-            # Not flock, which processes that read ahead would inherit, and hold for seconds after a kill -9.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(folder / ".lock", held=held))
+        except OSError as error:
             raise CheckpointError(
-                f"{folder}: another process is training here. Wait for it, or choose another job.name"
+                f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or change the "
+                "folder's permissions"
             ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 class StopRequest:

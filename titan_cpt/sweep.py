@@ -6,7 +6,6 @@ share is trained by the first that comes to it, under a lock, and adopted by the
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import signal
@@ -27,6 +26,7 @@ from titan_cpt.arms import Arm, BrokenArm, adopt, read_arms, shared_stages
 from titan_cpt.comparison import compare, print_comparison
 from titan_cpt.config_file import dump_config
 from titan_cpt.errors import ConfigError, TitanError
+from titan_cpt.locks import FileLock
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.metrics import FILE_NAME
 from titan_cpt.plan import fingerprint
@@ -146,35 +146,36 @@ def _turn(arm: Arm, others: Sequence[Arm], stop: _Stop, say: Callable[[str], Non
         return
     common = Path(os.path.commonpath([other.folder.resolve().parent for other in others]))
     common.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(
-        common / f".shared-{fingerprint(arm.plan.recipe_until(0))}.lock", os.O_RDWR | os.O_CREAT, 0o644
-    )
-    waiting = False
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if not waiting:
-                say("  waits for the arm that trains the stages they share")
-            waiting = True
-            if stop.asked:
-                os.close(descriptor)
-                raise _Stopped from None
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    held = True
+    lock = FileLock(common / f".shared-{fingerprint(arm.plan.recipe_until(0))}.lock", warn=say)
+    held = False
 
     def let_go() -> bool:
         nonlocal held
         if held and (arm.checkpoint(shared - 1) / "manifest.json").exists():
-            fcntl.lockf(descriptor, fcntl.LOCK_UN)
+            lock.release()
             held = False
         return not held
 
     try:
+        _wait_for(lock, stop, say)
+        held = True
         yield let_go
     finally:
-        os.close(descriptor)
+        if held:
+            lock.release()
+        lock.close()
+
+
+def _wait_for(lock: FileLock, stop: _Stop, say: Callable[[str], None]) -> None:
+    waiting = False
+    while not lock.acquire():
+        if not waiting:
+            holder = lock.holder()
+            say(f"  waits for the arm that trains the stages they share{f' ({holder})' if holder else ''}")
+        waiting = True
+        if stop.asked:
+            raise _Stopped
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _launch(command: Sequence[str], console: Path, stop: _Stop, look: Callable[[], bool]) -> int:

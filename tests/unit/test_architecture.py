@@ -11,7 +11,7 @@ ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors allocator",
-    "config_types permutation schedules models.shapes models.operations weight_files data.indexed_format "
+    "locks config_types permutation schedules models.shapes models.operations weight_files data.indexed_format "
     "data.unpacking data.bpe profiling data.source data.record checkpoint_files suites scores",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_config "
     "data.number_file",
@@ -116,6 +116,11 @@ def test_imports_point_down(name):
 def test_no_file_imports_itself_by_a_detour(name):
     """No circles, whatever the layers say."""
     assert all(name not in below(other) for other in OURS[name])
+
+
+def test_one_file_locks_files():
+    """What the system's answers mean, and who is named as the holder, is decided once."""
+    assert [name for name, tree in TREES.items() if "fcntl" in imported(tree)] == ["locks"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -205,7 +205,7 @@ def test_two_runs_do_not_write_one_output_at_once(tmp_path):
     """The second is told to wait; the lock goes with its process."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "out.partial").mkdir()
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True);"
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True);"
     command = [sys.executable, "-c", f"{code} time.sleep(60)", str(tmp_path / "out.partial" / "lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -1,8 +1,12 @@
 """One process at a time in a run's folder, and signals that ask it to stop."""
 
+import errno
+import fcntl
 import os
 import signal
+from dataclasses import dataclass
 
+import faulty
 import pytest
 import torch.distributed as dist
 import training
@@ -41,7 +45,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(config, t
     stop_at_once(third)
 
     assert second.status == 2
-    assert f"{run}: another process is training here" in second.output
+    assert f"{run}: another process is training here (process {first.pid} on host " in second.output
     assert "Traceback" not in second.output
     assert kept == written  # the refused one has touched nothing
     assert killed.status == -signal.SIGKILL
@@ -132,3 +136,32 @@ def test_a_signal_while_the_ranks_agree_counts_from_the_next_time_on(monkeypatch
 
     assert (first, second) == (False, True)
     assert stop.name == "SIGTERM"
+
+
+@dataclass(frozen=True)
+class NoLocks:
+    """A file system that answers every request for a lock with an errno."""
+
+    number: int
+
+    def lay(self):
+        """In the process of the run."""
+
+        def lockf(*_):
+            raise OSError(self.number, os.strerror(self.number))
+
+        fcntl.lockf = lockf
+
+
+def test_a_run_trains_on_a_file_system_without_locks(tmp_path):
+    """Lustre without -o flock: a warning with the file's name, and the run comes to its end."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["stages"] = [{**raw["stages"][0], "steps": 2, "lr": {"schedule": "constant", "max": 1e-3}}]
+    config = training.write_config(raw, tmp_path / "c.toml")
+    outcome = faulty.train(config, faults=[NoLocks(errno.ENOSYS)])
+    refused = faulty.train(config, "--job.name", "other", faults=[NoLocks(errno.EIO)])
+
+    assert outcome.status == 0, outcome.output
+    assert f"{tmp_path / 'run' / '.lock'}: this file system has no file locks" in outcome.output
+    assert refused.status == 2
+    assert f"AccessError: {tmp_path / 'other' / '.lock'}: cannot be locked: {os.strerror(errno.EIO)}" in refused.output

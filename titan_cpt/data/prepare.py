@@ -5,7 +5,6 @@ shards are joined in the order of the text. The pair, and a PREFIX.json that say
 not at all; a run that is killed and started again finds its finished shards by the digest of their text.
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from titan_cpt.data.shards import Counts, Job, encode_chunk, finished_counts, he
 from titan_cpt.data.texts import Chunk, Source, find_inputs, iterate_texts, missing_inputs, read_chunks
 from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.locks import exclusive
 
 __all__ = ["PrepareResult", "iterate_texts", "missing_inputs", "prepare"]
 
@@ -183,15 +183,13 @@ def _check_length(prefix: Path, tokens: int) -> None:
         raise DataError(f"{prefix}.bin: {found} tokens; {tokens} were written. Make it again with --force")
 
 
-@contextmanager
-def _only_writer(folder: Path, output: Path) -> Iterator[None]:
-    """Hold a lock on the output for as long as the block runs; the system lets go of it however the process ends."""
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{output}: another process is preparing it now; wait for it, or end it") from None
-        yield
+def _only_writer(folder: Path, output: Path) -> AbstractContextManager[None]:
+    """Hold a lock on the output for as long as the block runs; raises DataError if another process has it."""
+
+    def held(by: str) -> DataError:
+        return DataError(f"{output}: another process is preparing it now{by}; wait for it, or end it")
+
+    return exclusive(folder / "lock", held=held)
 
 
 def _encode_all(
