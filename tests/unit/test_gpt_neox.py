@@ -98,12 +98,23 @@ def test_weights_go_to_hugging_face_and_back_unchanged(tmp_path):
 
 
 def test_constants_that_older_releases_saved_are_left_out(tmp_path):
-    """Pythia's files hold causal masks and wavelengths beside the weights."""
+    """Pythia's files hold causal masks and wavelengths beside the weights; other releases one for the whole model."""
     state = transformers_file(built().shape, tmp_path)
-    for constant in ("bias", "masked_bias", "rotary_emb.inv_freq"):
-        state[f"gpt_neox.layers.1.attention.{constant}"] = torch.zeros(1)
+    names = [f"layers.1.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    names += [
+        "layers.0.attn.masked_bias",
+        "rotary_emb.inv_freq",
+        "rotary_emb.original_inv_freq",
+        "embed_in.position_ids",
+    ]
+    names += ["layers.0.attention.rotary_emb.cos_cached", "layers.0.self_attn.rotary_emb.inv_freq"]
+    constants = {f"gpt_neox.{name}": torch.zeros(1) for name in names}
+    constants["model.rotary_emb.inv_freq"] = torch.zeros(1)
 
-    assert len(from_huggingface(state, built().shape)) == len(state) - 3
+    assert from_huggingface(state | constants, built().shape).keys() == built().state_dict().keys()
+    for weight in ("gpt_neox.layers.1.attention.dense.extra.bias", "gpt_neox.layers.0.rotary_emb.weight"):
+        with pytest.raises(CheckpointError, match="not a weight of this model"):
+            from_huggingface(state | {weight: torch.zeros(1)}, built().shape)
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):

@@ -1,5 +1,6 @@
 """From a shape to the model of its family."""
 
+from titan_cpt.errors import ConfigError
 from titan_cpt.models.gpt_neox import GPTNeoX
 from titan_cpt.models.llama import Llama
 from titan_cpt.models.shapes import GPTNeoXShape, LlamaShape, ModelShape
@@ -9,8 +10,13 @@ LanguageModel = GPTNeoX | Llama
 
 
 def build_model(shape: ModelShape) -> LanguageModel:
-    """The model, its weights still meaningless."""
+    """The model, its weights still meaningless.
+
+    Raises:
+        ConfigError: its family has no model here.
+    """
     if isinstance(shape, GPTNeoXShape):
         return GPTNeoX(shape)
-    assert isinstance(shape, LlamaShape), f"no model for {type(shape).__name__}"
-    return Llama(shape)
+    if isinstance(shape, LlamaShape):
+        return Llama(shape)
+    raise ConfigError(f"model.family: {shape.family!r} has no model: build_model in models/families.py would build it")

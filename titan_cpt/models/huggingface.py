@@ -4,6 +4,7 @@ Hugging Face's names are those in the FILES, which all releases of transformers 
 gives some weights other names (the head of GPT-NeoX, `embed_out` in a file, is `lm_head` there).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -35,21 +36,29 @@ _LLAMA_BLOCK = {
 }
 _QKV_BIAS = {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
 _QK_NORM = {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
-_CONSTANTS = (
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".attention.rotary_emb.inv_freq",
-    ".self_attn.rotary_emb.inv_freq",
+_CONSTANTS = re.compile(
+    r"(^|\.)((attention|attn|self_attn)\.(bias|masked_bias)"  # causal masks
+    r"|(rotary_emb|rotary_pos_emb|rope)\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"  # wavelengths
+    r"|position_ids)$"
 )
-"""Ends of the names of constants (causal mask, wavelengths) that older releases, Pythia's among them, saved as well."""
+"""Ends of the names of constants that are no weights, which releases saved as well: Pythia's among them, a Llama's
+rotary_emb of each layer (transformers before 4.31) and the one of the whole model (4.43 on) in a state dict."""
 
 
 def hub_names(shape: ModelShape) -> dict[str, str]:
-    """Our name of every weight of such a model -> its name in a file of transformers'."""
+    """Our name of every weight of such a model -> its name in a file of transformers'.
+
+    Raises:
+        CheckpointError: the family has no counterpart in transformers.
+    """
     if isinstance(shape, GPTNeoXShape):
         return _gpt_neox_names(shape)
-    assert isinstance(shape, LlamaShape), f"no names for {type(shape).__name__}"
-    return _llama_names(shape)
+    if isinstance(shape, LlamaShape):
+        return _llama_names(shape)
+    raise CheckpointError(
+        f"weights of the family {shape.family!r} have no names of Hugging Face's yet, so that they can be neither "
+        "imported nor exported: hub_names in models/huggingface.py would map them"
+    )
 
 
 def _gpt_neox_names(shape: GPTNeoXShape) -> dict[str, str]:
@@ -81,10 +90,15 @@ def foreign_and_missing(names: Iterable[str], shape: ModelShape) -> tuple[list[s
     Constants of older releases are no weights; nor is the head that some files of tied models repeat.
     """
     known = set(hub_names(shape).values())
-    found = {name for name in names if not name.endswith(_CONSTANTS)}
+    found = {name for name in names if not is_constant(name)}
     if shape.tied:
         found.discard("lm_head.weight")
     return sorted(found - known), sorted(known - found)
+
+
+def is_constant(name: str) -> bool:
+    """Whether a name in a file is that of a constant, which is worked out anew and never read."""
+    return _CONSTANTS.search(name) is not None
 
 
 def to_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:

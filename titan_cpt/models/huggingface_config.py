@@ -1,7 +1,8 @@
 """Hugging Face's config.json and our shapes: the mapping both ways. Imports no torch.
 
 What we do not compute is refused rather than left out: a config that is accepted describes our model exactly. Its keys
-are read in the spelling of transformers 4 and 5, and written in that of 4, which both read, and vLLM too.
+are read in the spelling of transformers 4 and 5, and written in that of 4, which both read, and vLLM too. A key that
+may be missing has the default of transformers' own config class of that model_type.
 """
 
 from __future__ import annotations
@@ -10,141 +11,132 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.models.huggingface_keys import Keys
+from titan_cpt.models.huggingface_rope import read_rope
 from titan_cpt.models.shapes import GPTNeoXShape, LlamaShape, ModelShape, RopeScaling
 
-REQUIRED = object()
+_MOST_LAYERS = 10_000  # beyond it, a typing error would be built layer by layer
+_LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_ROPE = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "layer_types": None}
+_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "gpt_neox": {
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10_000.0,
+        "max_position_embeddings": 2048,
+    },
+    "llama": {
+        **_LLAMA,
+        **_ROPE,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        **_LLAMA,
+        **_ROPE,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {**_LLAMA, **_ROPE, **_QWEN, **_WINDOW},
+    "qwen3": {**_LLAMA, **_ROPE, **_QWEN, **_WINDOW, "head_dim": 128, "attention_bias": False},
+}
+"""model_type -> the keys of config.json that are read and may be missing, with transformers' defaults.
+
+Widths, layers, heads and rows have defaults there as well; without them a file is refused as incomplete.
+"""
 
 
-class _Reader:
-    """Takes keys out of a config.json and gathers what is wrong with them."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config, self.faults = config, list[str]()
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        self.rope: Mapping[str, Any] = rope if isinstance(rope, Mapping) else {}
-        if not isinstance(rope, Mapping):
-            self.faults.append(f"rope_scaling: must be a table, got {rope!r}")
-
-    def number(self, kind: type, *keys: str, default: Any = REQUIRED) -> Any:
-        """The first of the keys that is there, as an int or a float."""
-        found = next((self.config[key] for key in keys if self.config.get(key) is not None), default)
-        whole = isinstance(found, int | float) and not isinstance(found, bool) and found == kind(found)
-        if found is None or whole:
-            return None if found is None else kind(found)
-        self.faults.append(f"{keys[0]}: {'is missing' if found is REQUIRED else f'must be a number, got {found!r}'}")
-        return kind(1)
-
-    def only(self, key: str, allowed: Any, default: Any = None) -> None:
-        """Refuse any value of a key but one; the default is what transformers takes where it is missing."""
-        found = self.config.get(key, allowed if default is None else default)
-        if found != allowed:
-            self.faults.append(f"{key}: only {allowed!r} is computed here, got {found!r}")
-
-    def flag(self, key: str, default: bool) -> bool:
-        found = self.config.get(key, default)
-        if not isinstance(found, bool):
-            self.faults.append(f"{key}: must be true or false, got {found!r}")
-        return bool(found)
-
-    def rope_base(self, key: str) -> float:
-        """The base of the wavelengths: in rope_parameters since transformers 5, a key of its own before."""
-        if "rope_theta" in self.rope:
-            return float(_Reader(self.rope).number(float, "rope_theta"))
-        return float(self.number(float, key, default=10_000.0))
-
-    def rope_scaling(self) -> RopeScaling | None:
-        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
-        if kind == "default":
-            return None
-        theirs = {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast"}
-        theirs |= {"beta_slow", "attention_factor", "rope_type", "type", "rope_theta", "truncate"}
-        unknown = sorted(key for key, value in self.rope.items() if value is not None and key not in theirs)
-        whole_head = self.rope.get("partial_rotary_factor", 1.0) == 1.0
-        unknown = [key for key in unknown if key != "partial_rotary_factor" or not whole_head]
-        if kind not in ("llama3", "yarn") or unknown or self.rope.get("truncate", True) is not True:
-            extra = f" with {', '.join(unknown)}" if unknown else ""
-            self.faults.append(
-                f"rope_scaling: llama3 and yarn are computed here, got {kind!r}{extra}: {dict(self.rope)}"
-            )
-            return None
-        part = _Reader({key: value for key, value in self.rope.items() if value is not None})
-        scaling = RopeScaling(
-            kind=kind,
-            factor=part.number(float, "factor"),
-            original_seq_len=part.number(
-                int, "original_max_position_embeddings", default=self.config.get("max_position_embeddings", REQUIRED)
-            ),
-            low_freq_factor=part.number(float, "low_freq_factor", default=REQUIRED if kind == "llama3" else 1.0),
-            high_freq_factor=part.number(float, "high_freq_factor", default=REQUIRED if kind == "llama3" else 4.0),
-            beta_fast=part.number(float, "beta_fast", default=32.0),
-            beta_slow=part.number(float, "beta_slow", default=1.0),
-            attention_factor=part.number(float, "attention_factor", default=None) if kind == "yarn" else None,
-        )
-        self.faults += [f"rope_scaling.{fault}" for fault in part.faults]
-        return scaling
-
-    def sliding_window(self, layers: int) -> int | None:
-        """One window for all layers or none, as Mistral has it; Qwen has a switch besides, off in all its releases."""
-        kinds = set(self.config.get("layer_types") or ())
-        window = self.number(int, "sliding_window", default=None)
-        if self.config.get("model_type") == "mistral":
-            return window if isinstance(window, int) else None
-        if not self.config.get("use_sliding_window", False) or kinds == {"full_attention"}:
-            return None
-        full = self.number(int, "max_window_layers", default=layers)
-        if kinds == {"sliding_attention"} or (not kinds and full == 0):
-            return window if isinstance(window, int) else None
-        if kinds or full < layers:
-            self.faults.append("layer_types: a sliding window in some layers alone is not computed here")
-        return None
-
-
-def _gpt_neox_shape(read: _Reader) -> dict[str, Any]:
-    fraction = read.rope.get("partial_rotary_factor", read.config.get("rotary_pct", 0.25))
-    if read.rope_scaling() is not None:
-        read.faults.append("rope_scaling: a GPT-NeoX with scaled wavelengths is not computed here")
-    read.only("hidden_act", "gelu")
-    read.only("attention_bias", True)
-    read.only("tie_word_embeddings", False)
-    width = read.number(int, "hidden_size")
+def _gpt_neox_shape(keys: Keys) -> dict[str, Any]:
+    rope = read_rope(keys, base="rotary_emb_base", share="rotary_pct")
+    if rope.scaling is not None:
+        keys.fault("rope_scaling", "a GPT-NeoX with scaled wavelengths is not computed here")
+    keys.only("hidden_act", "gelu")
+    keys.only("attention_bias", True)
+    keys.only("tie_word_embeddings", False)
     return {
-        "width": width,
-        "mlp_width": read.number(int, "intermediate_size"),
-        "rotary_fraction": float(fraction),
-        "rope_base": read.rope_base("rotary_emb_base"),
-        "norm_eps": read.number(float, "layer_norm_eps", default=1e-5),
-        "parallel_residual": read.flag("use_parallel_residual", True),
+        "width": keys.number(int, "hidden_size"),
+        "mlp_width": keys.number(int, "intermediate_size"),
+        "rotary_fraction": rope.share,
+        "rope_base": rope.base,
+        "norm_eps": keys.number(float, "layer_norm_eps"),
+        "parallel_residual": keys.flag("use_parallel_residual"),
     }
 
 
-def _llama_shape(read: _Reader) -> dict[str, Any]:
-    kind = read.config["model_type"]
-    read.only("hidden_act", "silu")
-    read.only("mlp_bias", False)
-    if kind != "qwen2":  # which has its biases without saying so
-        read.only("attention_bias", False)
-    if read.rope.get("partial_rotary_factor", 1.0) != 1.0:
-        read.faults.append(
-            f"partial_rotary_factor: only 1.0 is computed here, got {read.rope['partial_rotary_factor']}"
-        )
-    width, heads = read.number(int, "hidden_size"), read.number(int, "num_attention_heads")
-    layers = read.number(int, "num_hidden_layers")
+def _llama_shape(keys: Keys) -> dict[str, Any]:
+    kind = keys.table["model_type"]
+    keys.only("hidden_act", "silu")
+    for bias in ("attention_bias", "mlp_bias"):  # Qwen2 has its biases without saying so, Mistral none
+        if bias in keys.defaults:
+            keys.only(bias, False)
+    rope = read_rope(keys, base="rope_theta", share="partial_rotary_factor")
+    if rope.share != 1.0:
+        keys.fault("partial_rotary_factor", f"only 1.0 is computed here, got {rope.share}")
+    width, heads = keys.number(int, "hidden_size"), keys.number(int, "num_attention_heads")
+    each = width // max(heads, 1)
+    own_width = "head_dim" in keys.defaults or "head_dim" in keys.table
     return {
         "width": width,
-        "kv_heads": read.number(int, "num_key_value_heads", default=heads),
-        "head_width": read.number(int, "head_dim", default=128 if kind == "qwen3" else width // max(heads, 1)),
-        "mlp_width": read.number(int, "intermediate_size"),
-        "rope_base": read.rope_base("rope_theta"),
-        "norm_eps": read.number(float, "rms_norm_eps", default=1e-6),
+        "kv_heads": keys.number(int, "num_key_value_heads", null=heads),
+        "head_width": _head_width(keys, each) if own_width else each,
+        "mlp_width": keys.number(int, "intermediate_size"),
+        "rope_base": rope.base,
+        "norm_eps": keys.number(float, "rms_norm_eps"),
         "qkv_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
-        "tie_embeddings": read.flag("tie_word_embeddings", False),
-        "sliding_window": read.sliding_window(layers) if kind != "llama" else None,
-        "rope_scaling": read.rope_scaling(),
+        "tie_embeddings": keys.flag("tie_word_embeddings"),
+        "sliding_window": _window(keys) if "sliding_window" in keys.defaults else None,
+        "rope_scaling": rope.scaling,
     }
 
 
-_KINDS: Mapping[str, tuple[type[ModelShape], Callable[[_Reader], dict[str, Any]]]] = {
+def _head_width(keys: Keys, each: int) -> int:
+    """A null stands for width / heads only where that is the default."""
+    if "head_dim" in keys.defaults and keys.defaults["head_dim"] is None:
+        return int(keys.number(int, "head_dim", null=each))
+    return int(keys.number(int, "head_dim"))
+
+
+def _window(keys: Keys) -> int | None:
+    """One window for all layers or none: Mistral has it unless the key is null, Qwen behind a switch."""
+    window = keys.number(int, "sliding_window", null=None)
+    if "use_sliding_window" not in keys.defaults:
+        return None if window is None else int(window)
+    switched_on = keys.flag("use_sliding_window")
+    layers, full = keys.number(int, "num_hidden_layers"), keys.number(int, "max_window_layers")
+    kinds = keys.value("layer_types")
+    if kinds is None:
+        slides = switched_on and window is not None
+        kinds = ["sliding_attention" if slides and layer >= full else "full_attention" for layer in range(layers)]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or set(map(str, kinds)) - {"sliding_attention", "full_attention"}
+    ):
+        keys.fault("layer_types", f"must be {layers} times full_attention or sliding_attention, got {kinds!r}")
+    elif len(set(kinds)) > 1:
+        keys.fault("layer_types", "a sliding window in some layers alone is not computed here")
+    elif "sliding_attention" in kinds:
+        if switched_on and window is not None:
+            return int(window)
+        keys.fault(
+            "layer_types", "are sliding_attention, and use_sliding_window or sliding_window says that none slides"
+        )
+    return None
+
+
+_KINDS: Mapping[str, tuple[type[ModelShape], Callable[[Keys], dict[str, Any]]]] = {
     "gpt_neox": (GPTNeoXShape, _gpt_neox_shape),
     "llama": (LlamaShape, _llama_shape),
     "mistral": (LlamaShape, _llama_shape),
@@ -168,22 +160,27 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
     if kind not in _KINDS:
         raise CheckpointError(f"{where}: model_type: must be one of {', '.join(_KINDS)}, got {kind!r}")
     shape, own = _KINDS[kind]
-    read = _Reader(config)
+    keys = Keys(config, DEFAULTS[kind])
+    layers = keys.number(int, "num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise CheckpointError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS:,}, got {layers:,}")
     numbers = {
         "family": "gpt_neox" if kind == "gpt_neox" else "llama",
-        "layers": read.number(int, "num_hidden_layers"),
-        "heads": read.number(int, "num_attention_heads"),
-        "vocab_size": read.number(int, "vocab_size"),
-        **own(read),
+        "layers": layers,
+        "heads": keys.number(int, "num_attention_heads"),
+        "vocab_size": keys.number(int, "vocab_size"),
+        **own(keys),
     }
     if config.get("quantization_config"):
-        read.faults.append("quantization_config: quantised weights cannot be trained on; take the unquantised release")
-    faults = list(dict.fromkeys(read.faults))
+        keys.fault("quantization_config", "quantised weights cannot be trained on; take the unquantised release")
+    faults = list(dict.fromkeys(keys.faults))
     try:
         if not faults:
             return shape(**numbers)
     except ConfigError as error:
         faults = str(error).splitlines()
+        if missing := dict.fromkeys(keys.defaulted):
+            faults.append(f"missing keys have transformers' defaults: {', '.join(missing)}")
     raise CheckpointError("\n  - ".join([f"{where}: describes no model that can be taken in:", *faults]))
 
 
@@ -194,11 +191,18 @@ def config_from_shape(shape: ModelShape, *, max_positions: int, dtype: str) -> d
         shape: the model's.
         max_positions: the longest sequence that it is meant for.
         dtype: of the weights beside it.
+
+    Raises:
+        CheckpointError: the family has no counterpart in transformers.
     """
     if isinstance(shape, GPTNeoXShape):
         kind, own = "GPTNeoXForCausalLM", _gpt_neox_config(shape)
+    elif not isinstance(shape, LlamaShape):
+        raise CheckpointError(
+            f"models of the family {shape.family!r} have no config.json of Hugging Face's yet: _KINDS and "
+            "config_from_shape in models/huggingface_config.py would describe it"
+        )
     else:
-        assert isinstance(shape, LlamaShape), f"no config for {type(shape).__name__}"
         kind, own = _llama_config(shape)
     return {
         "architectures": [kind],

@@ -1,0 +1,114 @@
+"""The rotary positions that a config.json describes, in the spellings of transformers 4 and 5. Imports no torch.
+
+transformers 4 writes the base (and GPT-NeoX's rotated share) as keys of their own and a scaling as `rope_scaling`; 5
+writes everything into `rope_parameters`. Seen in 4.57.3 and 5.24.0 where a file has several of them:
+
+- `rope_scaling` beside `rope_parameters`: both versions read `rope_scaling` and drop the other table, its base too.
+- a base or share beside a table that gives another: 4 reads the key of its own, 5 the table.
+- `original_max_position_embeddings` at the top level: 5 prefers it to the table's, 4 ignores it.
+- `type` beside `rope_type`: 4 reads `type`, 5 `rope_type`.
+
+Values that contradict each other are refused; a key that only 5 knows is read as 5 reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from titan_cpt.models.huggingface_keys import Keys
+from titan_cpt.models.shapes import ROPE_SCALINGS, RopeScaling
+
+_LENGTH = "original_max_position_embeddings"
+_KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", _LENGTH, "truncate"}
+_KNOWN |= {number for numbers in ROPE_SCALINGS.values() for number in numbers}
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: base of the wavelengths, share of each head that is rotated, and the scaling, if any."""
+
+    base: float
+    share: float
+    scaling: RopeScaling | None
+
+
+def read_rope(keys: Keys, *, base: str, share: str) -> Rope:
+    """Read them; every fault is added to those of the keys.
+
+    Args:
+        keys: of the whole config.json.
+        base: the key of its own for the base, such as rope_theta.
+        share: the key of its own for the rotated share, such as rotary_pct.
+    """
+    tables = {name: keys.object(name) for name in ("rope_scaling", "rope_parameters")}
+    given = [name for name, table in tables.items() if table] or ["rope_parameters"]
+    read = [_of_table(keys, name, tables[name], base, share) for name in given]
+    if len(read) == 2 and read[0] != read[1] and not keys.faults:
+        keys.fault(
+            "rope_scaling",
+            f"is {dict(tables['rope_scaling'])}, and rope_parameters beside it {dict(tables['rope_parameters'])}: "
+            "transformers reads rope_scaling and drops the other with its rope_theta. Remove the one that the model "
+            "was not trained with",
+        )
+    return read[0]
+
+
+def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, share: str) -> Rope:
+    """What one of the two tables describes, together with the keys beside it."""
+    part = Keys({key: value for key, value in table.items() if value is not None}, _YARN, f"{name}.")
+    part.table = {**part.table, **{key: table[key] for key in ("rope_theta", "partial_rotary_factor") if key in table}}
+    numbers = []
+    for inner, outer in (("rope_theta", base), ("partial_rotary_factor", share)):
+        at = part if inner in table else keys
+        numbers.append(at.number(float, inner if at is part else outer))
+        if at is part and outer in keys.table and keys.number(float, outer) != numbers[-1]:
+            _contradiction(keys, outer, keys.table[outer], f"{name}.{inner}", table[inner])
+    scaling = _scaling(keys, part, name)
+    keys.faults += part.faults
+    return Rope(numbers[0], numbers[1], scaling)
+
+
+def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
+    kinds = [part.table[key] for key in ("rope_type", "type") if key in part.table]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        _contradiction(keys, f"{name}.type", kinds[1], f"{name}.rope_type", kinds[0])
+    unknown = sorted(str(key) for key in part.table if key not in _KNOWN)
+    kind = kinds[0] if kinds else "default"
+    untyped = not kinds and part.table.keys() - {"rope_theta", "partial_rotary_factor"}
+    if kind == "default" and not unknown and not untyped:
+        return None
+    if (
+        not isinstance(kind, str)
+        or kind not in ROPE_SCALINGS
+        or unknown
+        or part.table.get("truncate", True) is not True
+    ):
+        extra = f" with {', '.join(unknown)}" if unknown else ""
+        kind = "no rope_type" if untyped else repr(kind)
+        keys.fault(name, f"llama3 and yarn are computed here, got {kind}{extra}: {dict(part.table)}")
+        return None
+    own = {number: part.number(float, number) for number in ROPE_SCALINGS[kind] if number != "attention_factor"}
+    if kind == "yarn" and "attention_factor" in part.table:
+        own["attention_factor"] = part.number(float, "attention_factor")
+    return RopeScaling(kind=kind, factor=part.number(float, "factor"), original_seq_len=_length(keys, part), **own)
+
+
+def _length(keys: Keys, part: Keys) -> int:
+    """Length of the first training's sequences: of the top level, of the table, or the longest that is promised."""
+    at_the_top = keys.number(int, _LENGTH, null=None) if _LENGTH in keys.table else None
+    inside = part.number(int, _LENGTH) if _LENGTH in part.table else None
+    if at_the_top is not None and inside is not None and at_the_top != inside:
+        _contradiction(keys, _LENGTH, at_the_top, part.prefix + _LENGTH, inside)
+    longest = keys.number(int, "max_position_embeddings") if at_the_top is inside is None else None
+    return int(next(length for length in (at_the_top, inside, longest) if length is not None))
+
+
+def _contradiction(keys: Keys, first: str, old: Any, second: str, new: Any) -> None:
+    keys.fault(
+        first,
+        f"is {old!r}, and {second} is {new!r}: one version of transformers reads the first, another the second. Remove "
+        "the one that the model was not trained with",
+    )
