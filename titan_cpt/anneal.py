@@ -22,6 +22,7 @@ from titan_cpt.errors import CheckpointError, PlanError
 from titan_cpt.metrics import FILE_NAME, read_record
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.planning import make_plan
+from titan_cpt.reading import matching
 from titan_cpt.run_folder import locked
 
 _POINTS = ("warmup_until", "cooldown_until", "constant_until", "decay_from")
@@ -53,7 +54,7 @@ def branch_off(
     folder = Path(config.job.output_dir) / config.job.name
     if folder.resolve() == run:
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
-    if rank == 0 and not any(folder.glob(f"*/step-*/{manifest.NAME}")):
+    if rank == 0 and not matching(folder, "*", "step-*", manifest.NAME):
         with locked(folder, rank=0):
             manifest.write_text_atomically(folder / "config.toml", dump_config(config))
             _write_past(run, folder, plan, record, checkpoint)

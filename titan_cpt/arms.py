@@ -24,6 +24,7 @@ from titan_cpt.metrics import FILE_NAME, read_record
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.plan_view import plan_as_json
 from titan_cpt.planning import make_plan
+from titan_cpt.reading import matching
 from titan_cpt.run_folder import locked
 
 _KEPT = ("stage_end", "pre_anneal")
@@ -138,7 +139,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
     Raises:
         CheckpointError: the checkpoint to adopt is damaged.
     """
-    if any(arm.folder.glob(f"*/step-*/{manifest.NAME}")):
+    if matching(arm.folder, "*", "step-*", manifest.NAME):
         return ""
     best, count = None, 0
     for other in others:
@@ -161,7 +162,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
 
 
 def _kept_points(donor: Arm, plan: Plan, index: int) -> list[Path]:
-    folders = sorted((donor.folder / plan.stages[index].name).glob("step-*"))
+    folders = matching(donor.folder / plan.stages[index].name, "step-*")
     return [folder for folder in folders if _is_of(folder, plan, index, kinds=_KEPT)]
 
 

@@ -14,6 +14,7 @@ from titan_cpt.distributed.mesh import wait_for_all
 from titan_cpt.evaluate import Asked, evaluate, open_tasks
 from titan_cpt.parts import Parts
 from titan_cpt.plan import StagePlan
+from titan_cpt.reading import is_there
 from titan_cpt.scores import average
 from titan_cpt.suites import suite_of
 
@@ -58,7 +59,7 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
     folder = checkpoint_folder(parts.folder, stage.name, done)
     parts.checkpoints.poll(until_done=True)
     wait_for_all()  # rank 0 writes the manifest, which every rank is about to read
-    if not (folder / manifest.NAME).exists():
+    if not is_there(folder / manifest.NAME):
         parts.display.say(f"  {asked.suite} cannot be asked: {folder} was not saved, or is gone")
         return True
     parts.display.say(f"  {asked.suite} after step {done:,} of {stage.name}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ from torch.optim import Optimizer
 from titan_cpt import manifest
 from titan_cpt.checkpoint_files import ShardReader, ShardWriter
 from titan_cpt.distributed.float8 import in_high_precision
-from titan_cpt.errors import CheckpointError
+from titan_cpt.errors import AccessError, CheckpointError, TitanError
+from titan_cpt.reading import matching
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 INTERVAL, STAGE_END, PRE_ANNEAL = "interval", "stage_end", "pre_anneal"
@@ -197,56 +198,77 @@ class Checkpoints:
         )
 
     def listed(self) -> list[Found]:
-        """Every checkpoint with a readable manifest, newest first. Their files are not checked."""
+        """Every checkpoint whose manifest can be read, newest first. Their files are not checked."""
+        try:
+            return self._listed(lambda error: None)
+        except AccessError:
+            return []  # for messages and pruning, which never touch what they do not see
+
+    def _listed(self, on_fault: Callable[[TitanError], None]) -> list[Found]:
         found = []
-        for path in self.run.glob(f"*/step-*/{manifest.NAME}"):
+        for path in matching(self.run, "*", "step-*", manifest.NAME):
             try:
                 found.append(Found(path.parent, manifest.read(path.parent)))
-            except CheckpointError:
-                continue  # `newest_good` tells of the ones it had to pass over
+            except (CheckpointError, AccessError) as error:
+                on_fault(error)
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
     def newest_good(self, on_damaged: Callable[[str], None]) -> Found | None:
-        """The newest checkpoint whose files are all as they were saved; collective.
+        """The newest checkpoint whose files are all as they were saved; collective, the same answer on every rank.
 
         Args:
-            on_damaged: told of each that is passed over.
+            on_damaged: told of each that is skipped.
+
+        Raises:
+            AccessError: the system does not let a manifest, a folder or a file be read. The checkpoint may be whole, so
+                no older one is taken in its place: its steps would be trained and written again.
         """
-        for path in sorted(self.run.glob(f"*/step-*/{manifest.NAME}")):
+        faults: list[TitanError] = []
+        candidates: list[Any] = [[], faults]
+        if self.rank == 0:
             try:
-                manifest.read(path.parent)
-            except CheckpointError as error:
-                on_damaged(str(error))
-        candidates = [self.listed()]
+                candidates[0] = self._listed(faults.append)
+            except AccessError as error:
+                faults.append(error)
         if self.distributed:
             dist.broadcast_object_list(candidates, src=0, group=self.group)
-        for found in candidates[0]:
+        listed, faults = candidates
+        _raise_first(faults, AccessError)
+        for fault in faults:
+            on_damaged(str(fault))
+        for found in listed:
             try:
                 self.verify(found.folder)
             except CheckpointError as error:
                 on_damaged(str(error))
                 continue
-            return found
+            return found  # type: ignore[no-any-return]
         return None
 
     def verify(self, folder: Path) -> dict[str, Any]:
         """The manifest of a checkpoint that is as it was saved; collective, each rank looks at its share of the files.
 
         Raises:
-            CheckpointError: on every rank, what any of them found.
+            CheckpointError, AccessError: on every rank, what any of them found.
         """
         ranks = dist.get_world_size() if self.distributed else 1
         record: dict[str, Any] = {}
-        faults = [""] * ranks
+        faults: list[TitanError | None] = [None] * ranks
         try:
             record = manifest.verify(folder, share=self.rank, of=ranks)
-        except CheckpointError as error:
-            faults[self.rank] = str(error)
+        except (CheckpointError, AccessError) as error:
+            faults[self.rank] = error
         if self.distributed:
             dist.all_gather_object(faults, faults[self.rank], group=self.group)
-        for fault in filter(None, faults):
-            raise CheckpointError(fault)
+        _raise_first(faults, AccessError)
+        _raise_first(faults, TitanError)
         return record
+
+
+def _raise_first(faults: Sequence[TitanError | None], kind: type[TitanError]) -> None:
+    for fault in faults:
+        if isinstance(fault, kind):
+            raise fault
 
 
 class _Writing:

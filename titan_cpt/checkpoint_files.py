@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from titan_cpt.errors import CheckpointError
+from titan_cpt.reading import read_text
 
 INDEX = "index.json"
 _DTYPES = {
@@ -207,13 +208,14 @@ def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]
 
     Raises:
         CheckpointError: the index is missing or damaged, names a file outside the folder, or a tensor has gaps.
+        AccessError: the system does not let it be read.
     """
     path = folder / INDEX
     try:
-        tensors = json.loads(path.read_text())["tensors"].items()
+        tensors = json.loads(read_text(path))["tensors"].items()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; it says which file holds which tensor") from None
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     for name, told in tensors:
         try:

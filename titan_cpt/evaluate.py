@@ -27,7 +27,7 @@ import torch.distributed as dist
 from titan_cpt import manifest
 from titan_cpt.continuations import keep_examples
 from titan_cpt.distributed.mesh import Ranks, wait_for_all
-from titan_cpt.errors import ConfigError, DataError, TitanError
+from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError
 from titan_cpt.evaluated import run_of, scores_folder, stage_ends
 from titan_cpt.inference import Opened, open_checkpoint
 from titan_cpt.lineage import precision_of
@@ -109,7 +109,11 @@ def evaluate(
     with _undisturbed():
         for task in asked.tasks:
             path = bench.folder / file_name(task.name, task.shots, asked.limit)
-            kept = None if asked.again else _kept(path, bench, task)
+            kept, unreadable = (None, "") if asked.again else _kept(path, bench, task)
+            if not _everywhere(not unreadable, ranks):  # it may be whole: not asked again and written over
+                say(f"  {unreadable or f'{path}: another rank cannot read it'}")
+                missing.append(task.name)
+                continue
             if _everywhere(kept is not None, ranks) and kept is not None:
                 say(f"  {task.name}: {_said(kept)}, kept from before")
                 scores.append(kept)
@@ -255,15 +259,17 @@ def _short(per_sample: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     }
 
 
-def _kept(path: Path, bench: _Bench, task: Task) -> Score | None:
+def _kept(path: Path, bench: _Bench, task: Task) -> tuple[Score | None, str]:
     """The score of an earlier evaluation, if the same weights were asked the same in the same way."""
     try:
         score = read_score(path)
     except DataError:
-        return None  # none yet, or damaged: it is made again
+        return None, ""  # none yet, or damaged: it is made again
+    except AccessError as error:
+        return None, str(error)
     if score.identity != bench.identity or (task.metric or score.metric) not in score.metrics:
-        return None
-    return replace(score, metric=task.metric or score.metric)
+        return None, ""
+    return replace(score, metric=task.metric or score.metric), ""
 
 
 def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], *, whole: bool) -> None:

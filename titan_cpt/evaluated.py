@@ -9,13 +9,14 @@ from typing import Any
 from titan_cpt import manifest
 from titan_cpt.checkpoint import STAGE_END
 from titan_cpt.errors import CheckpointError
+from titan_cpt.reading import is_there, matching
 from titan_cpt.scores import FOLDER
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to; None for one outside of runs, such as an import."""
     run = checkpoint.absolute().parent.parent
-    return run if (run / "config.toml").exists() else None
+    return run if is_there(run / "config.toml") else None
 
 
 def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
@@ -32,10 +33,10 @@ def stage_ends(path: Path) -> list[Path]:
     Raises:
         CheckpointError: the folder is neither, or the run has not come to the end of a stage.
     """
-    if (path / manifest.NAME).exists() or not (path / "plan.json").exists():
+    if is_there(path / manifest.NAME) or not is_there(path / "plan.json"):
         manifest.read(path)
         return [path]
-    found = [(manifest.read(file.parent), file.parent) for file in path.glob(f"*/step-*/{manifest.NAME}")]
+    found = [(manifest.read(file.parent), file.parent) for file in matching(path, "*", "step-*", manifest.NAME)]
     ends = sorted((record["run_step"], folder) for record, folder in found if record["kind"] == STAGE_END)
     if not ends:
         raise CheckpointError(f"{path}: no stage of this run has come to its end; name a checkpoint of it")

@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_cpt import manifest
 from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
-from titan_cpt.errors import CheckpointError, DataError
+from titan_cpt.errors import AccessError, CheckpointError, DataError
 from titan_cpt.weight_files import read_config
 
 if sys.version_info >= (3, 11):
@@ -79,7 +79,7 @@ def origin(record: Mapping[str, Any]) -> Origin | None:
             return None
         try:
             record = manifest.read(Path(init.removeprefix(_CHECKPOINT)))
-        except CheckpointError:
+        except (CheckpointError, AccessError):
             return Origin(init.removeprefix(_CHECKPOINT), {}, None)
     return None
 

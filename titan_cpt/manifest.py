@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import xxhash
 
 from titan_cpt.errors import CheckpointError
+from titan_cpt.reading import read_text, readable
 
 NAME = "manifest.json"
 FORMAT = 2  # 1 was of pickled files, or hashed by SHA-256
@@ -92,16 +94,17 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        AccessError: it is there and the system does not let it be read.
     """
     path = folder / NAME
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: has no {NAME}, so it is not a checkpoint; a save that was cut short leaves this"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
     wrong = [
         key for key, kind in _KINDS.items() if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind)
     ]
@@ -121,19 +124,29 @@ def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:
 
     Raises:
         CheckpointError: names the first file that is missing, of another size or changed.
+        AccessError: the system does not let one of the files be read.
     """
     manifest = read(folder)
     for name, file in list(manifest["files"].items())[share::of]:
         path = folder / name
         if not isinstance(file, dict) or not _is_within(path, folder):
             raise CheckpointError(f"{folder / NAME}: damaged: its entry {name!r} is not a file of this folder")
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{path}: is missing; the manifest lists it with {file.get('bytes')} bytes")
-        if path.stat().st_size != file.get("bytes"):
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the manifest says {file.get('bytes')}")
+        try:
+            _compare(path, file)
+        except (FileNotFoundError, ValueError):
+            raise CheckpointError(f"{path}: is missing; the manifest lists it with {file.get('bytes')} bytes") from None
+    return manifest
+
+
+def _compare(path: Path, file: Mapping[str, Any]) -> None:
+    with readable(path):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is not a file")
+        if status.st_size != file.get("bytes"):
+            raise CheckpointError(f"{path}: has {status.st_size} bytes, the manifest says {file.get('bytes')}")
         if _digest(path) != file.get("xxh3_128"):
             raise CheckpointError(f"{path}: its content changed since it was saved (its checksum differs)")
-    return manifest
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from titan_cpt.errors import DataError
+from titan_cpt.reading import read_text
 from titan_cpt.scores import FOLDER, GENERATIONS, Score, difference, read_scores
 
 
@@ -61,10 +62,10 @@ def continuations(run: Path) -> list[tuple[str, str]]:
     kept: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}
     for path in sorted((run / FOLDER).glob(f"**/{GENERATIONS}")):
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_text(path))
             place = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
             index = int(found["stage_index"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: cannot be read: {error}. Remove it and continue the examples again") from None
         kept[index] = max(kept.get(index, (-1, "", [])), place, key=lambda one: one[0])
     by_prompt: dict[str, list[str]] = {}

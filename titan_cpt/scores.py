@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.errors import DataError
+from titan_cpt.reading import read_text
 
 FOLDER = "evaluations"
 GENERATIONS = "generations.json"
@@ -128,14 +129,15 @@ def read_score(path: Path) -> Score:
     """A score as it was kept.
 
     Raises:
-        DataError: the file is damaged, or of another version.
+        DataError: the file is missing or damaged, or of another version.
+        AccessError: the system does not let it be read.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_text(path))
         version = found.pop("format")
         score = Score(**{**found, "metrics": {name: (pair[0], pair[1]) for name, pair in found["metrics"].items()}})
         known = score.metric in score.metrics
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: cannot be read: {error}. Remove it and evaluate again") from None
     if version != FORMAT or not known:
         raise DataError(f"{path}: is of format {version!r}, this version reads {FORMAT}. Remove it and evaluate again")

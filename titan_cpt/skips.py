@@ -14,6 +14,7 @@ from typing import Any
 
 from titan_cpt.errors import CheckpointError
 from titan_cpt.manifest import write_text_atomically
+from titan_cpt.reading import matching, read_text
 
 NAME = "skipped.json"
 
@@ -26,13 +27,14 @@ class Skips:
         writing: whether this rank writes new ones.
 
     Raises:
-        CheckpointError: what is there cannot be read.
+        CheckpointError: what is there is damaged.
+        AccessError: the system does not let it be read.
     """
 
     def __init__(self, run: Path, *, writing: bool) -> None:
         self._run, self._writing = run, writing
         self._known: dict[str, dict[int, Any]] = {}
-        for path in sorted(run.glob(f"*/{NAME}")):
+        for path in matching(run, "*", NAME):
             self._known[path.parent.name] = _read(path)
 
     def recall(self, recorded: Any) -> None:
@@ -68,8 +70,8 @@ class Skips:
 
 def _read(path: Path) -> dict[int, Any]:
     try:
-        return {int(step): told for step, told in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return {int(step): told for step, told in json.loads(read_text(path)).items()}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error}. It says which batches are passed over; restore it, or remove it "
             f"together with the checkpoints of {path.parent.name!r} to train that stage again"

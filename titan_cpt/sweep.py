@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,11 +25,12 @@ from rich.table import Table
 from titan_cpt.arms import Arm, BrokenArm, adopt, read_arms, shared_stages
 from titan_cpt.comparison import compare, print_comparison
 from titan_cpt.config_file import dump_config
-from titan_cpt.errors import ConfigError, TitanError
+from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.locks import FileLock
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.metrics import FILE_NAME
 from titan_cpt.plan import fingerprint
+from titan_cpt.reading import is_there
 from titan_cpt.report import labelled, read_run
 
 CONFIG_NAME = "arm.toml"  # config.toml is the run's own record of what it was trained under
@@ -100,12 +101,12 @@ def _one(
     if isinstance(arm, BrokenArm):
         say(f"  cannot be: {arm.fault}")
         return Outcome(arm.name, "failed", None, arm.fault)
-    if arm.is_done():
-        say(f"  was trained before: {arm.folder}")
-        return Outcome(arm.name, "skipped", arm.folder)
     others = [other for other in arms if isinstance(other, Arm)]
     begin = time.monotonic()
     try:
+        if arm.is_done():
+            say(f"  was trained before: {arm.folder}")
+            return Outcome(arm.name, "skipped", arm.folder)
         with _turn(arm, others, stop, say) as has_shared_stages:
             adopted = adopt(arm, others)
             if adopted:
@@ -151,9 +152,10 @@ def _turn(arm: Arm, others: Sequence[Arm], stop: _Stop, say: Callable[[str], Non
 
     def let_go() -> bool:
         nonlocal held
-        if held and (arm.checkpoint(shared - 1) / "manifest.json").exists():
-            lock.release()
-            held = False
+        with suppress(AccessError):  # not known yet: the lock stays until the run ends
+            if held and is_there(arm.checkpoint(shared - 1) / "manifest.json"):
+                lock.release()
+                held = False
         return not held
 
     try:

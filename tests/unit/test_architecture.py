@@ -11,7 +11,8 @@ ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors allocator",
-    "locks config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
+    "locks reading",
+    "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
     "data.indexed_format data.unpacking data.bpe profiling data.source data.record checkpoint_files suites scores",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",

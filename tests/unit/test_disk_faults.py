@@ -9,6 +9,7 @@ from pathlib import Path
 import faulty
 import pytest
 import training
+from permissions import ModesCount
 
 import titan_cpt.checkpoint_files
 import titan_cpt.train
@@ -289,3 +290,25 @@ def test_deterministic_gives_cublas_its_workspace_before_cuda_begins(monkeypatch
     monkeypatch.setattr("titan_cpt.train.join_ranks", join)
     with pytest.raises(InterruptedError, match=f"^{expected}$"):
         titan_cpt.train.run(load_config(config, [("job.deterministic", "true")]))
+
+
+@pytest.mark.parametrize(
+    "what", ["german/step-00000010/manifest.json", "german/step-00000010/rank-00000-0.safetensors", "german"]
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_may_not_be_read_is_not_damage_and_nothing_is_trained_again(config, unbroken, tmp_path, what, ranks):
+    """Each was taken as damaged or absent; the run resumed from an older checkpoint and replaced this one."""
+    shutil.copytree(unbroken, tmp_path / "run")
+    content = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step-*/*")}
+    mode = (tmp_path / "run" / what).stat().st_mode
+    (tmp_path / "run" / what).chmod(0)
+    refused = faulty.launch(config, faults=[ModesCount()], ranks=ranks)
+    (tmp_path / "run" / what).chmod(mode)
+    last = training.train(config)
+
+    assert [outcome.status for outcome in refused] == [2] * ranks, refused[0].output
+    for outcome in refused:
+        assert f"AccessError: {tmp_path / 'run' / what}: cannot be read: Permission denied" in outcome.output
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step-*/*")} == content
+    assert last.status == 0, last.output
+    assert len(training.lines_of(tmp_path / "run", "train")) == 22

@@ -15,6 +15,7 @@ from titan_cpt.data.prepare import prepare
 from titan_cpt.data.texts import iterate_texts, missing_inputs
 from titan_cpt.data.tokenizer import train_bpe
 from titan_cpt.errors import DataError
+from titan_cpt.reading import is_there
 
 
 def materialise(
@@ -73,7 +74,7 @@ def _fetch(name: str, source: Source, say: Callable[[str], None]) -> None:
 
 def _train_tokenizer(config: Config, say: Callable[[str], None]) -> None:
     train, path = config.tokenizer.train, Path(config.tokenizer.path)
-    if train is None or path.exists():
+    if train is None or is_there(path):
         return
     source = config.datasets[train.dataset].source
     assert source is not None, "the config has checked that a tokenizer's dataset has a source"

@@ -29,6 +29,7 @@ from titan_cpt.data.texts import Chunk, Source, find_inputs, iterate_texts, miss
 from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.locks import exclusive
+from titan_cpt.reading import is_there, read_text
 
 __all__ = ["PrepareResult", "iterate_texts", "missing_inputs", "prepare"]
 
@@ -147,13 +148,13 @@ def _finished(output: Path, recipe: dict[str, Any], *, force: bool) -> Counts | 
     Raises:
         DataError: another output is there, and `force` is off.
     """
-    if force or not pair_paths(output)[1].exists():
+    if force or not is_there(pair_paths(output)[1]):
         return None
     remedy = "Choose another --output, or replace it with --force"
     try:
-        record = json.loads(_record_path(output).read_text())
+        record = json.loads(read_text(_record_path(output)))
         counts = Counts(**record.pop("counts"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{output}.idx: is there, and no {output}.json that says how it was made. {remedy}") from None
     if record != recipe:
         difference = "; ".join(_differences(record, recipe))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from titan_cpt.reading import read_text
+
 HELD_OUT = "-validation"
 
 
@@ -19,12 +21,15 @@ def made_by(prefix: Path) -> MadeBy | None:
     """The tokenizer that a pair's record names; None where there is no record, or one that `prepare` did not write.
 
     A held-out PREFIX-validation has no record of its own: it is part of what PREFIX.json tells.
+
+    Raises:
+        AccessError: a record is there and the system does not let it be read.
     """
     whole = Path(str(prefix).removesuffix(HELD_OUT))
     for path in dict.fromkeys((Path(f"{prefix}.json"), Path(f"{whole}.json"))):
         try:
-            tokenizer = json.loads(path.read_text())["tokenizer"]
+            tokenizer = json.loads(read_text(path))["tokenizer"]
             return MadeBy(path, str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
     return None

@@ -25,6 +25,7 @@ from titan_cpt.data.indexed_writer import IndexedWriter
 from titan_cpt.data.texts import Chunk
 from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
+from titan_cpt.reading import is_absent, read_text
 
 BATCH_CHARACTERS = 2**20  # of text at a time: bounds the memory of a worker
 LAYOUT = 1  # goes up when shards of the same text and options would hold other tokens
@@ -70,13 +71,21 @@ def held_out_prefix(prefix: Path) -> Path:
 
 
 def finished_counts(shard: Path) -> Counts | None:
-    """The counts of a whole shard, None if it is not there or not as it was written."""
+    """The counts of a whole shard, None if it is not there or not as it was written.
+
+    Raises:
+        AccessError, DataError: it is there and the system does not let it be read.
+    """
     try:
-        counts = Counts(**json.loads(Path(f"{shard}.json").read_text()))
+        counts = Counts(**json.loads(read_text(Path(f"{shard}.json"))))
         whole = count_tokens(shard) == counts.tokens
         if counts.held_out_documents:
             whole = whole and count_tokens(held_out_prefix(shard)) == counts.held_out_tokens
-    except (OSError, ValueError, TypeError, DataError):
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    except DataError as error:
+        if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
+            raise
         return None
     return counts if whole else None
 
