@@ -41,7 +41,8 @@ lr = { schedule = "wsd", max = 1e-3, warmup_until = "16", decay_from = 0.8, deca
 """
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)
 _WORDS = _bytes_as_json(256)
-_WORDS["model"] |= {"vocab": {**_WORDS["model"]["vocab"], "ab": 257, "aab": 258}, "merges": ["a b", "a ab"]}
+_WORDS["model"] |= {"vocab": {**_WORDS["model"]["vocab"], "ab": 256, "aab": 257}, "merges": ["a b", "a ab"]}
+_WORDS["added_tokens"][0]["id"] = 258
 TOKENIZER = json.dumps(_WORDS).encode()
 _TABLE = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
 SAFETENSORS = struct.pack("<Q", len(_TABLE)) + _TABLE + bytes(16)

@@ -12,13 +12,17 @@ ROOT = Path(titan_cpt.__file__).parent
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
     "errors allocator",
     "locks reading",
+    "data.bpe data.special_tokens",
+    "data.library_engine",
+    "data.engines",
+    "data.tokenizer",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
-    "data.indexed_format data.unpacking data.bpe profiling data.source data.record checkpoint_files suites scores",
+    "data.indexed_format data.unpacking profiling data.source data.record checkpoint_files suites scores",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",
     "config mixture models.huggingface_config models.gpt_neox models.llama data.indexed data.indexed_writer "
-    "data.engines data.texts data.raw",
-    "config_faults config_sweep layout data.tokenizer models.families data.presequenced data.megatron_order",
+    "data.texts data.raw",
+    "config_faults config_sweep layout models.families data.presequenced data.megatron_order",
     "pipeline_costs",
     "footprint models.cached",
     "layout_rules",

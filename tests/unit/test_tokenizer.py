@@ -168,7 +168,7 @@ def test_documents_end_with_the_end_of_document_and_nothing_else_does(pair):
     """One end-of-document id a document, none from its name in a text, empty texts included."""
     ours, _ = pair
     texts = ["a <|endoftext|> b", "", "c"]
-    ids, lengths = ours.encode_documents(texts)
+    ids, lengths, _ = ours.encode_documents(texts)
 
     assert np.flatnonzero(ids == ours.eod_id).tolist() == (np.cumsum(lengths) - 1).tolist()
     assert ids.tolist() == [number for text in texts for number in [*ours.encode(text), ours.eod_id]]
@@ -246,7 +246,7 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
         )
     except CannotConvertError:
         return
-    ids, lengths = engine.encode(words)
+    ids, lengths, _ = engine.encode(words)
     expected = [part.ids for part in library.encode_batch(words)]
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
 

@@ -76,7 +76,7 @@ def token_bytes(token: str) -> bytes:
     Raises:
         KeyError: a character is none of the 256 that stand for bytes.
     """
-    return bytes(_BYTE_OF[character] for character in token)
+    return bytes(BYTE_OF[character] for character in token)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -86,7 +86,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _check_model(model: dict[str, Any]) -> None:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise CannotConvertError(f"its model sets {key}")
-    lost = [byte for character, byte in _BYTE_OF.items() if character not in model["vocab"]]
+    lost = [byte for character, byte in BYTE_OF.items() if character not in model["vocab"]]
     if lost := sorted(set(lost) - NEVER_IN_UTF8):
         raise CannotConvertError(f"its vocabulary lacks {len(lost)} bytes of UTF-8, which are dropped from texts")
 
@@ -143,8 +143,8 @@ def _token_order(vocab: dict[str, int], merges: list[tuple[str, str]], *, whole_
     With `whole_pieces` (`ignore_merges` in the file) a piece that is a token is that token even if no merge makes it:
     such tokens stay, behind all others, provided that tiktoken does not make them by merging either.
     """
-    borders = _Borders([character for character in _BYTE_OF if character in vocab], _grouped(merges))
-    unmade = [token for token in vocab if token not in borders.made and not set(token) - _BYTE_OF.keys()]
+    borders = _Borders([character for character in BYTE_OF if character in vocab], _grouped(merges))
+    unmade = [token for token in vocab if token not in borders.made and not set(token) - BYTE_OF.keys()]
     order = list(borders.made) + (unmade if whole_pieces else [])
     for token in unmade if whole_pieces else []:
         for cut in range(1, len(token)):

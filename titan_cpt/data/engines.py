@@ -5,20 +5,19 @@ tiktoken and tokenizers are imported where they are used: a plan asks for a voca
 
 import functools
 import importlib.util
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from titan_cpt.data.bpe import CannotConvertError, Conversion, convert
+from titan_cpt.data.library_engine import Encoded, HuggingFaceEngine
+from titan_cpt.data.special_tokens import Guarded, literals
 from titan_cpt.errors import DataError
 
-Ids = npt.NDArray[np.int64]
-
+MOST_LITERALS = 64  # special tokens whose names are tried when a tokenizer is opened; every text is checked anyway
 LONGEST_SPACE = 50_000  # tiktoken's regular expressions run out of stack between 400,000 and 1,000,000 white spaces
 BATTERY = (
     *("", " ", "  ", "   ", "a", " a", "  a", "a ", "a  ", "a\nb", "a\n\nb", "a \n b", "a\n  b", "\n\n\n", "\t\tx\t "),
@@ -55,8 +54,8 @@ BATTERY = (
 class Engine(Protocol):
     """Texts to ids and back."""
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """The ids of all texts one behind another, and how many each text has."""
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """The ids of the texts, and what was lost."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
@@ -69,11 +68,11 @@ class BytesEngine:
         """Args: the bytes of every id, special tokens included."""
         self._table = table
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """See Engine."""
         encoded = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int64)
-        return ids, np.array([len(text) for text in encoded], dtype=np.int64)
+        return Encoded(ids, np.array([len(text) for text in encoded], dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Engine."""
@@ -109,7 +108,7 @@ class TiktokenEngine:
         self._table = table
         self._exact = exact
 
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode(self, texts: Sequence[str]) -> Encoded:
         """See Engine.
 
         Raises:
@@ -121,14 +120,14 @@ class TiktokenEngine:
         for text in texts:
             before = len(numbers)
             if _has_long_space(text):
-                numbers += (self._exact().encode([text])[0] + self._offset).tolist()
+                numbers += (self._exact().encode([text]).ids + self._offset).tolist()
             else:
                 utf8_bytes += self._append(text, numbers)
             lengths.append(len(numbers) - before)
         array = np.array(numbers, dtype=np.int64)
         if int(self._bytes_of[array].sum()) != utf8_bytes:
             return self._exact().encode(texts)  # the pattern leaves gaps, which tiktoken drops and `tokenizers` keeps
-        return self._id_of[array], np.array(lengths, dtype=np.int64)
+        return Encoded(self._id_of[array], np.array(lengths, dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Engine."""
@@ -155,72 +154,60 @@ class TiktokenEngine:
         return unicodedata.normalize("NFC", text)
 
 
-class HuggingFaceEngine:
-    """The `tokenizers` library itself: does everything a tokenizer.json can ask for, about half as fast."""
-
-    def __init__(self, spec: dict[str, Any], name: str) -> None:
-        """Open a tokenizer from the content of its tokenizer.json; `name` is for messages.
-
-        Raises:
-            DataError: the library is not installed, or does not accept the file.
-        """
-        try:
-            import tokenizers
-        except ImportError as fault:
-            raise DataError(
-                f"{name}: needs the `tokenizers` library for what tiktoken cannot do: pip install 'titan_cpt[hf]'"
-            ) from fault
-        plain = {**spec, "truncation": None, "padding": None, "post_processor": None}
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        except Exception as fault:  # the library raises nothing more specific
-            raise DataError(f"{name}: the `tokenizers` library cannot read it: {fault}") from fault
-        self._tokenizer.encode_special_tokens = True  # a special token's name in a text stays text
-
-    def encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """See Engine."""
-        encoded = [part.ids for part in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        ids = np.array([number for part in encoded for number in part], dtype=np.int64)
-        return ids, np.array([len(part) for part in encoded], dtype=np.int64)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See Engine."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-def best_engine(spec: dict[str, Any], name: str, table: Sequence[bytes]) -> tuple[Engine, str | None]:
+def best_engine(spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]) -> tuple[Engine, str | None]:
     """Return tiktoken where it gives the file's own tokens, otherwise the `tokenizers` library and a note that says so.
 
-    The conversion is compared with the `tokenizers` library on a battery of awkward texts where that is installed.
+    Where the library is installed, it is compared with the file, token by token, and with tiktoken on a battery of
+    awkward texts. No engine may give a special token's id for the token's name in a text.
 
     Args:
         spec: the content of the tokenizer.json.
         name: its path, for messages.
+        guarded: the same with special tokens that no text becomes.
         table: the bytes of every id.
 
     Raises:
-        DataError: the `tokenizers` library is needed and is not installed, or does not accept the file.
+        DataError: the `tokenizers` library is needed and is not installed, does not accept the file, or numbers its
+            tokens otherwise; or a text becomes a special token.
     """
 
     @functools.cache
     def exact() -> HuggingFaceEngine:
-        return HuggingFaceEngine(spec, name)
+        return HuggingFaceEngine(spec, name, guarded, table)
 
+    engine, note = _best(guarded, name, table, exact)
+    _check_literals(engine, guarded, name)
+    return engine, note
+
+
+def _best(
+    guarded: Guarded, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceEngine]
+) -> tuple[Engine, str | None]:
+    """tiktoken if it can be used, otherwise the exact engine and the reason."""
     try:
-        engine = TiktokenEngine(convert(spec), table, exact)
+        engine = TiktokenEngine(convert(guarded.spec), table, exact)
         if importlib.util.find_spec("tokenizers"):
-            _compare(engine, exact())
+            _compare(engine, exact(), guarded)
     except CannotConvertError as reason:
         return exact(), f"{name}: uses the `tokenizers` library, about half as fast as tiktoken: {reason}"
     return engine, None
 
 
-def _compare(engine: Engine, exact: Engine) -> None:
+def _compare(engine: Engine, exact: Engine, guarded: Guarded) -> None:
     """Raise CannotConvertError at the first text of the battery on which two engines differ."""
-    for text in BATTERY:
-        found, expected = engine.encode([text])[0].tolist(), exact.encode([text])[0].tolist()
+    for text in (*BATTERY, *literals([*guarded.names][:MOST_LITERALS])):
+        found, expected = engine.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
         if found != expected:
             raise CannotConvertError(f"tiktoken gives {found} for {text!r}, and the file means {expected}")
+
+
+def _check_literals(engine: Engine, guarded: Guarded, name: str) -> None:
+    """Raise DataError if the name of a special token in a text becomes the token."""
+    forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
+    for text in literals([*guarded.names][:MOST_LITERALS]):
+        for number in engine.encode([text]).ids.tolist():
+            if number in forbidden:
+                raise DataError(f"{name}: the text {text!r} becomes the special token {forbidden[number]!r}")
 
 
 class _Cutter:

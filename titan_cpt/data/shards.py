@@ -28,7 +28,7 @@ from titan_cpt.errors import DataError
 from titan_cpt.reading import is_absent, read_text
 
 BATCH_CHARACTERS = 2**20  # of text at a time: bounds the memory of a worker
-LAYOUT = 1  # goes up when shards of the same text and options would hold other tokens
+LAYOUT = 2  # goes up when shards of the same text and options would hold other tokens
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _write(
 ) -> Counts:
     """Tokenise one lot, and write each document to its side."""
     kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
-    tokens, sizes = tokenizer.encode_documents([texts[number] for number in kept])
+    tokens, sizes, _lost = tokenizer.encode_documents([texts[number] for number in kept])
     utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
     held = np.array([is_held_out(encoded[number], holdout) for number in kept], dtype=np.bool_)
     train.add_documents(tokens[np.repeat(~held, sizes)], sizes[~held])

@@ -21,13 +21,21 @@ from typing import Any
 import numpy as np
 
 from titan_cpt.data.bpe import token_bytes
-from titan_cpt.data.engines import BytesEngine, Engine, Ids, best_engine
+from titan_cpt.data.engines import BytesEngine, Engine, best_engine
+from titan_cpt.data.library_engine import Encoded, Ids
+from titan_cpt.data.special_tokens import (
+    END_NAMES,
+    Guarded,
+    check_added_tokens,
+    is_byte_level,
+    keep_text_as_text,
+    model_vocab,
+)
 from titan_cpt.errors import DataError
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
 _IDS = 1 << 24  # more than any vocabulary has; a table of all ids is made
-END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +53,7 @@ class Tokenizer:
     _table: tuple[bytes, ...]
     _special_ids: frozenset[int]
     _spec: dict[str, Any] | None
+    _guarded: Guarded | None
 
     @property
     def note(self) -> str | None:
@@ -57,22 +66,22 @@ class Tokenizer:
         Raises:
             DataError: the text holds half of a surrogate pair, or needs a library that is not installed.
         """
-        ids: list[int] = self._encode([text])[0].tolist()
+        ids: list[int] = self._encode([text]).ids.tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text; see encode."""
-        ids, lengths = self._encode(texts)
+        ids, lengths, _ = self._encode(texts)
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
-    def encode_documents(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_documents(self, texts: Sequence[str]) -> Encoded:
         """Return the ids of all texts one behind another, each with the end-of-document id, and their lengths.
 
         Raises:
             DataError: see encode.
         """
-        ids, lengths = self._encode(texts)
-        return np.insert(ids, np.cumsum(lengths), self.eod_id), lengths + 1
+        ids, lengths, lost = self._encode(texts)
+        return Encoded(np.insert(ids, np.cumsum(lengths), self.eod_id), lengths + 1, lost)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD.
@@ -93,12 +102,12 @@ class Tokenizer:
 
     @functools.cached_property
     def _engine(self) -> tuple[Engine, str | None]:
-        if self._spec is None:
+        if self._spec is None or self._guarded is None:
             return BytesEngine(self._table), None
         with _understood(self.name):
-            return best_engine(self._spec, self.name, self._table)
+            return best_engine(self._spec, self.name, self._guarded, self._table)
 
-    def _encode(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def _encode(self, texts: Sequence[str]) -> Encoded:
         try:
             return self._engine[0].encode(texts)
         except UnicodeEncodeError as fault:
@@ -118,23 +127,25 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path == BYTES:
         table = (*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT.encode())
-        return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, table, frozenset({256}), None)
+        return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, table, frozenset({256}), None, None)
     content, spec = _read(path)
     with _understood(path):
         added = spec.get("added_tokens") or []
-        numbers = _numbers(spec)
-        eod_id = _end_of_document(path, numbers, added)
-        special = {token["id"] for token in added if token.get("special")} | {eod_id}
+        numbers = _numbers(path, spec)
+        eod = _end_of_document(path, numbers, added)
         # A token that ends documents must not come about from its name in a text, whatever the file calls it.
-        safe = [{**token, "special": True} if token["id"] == eod_id else token for token in added]
+        safe = [{**token, "special": True} if token["content"] == eod else token for token in added]
+        spec = {**spec, "added_tokens": safe}
+        guarded = keep_text_as_text(spec, eod)
         return Tokenizer(
             name=path,
             fingerprint=hashlib.sha256(content).hexdigest(),
             vocab_size=max(numbers.values()) + 1,
-            eod_id=eod_id,
+            eod_id=numbers[eod],
             _table=_byte_table(spec, numbers),
-            _special_ids=frozenset(special),
-            _spec={**spec, "added_tokens": safe},
+            _special_ids=frozenset(guarded.names.values()),
+            _spec=spec,
+            _guarded=guarded,
         )
 
 
@@ -147,7 +158,7 @@ def vocab_size_of(path: str) -> int:
     if path == BYTES:
         return 257
     with _understood(path):
-        return max(_numbers(_read(path)[1]).values()) + 1
+        return max(_numbers(path, _read(path)[1]).values()) + 1
 
 
 def fingerprint_of(path: str) -> str:
@@ -225,22 +236,22 @@ def _read(path: str) -> tuple[bytes, dict[str, Any]]:
     return content, spec
 
 
-def _numbers(spec: dict[str, Any]) -> dict[str, int]:
-    """Token to id, added tokens included; a Unigram model lists [token, score] in the order of ids."""
-    vocab = spec["model"]["vocab"]
-    numbers = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
-    numbers = {**numbers, **{token["content"]: token["id"] for token in spec.get("added_tokens") or []}}
+def _numbers(path: str, spec: dict[str, Any]) -> dict[str, int]:
+    """Token to id, added tokens included."""
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    numbers = {**model_vocab(spec["model"]), **added}
     for token, number in numbers.items():
         if type(number) is not int or not 0 <= number < _IDS:
             raise ValueError(f"the id of {token!r} must be an integer from 0 to {_IDS - 1}, got {number!r}")
+    check_added_tokens(path, spec)
     return numbers
 
 
-def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, Any]]) -> int:
-    """Id of the first of the usual names that the vocabulary has."""
+def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, Any]]) -> str:
+    """The first of the usual names that the vocabulary has."""
     for name in END_NAMES:
         if name in numbers:
-            return numbers[name]
+            return name
     special = ", ".join(repr(token["content"]) for token in added if token.get("special")) or "none"
     raise DataError(
         f"{path}: no token for the end of a document; wanted is one of {', '.join(END_NAMES)}, its special tokens are: "
@@ -251,7 +262,7 @@ def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, A
 def _byte_table(spec: dict[str, Any], numbers: dict[str, int]) -> tuple[bytes, ...]:
     """The bytes that each id stands for; special tokens by name, b"" for an id without token."""
     added = {token["content"] for token in spec.get("added_tokens") or []}
-    byte_level = "ByteLevel" in json.dumps(spec.get("pre_tokenizer"))
+    byte_level = is_byte_level(spec)
     table = [b""] * (max(numbers.values()) + 1)
     for token, number in numbers.items():
         if token in added:

@@ -1,0 +1,186 @@
+"""Special tokens of a tokenizer.json: their names, their ids, and a model that never makes one from text.
+
+A special token's name inside a text, such as a literal </s>, is text. The `tokenizers` library can leave special tokens
+unmatched, but its models still know their names: a Unigram, WordLevel or WordPiece model has them in its vocabulary, a
+BPE may reach them by merging, and <0x0A> is the newline's byte token in all vocabularies with byte fallback. So the
+names are taken out of the reach of text before a model is built: `keep_text_as_text`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from titan_cpt.errors import DataError
+
+END_NAMES = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>"),
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+BEGIN_NAMES = (
+    *("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>"),
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+)
+OTHER_NAMES = ("<unk>", "<pad>", "<mask>", "[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
+BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+class Guarded(NamedTuple):
+    """A tokenizer.json whose special tokens no text can become."""
+
+    spec: dict[str, Any]
+    """The content to build the encoder from; the given one where nothing had to be changed."""
+    names: dict[str, int]
+    """Special tokens by name; their ids never come from a text."""
+    unknown_id: int | None
+    """The id of characters that the model does not know, None if it has none."""
+    byte_ids: tuple[int, ...]
+    """Ids of <0x00> to <0xFF> where both the fallback to bytes and a text may give them, otherwise ()."""
+
+
+def model_vocab(model: dict[str, Any]) -> dict[str, int]:
+    """Token to id without added tokens; a Unigram model lists [token, score] in the order of ids."""
+    vocab = model["vocab"]
+    return vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
+
+
+def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
+    """Compare the ids of the added tokens with those that the `tokenizers` library gives them.
+
+    The library ignores the ids in the file: an added token has the id of the model's vocabulary if it is in there, and
+    otherwise the vocabulary's length plus its place among the new ones. transformers does the same with an export.
+
+    Raises:
+        DataError: an id differs, or two tokens share one.
+    """
+    added = spec.get("added_tokens") or []
+    known, following = model_vocab(spec["model"]), len(spec["model"]["vocab"])
+    numbered: dict[str, int] = {}
+    faults = []
+    for token in added:
+        content = token["content"]
+        if content not in numbered:
+            numbered[content] = known.get(content, following)
+            following += content not in known
+        if not content or token["id"] != numbered[content]:
+            wanted = f"{numbered[content]} by the library" if content else "none by the library: it is empty"
+            faults.append(f"{content!r} has id {token['id']} in the file and {wanted}")
+    owners: dict[int, str] = {}
+    for content, number in {**known, **numbered}.items():
+        if owners.setdefault(number, content) != content:
+            faults.append(f"{owners[number]!r} and {content!r} share id {number}")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise DataError(
+            f"{path}: the `tokenizers` library, and transformers with it, numbers tokens otherwise than the file says: "
+            f"{'; '.join(faults[:3])}{more}. Added tokens must follow the vocabulary without gaps, in the order of "
+            "their ids: sort added_tokens by id and fill each gap with an unused token, such as <|unused0|>"
+        )
+
+
+def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:
+    """Rename what the model would otherwise make of a special token's name, and drop merges that lead to it.
+
+    Ids stay as they are. Names that no text reaches are left alone, so that most byte-level BPEs come back unchanged.
+
+    Args:
+        spec: the content of a tokenizer.json.
+        eod: name of the end-of-document token.
+    """
+    model = spec["model"]
+    vocab = model_vocab(model)
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    declared = {token["content"] for token in spec.get("added_tokens") or [] if token.get("special")}
+    merged = {product for _, _, product in _merges(model)}
+    usual = {*END_NAMES, *BEGIN_NAMES, *OTHER_NAMES} & vocab.keys() - merged - added.keys()
+    unknown = _unknown(model)
+    special = {eod} | declared | usual | ({unknown} if unknown in vocab else set())
+    names = {name: added.get(name, vocab.get(name, -1)) for name in special}
+
+    fallback = bool(model.get("byte_fallback"))
+    may_have_bytes = kind_of(model) in ("BPE", "Unigram") and not is_byte_level(spec)
+    bytes_known = may_have_bytes and vocab.keys() >= {*BYTE_NAMES}
+    reachable = _reachable(model, merged)
+    hidden = {name for name in names if name in vocab and reachable(name)}
+    if bytes_known and not fallback:
+        hidden |= {name for name in BYTE_NAMES if reachable(name)}
+    unmerged = hidden | ({*BYTE_NAMES} & merged if bytes_known else set())
+    return Guarded(
+        _hide(spec, hidden, unmerged) if hidden | unmerged else spec,
+        names,
+        vocab.get(unknown) if unknown is not None else None,
+        tuple(vocab[name] for name in BYTE_NAMES) if bytes_known and fallback and reachable(BYTE_NAMES[0]) else (),
+    )
+
+
+def without_byte_fallback(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same model with byte tokens that no text reaches, and without its fallback to them."""
+    hidden = _hide(spec, {*BYTE_NAMES}, {*BYTE_NAMES})
+    return {**hidden, "model": {**hidden["model"], "byte_fallback": False}}
+
+
+def kind_of(model: dict[str, Any]) -> str:
+    """The model's type; old files leave it out."""
+    if model.get("type"):
+        return str(model["type"])
+    if isinstance(model["vocab"], list):
+        return "Unigram"
+    return "BPE" if "merges" in model else "WordPiece" if "continuing_subword_prefix" in model else "WordLevel"
+
+
+def is_byte_level(spec: dict[str, Any]) -> bool:
+    """Whether the vocabulary is over the 256 characters that stand for bytes."""
+    return "ByteLevel" in json.dumps(spec.get("pre_tokenizer"))
+
+
+def literals(names: Iterable[str]) -> Iterator[str]:
+    """Texts that hold the names of special tokens."""
+    for name in names:
+        yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """The name of the unknown token; a Unigram model gives its place in the vocabulary."""
+    if kind_of(model) == "Unigram":
+        place = model.get("unk_id")
+        return None if place is None else str(model["vocab"][place][0])
+    return model.get("unk_token")
+
+
+def _merges(model: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(left, right, product) of each merge of a BPE, in order."""
+    prefix = len(model.get("continuing_subword_prefix") or "")
+    for merge in model.get("merges") or []:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        yield left, right, left + right[prefix:]
+
+
+def _reachable(model: dict[str, Any], merged: set[str]) -> Any:
+    """Whether a text can become the vocabulary entry of a name: always, except where a BPE would have to merge it."""
+    if kind_of(model) != "BPE" or model.get("ignore_merges"):
+        return lambda name: True
+    return lambda name: name in merged or len(name) == 1
+
+
+def _hide(spec: dict[str, Any], hidden: set[str], unmerged: set[str]) -> dict[str, Any]:
+    """A copy in which the hidden names are called otherwise, and in which no merge makes or uses an unmerged one."""
+    other = {name: f"\ufdd0{hashlib.sha256(name.encode()).hexdigest()}\ufdd0" for name in hidden}
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {other.get(token, token): number for token, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[other.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("merges"):
+        triples = zip(model["merges"], _merges(model), strict=True)
+        model["merges"] = [merge for merge, parts in triples if not unmerged & {*parts}]
+    if model.get("unk_token") in other:
+        model["unk_token"] = other[model["unk_token"]]
+    added = spec.get("added_tokens") or []
+    renamed = [{**token, "content": other.get(token["content"], token["content"])} for token in added]
+    # The library still has to see the names themselves: a special token hides other added tokens inside its name.
+    last = max([*model_vocab(model).values(), *(token["id"] for token in added)], default=-1)
+    names = [token for token in added if token["content"] in other and token.get("special")]
+    extra = [{**token, "id": last + place} for place, token in enumerate(names, 1)]
+    return {**spec, "model": model, "added_tokens": [*renamed, *extra]}
