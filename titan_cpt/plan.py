@@ -31,12 +31,16 @@ class Inventory:
         vocab_size: ids of the tokenizer; None where it is not there yet.
         sequences: of the sources whose sequences are not windows of their stream.
         unrecorded: sources whose tokens do not say which tokenizer made them.
+        validation_tokens: of every validation set; None where its files are not there yet.
+        notes: doubts about the files, a sentence each.
     """
 
     tokens: Mapping[str, int | None]
     vocab_size: int | None
     sequences: Mapping[str, int] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
+    validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ cursors. Faults are gathered over all stages and raised together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -34,6 +34,7 @@ from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
 from titan_cpt.models.shapes import ModelShape
 from titan_cpt.models.sizes import named_size
 from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
+from titan_cpt.plan_notes import plan_notes
 
 DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
 
@@ -53,7 +54,7 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
     faults: list[str] = list(layout_faults(config, shape, world_size))
-    notes = [*_notes(config, inventory), *_padding_note(config, inventory, shape)]
+    notes = list(plan_notes(config, inventory, shape))
     layout = Layout() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
     per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
@@ -91,18 +92,6 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
 
 
-def _padding_note(config: Config, inventory: Inventory, shape: ModelShape) -> Iterator[str]:
-    """Another tensor-parallel degree would make another model, which a resume refuses; better known at the start."""
-    degree = config.parallelism.tensor_parallel_degree
-    chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
-    unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, 1, chosen).vocab_size
-    if shape.vocab_size != unsplit:
-        yield (
-            f"model.vocab_size: {shape.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} (one rank "
-            f"would have {unsplit:,}): to go on under another degree one day, write it into the config now"
-        )
-
-
 def _work(config: Config, layout: Layout, accumulation: int) -> Work:
     kept = config.activation_checkpoint
     rows = config.training.local_batch_size // layout.microbatches
@@ -116,26 +105,6 @@ def _work(config: Config, layout: Layout, accumulation: int) -> Work:
         offloaded=config.training.enable_cpu_offload,
         float8_kept_out=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
     )
-
-
-def _notes(config: Config, inventory: Inventory) -> Iterator[str]:
-    absent = [name for name, tokens in inventory.tokens.items() if tokens is None]
-    if absent:
-        yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
-    if inventory.vocab_size is None:
-        yield f"tokenizer not there yet: {config.tokenizer.path}; a size without a vocabulary counts the fewest rows"
-    if inventory.unrecorded:
-        yield (
-            f"{', '.join(inventory.unrecorded)}: nothing says which tokenizer made these tokens (`prepare` writes it "
-            f"into PREFIX.json); they are taken to be of {config.tokenizer.path}"
-        )
-    if config.sweep:
-        yield "this file is a sweep: what is planned here is the run that its arms differ from; titan-cpt sweep --plan"
-    used = {name for stage in config.stages for name in stage.dataset}
-    for name in sorted(used):
-        dataset = config.datasets[name]
-        if not dataset.validation and not any(domain.validation for domain in dataset.domains.values()):
-            yield f"datasets.{name}: has no validation tokens, so what is learnt and forgotten of it is not measured"
 
 
 def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
@@ -160,6 +129,12 @@ class _Planner:
         self.seq_len = config.training.seq_len
         self.own_sequences = inventory.sequences
         self.sequences = {name: self._windows(name, tokens) for name, tokens in inventory.tokens.items()}
+        for name, held_out in inventory.validation_tokens.items():
+            if held_out is not None and held_out <= self.seq_len:
+                faults.append(
+                    f"{_table(name)}.validation: {held_out} tokens are fewer than one sequence of {self.seq_len} + 1; "
+                    "give it more, or leave it out"
+                )
         self.done: dict[str, StagePlan] = {}
 
     def stages(self) -> tuple[StagePlan, ...]:
@@ -182,8 +157,9 @@ class _Planner:
         if self.own_sequences.get(source):
             return self.own_sequences[source]
         if tokens is not None and tokens <= self.seq_len:
-            where = "datasets." + source.replace(".", ".domains.")
-            self.faults.append(f"{where}.train: {tokens} tokens are fewer than one sequence of {self.seq_len} + 1")
+            self.faults.append(
+                f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {self.seq_len} + 1"
+            )
             return None
         return None if tokens is None else (tokens - 1) // self.seq_len
 
@@ -339,6 +315,10 @@ class _Planner:
             tokens, size = new.get(name, 0) + old.get(name, 0), known.get(name)
             use[name] = DatasetUse(tokens, old.get(name, 0), tokens / size if size else None)
         return use
+
+
+def _table(source: str) -> str:
+    return f"datasets.{source.replace('.', '.domains.')}"
 
 
 def _mix(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:

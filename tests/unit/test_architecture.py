@@ -17,7 +17,8 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "data.engines",
     "data.tokenizer",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
-    "data.indexed_format data.unpacking profiling data.source data.record checkpoint_files suites scores",
+    "data.indexed_format data.file_names data.unpacking profiling data.source data.record checkpoint_files suites "
+    "scores",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",
     "config mixture models.huggingface_config models.gpt_neox models.llama data.indexed data.indexed_writer "
@@ -27,7 +28,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "footprint models.cached",
     "layout_rules",
     "plan distributed.mesh distributed.context distributed.working_copy distributed.float8 loss",
-    "advice",
+    "advice plan_notes",
     "planning layout_view distributed.parallelise distributed.engine",
     "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
     "data.prepare data.inventory distributed.check_layout interchange lineage skips",

@@ -149,6 +149,7 @@ def test_epochs_come_from_the_token_files(plan, tmp_path, one_stage):
     assert answer["stages"][0]["datasets"]["pile"]["epochs"] == 32.0
     assert answer["notes"] == [
         "data not there yet: german; epochs and replay limits are unknown until it is",
+        "validation data not there yet: pile; training does not begin without it",
         "pile: nothing says which tokenizer made these tokens (`prepare` writes it into PREFIX.json); they are taken "
         "to be of bytes",
     ]
@@ -231,7 +232,7 @@ def test_damaged_token_files_are_status_2(run, write, one_stage, tmp_path):
     status, _, err = run("plan", "--config", write(one_stage))
 
     assert status == 2
-    assert err.startswith("DataError: data/pile.idx")
+    assert err.startswith("DataError: datasets.pile.train: data/pile.idx")
 
 
 def test_a_config_that_is_not_there_is_status_2(run):

@@ -392,7 +392,7 @@ def test_a_glob_that_takes_in_the_held_out_file_is_refused(tmp_path):
     table = {"train": str(tmp_path / "owt" / "*.bin"), "validation": held_out, "format": "raw", "dtype": "uint16"}
 
     with pytest.raises(
-        DataError, match=r"datasets.en.train: takes in .*val\.bin, which datasets.en.validation measures"
+        DataError, match=r"datasets.en.train: includes .*val\.bin, which datasets.en.validation measures"
     ):
         take_inventory(training.config_of(config_with(tmp_path, table)))
 

@@ -3,7 +3,7 @@
 A new format has a file of its own beside this one, and a line in each of the functions below.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,13 +79,16 @@ def paths_of(files: TokenFiles) -> list[Path]:
     return prefixes
 
 
-def count(files: TokenFiles, seq_len: int) -> Counted:
+def count(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) -> Counted:
     """Tokens and sequences, from headers alone.
+
+    Args:
+        paths: what `paths_of` returned for these files, where the caller has it.
 
     Raises:
         DataError: a file is damaged, or its sequences are of another length.
     """
-    paths = paths_of(files)
+    paths = paths or paths_of(files)
     if files.index_prefix is not None:
         return Counted(*count_order(paths[0], files.index_prefix, seq_len))
     if files.format == "ds":

@@ -4,8 +4,8 @@ A training run needs the token stream alone, never the sequence borders: the ind
 format stands in indexed_format.py, reading in number_file.py, writing in indexed_writer.py.
 """
 
-import glob
 import hashlib
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from titan_cpt.data.file_names import Once, entries_of, escape_hint, matches
 from titan_cpt.data.indexed_format import (
     check_index,
     check_pointers,
@@ -162,24 +163,26 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
             together with the PREFIX-validation that `prepare` holds out of it.
     """
     found: list[Path] = []
-    for entry in _entries(spec):
+    once = Once("tokens")
+    for entry in entries_of(spec):
         matched = _match(entry)
         if not matched:
             raise DataError(
                 f"{entry}: no .bin/.idx pair of that name. Allowed are a prefix (the path without .bin and .idx), a "
                 "glob over prefixes, or a list of these; `titan-cpt prepare` makes a pair from text"
+                + escape_hint(entry)
             )
-        for prefix in matched:
-            if not pair_paths(prefix)[0].exists():
-                raise DataError(f"{prefix}.bin: is missing, and {prefix}.idx is there: copy both or remove both")
-            if prefix in found:
-                raise DataError(f"{entry}: names {prefix} a second time: its tokens would be read twice; name it once")
-            if Path(f"{prefix}-validation") in matched:
+        names = set(matched)
+        for name in matched:
+            if not os.path.exists(f"{name}.bin"):
+                raise DataError(f"{name}.bin: is missing, and {name}.idx is there: copy both or remove both")
+            once.add(entry, name, f"{name}.bin")
+            if f"{name}-validation" in names:
                 raise DataError(
-                    f"{entry}: matches {prefix} and the held-out {prefix}-validation: training would see what "
+                    f"{entry}: matches {name} and the held-out {name}-validation: training would see what "
                     "validation measures; narrow the glob, or list the prefixes"
                 )
-            found.append(prefix)
+            found.append(Path(name))
     if not found:
         raise DataError("an empty list names no .bin/.idx pair; give at least one prefix")
     return found
@@ -188,22 +191,16 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
 def missing(spec: str | Sequence[str]) -> list[str]:
     """Return those entries of a spec (see find_prefixes) for which a file is not there yet; [] if all are."""
     absent = []
-    for entry in _entries(spec):
+    for entry in entries_of(spec):
         matched = _match(entry)
-        if not matched or not all(pair_paths(prefix)[0].exists() for prefix in matched):
+        if not matched or not all(os.path.exists(f"{name}.bin") for name in matched):
             absent.append(entry)
     return absent
 
 
-def _entries(spec: str | Sequence[str]) -> list[str]:
-    return [spec] if isinstance(spec, str) else list(spec)
-
-
-def _match(entry: str) -> list[Path]:
+def _match(entry: str) -> list[str]:
     """The prefixes that an entry names and whose .idx is there; a literal name goes before a glob."""
     prefix = entry.removesuffix(".idx").removesuffix(".bin")
-    if Path(f"{prefix}.idx").exists():
-        return [Path(prefix)]
-    if not glob.has_magic(prefix):
-        return []
-    return [Path(idx.removesuffix(".idx")) for idx in sorted(glob.glob(f"{prefix}.idx", recursive=True))]
+    if os.path.exists(f"{prefix}.idx"):
+        return [prefix]
+    return [idx.removesuffix(".idx") for idx in matches(f"{prefix}.idx")]

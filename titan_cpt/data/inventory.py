@@ -6,34 +6,104 @@ Reads headers only, so that a plan over terabytes answers at once. Files that ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from titan_cpt.config import Config
 from titan_cpt.config_data import HEADERLESS, TokenTable
-from titan_cpt.data.formats import TokenFiles, absent, count, open_source, paths_of
-from titan_cpt.data.record import made_by
+from titan_cpt.data.file_names import FileIdentity, identity_of, text_file
+from titan_cpt.data.formats import Counted, TokenFiles, absent, count, open_source, paths_of
+from titan_cpt.data.record import MadeBy, made_by
 from titan_cpt.data.source import TokenSource
 from titan_cpt.data.tokenizer import fingerprint_of, vocab_size_of
 from titan_cpt.errors import DataError
 from titan_cpt.plan import Inventory
 
 
+@dataclass(frozen=True)
+class _Present:
+    """Files of one key of the config that are all there.
+
+    Attributes:
+        source: `dataset` or `dataset.domain`.
+        key: `train` or `validation`.
+        paths: prefixes of pairs, or files.
+    """
+
+    source: str
+    key: str
+    files: TokenFiles
+    paths: list[Path]
+
+    @property
+    def where(self) -> str:
+        """The dotted key."""
+        return f"{_table(self.source)}.{self.key}"
+
+    @property
+    def dataset(self) -> str:
+        """The dataset, without the domain."""
+        return self.source.partition(".")[0]
+
+    @cached_property
+    def token_files(self) -> list[tuple[FileIdentity | None, str]]:
+        """The files that hold the ids, of a pair its .bin: what identifies each of them, and its name."""
+        names = [f"{path}.bin" if self.files.paired else str(path) for path in self.paths]
+        return [(identity_of(name), name) for name in names]
+
+
 def take_inventory(config: Config) -> Inventory:
     """Look at the training data, the validation data and the tokenizer that the config names.
 
     Raises:
-        DataError: a file is there but damaged, or was made with another tokenizer.
+        DataError: a file is there but damaged, is text, is trained on and measured, or was made with another
+            tokenizer.
     """
     tokens: dict[str, int | None] = {}
     sequences: dict[str, int] = {}
-    for source, files in training_files(config):
+    validation_tokens: dict[str, int | None] = {}
+    train, validation = _present(config, "train"), _present(config, "validation")
+    for source, _ in training_files(config):
         tokens[source] = None
-        if not absent(files):
-            tokens[source], own = count(files, config.training.seq_len)
+        if source in train:
+            each = train[source]
+            tokens[source], own = _counted(each, config.training.seq_len)
             if own is not None:
                 sequences[source] = own
-    _refuse_training_on_what_is_held_out(config)
-    return Inventory(tokens, _vocab_size(config), sequences, tuple(_without_record(config)))
+    for source, _ in validation_files(config):
+        measured = validation.get(source)
+        validation_tokens[source] = _counted(measured, config.training.seq_len).tokens if measured else None
+    notes = [*_read_twice(train.values()), *_trained_and_measured(train.values(), validation.values())]
+    records = _records(config, [*train.values(), *validation.values()])
+    unrecorded = tuple(source for source in train if None in records[source, "train"])
+    made = next((record for of_files in records.values() for record in of_files if record is not None), None)
+    vocab_size = _vocab_size(config)
+    if vocab_size is None and made is not None:
+        vocab_size = made.vocab_size
+        notes.append(
+            f"tokenizer not there yet: {config.tokenizer.path}; {made.record} says that it has {vocab_size:,} ids"
+        )
+    return Inventory(tokens, vocab_size, sequences, unrecorded, validation_tokens, tuple(notes))
+
+
+def _present(config: Config, key: str) -> dict[str, _Present]:
+    found = {}
+    for source, files in training_files(config) if key == "train" else validation_files(config):
+        _refuse_what_is_not_tokens(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))
+        if not absent(files):
+            try:
+                found[source] = _Present(source, key, files, paths_of(files))
+            except DataError as error:
+                raise DataError(f"{_table(source)}.{key}: {error}") from None
+    return found
+
+
+def _counted(each: _Present, seq_len: int) -> Counted:
+    try:
+        return count(each.files, seq_len, each.paths)
+    except DataError as error:
+        raise DataError(f"{each.where}: {error}") from None
 
 
 def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -68,49 +138,95 @@ def _tables(config: Config) -> Iterator[tuple[str, TokenTable]]:
             yield f"{name}.{domain}", table
 
 
-def _key(source: str) -> str:
+def _table(source: str) -> str:
     return f"datasets.{source.replace('.', '.domains.')}"
 
 
-def _refuse_training_on_what_is_held_out(config: Config) -> None:
-    """A glob over bare files, such as nanoGPT's data/*.bin, easily takes in the file that validation measures."""
-    held_out = {
-        path.resolve(): name
-        for name, files in validation_files(config)
-        if not absent(files)
-        for path in paths_of(files)
-    }
-    for source, files in training_files(config):
-        for path in [] if files.paired or absent(files) else paths_of(files):
-            if path.resolve() in held_out:
-                raise DataError(
-                    f"{_key(source)}.train: takes in {path}, which {_key(held_out[path.resolve()])}.validation "
-                    "measures: narrow the glob, or list the files"
+def _has_source(config: Config, source: str) -> bool:
+    return config.datasets[source.partition(".")[0]].source is not None
+
+
+def _refuse_what_is_not_tokens(where: str, files: TokenFiles, *, has_source: bool) -> None:
+    """Text and folders are no tokens, and will not become any: a plan that waits for them would wait for ever."""
+    if has_source:
+        return  # `train` is then the name of what will be written
+    if (text := text_file(files.spec)) is not None:
+        raise DataError(
+            f"{where}: {text} is text, not tokens: prepare it with `titan-cpt prepare --input {text} --output PREFIX` "
+            f"and name PREFIX here, or write source = {{ text = {text!r} }} and let {where.rpartition('.')[2]} name "
+            "the pair to make"
+        )
+    for entry in absent(files):
+        if Path(entry).is_dir():
+            ending = ".idx" if files.paired else files.suffix
+            inside = next((path for path in Path(entry).glob(f"*{ending}") if path.is_file()), None)
+            if inside is not None:
+                name = entry.rstrip("/")
+                raise DataError(f"{where}: {entry} is a folder: write {name}/* for all files in it, or name one")
+
+
+def _read_twice(train: Iterable[_Present]) -> Iterator[str]:
+    """A note for each two sources that read the same file as if it were different data."""
+    names: dict[FileIdentity, _Present] = {}
+    noted = set()
+    for each in train:
+        for identity, path in each.token_files:
+            first = each if identity is None else names.setdefault(identity, each)
+            if first is not each and (first.source, each.source) not in noted:
+                noted.add((first.source, each.source))
+                yield (
+                    f"{first.where} and {each.where} both read {path}: replay, epochs and forgetting count it as "
+                    "different data"
                 )
 
 
-def _without_record(config: Config) -> Iterator[str]:
-    """The sources whose tokens are there and do not say which tokenizer made them; the others' is compared with ours.
+def _trained_and_measured(train: Iterable[_Present], validation: Iterable[_Present]) -> Iterator[str]:
+    """A note where a dataset that is only measured shares a file with training data; other overlaps are refused.
+
+    Globs such as nanoGPT's data/*.bin easily match the file that validation measures. Files are compared by identity,
+    not by name: a link or another spelling is the same file.
+    """
+    measured = {identity: each for each in validation for identity, _ in each.token_files if identity is not None}
+    trained = list(train)
+    has_training_data = {each.dataset for each in trained}
+    noted = set()
+    for each in trained:
+        for identity, path in each.token_files:
+            found = None if identity is None else measured.get(identity)
+            if found is None:
+                continue
+            if found.dataset in has_training_data:
+                raise DataError(
+                    f"{each.where}: includes {path}, which {found.where} measures: validation would measure text that "
+                    "the model was trained on. Narrow the glob, list the files, or give other validation data"
+                )
+            if (each.source, found.source) not in noted:
+                noted.add((each.source, found.source))
+                yield f"{found.where}: measures {path}, which {each.where} trains on: it is not held out"
+
+
+def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str], list[MadeBy | None]]:
+    """By (source, key), which tokenizer made each pair; None for a pair without a record and for other formats.
 
     Raises:
-        DataError: some were made with another tokenizer.
+        DataError: some were made with another tokenizer than the config's, or, where that is not there yet, with two.
     """
-    ours = _fingerprint(config)
-    for kind, tables in (("train", training_files(config)), ("validation", validation_files(config))):
-        for source, files in tables:
-            if absent(files):
+    expected, whose = _fingerprint(config), f"tokenizer.path = {config.tokenizer.path!r}"
+    records: dict[tuple[str, str], list[MadeBy | None]] = {}
+    for each in present:
+        records[each.source, each.key] = [made_by(prefix) for prefix in each.paths] if each.files.paired else [None]
+        for made in records[each.source, each.key]:
+            if made is None:
                 continue
-            records = [made_by(prefix) for prefix in paths_of(files)] if files.paired else [None]
-            for made in records:
-                if made is not None and ours is not None and made.fingerprint != ours:
-                    raise DataError(
-                        f"{_key(source)}.{kind}: was made with another tokenizer: {made.record} names one of "
-                        f"{made.vocab_size} ids, fingerprint {made.fingerprint[:12]}, and tokenizer.path = "
-                        f"{config.tokenizer.path!r} is {ours[:12]}. Set tokenizer.path to the one that made it, or "
-                        "prepare the data again"
-                    )
-            if kind == "train" and None in records:
-                yield source
+            if expected is None:
+                expected, whose = made.fingerprint, f"that of {made.record}"
+            if made.fingerprint != expected:
+                raise DataError(
+                    f"{each.where}: was made with another tokenizer: {made.record} names one of "
+                    f"{made.vocab_size} ids, fingerprint {made.fingerprint[:12]}, and {whose} is {expected[:12]}. "
+                    "Set tokenizer.path to the one that made it, or prepare the data again"
+                )
+    return records
 
 
 def _fingerprint(config: Config) -> str | None:
@@ -119,6 +235,7 @@ def _fingerprint(config: Config) -> str | None:
 
 
 def _vocab_size(config: Config) -> int | None:
+    """Of the tokenizer, or of the training that will make it."""
     path = config.tokenizer.path
     if path == "bytes" or Path(path).exists():
         return vocab_size_of(path)

@@ -8,13 +8,14 @@ Sources: OLMo-core's NumPy datasets and nanoGPT's data/*/prepare.py (ndarray.tof
 TokenizedFile.
 """
 
-import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from titan_cpt.data.file_names import Once, escape_hint, matches
 from titan_cpt.data.indexed_format import DAMAGED, open_binary, read_exactly, size_and_mtime, spans
 from titan_cpt.data.number_file import TokenFile, npy_header
 from titan_cpt.errors import DataError
@@ -103,15 +104,16 @@ def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
         DataError: an entry names no file, or a file is named twice.
     """
     found: list[Path] = []
+    once = Once("tokens")
     for entry in spec:
         matched = _match(entry, suffix)
         if not matched:
             kind = f"*{suffix} file" if suffix else "file"
-            raise DataError(f"{entry}: no {kind} of that name. Allowed are a path with its ending, a glob, or a list")
-        for path in matched:
-            if path in found:
-                raise DataError(f"{entry}: names {path} a second time: its tokens would be read twice; name it once")
-            found.append(path)
+            allowed = "Allowed are a path with its ending, a glob, or a list"
+            raise DataError(f"{entry}: no {kind} of that name. {allowed}{escape_hint(entry)}")
+        for name in matched:
+            once.add(entry, name, name)
+            found.append(Path(name))
     return found
 
 
@@ -120,12 +122,11 @@ def missing_files(spec: Sequence[str], *, suffix: str = "") -> list[str]:
     return [entry for entry in spec if not _match(entry, suffix)]
 
 
-def _match(entry: str, suffix: str) -> list[Path]:
+def _match(entry: str, suffix: str) -> list[str]:
     """The files that an entry names; a literal name goes before a glob."""
-    if Path(entry).is_file():
-        return [Path(entry)] if entry.endswith(suffix) else []
-    names = sorted(glob.glob(entry, recursive=True)) if glob.has_magic(entry) else []
-    return [Path(name) for name in names if name.endswith(suffix) and Path(name).is_file()]
+    if os.path.isfile(entry):
+        return [entry] if entry.endswith(suffix) else []
+    return [name for name in matches(entry) if name.endswith(suffix) and os.path.isfile(name)]
 
 
 def _layout(path: Path, dtype: str) -> tuple[np.dtype[Any], int]:

@@ -25,11 +25,11 @@ def made_by(prefix: Path) -> MadeBy | None:
     Raises:
         AccessError: a record is there and the system does not let it be read.
     """
-    whole = Path(str(prefix).removesuffix(HELD_OUT))
-    for path in dict.fromkeys((Path(f"{prefix}.json"), Path(f"{whole}.json"))):
+    whole = str(prefix).removesuffix(HELD_OUT)
+    for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
         try:
-            tokenizer = json.loads(read_text(path))["tokenizer"]
-            return MadeBy(path, str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]))
+            tokenizer = json.loads(read_text(Path(name)))["tokenizer"]
+            return MadeBy(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
     return None

@@ -9,20 +9,20 @@ The first three may be packed as .gz or .zst. JSON lines stay bytes until a work
 as dear as reading is cheap.
 """
 
-import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan_cpt.data.file_names import PACKED, Once, escape_hint, matches
 from titan_cpt.data.unpacking import read_blocks
 from titan_cpt.errors import DataError
 
 HUB = "hub:"
 SUFFIXES = (".txt", ".jsonl", ".json")
-PACKED = ("", ".gz", ".zst")
 ALLOWED = f"{', '.join(SUFFIXES)} (also .gz and .zst), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
 
 CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
@@ -113,15 +113,22 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
         DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
     """
     found: list[Source] = []
+    hubs: set[str] = set()
+    once = Once("text")
     for entry in inputs:
         names = [entry] if entry.startswith(HUB) else _match(entry)
         if not names:
-            raise DataError(f"{entry}: no such file, and nothing matches it as a glob; allowed are {ALLOWED}")
+            why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
+            raise DataError(f"{entry}: {why}{escape_hint(entry)}")
         for name in names:
             if not name.startswith(HUB) and _kind(name) is None:
                 raise DataError(f"{name}: its name tells no format that can be read; allowed are {ALLOWED}")
-            if Source(name) in found:
-                raise DataError(f"{entry}: names {name} a second time: its text would be taken twice; name it once")
+            if name in hubs:
+                raise DataError(f"{entry}: names {name} a second time: its text would be read twice; name it once")
+            if name.startswith(HUB):
+                hubs.add(name)
+            else:
+                once.add(entry, name, name)
             found.append(Source(name))
     if not found:
         raise DataError(f"no input was given; allowed are {ALLOWED}")
@@ -166,9 +173,9 @@ def read_chunks(sources: Sequence[Source], text_field: str) -> Iterator[Chunk]:
 
 
 def _match(entry: str) -> list[str]:
-    if Path(entry).is_file():
+    if os.path.isfile(entry):
         return [entry]
-    return sorted(name for name in glob.glob(entry, recursive=True) if Path(name).is_file())
+    return [name for name in matches(entry) if os.path.isfile(name)]
 
 
 def _kind(name: str) -> str | None:
