@@ -10,12 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # Writes how it was called and what it was given in the environment to $CALLS, a JSON object a line, then runs $ACTION.
-# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path.
+# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path; asked
+# for the run's folder (--run-info), it answers, or refuses with status $RUN_INFO_STATUS.
 RECORDER = """
 import json, os, sys
 program, *arguments = sys.argv[1:]
 if arguments[0] == "-c":
     sys.exit("LACKS_TITAN_CPT" in os.environ and os.environ["LACKS_TITAN_CPT"] in program)
+if "--run-info" in arguments:
+    print("run_folder=outputs/run", "init_timeout_seconds=345", sep="\\n")
+    sys.exit(int(os.environ.get("RUN_INFO_STATUS", "0")))
 wanted = ("TITAN_CPT_STATUS_FILE", "OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 given = {name: os.environ[name] for name in wanted if name in os.environ}
 with open(os.environ["CALLS"], "a") as calls:

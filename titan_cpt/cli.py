@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "train what is not trained yet; run_train.sh calls this")
     _add_config(train)
 
+    train.add_argument("--run-info", action="store_true", help="check the config, print the run's folder; no training")
+
     sweep = _command(commands, "sweep", _sweep, "train the arms of [sweep] files, what they share once")
     sweep.add_argument("files", nargs="+", type=Path, metavar="FILE", help="TOMLs; one without [sweep] is one arm")
     sweep.add_argument("--arm", type=int, metavar="N", help="only arm N, from 0 (default: SLURM_ARRAY_TASK_ID, or all)")
@@ -245,6 +247,10 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     from titan_cpt.config_file import load_run
 
     config = load_run(options.config, overrides)  # before torch: a mistake is told in a blink
+    if options.run_info:
+        print(f"run_folder={Path(config.job.output_dir) / config.job.name}")
+        print(f"init_timeout_seconds={config.comm.init_timeout_seconds}")
+        return 0
     from titan_cpt.train import run
 
     return run(config)

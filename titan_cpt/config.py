@@ -169,6 +169,17 @@ class Checkpoint(Table):
         return self
 
 
+class Comm(Table):
+    """[comm]: how long processes wait for each other before a hang counts as a failure."""
+
+    init_timeout_seconds: PositiveInt = 600
+    """Longest wait for the other nodes and processes to start, and for any of them until each has done its first step
+    (loading, compiling)."""
+    train_timeout_seconds: PositiveInt = 1800
+    """Longest wait for another process in one collective operation after the first step; longer than the slowest save,
+    for which the others wait."""
+
+
 class ActivationCheckpoint(Table):
     """[activation_checkpoint]: what is computed again in the backward pass."""
 
@@ -420,6 +431,7 @@ class Config(Table):
     optimizer: Optimizer = Optimizer()
     training: Training
     parallelism: Parallelism = Parallelism()
+    comm: Comm = Comm()
     checkpoint: Checkpoint = Checkpoint()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     compile: Compile = Compile()

@@ -22,7 +22,7 @@ from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
 from titan_cpt.distributed.engine import Engine
 from titan_cpt.distributed.float8 import Float8
-from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh
+from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh, set_timeouts
 from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
@@ -92,6 +92,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     check_device(config, ranks.device.type)
 
     mesh = build_mesh(ranks, plan.layout)
+    set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
     model, engine = build_model(plan.shape, mesh, techniques(config))
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)

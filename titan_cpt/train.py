@@ -26,7 +26,7 @@ from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
 from titan_cpt.distributed.float8 import refresh_scales
-from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, wait_for_all
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, set_timeouts, wait_for_rank_0
 from titan_cpt.errors import NumericsError
 from titan_cpt.initial import load_initial
 from titan_cpt.manifest import write_text_atomically
@@ -60,7 +60,7 @@ def run(config: Config) -> int:
     keep_freed_memory()
     if config.job.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses cuBLAS; read when CUDA begins
-    ranks = join_ranks()
+    ranks = join_ranks(config.comm.init_timeout_seconds)
     try:
         return run_among(ranks, config)
     finally:
@@ -73,7 +73,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
     with locked(folder, rank=ranks.rank), StopRequest() as stop:
         if ranks.rank == 0:
             materialise(config)
-        wait_for_all()
+        wait_for_rank_0()
         parts, found = build(config, ranks, folder, stop)
         try:
             return train(parts, found)
@@ -163,6 +163,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
         The steps done, and whether everything due by then was measured: a signal cuts validation short.
     """
     config, loader, due = parts.config, open_loader(parts, stage, done), False
+    first_step = done
     parts.display.begin_stage(stage, done)
     if unmeasured and not validate(parts, stage, done):
         return done, False
@@ -176,6 +177,8 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
         record(parts, stage, step, taken(parts, loader, stage, step))
         done = step + 1
         last, stopping = done == stage.steps, parts.stop.agreed()
+        if step == first_step:  # by now every rank has compiled and taken it
+            set_timeouts(config.comm.train_timeout_seconds)
         measured = last or done % config.validation.interval == 0 or done in stage.final_window
         evaluated = benchmarks_due(config, stage, done)
         saved = _save_kind(stage, done, config.checkpoint.interval, stopping=stopping or evaluated)

@@ -309,6 +309,146 @@ class TestSeveralProcesses:
         assert int(repository.only_call()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
 
 
+class TestLogsAndRestarts:
+    """What run_train.sh keeps of a node, and what a cluster asks of it."""
+
+    def test_logs_are_kept_in_the_runs_folder_and_nothing_elsewhere(self, repository: Repository) -> None:
+        """console.txt has both streams, files that hold nothing are removed, and TMPDIR stays empty."""
+        action = """
+            logs=$(dirname "$TITAN_CPT_STATUS_FILE")/none_x/attempt_0
+            mkdir -p $logs/1 $logs/2; touch $logs/1/stdout.log; echo late > $logs/2/stderr.log
+            echo loss; echo warning >&2"""
+
+        done = repository.run("run_train.sh", "--config", "x.toml", NPROC="3", ACTION=action, NODE_RANK="7")
+
+        (node,) = (repository.elsewhere / "outputs/run/logs").glob("*/node-7-*")
+        files = [str(path.relative_to(node)) for path in sorted(node.rglob("*")) if path.is_file()]
+        assert files == ["console.txt", "none_x/attempt_0/2/stderr.log"]
+        assert sorted((node / "console.txt").read_text().splitlines()[-2:]) == ["loss", "warning"]
+        assert (done.returncode, done.stdout, done.stderr.splitlines()[1:]) == (0, "loss\n", ["warning"])
+        assert list((repository.folder.parent / "tmp").iterdir()) == []
+
+    def test_a_job_of_slurm_has_a_folder_for_each_start(self, repository: Repository) -> None:
+        """The job's number, the array's task and how often Slurm started it; one process keeps its output there."""
+        slurm = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NODEID": "0"}
+        for restarts in ({}, {"SLURM_RESTART_COUNT": "3"}):
+            done = repository.run("run_train.sh", ACTION="echo loss; exit 0", **slurm, **restarts)
+
+            assert (done.returncode, done.stdout) == (0, "loss\n"), done.stderr
+        logs = repository.elsewhere / "outputs/run/logs"
+        assert sorted(path.name for path in logs.iterdir()) == ["slurm-10_2-start-0", "slurm-10_2-start-3"]
+        assert [path.read_text().splitlines()[-1] for path in logs.rglob("console.txt")] == ["loss", "loss"]
+
+    def test_a_folder_that_cannot_be_written_leaves_the_message_to_the_program(self, repository: Repository) -> None:
+        """The logs go into TMPDIR, from where they are removed at the end, and the program is started."""
+        (repository.elsewhere / "outputs").write_text("a file")
+
+        done = repository.run("run_train.sh", NPROC="2", ACTION="echo cannot be written; exit 1")
+
+        assert done.returncode == 1
+        assert "cannot be written" in done.stdout
+        assert list((repository.folder.parent / "tmp").iterdir()) == []
+
+    def test_a_mistake_in_the_config_starts_no_process(self, repository: Repository) -> None:
+        """The config is checked once, before torchrun, with the program's status."""
+        done = repository.run("run_train.sh", NPROC="2", RUN_INFO_STATUS="2")
+
+        assert done.returncode == 2
+        assert repository.calls() == []
+        assert not (repository.elsewhere / "outputs").exists()
+
+    def test_max_restarts_on_one_node(self, repository: Repository) -> None:
+        """torchrun starts all of its processes again so often."""
+        repository.run("run_train.sh", NPROC="2", MAX_RESTARTS="3")
+
+        call = repository.only_call()
+        assert option(call, "--max-restarts") == "3"
+        assert "--standalone" in call["arguments"]
+
+    @pytest.mark.parametrize("node", ["0", "1"])
+    def test_max_restarts_on_several_nodes(self, repository: Repository, node: str) -> None:
+        """The nodes start again together: torchrun's c10d rendezvous at node 0, with the config's timeout."""
+        repository.run(
+            "run_train.sh", NNODES="2", NODE_RANK=node, MASTER_ADDR="gpu07", MASTER_PORT="1234", MAX_RESTARTS="1"
+        )
+
+        call = repository.only_call()
+        assert option(call, "--max-restarts") == "1"
+        assert option(call, "--rdzv-backend") == "c10d"
+        assert option(call, "--rdzv-endpoint") == "gpu07:1234"
+        waits = next(word for word in call["arguments"] if word.startswith("--rdzv-conf="))
+        assert waits == f"--rdzv-conf=join_timeout=345,read_timeout=345,is_host={int(node == '0')}"
+        assert option(call, "--node-rank") is None
+
+    def test_without_restarts_several_nodes_wait_as_long_as_the_config_says(self, repository: Repository) -> None:
+        """comm.init_timeout_seconds is torchrun's timeout too."""
+        repository.run("run_train.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="gpu07", MASTER_PORT="1234")
+
+        call = repository.only_call()
+        assert "--rdzv-conf=timeout=345" in call["arguments"]
+        assert option(call, "--max-restarts") is None
+
+    def test_a_number_of_restarts_must_be_one(self, repository: Repository) -> None:
+        """MAX_RESTARTS that is no whole number is refused before anything is started."""
+        done = repository.run("run_train.sh", NPROC="2", MAX_RESTARTS="-1")
+
+        assert done.returncode == 2
+        assert "MAX_RESTARTS must be a whole number from 0, got '-1'" in done.stderr
+        assert repository.calls() == []
+
+    def test_a_process_for_each_gpu_of_this_node(self, repository: Repository) -> None:
+        """Slurm's count comes first, which differs between the nodes of a job; else those that nvidia-smi lists."""
+        listing = "#!/usr/bin/env bash\nprintf 'GPU 0: A (UUID: a)\\nGPU 1: A (UUID: b)\\n  MIG 1g\\n'\n"
+        repository.add_tool(repository.tools / "nvidia-smi", listing)
+
+        repository.run("run_train.sh", NPROC="gpu", SLURM_GPUS_ON_NODE="5")
+        repository.run("run_train.sh", NPROC="gpu")
+
+        assert [option(call, "--nproc-per-node") for call in repository.calls()] == ["5", "2"]
+
+    def test_a_node_without_gpus_runs_one_process_and_says_so(self, repository: Repository) -> None:
+        """NPROC=gpu on a CPU cluster."""
+        done = repository.run("run_train.sh", NPROC="gpu")
+
+        assert done.returncode == 0
+        assert "this node has no GPUs: one process" in done.stderr
+        assert repository.only_call()["arguments"][:3] == ["-m", "titan_cpt", "train"]
+
+    def test_slurms_usr1_asks_torchrun_to_stop(self, repository: Repository) -> None:
+        """SIGUSR1 would kill torchrun: it is passed on as SIGTERM."""
+        action = """
+            trap 'echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' TERM
+            echo ready; while :; do sleep 0.02; done"""
+
+        assert self.signalled(repository, action, signal.SIGUSR1) == 75
+
+    def test_processes_that_still_save_when_torchrun_has_left_are_waited_for(self, repository: Repository) -> None:
+        """A second signal makes torchrun leave at once; its processes save, and their status counts."""
+        action = """
+            setsid bash -c 'sleep 1.5; echo 75 > "$TITAN_CPT_STATUS_FILE"' &
+            trap 'exit 1' TERM
+            echo ready; while :; do sleep 0.02; done"""
+
+        assert self.signalled(repository, action, signal.SIGTERM) == 75
+
+    @staticmethod
+    def signalled(repository: Repository, action: str, number: signal.Signals) -> int:
+        """The exit status of a run of two processes that is sent a signal once it is ready."""
+        process = subprocess.Popen(
+            [str(repository.folder / "run_train.sh")],
+            cwd=repository.elsewhere,
+            env={**repository.environment, "NPROC": "2", "ACTION": action},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            return process.wait(timeout=30)
+
+
 @pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup.sh", ".ci/run"])
 def test_scripts_are_executable_and_strict(script: str) -> None:
     """A clone can run them, they stop at the first failure, and they parse."""

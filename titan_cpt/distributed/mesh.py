@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from titan_cpt.layout import Layout, Place
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_waits = itertools.count()  # the same on every rank, as all of them wait in the same places
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,13 @@ class Mesh:
         return loss
 
 
-def join_ranks() -> Ranks:
-    """Take up the place that torchrun's variables give this process; without them it is the only one."""
+def join_ranks(timeout_s: int | None = None) -> Ranks:
+    """Initialize the process group from torchrun's variables; without them this process is the only one.
+
+    Args:
+        timeout_s: longest wait for another process, here and in every collective operation until `set_timeouts`; None
+            for torch's own (10 minutes for NCCL, 30 for gloo).
+    """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -86,15 +97,16 @@ def join_ranks() -> Ranks:
     if world_size == 1:
         return Ranks(0, 1, device)
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun (2.13) starts ranks again on the store of those that died, where their addresses still stand: the new
         # ones would call the dead. run_train.sh asks it for a new store, which helps with several nodes too.
         store, rank, _ = next(rendezvous("env://"))
         store = PrefixStore(f"attempt-{attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     return Ranks(dist.get_rank(), world_size, device)
 
 
@@ -108,6 +120,29 @@ def wait_for_all() -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Set the longest wait of every collective operation of every process group that this process is part of."""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def wait_for_rank_0() -> None:
+    """Return on every rank when rank 0 has come here too, however long that takes; the others do not wait for more.
+
+    Not a barrier, whose timeout would end a run while rank 0 prepares data for hours.
+    """
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    key = f"titan_cpt/rank-0/{next(_waits)}"
+    if dist.get_rank() == 0:
+        store.set(key, "done")
+    while not store.check([key]):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def build_mesh(ranks: Ranks, layout: Layout) -> Mesh:
