@@ -1,16 +1,17 @@
 """The command line: subcommands, messages and exit statuses; no logic. Heavy modules are imported by what needs them.
 
-Exit status: 0 done; 2 the user's mistake, one message and no traceback; 75 stopped early on a signal with everything
+Exit status: 0 done; 2 the user's mistake, or what the operating system refuses (a folder that cannot be written, a full
+disk), one message and no traceback; 130 Ctrl-C, in a line; 75 stopped early on a signal with everything
 saved, so that a queue may start the same command again; 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
-from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError
+from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, in_words
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
@@ -39,11 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as with `| head`
         status = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        where = error.filename or "a file"
-        print(f"{where}: cannot be written: {error.strerror}. Make room, then run the command again", file=sys.stderr)
+        print(f"{type(error).__name__}: {in_words(error)}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt as interrupt:
+        _leave_interrupted(str(interrupt))
     _leave(status)
 
 
@@ -53,6 +53,16 @@ def _leave(status: int) -> NoReturn:
     if path and status and not (Path(path).exists() and Path(path).read_text() == "2"):
         Path(path).write_text(str(status))
     sys.exit(status)
+
+
+def _leave_interrupted(told: str) -> NoReturn:
+    """End as Ctrl-C ends a program (130 in a shell, whose loops end too), with a line in place of a traceback."""
+    print(f"stopped by Ctrl-C{': ' if told else ''}{told}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,12 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare = _command(commands, "prepare", _prepare, "text to token files, and tokenizers from text")
     prepare.add_argument("--config", type=Path, metavar="FILE", help="prepare what this config's datasets still lack")
     prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
-    prepare.add_argument("--output", type=Path, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|PATH", help="default: bytes")
+    prepare.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    prepare.add_argument("--tokenizer", metavar="bytes|PATH", help="default: bytes, one token a byte")
     prepare.add_argument("--text-field", default="text", metavar="NAME", help="field of a document's text")
     prepare.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share for PREFIX-validation")
     prepare.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
-    prepare.add_argument("--force", action="store_true", help="replace an output made in another way")
+    prepare.add_argument("--force", action="store_true", help="replace an output that prepare made in another way")
     prepare.add_argument(
         "--train-tokenizer", type=positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
     )
@@ -321,25 +331,37 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     none_left([f"--{key}" for key, _ in overrides])
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
+    if options.train_tokenizer and options.output.endswith(os.sep):
+        raise ConfigError(f"command line: --output {options.output} is a folder: name the file, such as tokenizer.json")
     if options.train_tokenizer:
-        from titan_cpt.data.texts import iterate_texts
-        from titan_cpt.data.tokenizer import train_bpe
+        from titan_cpt.data.materialise import train_tokenizer
 
-        train_bpe(iterate_texts(options.input, options.text_field), options.train_tokenizer, options.output)
-        print(f"{options.output}: a byte-level BPE of {options.train_tokenizer:,} entries")
+        asked = options.input, options.text_field, options.train_tokenizer
+        written = train_tokenizer(*asked, Path(options.output), force=options.force)
+        done = "" if written else "already there, nothing was changed: "
+        print(f"{options.output}: {done}a byte-level BPE of {options.train_tokenizer:,} entries")
         return 0
+    from titan_cpt.data.outputs import prefix_to_write
     from titan_cpt.data.prepare import prepare
 
+    output = prefix_to_write(options.output)
+    if options.tokenizer is None:
+        print(
+            "note: no --tokenizer was given: every byte becomes a token (bytes, 257 ids), several times as many as "
+            "with a trained tokenizer; `--tokenizer bytes` states that this is meant",
+            file=sys.stderr,
+            flush=True,
+        )
     result = prepare(
         inputs=options.input,
-        output=options.output,
-        tokenizer=options.tokenizer,
+        output=output,
+        tokenizer=options.tokenizer or "bytes",
         text_field=options.text_field,
         holdout=options.holdout,
         workers=options.workers,
         force=options.force,
     )
-    print(f"{options.output}: {result.in_words}")
+    print(result.in_words)
     return 0
 
 

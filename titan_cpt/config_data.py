@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -12,11 +13,17 @@ OWN_ORDER = ("presequenced", "megatron_order")  # formats that come in an order 
 HEADERLESS = ("raw", "presequenced")  # formats whose files may be nothing but ids, of a dtype that the config gives
 
 
+def _prefix(name: str) -> str:
+    """What is left of the name of a .bin or an .idx, which means the pair."""
+    return name.removesuffix(".idx").removesuffix(".bin")
+
+
 class Source(Table):
     """[datasets.NAME.source]: the text that `train` and `validation` are prepared from when they are missing."""
 
     text: Strings
-    """Files or globs (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), or "hub:NAME[:CONFIG[:SPLIT]]"."""
+    """Files or globs (.txt, .jsonl and .json, each also packed as .gz or .zst; .parquet), or
+    "hub:NAME[:CONFIG[:SPLIT]]". A .json holds one object a line, or one array of objects."""
     text_field: str = "text"
     """The field that holds a document's text."""
     holdout: Fraction01 = 0.0
@@ -104,6 +111,12 @@ class Dataset(TokenTable):
             raise fault("with source, train must be one prefix: it is what is written")
         if self.source and {self.format, self.held_out_format} != {"indexed"}:
             raise fault('with source, format must be "indexed": .bin/.idx is what is written')
-        if self.source and self.source.holdout and self.validation != (f"{(self.train or ('',))[0]}-validation",):
-            raise fault('with source.holdout, validation must be the train prefix followed by "-validation"')
+        if self.source and os.path.basename(_prefix((self.train or ("",))[0])) in ("", ".", ".."):
+            raise fault("with source, train must be a prefix to write, such as data/german/train, and not a folder")
+        held_out = f"{_prefix((self.train or ('',))[0])}-validation"
+        if self.source and self.source.holdout and [_prefix(name) for name in self.validation or ()] != [held_out]:
+            raise fault(
+                'with source.holdout, validation must be the train prefix followed by "-validation", which is '
+                f'"{held_out}"'
+            )
         return self

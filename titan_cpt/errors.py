@@ -1,8 +1,12 @@
 """The six errors that the package raises on purpose.
 
 Each carries one message for its reader: where the fault is, what was found, what is allowed and what to do. The command
-line prints that message and no traceback. `exit_status` is what a program that called us may rely on.
+line prints that message and no traceback. `exit_status` is what a program that called us may rely on. An OSError, which
+the operating system raises, is put into the same form by `in_words`.
 """
+
+import errno
+import os
 
 
 class TitanError(Exception):
@@ -35,3 +39,35 @@ class NumericsError(TitanError):
     """A loss or a gradient is not finite. Not the user's mistake: the weights are as they were before that step."""
 
     exit_status = 1
+
+
+_ROOM = "Make room, then run the same command again"
+_REMEDIES = {
+    errno.EACCES: "Change its permissions or those of its folder (`ls -ld` shows them), or choose another path",
+    errno.EPERM: "Change its permissions or attributes, or choose another path",
+    errno.EROFS: "The file system is read-only: choose a path on another one",
+    errno.ENOENT: "Check the path",
+    errno.ENOTDIR: "A part of the path is a file and not a folder: choose another path",
+    errno.EISDIR: "It is a folder, and a file is needed: name a file",
+    errno.EEXIST: "Rename or remove it, or choose another path",
+    errno.ENOTEMPTY: "Rename or remove it, or choose another path",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Its symbolic links lead in a circle: mend them, or choose another path",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "The file system, or `ulimit -f`, allows no file of that size: " + _ROOM[0].lower() + _ROOM[1:],
+    errno.EMFILE: "Allow more open files (`ulimit -n`)",
+    errno.ENFILE: "The machine has too many open files: close some, or wait",
+    errno.EIO: "The disk or its connection fails: check it, or choose another path",
+    errno.ESTALE: "The network file system was mounted anew: run the same command again",
+    errno.ETXTBSY: "It is a program that is running now: choose another path",
+}
+
+
+def in_words(error: OSError) -> str:
+    """What the operating system refused: the path or paths, its reason, and what to do."""
+    paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+    reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
+    where = f"{' -> '.join(paths)}: " if paths else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{reason}" + (f". {remedy}" if remedy else "")

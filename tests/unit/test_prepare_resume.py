@@ -192,12 +192,14 @@ def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
     with pytest.raises(DataError, match="out"):
         run([tmp_path / "a.txt"], tmp_path / "out")
     (tmp_path / "out.json").write_text("{}")
-    with pytest.raises(DataError, match=r"no .*out\.json"):
-        run([tmp_path / "a.txt"], tmp_path / "out")
+    for force in (False, True):
+        with pytest.raises(DataError, match=r"out\.idx, .*out\.bin, .*out\.json: exist and were not made by this"):
+            run([tmp_path / "a.txt"], tmp_path / "out", force=force)
     (tmp_path / "out.json").unlink()
 
-    with pytest.raises(DataError, match=r"no .*out\.json that says how it was made.*--force"):
-        run([tmp_path / "a.txt"], tmp_path / "out")
+    for force in (False, True):
+        with pytest.raises(DataError, match=r"not made by this preparation \(no .*out\.json says so\)"):
+            run([tmp_path / "a.txt"], tmp_path / "out", force=force)
     assert (tmp_path / "out.bin").read_bytes() == whole[:2]
 
 

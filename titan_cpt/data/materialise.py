@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from titan_cpt.config import Config
 from titan_cpt.config_data import Dataset, Source
 from titan_cpt.data.indexed import missing
+from titan_cpt.data.outputs import prefix_to_write
 from titan_cpt.data.prepare import prepare
-from titan_cpt.data.texts import iterate_texts, missing_inputs
+from titan_cpt.data.texts import find_inputs, iterate_texts, missing_inputs
 from titan_cpt.data.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 from titan_cpt.reading import is_there
+from titan_cpt.written import same_file
 
 
 def materialise(
@@ -39,10 +41,11 @@ def materialise(
     for name, dataset in lacking.items():
         assert dataset.source is not None, "only datasets with a source were picked"
         assert dataset.train is not None, "the config has checked that a source goes with one train prefix"
-        say(f"dataset {name}: preparing {dataset.train[0]}")
+        output = prefix_to_write(dataset.train[0])
+        say(f"dataset {name}: preparing {output}")
         result = prepare(
             inputs=dataset.source.text,
-            output=Path(dataset.train[0]),
+            output=output,
             tokenizer=config.tokenizer.path,
             text_field=dataset.source.text_field,
             holdout=dataset.source.holdout,
@@ -50,6 +53,18 @@ def materialise(
             force=force,
         )
         say(f"dataset {name}: {result.in_words}")
+
+
+def train_tokenizer(inputs: Sequence[str], text_field: str, vocab_size: int, output: Path, *, force: bool) -> bool:
+    """Train a BPE on text files and write it; see `train_bpe`.
+
+    Raises:
+        DataError: as `find_inputs` and `train_bpe`, or the output is one of the inputs.
+    """
+    place = same_file(output, (Path(source.spec) for source in find_inputs(inputs) if not source.is_hub))
+    if place is not None:
+        raise DataError(f"{place}: is an input, and the tokenizer would replace it: choose another output")
+    return train_bpe(iterate_texts(inputs, text_field), vocab_size, output, force=force)
 
 
 def _lacks(dataset: Dataset, force: bool) -> bool:
@@ -80,4 +95,4 @@ def _train_tokenizer(config: Config, say: Callable[[str], None]) -> None:
     assert source is not None, "the config has checked that a tokenizer's dataset has a source"
     _fetch(train.dataset, source, say)
     say(f"tokenizer: training a BPE of {train.vocab_size:,} entries on the text of {train.dataset}, into {path}")
-    train_bpe(iterate_texts(source.text, source.text_field), train.vocab_size, path)
+    train_tokenizer(source.text, source.text_field, train.vocab_size, path, force=False)

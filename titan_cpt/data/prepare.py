@@ -8,28 +8,39 @@ not at all; a run that is killed and started again finds its finished shards by 
 import json
 import multiprocessing
 import os
-import shutil
+import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from titan_cpt.data.indexed import count_tokens
 from titan_cpt.data.indexed_format import pair_paths
 from titan_cpt.data.indexed_writer import concatenate, flush_folder, rename_pair
-from titan_cpt.data.shards import Counts, Job, encode_chunk, finished_counts, held_out_prefix, start_worker
+from titan_cpt.data.outputs import (
+    RECORD,
+    has_finished_parts,
+    held_out_prefix,
+    partial_folder,
+    recipe_of,
+    refuse_inputs_in_the_way,
+    remove_partial,
+    replaceable,
+    require_own_partial,
+)
+from titan_cpt.data.progress import progress
+from titan_cpt.data.record import read_record, record_path
+from titan_cpt.data.shards import Counts, Job, encode_chunk, finished_counts, start_worker
 from titan_cpt.data.texts import Chunk, Source, find_inputs, iterate_texts, missing_inputs, read_chunks
-from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
+from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.locks import exclusive
-from titan_cpt.reading import is_there, read_text
+from titan_cpt.reading import is_there
+from titan_cpt.written import make_folder, write_whole
 
 __all__ = ["PrepareResult", "iterate_texts", "missing_inputs", "prepare"]
 
@@ -41,6 +52,10 @@ RECIPE_VERSION = 1
 class PrepareResult:
     """What `prepare` has done."""
 
+    output: Path
+    """The path without .bin and .idx."""
+    tokenizer: str
+    """Name and size of the tokenizer."""
     counts: Counts
     """Documents, tokens and bytes, held out and empty ones among them."""
     already_done: bool
@@ -55,14 +70,16 @@ class PrepareResult:
     def in_words(self) -> str:
         """What was done, in a line; the note on a second one."""
         counts = self.counts
-        parts = [f"{counts.documents:,} documents, {counts.tokens:,} tokens"]
+        parts = [f"{self.output}: {counts.documents:,} documents, {counts.tokens:,} tokens"]
         if counts.held_out_documents:
-            parts.append(f"{counts.held_out_documents:,} held out, {counts.held_out_tokens:,} tokens")
+            held_out = f"{counts.held_out_documents:,} documents, {counts.held_out_tokens:,} tokens"
+            parts.append(f"{held_out_prefix(self.output)}: {held_out}")
         if counts.empty_documents:
-            parts.append(f"{counts.empty_documents:,} empty ones left out")
+            parts.append(f"{counts.empty_documents:,} empty documents left out")
         if self.reused_chunks:
             parts.append(f"{self.reused_chunks} of {self.chunks} parts were done already")
-        done = "already there, made in this way: " if self.already_done else ""
+        parts.append(f"tokenizer: {self.tokenizer}")
+        done = "already done, nothing was changed: " if self.already_done else ""
         return done + "; ".join(parts) + (f"\nnote: {self.note}" if self.note else "")
 
 
@@ -91,35 +108,56 @@ def prepare(
         workers: processes that tokenise; the result does not depend on it. More than one needs the main module of the
             program to be importable without doing anything (`if __name__ == "__main__"`).
         show_progress: a bar on stderr, if that is a terminal.
-        force: replace an output that was made in another way.
+        force: replace an output that `prepare` made in another way.
 
     Raises:
         ConfigError: an option is out of its range.
-        DataError: an input is at fault, an output made in another way is there, or another process is writing it.
+        DataError: an input is at fault or would be replaced, files in the way are not ours or were made in another
+            way, or another process is writing the output. Nothing that was there is changed then.
+        KeyboardInterrupt: with what is to be said of it; finished parts stay for the next attempt.
     """
     _check_options(holdout, workers, text_field)
-    sources = find_inputs(inputs)
+    sources = _without_own_record(find_inputs(inputs), inputs, output)
     vocabulary = load_tokenizer(tokenizer)
+    read = [Path(source.spec) for source in sources if not source.is_hub]
+    refuse_inputs_in_the_way(output, [*read, *_file_of(vocabulary)])
     recipe = _recipe(sources, vocabulary, text_field, holdout)
-    folder = Path(f"{output}.partial")
-    done = _finished(output, recipe, force=force)
+    words = f"{vocabulary.name} ({vocabulary.vocab_size:,} ids)"
+    done = None if force else _finished(output, recipe)
     if done is not None:
-        if folder.exists():  # the run that made the output was killed as it cleared up
-            with suppress(DataError), _only_writer(folder, output):
-                shutil.rmtree(folder, ignore_errors=True)
-        return PrepareResult(done, already_done=True, reused_chunks=0, chunks=0, note=None)
+        with suppress(DataError):  # the run that made the output was killed as it cleared up
+            require_own_partial(output)
+            if partial_folder(output).exists():
+                with _only_writer(output):
+                    remove_partial(output)
+        return PrepareResult(output, words, done, already_done=True, reused_chunks=0, chunks=0, note=None)
+    replaceable(output, recipe, force=force)
     note = vocabulary.note
-    folder.mkdir(parents=True, exist_ok=True)
-    with _only_writer(folder, output):
-        job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, folder)
-        shards, reused = _encode_all(sources, job, workers, show_progress=show_progress)
+    with _only_writer(output), _resumable(output):
+        job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output))
+        shards, reused = _encode_all(sources, job, output, workers, show_progress=show_progress)
         counts = sum((part for _, part in shards), Counts())
         _check_sides(counts, holdout)
-        _publish(
-            [shard for shard, _ in shards], output, job, vocabulary.vocab_size, {**recipe, "counts": asdict(counts)}
-        )
-    shutil.rmtree(folder)
-    return PrepareResult(counts, already_done=False, reused_chunks=reused, chunks=len(shards), note=note)
+        record = {**recipe, "counts": asdict(counts)}
+        _publish([shard for shard, _ in shards], output, job, vocabulary.vocab_size, record, force=force)
+        remove_partial(output)
+    return PrepareResult(output, words, counts, already_done=False, reused_chunks=reused, chunks=len(shards), note=note)
+
+
+def _without_own_record(sources: Sequence[Source], inputs: Sequence[str], output: Path) -> list[Source]:
+    """Leave out PREFIX.json where a glob such as data/*.json matches the record of this very output."""
+    own = str(record_path(output))
+    return [
+        source
+        for source in sources
+        if source.spec in inputs or os.path.normpath(source.spec) != os.path.normpath(own) or not read_record(Path(own))
+    ]
+
+
+def _file_of(tokenizer: Tokenizer) -> list[Path]:
+    """The file that a tokenizer is read from, which is an input too."""
+    path = Path(tokenizer.name)
+    return [] if tokenizer.name == BYTES else [path / "tokenizer.json" if path.is_dir() else path]
 
 
 def _check_options(holdout: float, workers: int, text_field: str) -> None:
@@ -142,65 +180,75 @@ def _recipe(sources: Sequence[Source], tokenizer: Tokenizer, text_field: str, ho
     }
 
 
-def _finished(output: Path, recipe: dict[str, Any], *, force: bool) -> Counts | None:
-    """The counts of an output that is there and made in this way; None if there is none, or it is to be replaced.
+def _finished(output: Path, recipe: dict[str, Any]) -> Counts | None:
+    """The counts of an output that is there and made in this way; None if there is none, or it is of another recipe.
 
     Raises:
-        DataError: another output is there, and `force` is off.
+        DataError: the output is damaged, or was changed after it was made.
     """
-    if force or not is_there(pair_paths(output)[1]):
+    record = read_record(record_path(output))
+    if record is None or recipe_of(record) != recipe or not is_there(pair_paths(output)[1]):
         return None
-    remedy = "Choose another --output, or replace it with --force"
-    try:
-        record = json.loads(read_text(_record_path(output)))
-        counts = Counts(**record.pop("counts"))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{output}.idx: is there, and no {output}.json that says how it was made. {remedy}") from None
-    if record != recipe:
-        difference = "; ".join(_differences(record, recipe))
-        raise DataError(f"{output}.idx: is there, made in another way: {difference}. {remedy}")
+    counts = Counts(**{field.name: record["counts"].get(field.name, field.default) for field in fields(Counts)})
     _check_length(output, counts.tokens)
     if recipe["holdout"]:
         _check_length(held_out_prefix(output), counts.held_out_tokens)
     return counts
 
 
-def _differences(was: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """Each key that differs, as found and as wanted; of the inputs the first that does."""
-    for key in wanted:
-        if was.get(key) == wanted[key]:
-            continue
-        if key != "inputs":
-            yield f"{key} {was.get(key)} -> {wanted[key]}"
-        elif len(was["inputs"]) != len(wanted["inputs"]):
-            yield f"{len(was['inputs'])} inputs -> {len(wanted['inputs'])}"
-        else:
-            pairs = zip(was["inputs"], wanted["inputs"], strict=True)
-            yield next(f"input {before} -> {now}" for before, now in pairs if before != now)
-
-
 def _check_length(prefix: Path, tokens: int) -> None:
     if (found := count_tokens(prefix)) != tokens:
-        raise DataError(f"{prefix}.bin: {found} tokens; {tokens} were written. Make it again with --force")
+        raise DataError(
+            f"{prefix}.bin: {found} tokens; {tokens} were written: it was changed since. Rename or "
+            "remove it, then prepare again"
+        )
 
 
-def _only_writer(folder: Path, output: Path) -> AbstractContextManager[None]:
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
     """Hold a lock on the output for as long as the block runs; raises DataError if another process has it."""
 
     def held(by: str) -> DataError:
         return DataError(f"{output}: another process is preparing it now{by}; wait for it, or end it")
 
-    return exclusive(folder / "lock", held=held)
+    require_own_partial(output)
+    make_folder(partial_folder(output))
+    with exclusive(partial_folder(output) / "lock", held=held):
+        yield
+
+
+@contextmanager
+def _resumable(output: Path) -> Iterator[None]:
+    """Whatever ends the block: keep finished parts, from which the same command resumes, and nothing else."""
+    try:
+        yield
+    except BaseException as fault:
+        folder = partial_folder(output)
+        kept = folder.is_dir() and has_finished_parts(output)
+        if not kept or isinstance(fault, _NothingToPrepare):
+            remove_partial(output)
+            kept = False
+        told = f"finished parts are kept in {folder}: the same command resumes from them" if kept else "nothing is kept"
+        if isinstance(fault, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{output}: not prepared; {told}") from None
+        if isinstance(fault, DataError) and kept:
+            raise DataError(f"{fault} ({told[0].upper()}{told[1:]})") from fault.__cause__
+        raise
+
+
+class _NothingToPrepare(DataError):
+    """The inputs, read to their end, do not make an output: their parts are of no use to another attempt."""
 
 
 def _encode_all(
-    sources: Sequence[Source], job: Job, workers: int, *, show_progress: bool
+    sources: Sequence[Source], job: Job, output: Path, workers: int, *, show_progress: bool
 ) -> tuple[list[tuple[Path, Counts]], int]:
     """Make the shards that are not there yet; return all of them in the order of the text, and how many were there."""
     shards: list[tuple[Path, Counts]] = []
     pending: deque[tuple[int, Path, Future[Counts]]] = deque()
     reused = 0
-    with _progress(sum(source.disk_bytes for source in sources), show=show_progress) as advance, _pool(workers) as pool:
+    total_bytes = sum(source.disk_bytes for source in sources)
+    with progress(output, total_bytes, show=show_progress) as advance, _pool(workers) as pool:
 
         def take_oldest() -> None:
             disk_bytes, shard, future = pending.popleft()
@@ -222,7 +270,12 @@ def _encode_all(
 def _submit(pool: Executor | None, chunk: Chunk, job: Job, finished: Counts | None) -> Future[Counts]:
     """What a chunk will have come to; without a pool, or where it is finished, that is known at once."""
     if pool is not None and finished is None:
-        return pool.submit(encode_chunk, chunk, job)
+        # A worker that starts may not yet see Ctrl-C, which Python would answer with a traceback of its imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(encode_chunk, chunk, job)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     future: Future[Counts] = Future()
     future.set_result(finished or encode_chunk(chunk, job))
     return future
@@ -252,60 +305,33 @@ def _pool(workers: int) -> Iterator[Executor | None]:
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _progress(total_bytes: int, *, show: bool) -> Iterator[Callable[[int, Counts], None]]:
-    """A bar over the bytes of the inputs on the disk; without a terminal there is none."""
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenising"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    counted = TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens")
-    hidden = not (show and console.is_terminal)
-    with Progress(
-        *columns, counted, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden
-    ) as progress:
-        task = progress.add_task("", total=total_bytes or None, documents=0, tokens=0)
-        so_far = Counts()
-
-        def advance(disk_bytes: int, counts: Counts) -> None:
-            nonlocal so_far
-            so_far += counts
-            documents = so_far.documents + so_far.held_out_documents
-            tokens = so_far.tokens + so_far.held_out_tokens
-            progress.update(task, advance=disk_bytes, documents=documents, tokens=tokens)
-
-        yield advance
-
-
 def _check_sides(counts: Counts, holdout: float) -> None:
     """Raise DataError if a side would be left without a document."""
     if not counts.documents + counts.held_out_documents:
-        raise DataError(f"the inputs hold no text: {counts.empty_documents} documents, all of them empty")
+        raise _NothingToPrepare(f"the inputs hold no text: {counts.empty_documents} documents, all of them empty")
     if not counts.documents or (holdout and not counts.held_out_documents):
-        raise DataError(
+        raise _NothingToPrepare(
             f"--holdout {holdout} puts {counts.held_out_documents} of "
             f"{counts.documents + counts.held_out_documents} documents on the held-out side, and both sides need one: "
             "change it, or give more documents"
         )
 
 
-def _publish(shards: list[Path], output: Path, job: Job, vocab_size: int, record: dict[str, Any]) -> None:
+def _publish(
+    shards: list[Path], output: Path, job: Job, vocab_size: int, record: dict[str, Any], *, force: bool
+) -> None:
     """Join the shards, then put everything in its place, OUTPUT.idx last: where that is, all of it is."""
     joined = job.folder / "joined"
     concatenate(shards, joined, vocab_size)
     if job.holdout:
         concatenate([held_out_prefix(shard) for shard in shards], held_out_prefix(joined), vocab_size)
-    written = job.folder / "record.json"
-    with open(written, "w") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    for old in (*pair_paths(output)[::-1], *pair_paths(held_out_prefix(output))[::-1], _record_path(output)):
-        old.unlink(missing_ok=True)  # an .idx first: until the new one is whole there is none
+    old = replaceable(output, recipe_of(record), force=force)  # again: tokenizing may have taken hours
+    written = job.folder / RECORD
+    write_whole(written, (json.dumps(record, indent=2) + "\n").encode())
+    for path in old:
+        path.unlink(missing_ok=True)  # an .idx first: until the new one is whole there is none
     flush_folder(output.parent)
     if job.holdout:
         rename_pair(held_out_prefix(joined), held_out_prefix(output))
-    os.replace(written, _record_path(output))
+    os.replace(written, record_path(output))
     rename_pair(joined, output)
-
-
-def _record_path(output: Path) -> Path:
-    return Path(f"{output}.json")

@@ -1,8 +1,8 @@
-"""Which tokenizer made some tokens: what `prepare` writes into PREFIX.json, found again when the tokens are used."""
+"""PREFIX.json beside a .bin/.idx pair: how `prepare` made it, and with which tokenizer."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from titan_cpt.reading import read_text
 
@@ -33,3 +33,30 @@ def made_by(prefix: Path) -> MadeBy | None:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def record_path(prefix: Path) -> Path:
+    """Where the record of a pair is stored."""
+    return Path(f"{prefix}.json")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record that `prepare` wrote to a file; None if there is no file, or `prepare` did not write it.
+
+    Raises:
+        AccessError: the file is there and the system does not let it be read.
+    """
+    try:
+        record = json.loads(read_text(path))
+        of_ours = (
+            isinstance(record["version"], int)
+            and isinstance(record["tokenizer"]["fingerprint"], str)
+            and isinstance(record["tokenizer"]["vocab_size"], int)
+            and isinstance(record["holdout"], int | float)
+            and isinstance(record["inputs"], list)
+            and isinstance(record["counts"]["tokens"], int)
+            and isinstance(record["counts"]["held_out_tokens"], int)
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if of_ours else None

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from titan_cpt.data.indexed import count_tokens
 from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.outputs import held_out_prefix
 from titan_cpt.data.texts import Chunk
 from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
@@ -63,11 +64,6 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         """Field by field."""
         return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
-
-
-def held_out_prefix(prefix: Path) -> Path:
-    """Where the held-out documents of an output lie."""
-    return Path(f"{prefix}-validation")
 
 
 def finished_counts(shard: Path) -> Counts | None:
@@ -116,6 +112,7 @@ def encode_chunk(chunk: Chunk, job: Job) -> Counts:
 def start_worker() -> None:
     """Make a worker process end with its parent: at once on Ctrl-C, and when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked while the parent starts it: see prepare.py
     parent = parent_process()
     assert parent is not None, "start_worker is called in a child process"
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

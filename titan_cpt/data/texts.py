@@ -117,6 +117,8 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
     once = Once("text")
     for entry in inputs:
         names = [entry] if entry.startswith(HUB) else _match(entry)
+        if not names and Path(entry).is_dir():
+            raise DataError(f"{entry}: is a folder: {_how_to_name_files(entry)}")
         if not names:
             why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
             raise DataError(f"{entry}: {why}{escape_hint(entry)}")
@@ -176,6 +178,18 @@ def _match(entry: str) -> list[str]:
     if os.path.isfile(entry):
         return [entry]
     return [name for name in matches(entry) if os.path.isfile(name)]
+
+
+def _how_to_name_files(folder: str) -> str:
+    """Globs for the kinds of files that a folder holds, at its top or one level down."""
+    folder = folder.rstrip("/")
+    readable = [*(kind + packing for kind in SUFFIXES for packing in PACKED), ".parquet"]
+    for below in ("*", "*/*"):
+        names = [path.name for path in Path(folder).glob(below) if path.is_file()]
+        patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
+        if patterns:
+            return f"name its files, such as {' '.join(repr(f'{glob.escape(folder)}/{each}') for each in patterns)}"
+    return f"name files and not folders; it holds none that can be read; allowed are {ALLOWED}"
 
 
 def _kind(name: str) -> str | None:

@@ -11,7 +11,6 @@ the `tokenizers` library, whose tables are older.
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from titan_cpt.data.special_tokens import (
     model_vocab,
 )
 from titan_cpt.errors import DataError
+from titan_cpt.written import require_writable, write_whole
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -170,16 +170,21 @@ def fingerprint_of(path: str) -> str:
     return hashlib.sha256(b"titan_cpt bytes 1" if path == BYTES else _read(path)[0]).hexdigest()
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: bool = False) -> bool:
     """Train a byte-level BPE with GPT-2's pattern and write it as a tokenizer.json, whole or not at all.
 
     Args:
         texts: what it is trained on.
         vocab_size: entries in all: 256 bytes, <|endoftext|>, and the merges.
         output: the file to write.
+        force: replace another tokenizer.json.
+
+    Returns:
+        Whether the file was written; it is not where the same tokenizer is there already.
 
     Raises:
-        DataError: the `tokenizers` library is not installed, or the texts do not yield that many entries.
+        DataError: the `tokenizers` library is not installed, the texts do not yield that many entries, or the file
+            exists and is another tokenizer, or no tokenizer at all, which `force` does not replace either.
     """
     try:
         import tokenizers
@@ -187,6 +192,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
         raise DataError("training a tokenizer needs the `tokenizers` library: pip install 'titan_cpt[hf]'") from fault
     if vocab_size < 257:
         raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
+    _require_replaceable(output, vocab_size, force=force)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -202,7 +208,38 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path) -> None:
         raise DataError(
             f"{output}: the texts yield {size} entries, asked for were {vocab_size}: ask for {size} at most"
         )
-    _write_whole(output, tokenizer.to_str(pretty=True).encode())
+    content = tokenizer.to_str(pretty=True).encode()
+    if output.exists() and output.read_bytes() == content:
+        return False
+    if output.exists() and not force:
+        raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
+    write_whole(output, content)
+    return True
+
+
+def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
+    """Refuse a file that is not a tokenizer.json, and without `force` one that the training cannot give again."""
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'tokenizer.json'}")
+    require_writable(output)
+    if not output.exists():
+        return
+    try:
+        entries = vocab_size_of(str(output))
+    except DataError as fault:
+        raise DataError(
+            f"{output}: exists and is not a tokenizer that could be replaced; choose another --output, or rename or "
+            f"remove it ({fault})"
+        ) from None
+    if entries != vocab_size and not force:
+        raise _another_tokenizer(output, f"it has {entries:,} entries and not {vocab_size:,}")
+
+
+def _another_tokenizer(output: Path, difference: str) -> DataError:
+    return DataError(
+        f"{output}: exists and is another tokenizer, fingerprint {fingerprint_of(str(output))[:12]}: {difference}. All "
+        "data made with it would be refused afterwards. Choose another --output, or replace it with --force"
+    )
 
 
 @contextmanager
@@ -274,14 +311,3 @@ def _byte_table(spec: dict[str, Any], numbers: dict[str, int]) -> tuple[bytes, .
         else:
             table[number] = token.replace("\u2581", " ").encode()
     return tuple(table)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to the disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
