@@ -146,11 +146,11 @@ def prepare(
 
 def _without_own_record(sources: Sequence[Source], inputs: Sequence[str], output: Path) -> list[Source]:
     """Leave out PREFIX.json where a glob such as data/*.json matches the record of this very output."""
-    own = str(record_path(output))
+    own, written_out = os.path.normpath(record_path(output)), set(inputs)
     return [
         source
         for source in sources
-        if source.spec in inputs or os.path.normpath(source.spec) != os.path.normpath(own) or not read_record(Path(own))
+        if source.spec in written_out or os.path.normpath(source.spec) != own or not read_record(Path(own))
     ]
 
 

@@ -9,6 +9,7 @@ The first three may be packed as .gz or .zst. JSON lines stay bytes until a work
 as dear as reading is cheap.
 """
 
+import glob
 import hashlib
 import json
 import os
