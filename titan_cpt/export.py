@@ -23,12 +23,13 @@ from titan_cpt.checkpoint_files import ShardReader
 from titan_cpt.data.bpe import token_bytes
 from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
-from titan_cpt.interchange import alone, open_released, partial_folder, require_free, weight_shapes
+from titan_cpt.interchange import alone, partial_folder, require_free
 from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
 from titan_cpt.model_card import model_card
 from titan_cpt.models.huggingface import hub_names
 from titan_cpt.models.huggingface_config import config_from_shape
 from titan_cpt.models.shapes import ModelShape, shape_from_recipe
+from titan_cpt.released import open_released, weight_shapes
 from titan_cpt.weight_files import read_config, tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

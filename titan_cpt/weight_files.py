@@ -6,6 +6,7 @@ Nothing in them is ever executed: safetensors holds bytes alone, and a pytorch_m
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from titan_cpt.errors import CheckpointError
 _REMEDY = "Get the files again, all of one release"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HUB_NOT = ("*/*", "consolidated*")  # other formats of the same weights
+_WEIGHT_LIKE = ("*.safetensors", "pytorch_model*.bin", "adapter_model.*", "consolidated*", "*.gguf")
 _MEAN_ROWS = 8192  # rows that are read at a time for a mean
 
 
@@ -35,15 +37,15 @@ def released_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = name.partition("@")
-    if name.startswith((".", "/", "~")) or repository.count("/") != 1:
-        raise CheckpointError(
-            f"{name}: is no folder; give a folder with a config.json, or a hub name such as OWNER/NAME"
-        )
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1 or Path(name).exists():
+        fault = "is a file, not a folder" if Path(name).exists() else "not a folder"
+        raise CheckpointError(f"{name}: {fault}; give a folder with a config.json, or a hub name such as OWNER/NAME")
     try:
         from huggingface_hub import snapshot_download  # an extra: only hub names need it
     except ImportError:
         raise CheckpointError(
-            f"{name}: is no folder here, and to have it from the hub needs huggingface_hub: pip install 'titan_cpt[hf]'"
+            f"{name}: not a folder here, and a download from the Hugging Face hub needs huggingface_hub: pip install "
+            "'titan_cpt[hf]'"
         ) from None
     files: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(_HUB_NOT)}
     try:
@@ -51,12 +53,22 @@ def released_folder(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repository, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"], **files))
     except Exception as error:  # the hub's own errors, and those of the network below it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name}: is no folder here, and cannot be had from the Hugging Face hub: {reason} Check the name and the "
-            "network (a gated model needs HF_TOKEN), or download it elsewhere and give its folder"
+            f"{name}: not a folder here, and not available from the Hugging Face hub: {_hub_reason(error)}. Check the "
+            "name and the network (a gated model needs HF_TOKEN), or download it elsewhere and give its folder"
         ) from None
     return folder
+
+
+def _hub_reason(error: BaseException) -> str:
+    """Why a download failed, in one line without a full stop; "no network" where no name could be resolved."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, socket.gaierror) or "Name or service not known" in str(chain):
+            return "no network"
+        chain = chain.__cause__ or chain.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,20 +86,25 @@ class WeightFiles:
     Attributes:
         shapes: shape of every tensor, from the files' headers.
         largest_file_bytes: size of the largest file.
+        entry: the file of weights, or the index of several, that is read.
+        other_entries: those of further sets of weights in the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entry: Path | None = None) -> None:
         """Find the files and read their headers.
+
+        Args:
+            folder: of a released model.
+            entry: the file or index to read; left out, the one that transformers reads.
 
         Raises:
             CheckpointError: there are none, one is missing or damaged, or the index names what it does not hold.
         """
         self.folder = folder
-        index = _find_index(folder)
-        if isinstance(index, Path):
-            files, expected = [index], None
-        else:
-            files, expected = sorted({folder / file for file in index.values()}), index
+        self.entry, *self.other_entries = [entry] if entry is not None else _entries(folder)
+        expected = _read_index(self.entry) if self.entry.suffix == ".json" else None
+        files = [self.entry] if expected is None else sorted({folder / file for file in expected.values()})
+        self.files = files
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file: dict[str, Path] = {}
         self._unpickled: tuple[Path, Mapping[str, Tensor]] | None = None
@@ -101,6 +118,26 @@ class WeightFiles:
                 f"{folder / expected[absent[0]]}: does not hold {absent[0]}, which the index says it does "
                 f"({len(absent)} such). {_REMEDY}"
             )
+
+    def first_difference(self, other: WeightFiles, names: Sequence[str]) -> str | None:
+        """The first of these tensors that is not the same number for number in another set; None where all are."""
+        for name in names:
+            if self.shapes[name] != other.shapes[name]:
+                return name
+            one, two = self.read(name), other.read(name)
+            if one.dtype != two.dtype:
+                one, two = one.float(), two.float()
+            if not torch.equal(one, two):
+                return name
+        return None
+
+    def unread(self) -> Iterator[str]:
+        """A note on files that look like weights and belong to no set."""
+        known = {*self.files, *(self.folder / file for entry in self.other_entries for file in _listed(entry))}
+        found = sorted({path for pattern in _WEIGHT_LIKE for path in self.folder.glob(pattern)} - known)
+        if found:
+            shown = ", ".join(path.name for path in found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            yield f"{shown}: ignored, {self.entry.name} was read"
 
     def read(self, name: str, slices: Sequence[slice] = ()) -> Tensor:
         """A tensor, or a part of it, as it is in the file: nothing else of it is brought into memory.
@@ -163,27 +200,41 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, handle.get_tensor(name)
 
 
-def _find_index(folder: Path) -> dict[str, str] | Path:
-    """Tensor name -> file name, from an index, or the only file there is; safetensors before pytorch_model.bin."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{kind}.index.json"
-        if index.exists():
-            weight_map = _read_json(index, "it says which file holds which weight").get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index}: has no weight_map. {_REMEDY}")
-            for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                    raise CheckpointError(
-                        f"{index}: {name} lies in {file!r}, which is no file of this folder. {_REMEDY}"
-                    )
-                if not (folder / file).is_file():
-                    raise CheckpointError(f"{folder / file}: is missing; {index.name} lists it. {_REMEDY}")
-            return weight_map
-        if (folder / kind).is_file():
-            return folder / kind
+def _entries(folder: Path) -> list[Path]:
+    """The sets of weights of a folder in the order in which transformers looks for them: each file before its index."""
+    names = [kind + end for kind in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    if found := [folder / name for name in names if (folder / name).is_file()]:
+        return found
     raise CheckpointError(
         f"{folder}: holds no weights: model.safetensors or pytorch_model.bin, or an index of several files, is wanted"
     )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, every file there."""
+    folder = index.parent
+    weight_map = _read_json(index, "it says which file holds which weight").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map. {_REMEDY}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: {name} lies in {file!r}, which is no file of this folder. {_REMEDY}")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file}: is missing; {index.name} lists it. {_REMEDY}")
+    return weight_map
+
+
+def _listed(entry: Path) -> Iterator[str]:
+    """The files of a set, as far as they can be told."""
+    yield entry.name
+    if entry.suffix == ".json":
+        try:
+            weight_map = _read_json(entry, "").get("weight_map")
+        except CheckpointError:
+            return
+        yield from (
+            (file for file in weight_map.values() if isinstance(file, str)) if isinstance(weight_map, dict) else ()
+        )
 
 
 @contextmanager

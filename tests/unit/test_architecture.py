@@ -30,8 +30,9 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "layout_rules",
     "plan distributed.mesh distributed.context distributed.working_copy distributed.float8 loss",
     "advice plan_notes",
-    "planning layout_view distributed.parallelise distributed.engine",
-    "config_file plan_view suggest data.formats data.shards distributed.stages optimizer metrics manifest run_folder",
+    "planning layout_view released distributed.parallelise distributed.engine",
+    "config_file plan_view transformers_check suggest data.formats data.shards distributed.stages "
+    "optimizer metrics manifest run_folder",
     "data.progress data.inventory distributed.check_layout interchange lineage skips",
     "data.prepare data.loader checkpoint display report report_benchmarks model_card arms score_view",
     "data.materialise validate export anneal comparison baselines inference evaluated",
