@@ -19,7 +19,7 @@ from titan_cpt.config import Config
 from titan_cpt.config_file import check_config, dump_config, load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, PlanError
-from titan_cpt.metrics import FILE_NAME, read_record
+from titan_cpt.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.planning import make_plan
 from titan_cpt.reading import matching
@@ -115,14 +115,15 @@ def _in_steps(written: Any, point: Fraction) -> Any:
 
 
 def _write_past(run: Path, folder: Path, plan: Plan, record: dict[str, Any], checkpoint: Path) -> None:
-    """metrics.jsonl of the branch: what was measured on the way to it, which forgetting is told from."""
+    """metrics.jsonl of the branch: what was measured on the way to it, from which forgetting is computed."""
+    name, done = record["stage"], record["steps_done"]
     earlier = {stage.name for stage in plan.stages[: record["stage_index"]]}
-    told = {"kind": "event", "name": "branch", "stage": record["stage"], "step": record["steps_done"]}
+    told = {"kind": "event", "name": "branch", "stage": name, "step": done, "folder": str(checkpoint)}
+    found = read_metrics(run, [stage.name for stage in plan.stages])
     lines = [
         line
-        for line in read_record(run)
-        if line["kind"] != "event"
-        and (line["stage"] in earlier or (line["stage"] == record["stage"] and line["step"] <= record["steps_done"]))
+        for line in [*found.trains, *found.validations]
+        if line["stage"] in earlier or (line["stage"] == name and line["step"] <= done)
     ]
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, {**told, "folder": str(checkpoint)}])
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, told])
     manifest.write_text_atomically(folder / FILE_NAME, text)

@@ -20,7 +20,7 @@ from titan_cpt.config_sweep import point_names, points
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.layout import fewest_ranks
-from titan_cpt.metrics import FILE_NAME, read_record
+from titan_cpt.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.plan_view import plan_as_json
 from titan_cpt.planning import make_plan
@@ -176,8 +176,9 @@ def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = ("sta
 
 
 def _write_past(donor: Arm, arm: Arm, count: int) -> None:
-    """metrics.jsonl of what was adopted, which forgetting is told from."""
+    """metrics.jsonl of what was adopted, from which forgetting is computed."""
     stages = [stage.name for stage in arm.plan.stages[:count]]
-    lines = [line for line in read_record(donor.folder) if line["kind"] != "event" and line["stage"] in stages]
+    found = read_metrics(donor.folder, [stage.name for stage in donor.plan.stages])
+    lines = [line for line in [*found.trains, *found.validations] if line["stage"] in stages]
     told = {"kind": "event", "name": "adopt", "stages": stages, "folder": str(donor.folder)}
     manifest.write_text_atomically(arm.folder / FILE_NAME, "".join(json.dumps(line) + "\n" for line in [*lines, told]))

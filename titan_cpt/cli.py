@@ -460,18 +460,22 @@ def _opening(options: argparse.Namespace) -> dict[str, Any]:
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.comparison import compare, print_comparison
     from titan_cpt.display import make_console
-    from titan_cpt.report import labelled, print_summary, read_run, summary_of
+    from titan_cpt.report import labelled, print_summary, read_runs, summary_of
 
-    records = [read_run(run) for run in options.runs]
+    unread: list[str] = []
+    records = read_runs(options.runs, unread.append)
     for record in records:
         print_summary(summary_of(record), make_console())
     if len(records) > 1:
         print_comparison(compare(labelled(records)), make_console())
-    if options.html is not None:
+    if options.html is not None and records:
         from titan_cpt.report_page import default_folder, write_page
 
-        out = default_folder(options.runs) if options.html == Path() else options.html
+        runs = [record.folder for record in records]
+        out = default_folder(runs) if options.html == Path() else options.html
         print(f"the page: {write_page(records, out)}")
+    if unread:
+        raise DataError("\n  ".join(unread))
     return 0
 
 

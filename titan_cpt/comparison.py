@@ -23,7 +23,8 @@ class Row:
         average: the plain mean over the datasets that any of the stages trains on; None before any is measured.
         forgetting: of every dataset that is not new in the stage, against when the weights had just left it.
         adaptation: the mean loss on the stage's new data; None where there is none.
-        update_share: tokens of the last stage over all of the run's: what going on costs against training again.
+        tokens: trained on so far, in all stages.
+        update_share: tokens of the last stage over those of the run up to its end: its cost relative to training again.
     """
 
     name: str
@@ -50,7 +51,7 @@ def compare(records: Sequence[Record]) -> list[Row]:
 
 def _row(record: Record, trained: set[str]) -> Row:
     plan, stages = record.plan, summary_of(record)["stages"]
-    begun = [place for place, stage in enumerate(stages) if stage["after"]]
+    begun = [place for place, stage in enumerate(stages) if stage["is_begun"]]
     place = begun[-1] if begun else 0
     stage, planned = stages[place], plan["stages"][place]
     losses = {**stage["after"], **stage["final_loss"]}
@@ -63,12 +64,12 @@ def _row(record: Record, trained: set[str]) -> Row:
     return Row(
         name=record.name,
         stage=stage["name"],
-        is_done=stage["steps_done"] == stage["steps"] and place == len(stages) - 1,
+        is_done=stage["is_done"] and place == len(stages) - 1,
         losses=losses,
         average=mean(counted) if counted else None,
         forgetting={name: losses[name] + minus for name, minus in since.items() if "." not in name},
         adaptation=mean(adaptation) if adaptation else None,
-        tokens=plan["stages"][-1]["union_tokens"],
+        tokens=record.tokens_at(stage["name"], stage["steps_done"]),
         update_share=planned["tokens"] / planned["union_tokens"] if planned["union_tokens"] else 1.0,
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from titan_cpt.mixture import Leaf, leaves
 from titan_cpt.plan import Plan, StagePlan
 
 
@@ -41,6 +44,14 @@ class Display:
             self._task = self._live.add_task(title, total=stage.steps, completed=done, text="")
             self._live.start()
 
+    def transition(self, stage: StagePlan, carried: Mapping[str, str]) -> None:
+        """Say what a stage begins with: weights, optimizer and LR, and the place in every dataset it reads."""
+        self.say(f"stage {stage.name} begins")
+        for what, value in carried.items():
+            self.say(f"  {what:<9} {value}")
+        for leaf in sorted(leaves(stage.tree), key=lambda leaf: (leaf.replayed, leaf.source)):
+            self.say(f"  {'replay' if leaf.replayed else 'data':<9} {_place(leaf)}")
+
     def end_stage(self) -> None:
         """Leave the bar as it is."""
         if self._live is not None:
@@ -66,7 +77,7 @@ class Display:
         return f"{self._plan.stages.index(stage) + 1}/{len(self._plan.stages)}"
 
     def _text(self, stage: StagePlan, line: dict[str, Any]) -> str:
-        mfu = "" if line["mfu"] != line["mfu"] else f"mfu {line['mfu']:.0%}  "
+        mfu = "" if math.isnan(line["mfu"]) else f"mfu {line['mfu']:.0%}  "
         done, run_done = line["step"], line["run_step"]
         return (
             f"step {done:,}/{stage.steps:,}  loss {line['loss_nats_per_token']:.4f}  lr {line['lr']:.2e}  "
@@ -81,3 +92,14 @@ class Display:
             return "?"
         seconds = round((time.perf_counter() - self._begin) / taken * steps_left)
         return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
+
+
+def _place(leaf: Leaf) -> str:
+    """Where a stage picks a dataset up; sequences are counted from 0, in the order of training."""
+    if not leaf.replayed:
+        begins = "starts at its first sequence" if not leaf.first else f"continues at sequence {leaf.first:,}"
+        return f"{leaf.source} {begins}"
+    if not leaf.seen:
+        return f"of {leaf.source}"
+    order = ", in a new order" if leaf.reshuffle_key else ""
+    return f"of {leaf.source} from sequence {leaf.first % leaf.seen:,} of the {leaf.seen:,} trained on{order}"

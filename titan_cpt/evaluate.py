@@ -8,7 +8,6 @@ on as if nothing had happened.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import random
 import time
@@ -178,9 +177,8 @@ class _Bench:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the answers, as far as it is known without loading anything."""
-        files = json.dumps(self.record["files"], sort_keys=True).encode()
         return {
-            "files": hashlib.sha256(files).hexdigest(),
+            "files": manifest.digest_of_files(self.record),
             "precision": self.asked.precision or precision_of(self.checkpoint),
             "tokenizer": self.asked.tokenizer,
             "max_length": self.asked.max_length,

@@ -5,6 +5,7 @@ It is written last, by an atomic rename after everything it names has reached th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -172,6 +173,11 @@ def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
     return lines
+
+
+def digest_of_files(record: Mapping[str, Any]) -> str:
+    """SHA-256 over a manifest's list of files with their checksums: equal for equal weights and moments."""
+    return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
 
 
 def _shown(value: Any) -> str:

@@ -1,8 +1,8 @@
 """What a run writes down: metrics.jsonl and TensorBoard, the speed, the share of the device's peak, the memory.
 
 The device's numbers of each step stay on the device until `flush`, so that a step waits for nothing. metrics.jsonl is
-the record: reports, forgetting and summaries are read from it. After a resume it holds some steps twice, and the last
-line for a (kind, stage, step, dataset) counts.
+the record: reports, forgetting and summaries are read from it, by metrics_file.py, which also knows which of its lines
+count after a crash, a rollback or a stage that is trained again. TensorBoard gets the same curves, without steps twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from io import FileIO
 from pathlib import Path
@@ -23,9 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from titan_cpt.errors import DataError
-
-FILE_NAME = "metrics.jsonl"
+from titan_cpt.metrics_file import FILE_NAME, Metrics, losses_before, open_record, read_metrics
 
 # Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
 _CUDA_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -50,21 +48,40 @@ class MetricsLog:
     Args:
         run: the run's folder.
         writing: whether this rank writes.
-        tensorboard: events go here too; None for none.
+        tensorboard: opens TensorBoard's writer, given the step from which older points of every curve are obsolete
+            (`purge_step`), None for none. It is called at the first point, so that a run with nothing to do leaves no
+            events file. None for a run without TensorBoard.
         flops_per_token: of training, for the share of the peak.
-        peak_flops: of all ranks together, FLOP/s.
+        peak_flops: of all ranks together, FLOP/s; NaN where it is not known.
+        stages: names in the order of the plan.
+
+    Raises:
+        DataError: the record cannot be opened. Damaged lines are named in `problems`.
     """
 
     def __init__(
-        self, run: Path, *, writing: bool, tensorboard: ScalarWriter | None, flops_per_token: int, peak_flops: float
+        self,
+        run: Path,
+        *,
+        writing: bool,
+        tensorboard: Callable[[int | None], ScalarWriter] | None,
+        flops_per_token: int,
+        peak_flops: float,
+        stages: Sequence[str] = (),
     ) -> None:
         self._record = open_record(run / FILE_NAME) if writing else None
         self._unwritten = b""
         self.trouble = ""
         """Why lines wait in memory for room on the disk; empty while all is well."""
-        self.before = losses_before(run) if writing else {}
+        recorded = read_metrics(run, stages) if writing else Metrics()
+        self.problems = recorded.problems
+        """What of an earlier record could not be read."""
+        self.before = losses_before(recorded)
         """Loss at step 0 by (stage, dataset): what forgetting is measured from."""
-        self._tensorboard = tensorboard
+        self._open_tensorboard = tensorboard
+        self._tensorboard: ScalarWriter | None = None
+        self._obsolete_from: int | None = None
+        self._newest_point = math.inf  # an earlier session may have drawn any step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._tokens = 0
@@ -141,6 +158,13 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def rewind(self, run_step: int) -> None:
+        """Training continues after this step of the run: TensorBoard hides what its curves hold of later ones."""
+        if run_step < self._newest_point:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._tensorboard, self._obsolete_from, self._newest_point = None, run_step + 1, run_step
+
     def _write(self, line: dict[str, Any]) -> None:
         if self._record is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -171,54 +195,18 @@ class MetricsLog:
         os.fsync(record.fileno())
 
     def _scalars(self, run_step: int, numbers: dict[str, float]) -> None:
-        if self._tensorboard is not None:
-            try:
-                for tag, value in numbers.items():
-                    self._tensorboard.add_scalar(tag, value, run_step)
-            except OSError as error:  # its writing thread found no room; the record goes on without the curves
-                self._tensorboard = None
-                self.event("tensorboard_lost", why=str(error))
-
-
-def open_record(path: Path) -> FileIO:
-    """Open metrics.jsonl to append, unbuffered; a last line that a kill cut short is taken away."""
-    path.touch()
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return path.open("ab", buffering=0)
-
-
-def losses_before(run: Path) -> dict[tuple[str, str], float]:
-    """Loss at step 0 by (stage, dataset), as far as the run has come."""
-    return {
-        (line["stage"], line["dataset"]): line["loss_nats_per_token"]
-        for line in read_record(run)
-        if line["kind"] == "validation" and line["step"] == 0
-    }
-
-
-def read_record(run: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order, those written twice included; a cut last line is passed over.
-
-    Raises:
-        DataError: there is no such file, or a line that is not the last is damaged.
-    """
-    path = run / FILE_NAME
-    try:
-        lines = path.read_text(errors="replace").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Name the folder of a run") from None
-    for number, line in enumerate(lines, 1):
-        if number == len(lines):
-            return  # empty, or being written, or cut short
+        if self._open_tensorboard is None:
+            return
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or "kind" not in record:
-            raise DataError(f"{path}:{number}: is not a line of this record; it was damaged after it was written")
-        yield record
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(self._obsolete_from)
+            for tag, value in numbers.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(tag, value, run_step)
+            self._newest_point = max(self._newest_point, run_step)
+        except OSError as error:  # its writing thread found no room; the record continues without the curves
+            self._tensorboard = self._open_tensorboard = None
+            self.event("tensorboard_lost", why=str(error))
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -236,20 +224,12 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def peak_flops(device: torch.device, precision: torch.dtype) -> float:
-    """What one device can do in matrix products, FLOP/s: from the data sheet, or for a CPU measured here in 0.1 s.
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 peak of one device, FLOP/s, from its data sheet; NaN for a CPU or a GPU without an entry.
 
-    A CUDA device without an entry gives NaN, so that its share of the peak is not made up.
+    A CPU's peak is not known: measured products of matrices differ by a factor of two from one second to the next.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for known, peak in _CUDA_PEAKS.items() if known in name), math.nan)
-    size = 1024
-    a = torch.ones(size, size, dtype=precision)
-    a @ a
-    best, until = math.inf, time.perf_counter() + 0.1
-    while time.perf_counter() < until:
-        begin = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _CUDA_PEAKS.items() if known in name), math.nan)

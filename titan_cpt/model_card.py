@@ -13,7 +13,7 @@ from typing import Any
 from titan_cpt.data.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.lineage import Leg, Origin
-from titan_cpt.metrics import read_record
+from titan_cpt.metrics_file import read_metrics
 from titan_cpt.models.shapes import ModelShape
 
 
@@ -98,16 +98,15 @@ def _losses(run: Path, line: Sequence[Leg]) -> str:
     measured: dict[tuple[str, str], dict[int, float]] = {}
     rates: dict[str, float] = {}
     try:
-        for entry in read_record(run):
-            stage = entry.get("stage")
-            if stage not in wanted or entry["step"] > wanted[stage]:
-                continue
-            if entry["kind"] == "validation":
-                measured.setdefault((stage, entry["dataset"]), {})[entry["step"]] = entry["loss_nats_per_token"]
-            elif entry["kind"] == "train" and entry["step"] == wanted[stage]:
-                rates[stage] = entry["lr"]
-    except (DataError, KeyError):
-        return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or is damaged."
+        found = read_metrics(run, [leg.stage for leg in line])
+    except DataError:
+        return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
+    for entry in found.validations:
+        if entry["step"] <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
+            measured.setdefault((entry["stage"], entry["dataset"]), {})[entry["step"]] = entry["loss_nats_per_token"]
+    for entry in found.trains:
+        if entry["step"] == wanted.get(entry["stage"]):
+            rates[entry["stage"]] = entry["lr"]
     rows = ["## Losses", "", "| stage | dataset | before | last measured | at step |", "|---" * 5 + "|"]
     for (stage, dataset), losses in measured.items():
         before, last = losses.get(0), max(losses)

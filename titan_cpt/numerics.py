@@ -52,10 +52,10 @@ def pass_over(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> None:
     windows = parts.reader.windows(draws).tolist()
     sequences = [[draw.source, window] for draw, window in zip(draws, windows, strict=True)]
     hashed = parts.reader.batch_hash(draws)
-    parts.skips.add(stage.name, step, why=_why(line), batch_hash=hashed, sequences=sequences)
-    parts.log.event("skip_batch", stage=stage.name, step=step + 1, why=_why(line), batch_hash=hashed)
+    parts.skips.add(stage.name, step, why=reason(line), batch_hash=hashed, sequences=sequences)
+    parts.log.event("skip_batch", stage=stage.name, step=step + 1, why=reason(line), batch_hash=hashed)
     parts.display.say(
-        f"  batch {step:,} of {stage.name} is passed over: {_why(line)}; its sequences are in skipped.json"
+        f"  batch {step:,} of {stage.name} is passed over: {reason(line)}; its sequences are in skipped.json"
     )
     parts.guard.reset()
 
@@ -71,8 +71,9 @@ def complaint(parts: Parts, stage: StagePlan, line: dict[str, Any], newest: str)
         else ""
     )
     return (
-        f"stage {stage.name}, step {step} (counted from 0): {_why(line)}. {limit}No weight was changed by it or since; "
-        f"newest checkpoint: {newest}. Look at the batch with `titan-cpt plan --recipe {stage.name} {step}`; to pass "
+        f"stage {stage.name}, step {step} (counted from 0): {reason(line)}. {limit}Neither it nor a later step changed "
+        f"a weight; newest checkpoint: {newest}. Look at the batch with `titan-cpt plan --recipe {stage.name} {step}`; "
+        "to pass "
         f'over such batches set training.{"on_loss_spike" if _is_spike(line) else "on_nonfinite"} = "skip"; to train '
         f"the stage again with another LR, change it and remove {parts.folder / stage.name}"
     )
@@ -86,6 +87,7 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def _why(line: dict[str, Any]) -> str:
+def reason(line: dict[str, Any]) -> str:
+    """What is wrong with the numbers of a step."""
     numbers = f"the loss is {line['loss_nats_per_token']}, the gradient norm {line['grad_norm']}"
     return f"{numbers}, {line['loss_z_score']:.1f} standard deviations up" if _is_spike(line) else numbers

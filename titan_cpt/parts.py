@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint import Checkpoints, Found
@@ -27,8 +30,9 @@ from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
 from titan_cpt.layout_rules import check_device
-from titan_cpt.manifest import differences, write_text_atomically
-from titan_cpt.metrics import MetricsLog, peak_flops
+from titan_cpt.manifest import differences, digest_of_files, write_text_atomically
+from titan_cpt.manifest import read as read_manifest
+from titan_cpt.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.operations import CPU_HAS_BFLOAT16, multiplied_in_float32
@@ -103,13 +107,15 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         asynchronous=config.checkpoint.async_mode == "async",
         keep_every=config.checkpoint.keep_every,
         before=lambda: log.secure(),
-        on_saved=lambda path: log.event("checkpoint", folder=str(path)),
+        on_saved=lambda path: note_saved(log, display, path),
         on_failed=lambda error: tell_failure(log, display, error),
     )
     found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
     if found is not None and config.job.deterministic:
         check_same_machine(found, ranks)
-    log = _open_log(config, plan, ranks, folder, precision)
+    log = _open_log(config, plan, ranks, folder)
+    for problem in log.problems:
+        console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
     _write_record(config, plan, ranks, folder)
     validator = Validator(
         held_out,
@@ -182,10 +188,10 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
     damaged: list[str] = []
     found = checkpoints.newest_good(damaged.append)
     for message in damaged:
-        console.print(f"passed over: {message}", highlight=False)
+        console.print(f"skipping damaged checkpoint: {message}", highlight=False, markup=False)
     if found is None and damaged:
         raise CheckpointError(
-            f"{checkpoints.run}: not one of its checkpoints can be gone on from. For one, {damaged[0]}. "
+            f"{checkpoints.run}: none of its checkpoints is whole. The first: {damaged[0]}. "
             "Restore one; to train again from the beginning, remove that folder or choose another job.name"
         )
     if found is None:
@@ -260,25 +266,38 @@ def check_same_machine(found: Found, ranks: Ranks) -> None:
         raise CheckpointError("\n  ".join([f"{found.folder}: job.deterministic cannot be kept:", *changed, remedy]))
 
 
+def note_saved(log: MetricsLog, display: Display, folder: Path) -> None:
+    """A checkpoint now exists: printed, and recorded with the digest of its files, by which scores know it again."""
+    saved = read_manifest(folder)
+    log.event(
+        "checkpoint",
+        folder=str(folder),
+        stage=saved["stage"],
+        step=saved["steps_done"],
+        files=digest_of_files(saved),
+    )
+    display.say(f"  checkpoint: {folder}")
+
+
 def tell_failure(log: MetricsLog, display: Display, error: CheckpointError) -> None:
     """A checkpoint that could not be written: told, and noted in the record."""
     display.say(f"  {error}")
     log.event("save_failed", why=str(error))
 
 
-def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path, precision: torch.dtype) -> MetricsLog:
-    multiplied = torch.float32 if multiplied_in_float32(precision, ranks.device) else precision
-    writer = None
+def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> MetricsLog:
+    writer: Callable[[int | None], ScalarWriter] | None = None
     if ranks.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
 
-        writer = SummaryWriter(str(folder / "tb"))
+        writer = partial(SummaryWriter, str(folder / "tb"), "")  # the second is a comment; purge_step follows
     return MetricsLog(
         folder,
         writing=ranks.rank == 0,
         tensorboard=writer,
         flops_per_token=plan.shape.flops_per_token(plan.seq_len),
-        peak_flops=peak_flops(ranks.device, multiplied) * ranks.world_size,
+        peak_flops=peak_flops(ranks.device) * ranks.world_size,
+        stages=[stage.name for stage in plan.stages],
     )
 
 

@@ -1,29 +1,35 @@
-"""What a run learnt and forgot, read from its folder alone (plan.json and metrics.jsonl), finished or still going."""
+"""What a run learnt and forgot, read from its folder (plan.json and metrics.jsonl), finished or still training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.errors import DataError
-from titan_cpt.metrics import FILE_NAME, read_record
+from titan_cpt.errors import DataError, TitanError
+from titan_cpt.metrics_file import FILE_NAME, read_metrics
+
+_RUNS_LISTED = 10
+_STAGE_KEYS = ("name", "steps", "tokens", "union_tokens", "new_datasets", "datasets", "final_window")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run wrote down, each thing once: of what a resume measured again, the last.
+    """A run's log of its present weights; see `read_metrics` for what that leaves out.
 
     Attributes:
-        plan: plan.json, or what metrics.jsonl tells of it where that is all there is.
+        plan: plan.json, or what metrics.jsonl says of it where there is only that.
         trains: lines of steps, in the order of the run.
         validations: lines of measurements, likewise.
         events: all of them, in the order of time.
+        checkpoints: `checkpoint` events of present weights.
+        problems: a sentence for each part of the record that could not be read.
     """
 
     name: str
@@ -32,6 +38,8 @@ class Record:
     trains: Sequence[Mapping[str, Any]]
     validations: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+    checkpoints: Sequence[Mapping[str, Any]] = ()
+    problems: Sequence[str] = ()
 
     @property
     def total_tokens(self) -> int:
@@ -39,7 +47,7 @@ class Record:
         return int(sum(stage["steps"] for stage in self.plan["stages"]) * self.plan["step_tokens"])
 
     def tokens_at(self, stage: str, step: int) -> int:
-        """Tokens that the run had trained on after so many steps of a stage, earlier stages included."""
+        """Tokens that the run had trained on after `step` steps of a stage, earlier stages included."""
         before = 0
         for each in self.plan["stages"]:
             if each["name"] == stage:
@@ -49,31 +57,45 @@ class Record:
 
 
 def read_run(path: Path) -> Record:
-    """The record of a run's folder, or of a metrics.jsonl alone; of a run that is still going, as far as it has come.
+    """The record of a run's folder, or of a metrics.jsonl alone; of a run that is still training, as far as it is.
 
     Raises:
-        DataError: it is neither, or damaged.
+        DataError: it is neither, or its plan cannot be read. Damaged lines of metrics.jsonl are skipped, and named in
+            the record's `problems`.
     """
     run = path.parent if path.name == FILE_NAME else path
-    trains: dict[tuple[str, int], dict[str, Any]] = {}
-    validations: dict[tuple[str, int, str], dict[str, Any]] = {}
-    events: list[dict[str, Any]] = []
-    plan = _read_plan(run) if not (run / FILE_NAME).exists() or (run / "plan.json").exists() else {}
-    for line in read_record(run):
-        if line["kind"] == "validation":
-            validations[line["stage"], line["step"], line["dataset"]] = line
-        elif line["kind"] == "train":
-            trains[line["stage"], line["step"]] = line
-        elif line["kind"] == "event":
-            events.append(line)
-    plan = plan or _told_by_lines(run.name, [*trains.values()], [*validations.values()])
-    places = {stage["name"]: place for place, stage in enumerate(plan["stages"])}
+    has_plan, has_metrics = (run / "plan.json").exists(), (run / FILE_NAME).exists()
+    if not has_plan and not has_metrics:
+        raise DataError(_what_is_there(path))
+    plan = _read_plan(run) if has_plan else {}
+    if not has_metrics:
+        return Record(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {FILE_NAME}: nothing is recorded"])
+    found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
+    plan = plan or _told_by_lines(run.name, found.trains, found.validations)
+    names = {stage["name"] for stage in plan["stages"]}
+    trains, validations, saved = (
+        [line for line in lines if line["stage"] in names]
+        for lines in (found.trains, found.validations, found.checkpoints)
+    )
+    problems = [
+        f"{plan['name']}: the validation loss of {line['dataset']} after step {line['step']:,} of {line['stage']} is "
+        "not finite"
+        for line in validations
+        if line["loss_nats_per_token"] is None
+    ]
+    problems = [*found.problems, *problems[:1], *([f"and {len(problems) - 1:,} more"] if len(problems) > 1 else [])]
+    return Record(plan["name"], run, plan, trains, validations, found.events, saved, problems)
 
-    def in_order(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        mine = (line for line in lines if line["stage"] in places)
-        return sorted(mine, key=lambda line: (places[line["stage"]], line["step"]))
 
-    return Record(plan["name"], run, plan, in_order(trains.values()), in_order(validations.values()), events)
+def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Record]:
+    """The records of several runs; one that cannot be read is named to `complain` and does not end the others."""
+    records = []
+    for path in paths:
+        try:
+            records.append(read_run(path))
+        except TitanError as error:
+            complain(str(error))
+    return records
 
 
 def labelled(records: Sequence[Record]) -> list[Record]:
@@ -83,21 +105,49 @@ def labelled(records: Sequence[Record]) -> list[Record]:
     return [replace(record, name=f"{record.folder.resolve().parent.name}/{record.name}") for record in records]
 
 
+def _what_is_there(path: Path) -> str:
+    """Why a path is not a run, and what to name instead."""
+    if not path.exists():
+        return f"{path}: no such file or folder. Name the folder of a run, such as outputs/quickstart"
+    if not path.is_dir():
+        return f"{path}: is a file. Name the folder of a run, or its {FILE_NAME}"
+    for above, what in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
+        if (above / "plan.json").exists():
+            return f"{path}: is {what} of the run {above}: titan-cpt report {above}"
+    runs = sorted({file.parent for pattern in ("*/plan.json", "*/*/plan.json") for file in path.glob(pattern)})
+    if not runs:
+        return (
+            f"{path}: is not the folder of a run: it has neither plan.json nor {FILE_NAME}, nor has a folder below it"
+        )
+    more = f", and {len(runs) - _RUNS_LISTED} more" if len(runs) > _RUNS_LISTED else ""
+    listed = " ".join(str(run) for run in runs[:_RUNS_LISTED])
+    return f"{path}: is not a run; name one or several of the {len(runs)} runs below it: {listed}{more}"
+
+
 def _read_plan(run: Path) -> dict[str, Any]:
     path = run / "plan.json"
     try:
         plan: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Name the folder of a run") from None
+        missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]
+        missing += [key for stage in plan["stages"] for key in _STAGE_KEYS if key not in stage]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"damaged: {type(error).__name__}: {error}"
+        raise DataError(f"{path}: cannot be read: {why}. It is written again when the run is trained again") from None
+    if missing:
+        raise DataError(
+            f"{path}: damaged: {missing[0]!r} is missing. It is written again when the run is trained again"
+        )
     return plan
 
 
-def _told_by_lines(name: str, trains: list[dict[str, Any]], validations: list[dict[str, Any]]) -> dict[str, Any]:
-    """What of a plan its run's lines tell: stages and steps so far, tokens; not what is new in a stage."""
+def _told_by_lines(
+    name: str, trains: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a run's lines say of its plan: stages and steps so far, tokens; not what is new in a stage."""
     steps: dict[str, int] = {}
     for line in [*trains, *validations]:
         steps[line["stage"]] = max(line["step"], steps.get(line["stage"], 0))
-    step_tokens = max((line["tokens"] // line["run_step"] for line in trains), default=0)
+    step_tokens = max((line["tokens"] // line["run_step"] for line in trains if line.get("run_step")), default=0)
     stages, total = [], 0
     for stage, count in steps.items():
         total += count * step_tokens
@@ -109,96 +159,115 @@ def _told_by_lines(name: str, trains: list[dict[str, Any]], validations: list[di
 def summarise(run: Path) -> dict[str, Any]:
     """Per stage: the losses on every dataset before and after, forgetting, adaptation, tokens by dataset, seconds.
 
-    Losses are in nats per token. "After" is the last measurement of a stage that is still going, with its step.
-    Forgetting is told of datasets that are not new in the stage, adaptation of those that are.
+    Losses are in nats per token. "after" is the last measurement of a stage, at its step `measured_at`. Forgetting is
+    given for datasets that are not new in the stage, as after - left_at; adaptation for those that are. `tokens` are
+    those of the whole stage by its plan, `trained_tokens` those of the steps taken. `seconds` are of `timed_steps`
+    steps, which are fewer than `steps_done` where the record lacks lines.
 
     Raises:
-        DataError: the folder is not a run's, or its record is damaged.
+        DataError: the folder is not a run's, or its plan cannot be read.
     """
     return summary_of(read_run(run))
 
 
 def summary_of(record: Record) -> dict[str, Any]:
     """As `summarise`, of a record that was read already."""
-    plan = record.plan
-    validations = {(line["stage"], line["step"], line["dataset"]): dict(line) for line in record.validations}
-    seconds = {
-        (line["stage"], line["step"]): plan["step_tokens"] / line["tokens_per_s"]
-        for line in record.trains
-        if line["tokens_per_s"]
-    }
-    stages = [_stage_summary(stage, validations, seconds) for stage in plan["stages"]]
+    stages = [_stage_summary(record, stage) for stage in record.plan["stages"]]
     return {
         "name": record.name,
         "folder": str(record.folder),
-        "fingerprint": plan["fingerprint"],
+        "fingerprint": record.plan["fingerprint"],
         "stages": stages,
+        "problems": list(record.problems),
     }
 
 
-def _stage_summary(
-    stage: dict[str, Any],
-    validations: dict[tuple[str, int, str], dict[str, Any]],
-    seconds: dict[tuple[str, int], float],
-) -> dict[str, Any]:
+def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
     name, new = stage["name"], stage["new_datasets"]
-    mine = {(step, dataset): line for (of, step, dataset), line in validations.items() if of == name}
-    last = max((step for step, _ in mine), default=0)
-    after = {dataset: line for (step, dataset), line in sorted(mine.items()) if step == last}
-    window = {dataset: _final_loss(mine, dataset, stage["final_window"]) for dataset in after}
-    forgetting = {d: line["forgetting_nats_per_token"] for d, line in after.items()}
+    trains, lines, saved = (
+        [line for line in of if line["stage"] == name] for of in (record.trains, record.validations, record.checkpoints)
+    )
+    measured = {(line["step"], line["dataset"]): line for line in lines if line["loss_nats_per_token"] is not None}
+    measured_at = max((step for step, _ in measured), default=None)
+    done = max((line["step"] for line in [*trains, *lines, *saved]), default=0)
+    after = {d: line for (step, d), line in measured.items() if step == measured_at}
+    window = {dataset: _final_loss(measured, dataset, stage["final_window"]) for dataset in after}
+    forgetting = {d: line.get("forgetting_nats_per_token") for d, line in after.items()}
+    known = {d: value for d, value in forgetting.items() if value is not None}
+    speeds = [line["tokens_per_s"] for line in trains if line.get("tokens_per_s")]
     return {
         "name": name,
         "steps": stage["steps"],
-        "steps_done": last,
-        "before": {d: line["loss_nats_per_token"] for (step, d), line in sorted(mine.items()) if step == 0},
+        "steps_done": done,
+        "is_begun": bool(trains or lines or saved),
+        "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not record.validations),
+        "measured_at": measured_at,
+        "before": {d: line["loss_nats_per_token"] for (step, d), line in measured.items() if step == 0},
         "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
-        "bits_per_byte": {d: line["bits_per_byte"] for d, line in after.items()},
+        "bits_per_byte": {
+            d: line["bits_per_byte"] for d, line in after.items() if line.get("bits_per_byte") is not None
+        },
         "final_loss": {d: loss for d, loss in window.items() if loss is not None},
-        "forgetting": {d: value for d, value in forgetting.items() if value is not None},
+        "forgetting": known,
+        "left_at": {d: after[d]["loss_nats_per_token"] - value for d, value in known.items()},
         "adaptation": {d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in new},
         "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
         "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
-        "seconds": sum(value for (of, _), value in seconds.items() if of == name),
+        "trained_tokens": done * record.plan["step_tokens"],
+        "seconds": sum(record.plan["step_tokens"] / speed for speed in speeds),
+        "timed_steps": len(speeds),
     }
 
 
-def _final_loss(mine: dict[tuple[int, str], dict[str, Any]], dataset: str, window: list[int]) -> float | None:
+def _final_loss(
+    measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
+) -> float | None:
     """The paper's final loss, where the run took its samples and has come to its end."""
-    lines = [mine.get((step, dataset)) for step in window]
+    lines = [measured.get((step, dataset)) for step in window]
     losses = [line["loss_nats_per_token"] for line in lines if line is not None]
     return sum(losses) / len(losses) if losses and len(losses) == len(window) else None
 
 
-def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """A table for each stage."""
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """A table for each stage that has begun, a line for each that has not."""
     for stage in summary["stages"]:
-        going = "" if stage["steps_done"] == stage["steps"] else f", {stage['steps_done']:,} done"
-        size = f"{stage['steps']:,} steps{going}, {stage['seconds']:.0f} s"
-        table = Table(
-            title=f"{summary['name']}, stage {stage['name']} ({size})",
-            title_justify="left",
-            header_style="bold",
-        )
+        if not stage["is_begun"]:
+            text = f"{summary['name']}, stage {stage['name']}: not begun, {stage['steps']:,} steps planned"
+            console.print(escape(text), style="bold", highlight=False)
+            continue
+        of_plan = "" if stage["steps_done"] >= stage["steps"] else "planned "
+        table = Table(title=escape(_title(summary, stage)), title_justify="left", header_style="bold")
         table.add_column("dataset")
-        for column in ("tokens", "of them replayed", "loss before", "after", "forgetting", "bits per byte"):
+        columns = (f"{of_plan}tokens", f"{of_plan}replay", "loss before", "left at", "after", "forgetting")
+        for column in (*columns, "bits per byte"):
             table.add_column(column, justify="right")
         for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
             table.add_row(dataset, *_row(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
         console.print(table)
-    console.print("losses in nats per token; bold: the stage's new data, whose loss after it is the adaptation")
+    console.print(
+        "losses in nats per token; forgetting = after - left at, the loss when training on that dataset had ended; "
+        "bold: the stage's new data, whose loss after it is the adaptation"
+    )
+    for problem in summary["problems"]:
+        console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
 
 
-def _row(stage: dict[str, Any], dataset: str) -> list[str]:
-    def number(key: str, form: str) -> str:
-        value = stage[key].get(dataset)
-        return "" if value is None else format(value, form)
+def _title(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
+    done, at = stage["steps_done"], stage["measured_at"]
+    parts = [f"{stage['steps']:,} steps"]
+    if done < stage["steps"]:
+        parts.append(f"{done:,} done")
+    if at is not None and at != done:
+        parts.append(f"losses after step {at:,}")
+    seconds = f"{stage['seconds']:.0f} s"
+    if stage["timed_steps"] < done:
+        seconds = f"{seconds} for the {stage['timed_steps']:,} steps that are recorded" if stage["timed_steps"] else ""
+    parts.append(seconds or "duration not recorded")
+    return f"{summary['name']}, stage {stage['name']} ({', '.join(parts)})"
 
-    return [
-        number("tokens", ","),
-        number("replayed_tokens", ","),
-        number("before", ".4f"),
-        number("after", ".4f"),
-        number("forgetting", "+.4f"),
-        number("bits_per_byte", ".3f"),
-    ]
+
+def _row(stage: Mapping[str, Any], dataset: str) -> list[str]:
+    forms = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
+    forms |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
+    values = [(stage[key].get(dataset), form) for key, form in forms.items()]
+    return ["" if value is None else format(value, form) for value, form in values]

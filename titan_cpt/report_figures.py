@@ -112,7 +112,8 @@ def losses_over_tokens(records: Sequence[Record]) -> Canvas:
         shown: list[float] = []
         last = max(record.total_tokens for record in records)
         for number, record in enumerate(records):
-            mine = [line for line in record.validations if line["dataset"] == dataset]
+            known = [line for line in record.validations if line["loss_nats_per_token"] is not None]
+            mine = [line for line in known if line["dataset"] == dataset]
             tokens = [record.tokens_at(line["stage"], line["step"]) for line in mine]
             losses = [line["loss_nats_per_token"] for line in mine]
             axes.plot([t / size for t in tokens], losses, **_look(number), label=record.name)
@@ -143,7 +144,7 @@ def _over_tokens(records: Sequence[Record], key: str, label: str, *, scientific:
     canvas, axes = pyplot.subplots(figsize=(10.4, 3.1))
     unit, size = _unit(records)
     for number, record in enumerate(records):
-        lines = [line for line in record.trains if line[key] is not None]
+        lines = [line for line in record.trains if line.get(key) is not None]
         kept = lines[:: max(1, len(lines) // _MOST_POINTS)] + lines[-1:]
         tokens = [record.tokens_at(line["stage"], line["step"]) / size for line in kept]
         axes.plot(tokens, [line[key] for line in kept], **_look(number), label=record.name)

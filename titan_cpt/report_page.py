@@ -38,6 +38,11 @@ class Grid:
         cells = [row[column] for row in self.rows if row[column]]
         return bool(cells) and all(cell[0] in "+-0123456789" for cell in cells)
 
+    def without_empty(self) -> Grid:
+        """The same without columns that have no text at all: MFU on a CPU, for one."""
+        kept = [place for place in range(len(self.head)) if any(row[place] for row in self.rows)]
+        return Grid([self.head[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+
 
 @dataclass(frozen=True)
 class Section:
@@ -145,8 +150,8 @@ def trade_off_section(rows: Sequence[Row], records: Sequence[Record]) -> Iterato
     before: dict[str, list[float]] = {}
     for record in records:
         for stage in summary_of(record)["stages"]:
-            for name, value in stage["forgetting"].items():
-                before.setdefault(name, []).append(stage["after"][name] - value)
+            for name, value in stage["left_at"].items():
+                before.setdefault(name, []).append(value)
     points: list[tuple[int, Row, float]] = []
     new = {name for record in records for name in record.plan["stages"][-1]["new_datasets"] if name not in before}
     for number, row in enumerate(rows):
@@ -192,36 +197,44 @@ def data(records: Sequence[Record]) -> Iterator[Section]:
     """Tokens, replay and epochs of every dataset in every stage."""
     rows = []
     for record in records:
+        states = {stage["name"]: _progress(stage) for stage in summary_of(record)["stages"]}
         for stage in record.plan["stages"]:
             for name, use in stage["datasets"].items():
                 share = use["replayed_tokens"] / stage["tokens"]
                 epochs = "not known" if use["epochs"] is None else f"{use['epochs']:.2f}"
                 replay = f"{_count(use['replayed_tokens'])} ({share:.1%})" if use["replayed_tokens"] else ""
-                rows.append([record.name, stage["name"], name, _count(use["tokens"]), replay, epochs])
+                rows.append(
+                    [record.name, stage["name"], name, _count(use["tokens"]), replay, epochs, states[stage["name"]]]
+                )
     if rows:
         yield Section(
             "Data",
-            "What each stage takes of each dataset, replay included; epochs are of the stage.",
-            grids=[Grid(["run", "stage", "dataset", "tokens", "of them replayed", "epochs"], rows)],
+            "What each stage takes of each dataset by its plan, replay included; epochs are of the stage. The last "
+            "column says how much of the stage was trained.",
+            grids=[Grid(["run", "stage", "dataset", "tokens", "of them replayed", "epochs", "trained"], rows)],
         )
 
 
 def speed(records: Sequence[Record]) -> Iterator[Section]:
     """Throughput."""
-    if any(line["tokens_per_s"] for record in records for line in record.trains):
+    if any(line.get("tokens_per_s") for record in records for line in record.trains):
         from titan_cpt.report_figures import draw, throughput
 
         rows = []
         for record in records:
-            seconds = sum(stage["seconds"] for stage in summary_of(record)["stages"])
-            tokens = sum(bool(line["tokens_per_s"]) for line in record.trains) * record.plan["step_tokens"]
+            stages = summary_of(record)["stages"]
+            seconds, timed, done = (
+                sum(stage[key] for stage in stages) for key in ("seconds", "timed_steps", "steps_done")
+            )
+            tokens = timed * record.plan["step_tokens"]
             mfus = [line["mfu"] for line in record.trains if line.get("mfu")]
             memory = max((line["memory_gib"] for line in record.trains if line.get("memory_gib")), default=None)
-            cells = [f"{seconds:,.0f}", f"{tokens / seconds:,.0f}" if seconds else ""]
+            cells = [f"{timed:,} of {done:,}", f"{seconds:,.0f}", f"{tokens / seconds:,.0f}" if seconds else ""]
             cells += [f"{sum(mfus) / len(mfus):.1%}" if mfus else "", "" if memory is None else f"{memory:.2f}"]
             rows.append([record.name, *cells])
         drawn = draw("throughput", "Validation and saving are left out.", lambda: throughput(records))
-        grid = Grid(["run", "seconds of training", "tokens per second", "share of the peak", "memory, GiB"], rows)
+        head = ["run", "recorded steps", "seconds of these steps", "tokens per second", "MFU", "memory, GiB"]
+        grid = Grid(head, rows).without_empty()
         yield Section("Throughput", figures=[drawn], grids=[grid])
 
 
@@ -237,14 +250,23 @@ def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
             details.append((f"{record.name}: fingerprints of the data", told))
         config = record.folder / "config.toml"
         if config.exists():
-            details.append((f"{record.name}: config, every default spelt out", config.read_text()))
+            text = config.read_text(errors="replace")
+            details.append((f"{record.name}: config, every default spelt out", text))
     yield Section("What was run", grids=[Grid(["run", "plan", "ranks", "versions"], rows)], details=details)
 
 
 def _state(record: Record) -> str:
     stages = summary_of(record)["stages"]
     done, steps = (sum(stage[key] for stage in stages) for key in ("steps_done", "steps"))
-    return f"{record.name}: {done:,} of {steps:,} steps"
+    return "; ".join([f"{record.name}: {done:,} of {steps:,} steps", *record.problems])
+
+
+def _progress(stage: Mapping[str, Any]) -> str:
+    """How much of a stage was trained."""
+    if not stage["is_begun"]:
+        return "not begun"
+    done, steps = stage["steps_done"], stage["steps"]
+    return "whole" if done >= steps else f"{done:,} of {steps:,} steps"
 
 
 def _shown(value: float | None, *, sign: bool) -> str:

@@ -28,10 +28,10 @@ from titan_cpt.config_file import dump_config
 from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.locks import FileLock
 from titan_cpt.manifest import write_text_atomically
-from titan_cpt.metrics import FILE_NAME
+from titan_cpt.metrics_file import FILE_NAME
 from titan_cpt.plan import fingerprint
 from titan_cpt.reading import is_there
-from titan_cpt.report import labelled, read_run
+from titan_cpt.report import labelled, read_runs
 
 CONFIG_NAME = "arm.toml"  # config.toml is the run's own record of what it was trained under
 CONSOLE_NAME = "console.txt"
@@ -237,10 +237,14 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """A table of all arms with the losses they have come to, and why any failed."""
-    begun = [outcome for outcome in outcomes if outcome.folder and (outcome.folder / FILE_NAME).exists()]
-    records = labelled([read_run(outcome.folder) for outcome in begun if outcome.folder])
-    names = {outcome.folder: record.name for outcome, record in zip(begun, records, strict=True)}
-    failed = {names.get(each.folder, each.name): each.message for each in outcomes if each.state == "failed"}
+    begun = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / FILE_NAME).exists()]
+    records = labelled(read_runs(begun, lambda message: console.print(escape(message), highlight=False)))
+    names = {record.folder: record.name for record in records}
+    failed = {
+        names.get(each.folder, each.name) if each.folder else each.name: each.message
+        for each in outcomes
+        if each.state == "failed"
+    }
     print_comparison(compare(records), console, failed)
 
 

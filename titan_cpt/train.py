@@ -114,7 +114,8 @@ def train(parts: Parts, found: Found | None) -> int:
 def _stopped(parts: Parts, stage: StagePlan, done: int) -> int:
     parts.checkpoints.wait()
     parts.log.event("stop", stage=stage.name, step=done, signal=parts.stop.name)
-    parts.display.say(f"stopped by {parts.stop.name}; everything is saved, the same command goes on from here")
+    parts.display.say(f"stopped by {parts.stop.name}; everything is saved, the same command resumes from here")
+    _tell_newest_checkpoint(parts)
     return STOPPED_EARLY
 
 
@@ -126,7 +127,8 @@ def resume(parts: Parts, found: Found) -> int:
     parts.skips.recall(found.manifest.get("skipped"))
     parts.guard.recall(found.manifest.get("recent_losses", ()))
     parts.log.event("resume", stage=stage.name, step=done, folder=str(found.folder))
-    parts.display.say(f"stage {stage.name}: goes on after step {done:,} of {stage.steps:,}, from {found.folder}")
+    parts.log.rewind(parts.plan.steps_before(stage) + done)
+    parts.display.say(f"stage {stage.name}: resumes after step {done:,} of {stage.steps:,}, from {found.folder}")
     return done
 
 
@@ -142,14 +144,11 @@ def transition(parts: Parts, stage: StagePlan) -> int:
         "weights": weights,
         "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
         "lr": f"{stage.lr_at(0):.4g} at the first step",
-        "data": dict(sorted(stage.before.trained.items())),
-        "replay": dict(sorted(stage.before.replayed.items())),
     }
-    parts.log.event("transition", stage=stage.name, step=0, **carried)
-    parts.display.say(f"stage {stage.name} begins")
-    for what, value in carried.items():
-        if value:
-            parts.display.say(f"  {what:<9} {value}")
+    used = {"data": dict(sorted(stage.before.trained.items())), "replay": dict(sorted(stage.before.replayed.items()))}
+    parts.log.event("transition", stage=stage.name, step=0, **carried, **used)
+    parts.log.rewind(parts.plan.steps_before(stage))
+    parts.display.transition(stage, carried)
     return 0
 
 
@@ -266,6 +265,7 @@ def mend(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> int:
         _stop_before(parts, stage, bad)
     numerics.pass_over(parts, stage, bad)
     if answer == "skip":
+        parts.log.rewind(int(bad["run_step"]) - 1)
         return int(bad["step"]) - 1
     parts.checkpoints.wait()
     found = parts.checkpoints.newest_good(parts.display.say)
@@ -280,6 +280,7 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
         save(parts, stage, done, ckpt.INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
     parts.checkpoints.poll(until_done=True)
     newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none, as it was the first step")
+    parts.log.event("stop", stage=stage.name, step=done, why=numerics.reason(bad))
     raise NumericsError(numerics.complaint(parts, stage, bad, newest))
 
 
@@ -324,6 +325,13 @@ def write_summary(parts: Parts) -> None:
 def _tell_the_end(parts: Parts) -> None:
     if parts.ranks.rank == 0:
         print_summary(summarise(parts.folder), make_console())
+    _tell_newest_checkpoint(parts)
     parts.display.say(f"this table again: titan-cpt report {parts.folder}")
     if parts.config.metrics.enable_tensorboard:
         parts.display.say(f"the curves: tensorboard --logdir {parts.folder / 'tb'}")
+
+
+def _tell_newest_checkpoint(parts: Parts) -> None:
+    newest = next((found.folder for found in parts.checkpoints.listed()), None) if parts.ranks.rank == 0 else None
+    if newest is not None:
+        parts.display.say(f"newest checkpoint: {newest}")

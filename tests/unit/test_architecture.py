@@ -19,7 +19,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "data.tokenizer",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
     "data.indexed_format data.file_names data.unpacking profiling data.source data.record checkpoint_files suites "
-    "scores",
+    "scores metrics_file",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",
     "config mixture models.huggingface_config models.gpt_neox models.llama data.indexed data.indexed_writer "
@@ -50,7 +50,16 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 LONGEST = {"train": 349}  # lines; every other file has fewer than 500
-TORCHLESS = ("config_file", "planning", "plan_view", "suggest", "data.inventory", "models.sizes")
+TORCHLESS = (
+    "config_file",
+    "report",
+    "comparison",
+    "planning",
+    "plan_view",
+    "suggest",
+    "data.inventory",
+    "models.sizes",
+)
 OPTIONAL = {
     "torch",
     "tokenizers",
@@ -167,4 +176,4 @@ def test_the_command_line_imports_what_it_needs_when_it_needs_it():
 
 def test_the_report_meets_a_run_through_its_folder_only():
     """It may read metrics; it knows no config, plan, model or checkpoint."""
-    assert below("report") == {"report", "metrics", "errors"}
+    assert below("report") == {"report", "metrics_file", "errors"}

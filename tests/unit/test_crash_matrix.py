@@ -47,7 +47,7 @@ def test_two_ranks_share_the_files_to_verify_and_both_fall_back_from_a_damaged_o
         ended = faulty.launch(config, ranks=2)
 
         assert [one.status for one in ended] == [0, 0], ended[0].output
-        assert f"passed over: {file}: its content changed" in " ".join(ended[0].output.split())
+        assert f"skipping damaged checkpoint: {file}: its content changed" in " ".join(ended[0].output.split())
         assert [event["step"] for event in training.events_of(run, "resume")][-1] == 6
     assert len(files) == 4
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from titan_cpt import metrics
-from titan_cpt.errors import DataError
-from titan_cpt.metrics import MetricsLog, losses_before, open_record, peak_flops, read_record
+from titan_cpt.metrics import MetricsLog, peak_flops
+from titan_cpt.metrics_file import open_record
 
 STEP_KEYS = [
     "kind",
@@ -45,6 +46,13 @@ def keep(log, step, *, loss=2.5, grad_norm=0.5, tokens=64):
 def validation(stage, step, dataset, loss, forgetting=None):
     line = {"stage": stage, "step": step, "dataset": dataset, "loss_nats_per_token": loss, "bits_per_byte": loss * 2}
     return {**line, "perplexity": math.exp(loss), "forgetting_nats_per_token": forgetting}
+
+
+def curves_in(folder):
+    """Step and value of every point, read by TensorBoard."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def written(run):
@@ -153,31 +161,6 @@ def test_a_record_without_a_whole_line_becomes_empty(tmp_path, content):
     assert path.read_text() == ""
 
 
-def test_a_reader_passes_over_a_cut_last_line_while_the_run_is_writing(tmp_path):
-    """The file is not changed by reading."""
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "event", "name": "start"}\n{"kind": "train", "st')
-
-    assert [line["name"] for line in read_record(tmp_path)] == ["start"]
-    assert path.read_text().endswith('"st')
-
-
-@pytest.mark.parametrize("damage", [b'{"kind": "tra', b"\x00\x00\x00", b"\xff\xfe{}", b"7", b"[]", b'{"no": "kind"}'])
-def test_a_damaged_line_in_the_middle_is_a_data_error_with_its_number(tmp_path, damage):
-    """Cut, zeroed by a power failure, no text, or JSON that is no line of ours."""
-    whole = b'{"kind": "event", "name": "start"}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(whole + damage + b"\n" + whole)
-
-    with pytest.raises(DataError, match=r"metrics.jsonl:2: "):
-        list(read_record(tmp_path))
-
-
-def test_a_folder_without_a_record_is_told(tmp_path):
-    """With what to name instead."""
-    with pytest.raises(DataError, match=r"metrics.jsonl: cannot be read.*Name the folder of a run"):
-        list(read_record(tmp_path))
-
-
 def test_forgetting_is_measured_from_the_last_line_of_a_steps_zero(tmp_path):
     """A stage begun twice, as after a kill during its first validation: the second measurement counts."""
     log = log_in(tmp_path)
@@ -187,21 +170,19 @@ def test_forgetting_is_measured_from_the_last_line_of_a_steps_zero(tmp_path):
     again = log_in(tmp_path)
     again.close()
 
-    assert losses_before(tmp_path) == again.before == {("a", "x"): 4.0, ("b", "x"): 2.0}
+    assert again.before == {("a", "x"): 4.0, ("b", "x"): 2.0}
 
 
 def test_tensorboard_holds_loss_lr_throughput_validation_and_forgetting(tmp_path):
     """Read back with TensorBoard's own reader, at the steps of the whole run."""
-    log = log_in(tmp_path, tensorboard=SummaryWriter(str(tmp_path / "tb")))
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
     keep(log, 1, loss=2.5, grad_norm=0.25)
     keep(log, 2, loss=1.5, grad_norm=0.75)
     log.flush()
     log.validation(validation("b", 5, "pile", 3.0, forgetting=0.5), 105)
     log.validation(validation("b", 5, "german", 4.0), 105)
     log.close()
-    events = EventAccumulator(str(tmp_path / "tb"))
-    events.Reload()
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    curves = curves_in(tmp_path / "tb")
 
     assert curves["train/loss_nats_per_token"] == [(101, 2.5), (102, 1.5)]
     assert curves["train/grad_norm"] == [(101, 0.25), (102, 0.75)]
@@ -214,14 +195,58 @@ def test_tensorboard_holds_loss_lr_throughput_validation_and_forgetting(tmp_path
     assert {"throughput/tokens_per_s", "throughput/mfu", "throughput/memory_gib"} <= curves.keys()
 
 
-def test_a_cpus_peak_is_measured_and_an_unknown_gpus_is_not_made_up(monkeypatch):
-    """Between a phone and a supercomputer; a data sheet's number for an H100, NaN for a card that is not listed."""
-    measured = peak_flops(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    known = peak_flops(torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
-    unknown = peak_flops(torch.device("cuda"), torch.bfloat16)
+def test_tensorboard_shows_each_step_once_after_a_crash_a_rollback_and_a_resume(tmp_path):
+    """Steps 1 to 4 were drawn; a new process resumes after 2, draws 3 and 4, rolls back to 2 itself and draws 3 alone.
 
-    assert 1e9 < measured < 1e14
+    The fourth step of both earlier attempts is gone from every curve, and so are their losses of the third.
+    """
+    opened = partial(SummaryWriter, str(tmp_path / "tb"), "")
+    log = log_in(tmp_path, tensorboard=opened)
+    log.rewind(100)
+    for step in (1, 2, 3, 4):
+        keep(log, step, loss=1.0)
+    log.flush()
+    log.close()
+    log = log_in(tmp_path, tensorboard=opened)
+    for attempt, steps in ((2.0, (3, 4)), (3.0, (3,))):
+        log.rewind(102)
+        for step in steps:
+            keep(log, step, loss=attempt)
+        log.flush()
+    log.close()
+
+    assert curves_in(tmp_path / "tb")["train/loss_nats_per_token"] == [(101, 1.0), (102, 1.0), (103, 3.0)]
+    assert [step for step, _ in curves_in(tmp_path / "tb")["train/lr"]] == [101, 102, 103]
+
+
+def test_a_run_with_nothing_to_do_leaves_no_events_file(tmp_path):
+    """Stages that are all skipped are noted in metrics.jsonl alone."""
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
+    log.event("start")
+    log.event("skip", stage="a")
+    log.close()
+
+    assert not (tmp_path / "tb").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_points_of_tensorboards_curves(tmp_path):
+    """An unknown MFU and a NaN loss."""
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""), peak=math.nan)
+    keep(log, 1, loss=math.nan)
+    log.flush()
+    log.close()
+
+    assert {"throughput/mfu", "train/loss_nats_per_token"}.isdisjoint(curves_in(tmp_path / "tb"))
+
+
+def test_the_peak_of_a_cpu_or_an_unlisted_gpu_is_not_made_up(monkeypatch):
+    """A data sheet's number for an H100, NaN for the others, whose MFU is then not shown."""
+    on_cpu = peak_flops(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    known = peak_flops(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
+    unknown = peak_flops(torch.device("cuda"))
+
     assert known == 989e12
+    assert math.isnan(on_cpu)
     assert math.isnan(unknown)

@@ -13,6 +13,7 @@ from training import Fault
 from titan_cpt import manifest
 from titan_cpt.errors import CheckpointError
 from titan_cpt.optimizer import UpdateGuard, build_adamw
+from titan_cpt.report import read_run, summarise
 from titan_cpt.skips import Skips
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -121,6 +122,7 @@ def test_rolling_back_takes_the_steps_since_the_checkpoint_again(raw):
 
     assert outcome.status == 0, outcome.output
     assert [(e["stage"], e["step"]) for e in training.events_of(folder, "resume")] == [("english", 4)]
+    assert [line["step"] for line in read_run(folder).trains] == [*range(1, 13), *range(1, 11)]
     assert training.numbers_of(folder) == training.numbers_of(skipping)
     assert training.same_bits(end_of(folder), end_of(skipping))
 
@@ -202,6 +204,7 @@ def test_a_spike_may_stop_be_skipped_or_rolled_back(raw, policy):
         assert "stage english, step 6 (counted from 0): the loss is" in outcome.output
         assert 'training.on_loss_spike = "skip"' in outcome.output
         assert training.checkpoints_of(folder)[-1] == "english/step-00000006"
+        assert summarise(folder)["stages"][0]["steps_done"] == 6  # more are logged, which were held back
     else:
         assert outcome.status == 0, outcome.output
         assert list(skipped_of(folder)) == ["6"]

@@ -1,7 +1,7 @@
 """What is read from a run's folder: summaries of finished, unfinished and resumed runs, and the command."""
 
+import io
 import json
-import os
 import signal
 
 import pytest
@@ -17,7 +17,8 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 def stage_of(name, steps, new, *, window=()):
     use = {"tokens": 64 * steps, "replayed_tokens": 0, "epochs": 1.0}
-    return {"name": name, "steps": steps, "new_datasets": [new], "final_window": list(window), "datasets": {new: use}}
+    size = {"steps": steps, "tokens": 64 * steps, "union_tokens": 64 * steps}
+    return {"name": name, **size, "new_datasets": [new], "final_window": list(window), "datasets": {new: use}}
 
 
 def train_line(stage, step, tokens_per_s):
@@ -26,7 +27,7 @@ def train_line(stage, step, tokens_per_s):
 
 def validation_line(stage, step, dataset, loss, forgetting=None):
     line = {"kind": "validation", "stage": stage, "step": step, "dataset": dataset, "loss_nats_per_token": loss}
-    return {**line, "bits_per_byte": 2 * loss, "forgetting_nats_per_token": forgetting}
+    return {**line, "bits_per_byte": loss and 2 * loss, "forgetting_nats_per_token": forgetting}
 
 
 @pytest.fixture
@@ -40,6 +41,13 @@ def run(tmp_path):
         return tmp_path
 
     return write
+
+
+def shown(folder):
+    """The printed report of a run."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_summary(summarise(folder), console)
+    return console.export_text()
 
 
 def status_of(*arguments):
@@ -107,32 +115,116 @@ def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
 
 def test_a_run_that_has_just_begun_has_a_report(run):
     """No line at all, or the beginning of the first."""
-    for tail in ("", '{"kind": "ev'):
-        stage = summarise(run([stage_of("a", 4, "x")], [], tail))["stages"][0]
+    for tail, said in ("", 0), ('{"kind": "ev', 1):
+        summary = summarise(run([stage_of("a", 4, "x")], [], tail))
+        stage = summary["stages"][0]
 
         assert (stage["steps_done"], stage["before"], stage["after"], stage["seconds"]) == (0, {}, {}, 0)
+        assert (stage["is_begun"], len(summary["problems"])) == (False, said)
 
 
 def test_the_table_shows_the_numbers_of_a_stage(run):
-    """Before, after, forgetting with its sign, and that it is still going."""
-    lines = [validation_line("a", 0, "old", 3.0), validation_line("a", 5, "old", 3.25, 0.25)]
-    console = Console(width=140, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_summary(summarise(run([stage_of("a", 10, "new")], lines)), console)
-    text = console.export_text()
-    console.file.close()
+    """The loss when the weights left the dataset, 0.25 below the one after, stands between the others."""
+    lines = [
+        validation_line("a", 0, "old", 3.125),
+        train_line("a", 10, 64.0),
+        validation_line("a", 10, "old", 3.5, 0.25),
+    ]
+    text = shown(run([stage_of("a", 10, "new")], lines))
+    head = next(line for line in text.splitlines() if "loss before" in line)
+    (row,) = (line for line in text.splitlines() if line.strip("│ ").startswith("old"))
 
-    assert "stage a (10 steps, 5 done, 0 s)" in text
-    assert all(number in text for number in ("3.0000", "3.2500", "+0.2500", "6.500", "640"))
+    assert [cell.strip() for cell in head.strip("┃").split("┃")] == [
+        *("dataset", "tokens", "replay", "loss before", "left at", "after", "forgetting", "bits per byte")
+    ]
+    assert row.replace("│", " ").split() == ["old", "3.1250", "3.2500", "3.5000", "+0.2500", "7.000"]
+    assert "forgetting = after - left at" in text
+    assert "640" in text
 
 
-@pytest.mark.parametrize("content", ["", "{"])
-def test_a_folder_that_is_no_runs_is_told(tmp_path, content):
-    """No plan, or a damaged one."""
-    with pytest.raises(DataError, match=r"plan.json: cannot be read"):
-        summarise(tmp_path)
+def test_a_stopped_run_shows_the_steps_that_were_taken_and_no_stage_that_was_not(run):
+    """Stopped at step 151 of 200, measured at 100; the second stage has not begun, and its tokens are not shown."""
+    lines = [validation_line("a", 0, "x", 9.0), validation_line("a", 100, "x", 4.0)]
+    steps = [train_line("a", step, 6.4) for step in range(1, 152)]
+    folder = run([stage_of("a", 200, "x"), stage_of("b", 77, "y")], [*steps, *lines])
+    text, stages = shown(folder), summarise(folder)["stages"]
+
+    assert "stage a (200 steps, 151 done, losses after step 100, 1510 s)" in text
+    assert "planned tokens" in text
+    assert "stage b: not begun, 77 steps planned" in text
+    assert f"{77 * 64:,}" not in text
+    assert [(s["steps_done"], s["trained_tokens"], s["is_begun"], s["is_done"]) for s in stages] == [
+        (151, 151 * 64, True, False),
+        (0, 0, False, False),
+    ]
+
+
+def test_seconds_of_a_record_that_lacks_steps_say_of_which_steps_they_are(run):
+    """Every fifth of 20 steps was kept, at a second each; a record without any step has no duration."""
+    lines = [train_line("a", step, 64.0) for step in range(5, 21, 5)]
+    stages = [stage_of("a", 20, "x"), stage_of("b", 20, "x")]
+    text = shown(run(stages, [*lines, validation_line("a", 20, "x", 1.0), validation_line("b", 20, "x", 1.0)]))
+
+    assert "stage a (20 steps, 4 s for the 4 steps that are recorded)" in text
+    assert "stage b (20 steps, duration not recorded)" in text
+
+
+def test_a_loss_that_is_not_finite_is_left_out(run):
+    """The record holds null for it; the measurement before it counts, and the report says so."""
+    lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 5, "x", None)]
+    summary = summarise(run([stage_of("a", 5, "x")], lines))
+    stage = summary["stages"][0]
+
+    assert summary["problems"] == ["r: the validation loss of x after step 5 of a is not finite"]
+    assert (stage["after"], stage["measured_at"], stage["is_done"]) == ({"x": 3.0}, 0, False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
+def test_a_damaged_plan_is_an_error(tmp_path, content):
+    """Empty, cut, or JSON that is not a plan."""
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(DataError, match=r"plan.json: cannot be read"):
+    with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
         summarise(tmp_path)
+
+
+def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
+    """Nothing, a file, a folder without runs, one of runs and of sweeps, a stage, a checkpoint."""
+    run([stage_of("a", 4, "x")], [])
+    mine = tmp_path / "outputs" / "mine"
+    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm", tmp_path / "empty", mine / "a" / "step-00000004"):
+        folder.mkdir(parents=True)
+    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm"):
+        (folder / "plan.json").write_text((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+
+    def said(path):
+        with pytest.raises(DataError) as error:
+            summarise(path)
+        return str(error.value).removeprefix(f"{path}: ")
+
+    assert said(tmp_path / "nowhere").startswith("no such file or folder")
+    assert said(mine / "plan.json").startswith("is a file")
+    assert said(tmp_path / "empty").startswith("is not the folder of a run")
+    assert said(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {tmp_path / 'outputs/sweep/arm'}")
+    assert said(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
+    assert said(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
+
+
+def test_one_run_that_cannot_be_read_does_not_end_the_report_of_the_others(run, tmp_path, capsys):
+    """A line of one was damaged: it is named and the rest is shown; another has no plan: status 2, after the tables."""
+    folder = run([stage_of("a", 4, "x")], [validation_line("a", 4, "x", 1.5)], tail="\0\0\n")
+    status = status_of("report", str(folder))
+    one = capsys.readouterr()
+    both = status_of("report", str(tmp_path / "nowhere"), str(folder), "--html", str(tmp_path / "out"))
+    two = capsys.readouterr()
+
+    assert (status, both) == (0, 2)
+    assert "metrics.jsonl:2: damaged line skipped" in " ".join(one.out.split())
+    assert "1.5000" in one.out
+    assert "1.5000" in two.out
+    assert "nowhere: no such file or folder" in two.err
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 def test_the_command_reports_a_run_that_is_still_going(tmp_path, capsys):

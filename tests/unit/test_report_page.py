@@ -73,7 +73,7 @@ EN_DE = [
 def write_run(tmp_path):
     """write_run(name, lines, stages) makes the folder of a run: English for 10 steps, German for 10."""
 
-    def write_run(name, lines, stages=None, *, plan=True):
+    def write_run(name, lines, stages=None, *, plan=True, begun="ab"):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         stages = stages or [
@@ -83,7 +83,7 @@ def write_run(tmp_path):
         if plan:
             told = {"name": folder.name, "fingerprint": "f00dcafe", "step_tokens": STEP_TOKENS, "stages": stages}
             (folder / "plan.json").write_text(json.dumps(told))
-        steps = [trained(of, step, step + 10 * (of == "b"), 1e-3) for of in "ab" for step in range(1, 11)]
+        steps = [trained(of, step, step + 10 * (of == "b"), 1e-3) for of in begun for step in range(1, 11)]
         start = {"kind": "event", "name": "start", "versions": {"torch": "2.13.0"}, "data": {"datasets.en": "abc"}}
         text = "".join(json.dumps(line) + "\n" for line in [start | {"world_size": 2}, *steps, *lines])
         (folder / "metrics.jsonl").write_text(text)
@@ -116,12 +116,18 @@ def test_a_row_holds_the_numbers_that_the_window_gives(write_run):
 
 
 def test_a_row_of_a_run_that_is_going_says_where_it_is(write_run):
-    """The last measurement so far, and the stage that it was made in; nothing at all before the first one."""
-    going, new = (read_run(write_run(name, lines)) for name, lines in (("going", EN_DE[:6]), ("new", [])))
-    row, empty = compare([going, new])
+    """The last measurement so far, and the stage that it was made in; nothing at all before the first one.
 
-    assert (row.stage, row.is_done, row.losses) == ("b", False, {"en": 4.0, "de": 7.0})
+    All steps were taken, and the last measurement is still due: not done. It is where there is nothing to measure.
+    """
+    going, blind = (read_run(write_run(name, lines)) for name, lines in (("going", EN_DE[:6]), ("blind", [])))
+    new = read_run(write_run("new", [], begun="a"))
+    row, unmeasured, empty = compare([going, blind, new])
+
+    assert (row.stage, row.is_done, row.losses, row.tokens) == ("b", False, {"en": 4.0, "de": 7.0}, 20_000)
     assert (empty.losses, empty.average, empty.mean_forgetting, empty.is_done) == ({}, None, None, False)
+    assert (empty.stage, empty.tokens) == ("a", 10_000)
+    assert (unmeasured.losses, unmeasured.is_done) == ({}, True)
 
 
 def test_an_average_counts_what_is_trained_on_and_not_what_is_only_measured(write_run):
@@ -190,7 +196,7 @@ def test_metrics_alone_make_a_page(write_run, tmp_path):
 
 def test_a_run_without_a_single_measurement_makes_a_page(write_run, tmp_path):
     """As it is in its first minute."""
-    assert status_of("report", write_run("new", []), "--html", tmp_path / "out") == 0
+    assert status_of("report", write_run("new", [], begun="a"), "--html", tmp_path / "out") == 0
     assert "still in a" in (tmp_path / "out" / "index.html").read_text()
 
 

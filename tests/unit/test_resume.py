@@ -3,6 +3,7 @@
 All in fp32 with one process and one thread, where equal means equal to the last bit.
 """
 
+import json
 import os
 import random
 import resource
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import Fault, Process, train
 
 from titan_cpt import manifest
 from titan_cpt.metrics import MetricsLog
+from titan_cpt.report import summarise
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -79,6 +82,13 @@ def forget_after(run, *folders):
     """Take checkpoints away, as if the run had not come there yet."""
     for folder in folders:
         shutil.rmtree(run / folder)
+
+
+def points_of(run, tag):
+    """Step and value of every point of a curve, as TensorBoard reads it."""
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def damage(run, folder, kind):
@@ -216,9 +226,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(ended, config,
 
     assert outcome.status == 0, outcome.output
     if kind != "missing manifest":  # which is what a save leaves that was cut short: no checkpoint ever
-        assert "passed over: " in outcome.output
+        assert "skipping damaged checkpoint: " in outcome.output
         assert "german/step-00000008" in outcome.output.replace("\n", "")
-    assert "goes on after step 4 of 10" in outcome.output
+    assert "resumes after step 4 of 10" in outcome.output
     assert_same(ended, unbroken)
 
 
@@ -229,9 +239,41 @@ def test_with_every_checkpoint_of_a_stage_damaged_the_stage_begins_again(ended, 
     outcome = train(config)
 
     assert outcome.status == 0, outcome.output
-    assert outcome.output.count("passed over: ") == 3
+    assert outcome.output.count("skipping damaged checkpoint: ") == 3
     assert "stage german begins" in outcome.output
     assert_same(ended, unbroken)
+
+
+def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended, raw, unbroken, tmp_path):
+    """German is trained again with half of its LR, killed at its fifth step: four steps, none of the old losses.
+
+    At its end the summary and the TensorBoard curves are those of a run that trained it so in the first place.
+    """
+    german = raw["stages"][1] | {"lr": raw["stages"][1]["lr"] | {"max": 1e-3}}
+    again = training.changed(raw, stages=[raw["stages"][0], german], metrics={"enable_tensorboard": True})
+    config = training.write_config(again, tmp_path / "again.toml")
+    shutil.rmtree(ended / "german")
+    killed = train(config, fault=Fault("titan_cpt.train:train_step", call=5))
+    stage = summarise(ended)["stages"][1]
+    outcome = train(config)
+    first = training.changed(again, job={"name": "first"})
+    train(training.write_config(first, tmp_path / "first.toml"))
+    now, whole = (summarise(tmp_path / name)["stages"] for name in ("run", "first"))
+
+    assert (killed.status, outcome.status) == (-signal.SIGKILL, 0), outcome.output
+    assert (stage["steps_done"], stage["measured_at"], stage["is_done"]) == (4, 0, False)
+    assert set(training.checkpoints_of(ended)) == set(training.checkpoints_of(unbroken))
+    measured = ("before", "after", "forgetting", "left_at", "adaptation", "steps_done", "timed_steps", "is_done")
+    assert [{key: one[key] for key in measured} for one in now] == [
+        {key: one[key] for key in measured} for one in whole
+    ]
+    assert json.loads((ended / "summary.json").read_text())["stages"][1]["after"] == whole[1]["after"]
+    assert whole[1]["after"] != summarise(unbroken)["stages"][1]["after"]
+    assert points_of(ended, "train/lr") == [
+        (step, lr) for step, lr in points_of(tmp_path / "first", "train/lr") if step > 12
+    ]
+    assert f"newest checkpoint: {ended / 'german' / 'step-00000010'}" in outcome.output
+    assert f"  checkpoint: {ended / 'german' / 'step-00000008'}" in outcome.output
 
 
 def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, config):
@@ -242,7 +284,7 @@ def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, confi
     outcome = train(config)
 
     assert outcome.status == 2
-    assert "not one of its checkpoints can be gone on from" in " ".join(outcome.output.split())
+    assert "none of its checkpoints is whole" in " ".join(outcome.output.split())
     assert "Traceback" not in outcome.output
     assert (ended / "metrics.jsonl").read_bytes() == record
 
