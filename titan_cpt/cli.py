@@ -22,6 +22,7 @@ from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive
 from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, in_words
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
+_OVERRIDES = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
 STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
 
 
@@ -132,8 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     anneal = _command(commands, "anneal", _anneal, "branch off a constant phase: a run that anneals")
+    anneal.epilog = f"{_OVERRIDES}. --job.name NAME names the branch, so that one checkpoint can have several."
     anneal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
-    anneal.add_argument("--tokens", type=tokens, required=True, metavar="N", help="of the annealing, such as 10B")
+    anneal.add_argument(
+        "--tokens", type=tokens, required=True, metavar="N", help="length of the annealing, such as 10B"
+    )
     anneal.add_argument("--min", type=learning_rate, metavar="LR", help="LR of its last step (default: the stage's)")
     anneal.add_argument("--prepare-only", action="store_true", help="make the run's folder and do not train yet")
 
@@ -182,7 +186,7 @@ def _command(
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", type=Path, required=True, metavar="FILE", help="the TOML")
-    command.epilog = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
+    command.epilog = _OVERRIDES
 
 
 def _add_opening(command: argparse.ArgumentParser) -> None:

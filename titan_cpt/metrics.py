@@ -77,7 +77,10 @@ class MetricsLog:
         self.problems = recorded.problems
         """What of an earlier record could not be read."""
         self.before = losses_before(recorded)
-        """Loss at step 0 by (stage, dataset): what forgetting is measured from."""
+        """By (stage, dataset), the loss at step 0 from which forgetting is counted and the identity of what was
+        measured, None in lines of older versions."""
+        self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
+        """The `start` event of the session before."""
         self._open_tensorboard = tensorboard
         self._tensorboard: ScalarWriter | None = None
         self._obsolete_from: int | None = None
@@ -133,8 +136,11 @@ class MetricsLog:
         self._since, self._tokens = time.perf_counter(), 0
 
     def validation(self, line: dict[str, Any], run_step: int) -> None:
-        """One dataset's loss."""
+        """One dataset's loss; in TensorBoard too, unless it is measured again at a step that has its point there."""
         self._write({"kind": "validation", **line})
+        if line.get("measured_again"):
+            self._sync()
+            return
         dataset = line["dataset"]
         numbers = {f"validation/{dataset}/{key}": line[key] for key in ("loss_nats_per_token", "bits_per_byte")}
         if line["forgetting_nats_per_token"] is not None:

@@ -84,10 +84,13 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     return found
 
 
-def losses_before(metrics: Metrics) -> dict[tuple[str, str], float]:
-    """Loss at step 0 by (stage, dataset): what forgetting is measured from."""
+def losses_before(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | None]]:
+    """By (stage, dataset), the loss at step 0 from which forgetting is counted, and the identity of what was measured.
+
+    Lines of older versions name no identity: None.
+    """
     return {
-        (line["stage"], line["dataset"]): line["loss_nats_per_token"]
+        (line["stage"], line["dataset"]): (line["loss_nats_per_token"], line.get("validation_id"))
         for line in metrics.validations
         if line["step"] == 0 and line["loss_nats_per_token"] is not None
     }

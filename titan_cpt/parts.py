@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -199,24 +199,34 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
     index = min(found.manifest["stage_index"], len(plan.stages) - 1)
     planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
     begun = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
-    recorded_data = found.manifest["data"].items()
-    data = {key: value for key, value in recorded_data if not key.endswith(".train") or key in begun}
+    # Validation data changes no weight: forgetting.py deals with another one.
+    data = {key: value for key, value in found.manifest["data"].items() if key in begun or key == "tokenizer"}
     changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
-        name = str(found.manifest["stage"])
-        remedy = f"Restore these, or start again under another job.name. Stages after {name!r} may be changed freely."
-        if all(line.startswith(f"stages.{name}.") for line in changed):
-            remedy += f" To train {name!r} alone again, remove {found.folder.parent}."
-        if any(line.startswith("model.vocab_size:") for line in changed):
-            remedy += (
-                " The vocabulary is padded to 128 x parallelism.tensor_parallel_degree: model.vocab_size = "
-                f"{recorded['model.vocab_size']} keeps it under any degree that divides it."
-            )
-        old, new = found.manifest["fingerprint"], fingerprint(planned)
-        raise CheckpointError(
-            "\n  ".join([f"{found.folder}: written under plan {old}, this config makes plan {new}:", *changed, remedy])
-        )
+        raise CheckpointError("\n  ".join([_what_differs(found, planned), *changed, _remedy(found, plan, changed)]))
     return found
+
+
+def _what_differs(found: Found, planned: dict[str, Any]) -> str:
+    old, new = found.manifest["fingerprint"], fingerprint(planned)
+    if old == new:
+        return f"{found.folder}: was trained with other data than the config names now:"
+    return f"{found.folder}: written under plan {old}, this config makes plan {new}:"
+
+
+def _remedy(found: Found, plan: Plan, changed: Sequence[str]) -> str:
+    name = str(found.manifest["stage"])
+    remedy = "Restore these, or begin a new run under another name (--job.name NAME)."
+    if plan.stages[-1].name != name and found.manifest["stage_index"] < len(plan.stages) - 1:
+        remedy += f" Stages after {name!r} may be changed freely."
+    if all(line.startswith(f"stages.{name}.") for line in changed):
+        remedy += f" To train {name!r} again, remove {found.folder.parent}."
+    if any(line.startswith("model.vocab_size:") for line in changed):
+        remedy += (
+            " The vocabulary is padded to 128 x parallelism.tensor_parallel_degree: model.vocab_size = "
+            f"{found.manifest['recipe']['model.vocab_size']} keeps it under any degree that divides it."
+        )
+    return remedy
 
 
 def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from titan_cpt.parts import Parts
 from titan_cpt.plan import StagePlan
+from titan_cpt.validate import ValidationLoss
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,39 @@ def validate(parts: Parts, stage: StagePlan, done: int) -> bool:
     Returns:
         False where a signal cut it short: nothing is written then, and it is due still.
     """
-    plan, run_step = parts.plan, parts.plan.steps_before(stage) + done
+    run_step = parts.plan.steps_before(stage) + done
     losses = parts.validator.measure(parts.engine, interrupted=parts.stop.agreed)
     if losses is None:
         return False
     said = []
     for dataset, loss in losses.items():
-        since = plan.forgetting_since(stage, dataset)
-        if done == 0:
-            parts.log.before[stage.name, dataset] = loss.nats_per_token
-        before = None if since is None else parts.log.before.get((since, dataset))
-        forgetting = None if before is None else loss.nats_per_token - before
-        line = {
-            "stage": stage.name,
-            "step": done,
-            "dataset": dataset,
-            "loss_nats_per_token": loss.nats_per_token,
-            "perplexity": loss.perplexity,
-            "bits_per_byte": loss.bits_per_byte,
-            "forgetting_nats_per_token": forgetting,
-        }
+        line = validation_line(parts, stage, done, dataset, loss)
         parts.log.validation(line, run_step)
+        forgetting = line["forgetting_nats_per_token"]
         said.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
     if said:
         parts.display.say(f"  validation after step {done:,} of {stage.name}: {', '.join(said)}")
     parts.log.restart_clock()
     return True
+
+
+def validation_line(parts: Parts, stage: StagePlan, done: int, dataset: str, loss: ValidationLoss) -> dict[str, Any]:
+    """A dataset's loss as metrics.jsonl has it; at step 0 it is kept as a baseline of forgetting.
+
+    Forgetting is None where the baseline was measured on other data or windows, or is not known.
+    """
+    since, identity = parts.plan.forgetting_since(stage, dataset), parts.validator.identities[dataset]
+    if done == 0:
+        parts.log.before[stage.name, dataset] = loss.nats_per_token, identity
+    before, measured_on = (None, None) if since is None else parts.log.before.get((since, dataset), (None, None))
+    comparable = before is not None and measured_on == identity
+    return {
+        "stage": stage.name,
+        "step": done,
+        "dataset": dataset,
+        "loss_nats_per_token": loss.nats_per_token,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
+        "forgetting_nats_per_token": loss.nats_per_token - before if comparable and before is not None else None,
+        "validation_id": identity,
+    }

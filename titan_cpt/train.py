@@ -28,6 +28,7 @@ from titan_cpt.display import make_console
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, set_timeouts, wait_for_rank_0
 from titan_cpt.errors import NumericsError
+from titan_cpt.forgetting import note_changed_validation, renew_baselines
 from titan_cpt.initial import load_initial
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.metrics import versions
@@ -84,19 +85,23 @@ def run_among(ranks: Ranks, config: Config) -> int:
 
 def train(parts: Parts, found: Found | None) -> int:
     """Every stage that is not done yet, in order."""
-    told = {"versions": versions(parts.ranks.device), "data": parts.identities}
-    parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size, **told)
-    first = 0
+    first = done = 0
     if found is not None:
-        first = found.manifest["stage_index"]
-        if found.manifest["steps_done"] == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
-            first, found = first + 1, None
+        first, done = found.manifest["stage_index"], found.manifest["steps_done"]
+    note_changed_validation(parts, parts.plan.stages[first], done)
+    told = {"versions": versions(parts.ranks.device), "data": parts.identities}
+    told["validation"] = parts.validator.identities
+    parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size, **told)
+    if found is not None and done == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
+        first, found = first + 1, None
     require_benchmarks(parts.config, fresh=first == 0 and found is None)
     for stage in parts.plan.stages[:first]:
         parts.log.event("skip", stage=stage.name)
         parts.display.say(f"stage {stage.name}: already trained, skipped")
         if benchmarks_due(parts.config, stage, stage.steps) and not take_benchmarks(parts, stage, stage.steps):
             return _stopped(parts, stage, stage.steps)
+    if first < len(parts.plan.stages):
+        renew_baselines(parts, parts.plan.stages[first], resumes=found is not None)
     for stage in parts.plan.stages[first:]:
         done = resume(parts, found) if found is not None else transition(parts, stage)
         unmeasured = found is None or bool(found.manifest.get("validation_due"))

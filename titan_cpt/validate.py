@@ -6,6 +6,8 @@ later stage; adaptation is the loss on the data that is new in a stage. Source: 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ class ValidationLoss:
 class Validator:
     """Measures what an engine runs on fixed windows, the same ones at every call and under every number of ranks.
 
+    Attributes:
+        identities: by name, 16 hexadecimal digits over what decides the loss besides the weights: the tokens, the
+            windows chosen of them, and the bytes of each id. Losses of two identities are not comparable.
+
     Args:
         streams: held-out tokens by name.
         token_bytes: int64 [vocabulary]; bytes that each id stands for.
@@ -72,6 +78,14 @@ class Validator:
                     f"sequence of {seq_len} + 1; give it more, or leave it out"
                 )
         self.token_bytes = torch.from_numpy(token_bytes).to(mesh.ranks.device)
+        self.identities = {name: self._identity(stream, token_bytes) for name, stream in streams.items()}
+
+    def _identity(self, stream: TokenSource, token_bytes: NDArray[np.int64]) -> str:
+        """The batch of a forward pass is left out: it changes the last bits of a loss and not what is measured."""
+        available = stream.windows(self.seq_len)
+        chosen = [stream.fingerprint(), self.seq_len, available, min(available, self.sequences)]
+        digest = hashlib.sha256(json.dumps(chosen).encode() + token_bytes.tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def measure(

@@ -43,6 +43,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "report_page",
     "parts",
     "initial numerics records benchmarks",
+    "forgetting",
     "train",
     "cli",
     "__main__",

@@ -133,7 +133,7 @@ def test_forgetting_counts_from_the_step_0_of_the_present_training(read):
     """Trained again, a stage's step 0 was measured anew; the later stage has none any more."""
     lines = [measured("a", 0, 9.0), *steps("a", 1, 1), measured("b", 0, 5.0), event("transition", "a", 0)]
 
-    assert losses_before(read([*lines, measured("a", 0, 8.0)])) == {("a", "x"): 8.0}
+    assert losses_before(read([*lines, measured("a", 0, 8.0)])) == {("a", "x"): (8.0, None)}
 
 
 @pytest.mark.parametrize(
