@@ -22,7 +22,7 @@ class Source(Table):
     """[datasets.NAME.source]: the text that `train` and `validation` are prepared from when they are missing."""
 
     text: Strings
-    """Files or globs (.txt, .jsonl and .json, each also packed as .gz or .zst; .parquet), or
+    """Files or globs (.txt, .jsonl and .json, each also packed as .gz, .zst, .bz2 or .xz; .parquet), or
     "hub:NAME[:CONFIG[:SPLIT]]". A .json holds one object a line, or one array of objects."""
     text_field: str = "text"
     """The field that holds a document's text."""

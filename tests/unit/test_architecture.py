@@ -13,12 +13,14 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "errors allocator",
     "locks reading",
     "written",
+    "data.unpacking",
+    "data.hub",
     "data.bpe data.special_tokens",
     "data.library_engine",
     "data.engines",
     "data.tokenizer",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
-    "data.indexed_format data.file_names data.unpacking profiling data.source data.record checkpoint_files suites "
+    "data.indexed_format data.file_names profiling data.source data.record checkpoint_files suites "
     "scores metrics_file",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",

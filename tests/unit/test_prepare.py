@@ -1,7 +1,9 @@
 """Text to .bin/.idx: every format, faults with their place, the same bytes from any number of processes and runs."""
 
+import bz2
 import gzip
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared import documents_of, jsonl, make_inputs, outputs, run, words
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from titan_cpt.data import shards, texts
 from titan_cpt.data.indexed import TokenStream
 from titan_cpt.data.prepare import iterate_texts, missing_inputs
 from titan_cpt.data.texts import find_inputs, read_chunks
-from titan_cpt.data.tokenizer import train_bpe
+from titan_cpt.data.tokenizer import load_tokenizer, train_bpe
 from titan_cpt.errors import ConfigError, DataError
 
 DOCUMENTS = ["first", "zweiter Text: äöü", "third\nwith lines", "4"]
@@ -42,6 +45,15 @@ def write_parquet(path: Path) -> None:
         ("array.json", lambda path: path.write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1))),
         ("array.json.gz", lambda path: path.write_bytes(
             gzip.compress(json.dumps([{"text": text} for text in DOCUMENTS]).encode()))),
+        ("a.jsonl.bz2", lambda path: path.write_bytes(bz2.compress(jsonl(DOCUMENTS).encode()))),
+        ("a.jsonl.xz", lambda path: path.write_bytes(lzma.compress(jsonl(DOCUMENTS).encode()))),
+        ("bom.json", lambda path: path.write_text("\ufeff" + json.dumps([{"text": text} for text in DOCUMENTS]))),
+        ("bom_spaces.json", lambda path: path.write_text("\ufeff\n " + json.dumps([{"text": t} for t in DOCUMENTS]))),
+        ("bom_lines.json", lambda path: path.write_text("\ufeff" + jsonl(DOCUMENTS))),
+        ("bom.json.gz", lambda path: path.write_bytes(
+            gzip.compress(("\ufeff" + json.dumps([{"text": text} for text in DOCUMENTS])).encode()))),
+        ("joined.jsonl", lambda path: path.write_text(
+            "".join("\ufeff" + jsonl([text]) for text in DOCUMENTS))),
         ("a.parquet", write_parquet),
     ],
 )  # fmt: skip
@@ -83,7 +95,7 @@ def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypat
     (tmp_path / "set" / "train.jsonl").write_text(jsonl(["new"], "body"))
     with pytest.raises(DataError, match="made in another way: input"):
         run([name], tmp_path / "out", text_field="body")
-    with pytest.raises(DataError, match="row 1: no field 'text'; its fields are body, id"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: no field 'text'; its fields are body, id"):
         run([name], tmp_path / "other")
     with pytest.raises(DataError, match="cannot open it"):
         run([f"hub:{tmp_path / 'none'}"], tmp_path / "other")
@@ -116,6 +128,21 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: damaged or cut short"),
         ("a.jsonl.zst", zstandard.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.zst: ends within"),
         ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst: damaged"),
+        ("a.jsonl.zst", zstandard.compress(b"{}\n") + zstandard.compress(jsonl(words(500)).encode())[:-9],
+         r"a\.jsonl\.zst: ends within"),
+        ("a.jsonl.bz2", bz2.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.bz2: damaged or cut short"),
+        ("a.jsonl.xz", lzma.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.xz: damaged or cut short"),
+        ("a.jsonl.xz", b"no xz at all", r"a\.jsonl\.xz: damaged or cut short"),
+        *[(f"a.jsonl{suffix}", b"", rf"a\.jsonl\{suffix}: 0 bytes, .*it was cut short; copy it again")
+          for suffix in (".gz", ".zst")],
+        ("a.jsonl.bz2", b"", r"a\.jsonl\.bz2: damaged or cut short"),
+        ("a.jsonl.xz", b"", r"a\.jsonl\.xz: damaged or cut short"),
+        ("a.txt.zst", b"", r"a\.txt\.zst: 0 bytes"),
+        ("a.txt", "text".encode("utf-16"), r"a\.txt: looks like UTF-16; convert it to UTF-8"),
+        ("a.txt", "text".encode("utf-16-le"), r"a\.txt: looks like UTF-16"),
+        ("a.jsonl", jsonl(["a"]).encode("utf-16"), r"a\.jsonl: looks like UTF-16"),
+        ("a.jsonl", jsonl(["a"]).encode("utf-16-be"), r"a\.jsonl: looks like UTF-16"),
+        ("a.json", b"[]".decode().encode("utf-16"), r"a\.json: looks like UTF-16"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read as parquet"),
         ("a.csv", b"text\n", r"a\.csv: its name tells no format .*allowed are \.txt, \.jsonl"),
         ("a.txt", b" ", "the inputs hold no text: 1 documents, all of them empty"),
@@ -266,3 +293,88 @@ def test_a_hold_out_that_would_be_empty_is_refused(tmp_path):
 
     with pytest.raises(DataError, match=r"--holdout 1e-09 puts 0 of 1 documents on the held-out side"):
         run([tmp_path / "a.txt"], tmp_path / "out", holdout=1e-9)
+
+
+def test_a_tokenizer_file_that_changed_is_read_again(tmp_path):
+    """Two runs in one process, with another file at the same path in between."""
+    (tmp_path / "a.txt").write_text("one zwei drei four")
+    for name, training in (("first", words(300)), ("second", ["eins zwo dreizehn vierzig"] * 20)):
+        train_bpe(training, 262, tmp_path / f"{name}.json")
+        (tmp_path / f"{name}.json").replace(tmp_path / "tokenizer.json")
+        result = run([tmp_path / "a.txt"], tmp_path / name, tokenizer=str(tmp_path / "tokenizer.json"))
+        expected = load_tokenizer(str(tmp_path / "tokenizer.json")).encode("one zwei drei four")
+
+        assert TokenStream([tmp_path / name]).read(0, result.counts.tokens).tolist()[:-1] == expected
+
+
+def test_a_tokenizer_file_that_changes_during_a_run_is_refused(tmp_path):
+    """A shard is never made with another tokenizer than the record names."""
+    train_bpe(words(300), 262, tmp_path / "tokenizer.json")
+    job = shards.Job(str(tmp_path / "tokenizer.json"), "0" * 64, "text", 0.0, tmp_path)
+
+    with pytest.raises(DataError, match="changed since this run began"):
+        shards.encode_chunk(texts.Chunk("x", "row", 1, ("a",)), job)
+
+
+def word_level(folder: Path) -> str:
+    """A tokenizer that knows two words."""
+    library = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(folder / "words.json"))
+    return str(folder / "words.json")
+
+
+def test_what_becomes_the_unknown_token_is_counted_and_said(tmp_path, small_chunks):
+    """Characters, documents, and which characters most; over all chunks and workers, held-out documents included."""
+    documents = ["one two", "one xx", "xy two x\u00e9", *["one"] * 60]
+    (tmp_path / "a.jsonl").write_text(jsonl(documents))
+    results = [
+        run([tmp_path / "a.jsonl"], tmp_path / str(workers), tokenizer=word_level(tmp_path), workers=workers)
+        for workers in (1, 2)
+    ]
+    counts = results[0].counts
+
+    assert results[0].counts == results[1].counts
+    assert (counts.lost_documents, counts.lost_characters) == (2, 6)
+    assert counts.lost == {"x": 4, "y": 1, "\u00e9": 1}
+    assert "6 characters in 2 documents have no token" in results[0].in_words
+    assert "'x' 4, 'y' 1, '\u00e9' 1 times" in results[0].in_words
+    again = run([tmp_path / "a.jsonl"], tmp_path / "1", tokenizer=word_level(tmp_path))
+    assert again.already_done
+    assert again.counts == counts
+
+
+def test_what_a_bpe_without_an_unknown_token_leaves_out_is_counted_too(tmp_path):
+    """It drops characters without a trace."""
+    library = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(["</s>", "a", "b", "ab"])}, [("a", "b")])
+    )
+    library.save(str(tmp_path / "bpe.json"))
+    (tmp_path / "a.jsonl").write_text(jsonl(["ab\u00e9", "\u4e2d b \u4e2d", "ab"]))
+    counts = run([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=str(tmp_path / "bpe.json")).counts
+
+    assert (counts.lost_documents, counts.lost_characters) == (2, 3)
+    assert counts.lost == {"\u4e2d": 2, "\u00e9": 1}
+
+
+def test_nothing_is_lost_with_bytes_and_byte_level_tokenizers(tmp_path):
+    """And nothing is said of it."""
+    train_bpe(words(300), 262, tmp_path / "tokenizer.json")
+    (tmp_path / "a.jsonl").write_text(jsonl(["\u00e9\u4e2d \x00"]))
+    for tokenizer in ("bytes", str(tmp_path / "tokenizer.json")):
+        result = run([tmp_path / "a.jsonl"], tmp_path / tokenizer[-5:], tokenizer=tokenizer)
+
+        assert (result.counts.lost_documents, result.counts.lost_characters, result.counts.lost) == (0, 0, {})
+        assert "no token" not in result.in_words
+
+
+def test_a_record_without_counts_of_losses_stays_valid(tmp_path):
+    """Earlier versions did not write them."""
+    (tmp_path / "a.txt").write_text("a")
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    record = json.loads((tmp_path / "out.json").read_text())
+    for key in ("lost_documents", "lost_characters", "lost"):
+        del record["counts"][key]
+    (tmp_path / "out.json").write_text(json.dumps(record))
+
+    assert run([tmp_path / "a.txt"], tmp_path / "out").already_done

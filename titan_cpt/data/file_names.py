@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from titan_cpt.data.unpacking import PACKED
 from titan_cpt.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-PACKED = ("", ".gz", ".zst")
 
 FileIdentity = tuple[int, int, int, int]
 """Device, inode, size and time of change: equal for one file under all its names, links included."""
@@ -68,7 +68,7 @@ class Once:
 
 def text_file(entries: Iterable[str]) -> str | None:
     """The first entry that is a file of text rather than of tokens, judged by its name."""
-    endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in PACKED)
+    endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in ("", *PACKED))
     return next((entry for entry in entries if entry.endswith(endings) and Path(entry).is_file()), None)
 
 

@@ -80,7 +80,8 @@ class PrepareResult:
             parts.append(f"{self.reused_chunks} of {self.chunks} parts were done already")
         parts.append(f"tokenizer: {self.tokenizer}")
         done = "already done, nothing was changed: " if self.already_done else ""
-        return done + "; ".join(parts) + (f"\nnote: {self.note}" if self.note else "")
+        notes = [note for note in (_loss_in_words(counts), self.note) if note]
+        return done + "; ".join(parts) + "".join(f"\nnote: {note}" for note in notes)
 
 
 def prepare(
@@ -138,7 +139,7 @@ def prepare(
         shards, reused = _encode_all(sources, job, output, workers, show_progress=show_progress)
         counts = sum((part for _, part in shards), Counts())
         _check_sides(counts, holdout)
-        record = {**recipe, "counts": asdict(counts)}
+        record = {**recipe, "counts": asdict(counts.shortened())}
         _publish([shard for shard, _ in shards], output, job, vocabulary.vocab_size, record, force=force)
         remove_partial(output)
     return PrepareResult(output, words, counts, already_done=False, reused_chunks=reused, chunks=len(shards), note=note)
@@ -158,6 +159,18 @@ def _file_of(tokenizer: Tokenizer) -> list[Path]:
     """The file that a tokenizer is read from, which is an input too."""
     path = Path(tokenizer.name)
     return [] if tokenizer.name == BYTES else [path / "tokenizer.json" if path.is_dir() else path]
+
+
+def _loss_in_words(counts: Counts) -> str | None:
+    """How much of the text has no token, and which characters most."""
+    if not counts.lost_characters:
+        return None
+    most = ", ".join(f"{character!r} {count:,}" for character, count in [*counts.lost.items()][:5])
+    return (
+        f"{counts.lost_characters:,} characters in {counts.lost_documents:,} documents have no token in this "
+        "tokenizer: they became the unknown token or were left out, and no model can learn them. Most often: "
+        f"{most} times"
+    )
 
 
 def _check_options(holdout: float, workers: int, text_field: str) -> None:
@@ -189,7 +202,8 @@ def _finished(output: Path, recipe: dict[str, Any]) -> Counts | None:
     record = read_record(record_path(output))
     if record is None or recipe_of(record) != recipe or not is_there(pair_paths(output)[1]):
         return None
-    counts = Counts(**{field.name: record["counts"].get(field.name, field.default) for field in fields(Counts)})
+    known = {field.name for field in fields(Counts)}  # a record of an earlier version may lack some
+    counts = Counts(**{key: value for key, value in record["counts"].items() if key in known})
     _check_length(output, counts.tokens)
     if recipe["holdout"]:
         _check_length(held_out_prefix(output), counts.held_out_tokens)

@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -28,6 +29,7 @@ from titan_cpt.data.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.reading import is_absent, read_text
 
+MOST_LOST = 20
 BATCH_CHARACTERS = 2**20  # of text at a time: bounds the memory of a worker
 LAYOUT = 2  # goes up when shards of the same text and options would hold other tokens
 
@@ -60,10 +62,23 @@ class Counts:
     held_out_tokens: int = 0
     held_out_bytes: int = 0
     empty_documents: int = 0
+    lost_documents: int = 0
+    lost_characters: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """Characters without a token (they became the unknown token, or nothing) to how often, the most frequent first."""
 
     def __add__(self, other: "Counts") -> "Counts":
         """Field by field."""
-        return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        numbers = {
+            key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(Counts) if key.name != "lost"
+        }
+        together = Counter(self.lost)
+        together.update(other.lost)
+        return Counts(**numbers, lost=dict(sorted(together.items(), key=lambda entry: (-entry[1], entry[0]))))
+
+    def shortened(self) -> "Counts":
+        """The same with the MOST_LOST most frequent lost characters only, for PREFIX.json."""
+        return replace(self, lost=dict([*self.lost.items()][:MOST_LOST]))
 
 
 def finished_counts(shard: Path) -> Counts | None:
@@ -92,7 +107,7 @@ def encode_chunk(chunk: Chunk, job: Job) -> Counts:
     Raises:
         DataError: a document is at fault; names file and line.
     """
-    tokenizer = _tokenizer(job.tokenizer)
+    tokenizer = _tokenizer(job.tokenizer, job.fingerprint)
     shard = job.shard_of(chunk)
     counts = Counts()
     with IndexedWriter(shard, tokenizer.vocab_size) as train:
@@ -130,8 +145,12 @@ def _end_with(sentinel: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(path)
+def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """The tokenizer with this content; the file at the path may have become another one."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint != fingerprint:
+        raise DataError(f"{path}: changed since this run began; start it again")
+    return tokenizer
 
 
 def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:
@@ -159,13 +178,19 @@ def _write(
 ) -> Counts:
     """Tokenise one lot, and write each document to its side."""
     kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
-    tokens, sizes, _lost = tokenizer.encode_documents([texts[number] for number in kept])
+    tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in kept])
     utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
     held = np.array([is_held_out(encoded[number], holdout) for number in kept], dtype=np.bool_)
     train.add_documents(tokens[np.repeat(~held, sizes)], sizes[~held])
     held_out.add_documents(tokens[np.repeat(held, sizes)], sizes[held])
+    counted = Counter("".join(lost.values()))
     return Counts(
-        *_side(~held, sizes, utf8_bytes), *_side(held, sizes, utf8_bytes), empty_documents=len(texts) - len(kept)
+        *_side(~held, sizes, utf8_bytes),
+        *_side(held, sizes, utf8_bytes),
+        empty_documents=len(texts) - len(kept),
+        lost_documents=len(lost),
+        lost_characters=counted.total(),
+        lost=counted,
     )
 
 

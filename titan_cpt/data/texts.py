@@ -3,10 +3,10 @@
     .txt                one document a file
     .jsonl  .json       one object a line; a .json may also be one array of objects; the text is in one field
     .parquet            one document a row; the text is in one column
-    hub:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed; the split is train if not given
+    hub:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed (hub.py); the split is train if not given
 
-The first three may be packed as .gz or .zst. JSON lines stay bytes until a worker takes them apart, because parsing is
-as dear as reading is cheap.
+The first three may be packed as .gz, .zst, .bz2 or .xz. JSON lines stay bytes until a worker parses them, because
+parsing is as slow as reading is fast. JSON and parquet files of the hub are read like local ones.
 """
 
 import glob
@@ -15,16 +15,19 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from titan_cpt.data.file_names import PACKED, Once, escape_hint, matches
-from titan_cpt.data.unpacking import read_blocks
+from titan_cpt.data import hub
+from titan_cpt.data.file_names import Once, escape_hint, matches
+from titan_cpt.data.hub import HUB
+from titan_cpt.data.unpacking import PACKED, read_blocks, unpacked_blocks
 from titan_cpt.errors import DataError
 
-HUB = "hub:"
 SUFFIXES = (".txt", ".jsonl", ".json")
-ALLOWED = f"{', '.join(SUFFIXES)} (also .gz and .zst), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(PACKED)}), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
 
 CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
 SMALLEST_CHUNK_BYTES = 2 * 2**20
@@ -51,7 +54,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
         if self.is_hub:
-            return {"name": self.spec, "hash": _hub_builder(self.spec).hash}
+            return {"name": self.spec, "hash": hub.version_of(self.spec)}
         status = Path(self.spec).stat()
         return {"name": Path(self.spec).name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
@@ -184,7 +187,7 @@ def _match(entry: str) -> list[str]:
 def _how_to_name_files(folder: str) -> str:
     """Globs for the kinds of files that a folder holds, at its top or one level down."""
     folder = folder.rstrip("/")
-    readable = [*(kind + packing for kind in SUFFIXES for packing in PACKED), ".parquet"]
+    readable = [*(kind + packing for kind in SUFFIXES for packing in ("", *PACKED)), ".parquet"]
     for below in ("*", "*/*"):
         names = [path.name for path in Path(folder).glob(below) if path.is_file()]
         patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
@@ -199,17 +202,37 @@ def _kind(name: str) -> str | None:
         return HUB
     if name.endswith(".parquet"):
         return ".parquet"
-    return next((kind for kind in SUFFIXES for packing in PACKED if name.endswith(kind + packing)), None)
+    return next((kind for kind in SUFFIXES for packing in ("", *PACKED) if name.endswith(kind + packing)), None)
 
 
 def _read_source(source: Source, text_field: str) -> Iterator[Chunk]:
     if source.is_hub:
-        return _cut_values(source.spec, _hub_values(source.spec, text_field), LARGEST_CHUNK_BYTES, 0)
+        return _read_hub(source.spec, text_field)
     path = Path(source.spec)
     target = _chunk_bytes(source.disk_bytes)
     if path.suffix == ".parquet":
-        return _cut_values(source.spec, _parquet_values(path, text_field), target, source.disk_bytes)
-    return _read_json(path, text_field, target)
+        return _cut_values(source.spec, _parquet_values(path, source.spec, text_field), target, source.disk_bytes)
+    return _read_json(read_blocks(path), source.spec, text_field, target, source.disk_bytes)
+
+
+def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
+    """JSON and parquet files one by one, as they are stored; other formats through the `datasets` library."""
+    split = hub.open_split(spec)
+    if split.format not in ("json", "parquet"):
+        rows = enumerate(hub.values(spec, split, text_field), 1)
+        values = (_field(row, text_field, f"{spec}: row {number}") for number, row in rows)
+        yield from _cut_values(spec, values, LARGEST_CHUNK_BYTES, 0)
+        return
+    for name in split.files:
+        try:
+            with hub.open_file(name) as file:
+                if split.format == "parquet":
+                    yield from _cut_values(name, _parquet_values(file, name, text_field), LARGEST_CHUNK_BYTES, 0)
+                else:
+                    blocks = unpacked_blocks(file, hub.file_name(name))
+                    yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, split.field)
+        except OSError as fault:
+            raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault
 
 
 def _chunk_bytes(disk_bytes: int) -> int:
@@ -219,6 +242,7 @@ def _chunk_bytes(disk_bytes: int) -> int:
 def _read_text(path: Path) -> tuple[str, int]:
     """The text of a file, less a byte order mark, and its length on disk."""
     content = b"".join(block for block, _ in read_blocks(path))
+    _refuse_utf16(content, str(path))
     try:
         return content.decode("utf-8-sig"), path.stat().st_size
     except UnicodeDecodeError as fault:
@@ -226,18 +250,39 @@ def _read_text(path: Path) -> tuple[str, int]:
         raise DataError(f"{path}:{line}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
 
 
-def _read_json(path: Path, text_field: str, target: int) -> Iterator[Chunk]:
-    """JSON lines; a .json whose first character is [ is an array, which has to be read whole."""
-    blocks = read_blocks(path)
-    if _kind(path.name) == ".json":
-        head = list(_take_until_content(blocks))
-        if b"".join(block for block, _ in head).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            content = b"".join(block for block, _ in (*head, *blocks))
-            records = _parsed(content, str(path))
-            values = (_field(record, text_field, f"{path}: row {row}") for row, record in enumerate(records, 1))
-            return _cut_values(str(path), values, target, path.stat().st_size)
-        blocks = _chain(head, blocks)
-    return _cut_lines(str(path), blocks, target)
+def _refuse_utf16(content: bytes, place: str) -> None:
+    """UTF-16 by its byte order mark, or, of Latin text without one, by every other byte being 0."""
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if marked or (len(content) > 1 and 3 * content.count(0) > len(content)):
+        raise DataError(f"{place}: looks like UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+
+
+def _read_json(
+    blocks: Iterator[tuple[bytes, int]],
+    where: str,
+    text_field: str,
+    target: int,
+    disk_bytes: int,
+    list_field: str | None = None,
+) -> Iterator[Chunk]:
+    """JSON lines; a .json whose first character is [ is an array, which has to be read whole.
+
+    Args:
+        list_field: the file is one object, and the array is in this field of it.
+    """
+    head = list(_take_until_content(blocks))
+    begin = b"".join(block for block, _ in head).removeprefix(BYTE_ORDER_MARK).lstrip()
+    _refuse_utf16(begin[:100], where)
+    may_be_array = not where.endswith(tuple(f".jsonl{packing}" for packing in ("", *PACKED)))
+    if list_field is not None or (may_be_array and begin.startswith(b"[")):
+        records = _parsed(b"".join(block for block, _ in (*head, *blocks)), where)
+        if list_field is not None:
+            records = _field(records, list_field, where)
+        if not isinstance(records, list):
+            raise DataError(f"{where}: {list_field!r} is {_short(records)}; allowed is a list of objects")
+        values = (_field(record, text_field, f"{where}: row {row}") for row, record in enumerate(records, 1))
+        return _cut_values(where, values, target, disk_bytes)
+    return _cut_lines(where, chain(head, blocks), target)
 
 
 def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
@@ -247,18 +292,13 @@ def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[b
             return
 
 
-def _chain(head: list[tuple[bytes, int]], rest: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    yield from head
-    yield from rest
-
-
 def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> Iterator[Chunk]:
     """Cut behind the last line end of the first `target` bytes, or behind the first one after them."""
     buffer = bytearray()
     first, position, told, searched = 1, 0, 0, 0
     for block, position in blocks:
         if not buffer and first == 1:
-            block = block.removeprefix(b"\xef\xbb\xbf")
+            block = block.removeprefix(BYTE_ORDER_MARK)
         buffer += block
         while len(buffer) > target:
             cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", searched) + 1
@@ -287,55 +327,24 @@ def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int)
         yield Chunk(where, "row", first, tuple(pending), disk_bytes)
 
 
-def _parquet_values(path: Path, text_field: str) -> Iterator[Any]:
+def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iterator[Any]:
     """The text column of a parquet file, row by row."""
     import pyarrow  # heavy, and most inputs are not parquet
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column {text_field!r}; its columns are {columns}: name one of them")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if text_field not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
+                raise DataError(f"{where}: no column {text_field!r}; its columns are {columns}: name one of them")
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
-        raise DataError(f"{path}: cannot be read as parquet: {fault}") from fault
-
-
-def _hub_values(spec: str, text_field: str) -> Iterator[Any]:
-    """The text field of a streamed data set, row by row."""
-    import datasets  # takes seconds to import, and most inputs are files
-
-    name, config, split = _hub_parts(spec)
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-    except Exception as fault:  # the library passes on whatever its network and file layers raise
-        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}") from fault
-    for number, row in enumerate(rows, 1):
-        yield _field(row, text_field, f"{spec}: row {number}")
-
-
-def _hub_builder(spec: str) -> Any:
-    """The `datasets` builder, whose hash changes with the data's revision or files."""
-    import datasets
-
-    name, config, _ = _hub_parts(spec)
-    try:
-        return datasets.load_dataset_builder(name, config)
-    except Exception as fault:
-        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}") from fault
-
-
-def _hub_parts(spec: str) -> tuple[str, str | None, str]:
-    """Name, config if any, and split of hub:NAME[:CONFIG[:SPLIT]]."""
-    name, config, split, *rest = [*spec.removeprefix(HUB).split(":"), "", ""]
-    if not name or any(rest):
-        raise DataError(f"{spec}: allowed is {HUB}NAME[:CONFIG[:SPLIT]]")
-    return name, config or None, split or "train"
+        raise DataError(f"{where}: cannot be read as parquet: {fault}") from fault
 
 
 def _parsed(content: bytes, place: str) -> Any:
+    content = content.removeprefix(BYTE_ORDER_MARK)
     try:
         return json.loads(content.decode())
     except UnicodeDecodeError as fault:
