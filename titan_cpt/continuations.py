@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from titan_cpt import manifest
+from titan_cpt import manifest, reading
 from titan_cpt.distributed.mesh import Ranks
 from titan_cpt.errors import ConfigError
 from titan_cpt.evaluated import scores_folder, stage_ends
@@ -65,6 +65,15 @@ def continued(opened: Opened, prompts: Sequence[str], tokens: int, sampling: Sam
     return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
 
 
+def has_examples(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the example prompts were continued by these very weights."""
+    try:
+        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS))
+    except (FileNotFoundError, ValueError):  # none yet, or damaged: they are continued again
+        return False
+    return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
+
+
 def keep_examples(opened: Opened) -> list[dict[str, str]]:
     """Continue the example prompts and keep what comes of it beside the checkpoint's scores; collective."""
     texts = continued(opened, EXAMPLES, min(EXAMPLE_TOKENS, opened.max_length // 2), EXAMPLE_SAMPLING)
@@ -73,6 +82,11 @@ def keep_examples(opened: Opened) -> list[dict[str, str]]:
         record, folder = opened.record, scores_folder(opened.folder, opened.record)
         folder.mkdir(parents=True, exist_ok=True)
         place = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
-        kept = {**place, "sampling": asdict(EXAMPLE_SAMPLING), "texts": pairs}
+        kept = {
+            **place,
+            "files": manifest.digest_of_files(record),
+            "sampling": asdict(EXAMPLE_SAMPLING),
+            "texts": pairs,
+        }
         manifest.write_text_atomically(folder / GENERATIONS, json.dumps(kept, indent=1, ensure_ascii=False))
     return pairs

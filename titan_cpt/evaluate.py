@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 
 from titan_cpt import manifest
-from titan_cpt.continuations import keep_examples
+from titan_cpt.continuations import has_examples, keep_examples
 from titan_cpt.distributed.mesh import Ranks, wait_for_all
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError
 from titan_cpt.evaluated import run_of, scores_folder, stage_ends
 from titan_cpt.inference import Opened, open_checkpoint
 from titan_cpt.lineage import precision_of
-from titan_cpt.scores import FORMAT, GENERATIONS, Score, average, file_name, read_score
+from titan_cpt.scores import FORMAT, Score, average, file_name, read_score
 from titan_cpt.suites import Task
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def evaluate(
     """
     say = tell if ranks.rank == 0 else _nothing
     bench = _Bench(checkpoint, ranks, asked, checked)
-    scores, missing, asked_now = list[Score](), list[str](), False
+    scores, missing, asked_now = list[Score](), list[str](), list[Score]()
     with _undisturbed():
         for task in asked.tasks:
             path = bench.folder / file_name(task.name, task.shots, asked.limit)
@@ -123,17 +123,17 @@ def evaluate(
                 tasks = open_tasks(asked.tasks, asked.folder)
                 loaded = _agreed(lambda task=task, tasks=tasks: tasks.load(task), ranks)  # type: ignore[misc]
                 scores.append(_score(bench, task, loaded, path))
-                asked_now = True
+                asked_now.append(scores[-1])
             except DataError as error:
                 say(f"  {error}")
                 missing.append(task.name)
                 continue
             say(f"  {task.name}: {_said(scores[-1])}, {scores[-1].samples:,} samples, {scores[-1].seconds:.1f} s")
-        if examples and not interrupted() and not _everywhere((bench.folder / GENERATIONS).exists(), ranks):
+        if examples and not interrupted() and not _everywhere(has_examples(checkpoint, bench.record), ranks):
             keep_examples(bench.opened())
         bench.close()
     if ranks.rank == 0 and asked_now:
-        _chart(bench, asked, scores, whole=len(scores) == len(asked.tasks))
+        _chart(bench, asked, scores, asked_now, whole=len(scores) == len(asked.tasks))
     wait_for_all()
     return scores, missing
 
@@ -270,8 +270,8 @@ def _kept(path: Path, bench: _Bench, task: Task) -> tuple[Score | None, str]:
     return replace(score, metric=task.metric or score.metric), ""
 
 
-def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], *, whole: bool) -> None:
-    """The suite's average on disk, and everything in the run's TensorBoard, if it has one."""
+def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], new: Sequence[Score], *, whole: bool) -> None:
+    """The suite's average on disk; it and the new scores in the run's TensorBoard, if it has one."""
     mean, error = average(scores)
     if asked.suite and whole:
         values = {
@@ -286,7 +286,7 @@ def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], *, whole: bool)
 
     writer = SummaryWriter(str(bench.run / "tb"))
     step = int(bench.record["run_step"])
-    for score in scores:
+    for score in new:
         writer.add_scalar(f"evaluation/{score.task}/{score.metric}", score.value, step)
     if asked.suite and whole:
         writer.add_scalar(f"evaluation/{asked.suite}/average", mean, step)

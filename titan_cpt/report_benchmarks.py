@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-from titan_cpt.errors import DataError
+from titan_cpt import manifest
+from titan_cpt.errors import TitanError
 from titan_cpt.reading import read_text
+from titan_cpt.report import Record
 from titan_cpt.scores import FOLDER, GENERATIONS, Score, difference, read_scores
 
 
@@ -21,18 +22,21 @@ class BenchmarkTable:
     rows: list[list[str]]
 
 
-def benchmark_table(run: Path) -> BenchmarkTable | None:
+def benchmark_table(record: Record, complain: Callable[[str], None]) -> BenchmarkTable | None:
     """Every task's score after each stage, with its standard error, and what each further stage changed.
 
     Of a stage that was evaluated several times the last evaluation counts. A change stands with the standard error and
-    the p of `difference`, sample by sample where the same samples were asked. None without any score.
+    the p of `difference`, sample by sample where the same samples were asked. Scores of checkpoints that were removed
+    and trained again do not count. None without any score.
 
-    Raises:
-        DataError: a score cannot be read.
+    Args:
+        complain: called with a sentence for each score that cannot be read.
     """
     found: dict[tuple[str, int, int | None], dict[str, Score]] = {}
     stages: list[str] = []
-    for score in read_scores(run):  # in the order of training, so that the last of a stage stays
+    for score in read_scores(record.folder, complain):  # in the order of training, so that the last of a stage stays
+        if not _is_of_present_weights(record, score.stage, score.steps_done, score.identity.get("files")):
+            continue
         found.setdefault((score.task, score.shots, score.limit), {})[score.stage] = score
         if score.stage not in stages:
             stages.append(score.stage)
@@ -53,20 +57,26 @@ def benchmark_table(run: Path) -> BenchmarkTable | None:
     return BenchmarkTable(head, rows)
 
 
-def continuations(run: Path) -> list[tuple[str, str]]:
+def continuations(record: Record, complain: Callable[[str], None]) -> list[tuple[str, str]]:
     """Each example prompt, and the text that the run made of it after each stage.
 
-    Raises:
-        DataError: a file cannot be read.
+    Args:
+        complain: called with a sentence for each file that cannot be read.
     """
     kept: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}
-    for path in sorted((run / FOLDER).glob(f"**/{GENERATIONS}")):
+    for path in sorted((record.folder / FOLDER).glob(f"**/{GENERATIONS}")):
         try:
             found = json.loads(read_text(path))
             place = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
-            index = int(found["stage_index"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}. Remove it and continue the examples again") from None
+            index, files = int(found["stage_index"]), found.get("files")
+        except TitanError as error:
+            complain(str(error))
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            complain(f"{path}: cannot be read: {error}. Remove it and continue the examples again")
+            continue
+        if not _is_of_present_weights(record, place[1], place[0], files):
+            continue
         kept[index] = max(kept.get(index, (-1, "", [])), place, key=lambda one: one[0])
     by_prompt: dict[str, list[str]] = {}
     for _, (steps, stage, texts) in sorted(kept.items()):
@@ -74,6 +84,23 @@ def continuations(run: Path) -> list[tuple[str, str]]:
             told = f"after {stage} ({steps:,} steps): {text['prompt']}{text['continuation']}"
             by_prompt.setdefault(text["prompt"], []).append(told)
     return [(prompt, "\n\n".join(texts)) for prompt, texts in by_prompt.items()]
+
+
+def _is_of_present_weights(record: Record, stage: str, step: int, files: str | None) -> bool:
+    """Whether what was found out of a checkpoint still holds: its stage may have been removed and trained again.
+
+    Args:
+        files: digest of the checkpoint's files; None where an older version did not keep it.
+    """
+    saved = [event.get("files") for event in record.checkpoints if (event["stage"], event["step"]) == (stage, step)]
+    if files is not None:
+        try:
+            return manifest.digest_of_files(manifest.read(record.folder / stage / f"step-{step:08d}")) == files
+        except TitanError:  # pruned, or unreadable: the record knows which one it was
+            if any(saved):
+                return files in saved
+    lines = [*record.trains, *record.validations, *record.checkpoints]
+    return step <= max((line["step"] for line in lines if line["stage"] == stage), default=-1)
 
 
 def _value(score: Score | None) -> str:

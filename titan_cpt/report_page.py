@@ -182,12 +182,14 @@ def benchmarks(records: Sequence[Record]) -> Iterator[Section]:
     """What `titan-cpt eval` and [evaluation] found out, run by run, and what became of the example prompts."""
     for record in records:
         title = "Benchmarks" if len(records) == 1 else f"Benchmarks of {record.name}"
-        table, texts = benchmark_table(record.folder), continuations(record.folder)
-        if table is not None or texts:
+        unread: list[str] = []
+        table, texts = benchmark_table(record, unread.append), continuations(record, unread.append)
+        if table is not None or texts or unread:
             yield Section(
                 title,
                 "Scores with their standard errors. A change is told sample by sample where the same samples were "
-                "asked; p is how likely one as large is by chance. Below, what each stage makes of the same prompts.",
+                "asked; p is how likely one as large is by chance. Below, what each stage makes of the same prompts."
+                + "".join(f" Left out: {problem}." for problem in unread),
                 grids=[] if table is None else [Grid(table.head, table.rows)],
                 details=texts,
             )

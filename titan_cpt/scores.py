@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, TitanError
 from titan_cpt.reading import read_text
 
 FOLDER = "evaluations"
@@ -144,11 +144,21 @@ def read_score(path: Path) -> Score:
     return score
 
 
-def read_scores(run: Path) -> list[Score]:
+def read_scores(run: Path, complain: Callable[[str], None] | None = None) -> list[Score]:
     """Every score that a run's folder holds, in the order of training, then of tasks.
 
+    Args:
+        complain: called with a sentence for each file that cannot be read, which is then left out.
+
     Raises:
-        DataError: a file is damaged.
+        DataError, AccessError: a file is damaged or cannot be read, and nobody is told of it.
     """
-    found = [read_score(path) for path in sorted((run / FOLDER).glob("**/*shot*.json"))]
+    found = []
+    for path in sorted((run / FOLDER).glob("**/*shot*.json")):
+        try:
+            found.append(read_score(path))
+        except TitanError as error:
+            if complain is None:
+                raise
+            complain(str(error))
     return sorted(found, key=lambda score: (score.stage_index, score.steps_done, score.task, score.shots))

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.report import read_run
 from titan_cpt.report_benchmarks import benchmark_table, continuations
 from titan_cpt.score_view import print_scores, scores_as_json
 from titan_cpt.scores import FORMAT, Score, average, difference, file_name, read_score, read_scores
 from titan_cpt.suites import SUITES, Task, chosen_tasks, suite_of
+
+SCORED_FILES = "f00d"
+"""Digest of the files of the checkpoint that was scored."""
 
 
 def scored(values, documents="same", task="piqa", **changes):
@@ -30,7 +34,7 @@ def scored(values, documents="same", task="piqa", **changes):
         limit=None,
         documents=documents,
         per_sample={"acc": values},
-        identity={},
+        identity={"files": SCORED_FILES},
         checkpoint="x",
         stage="first",
         stage_index=0,
@@ -98,6 +102,13 @@ def test_scores_are_found_in_the_order_of_training(tmp_path):
     assert read_scores(tmp_path)[0].metrics == {"acc": (0.5, 0.5)}
 
 
+def record_of(run, lines=None):
+    """The record of a run of two stages, and somebody who is told of what cannot be read."""
+    lines = lines or [{"kind": "train", "stage": stage, "step": 10} for stage in ("one", "two")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(run), pytest.fail
+
+
 def kept_run(folder):
     """A run of two stages: four samples in two tasks, the second stage measured twice, and a prompt continued."""
     answers = {("one", 0, 10): [0, 0, 1, 1], ("two", 1, 5): [0, 0, 0, 0], ("two", 1, 8): [1, 1, 1, 1]}
@@ -116,24 +127,59 @@ def kept_run(folder):
 
 def test_a_report_tells_what_each_stage_changed(tmp_path):
     """The last evaluation of a stage counts: 0.5 and then 1, d = (1, 1, 0, 0), error sqrt(1 / 12), p of z 1.7320508."""
-    table = benchmark_table(kept_run(tmp_path))
+    table = benchmark_table(*record_of(kept_run(tmp_path)))
 
     assert table.head[4:] == ["after one", "after two", "change from one to two"]
     assert [row[0] for row in table.rows] == ["boolq", "piqa"]
     assert table.rows[0][4:] == ["0.5000 ± 0.2887", "1.0000 ± 0.0000", "+0.5000 ± 0.2887 (p = 0.0833)"]
-    assert benchmark_table(tmp_path / "evaluations") is None
+    assert benchmark_table(*record_of(tmp_path / "evaluations")) is None
 
 
 def test_a_report_shows_each_stages_continuation(tmp_path):
-    """Of the same prompt, the last one of each stage, in the order of training; a damaged file is told."""
+    """Of the same prompt, the last one of each stage, in order; a damaged file is named and left out."""
     run = kept_run(tmp_path)
-    (prompt, text) = continuations(run)[0]
+    (prompt, text) = continuations(*record_of(run))[0]
     (run / "evaluations/one/step-00000010/generations.json").write_text("{")
+    record, said = record_of(run)[0], []
+    (left,) = continuations(record, said.append)
 
     assert prompt == "The dog"
     assert text == "after one (10 steps): The dog at 10\n\nafter two (8 steps): The dog at 8"
-    with pytest.raises(DataError, match=r"generations.json: cannot be read"):
-        continuations(run)
+    assert left == ("The dog", "after two (8 steps): The dog at 8")
+    assert len(said) == 1
+    assert "generations.json: cannot be read" in said[0]
+
+
+def test_a_score_that_cannot_be_read_does_not_end_the_report(tmp_path):
+    """It is named, and its task has no score after that stage."""
+    run, said = kept_run(tmp_path), []
+    (run / "evaluations/one/step-00000010" / file_name("piqa", 0, None)).write_text("{")
+    table = benchmark_table(record_of(run)[0], said.append)
+
+    assert [row[4] for row in table.rows] == ["0.5000 ± 0.2887", ""]
+    assert len(said) == 1
+
+
+def test_scores_of_a_stage_that_was_trained_again_are_left_out(tmp_path):
+    """Stage two was removed after 8 steps and has 5 again: nothing after 8; a score after 5 counts by its files.
+
+    A checkpoint that is there decides by its manifest; of one that was pruned the record knows the digest.
+    """
+    run = kept_run(tmp_path)
+    event = {"kind": "event", "name": "checkpoint", "stage": "two", "step": 5}
+
+    def shown(files):
+        lines = [{"kind": "train", "stage": stage, "step": step} for stage, step in (("one", 10), ("two", 5))]
+        return [row[4:6] for row in benchmark_table(*record_of(run, [*lines, event | {"files": files}])).rows]
+
+    assert shown(SCORED_FILES) == [["0.5000 ± 0.2887", "0.0000 ± 0.0000"]] * 2
+    assert shown("others") == [["0.5000 ± 0.2887"]] * 2
+    files = {"format": 2, "stage": "two", "stage_index": 1, "steps_done": 5, "run_step": 15, "kind": "interval"}
+    (run / "two" / "step-00000005").mkdir(parents=True)
+    (run / "two" / "step-00000005" / "manifest.json").write_text(
+        json.dumps({**files, "recipe": {}, "fingerprint": "", "data": {}, "files": {"x": {}}})
+    )
+    assert shown(SCORED_FILES) == [["0.5000 ± 0.2887"]] * 2
 
 
 @pytest.mark.parametrize(
