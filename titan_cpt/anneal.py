@@ -16,10 +16,11 @@ from typing import Any
 
 from titan_cpt import manifest
 from titan_cpt.config import Config
-from titan_cpt.config_file import check_config, dump_config, load_config
+from titan_cpt.config_file import check_config, load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, PlanError
 from titan_cpt.metrics_file import FILE_NAME, read_metrics
+from titan_cpt.own_run import require_own_run, write_run_config
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.planning import make_plan
 from titan_cpt.reading import matching
@@ -55,8 +56,9 @@ def branch_off(
     if folder.resolve() == run:
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
     if rank == 0 and not matching(folder, "*", "step-*", manifest.NAME):
+        require_own_run(folder, config)
         with locked(folder, rank=0):
-            manifest.write_text_atomically(folder / "config.toml", dump_config(config))
+            write_run_config(folder / "config.toml", config)
             _write_past(run, folder, plan, record, checkpoint)
             recipe = plan.recipe_until(record["stage_index"])
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}

@@ -148,9 +148,8 @@ class Checkpoints:
         """The empty folder of a new checkpoint. The run's own is not made again: it may be mounted again later."""
         try:
             self.before()
-            manifest.remove(folder)  # what a save left that was cut short, or a damaged one
             folder.parent.mkdir(exist_ok=True)
-            folder.mkdir()
+            manifest.make_room(folder)
         except OSError as error:
             self._fail(folder, error)
 

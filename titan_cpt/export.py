@@ -23,7 +23,7 @@ from titan_cpt.checkpoint_files import ShardReader
 from titan_cpt.data.bpe import token_bytes
 from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
-from titan_cpt.interchange import alone, partial_folder, require_free
+from titan_cpt.interchange import alone, require_free
 from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
 from titan_cpt.model_card import model_card
 from titan_cpt.models.huggingface import hub_names
@@ -31,6 +31,7 @@ from titan_cpt.models.huggingface_config import config_from_shape
 from titan_cpt.models.shapes import ModelShape, shape_from_recipe
 from titan_cpt.released import open_released, weight_shapes
 from titan_cpt.weight_files import read_config, tensors_of
+from titan_cpt.written import partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BESIDE_TOKENIZER = (
@@ -67,8 +68,8 @@ def export(
         tell: is given each line for the user.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, `out` is there or cannot be written, or what was written is not what
-            is read back.
+        CheckpointError: the checkpoint is damaged, `out` is there, or what was written is not what is read back.
+        OSError: `out` cannot be written.
         DataError: the tokenizer cannot be read, or is not the run's.
     """
     require_free(out)
@@ -80,8 +81,7 @@ def export(
     came_from = origin(record)
     words = tokenizer_of(record, checkpoint, tokenizer, came_from)
     positions = max_positions or longest_sequence(record, came_from)
-    partial = partial_folder(out)
-    try:
+    with partial_folder(out) as partial:
         files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
         _write_settings(partial, shape, words, positions=positions, dtype=dtype, came_from=came_from)
         if words is not None:
@@ -90,11 +90,6 @@ def export(
         (partial / "README.md").write_text(card)
         if open_released(str(partial)).shape != shape:
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}. Make room, or name another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     tell(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     tell(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
     tell(

@@ -6,7 +6,6 @@ any layout, by `import` one tensor after another. What is read is then compared 
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from titan_cpt.models.sizes import as_config_table
 from titan_cpt.plan import fingerprint
 from titan_cpt.released import Released, open_released, weight_shapes
 from titan_cpt.transformers_check import compared
+from titan_cpt.written import partial_folder
 
 IMPORTED = "imported"
 """The `kind` of a checkpoint that was made from a release: weights, and no optimizer state."""
@@ -103,13 +103,13 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
 
     Raises:
         CheckpointError: the release cannot be read, transformers computes something else from it, or `out` is there.
+        OSError: `out` cannot be written.
     """
     require_free(out)
     released = open_released(name)
     shape = released.resized(vocab_size)
     tell(f"{released.described(shape)}: {shape.family}, {shape.parameters:,} parameters")
-    partial = partial_folder(out)
-    try:
+    with partial_folder(out) as partial:
         checksums = _stream(released, shape, partial)
         tell(compared(released, shape, lambda model: _load_plain(partial, model)))
         for note in released.notes:
@@ -128,11 +128,6 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
             "torch": torch.__version__,
         }
         manifest.write(partial, record, checksums)
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}. Make room, or name another folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     table = "\n  ".join(as_config_table(shape).splitlines())
     tell(f'{out}: written; a stage begins with it by init = "checkpoint:{out}", under\n  {table}')
 
@@ -145,17 +140,6 @@ def require_free(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; remove it, or name another folder")
-
-
-def partial_folder(out: Path) -> Path:
-    """A new folder beside `out` to write into, so that `out` comes to be all at once."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror}; name another folder") from None
-    return partial
 
 
 @contextmanager

@@ -5,9 +5,11 @@ It is written last, by an atomic rename after everything it names has reached th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Mapping
@@ -18,9 +20,15 @@ import xxhash
 
 from titan_cpt.errors import CheckpointError
 from titan_cpt.reading import read_text, readable
+from titan_cpt.written import write_whole
 
 NAME = "manifest.json"
 FORMAT = 2  # 1 was of pickled files, or hashed by SHA-256
+_NAMES_SHOWN = 5
+_OWN = re.compile(
+    r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
+    r"|__\d+_\d+\.distcp|\.metadata"  # of format 1
+)
 _KINDS: dict[str, type] = {
     "format": int,
     "stage": str,
@@ -65,8 +73,8 @@ def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
 
     Links and not copies, where the file system has them: nothing here ever writes into a file of a checkpoint.
     """
-    remove(folder)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_room(folder)
     for name in record["files"]:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +89,7 @@ def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """The whole text or what was there before, whenever the power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    write_whole(path, text.encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -158,11 +160,53 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint away, its manifest first: a crash half-way leaves nothing that looks alive."""
+    """Remove a checkpoint, its manifest first: a crash half-way leaves nothing that looks alive.
+
+    Files that are not the checkpoint's, such as an export or notes that someone put there, stay, and so does the folder
+    around them.
+    """
+    named = _named_in(folder)
     (folder / NAME).unlink(missing_ok=True)
-    if folder.exists():
-        _sync(folder)
+    if not folder.exists():
+        return
+    _sync(folder)
+    foreign = _foreign(folder, named)
+    if not foreign:
         shutil.rmtree(folder)
+        return
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in foreign:
+            path.unlink()
+
+
+def make_room(folder: Path) -> None:
+    """Remove what a save left here that was interrupted, or a damaged checkpoint, and make the folder anew, empty.
+
+    Raises:
+        OSError: the folder cannot be made, or it holds files that are not of a checkpoint, which stay.
+    """
+    remove(folder)
+    if folder.exists():
+        left = sorted(path.relative_to(folder).as_posix() for path in _foreign(folder, set()))
+        names = ", ".join(left[:_NAMES_SHOWN]) + ", ..." * (len(left) > _NAMES_SHOWN)
+        reason = f"holds files that are not of a checkpoint ({names}); move them to another folder"
+        raise FileExistsError(errno.EEXIST, reason, str(folder))
+    folder.mkdir()
+
+
+def _named_in(folder: Path) -> set[Path]:
+    """The files that a manifest names, as far as it can be read."""
+    try:
+        files = json.loads((folder / NAME).read_text())["files"]
+        return {folder / name for name in files}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _foreign(folder: Path, named: set[Path]) -> set[Path]:
+    """The files in a folder that are not a checkpoint's: not in its manifest, nor called as a save calls its own."""
+    files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {path for path in files - named if path.parent != folder or not _OWN.fullmatch(path.name)}
 
 
 def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:

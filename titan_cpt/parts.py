@@ -18,7 +18,6 @@ from torch.optim import AdamW
 
 from titan_cpt.checkpoint import Checkpoints, Found
 from titan_cpt.config import Config
-from titan_cpt.config_file import dump_config
 from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
@@ -37,6 +36,7 @@ from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.operations import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.optimizer import UpdateGuard, build_adamw
+from titan_cpt.own_run import write_run_config
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
 from titan_cpt.planning import make_plan
@@ -313,5 +313,5 @@ def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> Metrics
 
 def _write_record(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> None:
     if ranks.rank == 0:
-        write_text_atomically(folder / "config.toml", dump_config(config))
+        write_run_config(folder / "config.toml", config)
         write_text_atomically(folder / "plan.json", json.dumps(plan_as_json(plan), indent=1))

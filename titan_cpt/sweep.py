@@ -24,14 +24,14 @@ from rich.table import Table
 
 from titan_cpt.arms import Arm, BrokenArm, adopt, read_arms, shared_stages
 from titan_cpt.comparison import compare, print_comparison
-from titan_cpt.config_file import dump_config
 from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.locks import FileLock
-from titan_cpt.manifest import write_text_atomically
 from titan_cpt.metrics_file import FILE_NAME
+from titan_cpt.own_run import require_own_run, write_run_config
 from titan_cpt.plan import fingerprint
 from titan_cpt.reading import is_there
 from titan_cpt.report import labelled, read_runs
+from titan_cpt.written import make_folder
 
 CONFIG_NAME = "arm.toml"  # config.toml is the run's own record of what it was trained under
 CONSOLE_NAME = "console.txt"
@@ -108,12 +108,13 @@ def _one(
             say(f"  was trained before: {arm.folder}")
             return Outcome(arm.name, "skipped", arm.folder)
         with _turn(arm, others, stop, say) as has_shared_stages:
+            require_own_run(arm.folder, arm.config)
             adopted = adopt(arm, others)
             if adopted:
                 say(f"  adopted {adopted}")
             config = arm.folder / CONFIG_NAME
-            arm.folder.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(config, dump_config(arm.config))
+            make_folder(arm.folder)
+            write_run_config(config, arm.config)
             if not launch:
                 say(f"  ready: {config}")
                 return Outcome(arm.name, "ready", arm.folder)

@@ -33,6 +33,7 @@ from titan_cpt.initial import load_initial
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.metrics import versions
 from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
+from titan_cpt.own_run import require_own_run
 from titan_cpt.parts import Parts, build, manifest_record
 from titan_cpt.plan import StagePlan
 from titan_cpt.records import StepResult, record, validate
@@ -71,6 +72,8 @@ def run(config: Config) -> int:
 def run_among(ranks: Ranks, config: Config) -> int:
     """As `run`, among ranks that have joined already and stay joined."""
     folder = Path(config.job.output_dir) / config.job.name
+    if ranks.rank == 0:
+        require_own_run(folder, config)
     with locked(folder, rank=ranks.rank), StopRequest() as stop:
         if ranks.rank == 0:
             materialise(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from titan_cpt.locks import exclusive
 
-MARK = ".titan_cpt-partial"  # the lock file by which a partial folder is recognized as ours
+_MARK, _CONTENT = "titan_cpt.lock", "content"  # of a partial folder: what proves that it is ours, and what is written
 _NAME_CHARACTERS = 40  # of the file's own name in its temporary name: 255 bytes are the limit of most file systems
 
 
@@ -97,34 +97,33 @@ def same_file(path: Path, others: Iterable[Path]) -> Path | None:
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` to write into; renamed to `out` at the end of the block, removed if the block fails.
+    """A new folder to write into, which is renamed to `out` at the end of the block, and removed if the block fails.
 
-    The folder is `.NAME.partial`. One that an interrupted attempt left, which holds our lock file, is replaced.
+    It is inside `.NAME.partial` beside `out`. What an interrupted attempt left there is recognized by its lock file and
+    removed.
 
     Raises:
-        FileExistsError: a folder of that name exists that is not known to be ours.
+        FileExistsError: `.NAME.partial` exists and is not known to be ours.
         BlockingIOError: another process is writing it now.
     """
     out = Path(os.path.realpath(out))
     folder = out.with_name(f".{out.name}.partial")
-    if os.path.lexists(folder) and not (folder / MARK).is_file():
-        raise FileExistsError(
-            errno.EEXIST,
-            "exists, and titan_cpt did not write it (or an older version did): rename or remove it",
-            str(folder),
-        )
+    if os.path.lexists(folder) and not (folder / _MARK).is_file():
+        reason = "exists, and this version of titan_cpt did not write it"
+        raise FileExistsError(errno.EEXIST, reason, str(folder))
     make_folder(folder)
-    with exclusive(folder / MARK, held=lambda by: _held(out, by)):
-        for left in folder.iterdir():
-            if left.name != MARK:
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    with exclusive(folder / _MARK, held=lambda by: _held(out, by)):
+        shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+        (folder / _CONTENT).mkdir()
         try:
-            yield folder
-            (folder / MARK).unlink()
-            folder.rename(out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            yield folder / _CONTENT
+            (folder / _CONTENT).rename(out)
+        finally:
+            shutil.rmtree(folder / _CONTENT, ignore_errors=True)
+            (folder / _MARK).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: someone put a file there, which stays
+                folder.rmdir()
+    sync_folder(out.parent)
 
 
 def _held(out: Path, by: str) -> OSError:

@@ -35,7 +35,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "planning layout_view released distributed.parallelise distributed.engine",
     "config_file plan_view transformers_check suggest data.formats data.shards distributed.stages "
     "optimizer metrics manifest run_folder",
-    "data.progress data.inventory distributed.check_layout interchange lineage skips",
+    "own_run data.progress data.inventory distributed.check_layout interchange lineage skips",
     "data.prepare data.loader checkpoint display report model_card arms score_view",
     "data.materialise validate export anneal comparison report_benchmarks baselines inference evaluated",
     "generation",

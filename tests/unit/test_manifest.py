@@ -210,6 +210,21 @@ def test_removing_takes_all_and_may_be_done_twice(checkpoint):
     assert not checkpoint.exists()
 
 
+def test_removing_leaves_what_is_not_of_the_checkpoint(checkpoint):
+    """An export, notes and links that someone put into its folder stay when it is pruned or saved again."""
+    (checkpoint / "hf").mkdir()
+    for name in ("hf/model.safetensors", "notes.txt", "rank-0.safetensors"):
+        (checkpoint / name).write_text("mine")
+    (checkpoint / "link").symlink_to("/nowhere")
+    for name in ("rank-00000-0.safetensors", ".manifest.json.7-0.tmp", "index.json"):
+        (checkpoint / name).write_text("left by a save that was killed")
+    with pytest.raises(FileExistsError, match=r"not of a checkpoint \(hf/model\.safetensors, link, notes\.txt, rank-0"):
+        manifest.make_room(checkpoint)
+
+    left = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()}
+    assert left == {"hf/model.safetensors", "notes.txt", "rank-0.safetensors", "link"}
+
+
 def test_everything_is_on_the_disk_before_the_manifest_gets_its_name(tmp_path, monkeypatch):
     """The order of fsync and rename: files, the manifest's text, its name, the folder."""
     folder = tmp_path / "step-00000001"
@@ -230,7 +245,8 @@ def test_everything_is_on_the_disk_before_the_manifest_gets_its_name(tmp_path, m
     monkeypatch.setattr(Path, "replace", note_replace)
     manifest.write(folder, RECORD)
 
-    assert happened[:4] == ["shard", "manifest.json.tmp", "manifest.json.tmp -> manifest.json", "step-00000001"]
+    temporary = f".manifest.json.{os.getpid()}-0.tmp"
+    assert happened[:4] == ["shard", temporary, f"{temporary} -> manifest.json", "step-00000001"]
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
