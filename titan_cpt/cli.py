@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--holdout", type=float, default=0.0, metavar="SHARE", help="share for PREFIX-validation")
     prepare.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
     prepare.add_argument("--force", action="store_true", help="replace an output that prepare made in another way")
+    prepare.add_argument("--add-bos", action="store_true", help="begin documents with the begin-of-document token")
     prepare.add_argument(
         "--train-tokenizer", type=positive, metavar="ENTRIES", help="train a BPE on --input and write it to --output"
     )
@@ -364,6 +365,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         holdout=options.holdout,
         workers=options.workers,
         force=options.force,
+        add_bos=options.add_bos,
     )
     print(result.in_words)
     return 0

@@ -57,6 +57,10 @@ class Tokenizer(Table):
 
     path: str = "bytes"
     """A tokenizer.json, or "bytes": 256 byte values and an end-of-document id."""
+    add_bos: bool = False
+    """Begin every document with the tokenizer's begin-of-document token (BOS), as the post-processors of Llama's and
+    Gemma's tokenizers do. `prepare` adds it, data prepared otherwise is refused, and `eval` and `generate` then put it
+    before every text."""
     train: TokenizerTraining | None = None
     """How to make the file at `path` when it is missing."""
 

@@ -60,7 +60,7 @@ def continue_prompts(
 def continued(opened: Opened, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
     """The texts that follow the prompts; collective."""
     words = opened.tokenizer
-    ids = generate(opened, [words.encode(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
+    ids = generate(opened, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
     # A model has rows that only fill its vocabulary up; they stand for nothing.
     return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
 

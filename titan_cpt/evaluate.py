@@ -29,7 +29,7 @@ from titan_cpt.distributed.mesh import Ranks, wait_for_all
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError
 from titan_cpt.evaluated import run_of, scores_folder, stage_ends
 from titan_cpt.inference import Opened, open_checkpoint
-from titan_cpt.lineage import precision_of
+from titan_cpt.lineage import origin, precision_of, tokenizer_of
 from titan_cpt.scores import FORMAT, Score, average, file_name, read_score
 from titan_cpt.suites import Task
 
@@ -181,9 +181,20 @@ class _Bench:
             "files": manifest.digest_of_files(self.record),
             "precision": self.asked.precision or precision_of(self.checkpoint),
             "tokenizer": self.asked.tokenizer,
+            **({"add_bos": True} if self._puts_bos_before_texts() else {}),
             "max_length": self.asked.max_length,
             "harness": version("lm_eval"),
         }
+
+    def _puts_bos_before_texts(self) -> bool:
+        """A release's scores depend on its tokenizer's post-processor, which earlier versions left out."""
+        if "released" not in self.record:
+            return self.record["recipe"].get("tokenizer.add_bos", False) is True
+        try:
+            words = tokenizer_of(self.record, self.checkpoint, self.asked.tokenizer, origin(self.record))
+        except DataError:  # which is raised again when the checkpoint is opened
+            return False
+        return words is not None and words.add_bos
 
     def opened(self) -> Opened:
         """The checkpoint, loaded."""

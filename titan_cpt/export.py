@@ -25,7 +25,7 @@ from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.interchange import alone, require_free
 from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
-from titan_cpt.model_card import model_card
+from titan_cpt.model_card import bos_in_words, model_card
 from titan_cpt.models.huggingface import hub_names
 from titan_cpt.models.huggingface_config import config_from_shape
 from titan_cpt.models.shapes import ModelShape, shape_from_recipe
@@ -92,6 +92,8 @@ def export(
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
     tell(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     tell(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
+    if words is not None and words.add_bos != words.adds_bos_itself:
+        tell(f"note: {bos_in_words(words)}")
     tell(
         f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH"
     )
@@ -162,12 +164,13 @@ def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def _write_settings(
     out: Path, shape: ModelShape, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
 ) -> None:
-    """config.json and generation_config.json; documents begin and end with the tokenizer's end-of-document id."""
+    """config.json and generation_config.json; without a begin-of-document id, the end-of-document id stands for it."""
     config = config_from_shape(shape, max_positions=positions, dtype=dtype)
     released = came_from.config if came_from else {}
     marks = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
     if words is not None:
-        marks = {"bos_token_id": words.eod_id, "eos_token_id": words.eod_id}
+        begin = words.eod_id if words.bos_id is None else words.bos_id
+        marks = {"bos_token_id": begin, "eos_token_id": words.eod_id}
     # transformers' own defaults are ids that may mean anything here
     marks = {"bos_token_id": None, "eos_token_id": None} | marks
     (out / "config.json").write_text(json.dumps(config | marks, indent=2))
@@ -195,8 +198,9 @@ def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
     if not (out / "tokenizer_config.json").exists():
         vocabulary = {**spec["model"]["vocab"], **{one["content"]: one["id"] for one in spec.get("added_tokens") or []}}
         end = next(token for token, number in vocabulary.items() if number == words.eod_id)
+        begin = next((token for token, number in vocabulary.items() if number == words.bos_id), end)
         (out / "tokenizer_config.json").write_text(
-            json.dumps(settings | {"eos_token": end, "bos_token": end}, indent=2)
+            json.dumps(settings | {"eos_token": end, "bos_token": begin}, indent=2)
         )
 
 

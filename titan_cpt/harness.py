@@ -1,8 +1,9 @@
 """An opened checkpoint as a model of lm-evaluation-harness, which asks the questions and judges the answers; its tasks.
 
 Where it differs from the harness's own `hf` model on an export of the same weights: log-probabilities are float32
-whatever the weights are; the name of a special token inside a text is text; nothing stands before the first token of a
-context, as in training; and with a `max_length` below 512, texts are by default at most half of it long.
+whatever the weights are; the name of a special token inside a text is text; the begin-of-document token stands before a
+context if training documents began with it, and only then; and with a `max_length` below 512, texts are by default at
+most half of it long.
 """
 
 from __future__ import annotations
@@ -54,8 +55,13 @@ class CheckpointLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document id; also what stands in for an empty context."""
+        """The end-of-document id."""
         return self.words.eod_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: the begin-of-document id, else the end-of-document id."""
+        return self.eot_token_id if self.words.bos_id is None else self.words.bos_id
 
     @property
     def max_length(self) -> int:
@@ -68,10 +74,17 @@ class CheckpointLM(TemplateLM):
         return min(LONGEST_TEXT, max(1, self.max_length // 2))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text. The last answer is kept: the choices of one question share their context."""
+        """The ids of a text, behind the begin-of-document id where training had it.
+
+        The last answer is kept: the choices of one question share their context.
+
+        Args:
+            add_special_tokens: False leaves the begin-of-document id out.
+        """
         if self._encoded[0] != string:
             self._encoded = (string, self.words.encode(string))
-        return list(self._encoded[1])
+        bos = None if add_special_tokens is False else self.words.bos_id
+        return [*([] if bos is None else [bos]), *self._encoded[1]]
 
     def tok_decode(self, tokens: list[int]) -> str:
         """The text of ids, without special tokens and without rows that only fill the vocabulary up."""
@@ -90,7 +103,7 @@ class CheckpointLM(TemplateLM):
         pairs, owners = [], []
         for owner, request in enumerate(requests):
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

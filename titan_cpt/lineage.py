@@ -118,6 +118,8 @@ def tokenizer_of(
 ) -> Tokenizer | None:
     """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known.
 
+    It puts the begin-of-document token before a prompt if the documents in training had it.
+
     Raises:
         DataError: it cannot be read, or is not the one that the weights were trained with.
     """
@@ -138,7 +140,14 @@ def tokenizer_of(
             f"{path}: has {words.vocab_size:,} ids, the model {record['recipe']['model.vocab_size']:,} rows: it is "
             "another model's; give --tokenizer the right one"
         )
-    return words
+    return words.with_bos(_documents_begin_with_bos(record, words))
+
+
+def _documents_begin_with_bos(record: Mapping[str, Any], words: Tokenizer) -> bool:
+    """What the run's recipe says of its training data; of a release, that its tokenizer was used as it is."""
+    if "released" in record:
+        return words.begin is not None and words.begin.added and len(words.begin.ids) == 1
+    return record["recipe"].get("tokenizer.add_bos", False) is True
 
 
 def precision_of(checkpoint: Path) -> str:

@@ -44,6 +44,7 @@ def model_card(
     words = "not exported"
     if tokenizer is not None:
         words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
+        words += f"; {bos_in_words(tokenizer)}"
     facts = [
         f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
         f"- Began as: {began}",
@@ -55,6 +56,21 @@ def model_card(
         parts += ["## Stages", _stages(record["recipe"], line), _losses(checkpoint.parent.parent, line)]
     parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond what stands here.")
     return "\n\n".join(parts) + "\n"
+
+
+def bos_in_words(tokenizer: Tokenizer) -> str:
+    """Whether documents in training began with a token, and what transformers has to be given for the same."""
+    name = tokenizer.begin.name if tokenizer.begin is not None else ""
+    if tokenizer.add_bos and tokenizer.adds_bos_itself:
+        return f"documents in training began with {name}, which the tokenizer puts before each text"
+    if tokenizer.add_bos:
+        return f"documents in training began with {name}, which the tokenizer does not add: put it before each text"
+    if tokenizer.adds_bos_itself:
+        return (
+            f"documents in training did not begin with {name}, which the tokenizer puts before each text: call it with "
+            "add_special_tokens=False"
+        )
+    return "documents in training began with their text"
 
 
 def _front_matter(came_from: Origin | None) -> str:

@@ -115,6 +115,7 @@ def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
         "training.seq_len": config.training.seq_len,
         "training.max_norm": config.training.max_norm,
         "training.mixed_precision_param": config.training.mixed_precision_param,
+        **({"tokenizer.add_bos": True} if config.tokenizer.add_bos else {}),
         **({"float8.recipe_name": config.float8.recipe_name} if config.float8.recipe_name else {}),
     }
 

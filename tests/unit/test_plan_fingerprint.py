@@ -81,6 +81,7 @@ RICH = (
         ("training.seq_len", "32"),
         ("training.max_norm", "2.0"),
         ("training.mixed_precision_param", "float32"),
+        ("tokenizer.add_bos", "true"),
         ("optimizer.beta1", "0.8"),
         ("optimizer.eps", "1e-6"),
         ("stages.a.steps", "110"),

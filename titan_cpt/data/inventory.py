@@ -16,7 +16,7 @@ from titan_cpt.data.file_names import FileIdentity, identity_of, text_file
 from titan_cpt.data.formats import Counted, TokenFiles, absent, count, open_source, paths_of
 from titan_cpt.data.record import MadeBy, made_by
 from titan_cpt.data.source import TokenSource
-from titan_cpt.data.tokenizer import fingerprint_of, vocab_size_of
+from titan_cpt.data.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
 from titan_cpt.plan import Inventory
 
@@ -209,7 +209,8 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
     """By (source, key), which tokenizer made each pair; None for a pair without a record and for other formats.
 
     Raises:
-        DataError: some were made with another tokenizer than the config's, or, where that is not there yet, with two.
+        DataError: some were made with another tokenizer than the config's, or, where that is not there yet, with two;
+            or with a begin-of-document token where the config has none, or the other way round.
     """
     expected, whose = _fingerprint(config), f"tokenizer.path = {config.tokenizer.path!r}"
     records: dict[tuple[str, str], list[MadeBy | None]] = {}
@@ -226,6 +227,13 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
                     f"{made.vocab_size} ids, fingerprint {made.fingerprint[:12]}, and {whose} is {expected[:12]}. "
                     "Set tokenizer.path to the one that made it, or prepare the data again"
                 )
+            if made.add_bos != config.tokenizer.add_bos:
+                has, have = ("has", "true") if made.add_bos else ("does not have", "false")
+                raise DataError(
+                    f"{each.where}: {has} a begin-of-document token before each document, says {made.record}, and "
+                    f"tokenizer.add_bos = {str(config.tokenizer.add_bos).lower()}. Set tokenizer.add_bos = {have}, or "
+                    "prepare the data again"
+                )
     return records
 
 
@@ -238,5 +246,7 @@ def _vocab_size(config: Config) -> int | None:
     """Of the tokenizer, or of the training that will make it."""
     path = config.tokenizer.path
     if path == "bytes" or Path(path).exists():
+        if config.tokenizer.add_bos:
+            load_tokenizer(path).with_bos(True)
         return vocab_size_of(path)
     return config.tokenizer.train.vocab_size if config.tokenizer.train else None

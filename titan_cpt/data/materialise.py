@@ -51,6 +51,7 @@ def materialise(
             holdout=dataset.source.holdout,
             workers=workers,
             force=force,
+            add_bos=config.tokenizer.add_bos,
         )
         say(f"dataset {name}: {result.in_words}")
 

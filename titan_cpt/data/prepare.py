@@ -94,6 +94,7 @@ def prepare(
     workers: int = 1,
     show_progress: bool = True,
     force: bool = False,
+    add_bos: bool = False,
 ) -> PrepareResult:
     """Tokenise text into OUTPUT.bin/.idx, and the held-out share of it into OUTPUT-validation.bin/.idx.
 
@@ -110,6 +111,7 @@ def prepare(
             program to be importable without doing anything (`if __name__ == "__main__"`).
         show_progress: a bar on stderr, if that is a terminal.
         force: replace an output that `prepare` made in another way.
+        add_bos: begin every document with the tokenizer's begin-of-document token.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -119,7 +121,7 @@ def prepare(
     """
     _check_options(holdout, workers, text_field)
     sources = _without_own_record(find_inputs(inputs), inputs, output)
-    vocabulary = load_tokenizer(tokenizer)
+    vocabulary = load_tokenizer(tokenizer).with_bos(add_bos)
     read = [Path(source.spec) for source in sources if not source.is_hub]
     refuse_inputs_in_the_way(output, [*read, *_file_of(vocabulary)])
     recipe = _recipe(sources, vocabulary, text_field, holdout)
@@ -133,9 +135,9 @@ def prepare(
                     remove_partial(output)
         return PrepareResult(output, words, done, already_done=True, reused_chunks=0, chunks=0, note=None)
     replaceable(output, recipe, force=force)
-    note = vocabulary.note
+    note = "\nnote: ".join(note for note in (vocabulary.note, _bos_note(vocabulary)) if note) or None
     with _only_writer(output), _resumable(output):
-        job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output))
+        job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output), add_bos)
         shards, reused = _encode_all(sources, job, output, workers, show_progress=show_progress)
         counts = sum((part for _, part in shards), Counts())
         _check_sides(counts, holdout)
@@ -159,6 +161,16 @@ def _file_of(tokenizer: Tokenizer) -> list[Path]:
     """The file that a tokenizer is read from, which is an input too."""
     path = Path(tokenizer.name)
     return [] if tokenizer.name == BYTES else [path / "tokenizer.json" if path.is_dir() else path]
+
+
+def _bos_note(tokenizer: Tokenizer) -> str | None:
+    """Where transformers would begin each document with a token and these documents begin without."""
+    if tokenizer.add_bos or tokenizer.begin is None or not tokenizer.begin.added:
+        return None
+    return (
+        f"{tokenizer.name}: its post-processor puts {tokenizer.begin.name} before every text, which these documents do "
+        "not have; --add-bos (in a config, tokenizer.add_bos = true) adds it"
+    )
 
 
 def _loss_in_words(counts: Counts) -> str | None:
@@ -187,6 +199,7 @@ def _recipe(sources: Sequence[Source], tokenizer: Tokenizer, text_field: str, ho
     return {
         "version": RECIPE_VERSION,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        **({"add_bos": True} if tokenizer.add_bos else {}),
         "text_field": text_field,
         "holdout": holdout,
         "inputs": [source.identity() for source in sources],

@@ -15,6 +15,8 @@ class MadeBy(NamedTuple):
     record: Path
     fingerprint: str
     vocab_size: int
+    add_bos: bool
+    """Documents begin with the begin-of-document token; records without the key say no."""
 
 
 def made_by(prefix: Path) -> MadeBy | None:
@@ -28,8 +30,9 @@ def made_by(prefix: Path) -> MadeBy | None:
     whole = str(prefix).removesuffix(HELD_OUT)
     for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
         try:
-            tokenizer = json.loads(read_text(Path(name)))["tokenizer"]
-            return MadeBy(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]))
+            record = json.loads(read_text(Path(name)))
+            tokenizer, add_bos = record["tokenizer"], record.get("add_bos", False) is True
+            return MadeBy(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]), add_bos)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue
     return None

@@ -44,10 +44,11 @@ class Job:
     holdout: float
     folder: Path
     """Where shards lie until they are joined; the tokens do not depend on it, nor on the tokenizer's path."""
+    add_bos: bool = False
 
     def shard_of(self, chunk: Chunk) -> Path:
         """Prefix of the shard that holds this chunk."""
-        recipe = json.dumps([LAYOUT, self.fingerprint, self.text_field, self.holdout]).encode()
+        recipe = json.dumps([LAYOUT, self.fingerprint, self.text_field, self.holdout, self.add_bos]).encode()
         return self.folder / hashlib.blake2b(recipe + chunk.digest(), digest_size=16).hexdigest()
 
 
@@ -107,7 +108,7 @@ def encode_chunk(chunk: Chunk, job: Job) -> Counts:
     Raises:
         DataError: a document is at fault; names file and line.
     """
-    tokenizer = _tokenizer(job.tokenizer, job.fingerprint)
+    tokenizer = _tokenizer(job.tokenizer, job.fingerprint, job.add_bos)
     shard = job.shard_of(chunk)
     counts = Counts()
     with IndexedWriter(shard, tokenizer.vocab_size) as train:
@@ -145,12 +146,12 @@ def _end_with(sentinel: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+def _tokenizer(path: str, fingerprint: str, add_bos: bool) -> Tokenizer:
     """The tokenizer with this content; the file at the path may have become another one."""
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{path}: changed since this run began; start it again")
-    return tokenizer
+    return tokenizer.with_bos(add_bos)
 
 
 def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:

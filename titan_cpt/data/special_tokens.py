@@ -40,6 +40,15 @@ class Guarded(NamedTuple):
     """Ids of <0x00> to <0xFF> where both the fallback to bytes and a text may give them, otherwise ()."""
 
 
+class Begin(NamedTuple):
+    """What stands before a text."""
+
+    ids: tuple[int, ...]
+    name: str
+    added: bool
+    """Whether the file's post-processor puts it there, as transformers then does by default."""
+
+
 def model_vocab(model: dict[str, Any]) -> dict[str, int]:
     """Token to id without added tokens; a Unigram model lists [token, score] in the order of ids."""
     vocab = model["vocab"]
@@ -80,6 +89,21 @@ def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
         )
 
 
+def begin_of_document(spec: dict[str, Any], numbers: dict[str, int]) -> Begin | None:
+    """The begin-of-document token: what the post-processor puts before a text, otherwise the first usual name.
+
+    Args:
+        spec: the content of a tokenizer.json.
+        numbers: token to id, added tokens included.
+    """
+    for part in _post_processors(spec):
+        ids, names = _before_text(part)
+        if ids:
+            return Begin(ids, " ".join(names), added=True)
+    name = next((name for name in BEGIN_NAMES if name in numbers), None)
+    return None if name is None else Begin((numbers[name],), name, added=False)
+
+
 def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:
     """Rename what the model would otherwise make of a special token's name, and drop merges that lead to it.
 
@@ -96,7 +120,9 @@ def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:
     merged = {product for _, _, product in _merges(model)}
     usual = {*END_NAMES, *BEGIN_NAMES, *OTHER_NAMES} & vocab.keys() - merged - added.keys()
     unknown = _unknown(model)
-    special = {eod} | declared | usual | ({unknown} if unknown in vocab else set())
+    placed = {name for part in _post_processors(spec) for name in part.get("special_tokens") or {}}
+    placed = {name for name in placed if name in vocab or name in added}
+    special = {eod} | declared | usual | placed | ({unknown} if unknown in vocab else set())
     names = {name: added.get(name, vocab.get(name, -1)) for name in special}
 
     fallback = bool(model.get("byte_fallback"))
@@ -139,6 +165,27 @@ def literals(names: Iterable[str]) -> Iterator[str]:
     """Texts that hold the names of special tokens."""
     for name in names:
         yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
+
+
+def _post_processors(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of the post-processor that may add tokens."""
+    whole = spec.get("post_processor") or {}
+    parts = whole["processors"] if whole.get("type") == "Sequence" else [whole]
+    return [part for part in parts if part.get("type") in ("TemplateProcessing", "RobertaProcessing", "BertProcessing")]
+
+
+def _before_text(part: dict[str, Any]) -> tuple[tuple[int, ...], list[str]]:
+    """Ids and names of the tokens that a post-processor puts before a single text."""
+    if part["type"] != "TemplateProcessing":
+        name, number = part["cls"]
+        return (int(number),), [str(name)]
+    ids, names = list[int](), list[str]()
+    for item in part["single"]:
+        if "Sequence" in item:
+            break
+        names.append(str(item["SpecialToken"]["id"]))
+        ids += part["special_tokens"][names[-1]]["ids"]
+    return tuple(ids), names
 
 
 def _unknown(model: dict[str, Any]) -> str | None:

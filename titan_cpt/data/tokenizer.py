@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from titan_cpt.data.bpe import token_bytes
 from titan_cpt.data.engines import BytesEngine, Engine, best_engine
 from titan_cpt.data.library_engine import Encoded, Ids
 from titan_cpt.data.special_tokens import (
+    BEGIN_NAMES,
     END_NAMES,
+    Begin,
     Guarded,
+    begin_of_document,
     check_added_tokens,
     is_byte_level,
     keep_text_as_text,
@@ -50,15 +53,53 @@ class Tokenizer:
     """Ids lie in [0, vocab_size); some of them may be unused."""
     eod_id: int
     """Stands at the end of every document."""
+    begin: Begin | None
+    """What may stand at the begin of every document; None where the vocabulary has no such token."""
     _table: tuple[bytes, ...]
     _special_ids: frozenset[int]
     _spec: dict[str, Any] | None
     _guarded: Guarded | None
+    add_bos: bool = False
+    """Documents and prompts begin with the begin-of-document token."""
 
     @property
     def note(self) -> str | None:
         """What the user should know about speed, or None. Loads the library that does the work."""
         return self._engine[1]
+
+    @property
+    def adds_bos_itself(self) -> bool:
+        """Whether the file's post-processor, and so transformers, puts a token before each text."""
+        return self.begin is not None and self.begin.added
+
+    @property
+    def bos_id(self) -> int | None:
+        """The begin-of-document id, if documents begin with one."""
+        return self.begin.ids[0] if self.begin is not None and self.add_bos else None
+
+    def with_bos(self, add_bos: bool) -> "Tokenizer":
+        """The same tokenizer, whose documents and prompts begin with the begin-of-document token, or do not.
+
+        Raises:
+            DataError: it has no such token, or puts several tokens before a text.
+        """
+        if add_bos == self.add_bos:
+            return self
+        if add_bos and self.begin is None:
+            raise DataError(
+                f"{self.name}: has no begin-of-document token: its post-processor adds none, and its vocabulary has "
+                f"none of {', '.join(BEGIN_NAMES)}. Leave --add-bos and tokenizer.add_bos out"
+            )
+        if add_bos and self.begin is not None and len(self.begin.ids) > 1:
+            raise DataError(
+                f"{self.name}: its post-processor puts {len(self.begin.ids)} tokens before a text ({self.begin.name}); "
+                "one can be added here. Leave --add-bos and tokenizer.add_bos out"
+            )
+        return replace(self, add_bos=add_bos)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a document's beginning: as `encode`, behind the begin-of-document id if there is one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without the end-of-document id.
@@ -75,13 +116,18 @@ class Tokenizer:
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
     def encode_documents(self, texts: Sequence[str]) -> Encoded:
-        """Return the ids of all texts one behind another, each with the end-of-document id, and their lengths.
+        """Return the ids of all texts one behind another, each with its begin and end ids, and their lengths.
 
         Raises:
             DataError: see encode.
         """
         ids, lengths, lost = self._encode(texts)
-        return Encoded(np.insert(ids, np.cumsum(lengths), self.eod_id), lengths + 1, lost)
+        ends = np.cumsum(lengths)
+        if self.bos_id is None:
+            return Encoded(np.insert(ids, ends, self.eod_id), lengths + 1, lost)
+        places = np.stack([ends - lengths, ends], axis=1).ravel()  # of equal places, the first one listed comes first
+        marks = np.tile([self.bos_id, self.eod_id], len(ends))
+        return Encoded(np.insert(ids, places, marks), lengths + 2, lost)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens by their names; bytes that are no UTF-8 become U+FFFD.
@@ -127,14 +173,16 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if path == BYTES:
         table = (*(bytes([byte]) for byte in range(256)), END_OF_DOCUMENT.encode())
-        return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, table, frozenset({256}), None, None)
+        return Tokenizer(BYTES, fingerprint_of(BYTES), len(table), 256, None, table, frozenset({256}), None, None)
     content, spec = _read(path)
     with _understood(path):
         added = spec.get("added_tokens") or []
         numbers = _numbers(path, spec)
         eod = _end_of_document(path, numbers, added)
-        # A token that ends documents must not come about from its name in a text, whatever the file calls it.
-        safe = [{**token, "special": True} if token["content"] == eod else token for token in added]
+        begin = begin_of_document(spec, numbers)
+        # A token that ends or begins documents is not made from its name in a text, whatever the file calls it.
+        marks = {eod, begin.name if begin else eod}
+        safe = [{**token, "special": True} if token["content"] in marks else token for token in added]
         spec = {**spec, "added_tokens": safe}
         guarded = keep_text_as_text(spec, eod)
         return Tokenizer(
@@ -142,6 +190,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             fingerprint=hashlib.sha256(content).hexdigest(),
             vocab_size=max(numbers.values()) + 1,
             eod_id=numbers[eod],
+            begin=begin,
             _table=_byte_table(spec, numbers),
             _special_ids=frozenset(guarded.names.values()),
             _spec=spec,
