@@ -201,18 +201,23 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from dataclasses import replace
+
     from titan_cpt.config_file import load_config
     from titan_cpt.data.inventory import take_inventory
     from titan_cpt.layout import fewest_ranks
     from titan_cpt.layout_view import parse_bytes
     from titan_cpt.planning import make_plan
+    from titan_cpt.weights_tokenizer import check_first_weights
 
     config = load_config(options.config, overrides)
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
     world_size = options.world_size or fewest_ranks(config)
     if options.suggest:
         return _suggest(config, options, world_size, device_bytes)
-    plan = make_plan(config, take_inventory(config), world_size)
+    inventory = take_inventory(config)
+    notes = check_first_weights(config, [stage.name for stage in config.stages])
+    plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *notes)), world_size)
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
 

@@ -61,6 +61,9 @@ class Tokenizer(Table):
     """Begin every document with the tokenizer's begin-of-document token (BOS), as the post-processors of Llama's and
     Gemma's tokenizers do. `prepare` adds it, data prepared otherwise is refused, and `eval` and `generate` then put it
     before every text."""
+    allow_mismatch: bool = False
+    """Begin stages with weights that were trained with another tokenizer (`init` = hf:, checkpoint:), which is refused
+    otherwise: the ids that they know mean other tokens."""
     train: TokenizerTraining | None = None
     """How to make the file at `path` when it is missing."""
 

@@ -5,13 +5,11 @@ The weights go through one shard at a time, and each shard is read back and comp
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt import manifest
 from titan_cpt.checkpoint_files import ShardReader
-from titan_cpt.data.bpe import token_bytes
-from titan_cpt.data.tokenizer import BYTES, END_OF_DOCUMENT, Tokenizer
+from titan_cpt.data.tokenizer import BYTES, Tokenizer
+from titan_cpt.data.tokenizer_ids import byte_tokenizer_json
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.interchange import alone, require_free
 from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
@@ -185,7 +183,7 @@ def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     if words.name == BYTES:
-        spec = _bytes_as_json(words.eod_id)
+        spec = byte_tokenizer_json(words.eod_id)
     else:
         source = Path(words.name) / "tokenizer.json" if Path(words.name).is_dir() else Path(words.name)
         spec = json.loads(source.read_text())
@@ -202,24 +200,3 @@ def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
         (out / "tokenizer_config.json").write_text(
             json.dumps(settings | {"eos_token": end, "bos_token": begin}, indent=2)
         )
-
-
-def _bytes_as_json(eod_id: int) -> dict[str, Any]:
-    """The byte tokenizer as a tokenizer.json: a byte-level BPE that has no merges, its ids the bytes themselves."""
-    vocabulary = {}
-    for code in range(0x144):
-        with contextlib.suppress(KeyError):  # the characters that stand for no byte
-            vocabulary[chr(code)] = token_bytes(chr(code))[0]
-    end = {"id": eod_id, "content": END_OF_DOCUMENT, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from titan_cpt.checkpoint import checkpoint_folder, load_state
@@ -10,6 +11,7 @@ from titan_cpt.interchange import IMPORTED, load_released
 from titan_cpt.manifest import differences
 from titan_cpt.parts import Parts
 from titan_cpt.plan import Point, StagePlan
+from titan_cpt.weights_tokenizer import of_manifest, of_release, require_same
 
 
 def load_initial(parts: Parts, stage: StagePlan) -> str:
@@ -22,14 +24,21 @@ def load_initial(parts: Parts, stage: StagePlan) -> str:
         parts.model.init_weights(parts.plan.seed)
         return f"new, from seed {parts.plan.seed}"
     if isinstance(stage.init, str) and stage.init.startswith("hf:"):
-        return f"from {load_released(parts.model, stage.init.removeprefix('hf:'), parts.plan.shape)}"
-    source = _source(parts, stage)
+        name = stage.init.removeprefix("hf:")
+        accept = partial(_accept, parts, stage)
+        return f"from {load_released(parts.model, name, parts.plan.shape, accept=accept)}"
+    source, note = _source(parts, stage)
     load_state(source, parts.model, parts.optimizer if stage.keep_optimizer else None)
-    return f"from {source}"
+    return f"from {source}" if note is None else f"from {source}; {note}"
 
 
-def _source(parts: Parts, stage: StagePlan) -> Path:
-    """The checkpoint that a stage's `init` means, checked before it is read."""
+def _accept(parts: Parts, stage: StagePlan, folder: Path) -> str | None:
+    """What is to be said of the tokenizer of a released model's folder; refuses another one than the run's."""
+    return require_same(stage.name, str(stage.init), of_release(folder), parts.config)
+
+
+def _source(parts: Parts, stage: StagePlan) -> tuple[Path, str | None]:
+    """The checkpoint that a stage's `init` means, checked before it is read, and a note on its tokenizer."""
     if isinstance(stage.init, Point):
         folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
     else:
@@ -45,4 +54,5 @@ def _source(parts: Parts, stage: StagePlan) -> Path:
     changed = differences({k: there.get(k) for k in shape}, {k: ours.get(k) for k in shape})
     if changed:
         raise CheckpointError(f"{folder}: holds another model than the config's: {'; '.join(changed)}")
-    return folder
+    init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}"
+    return folder, require_same(stage.name, init, of_manifest(found, folder), parts.config)

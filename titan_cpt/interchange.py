@@ -31,19 +31,23 @@ from titan_cpt.models.sizes import as_config_table
 from titan_cpt.plan import fingerprint
 from titan_cpt.released import Released, open_released, weight_shapes
 from titan_cpt.transformers_check import compared
+from titan_cpt.weights_tokenizer import of_release
 from titan_cpt.written import partial_folder
 
 IMPORTED = "imported"
 """The `kind` of a checkpoint that was made from a release: weights, and no optimizer state."""
 
 
-def load_released(model: nn.Module, name: str, shape: ModelShape) -> str:
+def load_released(
+    model: nn.Module, name: str, shape: ModelShape, *, accept: Callable[[Path], str | None] = lambda folder: None
+) -> str:
     """Fill a model, sharded or not, with released weights; each rank reads its own part. Collective.
 
     Args:
         model: ours, of `shape`, in any layout.
         name: a folder or a hub name.
         shape: the config's; its number of rows may differ from the release's.
+        accept: called on every rank with the release's folder before weights are read: it says something or refuses.
 
     Returns:
         What was done, in words.
@@ -58,11 +62,12 @@ def load_released(model: nn.Module, name: str, shape: ModelShape) -> str:
     if first and dist.is_initialized():
         dist.barrier()
     _require_same_model(released, shape)
+    note = accept(released.files.folder)
     fill(model, released, shape)
     if not first:
         return released.described(shape)
     result = compared(released, shape, lambda model: fill(model, released, shape), in_a_run=True)
-    return "; ".join([released.described(shape), *released.notes, result])
+    return "; ".join([released.described(shape), *released.notes, *filter(None, [note]), result])
 
 
 def _require_same_model(released: Released, ours: ModelShape) -> None:
@@ -114,6 +119,9 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
         tell(compared(released, shape, lambda model: _load_plain(partial, model)))
         for note in released.notes:
             tell(f"note: {note}")
+        words = of_release(released.files.folder)
+        if words is None:
+            tell("note: it brings no tokenizer.json: stages that begin with it cannot check that theirs is its own")
         recipe = shape.as_recipe()
         record = {
             "stage": IMPORTED,
@@ -124,7 +132,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
             "recipe": recipe,
             "fingerprint": fingerprint(recipe),
             "data": {},
-            "released": {"name": name, "config": released.config},
+            "released": {"name": name, "config": released.config} | ({"tokenizer": words.as_record()} if words else {}),
             "torch": torch.__version__,
         }
         manifest.write(partial, record, checksums)

@@ -12,6 +12,7 @@ from titan_cpt import manifest
 from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 from titan_cpt.weight_files import read_config
+from titan_cpt.weights_tokenizer import of_manifest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -129,11 +130,11 @@ def tokenizer_of(
     if path is None:
         return None
     words = load_tokenizer(path)
-    trained_with = record["data"].get("tokenizer")
-    if trained_with not in (None, words.fingerprint):
+    trained_with = of_manifest(record, checkpoint)
+    if trained_with is not None and not trained_with.is_that_of(path):
         raise DataError(
             f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "
-            f"{trained_with[:12]}); give --tokenizer the file that the run was trained with"
+            f"{trained_with.fingerprint[:12]}); give --tokenizer the file that the run was trained with"
         )
     if words.vocab_size > record["recipe"]["model.vocab_size"]:
         raise DataError(

@@ -44,6 +44,7 @@ from titan_cpt.profiling import Profiler
 from titan_cpt.run_folder import StopRequest
 from titan_cpt.skips import Skips
 from titan_cpt.validate import Validator
+from titan_cpt.weights_tokenizer import check_first_weights
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
     if found is not None and config.job.deterministic:
         check_same_machine(found, ranks)
+    begun = 0 if found is None else found.manifest["stage_index"] + 1
+    for note in check_first_weights(config, [stage.name for stage in plan.stages[begun:]]):
+        if ranks.rank == 0:
+            console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     log = _open_log(config, plan, ranks, folder)
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)

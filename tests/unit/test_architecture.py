@@ -19,6 +19,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "data.library_engine",
     "data.engines",
     "data.tokenizer",
+    "data.tokenizer_ids",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
     "data.indexed_format data.file_names profiling data.source data.record checkpoint_files suites "
     "scores metrics_file",
@@ -35,7 +36,8 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "planning layout_view released distributed.parallelise distributed.engine",
     "config_file plan_view transformers_check suggest data.formats data.shards distributed.stages "
     "optimizer metrics manifest run_folder",
-    "own_run data.progress data.inventory distributed.check_layout interchange lineage skips",
+    "weights_tokenizer",
+    "own_run data.progress data.inventory distributed.check_layout interchange export_tokenizer lineage skips",
     "data.prepare data.loader checkpoint display report model_card arms score_view",
     "data.materialise validate export anneal comparison report_benchmarks baselines inference evaluated",
     "generation",
@@ -61,6 +63,7 @@ TORCHLESS = (
     "plan_view",
     "suggest",
     "data.inventory",
+    "weights_tokenizer",
     "models.sizes",
 )
 OPTIONAL = {
