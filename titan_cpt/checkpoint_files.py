@@ -250,7 +250,7 @@ class _HashedFile:
     """A new file, hashed as it is written, on the disk when it is closed; `checksum` then tells of it."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._bytes, self._digest = 0, new_hash()
 
     def __enter__(self) -> _HashedFile:

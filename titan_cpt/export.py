@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt import manifest
 from titan_cpt.checkpoint_files import ShardReader
-from titan_cpt.data.tokenizer import BYTES, Tokenizer
-from titan_cpt.data.tokenizer_ids import byte_tokenizer_json
+from titan_cpt.data.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.export_tokenizer import warning_for_readers, write_tokenizer
 from titan_cpt.interchange import alone, require_free
 from titan_cpt.lineage import Origin, legs, longest_sequence, origin, tokenizer_of
 from titan_cpt.model_card import bos_in_words, model_card
@@ -32,15 +32,6 @@ from titan_cpt.weight_files import read_config, tensors_of
 from titan_cpt.written import partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_BESIDE_TOKENIZER = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def export(
@@ -82,16 +73,21 @@ def export(
     with partial_folder(out) as partial:
         files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
         _write_settings(partial, shape, words, positions=positions, dtype=dtype, came_from=came_from)
+        warning = None
         if words is not None:
-            _write_tokenizer(words, partial, positions)
-        card = model_card(record, checkpoint, legs(record), came_from, shape, dtype=dtype, tokenizer=words)
-        (partial / "README.md").write_text(card)
+            write_tokenizer(words, partial, positions)
+            warning = warning_for_readers(partial, words, read_config(partial)["model_type"])
+        line = legs(record)
+        card = model_card(record, checkpoint, line, came_from, shape, dtype=dtype, tokenizer=words, warning=warning)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if open_released(str(partial)).shape != shape:
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
     tell(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     tell(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
     if words is not None and words.add_bos != words.adds_bos_itself:
         tell(f"note: {bos_in_words(words)}")
+    if warning is not None:
+        tell(f"note: {warning}")
     tell(
         f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH"
     )
@@ -118,7 +114,7 @@ def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.
     for number, group in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {names[ours]: tensor.to(dtype) for ours, tensor in _load(checkpoint, group).items()}
-        save_file(tensors, out / file, metadata={"format": "pt"})
+        _save(tensors, out / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         _require_equal(out / file, tensors)
@@ -126,6 +122,14 @@ def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return len(groups)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with the mode that the umask gives: the library makes files that only their owner may read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _groups(shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
@@ -173,30 +177,3 @@ def _write_settings(
     marks = {"bos_token_id": None, "eos_token_id": None} | marks
     (out / "config.json").write_text(json.dumps(config | marks, indent=2))
     (out / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **marks}, indent=2))
-
-
-def _write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
-    """tokenizer.json and what lay beside it; the byte tokenizer as the BPE without merges that it is."""
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": positions,
-        "clean_up_tokenization_spaces": False,
-    }
-    if words.name == BYTES:
-        spec = byte_tokenizer_json(words.eod_id)
-    else:
-        source = Path(words.name) / "tokenizer.json" if Path(words.name).is_dir() else Path(words.name)
-        spec = json.loads(source.read_text())
-        (out / "tokenizer.json").write_bytes(source.read_bytes())
-        for name in _BESIDE_TOKENIZER:
-            if (source.parent / name).is_file():
-                shutil.copyfile(source.parent / name, out / name)
-    if not (out / "tokenizer.json").exists():
-        (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False))
-    if not (out / "tokenizer_config.json").exists():
-        vocabulary = {**spec["model"]["vocab"], **{one["content"]: one["id"] for one in spec.get("added_tokens") or []}}
-        end = next(token for token, number in vocabulary.items() if number == words.eod_id)
-        begin = next((token for token, number in vocabulary.items() if number == words.bos_id), end)
-        (out / "tokenizer_config.json").write_text(
-            json.dumps(settings | {"eos_token": end, "bos_token": begin}, indent=2)
-        )

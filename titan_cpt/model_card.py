@@ -26,6 +26,7 @@ def model_card(
     *,
     dtype: str,
     tokenizer: Tokenizer | None,
+    warning: str | None,
 ) -> str:
     """The text of the card.
 
@@ -37,6 +38,7 @@ def model_card(
         shape: the model's.
         dtype: of the exported weights.
         tokenizer: what is exported beside them.
+        warning: what its readers must know of it.
     """
     name = f"{record['stage']}, step {record['steps_done']:,}"
     run = checkpoint.resolve().parent.parent.name if line else ""
@@ -45,6 +47,8 @@ def model_card(
     if tokenizer is not None:
         words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
         words += f"; {bos_in_words(tokenizer)}"
+        if warning is not None:
+            words += f". **{warning[0].upper()}{warning[1:]}.**"
     facts = [
         f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
         f"- Began as: {began}",

@@ -64,7 +64,7 @@ def compared(
         try:
             theirs = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
         except Exception as error:  # whatever a config that it does not like ends in
-            return f"not compared with {name}, which cannot read its config.json: {_reason(error)}"
+            return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
         _require_same_settings(released, theirs, transformers)
         settings = f"settings are those of {name}; logits are not compared: "
         length = _length(shape, released.shape)
@@ -77,7 +77,7 @@ def compared(
         try:
             model: Any = _their_model(released.files.folder, theirs, transformers)
         except Exception as error:  # a backend that is not installed, a value that its modules do not like
-            return f"{settings}it cannot load the model: {_reason(error)}"
+            return f"{settings}it cannot load the model: {reason_of(error)}"
         return _same_logits(released, shape, load, model, length, name)
 
 
@@ -95,7 +95,7 @@ def _same_logits(
         try:
             their_logits_BLV: Tensor = theirs(tokens_BL).logits[..., :rows]
         except Exception as error:  # as above
-            return f"logits are not compared with {name}, which cannot compute them: {_reason(error)}"
+            return f"logits are not compared with {name}, which cannot compute them: {reason_of(error)}"
         logits_BLV = model(tokens_BL)[..., :rows]
     apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
     if not apart <= _TOLERANCE * max(1.0, size):
@@ -194,7 +194,8 @@ def _free_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The kind of an error and the first two lines of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
 
