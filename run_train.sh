@@ -183,6 +183,7 @@ keep_console() {
 }
 
 # Keep the logs that say something, and nothing else.
+# shellcheck disable=SC2317 # a trap calls it
 clean_up() {
     local process tries
     if ((${#console[@]})); then
