@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from titan_cpt.errors import CheckpointError
-from titan_cpt.reading import read_text, readable
+from titan_cpt.reading import is_there, read_text, readable
 from titan_cpt.written import write_whole
 
 NAME = "manifest.json"
@@ -103,9 +103,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(read_text(path))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: has no {NAME}, so it is not a checkpoint; a save that was cut short leaves this"
-        ) from None
+        raise CheckpointError(f"{folder}: {_without_manifest(folder)}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     wrong = [
@@ -116,6 +114,25 @@ def read(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: is of format {manifest['format']!r}, this version reads {FORMAT}")
     return manifest
+
+
+def _without_manifest(folder: Path) -> str:
+    """What a path is that has no manifest, and where the checkpoints are if it is a run or a stage."""
+    if not is_there(folder):
+        return f"no such folder, so there is no {NAME} to read"
+    if folder.is_file():
+        return f"is a file, not a checkpoint: a checkpoint is a folder with a {NAME}"
+    for kind, pattern in (("a stage of a run", "step-*"), ("a run", "*/step-*")):
+        found = sorted(path.parent for path in folder.glob(f"{pattern}/{NAME}"))
+        if found:
+            shown = ", ".join(str(path) for path in found[-3:])
+            return f"is {kind}, not a checkpoint; its checkpoints are {'..., ' if found[3:] else ''}{shown}"
+    why = f"has no {NAME}, so it is not a checkpoint"
+    if folder.name.startswith("step-"):
+        return f"{why}: its save was interrupted; an earlier one beside it may be whole"
+    if (folder / "config.json").is_file():
+        return f"{why} but a released model: `titan-cpt import` makes a checkpoint of it"
+    return why
 
 
 def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:

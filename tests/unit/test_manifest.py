@@ -120,11 +120,25 @@ def test_names_that_lead_out_of_the_folder_are_refused(checkpoint, name):
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint):
-    """What a save leaves that was cut short, and a folder that is not there at all."""
+    """What it is instead: nothing, a file, an interrupted save, a release, or a run, whose checkpoints are named."""
+    stage = checkpoint.parent / "run" / "german"
+    for step in range(5):
+        shutil.copytree(checkpoint, stage / f"step-0000000{step}")
     (checkpoint / "manifest.json").unlink()
+    interrupted = shutil.copytree(checkpoint, checkpoint.parent / "step-00000007")
+    release = shutil.copytree(checkpoint, checkpoint.parent / "release")
+    (release / "config.json").write_text("{}")
+    (checkpoint / "file").write_text("")
 
     verified(checkpoint, str(checkpoint), "no manifest.json", "not a checkpoint")
-    verified(checkpoint / "nowhere", "no manifest.json")
+    verified(checkpoint / "nowhere", "no such folder, so there is no manifest.json to read")
+    verified(checkpoint / "file" / "below", "no such folder")
+    verified(checkpoint / "file", "is a file, not a checkpoint")
+    verified(interrupted, "not a checkpoint: its save was interrupted")
+    verified(release, "not a checkpoint but a released model: `titan-cpt import`")
+    newest = ", ".join(f"{stage}/step-0000000{step}" for step in (2, 3, 4))
+    verified(stage, f"is a stage of a run, not a checkpoint; its checkpoints are ..., {newest}")
+    verified(stage.parent, f"is a run, not a checkpoint; its checkpoints are ..., {newest}")
 
 
 def test_a_manifest_of_another_format_is_named(checkpoint):
