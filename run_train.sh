@@ -49,7 +49,7 @@ main() {
     fi
     local rendezvous=()
     rendezvous_options "$nnodes"
-    read_run_info "$@"
+    read_run_info "$nnodes" "$@"
     make_logs
     if ((nproc == 1 && nnodes == 1)); then
         run_and_exit "$python" -m titan_cpt train "$@"
@@ -130,7 +130,7 @@ rendezvous_options() {
         # Jobs that share a node must not share a port.
         [[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]] && port=$((20000 + SLURM_JOB_ID % 10000))
     fi
-    master="$address:$port"
+    master="$address:$port" node="$node_rank/$1@$address:$port"
     if ((${MAX_RESTARTS:-0})); then
         # Only this rendezvous lets all nodes start again when one of them does; it numbers the nodes itself.
         rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$master" --rdzv-id="${SLURM_JOB_ID:-titan_cpt}")
@@ -140,10 +140,17 @@ rendezvous_options() {
     fi
 }
 
-# Check the config, once and not in every process, and set `run_folder` and `init_timeout` from it.
+# read_run_info NODES TRAIN_OPTION...: set `run_folder` and `init_timeout` from the config. A mistake in it is printed and
+# ends this script; on several nodes titan_cpt.launch prints it, once for all of them.
 read_run_info() {
-    local information key value
-    information=$("$python" -m titan_cpt train --run-info "$@") || exit $?
+    local information="" key value nnodes=$1
+    shift
+    run_folder="" init_timeout=1800
+    if ((nnodes == 1)); then
+        information=$("$python" -m titan_cpt train --run-info "$@") || exit $?
+    else
+        information=$("$python" -m titan_cpt train --run-info "$@" 2>/dev/null) || return 0
+    fi
     while IFS='=' read -r key value; do
         case $key in
             run_folder) run_folder=$value ;;
@@ -162,14 +169,14 @@ make_logs() {
         attempt+=-start-${SLURM_RESTART_COUNT:-0}
     fi
     logs=$run_folder/logs/$attempt/node-$node-$host temporary="" console=()
-    if ! mkdir -p -- "$logs" 2>/dev/null || [[ ! -w $logs ]]; then
+    if [[ -z $run_folder ]] || ! mkdir -p -- "$logs" 2>/dev/null || [[ ! -w $logs ]]; then
         logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_cpt.XXXXXX") # titan_cpt says what is wrong with the run's folder
         temporary=yes
     fi
     trap clean_up EXIT
     [[ -t 1 ]] || keep_console
     export TITAN_CPT_STATUS_FILE="$logs/status" # after keep_console: it also tells which processes are the program's
-    rm -f -- "$TITAN_CPT_STATUS_FILE"
+    rm -f -- "$TITAN_CPT_STATUS_FILE" "$TITAN_CPT_STATUS_FILE".process-*
 }
 
 # Write what this script and its processes print into console.txt too. The copying ends when the last of them does, and
@@ -195,7 +202,7 @@ clean_up() {
             done
         done
     fi
-    rm -f -- "${TITAN_CPT_STATUS_FILE:-}"
+    [[ -z ${TITAN_CPT_STATUS_FILE:-} ]] || rm -f -- "$TITAN_CPT_STATUS_FILE" "$TITAN_CPT_STATUS_FILE".process-*
     if [[ -n $temporary ]]; then
         rm -rf -- "$logs"
     else
@@ -232,7 +239,10 @@ run_torchrun() {
     done
     # What is not shown is kept in files, for a failure that only one of these processes sees.
     [[ -z $hidden ]] || options+=(--redirects="$hidden")
-    run_and_exit "$python" -m torch.distributed.run "${options[@]}" -m titan_cpt train "$@"
+    # torchrun, with one message in the place of its log of a failure.
+    local launch=("$python" -m titan_cpt.launch)
+    [[ -z ${node:-} ]] || launch+=(--node="$node" --patience="$init_timeout")
+    run_and_exit "${launch[@]}" "${options[@]}" -m titan_cpt train "$@"
 }
 
 # Run a command, pass signals on to it, wait for it however long it takes to save, and exit with the program's status.
@@ -261,7 +271,7 @@ run_and_exit() {
     if ! [[ $written =~ ^[1-9][0-9]{0,2}$ ]] || ((written > 255)); then
         written=1
     fi
-    ((written == 75)) || show_hidden_errors
+    ((written == 75)) || show_hidden_errors "$written"
     exit "$written"
 }
 
@@ -291,17 +301,37 @@ threads_per_process() {
     echo $((cores > $1 ? cores / $1 : 1))
 }
 
-# After a failure: what the processes whose output was not shown said last; what several said alike, once.
+# show_hidden_errors STATUS: after a failure, what the processes whose output was not shown said last, each text once. A
+# process that ended with a message left it in a file; after the user's mistake (2) no more is needed than messages.
 show_hidden_errors() {
-    local log last sum said=" "
-    while IFS= read -r log; do
-        last=$(tail -n 20 -- "$log")
-        sum=$(cksum <<<"$last")
-        [[ $said == *" $sum "* ]] && continue
-        said+="$sum "
-        printf 'run_train.sh: the end of what process %s of this node wrote:\n' "$(basename -- "$(dirname -- "$log")")"
+    local file last said=" " told="" rank
+    for file in "$TITAN_CPT_STATUS_FILE".process-*; do
+        [[ -s $file ]] || continue
+        told=yes
+        [[ ",${LOG_RANK:-0}," != *",${file##*-},"* ]] || is_new "$(<"$file")" || true
+    done
+    while IFS= read -r file; do
+        rank=$(basename -- "$(dirname -- "$file")")
+        if [[ -f $TITAN_CPT_STATUS_FILE.process-$rank ]]; then
+            last=$(<"$TITAN_CPT_STATUS_FILE.process-$rank")
+            [[ -n $last ]] || continue
+        elif (($1 == 2)) && [[ $told ]]; then
+            continue
+        else
+            last=$(tail -n 20 -- "$file")
+        fi
+        is_new "$last" || continue
+        printf 'run_train.sh: the end of what process %s of this node wrote:\n' "$rank"
         printf '%s\n' "$last"
     done < <(find "$logs" -name stderr.log -size +0 2>/dev/null | sort) >&2
+}
+
+# Whether a text is not among those in `said` yet, to which it is added.
+is_new() {
+    local sum
+    sum=$(cksum <<<"$1")
+    [[ $said != *" $sum "* ]] || return 1
+    said+="$sum "
 }
 
 main "$@"

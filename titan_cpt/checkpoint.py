@@ -142,7 +142,9 @@ class Checkpoints:
         """
         self._end()
         if self._has_failed():
-            raise self._failed or CheckpointError(f"{self.run}: rank 0 could not write the last checkpoint")
+            failed = self._failed or CheckpointError(f"{self.run}: rank 0 could not write the last checkpoint")
+            failed.on_every_rank = self.distributed
+            raise failed
 
     def _make_room(self, folder: Path) -> None:
         """The empty folder of a new checkpoint. The run's own is not made again: it may be mounted again later."""

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,20 +36,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         overrides = overrides_in(rest) if options.takes_overrides else none_left(rest)
         status = options.run(options, overrides)
     except TitanError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell(f"{type(error).__name__}: {error}", silent=error.on_every_rank and os.environ.get("RANK", "0") != "0")
         status = error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as with `| head`
         status = 1
     except OSError as error:
-        print(f"{type(error).__name__}: {in_words(error)}", file=sys.stderr)
+        _tell(f"{type(error).__name__}: {in_words(error)}")
         status = 2
     except KeyboardInterrupt as interrupt:
         _leave_interrupted(str(interrupt))
-    _leave(status)
+    leave(status)
 
 
-def _leave(status: int) -> NoReturn:
+def _tell(message: str, *, silent: bool = False) -> None:
+    """Print a message, and keep it for run_train.sh, which then knows what a process that is not shown had to say."""
+    if not silent:
+        print(message, file=sys.stderr)
+    if path := os.environ.get(STATUS_FILE_VARIABLE):
+        kept = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
+        with suppress(OSError):
+            kept.write_text("" if silent else f"{message}\n", encoding="utf-8")
+
+
+def leave(status: int) -> NoReturn:
+    """Exit, with the status written where run_train.sh looks for it."""
     path = os.environ.get(STATUS_FILE_VARIABLE)
     # A rank that fails makes torchrun stop the others, which then leave with a status of their own: the mistake counts.
     if path and status and not (Path(path).exists() and Path(path).read_text() == "2"):
@@ -261,6 +273,26 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
         )
         print(f"   {words}")
     return 0
+
+
+def check_training(arguments: Sequence[str], *, world_size: int) -> None:
+    """Raise what `train` would say of a config and of its plan for so many processes; imports no torch.
+
+    Args:
+        arguments: from the word `train` on. Data that is still to be prepared leaves the plan unchecked.
+
+    Raises:
+        TitanError: the user's mistake.
+    """
+    from titan_cpt.config_file import load_run
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.data.materialise import is_complete
+    from titan_cpt.planning import make_plan
+
+    options, rest = _parser().parse_known_args(arguments)
+    config = load_run(options.config, overrides_in(rest))
+    if is_complete(config):
+        make_plan(config, take_inventory(config), world_size)
 
 
 def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

@@ -10,9 +10,14 @@ import os
 
 
 class TitanError(Exception):
-    """What the six share: a message meant for the user, and the exit status that goes with it."""
+    """What the six share: a message meant for the user, and the exit status that goes with it.
+
+    Attributes:
+        on_every_rank: every rank raises this error or one for the same reason, so that only rank 0 prints it.
+    """
 
     exit_status = 2
+    on_every_rank = False
 
 
 class ConfigError(TitanError):
@@ -39,6 +44,7 @@ class NumericsError(TitanError):
     """A loss or a gradient is not finite. Not the user's mistake: the weights are as they were before that step."""
 
     exit_status = 1
+    on_every_rank = True  # losses and norms are reduced over all ranks before they are looked at
 
 
 _ROOM = "Make room, then run the same command again"

@@ -23,8 +23,8 @@ from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
 from titan_cpt.distributed.engine import Engine
-from titan_cpt.distributed.float8 import Float8
-from titan_cpt.distributed.mesh import Mesh, Ranks, build_mesh, set_timeouts
+from titan_cpt.distributed.float8 import Float8, require_float8
+from titan_cpt.distributed.mesh import Mesh, Ranks, agreed, build_mesh, set_timeouts
 from titan_cpt.distributed.parallelise import Techniques
 from titan_cpt.distributed.stages import build_model
 from titan_cpt.errors import CheckpointError
@@ -75,15 +75,19 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     """Plan, data, model, optimizer, in this order; and the checkpoint to go on from, if there is one."""
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console()
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    plan = make_plan(config, take_inventory(config), ranks.world_size)
-    streams = open_streams(training_files(config), tokenizer.vocab_size)
-    held_out = open_streams(validation_files(config), tokenizer.vocab_size)
-    identities = {
-        "tokenizer": tokenizer.fingerprint,
-        **{f"datasets.{name}.train": stream.fingerprint() for name, stream in streams.items()},
-        **{f"datasets.{name}.validation": stream.fingerprint() for name, stream in held_out.items()},
-    }
+    with agreed():  # before anything collective: files may be missing on some nodes only
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        plan = make_plan(config, take_inventory(config), ranks.world_size)
+        streams = open_streams(training_files(config), tokenizer.vocab_size)
+        held_out = open_streams(validation_files(config), tokenizer.vocab_size)
+        identities = {
+            "tokenizer": tokenizer.fingerprint,
+            **{f"datasets.{name}.train": stream.fingerprint() for name, stream in streams.items()},
+            **{f"datasets.{name}.validation": stream.fingerprint() for name, stream in held_out.items()},
+        }
+        check_device(config, ranks.device.type)
+        if config.float8.recipe_name is not None:
+            require_float8(ranks.device)
     precision = getattr(torch, config.training.mixed_precision_param)
     if ranks.rank == 0:
         print_plan(plan, console, config.checkpoint.keep_latest_k)
@@ -94,7 +98,6 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
                 "[yellow]note[/] this CPU has no products in bfloat16: they are made in float32 and rounded; "
                 'training.mixed_precision_param = "float32" is faster here and more exact'
             )
-    check_device(config, ranks.device.type)
 
     mesh = build_mesh(ranks, plan.layout)
     set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
@@ -111,13 +114,14 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         on_saved=lambda path: note_saved(log, display, path),
         on_failed=lambda error: tell_failure(log, display, error),
     )
-    found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
-    if found is not None and config.job.deterministic:
-        check_same_machine(found, ranks)
-    begun = 0 if found is None else found.manifest["stage_index"] + 1
-    for note in check_first_weights(config, [stage.name for stage in plan.stages[begun:]]):
-        if ranks.rank == 0:
-            console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
+    with agreed():
+        found = find_checkpoint(plan, checkpoints, identities, console if ranks.rank == 0 else Console(quiet=True))
+        if found is not None and config.job.deterministic:
+            check_same_machine(found, ranks)
+        begun = 0 if found is None else found.manifest["stage_index"] + 1
+        notes = check_first_weights(config, [stage.name for stage in plan.stages[begun:]])
+    for note in notes if ranks.rank == 0 else ():
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     log = _open_log(config, plan, ranks, folder)
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)

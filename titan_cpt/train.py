@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.materialise import materialise
 from titan_cpt.display import make_console
 from titan_cpt.distributed.float8 import refresh_scales
-from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, set_timeouts, wait_for_rank_0
+from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, rank_0_first, set_timeouts
 from titan_cpt.errors import NumericsError
 from titan_cpt.forgetting import note_changed_validation, renew_baselines
 from titan_cpt.initial import load_initial
@@ -72,12 +73,14 @@ def run(config: Config) -> int:
 def run_among(ranks: Ranks, config: Config) -> int:
     """As `run`, among ranks that have joined already and stay joined."""
     folder = Path(config.job.output_dir) / config.job.name
-    if ranks.rank == 0:
-        require_own_run(folder, config)
-    with locked(folder, rank=ranks.rank), StopRequest() as stop:
-        if ranks.rank == 0:
-            materialise(config)
-        wait_for_rank_0()
+    with ExitStack() as stack:
+        with rank_0_first():
+            if ranks.rank == 0:
+                require_own_run(folder, config)
+            stack.enter_context(locked(folder, rank=ranks.rank))
+            stop = stack.enter_context(StopRequest())
+            if ranks.rank == 0:
+                materialise(config)
         parts, found = build(config, ranks, folder, stop)
         try:
             return train(parts, found)

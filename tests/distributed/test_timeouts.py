@@ -58,4 +58,4 @@ def test_a_node_that_never_starts_ends_the_wait_after_the_configs_timeout(tmp_pa
 
     assert done.returncode == 1, done.stderr
     (console,) = (tmp_path / "outputs/base/logs").glob("*/node-0-*/console.txt")
-    assert "1/2 clients joined" in console.read_text()
+    assert "1 of 2 nodes have joined at 127.0.0.1:" in console.read_text()

@@ -50,7 +50,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "forgetting",
     "train",
     "cli",
-    "__main__",
+    "launch __main__",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 

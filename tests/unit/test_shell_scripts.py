@@ -159,7 +159,7 @@ class TestSeveralProcesses:
 
         assert done.returncode == 0, done.stderr
         call = repository.only_call()
-        assert call["arguments"][:2] == ["-m", "torch.distributed.run"]
+        assert call["arguments"][:2] == ["-m", "titan_cpt.launch"]
         assert "--standalone" in call["arguments"]
         assert option(call, "--nnodes") == "1"
         assert option(call, "--nproc-per-node") == "3"
@@ -283,6 +283,43 @@ class TestSeveralProcesses:
         assert done.returncode == status
         assert done.stderr.count("process 1 of this node") == shown
         assert done.stderr.count("DataError: pile.bin is cut short") == shown
+
+    @pytest.mark.parametrize(
+        ("said_by", "shown"),
+        [
+            ({0: "PlanError: x", 1: "PlanError: x", 2: ""}, []),
+            ({0: "PlanError: x", 1: "DataError: y", 2: "DataError: y"}, ["DataError: y"]),
+            ({0: "PlanError: x", 1: "PlanError: x"}, []),  # process 2 fell to a traceback when the others left
+            ({}, ["Traceback 1", "Traceback 2"]),
+        ],
+        ids=["all alike", "one of its own", "one cut off", "no message"],
+    )
+    def test_one_message_is_shown_once_after_the_users_mistake(
+        self, repository: Repository, said_by: dict[int, str], shown: list[str]
+    ) -> None:
+        """What the shown process said is not repeated, and what follows from it is not shown."""
+        action = "".join(f'echo "{text}" > "$TITAN_CPT_STATUS_FILE.process-{rank}";' for rank, text in said_by.items())
+        action = action.replace('echo ""', "printf ''")
+        action += """
+            for rank in 1 2; do
+                logs=$(dirname "$TITAN_CPT_STATUS_FILE")/none_x/attempt_0/$rank
+                mkdir -p "$logs"; echo "Traceback $rank" > "$logs/stderr.log"
+            done
+            echo 2 > "$TITAN_CPT_STATUS_FILE"; exit 1"""
+
+        done = repository.run("run_train.sh", NPROC="3", ACTION=action)
+
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: the end")] == shown
+
+    def test_on_several_nodes_a_mistake_in_the_config_is_left_to_the_launcher(self, repository: Repository) -> None:
+        """It tells the mistake once for all nodes; here each node would."""
+        done = repository.run(
+            "run_train.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="1", RUN_INFO_STATUS="2"
+        )
+
+        assert option(repository.only_call(), "--node") == "1/2@a:1"
+        assert done.returncode == 0
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_is_passed_on_and_waited_for(self, repository: Repository, number: signal.Signals) -> None:

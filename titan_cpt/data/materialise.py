@@ -68,6 +68,12 @@ def train_tokenizer(inputs: Sequence[str], text_field: str, vocab_size: int, out
     return train_bpe(iterate_texts(inputs, text_field), vocab_size, output, force=force)
 
 
+def is_complete(config: Config) -> bool:
+    """Whether the tokens of every dataset and the tokenizer are there, so that `materialise` has nothing to do."""
+    tokens = all(not _lacks(dataset, force=False) for dataset in config.datasets.values())
+    return tokens and (config.tokenizer.train is None or is_there(Path(config.tokenizer.path)))
+
+
 def _lacks(dataset: Dataset, force: bool) -> bool:
     return force or bool(missing(dataset.train or ())) or bool(missing(dataset.validation or ()))
 

@@ -1,0 +1,278 @@
+"""What run_train.sh starts: checks before any process, nodes that meet, and one message where torchrun writes a log."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import faulty
+import pytest
+import torch
+import torch.distributed as dist
+import training
+
+from titan_cpt import launch
+from titan_cpt.distributed import mesh
+from titan_cpt.errors import PlanError
+from titan_cpt.launch import Node, Refused, check_gpus, meet
+
+pytestmark = [
+    *training.THEIR_WARNINGS_IGNORED,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def port():
+    """A free one."""
+    return faulty.free_port()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run of several thousand steps of 4 sequences, 2 a micro-step."""
+    folder = tmp_path_factory.mktemp("launch")
+    raw = training.two_stages(training.write_languages(folder), folder)
+    raw["stages"][0]["steps"] = 5000
+    return training.write_config(training.changed(raw, checkpoint={"interval": 1000}), folder / "c.toml")
+
+
+def meet_as(nodes, port, **mistakes):
+    """How `meet` ends on each node: the message it was refused with, or None. Threads stand for the nodes."""
+    ends, stores = {}, []
+
+    def one(rank):
+        try:
+            stores.append(meet(Node(rank, nodes, "127.0.0.1", port), mistakes.get(f"node{rank}", ""), 20))
+            ends[rank] = None
+        except Refused as refused:
+            ends[rank] = (str(refused), refused.status)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(nodes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [ends[rank] for rank in range(nodes)]
+
+
+def test_nodes_without_a_mistake_meet(port):
+    """Three of them."""
+    assert meet_as(3, port) == [None, None, None]
+
+
+def test_a_mistake_that_every_node_finds_is_told_by_node_0(port):
+    """Once for all, and every node ends with 2."""
+    said = {f"node{rank}": "PlanError: 8 into 3" for rank in range(3)}
+
+    assert meet_as(3, port, **said) == [("PlanError: 8 into 3", 2), ("", 2), ("", 2)]
+
+
+def test_a_mistake_of_one_node_ends_all_and_names_it(port):
+    """A config that is missing on node 2 only: node 0 tells it, whose own output is what people look at."""
+    ends = meet_as(3, port, node2="ConfigError: no file")
+
+    assert ends == [(f"node 2 ({socket.gethostname()}): ConfigError: no file", 2), ("", 2), ("", 2)]
+
+
+@pytest.mark.parametrize(
+    ("node", "told"),
+    [
+        (
+            0,
+            "1 of 2 nodes have joined at 127.0.0.1:{port} after 1 s; missing: node 1. Check that run_train.sh",
+        ),
+        (1, "node 1 has waited 1 s for node 0 at 127.0.0.1:{port}: [Errno 111] Connection refused. Check that"),
+    ],
+)
+def test_a_node_that_waits_says_for_whom_where_and_what_to_check(port, node, told, monkeypatch, capsys):
+    """Every so often, and in the end with status 1: it need not be a mistake."""
+    monkeypatch.setattr(launch, "_SECONDS_BETWEEN_REMINDERS", 0.5)
+    with pytest.raises(Refused) as refused:
+        meet(Node(node, 2, "127.0.0.1", port), "", 1.2)
+
+    assert told.format(port=port) in capsys.readouterr().err
+    assert refused.value.status == 1
+
+
+def test_a_node_with_a_mistake_does_not_wait_long_for_the_others_to_hear_it(port, monkeypatch):
+    """Node 0 never comes."""
+    monkeypatch.setattr(launch, "_SECONDS_FOR_A_MISTAKE", 0.2)
+    with pytest.raises(Refused, match="PlanError: mine"):
+        meet(Node(1, 2, "127.0.0.1", port), "PlanError: mine", 60)
+
+
+def test_a_port_in_use_is_told_with_what_to_do():
+    """Status 2; `[Errno 98]` and 46 lines of torch before."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Refused, match=rf"port {port} of .* is in use .*Set MASTER_PORT to a free port") as refused:
+            meet(Node(0, 2, "127.0.0.1", port), "", 5)
+
+    assert refused.value.status == 2
+
+
+def test_an_address_that_nobody_knows_is_told(port):
+    """Before anything waits for it."""
+    with pytest.raises(Refused, match=r"MASTER_ADDR 'no such host' is not known on"):
+        meet(Node(1, 2, "no such host", port), "", 5)
+
+
+def test_fewer_gpus_than_processes_is_told_before_any_starts(monkeypatch):
+    """Without GPUs any number of processes computes on the CPU."""
+    check_gpus(4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_gpus(2)
+
+    with pytest.raises(PlanError, match=r"^4 processes on .* has 2 GPUs .*NPROC=2"):
+        check_gpus(4)
+
+
+def test_a_process_whose_gpu_does_not_exist_or_is_taken_says_so(monkeypatch):
+    """Under somebody else's launcher: "CUDA error: invalid device ordinal" before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def set_device(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is busy\nCUDA kernel errors might ...")
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(PlanError, match=r"local rank 3 on .* this node has 2 .*\(0 to 1\).*NPROC=2"):
+        mesh.join_ranks()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(PlanError, match=r"GPU 1 cannot be used: CUDA error: .* busy\. `nvidia-smi`"):
+        mesh.join_ranks()
+
+
+def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
+    """torchrun itself, with --master-port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(PlanError, match=rf"port {port} of .* is in use"):
+            mesh.join_ranks(5)
+
+
+def test_the_users_mistake_is_one_message_under_several_processes(config, tmp_path):
+    """A batch of 4 does not divide into 3 x 2: 55 lines before, 45 of them torchrun's."""
+    environment = {**os.environ, "NPROC": "3", "PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(
+        [str(ROOT / "run_train.sh"), "--config", str(config), "--job.output_dir", str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    command, *message = done.stderr.splitlines()
+
+    assert done.returncode == 2
+    assert command.startswith("+ ")
+    assert message[0] == "PlanError: 1 problem in the plan of 'run':"
+    assert message[1].startswith("  - training.global_batch_size: ")
+    assert len(message) == 2
+    assert done.stdout == ""
+
+
+def test_a_stop_on_a_signal_shows_no_traceback(config, tmp_path):
+    """torchrun raises SignalException on SIGTERM; the ranks save and leave with 75."""
+    run, status = tmp_path / "run", tmp_path / "status"
+    command = [
+        sys.executable,
+        "-m",
+        "titan_cpt.launch",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "titan_cpt",
+        "train",
+    ]
+    process = subprocess.Popen(
+        [*command, "--config", str(config), "--job.output_dir", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TITAN_CPT_STATUS_FILE": str(status)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not training.lines_of(run, "train"):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert status.read_text() == "75"
+    assert "stopped by SIGTERM; everything is saved" in output
+    assert errors == ""
+
+
+def test_a_killed_process_is_named(tmp_path):
+    """With its number, host and signal, in a line."""
+    (tmp_path / "child.py").write_text(
+        "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    )
+    code = "import sys; from titan_cpt.launch import _run; sys.exit(_run(sys.argv[1:]))"
+    options = ["--standalone", "--nproc-per-node=2", str(tmp_path / "child.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"process 1 of {socket.gethostname()} (pid ")
+    assert line.endswith("was killed by SIGKILL: often too little host memory")
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """One rank stands in a folder where relative paths lead nowhere, as on a node that lacks the files."""
+
+    rank: int
+
+    def lay(self):
+        """On that rank only."""
+        os.chdir("/" if os.environ["RANK"] == str(self.rank) else os.environ["DATA"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_files_that_are_missing_on_one_node_end_every_rank_and_are_told_once(tmp_path, monkeypatch, rank):
+    """The others waited in a collective for the rank that had left, until it failed with a traceback."""
+    monkeypatch.setenv("DATA", str(tmp_path))
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["datasets"]["en"]["train"] = "en"
+    config = training.write_config(raw, tmp_path / "c.toml")
+    outcomes = faulty.launch(config, faults=[Elsewhere(rank)], ranks=2)
+
+    assert [outcome.status for outcome in outcomes] == [2, 2], outcomes[0].output + outcomes[1].output
+    assert ("rank 1: " in outcomes[0].output) == (rank == 1)
+    assert "en: no .bin/.idx pair of that name" in outcomes[0].output
+    assert outcomes[1].output == ""
+
+
+def test_what_only_rank_0_finds_ends_every_rank(tmp_path):
+    """The run's folder cannot be made: rank 0 alone takes the lock."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path / "file")
+    (tmp_path / "file").write_text("")
+    outcomes = faulty.launch(training.write_config(raw, tmp_path / "c.toml"), ranks=2)
+
+    assert [outcome.status for outcome in outcomes] == [2, 2]
+    assert f"CheckpointError: {tmp_path / 'file' / 'run'}: cannot be written" in outcomes[0].output
+    assert outcomes[1].output == ""
