@@ -11,74 +11,44 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
 from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, in_words
+from titan_cpt.exits import leave, leave_interrupted, tell
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
 _OVERRIDES = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
-STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one subcommand and leave with its exit status."""
-    parser = _parser()
+    parser = make_parser()
     words = sys.argv[1:] if arguments is None else arguments
     options, rest = parser.parse_known_args(words)
     try:
         overrides = overrides_in(rest) if options.takes_overrides else none_left(rest)
         status = options.run(options, overrides)
     except TitanError as error:
-        _tell(f"{type(error).__name__}: {error}", silent=error.on_every_rank and os.environ.get("RANK", "0") != "0")
+        tell(f"{type(error).__name__}: {error}", silent=error.on_every_rank and os.environ.get("RANK", "0") != "0")
         status = error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as with `| head`
         status = 1
     except OSError as error:
-        _tell(f"{type(error).__name__}: {in_words(error)}")
+        tell(f"{type(error).__name__}: {in_words(error)}")
         status = 2
     except KeyboardInterrupt as interrupt:
-        _leave_interrupted(str(interrupt))
+        leave_interrupted(str(interrupt))
     leave(status)
 
 
-def _tell(message: str, *, silent: bool = False) -> None:
-    """Print a message, and keep it for run_train.sh, which then knows what a process that is not shown had to say."""
-    if not silent:
-        print(message, file=sys.stderr)
-    if path := os.environ.get(STATUS_FILE_VARIABLE):
-        kept = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
-        with suppress(OSError):
-            kept.write_text("" if silent else f"{message}\n", encoding="utf-8")
-
-
-def leave(status: int) -> NoReturn:
-    """Exit, with the status written where run_train.sh looks for it."""
-    path = os.environ.get(STATUS_FILE_VARIABLE)
-    # A rank that fails makes torchrun stop the others, which then leave with a status of their own: the mistake counts.
-    if path and status and not (Path(path).exists() and Path(path).read_text() == "2"):
-        Path(path).write_text(str(status))
-    sys.exit(status)
-
-
-def _leave_interrupted(told: str) -> NoReturn:
-    """End as Ctrl-C ends a program (130 in a shell, whose loops end too), with a line in place of a traceback."""
-    print(f"stopped by Ctrl-C{': ' if told else ''}{told}", file=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.kill(os.getpid(), signal.SIGINT)
-    sys.exit(130)
-
-
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands, their options, and the function that runs each."""
     parser = argparse.ArgumentParser(
         prog="titan-cpt",
         description="Continual pre-training: stages, re-warming, replay and infinite schedules from one TOML file.",
@@ -273,26 +243,6 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
         )
         print(f"   {words}")
     return 0
-
-
-def check_training(arguments: Sequence[str], *, world_size: int) -> None:
-    """Raise what `train` would say of a config and of its plan for so many processes; imports no torch.
-
-    Args:
-        arguments: from the word `train` on. Data that is still to be prepared leaves the plan unchecked.
-
-    Raises:
-        TitanError: the user's mistake.
-    """
-    from titan_cpt.config_file import load_run
-    from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.data.materialise import is_complete
-    from titan_cpt.planning import make_plan
-
-    options, rest = _parser().parse_known_args(arguments)
-    config = load_run(options.config, overrides_in(rest))
-    if is_complete(config):
-        make_plan(config, take_inventory(config), world_size)
 
 
 def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

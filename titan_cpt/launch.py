@@ -29,8 +29,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
-from titan_cpt.cli import check_training, leave
+from titan_cpt.arguments import overrides_in
+from titan_cpt.cli import make_parser
+from titan_cpt.config_file import load_run
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.data.materialise import is_complete
 from titan_cpt.errors import PlanError, TitanError
+from titan_cpt.exits import leave
+from titan_cpt.planning import make_plan
 
 _SECONDS_BETWEEN_REMINDERS = 30.0
 _SECONDS_FOR_A_MISTAKE = 20.0  # how long a node that found a mistake waits for the others, for it to be told once
@@ -118,6 +124,21 @@ def check_gpus(nproc: int) -> None:
             f"{nproc} processes on {socket.gethostname()}, which has {found} GPUs for them: each process takes one. "
             f"Start with NPROC={found}, or give the job more GPUs (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
+
+
+def check_training(arguments: Sequence[str], *, world_size: int) -> None:
+    """Raise what `train` would say of a config and of its plan for so many processes.
+
+    Args:
+        arguments: from the word `train` on. Data that is still to be prepared leaves the plan unchecked.
+
+    Raises:
+        TitanError: the user's mistake.
+    """
+    options, rest = make_parser().parse_known_args(arguments)
+    config = load_run(options.config, overrides_in(rest))
+    if is_complete(config):
+        make_plan(config, take_inventory(config), world_size)
 
 
 def meet(node: Node, mistake: str, patience_s: float) -> TCPStore:

@@ -10,7 +10,7 @@ import titan_cpt
 ROOT = Path(titan_cpt.__file__).parent
 
 LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines above its own. A new file is placed here
-    "errors allocator",
+    "errors exits allocator",
     "locks reading",
     "written",
     "data.unpacking",
