@@ -119,7 +119,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         if found is not None and config.job.deterministic:
             check_same_machine(found, ranks)
         begun = 0 if found is None else found.manifest["stage_index"] + 1
-        notes = check_first_weights(config, [stage.name for stage in plan.stages[begun:]])
+        notes = list(check_first_weights(config, [stage.name for stage in plan.stages[begun:]]))
     for note in notes if ranks.rank == 0 else ():
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     log = _open_log(config, plan, ranks, folder)
