@@ -177,7 +177,7 @@ def test_the_command_line_imports_what_it_needs_when_it_needs_it():
     """At the top of cli.py stand errors and the words' values alone: --help and a mistake are told in a blink."""
     ours = {module for module in at_the_top("cli") if module.startswith("titan_cpt")}
 
-    assert ours == {"titan_cpt.errors", "titan_cpt.arguments"}
+    assert ours == {"titan_cpt.errors", "titan_cpt.exits", "titan_cpt.arguments"}
 
 
 def test_the_report_meets_a_run_through_its_folder_only():
