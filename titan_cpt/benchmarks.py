@@ -16,7 +16,7 @@ from titan_cpt.parts import Parts
 from titan_cpt.plan import StagePlan
 from titan_cpt.reading import is_there
 from titan_cpt.scores import average
-from titan_cpt.suites import suite_of
+from titan_cpt.suites import require_folder, suite_of
 
 
 def require_benchmarks(config: Config, *, fresh: bool) -> None:
@@ -27,11 +27,12 @@ def require_benchmarks(config: Config, *, fresh: bool) -> None:
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or lacks a task.
-        DataError: questions cannot be had.
+        DataError: a task's dataset cannot be loaded.
     """
     asked = config.evaluation
     if asked.suite is None:
         return
+    require_folder(suite_of(asked.suite), _folder(asked))
     tasks = open_tasks(suite_of(asked.suite), _folder(asked))
     for task in suite_of(asked.suite) if fresh else ():
         tasks.load(task)

@@ -381,9 +381,10 @@ def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.suites import chosen_tasks
+    from titan_cpt.suites import chosen_tasks, require_folder
 
-    tasks = chosen_tasks(options.suite, options.tasks)  # before torch: a mistake is told in a blink
+    tasks = chosen_tasks(options.suite, options.tasks)  # before torch: mistakes are reported at once
+    require_folder(tasks, options.tasks_dir)
     from titan_cpt.distributed.mesh import join_ranks, leave_ranks
     from titan_cpt.evaluate import Asked, evaluate_all
 
@@ -411,7 +412,10 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         else:
             print_scores(columns, make_console())
     if lacking:
-        raise DataError(f"without {', '.join(lacking)}, whose questions could not be had; all other scores are kept")
+        raise DataError(
+            f"no score for {', '.join(lacking)}: their datasets could not be loaded, see above. All other scores are "
+            "kept, and the same command asks only for the missing ones"
+        )
     return 0
 
 

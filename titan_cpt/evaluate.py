@@ -69,12 +69,15 @@ def open_tasks(asked: tuple[Task, ...], folder: Path | None) -> Tasks:
         DataError: the folder of tasks holds none.
     """
     try:
-        from titan_cpt.harness import Tasks
+        from titan_cpt.harness import Tasks, not_fetched
     except ImportError as error:
         raise ConfigError(f"benchmarks need lm-evaluation-harness: pip install 'titan_cpt[eval]' ({error})") from None
     tasks = Tasks(folder, asked)
+    if all(tasks.is_not_fetched(task) for task in asked):
+        raise ConfigError(not_fetched([task.name for task in asked], folder))
     for task in asked:
-        tasks.require(task)
+        if not tasks.is_not_fetched(task):  # one of several says so when it is loaded, and the others are asked
+            tasks.require(task)
     return tasks
 
 
@@ -97,7 +100,7 @@ def evaluate(
         interrupted: asked before each task, with the same answer on every rank; the rest is left out once it says so.
 
     Returns:
-        The scores, and the names of tasks that have none: their questions could not be had or put to the model.
+        The scores, and the names of tasks that have none: their dataset could not be loaded, or they failed.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
@@ -315,7 +318,7 @@ def _agreed(load: Callable[[], Any], ranks: Ranks) -> Any:
         failed = torch.tensor(int(failure is not None))
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if failed.item() and failure is None:
-            failure = DataError("another rank could not have the questions of a task")
+            failure = DataError("another rank could not load the dataset of a task")
     if failure is not None:
         raise failure
     return loaded

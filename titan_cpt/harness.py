@@ -13,11 +13,13 @@ import difflib
 import io
 import logging
 import math
+import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -33,11 +35,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.generation import Sampling, generate
 from titan_cpt.inference import Opened, score
-from titan_cpt.suites import Task
+from titan_cpt.suites import FETCHED, Task
 
 LONGEST_TEXT = 256
 """Tokens generated for a task that does not say how many; the harness's own default."""
 _HARNESS_TASKS, _BENCH_DIR = "LM_EVAL_TASKS", "BENCH_DIR"
+HUB_TIMEOUT_S = 10.0
 _BOOTSTRAPS = 1000
 _SEED = 1234
 """Of the choice of worked examples; the harness's own."""
@@ -190,6 +193,7 @@ class Tasks:
         written = Path(tempfile.mkdtemp(prefix="titan-cpt-tasks-"))
         weakref.finalize(self, shutil.rmtree, written, ignore_errors=True)
         paths: list[str | Path] = []
+        local = True  # no dataset of these tasks is on the hub
         if folder is not None:
             files = sorted(folder.glob("**/*.yaml"))
             if not files:
@@ -199,15 +203,17 @@ class Tasks:
             ours = str(Path(lm_eval.__file__).parent / "tasks")
             for number, file in enumerate(files):
                 text = file.read_text()
+                local = local and "data_files" in text
                 if _HARNESS_TASKS in text or _BENCH_DIR in text:
                     text = text.replace(_HARNESS_TASKS, ours).replace(_BENCH_DIR, str(folder.resolve().parent))
                     (written / f"{number}-{file.name}").write_text(text)
             paths = [folder, written]
         names = {task.name for task in wanted}
+        self._folder, self._is_local = folder, local
         with quiet():
             self._manager = TaskManager(include_path=paths, include_defaults=False)
-            if not names or not names <= set(self._manager.all_subtasks):
-                self._manager = TaskManager(include_path=paths)
+            if not names or not names - FETCHED <= set(self._manager.all_subtasks):
+                self._manager, self._is_local = TaskManager(include_path=paths), False
 
     def require(self, task: Task) -> None:
         """Find out that there is such a task.
@@ -225,20 +231,29 @@ class Tasks:
                 f"task {task.name}: is not in lm-evaluation-harness {lm_eval.__version__} or --tasks-dir{hint}"
             )
 
+    def is_not_fetched(self, task: Task) -> bool:
+        """Whether it is one of the tasks that scripts/fetch_benchmarks.py downloads, and is not in the folder."""
+        return task.name in FETCHED and task.name not in self._manager.all_subtasks
+
     def load(self, task: Task) -> Any:
-        """The task with its questions, from the disk or the hub.
+        """The task with its dataset, from the disk or the hub. A hub that does not answer is asked once in a process.
 
         Raises:
-            DataError: the questions cannot be had.
+            DataError: the dataset cannot be loaded.
         """
+        if self.is_not_fetched(task):
+            raise DataError(not_fetched([task.name], self._folder))
+        trouble = "" if self._is_local else hub_trouble()
         try:
             with quiet():
                 loaded = self._manager.load([task.name])
         except Exception as error:  # whatever the hub, the network, or a task's own code raises
             reason = " ".join(str(error).split())[:300]
+            why = f"{trouble}, and the cache (HF_HOME) does not hold it; " if trouble else ""
+            why += f"{type(error).__name__}: {reason}"
             raise DataError(
-                f"task {task.name}: its questions cannot be had: {type(error).__name__}: {reason}. Without a network, "
-                "fetch them once where there is one, and copy the cache (HF_HOME)"
+                f"task {task.name}: its dataset could not be loaded: {why}. Load it once where there is a network and "
+                "copy the cache (HF_HOME), or use --suite offline with scripts/fetch_benchmarks.py"
             ) from None
         for part in loaded["tasks"].values():
             own = part.get_config("num_fewshot")
@@ -246,6 +261,40 @@ class Tasks:
                 part.set_config(key="num_fewshot", value=task.shots or 0)
             part.set_fewshot_seed(seed=_SEED)
         return loaded
+
+
+def not_fetched(names: Sequence[str], folder: Path | None) -> str:
+    """What to do about tasks that are not in the folder of tasks."""
+    where = folder.parent if folder is not None else Path("data/bench")
+    return (
+        f"{', '.join(names)}: not fetched, not in {folder}: run `scripts/fetch_benchmarks.py {where}` again "
+        "where there is a network (what is there is kept), or choose other tasks of the suite with --tasks"
+    )
+
+
+@cache
+def hub_trouble() -> str:
+    """Why the Hugging Face hub cannot be asked; "" where it answers.
+
+    Its libraries would try each file of each dataset six times, half a minute in all. Where it does not answer, they
+    are set to offline for this process, and take what is in the cache.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+    from huggingface_hub import get_session
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            trouble = f"{name} is set"
+            break
+    else:
+        try:
+            get_session().head(hub.ENDPOINT, timeout=HUB_TIMEOUT_S)
+            return ""
+        except Exception as error:  # of httpx, of a proxy, of the system: whatever it is, the hub did not answer
+            trouble = f"{hub.ENDPOINT} does not answer ({type(error).__name__}: {error})"
+    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return trouble
 
 
 def ask(model: CheckpointLM, loaded: Any, task: Task, limit: int | None) -> Answers:

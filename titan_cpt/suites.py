@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from titan_cpt.errors import ConfigError
 
@@ -47,6 +48,31 @@ SUITES: dict[str, tuple[Task, ...]] = {
     ),
 }
 """By name. A suite's average is the plain mean of its tasks' metrics."""
+
+
+FETCHED = frozenset(task.name for name in ("minimal_pairs", "offline") for task in SUITES[name])
+"""Tasks whose questions scripts/fetch_benchmarks.py downloads once."""
+HOW_TO_FETCH = "run `scripts/fetch_benchmarks.py data/bench` where there is a network"
+
+
+def require_folder(tasks: Sequence[Task], folder: Path | None) -> None:
+    """Find out in no time whether tasks that have to be fetched were fetched at all.
+
+    Args:
+        folder: of tasks beside the harness's own.
+
+    Raises:
+        ConfigError: it is not named, or not there.
+    """
+    fetched = [task.name for task in tasks if task.name in FETCHED]
+    if folder is None and fetched:
+        raise ConfigError(
+            f"{', '.join(fetched)}: their questions are files: {HOW_TO_FETCH}, then add --tasks-dir data/bench/tasks "
+            "(in a config: evaluation.tasks_dir)"
+        )
+    if folder is not None and not folder.is_dir():
+        advice = f"; {HOW_TO_FETCH}, which makes data/bench/tasks" if fetched else ""
+        raise ConfigError(f"{folder}: no such folder of tasks{advice}")
 
 
 def suite_of(name: str) -> tuple[Task, ...]:

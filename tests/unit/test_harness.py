@@ -1,18 +1,26 @@
 """lm-evaluation-harness on a checkpoint and its own `hf` model on the export of it: the same answers."""
 
+import socket
+import time
+
 import opened
 import pytest
 
+from titan_cpt.cli import main
 from titan_cpt.export import export
 from titan_cpt.suites import SUITES, Task
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
 pytest.importorskip("accelerate", reason="needs accelerate, which the test extra brings")
 
+import datasets
+from huggingface_hub import constants
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from titan_cpt import harness
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.evaluate import open_tasks
 from titan_cpt.harness import CheckpointLM, Tasks, ask, spread
 
 CONTEXTS = ("The dog", "The dog ran over the", "", "a" * 100, "Ünïcode und ein Satz ", "x\ny ")
@@ -98,6 +106,89 @@ def test_an_unknown_task_is_refused_with_its_neighbours(all_tasks):
         all_tasks.require(Task("hellaswagg"))
     with pytest.raises(ConfigError, match="tag of several tasks"):
         all_tasks.require(Task("ai2_arc"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The address of a hub, to be chosen by the test; a folder with a task whose dataset is there. All is put back."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    harness.hub_trouble.cache_clear()
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    text = "task: far\ndataset_path: nobody/nothing-of-this-name\noutput_type: multiple_choice\nvalidation_split: a\n"
+    (folder / "far.yaml").write_text(text + 'doc_to_text: "{{a}}"\ndoc_to_target: 0\ndoc_to_choice: ["x", "y"]\n')
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield lambda path="": monkeypatch.setattr(constants, "ENDPOINT", path or address_of(server)), folder, server
+    harness.hub_trouble.cache_clear()
+
+
+def address_of(server):
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch):
+    """It accepts a connection and says nothing: one wait for two tasks, in place of half a minute for each."""
+    choose, folder, server = hub
+    choose()
+    monkeypatch.setattr(harness, "HUB_TIMEOUT_S", 0.3)
+    tasks, began = Tasks(folder, [Task("far")]), time.monotonic()
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"task far: .*does not answer .*the cache \(HF_HOME\) does not hold it"):
+            tasks.load(Task("far"))
+
+    assert time.monotonic() - began < 5
+    server.settimeout(0.1)
+    server.accept()[0].close()
+    with pytest.raises(TimeoutError):
+        server.accept()
+
+
+def test_a_hub_that_refuses_is_reported_at_once(hub):
+    """Nobody listens at its address: where, why and what to do instead."""
+    choose, folder, server = hub
+    choose(address_of(server))
+    server.close()
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"does not answer .*use --suite offline with scripts/fetch_benchmarks.py"):
+        Tasks(folder, [Task("far")]).load(Task("far"))
+
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_a_user_who_is_offline_on_purpose_is_not_made_to_wait(hub, monkeypatch, name):
+    """The variable is named, and the hub is not asked at all."""
+    choose, folder, server = hub
+    choose()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(DataError, match=f"{name} is set, and the cache"):
+        Tasks(folder, [Task("far")]).load(Task("far"))
+
+    server.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        server.accept()
+
+
+def test_tasks_that_were_not_fetched_are_named_with_the_script(tmp_path, capsys):
+    """No folder, one that is not there, one without any of the suite's; of a suite in part, the others are loaded."""
+    whole = opened.write_minimal_pairs(tmp_path)
+    for words in ((), ("--tasks-dir", str(tmp_path / "nowhere"))):
+        with pytest.raises(SystemExit) as left:
+            main(["eval", str(tmp_path), "--suite", "minimal_pairs", *words])
+        said = capsys.readouterr().err
+
+        assert left.value.code == 2
+        assert "run `scripts/fetch_benchmarks.py data/bench`" in said
+    (whole / "clams_de_local.yaml").unlink()
+    tasks = open_tasks(SUITES["minimal_pairs"], whole)
+    with pytest.raises(DataError, match=r"clams_de_local: not fetched, .*scripts/fetch_benchmarks.py .*pairs` again"):
+        tasks.load(Task("clams_de_local", 0, "acc"))
+    assert tasks.load(Task("blimp_en_local", 0, "acc"))["tasks"]
+    with pytest.raises(ConfigError, match=r"clams_de_local: not fetched.* or choose other tasks .* with --tasks"):
+        open_tasks((Task("clams_de_local", 0, "acc"),), whole)
 
 
 def test_questions_that_cannot_be_had_are_told(tmp_path):
