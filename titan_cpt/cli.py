@@ -412,10 +412,7 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         else:
             print_scores(columns, make_console())
     if lacking:
-        raise DataError(
-            f"no score for {', '.join(lacking)}: their datasets could not be loaded, see above. All other scores are "
-            "kept, and the same command asks only for the missing ones"
-        )
+        raise DataError(f"no score for {', '.join(lacking)}, see above; all others are kept, and not asked again")
     return 0
 
 
@@ -455,21 +452,17 @@ def _opening(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.comparison import compare, print_comparison
+    from titan_cpt.comparison import print_runs
     from titan_cpt.display import make_console
-    from titan_cpt.report import labelled, print_summary, read_runs, summary_of
+    from titan_cpt.report import read_runs
 
     unread: list[str] = []
     records = read_runs(options.runs, unread.append)
-    for record in records:
-        print_summary(summary_of(record), make_console())
-    if len(records) > 1:
-        print_comparison(compare(labelled(records)), make_console())
+    print_runs(records, make_console())
     if options.html is not None and records:
         from titan_cpt.report_page import default_folder, write_page
 
-        runs = [record.folder for record in records]
-        out = default_folder(runs) if options.html == Path() else options.html
+        out = default_folder([record.folder for record in records]) if options.html == Path() else options.html
         print(f"the page: {write_page(records, out)}")
     if unread:
         raise DataError("\n  ".join(unread))

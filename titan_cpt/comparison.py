@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.report import Record, summary_of
+from titan_cpt.report import Record, labelled, print_summary, summary_of
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ def _row(record: Record, trained: set[str]) -> Row:
         tokens=record.tokens_at(stage["name"], stage["steps_done"]),
         update_share=planned["tokens"] / planned["union_tokens"] if planned["union_tokens"] else 1.0,
     )
+
+
+def print_runs(records: Sequence[Record], console: Console) -> None:
+    """The tables of each run, and of several a line for each beside the others."""
+    for record in records:
+        print_summary(summary_of(record), console)
+    if len(records) > 1:
+        print_comparison(compare(labelled(records)), console)
 
 
 def print_comparison(rows: Sequence[Row], console: Console, messages: Mapping[str, str] | None = None) -> None:
