@@ -161,6 +161,8 @@ class TwoNodes:
         """A step's processes have their node's name in the environment; their slurmstepd has its socket's."""
         for pid in descendants(stepd):
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"SLURM_CONF={self.folder / 'slurm.conf'}".encode() not in words:
+                continue  # of another Slurm on this host
             for word in words:
                 if word.startswith(b"SLURMD_NODENAME="):
                     return word.decode().partition("=")[2]

@@ -3,7 +3,8 @@
 The stand-ins do what Slurm 22.05.8 was seen to do (scripts/slurm/try_on_two_nodes.py runs the scripts on the real one;
 its log is in docs/slurm.md): srun answers SIGTERM by killing the step; `scancel --signal=TERM JOB.STEP` sends it to the
 step's tasks; scancel of a job sends SIGTERM to the batch script and to the tasks, while the job is COMPLETING;
-`scontrol requeue` then queues a cancelled job again; a plain number of an array's last task means the whole array.
+`scontrol requeue` then queues a cancelled job again; `scontrol show job` shows a command with its arguments; a plain
+number of an array's last task means the whole array.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ esac
 SCONTROL = """#!/usr/bin/env bash
 case "$*" in
     "show hostnames"*) printf '127.0.0.1\\n127.0.0.1\\n' ;;
-    *"show job"*) echo "JobId=4711 Command=$SUBMITTED WorkDir=/ StdIn=/dev/null" ;;
+    *"show job"*) echo "JobId=4711 Command=$SUBMITTED --config configs/x.toml WorkDir=/ StdIn=/dev/null" ;;
     requeue*) echo "$2" >>"$FOLDER/requeued" ;;
 esac
 """
