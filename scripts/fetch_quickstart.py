@@ -265,7 +265,11 @@ def write(cleaned: dict[str, tuple[list[Page], Dropped]], output: Path) -> None:
         renames.append((partial, path))
         say(summary(path, pages, dropped))
     for partial, path in renames:
-        partial.replace(path)
+        if path.exists():  # a text of the user's own, of which the other language was missing
+            partial.unlink()
+            say(f"{path}: was there already and stays as it is")
+        else:
+            partial.replace(path)
 
 
 def summary(path: Path, pages: list[Page], dropped: Dropped) -> str:

@@ -7,7 +7,8 @@ every other run the steps of the stages that it keeps. Source: Ibrahim et al. 20
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,11 @@ from titan_cpt.config_file import check_config, dump_config
 from titan_cpt.errors import ConfigError
 from titan_cpt.manifest import write_text_atomically
 from titan_cpt.plan import Plan, Point, StagePlan
+from titan_cpt.reading import read_text
+from titan_cpt.written import make_folder
 
 _Tables = dict[str, Any]
+_SEAL = "# SHA-256 of what follows: "
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ def write_baselines(config: Config, plan: Plan, folder: Path | None, say: Callab
         folder: where they go; None for `<output_dir>/<job.name>-baselines/configs`.
 
     Raises:
-        ConfigError: there is nothing to compare with: the config has one stage that begins at random weights.
+        ConfigError: there is nothing to compare with (the config has one stage that begins at random weights), or a
+            file would be replaced that this command did not write for this job.
     """
     found = list(derive(config, plan))
     if not found:
@@ -46,15 +51,49 @@ def write_baselines(config: Config, plan: Plan, folder: Path | None, say: Callab
             f"{config.job.name}: one stage from random weights has no baselines; there must be a stage that goes on"
         )
     folder = folder or _runs_folder(config) / "configs"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for baseline in [Baseline("configured", "the run that the others are held against", config), *found]:
-        path = folder / f"{baseline.name}.toml"
-        told = f"# {config.job.name}, {baseline.what}; derived from its config by `titan-cpt baselines`.\n\n"
-        write_text_atomically(path, told + dump_config(baseline.config))
-        say(f"{path}: {baseline.what}")
-        paths.append(path)
-    return paths
+    texts: dict[Path, str] = {}
+    for baseline in [Baseline("configured", "the run that the others are compared with", config), *found]:
+        about = f"# {config.job.name}, {baseline.what}; derived from its config by `titan-cpt baselines`.\n"
+        texts[folder / f"{baseline.name}.toml"] = _sealed(about, dump_config(baseline.config))
+        say(f"{folder / f'{baseline.name}.toml'}: {baseline.what}")
+    _require_own(texts, config.job.name)
+    make_folder(folder)
+    for path, text in texts.items():
+        write_text_atomically(path, text)
+    return list(texts)
+
+
+def _sealed(about: str, tables: str) -> str:
+    """A TOML that says what it is and holds its own checksum, so that one that was edited is recognized."""
+    return f"{about}{_SEAL}{hashlib.sha256(tables.encode()).hexdigest()[:32]}\n\n{tables}"
+
+
+def _require_own(texts: Mapping[Path, str], job_name: str) -> None:
+    """Refuse to replace a file that `titan-cpt baselines` did not write for this job, or that was edited since.
+
+    Raises:
+        ConfigError: names every such file.
+    """
+    foreign = []
+    for path, text in texts.items():
+        try:
+            there = read_text(path)
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            there = ""
+        about, _, rest = there.partition("\n")
+        seal, _, tables = rest.partition("\n\n")
+        ours = about.startswith(f"# {job_name}, ") and seal.startswith(_SEAL) and there == _sealed(f"{about}\n", tables)
+        as_before = there.partition("\n\n")[2] == text.partition("\n\n")[2]  # of a version without checksums
+        if not ours and not as_before:
+            foreign.append(path)
+    if foreign:
+        raise ConfigError(
+            f"{', '.join(map(str, foreign))}: {'is' if len(foreign) == 1 else 'are'} not what `titan-cpt baselines` "
+            f"wrote for {job_name}, or edited since. Nothing was changed: rename or remove what is there, or give "
+            "another --output"
+        )
 
 
 def derive(config: Config, plan: Plan) -> Iterator[Baseline]:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_cpt.comparison import Row, compare
 from titan_cpt.errors import DataError
-from titan_cpt.manifest import write_text_atomically
+from titan_cpt.reading import is_there, readable
 from titan_cpt.report import Record, labelled, summary_of
 from titan_cpt.report_benchmarks import benchmark_table, continuations
+from titan_cpt.written import make_folder, write_whole
 
 if TYPE_CHECKING:
     from titan_cpt.report_figures import Figure
 
 PAGE_NAME = "index.html"
+_PAGE_MARK = "· titan_cpt report</title>".encode()  # in the template, by which a page of ours is recognized
 _TEMPLATE = Path(__file__).with_name("report_page.html")
 
 
@@ -64,7 +67,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     """Write `out`/index.html and the PNGs of its figures; the page's path.
 
     Raises:
-        DataError: jinja2 or matplotlib is not installed.
+        DataError: jinja2 or matplotlib is not installed, or a file would be replaced that no report wrote.
     """
     try:
         import jinja2  # with matplotlib the extra `report`
@@ -77,14 +80,48 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     records = labelled(records)
     made = list(sections(records))
-    out.mkdir(parents=True, exist_ok=True)
-    for figure in (figure for section in made for figure in section.figures):
-        (out / f"{figure.name}.png").write_bytes(figure.png)
+    figures = {out / f"{figure.name}.png": figure.png for section in made for figure in section.figures}
+    _require_own_page(out, figures)
+    make_folder(out)
+    for path, png in figures.items():
+        write_whole(path, png)
     title = records[0].name if len(records) == 1 else f"{len(records)} runs"
     template = environment.from_string(_TEMPLATE.read_text())
     page = template.render(title=title, sections=made, runs=[_state(record) for record in records])
-    write_text_atomically(out / PAGE_NAME, page)
+    write_whole(out / PAGE_NAME, page.encode())
     return out / PAGE_NAME
+
+
+def _require_own_page(out: Path, figures: Iterable[Path]) -> None:
+    """Refuse a folder in which a file that no report wrote would be replaced.
+
+    Raises:
+        DataError: names every such file.
+    """
+    page = out / PAGE_NAME
+    own_page = _PAGE_MARK in _content(page)
+    foreign = [page] if is_there(page) and not own_page else []
+    foreign += [path for path in figures if is_there(path) and not _is_own_figure(_content(path), own_page=own_page)]
+    if foreign:
+        raise DataError(
+            f"{', '.join(map(str, foreign))}: {'was' if len(foreign) == 1 else 'were'} not written by `titan-cpt "
+            "report`, which would replace it. Nothing was changed: give --html another folder"
+        )
+
+
+def _is_own_figure(content: bytes, *, own_page: bool) -> bool:
+    """Whether a PNG has our mark, or none at all beside a page of ours, which an older version wrote."""
+    from titan_cpt.report_figures import PNG_MARK  # matplotlib
+
+    head = content[:1024]
+    return PNG_MARK.encode() in head or (own_page and head.startswith(b"\x89PNG") and b"Software" not in head)
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes; none for a file that is absent, or a folder."""
+    with suppress(FileNotFoundError, ValueError), readable(path):
+        return path.read_bytes()
+    return b""
 
 
 def default_folder(runs: Sequence[Path]) -> Path:

@@ -56,6 +56,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name = ""
+        self._interrupting = False
 
     def __enter__(self) -> StopRequest:
         """Listen from here on."""
@@ -66,6 +67,15 @@ class StopRequest:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within the block a signal raises KeyboardInterrupt at once: for work that has no steps to stop between."""
+        self._interrupting = True
+        try:
+            yield
+        finally:
+            self._interrupting = False
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; collective, the same answer on every rank."""
@@ -83,3 +93,5 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.name = signal.Signals(number).name
+        if self._interrupting:
+            raise KeyboardInterrupt

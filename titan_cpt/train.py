@@ -24,7 +24,7 @@ from titan_cpt.benchmarks import benchmarks_due, require_benchmarks, take_benchm
 from titan_cpt.checkpoint import Found, load_state
 from titan_cpt.config import Config
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.data.materialise import materialise
+from titan_cpt.data.materialise import materialise_unless_stopped
 from titan_cpt.display import make_console
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, rank_0_first, set_timeouts
@@ -80,7 +80,9 @@ def run_among(ranks: Ranks, config: Config) -> int:
             stack.enter_context(locked(folder, rank=ranks.rank))
             stop = stack.enter_context(StopRequest())
             if ranks.rank == 0:
-                materialise(config)
+                materialise_unless_stopped(config, stop)
+        if stop.agreed():
+            return STOPPED_EARLY
         parts, found = build(config, ranks, folder, stop)
         try:
             return train(parts, found)
@@ -95,8 +97,11 @@ def train(parts: Parts, found: Found | None) -> int:
     if found is not None:
         first, done = found.manifest["stage_index"], found.manifest["steps_done"]
     note_changed_validation(parts, parts.plan.stages[first], done)
-    told = {"versions": versions(parts.ranks.device), "data": parts.identities}
-    told["validation"] = parts.validator.identities
+    told = {
+        "data": parts.identities,
+        "validation": parts.validator.identities,
+        "versions": versions(parts.ranks.device),
+    }
     parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size, **told)
     if found is not None and done == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
         first, found = first + 1, None

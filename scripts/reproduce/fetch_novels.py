@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import os
 import sys
 import tarfile
 import tempfile
@@ -85,7 +86,8 @@ def from_archive(path: Path, folder: Path) -> None:
                 part = "-heldout" if "heldout" in name else ""
                 content = archive.extractfile(found[name])
                 assert content is not None, "it is a file"
-                (folder / f"{language}{part}.jsonl").write_bytes(content.read())
+                if not (folder / f"{language}{part}.jsonl").exists():
+                    (folder / f"{language}{part}.jsonl").write_bytes(content.read())
             if not lines:
                 code = REPOSITORIES[language].partition("-")[2].upper()
                 write(language, novels_of(archive, starting_with=code), folder)
@@ -137,18 +139,25 @@ def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> Non
     """
     counts = [0, 0]
     parts = [folder / f"{language}.jsonl", folder / f"{language}-heldout.jsonl"]
-    unfinished = [part.with_suffix(".unfinished") for part in parts]
-    with unfinished[0].open("w") as kept, unfinished[1].open("w") as held_out:
-        for name, text in novels:
-            held = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_OF == 0
-            counts[held] += 1
-            for number, piece in enumerate(pieces(text)):
-                line = json.dumps({"text": piece, "id": f"{name}@{number:03d}"}, ensure_ascii=False)
-                (held_out if held else kept).write(line + "\n")
-    if not all(counts):
-        raise FetchError(f"{language}: {counts[0]} novels and {counts[1]} held-out ones were found, which cannot be")
-    for before, part in zip(unfinished, parts, strict=True):
-        before.replace(part)
+    unfinished = [part.with_name(f".{part.name}.{os.getpid()}.tmp") for part in parts]
+    try:
+        with unfinished[0].open("w") as kept, unfinished[1].open("w") as held_out:
+            for name, text in novels:
+                held = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_OF == 0
+                counts[held] += 1
+                for number, piece in enumerate(pieces(text)):
+                    line = json.dumps({"text": piece, "id": f"{name}@{number:03d}"}, ensure_ascii=False)
+                    (held_out if held else kept).write(line + "\n")
+        if not all(counts):
+            raise FetchError(
+                f"{language}: {counts[0]} novels and {counts[1]} held-out ones were found, which cannot be"
+            )
+        for before, part in zip(unfinished, parts, strict=True):
+            if not part.exists():  # one that does is kept: only another file was missing
+                before.replace(part)
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
     print(f"fetch_novels: {language}: {counts[0]} novels, {counts[1]} held out", flush=True)
 
 

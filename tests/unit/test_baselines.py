@@ -136,3 +136,28 @@ def test_the_command_trains_all_of_them(raw, tmp_path, capsys):
     assert status == 0
     assert "[1/7] run" in said
     assert "[7/7] constant-max" in said
+
+
+def test_the_command_replaces_only_what_it_wrote_for_this_job(raw, tmp_path, capsys):
+    """Its own file under another config is; one that was edited, of another job or of the user's is named and stays."""
+    path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
+    words = ("baselines", "--config", path, "--output", out)
+    assert status_of(*words) == 0
+    assert status_of(*words, "--job.seed", "5") == 0
+    first = (out / "union.toml").read_text()
+    assert "seed = 5" in first
+
+    for name, text in (
+        ("union.toml", first.replace("seed = 5", "seed = 6")),
+        ("union.toml", "# mine\n"),
+        ("no-replay.toml", first.replace("# run, ", "# other, ")),
+    ):
+        before = (out / name).read_text()
+        (out / name).write_text(text)
+        capsys.readouterr()
+        assert status_of(*words) == 2
+        assert f"{out / name}: is not what `titan-cpt baselines` wrote for run" in capsys.readouterr().err
+        assert (out / name).read_text() == text
+        assert "seed = 5" in (out / "configured.toml").read_text(), "nothing else was changed"
+        (out / name).write_text(before)
+    assert status_of(*words) == 0

@@ -258,3 +258,23 @@ def test_no_two_points_of_the_trade_off_look_alike():
 
     assert len({(point.get_color(), point.get_marker()) for point in points}) == 28
     assert [point.get_markerfacecolor() == "none" for point in points] == [True] + [False] * 27
+
+
+@pytest.mark.parametrize("what", ["page", "figure"])
+def test_a_page_replaces_only_what_a_report_wrote(write_run, tmp_path, capsys, what):
+    """A page and figures of ours, of older versions too (no mark in the PNGs), and nothing of the user's."""
+    run, out = write_run("r", EN_DE), tmp_path / "out"
+    assert status_of("report", run, "--html", out) == 0
+    figure = next(path for path in out.iterdir() if path.suffix == ".png")
+    Image.open(figure).save(out / "old.png")  # without metadata
+    shutil.move(out / "old.png", figure)
+    assert status_of("report", run, "--html", out) == 0
+    capsys.readouterr()
+
+    path = out / ("index.html" if what == "page" else figure.name)
+    for other in out.iterdir():
+        other.unlink()
+    path.write_text("mine")
+    assert status_of("report", run, "--html", out) == 2
+    assert f"{path}: was not written by `titan-cpt report`" in capsys.readouterr().err
+    assert {other.name: other.read_text() for other in out.iterdir()} == {path.name: "mine"}

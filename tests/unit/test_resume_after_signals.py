@@ -1,5 +1,6 @@
 """Signals and killed ranks: everything is saved within a step, during a measurement too, and torchrun starts again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import training
 from training import Process, train
 
 from titan_cpt import manifest
+from titan_cpt.config_file import tomllib
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -81,6 +83,26 @@ def test_slurms_signal_before_the_time_limit_saves_and_leaves_with_75(config, un
     assert "stopped by SIGUSR1; everything is saved" in stopped.output
     assert last.status == 0, last.output
     assert_same(tmp_path / "run", unbroken)
+
+
+def test_a_signal_while_data_is_prepared_stops_the_run_at_once_and_keeps_the_parts(config, tmp_path):
+    """It came between two steps only, which a preparation of hours does not have; Slurm then killed it without a 75."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"text {number} " * 9}) + "\n" for number in range(300)))
+    raw = tomllib.loads(config.read_text())
+    language = list(raw["datasets"])[1]
+    table = {**raw["datasets"][language], "train": str(tmp_path / "prepared"), "source": {"text": str(text)}}
+    training.write_config(training.changed(raw, datasets={**raw["datasets"], language: table}), config)
+    stopped = faulty.train(config, faults=[Signalled("titan_cpt.data.prepare:_publish", 1, signal.SIGTERM)])
+    kept = sorted(path.suffix for path in (tmp_path / "prepared.partial").glob("[0-9a-f]*"))
+    last = train(config)
+
+    assert stopped.status == 75, stopped.output
+    assert "stopped by SIGTERM before training" in stopped.output
+    assert "finished parts are kept in" in stopped.output
+    assert kept == [".bin", ".idx", ".json"]
+    assert "1 of 1 parts were done already" in last.output
+    assert last.status == 0, last.output
 
 
 MEASUREMENTS = {

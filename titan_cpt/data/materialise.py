@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from titan_cpt.config import Config
 from titan_cpt.config_data import Dataset, Source
@@ -18,6 +19,9 @@ from titan_cpt.data.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 from titan_cpt.reading import is_there
 from titan_cpt.written import same_file
+
+if TYPE_CHECKING:
+    from titan_cpt.run_folder import StopRequest  # torch, which `prepare` does without
 
 
 def materialise(
@@ -54,6 +58,18 @@ def materialise(
             add_bos=config.tokenizer.add_bos,
         )
         say(f"dataset {name}: {result.in_words}")
+
+
+def materialise_unless_stopped(config: Config, stop: StopRequest) -> None:
+    """As `materialise`, for a run: a signal ends it at once, and the next attempt resumes from the finished parts."""
+    told = ""
+    try:
+        with stop.interrupting():
+            materialise(config)
+    except KeyboardInterrupt as interrupt:
+        told = f"{interrupt}; " if str(interrupt) else ""
+    if stop.name:
+        print(f"stopped by {stop.name} before training: {told}the same command resumes", flush=True)
 
 
 def train_tokenizer(inputs: Sequence[str], text_field: str, vocab_size: int, output: Path, *, force: bool) -> bool:
