@@ -79,8 +79,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
                 require_own_run(folder, config)
             stack.enter_context(locked(folder, rank=ranks.rank))
             stop = stack.enter_context(StopRequest())
-            if ranks.rank == 0:
-                materialise_unless_stopped(config, stop)
+            materialise_unless_stopped(config, stop, rank=ranks.rank)
         if stop.agreed():
             return STOPPED_EARLY
         parts, found = build(config, ranks, folder, stop)
@@ -97,11 +96,8 @@ def train(parts: Parts, found: Found | None) -> int:
     if found is not None:
         first, done = found.manifest["stage_index"], found.manifest["steps_done"]
     note_changed_validation(parts, parts.plan.stages[first], done)
-    told = {
-        "data": parts.identities,
-        "validation": parts.validator.identities,
-        "versions": versions(parts.ranks.device),
-    }
+    told = {"data": parts.identities, "validation": parts.validator.identities}
+    told |= {"versions": versions(parts.ranks.device)}
     parts.log.event("start", fingerprint=parts.plan.fingerprint, world_size=parts.plan.world_size, **told)
     if found is not None and done == parts.plan.stages[first].steps and not found.manifest.get("validation_due"):
         first, found = first + 1, None

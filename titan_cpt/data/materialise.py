@@ -60,8 +60,10 @@ def materialise(
         say(f"dataset {name}: {result.in_words}")
 
 
-def materialise_unless_stopped(config: Config, stop: StopRequest) -> None:
-    """As `materialise`, for a run: a signal ends it at once, and the next attempt resumes from the finished parts."""
+def materialise_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:
+    """As `materialise`, on rank 0 of a run: a signal ends it at once, and the next attempt resumes where it was."""
+    if rank != 0:
+        return
     told = ""
     try:
         with stop.interrupting():
