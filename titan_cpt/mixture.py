@@ -23,6 +23,8 @@ import numpy as np
 
 from titan_cpt.permutation import permuted
 
+_BITS = 512  # of a fraction that is kept exactly
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -64,16 +66,47 @@ class Draw:
     replayed: bool
 
 
+def bounded(number: Fraction) -> Fraction:
+    """The number itself, or, where its denominator has more than 512 bits, the nearest multiple of 2**-512.
+
+    Fractions that are made of fractions stage after stage double their digits each time. An error of 2**-512 moves no
+    sequence: `balanced` takes ratios for what they are, and floor(k p + 1/2) has ties only where p is a simple ratio.
+    """
+    if number.denominator.bit_length() <= _BITS:
+        return number
+    return Fraction(((number.numerator << (_BITS + 1)) + number.denominator) // (2 * number.denominator), 1 << _BITS)
+
+
 def balanced(weights: Mapping[Leaf, Fraction]) -> Tree:
-    """A Huffman tree over the leaves; the weights, all positive, are relative. Ties go by name, not by order."""
-    heap: list[tuple[Fraction, str, Tree]] = [(weight, leaf.source, leaf) for leaf, weight in weights.items()]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        light, light_name, light_tree = heapq.heappop(heap)
-        heavy, heavy_name, heavy_tree = heapq.heappop(heap)
+    """A Huffman tree over the leaves; the weights, all positive, are relative. Ties go by name, not by order.
+
+    Weights may be off by less than 2**-400 of their sum: the tree is that of the exact ones.
+    """
+    total = sum(weights.values())
+    heap = [(_rank(weight, total), leaf.source, weight, leaf) for leaf, weight in weights.items()]
+    queue: list[tuple[int, str, Fraction, Tree]] = [*heap]
+    heapq.heapify(queue)
+    while len(queue) > 1:
+        _, light_name, light, light_tree = heapq.heappop(queue)
+        _, heavy_name, heavy, heavy_tree = heapq.heappop(queue)
         both = light + heavy
-        heapq.heappush(heap, (both, min(light_name, heavy_name), Fork(light / both, light_tree, heavy_tree)))
-    return heap[0][2]
+        fork = Fork(_simple(light / both), light_tree, heavy_tree)
+        heapq.heappush(queue, (_rank(both, total), min(light_name, heavy_name), both, fork))
+    return queue[0][3]
+
+
+def _rank(weight: Fraction, total: Fraction | int) -> int:
+    """Integers in the order of the weights; equal for weights that differ by no more than an error of `bounded`."""
+    share = weight / total
+    return ((share.numerator << 301) + share.denominator) // (2 * share.denominator)
+
+
+def _simple(share: Fraction) -> Fraction:
+    """The ratio of integers below 2**64 that a share stands for, where there is one: two stages' counts, or weights."""
+    if share.denominator.bit_length() <= _BITS // 2:
+        return share
+    ratio = share.limit_denominator(1 << 64)
+    return ratio if abs(share - ratio) * (1 << 300) < 1 else share
 
 
 def counts(tree: Tree, items: int) -> dict[Leaf, int]:

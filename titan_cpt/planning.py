@@ -30,7 +30,7 @@ from titan_cpt.errors import PlanError
 from titan_cpt.footprint import Work, footprint
 from titan_cpt.layout import Layout, layout_of
 from titan_cpt.layout_rules import layout_faults
-from titan_cpt.mixture import Fork, Leaf, Tree, balanced, counts
+from titan_cpt.mixture import Fork, Leaf, Tree, balanced, bounded, counts
 from titan_cpt.models.shapes import ModelShape
 from titan_cpt.models.sizes import named_size
 from titan_cpt.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
@@ -233,7 +233,7 @@ class _Planner:
             (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
         exposure = dict(stage.before.exposure)
         for name, share in stage.shares.items():
-            exposure[name] = exposure.get(name, Fraction(0)) + share * items
+            exposure[name] = bounded(exposure.get(name, Fraction(0)) + share * items)
         return History(stage.before.steps + init.steps_done, trained, replayed, exposure)
 
     def _spread(
