@@ -314,6 +314,11 @@ def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if (options.config is None) == (options.input is None):
         raise ConfigError("command line: prepare takes either --config FILE or --input FILE... --output PREFIX")
+    if options.add_bos and (options.config is not None or options.train_tokenizer):
+        raise ConfigError(
+            "command line: --add-bos goes with --input FILE... --output PREFIX; with --config write tokenizer.add_bos "
+            "= true into the file, or give --tokenizer.add_bos true"
+        )
     if options.config is not None:
         from titan_cpt.config_file import load_config
         from titan_cpt.data.materialise import materialise

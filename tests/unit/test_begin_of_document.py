@@ -123,6 +123,9 @@ def test_the_flag_of_prepare_puts_the_token_and_the_record_says_so(tmp_path, cap
     assert "already done" in capsys.readouterr().out
     assert status() == 2
     assert "add_bos True -> None" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", "--config", "x.toml", "--add-bos"])
+    assert "with --config write tokenizer.add_bos" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_such_a_token_is_refused(tmp_path):
@@ -148,6 +151,18 @@ def test_several_tokens_before_a_text_are_refused_by_name(tmp_path):
 
     with pytest.raises(DataError, match=r"puts 2 tokens before a text \(\[gMASK\] <sop>\)"):
         load_tokenizer(saved(library, tmp_path)).with_bos(True)
+
+
+def test_a_template_whose_id_is_another_tokens_is_refused(tmp_path):
+    """The library would put the template's id, whatever the vocabulary says of the name."""
+    library, _, _ = llama_3()
+    path = saved(library, tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]["ids"] = [97]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+
+    with pytest.raises(DataError, match=r"gives <\|begin_of_text\|> the id 97, which its vocabulary does not"):
+        load_tokenizer(path).with_bos(True)
 
 
 def test_roberta_and_bert_put_their_first_token_too(tmp_path):

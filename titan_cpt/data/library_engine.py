@@ -6,7 +6,8 @@ tokenizers is imported where it is used: a plan asks for a vocabulary alone and 
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,8 +81,9 @@ class HuggingFaceEngine:
         """
         encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         parts = [encoding.ids for encoding in encodings]
+        ids, lengths = _joined(parts)
         lost = {}
-        for number, marks in enumerate(self._marks_of(parts)):
+        for number, marks in self._marked(ids, lengths):
             if _BYTE in marks:
                 parts[number] = self._without_named_bytes(texts[number], encodings[number])
             if _UNKNOWN in marks:
@@ -93,23 +95,23 @@ class HuggingFaceEngine:
                 raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_begin(texts[number])}")
         if self._drops:
             lost = {number: dropped for number, text in enumerate(texts) if (dropped := self._dropped(text))}
-        ids = np.array([number for part in parts for number in part], dtype=np.int64)
-        return Encoded(ids, np.array([len(part) for part in parts], dtype=np.int64), lost)
+        if self._guarded.byte_ids:
+            ids, lengths = _joined(parts)
+        return Encoded(ids, lengths, lost)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; special tokens by their names."""
         return str(self._whole.decode(list(ids), skip_special_tokens=False))
 
-    def _marks_of(self, parts: Sequence[Sequence[int]]) -> Iterator[set[int]]:
-        """For each text, which kinds of ids it has that need a second look."""
-        ids = np.array([number for part in parts for number in part], dtype=np.int64)
+    def _marked(self, ids: Ids, lengths: Ids) -> list[tuple[int, set[int]]]:
+        """The texts with ids that need a second look, and the kinds of these ids."""
         marks = self._marks[ids]
         places = np.flatnonzero(marks)
-        owners = np.searchsorted(np.cumsum([len(part) for part in parts]), places, side="right")
+        owners = np.searchsorted(np.cumsum(lengths), places, side="right")
         found: dict[int, set[int]] = {}
         for owner, mark in zip(owners.tolist(), marks[places].tolist(), strict=True):
             found.setdefault(owner, set()).add(mark)
-        return (found.get(number, set()) for number in range(len(parts)))
+        return [*found.items()]
 
     def _without_named_bytes(self, text: str, encoding: Any) -> list[int]:
         """Ids of a text in which only unknown characters become byte tokens, and the name of a byte token does not."""
@@ -145,6 +147,12 @@ class HuggingFaceEngine:
             parts = normal.encode() if self._byte_level else normal.replace("\u2581", "")
             self._is_dropped[character] = not character.isspace() and not self._alphabet.issuperset(parts)
         return "".join(character for character in text if self._is_dropped[character])
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
+    """The ids of all texts, concatenated, and the number of ids of each."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
 
 def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:

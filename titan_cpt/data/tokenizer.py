@@ -95,6 +95,13 @@ class Tokenizer:
                 f"{self.name}: its post-processor puts {len(self.begin.ids)} tokens before a text ({self.begin.name}); "
                 "one can be added here. Leave --add-bos and tokenizer.add_bos out"
             )
+        if add_bos and self.begin is not None:
+            (number,) = self.begin.ids
+            if number not in range(self.vocab_size) or self._table[number] != self.begin.name.encode():
+                raise DataError(
+                    f"{self.name}: its post-processor gives {self.begin.name} the id {number}, which its vocabulary "
+                    "does not: get the file again"
+                )
         return replace(self, add_bos=add_bos)
 
     def encode_prompt(self, text: str) -> list[int]:
