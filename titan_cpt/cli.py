@@ -8,6 +8,7 @@ saved, so that a queue may start the same command again; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
-from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, in_words
+from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, how_to_install, in_words
 from titan_cpt.exits import leave, leave_interrupted, tell
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
@@ -27,6 +28,8 @@ _OVERRIDES = "Any key is overridden by its dotted name: --training.seq_len 512 -
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one subcommand and leave with its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a latin-1 terminal shows "?" for what it lacks
     parser = make_parser()
     words = sys.argv[1:] if arguments is None else arguments
     options, rest = parser.parse_known_args(words)
@@ -41,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = 1
     except OSError as error:
         tell(f"{type(error).__name__}: {in_words(error)}")
+        status = 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "titan_cpt"):
+            raise
+        tell(f"{package} is not installed for {sys.executable}; {how_to_install(package)}")
         status = 2
     except KeyboardInterrupt as interrupt:
         leave_interrupted(str(interrupt))

@@ -47,6 +47,24 @@ class NumericsError(TitanError):
     on_every_rank = True  # losses and norms are reduced over all ranks before they are looked at
 
 
+_EXTRAS = {  # of pyproject.toml; packages that are not here come with titan_cpt itself
+    "tokenizers": "hf",
+    "huggingface_hub": "hf",
+    "lm_eval": "eval",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "torchao": "float8",
+    "transformers": "test",
+}
+
+
+def how_to_install(package: str) -> str:
+    """The commands that install a package that is missing: from a clone of the repository, and by pip."""
+    extra = _EXTRAS.get(package)
+    wanted = "titan_cpt" if extra is None else f"'titan_cpt[{extra}]'"
+    return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, else `pip install {wanted}`"
+
+
 _ROOM = "Make room, then run the same command again"
 _REMEDIES = {
     errno.EACCES: "Change its permissions or those of its folder (`ls -ld` shows them), or choose another path",

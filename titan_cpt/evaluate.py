@@ -26,7 +26,7 @@ import torch.distributed as dist
 from titan_cpt import manifest
 from titan_cpt.continuations import has_examples, keep_examples
 from titan_cpt.distributed.mesh import Ranks, wait_for_all
-from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError
+from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
 from titan_cpt.evaluated import run_of, scores_folder, stage_ends
 from titan_cpt.inference import Opened, open_checkpoint
 from titan_cpt.lineage import origin, precision_of, tokenizer_of
@@ -71,7 +71,7 @@ def open_tasks(asked: tuple[Task, ...], folder: Path | None) -> Tasks:
     try:
         from titan_cpt.harness import Tasks, not_fetched
     except ImportError as error:
-        raise ConfigError(f"benchmarks need lm-evaluation-harness: pip install 'titan_cpt[eval]' ({error})") from None
+        raise ConfigError(f"benchmarks need lm-evaluation-harness ({error}); {how_to_install('lm_eval')}") from None
     tasks = Tasks(folder, asked)
     if all(tasks.is_not_fetched(task) for task in asked):
         raise ConfigError(not_fetched([task.name for task in asked], folder))

@@ -26,8 +26,8 @@ def leave(status: int) -> NoReturn:
     """Exit, with the status written where run_train.sh looks for it."""
     path = os.environ.get(STATUS_FILE_VARIABLE)
     # A rank that fails makes torchrun stop the others, which then leave with a status of their own: the mistake counts.
-    if path and status and not (Path(path).exists() and Path(path).read_text() == "2"):
-        Path(path).write_text(str(status))
+    if path and status and not (Path(path).exists() and Path(path).read_text(encoding="utf-8") == "2"):
+        Path(path).write_text(str(status), encoding="utf-8")
     sys.exit(status)
 
 

@@ -119,7 +119,7 @@ def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.
         _require_equal(out / file, tensors)
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return len(groups)
 
 
@@ -174,5 +174,7 @@ def _write_settings(
         marks = {"bos_token_id": begin, "eos_token_id": words.eod_id}
     # transformers' own defaults are ids that may mean anything here
     marks = {"bos_token_id": None, "eos_token_id": None} | marks
-    (out / "config.json").write_text(json.dumps(config | marks, indent=2))
-    (out / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **marks}, indent=2))
+    (out / "config.json").write_text(json.dumps(config | marks, indent=2), encoding="utf-8")
+    (out / "generation_config.json").write_text(
+        json.dumps({"_from_model_config": True, **marks}, indent=2), encoding="utf-8"
+    )

@@ -202,11 +202,11 @@ class Tasks:
                 )
             ours = str(Path(lm_eval.__file__).parent / "tasks")
             for number, file in enumerate(files):
-                text = file.read_text()
+                text = file.read_text(encoding="utf-8")
                 local = local and "data_files" in text
                 if _HARNESS_TASKS in text or _BENCH_DIR in text:
                     text = text.replace(_HARNESS_TASKS, ours).replace(_BENCH_DIR, str(folder.resolve().parent))
-                    (written / f"{number}-{file.name}").write_text(text)
+                    (written / f"{number}-{file.name}").write_text(text, encoding="utf-8")
             paths = [folder, written]
         names = {task.name for task in wanted}
         self._folder, self._is_local = folder, local

@@ -168,6 +168,6 @@ def _config_beside(checkpoint: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; give --tokenizer PATH") from None

@@ -214,7 +214,7 @@ def make_room(folder: Path) -> None:
 def _named_in(folder: Path) -> set[Path]:
     """The files that a manifest names, as far as it can be read."""
     try:
-        files = json.loads((folder / NAME).read_text())["files"]
+        files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
         return {folder / name for name in files}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()

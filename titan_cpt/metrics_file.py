@@ -177,7 +177,7 @@ class _History:
 def _parsed(path: Path) -> Iterator[tuple[int, Line | None]]:
     """Number and content of every line; None for a damaged one."""
     try:
-        with path.open(errors="replace", newline="\n") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for number, text in enumerate(file, 1):
                 yield number, _parse(text)
     except OSError as error:

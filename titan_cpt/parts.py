@@ -22,7 +22,7 @@ from titan_cpt.data.inventory import open_streams, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.display import Display, make_console
-from titan_cpt.distributed.engine import Engine
+from titan_cpt.distributed.engine import Engine, require_compiler
 from titan_cpt.distributed.float8 import Float8, require_float8
 from titan_cpt.distributed.mesh import Mesh, Ranks, agreed, build_mesh, set_timeouts
 from titan_cpt.distributed.parallelise import Techniques
@@ -88,6 +88,8 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
         check_device(config, ranks.device.type)
         if config.float8.recipe_name is not None:
             require_float8(ranks.device)
+        if config.compile.enable:
+            require_compiler(ranks.device)
     precision = getattr(torch, config.training.mixed_precision_param)
     if ranks.rank == 0:
         print_plan(plan, console, config.checkpoint.keep_latest_k)

@@ -127,7 +127,7 @@ def _what_is_there(path: Path) -> str:
 def _read_plan(run: Path) -> dict[str, Any]:
     path = run / "plan.json"
     try:
-        plan: dict[str, Any] = json.loads(path.read_text())
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]
         missing += [key for stage in plan["stages"] for key in _STAGE_KEYS if key not in stage]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan_cpt.comparison import Row, compare
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.reading import is_there, readable
 from titan_cpt.report import Record, labelled, summary_of
 from titan_cpt.report_benchmarks import benchmark_table, continuations
@@ -71,8 +71,8 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     """
     try:
         import jinja2  # with matplotlib the extra `report`
-    except ImportError:
-        raise DataError("--html needs jinja2 and matplotlib: pip install 'titan_cpt[report]'") from None
+    except ImportError as error:
+        raise DataError(f"--html needs jinja2 and matplotlib ({error}); {how_to_install('jinja2')}") from None
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -86,7 +86,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
     for path, png in figures.items():
         write_whole(path, png)
     title = records[0].name if len(records) == 1 else f"{len(records)} runs"
-    template = environment.from_string(_TEMPLATE.read_text())
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(title=title, sections=made, runs=[_state(record) for record in records])
     write_whole(out / PAGE_NAME, page.encode())
     return out / PAGE_NAME
@@ -289,7 +289,7 @@ def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
             details.append((f"{record.name}: fingerprints of the data", told))
         config = record.folder / "config.toml"
         if config.exists():
-            text = config.read_text(errors="replace")
+            text = config.read_text(encoding="utf-8", errors="replace")
             details.append((f"{record.name}: config, every default spelt out", text))
     yield Section("What was run", grids=[Grid(["run", "plan", "ranks", "versions"], rows)], details=details)
 

@@ -202,7 +202,7 @@ def _launch(command: Sequence[str], console: Path, stop: _Stop, look: Callable[[
 
 def _last_message(console: Path, status: int) -> str:
     """What a command that failed said last: from its last line that names an error on."""
-    lines = [line for line in console.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in console.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     places = [place for place, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
     said = lines[places[-1] : places[-1] + _LINES_OF_A_MESSAGE] if places else lines[-1:]
     return "\n".join(said) or f"ended with status {status} and said nothing"

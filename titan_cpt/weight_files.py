@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from titan_cpt.errors import CheckpointError
+from titan_cpt.errors import CheckpointError, how_to_install
 
 _REMEDY = "Get the files again, all of one release"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -44,8 +44,8 @@ def released_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download  # an extra: only hub names need it
     except ImportError:
         raise CheckpointError(
-            f"{name}: not a folder here, and a download from the Hugging Face hub needs huggingface_hub: pip install "
-            "'titan_cpt[hf]'"
+            f"{name}: not a folder here, and a download from the Hugging Face hub needs huggingface_hub; "
+            f"{how_to_install('huggingface_hub')}"
         ) from None
     files: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(_HUB_NOT)}
     try:
@@ -265,7 +265,7 @@ def _unpickle(file: Path) -> Mapping[str, Tensor]:
 
 def _read_json(path: Path, what_for: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; {what_for}. Name the folder of a released model") from None
     except (OSError, ValueError, RecursionError) as error:

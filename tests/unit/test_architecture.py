@@ -155,6 +155,24 @@ def test_files_are_short_enough_to_read(name):
     assert lines <= LONGEST.get(name, 499)
 
 
+def test_text_files_are_utf_8():
+    """Every call that opens text names the encoding: the locale's would make a run folder unreadable elsewhere."""
+    found = []
+    for name, tree in TREES.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            what = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            module = getattr(getattr(call.func, "value", None), "id", "")
+            ours = what in ("read_text", "write_text") and module != "reading" and isinstance(call.func, ast.Attribute)
+            words = [node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+            binary = any("b" in word for word in words)
+            of_a_path = not isinstance(getattr(call.func, "value", None), ast.Call)  # fsspec.open(..., "rb").open()
+            opens = what == "open" and module not in ("os", "gzip", "zstandard") and not binary and of_a_path
+            if (ours or opens) and "encoding" not in [keyword.arg for keyword in call.keywords]:
+                found.append(f"{name}:{call.lineno}")
+
+    assert found == []
+
+
 def test_package_files_are_empty():
     """A name is imported from where it is defined."""
     assert [path for path in ROOT.rglob("__init__.py") if path.read_text().strip()] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -68,9 +69,11 @@ def test_the_rule_by_hand(size: tuple[int, int], tp: int, expected: bool) -> Non
     assert in_float8("blocks.0.mlp.up.weight", size, tp=tp, kept_out=("head",)) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
-def test_float8_without_torchao_is_refused() -> None:
-    """With the command that installs it."""
+def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the commands that install it, and so where it is there and does not import."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match=r"pip install 'titan_cpt\[float8\]'"):
         require_float8(torch.device("cpu"))
 

@@ -22,7 +22,7 @@ from titan_cpt.data.special_tokens import (
     model_vocab,
     without_byte_fallback,
 )
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, how_to_install
 
 Ids = npt.NDArray[np.int64]
 _FORBIDDEN, _BYTE, _UNKNOWN = 1, 2, 3
@@ -161,7 +161,8 @@ def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
         import tokenizers
     except ImportError as fault:
         raise DataError(
-            f"{name}: needs the `tokenizers` library for what tiktoken cannot do: pip install 'titan_cpt[hf]'"
+            f"{name}: needs the `tokenizers` library for what tiktoken cannot do ({fault}); "
+            f"{how_to_install('tokenizers')}"
         ) from fault
     plain = {**spec, "truncation": None, "padding": None, "post_processor": None}
     try:

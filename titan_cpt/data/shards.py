@@ -120,7 +120,7 @@ def encode_chunk(chunk: Chunk, job: Job) -> Counts:
             for texts, encoded in _batches(chunk, job.text_field):
                 counts += _write(texts, encoded, tokenizer, 0.0, train, train)
     temporary = Path(f"{shard}.{os.getpid()}.json.tmp")
-    temporary.write_text(json.dumps(asdict(counts)))
+    temporary.write_text(json.dumps(asdict(counts)), encoding="utf-8")
     os.replace(temporary, f"{shard}.json")
     return counts
 

@@ -33,7 +33,7 @@ from titan_cpt.data.special_tokens import (
     keep_text_as_text,
     model_vocab,
 )
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.written import require_writable, write_whole
 
 BYTES = "bytes"
@@ -245,7 +245,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
     try:
         import tokenizers
     except ImportError as fault:
-        raise DataError("training a tokenizer needs the `tokenizers` library: pip install 'titan_cpt[hf]'") from fault
+        raise DataError(
+            f"training a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
+        ) from fault
     if vocab_size < 257:
         raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
     _require_replaceable(output, vocab_size, force=force)

@@ -5,6 +5,9 @@ Both kinds of engine answer the two questions of the training loop: `backward` a
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -19,6 +22,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from titan_cpt.distributed.context import own_positions
 from titan_cpt.distributed.mesh import Mesh
 from titan_cpt.distributed.working_copy import WorkingCopy
+from titan_cpt.errors import ConfigError
 from titan_cpt.loss import head_and_loss, summed_cross_entropy
 
 
@@ -189,3 +193,23 @@ def nats_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The summed loss of every sequence by itself, nats_B."""
     logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
     return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])
+
+
+def require_compiler(device: torch.device) -> None:
+    """That torch.compile finds what it compiles with: g++ or CXX for a CPU; Triton, and a C compiler, for CUDA.
+
+    Raises:
+        ConfigError: it does not; torch would say so in a traceback of the first step.
+    """
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or leave it out"
+        )
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
+    chosen = os.environ.get(variable)
+    if not any(map(shutil.which, (chosen,) if chosen else names)):
+        what = f"{variable}={chosen}, which is not there" if chosen else f"none of {', '.join(names)} is there"
+        raise ConfigError(
+            f"compile.enable: torch.compile needs a compiler, and {what}: install one (apt install g++, module load "
+            f"gcc, conda install gxx), name one in {variable}, or leave the key out"
+        )

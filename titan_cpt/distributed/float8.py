@@ -7,7 +7,6 @@ of float8, without its speed. Source: Micikevicius et al. 2022, arXiv:2209.05433
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_cpt.errors import ConfigError
+from titan_cpt.errors import ConfigError, how_to_install
 from titan_cpt.footprint import in_float8
 
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply in float8
@@ -43,8 +42,12 @@ def require_float8(device: torch.device) -> None:
     Raises:
         ConfigError: torchao is not installed, or the GPU does not multiply in float8.
     """
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError("float8.recipe_name: needs torchao: pip install 'titan_cpt[float8]', or leave it out")
+    try:
+        import torchao.float8  # noqa: F401  # not only looked for: one built for another torch does not import
+    except ImportError as error:
+        raise ConfigError(
+            f"float8.recipe_name: needs torchao ({error}); {how_to_install('torchao')}; or leave the key out"
+        ) from None
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         raise ConfigError(
             f"float8.recipe_name: {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has "
