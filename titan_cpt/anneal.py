@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -53,7 +54,7 @@ def branch_off(
     config = check_config(raw, run / "config.toml", overrides)
     plan = make_plan(config, inventory)
     folder = Path(config.job.output_dir) / config.job.name
-    if folder.resolve() == run:
+    if os.path.realpath(folder) == str(run):
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
     if rank == 0 and not matching(folder, "*", "step-*", manifest.NAME):
         require_own_run(folder, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,6 +82,8 @@ def _require_own(texts: Mapping[Path, str], job_name: str) -> None:
         except FileNotFoundError:
             continue
         except ValueError:
+            if not os.path.lexists(path):
+                continue  # a name that cannot exist, such as one too long: writing it says why
             there = ""
         about, _, rest = there.partition("\n")
         seal, _, tables = rest.partition("\n\n")

@@ -97,7 +97,7 @@ def dump_config(config: Config) -> str:
 
 def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's tables laid over those that it extends; stages are merged by name, other lists replaced."""
-    here = path.resolve()
+    here = Path(os.path.realpath(path))  # not resolve(), to which a loop of links is a RuntimeError before Python 3.13
     if here in _seen:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*_seen, here))}")
     raw = _read_toml(path)

@@ -7,6 +7,7 @@ that has the name of a run, or a hand-written config.toml in it, is told by cont
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -79,7 +80,7 @@ def _is_own(path: Path, is_own: Callable[[str], bool]) -> bool:
     except FileNotFoundError:
         return True
     except (ValueError, RecursionError):
-        return False
+        return not os.path.lexists(path)  # a name that cannot exist, such as one too long: writing it says why
 
 
 def _is_resolved_config(text: str, config: Config) -> bool:

@@ -146,7 +146,7 @@ def _turn(arm: Arm, others: Sequence[Arm], stop: _Stop, say: Callable[[str], Non
     if not shared:
         yield lambda: True
         return
-    common = Path(os.path.commonpath([other.folder.resolve().parent for other in others]))
+    common = Path(os.path.commonpath([os.path.dirname(os.path.realpath(other.folder)) for other in others]))
     common.mkdir(parents=True, exist_ok=True)
     lock = FileLock(common / f".shared-{fingerprint(arm.plan.recipe_until(0))}.lock", warn=say)
     held = False

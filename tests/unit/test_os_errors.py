@@ -1,0 +1,137 @@
+"""What the operating system refuses is one message with the path, its reason and what to do, and exit status 2."""
+
+import errno
+import os
+
+import pytest
+import training
+
+from titan_cpt.cli import main
+from titan_cpt.errors import in_words
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+NOBODY = 65534
+BAD = {"a file on the way": "file/x", "a loop of links": "loop/x", "a name too long": "n" * 300}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two languages, a config, a text, a run's folder of two files, and names that cannot be read or written."""
+    folder = tmp_path_factory.mktemp("place")
+    training.write_config(training.two_stages(training.write_languages(folder), folder / "out"), folder / "c.toml")
+    (folder / "file").write_text("mine")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "a.txt").write_text("text")
+    for name in ("plan.json", "metrics.jsonl"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def ended(capsys, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        main([str(word) for word in words])
+    return leaving.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan --config BAD",
+        "train --config BAD",
+        "train --config CONFIG --job.output_dir BAD",
+        "sweep CONFIG --job.output_dir BAD --prepare-only",
+        "baselines --config CONFIG --output BAD",
+        "baselines --config CONFIG --job.output_dir BAD",
+        "prepare --input TEXT --output BAD --tokenizer bytes",
+        "prepare --input TEXT --output BAD --train-tokenizer 257",
+        "prepare --input TEXT --output o --tokenizer BAD",
+        "prepare --input BAD --output o --tokenizer bytes",
+        "report BAD",
+        "verify BAD",
+        "export BAD o",
+        "import BAD o",
+        "anneal BAD --tokens 10",
+        "generate BAD --prompt a",
+    ],
+)
+def test_paths_that_cannot_be(place, tmp_path, monkeypatch, capsys, words, bad):
+    """Every command, every path that it reads or writes: one line, with the name and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    known = {"BAD": place / BAD[bad], "CONFIG": place / "c.toml", "TEXT": place / "a.txt"}
+    before = sorted(path for path in place.rglob("*") if not path.is_symlink())
+    status, lines = ended(capsys, *(known.get(word, word) for word in words.split()))
+
+    assert (status, len(lines)) == (2, 1), lines
+    assert str(place / BAD[bad].split("/")[0]) in lines[0]
+    assert "not written by a run" not in lines[0]
+    assert sorted(path for path in place.rglob("*") if not path.is_symlink()) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def without_rights():
+    """This process has no more rights than anybody: root is let into every folder."""
+    if os.geteuid() == 0:
+        os.seteuid(NOBODY)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.mark.parametrize("kind", ["folder that is not mine", "folder that cannot be entered"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan --config CONFIG --datasets.en.train CLOSED/x",
+        "train --config CONFIG --job.output_dir CLOSED",
+        "sweep CONFIG --job.output_dir CLOSED",
+        "baselines --config CONFIG --output CLOSED/x",
+        "prepare --input TEXT --output CLOSED/x --tokenizer bytes",
+        "prepare --input TEXT --output CLOSED/x --train-tokenizer 257",
+        "prepare --input CLOSED/x.txt --output CLOSED/x --tokenizer bytes",
+        "report CLOSED",
+        "verify CLOSED",
+    ],
+)
+def test_folders_without_permission(tmp_path_factory, tmp_path, capsys, request, words, kind):
+    """EACCES on reading and on writing is no damage, no absence and no traceback; nothing is changed."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    for path in (tmp_path, *tmp_path.parents):
+        if path != path.parent and path.stat().st_uid == os.geteuid():
+            path.chmod(path.stat().st_mode | 0o055)
+    data = training.write_languages(tmp_path)
+    config = training.write_config(training.two_stages(data, tmp_path / "out"), tmp_path / "c.toml")
+    (tmp_path / "a.txt").write_text("text " * 99)
+    closed.chmod(0o555 if kind == "folder that is not mine" else 0o000)
+    request.getfixturevalue("without_rights")
+    filled = (
+        words.replace("CLOSED", str(closed)).replace("CONFIG", str(config)).replace("TEXT", str(tmp_path / "a.txt"))
+    )
+    status, lines = ended(capsys, *filled.split())
+    expected_to_be_absent = kind == "folder that is not mine" and "plan" in words
+
+    assert (status, len(lines)) == ((0, 0) if expected_to_be_absent else (2, 1)), lines
+    assert expected_to_be_absent or str(closed) in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied. Change its permissions or"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room, then run the same"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a -> b: Invalid cross-device link"),
+        (
+            OSError(errno.EISDIR, "Is a directory", b"\xff"),
+            "\udcff: Is a directory. It is a folder, and a file is needed",
+        ),
+        (OSError("no number"), "no number"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_an_error_of_the_system_in_words(error, message):
+    """The path or both paths, the reason, and a remedy where there is one."""
+    assert in_words(error).startswith(message)
