@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("n0", "n1")
+_FIRST_PORT = 16817
 CONFIG = """\
 ClusterName=trial
 SlurmctldHost={host}(127.0.0.1)
@@ -44,6 +45,7 @@ SlurmdParameters=config_overrides
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmctldPort={control_port}
+FirstJobId={first_job}
 PreemptMode=REQUEUE
 PreemptType=preempt/partition_prio
 GresTypes=gpu
@@ -102,6 +104,7 @@ class TwoNodes:
             user=self.command("id", "-un"),
             tracking=self.tracking,
             control_port=base,
+            first_job=1 + 100 * (base - _FIRST_PORT),  # two such Slurms: other jobs, and so other ports of torchrun
             port_0=base + 1,
             port_1=base + 2,
         )
@@ -193,7 +196,7 @@ class TwoNodes:
 
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring ports that nobody listens on."""
-    for base in range(16817, 30000, count):
+    for base in range(_FIRST_PORT, 30000, count):
         try:
             for port in range(base, base + count):
                 with socket.socket() as trial:
