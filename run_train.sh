@@ -207,6 +207,7 @@ clean_up() {
         rm -rf -- "$logs"
     else
         find "$logs" -depth \( -type f -empty -o -type d -empty \) -delete 2>/dev/null || true
+        rmdir -- "${logs%/*}" "$run_folder/logs" 2>/dev/null || true # where no node had anything to keep
     fi
 }
 

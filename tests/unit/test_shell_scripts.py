@@ -376,6 +376,24 @@ class TestLogsAndRestarts:
         assert sorted(path.name for path in logs.iterdir()) == ["slurm-10_2-start-0", "slurm-10_2-start-3"]
         assert [path.read_text().splitlines()[-1] for path in logs.rglob("console.txt")] == ["loss", "loss"]
 
+    @pytest.mark.skipif(not shutil.which("script"), reason="script(1), which makes a terminal, is not installed")
+    def test_nothing_is_left_of_a_run_on_a_terminal_that_hides_no_process(self, repository: Repository) -> None:
+        """The terminal had it all: no folder logs/ stays behind."""
+        command = f"'{repository.folder}/run_train.sh' --config x.toml"
+        repository.environment["NPROC"] = "2"
+        done = subprocess.run(
+            ["script", "--quiet", "--return", "--command", command, "/dev/null"],
+            cwd=repository.elsewhere,
+            env={**repository.environment, "LOG_RANK": "0,1", "ACTION": "[[ -t 1 ]]"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+
+        assert done.returncode == 0, done.stdout
+        assert len(repository.calls()) == 1
+        assert not list(repository.elsewhere.rglob("logs"))
+
     def test_a_folder_that_cannot_be_written_leaves_the_message_to_the_program(self, repository: Repository) -> None:
         """The logs go into TMPDIR, from where they are removed at the end, and the program is started."""
         (repository.elsewhere / "outputs").write_text("a file")
