@@ -14,6 +14,7 @@ from titan_cpt.plan import Point, StagePlan
 MOST_EPOCHS = 4  # up to here repeated tokens are worth nearly what new ones are: Muennighoff et al. 2023, section 5
 _JUMP = 2.0  # a first step at more than twice the LR that the weights were left at is a jump
 _SAME = 1.05  # LRs that differ by less are called the same: a peak lies between two steps
+_DIVERGES = 0.1  # ten times the highest peak that recipes for AdamW use, small models included
 _DECAYED = 0.5  # below half its peak an LR has decayed
 
 
@@ -21,22 +22,32 @@ def advice(stages: Sequence[StagePlan]) -> Iterator[str]:
     """A note for every departure, in the order of the stages."""
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
+        yield from _many_epochs(stage)
+        yield from _far_too_high(stage)
         if stage.init == "random":
             continue
-        yield from _many_epochs(stage)
         yield from _no_replay(stage, by_name)
         if isinstance(stage.init, Point):
             lineage = list(_lineage(stage, by_name))
             yield from _rates(stage, left_at=_left_at(stage.init, by_name), earlier=max(map(_peak, lineage)))
 
 
+def _far_too_high(stage: StagePlan) -> Iterator[str]:
+    if _peak(stage) >= _DIVERGES:
+        yield (
+            f"stages.{stage.name}.lr: its peak {_peak(stage):.3g} is far above what AdamW trains with (1e-5 to 1e-2): "
+            "the loss will diverge"
+        )
+
+
 def _many_epochs(stage: StagePlan) -> Iterator[str]:
+    forgotten = "" if stage.init == "random" else ", and the old data is forgotten still"
     for name, use in stage.use.items():
         new = use.epochs * (use.tokens - use.replayed_tokens) / use.tokens if use.epochs else 0.0
         if new > MOST_EPOCHS:
             yield (
                 f"stages.{stage.name}: goes {new:.1f} times over {name}; beyond {MOST_EPOCHS} epochs repeated tokens "
-                "teach less and less, and the old data is forgotten still: shorten the stage, or mix in other data"
+                f"teach less and less{forgotten}: shorten the stage, or mix in other data"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from pydantic import BaseModel
 
 from titan_cpt.config import Config
 
-RESERVED_STAGE_NAMES = ("tb", "evaluations", "profile")  # the run's folder holds these beside the stages' folders
+# The run's folder holds these folders beside those of the stages.
+RESERVED_STAGE_NAMES = ("tb", "evaluations", "profile", "report", "logs")
 
 
 def in_words(error: Any, raw: dict[str, Any]) -> str:
@@ -25,7 +27,8 @@ def in_words(error: Any, raw: dict[str, Any]) -> str:
             return f"{where}: is missing{_about(error['loc'])}"
         case "extra_forbidden":
             known = sorted({key for model in models_at(error["loc"][:-1]) for key in _keys(model)})
-            return f"{where}: unknown key{nearest(last, known) or '; known here are ' + listed(known)}"
+            hint = _of_a_stage(error["loc"]) or nearest(last, known) or "; allowed here are " + listed(known)
+            return f"{where}: unknown key{hint}"
         case "union_tag_invalid" | "literal_error":
             allowed = context.get("expected_tags") or context.get("expected")
             choices = [word.strip("' ") for word in str(allowed).replace(" or ", ", ").split(",")]
@@ -48,13 +51,23 @@ def in_words(error: Any, raw: dict[str, Any]) -> str:
     return f"{where}: must be {kind}, got {got}" if kind else f"{where}: {error['msg']}, got {got}"
 
 
+_OF_A_STAGE = ("steps", "tokens", "lr", "lr_scheduler", "warmup_steps", "warmup", "init", "replay")
+
+
+def _of_a_stage(location: Sequence[Any]) -> str:
+    """Where steps, budget and learning rate are set, for those who look for them in [training] or [optimizer]."""
+    if str(location[0]) not in ("training", "optimizer", "lr_scheduler") or str(location[-1]) not in _OF_A_STAGE:
+        return ""
+    return "; each of the [[stages]] has its own steps or tokens, lr (with its warm-up), init and replay"
+
+
 def _dotted(location: Sequence[Any], raw: Any) -> str:
     """The location as a user would write it: stages by name, no tags of the schema's unions."""
     parts: list[str] = []
     for place, part in enumerate(location):
         if isinstance(raw, list) and isinstance(part, int):
             raw = raw[part] if part < len(raw) else None
-            parts.append(str(raw["name"]) if isinstance(raw, dict) and "name" in raw else f"[{part}]")
+            parts.append(_stage_name(raw["name"]) if isinstance(raw, dict) and "name" in raw else f"[{part}]")
         elif isinstance(raw, dict) and part in raw:
             raw = raw[part]
             parts.append(str(part))
@@ -65,6 +78,11 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
         ):
             parts.append(str(part))
     return ".".join(parts)
+
+
+def _stage_name(name: Any) -> str:
+    """In quotes where it is no name, so that it can be told from the dots around it."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w/-]+", name) else repr(name)
 
 
 def models_at(location: Sequence[Any]) -> list[type[BaseModel]]:
@@ -178,7 +196,12 @@ def reference_faults(raw: dict[str, Any]) -> Iterator[str]:
             continue
         name = str(stage.get("name", f"[{place}]"))
         if name in earlier or name in RESERVED_STAGE_NAMES:
-            yield f"stages.{name}.name: {'names two stages' if name in earlier else 'is reserved'}; choose another name"
+            why = (
+                "names two stages"
+                if name in earlier
+                else f"is reserved: the run's folder has a folder {name}/ of its own"
+            )
+            yield f"stages.{name}.name: {why}; choose another name"
         if ("steps" in stage) == ("tokens" in stage):
             found = "both" if "steps" in stage else "neither"
             yield f"stages.{name}: must have exactly one of steps and tokens, got {found}"

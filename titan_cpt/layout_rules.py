@@ -303,7 +303,8 @@ def _selection(asked: Asked) -> str | None:
 
 
 def _not_a_divisor(key: str, degree: int, count: int, of_what: str) -> str:
-    return f"{_PARALLELISM}{key}: {count} {of_what} do not divide by {degree}: {_nearest(degree, _divisors(count))}"
+    nearest = _nearest(degree, _divisors(count))
+    return f"{_PARALLELISM}{key}: {count} {of_what} cannot be split evenly over {degree} ranks: {nearest}"
 
 
 def _divisors(count: int) -> list[int]:

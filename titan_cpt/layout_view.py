@@ -99,8 +99,8 @@ def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
         for rank, ranks, held in holdings(layout, plan.shape.layers):
             yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in _memory(costs).items() if size)
-    parts += f"; {_gib(costs.never_at_once)} of it never at once" if costs.never_at_once else ""
-    yield f"memory of a rank: {_gib(costs.memory)} GiB worked out ({parts})"
+    parts += f"; {_gib(costs.never_at_once)} GiB of these do not overlap in time" if costs.never_at_once else ""
+    yield f"estimated memory per rank: {_gib(costs.memory)} GiB ({parts})"
     if costs.host:
         yield f"in the host's memory, a rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
     if costs.sent:

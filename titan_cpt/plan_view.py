@@ -162,8 +162,8 @@ def _costs(plan: Plan, kept_checkpoints: int) -> list[str]:
     if len(plan.stages) > 1:
         last = plan.stages[-1]
         lines.append(
-            f"going on with {last.name!r} takes {_count(last.steps * plan.step_tokens)} tokens, training again on the "
-            f"union {_count(total * plan.step_tokens)}: {last.steps / total:.2f}x the compute"
+            f"continuing with {last.name!r}: {_count(last.steps * plan.step_tokens)} tokens; retraining from scratch "
+            f"on all data: {_count(total * plan.step_tokens)} (continuing costs {last.steps / total:.2f}x)"
         )
     disk = plan.disk_bytes(kept_checkpoints)
     return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB on disk"]

@@ -59,9 +59,9 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
         faults.append(
-            f"training.global_batch_size: {config.training.global_batch_size} sequences do not divide into "
-            f"{per_step} a micro-step ({layout.data_parallel} data-parallel ranks x training.local_batch_size "
-            f"{config.training.local_batch_size}): change one of the two, or the number of ranks"
+            f"training.global_batch_size: {config.training.global_batch_size} is not a multiple of data-parallel ranks "
+            f"({layout.data_parallel}) x training.local_batch_size ({config.training.local_batch_size}) = {per_step}: "
+            "change one of the two, or the number of ranks"
         )
     planner = _Planner(config, inventory, faults, notes)
     stages = planner.stages()
@@ -171,7 +171,7 @@ class _Planner:
         init = self._init(stage)
         before = self._history(init)
         new = self._spread(_mix(stage.dataset), replayed=False, before=before, stage=stage)
-        replay = self._replay(stage, before)
+        replay = self._replay(stage, before, init)
         tree, shares = _tree(stage, new, replay)
         plan = StagePlan(
             name=stage.name,
@@ -219,7 +219,10 @@ class _Planner:
         if not point:
             return Point(name, base.steps)
         if base.pre_anneal_step is None:
-            self.faults.append(f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point")
+            self.faults.append(
+                f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point: write "
+                f"stage:{name} for its end, or give it an infinite or wsd schedule"
+            )
             return Point(name, base.steps)
         return Point(name, base.pre_anneal_step)
 
@@ -255,9 +258,10 @@ class _Planner:
         seen = before.trained[source] if source in before.trained else self.sequences.get(source)
         return Leaf(source, True, first=before.replayed.get(source, 0), seen=seen, reshuffle_key=key)
 
-    def _replay(self, stage: Stage, before: History) -> dict[Leaf, Fraction]:
+    def _replay(self, stage: Stage, before: History, init: Point | str) -> dict[Leaf, Fraction]:
         if stage.replay is None or stage.replay.fraction == 0:
             return {}
+        self._check_was_seen(stage, before, init)
         weights = self._replay_weights(stage, before)
         return self._spread(weights, replayed=True, before=before, stage=stage) if weights else {}
 
@@ -265,13 +269,16 @@ class _Planner:
         """Relative weights of the replayed datasets: tokens of each trained on so far, replay included."""
         assert stage.replay is not None, "asked for a replay's weights where there is none"
         asked = stage.replay.from_
+        where = f"stages.{stage.name}.replay.from"
         if isinstance(asked, dict):
             return _mix(asked)
-        where = f"stages.{stage.name}.replay.from"
         if asked is None:
             weights = {name: seen for name, seen in before.exposure.items() if seen and name not in stage.dataset}
             if not weights:
-                self.faults.append(f"{where}: the stage's weights were trained on nothing else yet; name datasets here")
+                self.faults.append(
+                    f"{where}: these weights have not been trained on other data yet, so there is nothing to replay: "
+                    "remove replay, or name datasets here"
+                )
             return weights
         weights = {name: before.exposure.get(name, Fraction(0)) for name in asked}
         if len(asked) == 1:
@@ -284,6 +291,29 @@ class _Planner:
             )
             return {}
         return weights
+
+    def _check_was_seen(self, stage: Stage, before: History, init: Point | str) -> None:
+        """Data of a later stage cannot be replayed by weights that began at random; other unseen data is a note."""
+        assert stage.replay is not None, "asked about a replay where there is none"
+        while isinstance(init, Point):
+            init = self.done[init.stage].init
+        if init != "random":
+            return  # weights from elsewhere may have been trained on anything
+        names = [each.name for each in self.config.stages]
+        later = {name: each.name for each in self.config.stages[names.index(stage.name) :] for name in each.dataset}
+        where = f"stages.{stage.name}.replay.from"
+        for name in stage.replay.from_ or ():
+            if before.exposure.get(name) or name in stage.dataset:
+                continue
+            if name in later:
+                self.faults.append(
+                    f"{where}: {name!r} was not seen before this stage: these weights began at random, and the first "
+                    f"stage that trains on it is {later[name]!r}; replay what was seen, or make it part of dataset"
+                )
+            else:
+                self.notes.append(
+                    f"{where}: {name!r} was never trained on by these weights: it is new data, not replay"
+                )
 
     def _check_replay_lasts(self, plan: StagePlan, stage: Stage) -> None:
         for leaf, count in counts(plan.tree, plan.steps * self.batch).items():

@@ -20,9 +20,9 @@ lr = {{ schedule = "cosine", max = 1e-3 }}
 def notes(two_stages, write):
     """notes(*overrides, german=tokens): what the plan of pile -> german says; first LR 1e-3 to 1e-4, 25 % replay."""
 
-    def notes(*overrides, german=10**6, text=two_stages):
+    def notes(*overrides, pile=10**6, german=10**6, text=two_stages):
         config = load_config(write(text), overrides)
-        return make_plan(config, Inventory({"pile": 10**6, "german": german}, 257)).notes
+        return make_plan(config, Inventory({"pile": pile, "german": german}, 257)).notes
 
     return notes
 
@@ -98,3 +98,20 @@ def test_many_epochs_over_the_new_data_are_told(notes):
 
     assert note.startswith("stages.second: goes 6.0 times over german; beyond 4 epochs")
     assert notes(german=4001) == ()
+
+
+def test_many_epochs_are_told_of_the_first_stage_too(notes):
+    """100 steps of 20 sequences x 16 tokens are 32,000; over 4,001 tokens eight times; nothing is forgotten yet."""
+    (note,) = notes(pile=4001)
+
+    assert note.startswith("stages.first: goes 8.0 times over pile; beyond 4 epochs")
+    assert "forgotten" not in note
+    assert notes(pile=9001) == ()
+
+
+def test_a_peak_that_cannot_work_is_told(notes):
+    """3.0 for 3e-4: a slip of the exponent."""
+    told = notes(("stages.first.lr.max", "3.0"))
+
+    assert any(note.startswith("stages.first.lr: its peak 3 is far above what AdamW trains with") for note in told)
+    assert not any("far above" in note for note in notes(("stages.first.lr.max", "0.02")))

@@ -111,7 +111,9 @@ def test_the_table_names_stages_budgets_and_replay_and_draws_the_lr(run, write, 
     assert "german 12K, ? ep" in out
     assert "pile 4K (4K), ? ep" in out
     assert "in all 48K tokens" in out
-    assert "training again on the union 48K: 0.33x the compute" in out
+    assert (
+        "continuing with 'second': 16K tokens; retraining from scratch on all data: 48K (continuing costs 0.33x)" in out
+    )
     assert "data not there yet: pile, german" in out
     assert len(drawing) == 6
     assert drawing[0].startswith("1.0e-03 ")
@@ -152,6 +154,8 @@ def test_epochs_come_from_the_token_files(plan, tmp_path, one_stage):
         "validation data not there yet: pile; training does not begin without it",
         "pile: nothing says which tokenizer made these tokens (`prepare` writes it into PREFIX.json); they are taken "
         "to be of bytes",
+        "stages.first: goes 32.0 times over pile; beyond 4 epochs repeated tokens teach less and less: shorten the "
+        "stage, or mix in other data",
     ]
 
 
@@ -204,7 +208,10 @@ def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
         (("--verbose", "3"), "unknown argument '--verbose'"),
         (("stray",), "unknown argument 'stray'"),
         (("--job.seed", "-1"), "job.seed: must be in [0, "),
-        (("--world-size", "3"), "training.global_batch_size: 20 sequences do not divide into 6 a micro-step"),
+        (
+            ("--world-size", "3"),
+            "training.global_batch_size: 20 is not a multiple of data-parallel ranks (3) x",
+        ),
         (("--recipe", "third", "0"), "there is no stage 'third'"),
         (("--recipe", "second", "x"), "a 0-based step is a whole number, got 'x'"),
         (("--world-size", "0"), "must be 1 or more, got 0"),

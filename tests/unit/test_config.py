@@ -153,7 +153,7 @@ def test_a_dataset_is_a_name_or_a_table_of_weights(head, write):
         ),
         ('train = "data/pile"', 'trian = "data/pile"', "datasets.pile.trian: unknown key; did you mean 'train'?"),
         ("steps = 100", "stpes = 100", "stages.first.stpes: unknown key; did you mean 'steps'?"),
-        ("[model]", "[model]\nxyzzy = 1", "model.xyzzy: unknown key; known here are 'family', 'head_width', 'heads'"),
+        ("[model]", "[model]\nxyzzy = 1", "model.xyzzy: unknown key; allowed here are 'family', 'head_width', 'heads'"),
     ],
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(two_stages, faults, old, new, expected):
@@ -164,7 +164,7 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(two_stages, faults, o
 def test_the_keys_of_one_schedule_are_unknown_to_another(head, faults):
     """alpha belongs to infinite_inv_sqrt: a cosine that were given one would silently ignore it."""
     (found,) = faults(with_lr(head, 'schedule = "cosine", max = 1.0, alpha = 10.0'))
-    expected = "stages.first.lr.alpha: unknown key; known here are 'max', 'min', 'schedule', 'warmup_until'"
+    expected = "stages.first.lr.alpha: unknown key; allowed here are 'max', 'min', 'schedule', 'warmup_until'"
 
     assert found == expected
 
@@ -381,7 +381,13 @@ def test_a_dataset_has_one_origin(one_stage, faults, table, expected):
         ),
         ("stages.second.name", "first", "stages.first.name: names two stages"),
         ("stages.second.name", "a/b", "stages.a/b.name: must be letters, digits, '_' and '-'"),
-        ("stages.second.name", "tb", "stages.tb.name: is reserved"),
+        *(
+            ("stages.second.name", name, f"stages.{name}.name: is reserved: the run's folder has a folder {name}/")
+            for name in ("tb", "evaluations", "profile", "report", "logs")
+        ),
+        ("stages.second.name", "..", "stages.'..'.name: must be letters, digits, '_' and '-'"),
+        ("training.steps", "3", "training.steps: unknown key; each of the [[stages]] has its own steps or tokens, lr"),
+        ("optimizer.lr", "3e-4", "optimizer.lr: unknown key; each of the [[stages]] has its own steps or tokens, lr"),
         ("stages.first.init", "previous", "stages.first.init: nothing comes before the first stage"),
         ("stages.first.init", "stage:second", "stages.first.init: must name an earlier stage"),
         ("stages.second.init", "stage:frist", "stages.second.init: must name an earlier stage"),

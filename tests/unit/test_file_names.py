@@ -279,3 +279,26 @@ def test_files_are_looked_for_once_each(tmp_path):
     files = TokenFiles((f"{tmp_path}/*",))
 
     assert (absent(files), paths_of(files)) == ([], [tmp_path / "a"])
+
+
+def test_weights_that_are_not_there_are_noted(tmp_path, monkeypatch):
+    """A checkpoint that is missing, a folder that is none, and a name that only the hub may know."""
+    monkeypatch.chdir(tmp_path)
+    pair(tmp_path / "a", range(100))
+    (tmp_path / "folder").mkdir()
+
+    def notes(init):
+        raw = training.two_stages(tmp_path, tmp_path)
+        raw["datasets"] = {"en": {"train": "a"}}
+        lr = {"schedule": "constant", "max": 1e-3}
+        raw["stages"] = [{"name": "one", "dataset": "en", "steps": 1, "init": init, "lr": lr}]
+        return take_inventory(training.config_of(raw)).notes
+
+    assert notes("checkpoint:nowhere") == (
+        "stages.one.init: nowhere is not there yet; training stops when this stage begins without it",
+    )
+    assert "stages.one.init: folder has no manifest.json" in notes("checkpoint:folder")[0]
+    assert notes("hf:nowhere") == (
+        "stages.one.init: nowhere is not a folder here; it is looked for on the Hugging Face hub",
+    )
+    assert notes("hf:folder") == notes("random") == ()

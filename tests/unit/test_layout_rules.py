@@ -43,14 +43,18 @@ LLAMA = {"model.family": "llama"}
 REFUSED = [
     (5, {TP: "2"}, ["5 ranks do not divide into groups of 2", "use 4 ranks"]),
     (4, {"parallelism.data_parallel_shard_degree": "3"}, ["data_parallel_shard_degree: must be 4 on 4 ranks"]),
-    (4, {TP: "4"}, ["6 attention heads do not divide by 4", "use 3 or 6"]),
+    (4, {TP: "4"}, ["6 attention heads cannot be split evenly over 4 ranks", "use 3 or 6"]),
     (
         4,
         {TP: "4", **LLAMA, "model.heads": "12", "model.kv_heads": "2"},
-        ["2 heads of keys and values do not divide by 4", "use 2"],
+        ["2 heads of keys and values cannot be split evenly over 4 ranks", "use 2"],
     ),
     (2, {PP: "2", **LLAMA, "model.tie_embeddings": "true"}, ["cut off from it into another pipeline stage", "to 1"]),
-    (3, {TP: "3", "model.mlp_width": "128"}, ["128 features of the MLP do not divide by 3", "use 2 or 4"]),
+    (
+        3,
+        {TP: "3", "model.mlp_width": "128"},
+        ["128 features of the MLP cannot be split evenly over 3 ranks", "use 2 or 4"],
+    ),
     (2, {CP: "2", "training.seq_len": "50"}, ["training.seq_len: 50", "use 48 or 52"]),
     (
         2,
@@ -103,7 +107,7 @@ REFUSED = [
     ),
     (1, {"training.enable_cpu_offload": "true"}, ["a single process shards nothing", "use 2 ranks"]),
     (2, {ASYNC: "true", TP: "2"}, ["compile.enable = true"]),
-    (5, {}, ["48 sequences do not divide into 40"]),
+    (5, {}, ["48 is not a multiple of data-parallel ranks (5) x training.local_batch_size (8) = 40"]),
 ]
 
 

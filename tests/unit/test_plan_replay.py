@@ -275,10 +275,13 @@ def test_a_reshuffled_order_is_only_known_with_its_data(head, make):
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [
-        (stage("a", "pile", 10, replay="{ fraction = 0.1 }"), "stages.a.replay.from: the stage's weights were trained"),
+        (
+            stage("a", "pile", 10, replay="{ fraction = 0.1 }"),
+            "stages.a.replay.from: these weights have not been trained",
+        ),
         (
             stage("a", "pile", 10) + stage("b", "german", 10, init='"random"', replay="{ fraction = 0.1 }"),
-            "stages.b.replay.from: the stage's weights were trained on nothing else yet",
+            "stages.b.replay.from: these weights have not been trained on other data yet",
         ),
         (
             stage("a", "pile", 10) + stage("b", "pile", 10, replay='{ fraction = 0.1, from = ["pile", "german"] }'),
@@ -293,7 +296,7 @@ def test_a_reshuffled_order_is_only_known_with_its_data(head, make):
                 "constant_until = 0",
             )
             + stage("b", "german", 10, replay="{ fraction = 0.1 }"),
-            "stages.b.replay.from: the stage's weights were trained on nothing else yet",
+            "stages.b.replay.from: these weights have not been trained on other data yet",
         ),
     ],
 )
@@ -303,6 +306,31 @@ def test_replay_of_nothing_is_refused(head, make, stages, expected):
         make(head + stages)
 
     assert f"  - {expected}" in str(refusal.value)
+
+
+def test_data_of_a_later_stage_cannot_be_replayed(head, make):
+    """Weights from random have not seen it, whatever form `from` has; weights from elsewhere may have."""
+    later = stage("c", "books", 10)
+    for asked in ('["books"]', '"books"', "{ books = 1, pile = 1 }", '["pile", "books"]'):
+        replay = f"{{ fraction = 0.1, from = {asked} }}"
+        text = head + datasets("books") + stage("a", "pile", 10) + stage("b", "german", 10, replay=replay) + later
+        with pytest.raises(PlanError, match=r"stages\.b\.replay\.from: 'books' was not seen before this stage: .* 'c'"):
+            make(text)
+    foreign = stage("a", "pile", 10, init='"checkpoint:x"') + stage(
+        "b", "german", 10, replay='{ fraction = 0.1, from = "books" }'
+    )
+
+    assert "books" in make(head + datasets("books") + foreign + later).stage("b").shares
+
+
+def test_replay_of_data_that_is_never_trained_on_is_noted(head, make):
+    """It is new data under the name of replay; a dataset that is part of the stage is no such case."""
+    text = head + datasets("books") + stage("a", "pile", 10)
+    notes = make(text + stage("b", "german", 10, replay='{ fraction = 0.1, from = "books" }')).notes
+    own = make(text + stage("b", "pile", 10, replay='{ fraction = 0.1, from = "pile" }')).notes
+
+    assert "stages.b.replay.from: 'books' was never trained on by these weights: it is new data, not replay" in notes
+    assert not any("never trained on" in note for note in own)
 
 
 def test_a_replay_of_zero_is_no_replay(two_stages, make):
@@ -375,7 +403,8 @@ def test_a_branch_does_not_see_its_sisters_data(head, make):
 def test_no_pre_anneal_point_where_nothing_is_annealed(two_stages, make):
     """A cosine has none."""
     with pytest.raises(
-        PlanError, match=r"stages\.second\.init: stage 'first' has no annealing, so no pre-anneal point"
+        PlanError,
+        match=r"stages\.second\.init: stage 'first' has no annealing, so no pre-anneal point: write stage:first for",
     ):
         make(two_stages, ("stages.second.init", "stage:first@pre_anneal"))
 

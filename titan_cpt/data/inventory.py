@@ -75,6 +75,7 @@ def take_inventory(config: Config) -> Inventory:
         measured = validation.get(source)
         validation_tokens[source] = _counted(measured, config.training.seq_len).tokens if measured else None
     notes = [*_read_twice(train.values()), *_trained_and_measured(train.values(), validation.values())]
+    notes += _absent_weights(config)
     records = _records(config, [*train.values(), *validation.values()])
     unrecorded = tuple(source for source in train if None in records[source, "train"])
     made = next((record for of_files in records.values() for record in of_files if record is not None), None)
@@ -203,6 +204,17 @@ def _trained_and_measured(train: Iterable[_Present], validation: Iterable[_Prese
             if (each.source, found.source) not in noted:
                 noted.add((each.source, found.source))
                 yield f"{found.where}: measures {path}, which {each.where} trains on: it is not held out"
+
+
+def _absent_weights(config: Config) -> Iterator[str]:
+    """A note for every stage that begins with weights which are not on this machine."""
+    for stage in config.stages:
+        kind, _, where = (stage.init or "").partition(":")
+        if kind == "checkpoint" and not (Path(where) / "manifest.json").exists():
+            missing = "has no manifest.json, so it is not a checkpoint" if Path(where).exists() else "is not there yet"
+            yield f"stages.{stage.name}.init: {where} {missing}; training stops when this stage begins without it"
+        if kind == "hf" and not Path(where).is_dir():
+            yield f"stages.{stage.name}.init: {where} is not a folder here; it is looked for on the Hugging Face hub"
 
 
 def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str], list[MadeBy | None]]:
