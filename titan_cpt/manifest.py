@@ -28,6 +28,7 @@ _NAMES_SHOWN = 5
 _OWN = re.compile(
     r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
     r"|__\d+_\d+\.distcp|\.metadata"  # of format 1
+    r"|\.nfs[0-9a-f]+"  # what NFS makes of a file that is removed while it is open
 )
 _KINDS: dict[str, type] = {
     "format": int,

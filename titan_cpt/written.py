@@ -108,7 +108,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))
     folder = out.with_name(f".{out.name}.partial")
-    if os.path.lexists(folder) and not (folder / _MARK).is_file():
+    if os.path.lexists(folder) and not (folder / _MARK).is_file() and not _is_empty(folder):
         reason = "exists, and this version of titan_cpt did not write it"
         raise FileExistsError(errno.EEXIST, reason, str(folder))
     make_folder(folder)
@@ -124,6 +124,11 @@ def partial_folder(out: Path) -> Iterator[Path]:
             with suppress(OSError):  # not empty: someone put a file there, which stays
                 folder.rmdir()
     sync_folder(out.parent)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what NFS makes of files that were removed while they were open."""
+    return folder.is_dir() and all(path.name.startswith(".nfs") for path in folder.iterdir())
 
 
 def _held(out: Path, by: str) -> OSError:

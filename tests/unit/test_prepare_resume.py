@@ -225,3 +225,19 @@ def test_there_is_no_bar_without_a_terminal(tmp_path, capfd):
     run([tmp_path / "a.txt"], tmp_path / "out", show_progress=True)
 
     assert capfd.readouterr() == ("", "")
+
+
+def test_whatever_a_kill_leaves_among_the_parts_is_recognized_and_removed(tmp_path):
+    """Temporary files of shards, of the joined pairs and of the record, and NFS's names for removed open files."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "out.partial").mkdir()
+    digest = "0123456789abcdef" * 2
+    for name in (
+        "lock", "record.json", ".record.json.12-0.tmp", f"{digest}.json", f"{digest}.12.json.tmp", f"{digest}.bin",
+        f"{digest}-validation.idx", f".{digest}.12.tmp.bin", f".{digest}-validation.12.tmp.idx", "joined.bin",
+        "joined-validation.idx", ".joined.12.tmp.bin", ".joined-validation.12.tmp.idx", ".nfs00000000012a4b2f00000001",
+    ):  # fmt: skip
+        (tmp_path / "out.partial" / name).touch()
+    run([tmp_path / "a.txt"], tmp_path / "out")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out.bin", "out.idx", "out.json"}

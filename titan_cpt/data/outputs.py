@@ -23,7 +23,10 @@ from titan_cpt.written import identity
 RECORD = "record.json"  # of an attempt, in its partial folder, from the moment at which it puts its files in place
 _DIGEST = r"[0-9a-f]{32}"
 _PAIR = r"(-validation)?(\.\d+\.tmp)?\.(bin|idx)"
-_OURS = re.compile(rf"lock|{RECORD}|\.?({_DIGEST}|joined){_PAIR}|{_DIGEST}(\.\d+)?\.json(\.tmp)?")
+_OURS = re.compile(
+    rf"lock|{RECORD}|\.{RECORD}\.[\d-]+\.tmp|\.?({_DIGEST}|joined){_PAIR}|{_DIGEST}(\.\d+)?\.json(\.tmp)?"
+    r"|\.nfs[0-9a-f]+"  # what NFS makes of a file that is removed while it is open
+)
 _NAMES_SHOWN = 5
 
 
