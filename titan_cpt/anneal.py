@@ -125,7 +125,7 @@ def _write_past(run: Path, folder: Path, plan: Plan, record: dict[str, Any], che
     found = read_metrics(run, [stage.name for stage in plan.stages])
     lines = [
         line
-        for line in [*found.trains, *found.validations]
+        for line in [*found.trains, *found.validations, *found.renewed]
         if line["stage"] in earlier or (line["stage"] == name and line["step"] <= done)
     ]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, told])

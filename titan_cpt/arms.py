@@ -179,6 +179,6 @@ def _write_past(donor: Arm, arm: Arm, count: int) -> None:
     """metrics.jsonl of what was adopted, from which forgetting is computed."""
     stages = [stage.name for stage in arm.plan.stages[:count]]
     found = read_metrics(donor.folder, [stage.name for stage in donor.plan.stages])
-    lines = [line for line in [*found.trains, *found.validations] if line["stage"] in stages]
+    lines = [line for line in [*found.trains, *found.validations, *found.renewed] if line["stage"] in stages]
     told = {"kind": "event", "name": "adopt", "stages": stages, "folder": str(donor.folder)}
     manifest.write_text_atomically(arm.folder / FILE_NAME, "".join(json.dumps(line) + "\n" for line in [*lines, told]))

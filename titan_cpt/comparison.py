@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 
 from rich.console import Console
@@ -18,6 +18,7 @@ class Row:
     """One run at the end of its last stage that has begun, or where it stands; losses in nats per token.
 
     Attributes:
+        validation_ids: what the losses were measured on; losses of two ids are not comparable.
         is_done: whether that is the end of its last stage.
         losses: of every dataset: the final window's mean where the run took it, else the last measurement.
         average: the plain mean over the datasets that any of the stages trains on; None before any is measured.
@@ -36,6 +37,7 @@ class Row:
     adaptation: float | None
     tokens: int
     update_share: float
+    validation_ids: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def mean_forgetting(self) -> float | None:
@@ -71,7 +73,18 @@ def _row(record: Record, trained: set[str]) -> Row:
         adaptation=mean(adaptation) if adaptation else None,
         tokens=record.tokens_at(stage["name"], stage["steps_done"]),
         update_share=planned["tokens"] / planned["union_tokens"] if planned["union_tokens"] else 1.0,
+        validation_ids=stage["validation_ids"],
     )
+
+
+def not_comparable(rows: Sequence[Row]) -> list[str]:
+    """The datasets that the rows did not all measure on the same validation data and windows, as far as is recorded."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, identity in row.validation_ids.items():
+            if identity is not None:
+                found.setdefault(name, set()).add(identity)
+    return sorted(name for name, identities in found.items() if len(identities) > 1)
 
 
 def print_runs(records: Sequence[Record], console: Console) -> None:
@@ -103,6 +116,10 @@ def print_comparison(rows: Sequence[Row], console: Console, messages: Mapping[st
         "losses in nats per token on held-out text; AVG: mean over the datasets that are trained on; compute: of the "
         "last stage against training again on everything"
     )
+    if different := not_comparable(rows):
+        console.print(
+            f"not comparable, measured on different validation data or windows: {escape(', '.join(different))}"
+        )
     for name, message in messages.items():
         console.print(f"[bold]{escape(name)}[/]: {escape(message)}", highlight=False)
 

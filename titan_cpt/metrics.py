@@ -81,6 +81,7 @@ class MetricsLog:
         measured, None in lines of older versions."""
         self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
         """The `start` event of the session before."""
+        self._identities = {line["dataset"]: line.get("validation_id") for line in recorded.validations}
         self._open_tensorboard = tensorboard
         self._tensorboard: ScalarWriter | None = None
         self._obsolete_from: int | None = None
@@ -141,7 +142,10 @@ class MetricsLog:
         if line.get("measured_again"):
             self._sync()
             return
-        dataset = line["dataset"]
+        dataset, identity = line["dataset"], line.get("validation_id")
+        if None not in (identity, self._identities.get(dataset)) and identity != self._identities[dataset]:
+            self._scalars(run_step, {f"validation_changed/{dataset}": 1.0})
+        self._identities[dataset] = identity
         numbers = {f"validation/{dataset}/{key}": line[key] for key in ("loss_nats_per_token", "bits_per_byte")}
         if line["forgetting_nats_per_token"] is not None:
             numbers[f"forgetting/{dataset}"] = line["forgetting_nats_per_token"]

@@ -33,6 +33,7 @@ class Metrics:
     Attributes:
         trains: lines of steps.
         validations: lines of measurements.
+        renewed: measurements of a stage's first weights that were made again later, on other validation data.
         checkpoints: `checkpoint` events of present weights, as far as they name their stage and step.
         events: all events, those of undone steps too.
         problems: a sentence for each thing that could not be read and was skipped.
@@ -40,6 +41,7 @@ class Metrics:
 
     trains: list[Line] = field(default_factory=list)
     validations: list[Line] = field(default_factory=list)
+    renewed: list[Line] = field(default_factory=list)
     checkpoints: list[Line] = field(default_factory=list)
     events: list[Line] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -81,6 +83,7 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
         more = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
         found.problems.append(f"{path}:{damaged[0]}: damaged line skipped{more}; what it recorded is unknown")
     found.trains, found.validations, found.checkpoints = history.lines()
+    found.renewed = history.renewed()
     return found
 
 
@@ -91,7 +94,7 @@ def losses_before(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | 
     """
     return {
         (line["stage"], line["dataset"]): (line["loss_nats_per_token"], line.get("validation_id"))
-        for line in metrics.validations
+        for line in [*metrics.validations, *metrics.renewed]
         if line["step"] == 0 and line["loss_nats_per_token"] is not None
     }
 
@@ -117,6 +120,7 @@ class _History:
         self._trains: dict[str, dict[int, Line]] = {}
         self._validations: dict[str, dict[tuple[int, str], Line]] = {}
         self._checkpoints: dict[str, dict[int, Line]] = {}
+        self._renewed: dict[str, dict[tuple[int, str], Line]] = {}
 
     def event(self, line: Line) -> None:
         """Take an event into account."""
@@ -137,7 +141,8 @@ class _History:
         stage, step = line["stage"], line["step"]
         self._place(stage)
         if line["kind"] == "validation":
-            self._validations.setdefault(stage, {})[step, line["dataset"]] = line
+            kept = self._renewed if line.get("measured_again") else self._validations
+            kept.setdefault(stage, {})[step, line["dataset"]] = line
             return
         trains = self._trains.setdefault(stage, {})
         if trains and step <= next(reversed(trains)):
@@ -157,6 +162,10 @@ class _History:
         ]
         return trains, measured, saved
 
+    def renewed(self) -> list[Line]:
+        """Measurements that were made again."""
+        return [line for lines in self._renewed.values() for line in lines.values()]
+
     def _place(self, stage: str) -> int:
         return self._places.setdefault(stage, len(self._places))
 
@@ -164,9 +173,9 @@ class _History:
         for lines in (self._trains, self._checkpoints):
             for step in [step for step in lines.get(stage, ()) if step > after]:
                 del lines[stage][step]
-        measured = self._validations.get(stage, {})
-        for key in [key for key in measured if key[0] > after]:
-            del measured[key]
+        for of in (self._validations, self._renewed):
+            for key in [key for key in of.get(stage, ()) if key[0] > after]:
+                del of[stage][key]
 
     def _undo_later_than(self, stage: str) -> None:
         for other, place in self._places.items():

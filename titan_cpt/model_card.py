@@ -121,16 +121,20 @@ def _losses(run: Path, line: Sequence[Leg]) -> str:
         found = read_metrics(run, [leg.stage for leg in line])
     except DataError:
         return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
+    identities: dict[tuple[str, str], dict[int, str | None]] = {}
     for entry in found.validations:
-        if entry["step"] <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
-            measured.setdefault((entry["stage"], entry["dataset"]), {})[entry["step"]] = entry["loss_nats_per_token"]
+        key, step = (entry["stage"], entry["dataset"]), entry["step"]
+        if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
+            measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
+            identities.setdefault(key, {})[step] = entry.get("validation_id")
     for entry in found.trains:
-        if entry["step"] == wanted.get(entry["stage"]):
+        if entry["step"] == wanted.get(entry["stage"]) and "lr" in entry:
             rates[entry["stage"]] = entry["lr"]
     rows = ["## Losses", "", "| stage | dataset | before | last measured | at step |", "|---" * 5 + "|"]
     for (stage, dataset), losses in measured.items():
         before, last = losses.get(0), max(losses)
-        shown = "" if before is None else f"{before:.4f}"
+        same = identities[stage, dataset].get(0) in (None, identities[stage, dataset][last])
+        shown = "" if before is None else f"{before:.4f}" if same else f"{before:.4f} (other validation data)"
         rows.append(f"| {stage} | {dataset} | {shown} | {losses[last]:.4f} | {last:,} |")
     last_rates = "; ".join(f"{stage} {rate:.3g}" for stage, rate in rates.items())
     note = f"Validation losses in nats per token. Learning rate of the last step: {last_rates or 'not recorded'}."

@@ -30,6 +30,7 @@ class Record:
         events: all of them, in the order of time.
         checkpoints: `checkpoint` events of present weights.
         problems: a sentence for each part of the record that could not be read.
+        renewed: measurements of a stage's first weights, made again on other validation data.
     """
 
     name: str
@@ -40,6 +41,18 @@ class Record:
     events: Sequence[Mapping[str, Any]]
     checkpoints: Sequence[Mapping[str, Any]] = ()
     problems: Sequence[str] = ()
+    renewed: Sequence[Mapping[str, Any]] = ()
+
+    def comparable(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether two measurements of a dataset had the same validation data and windows.
+
+        Lines of older versions do not say: theirs are, unless a change of the dataset was recorded.
+        """
+        identities = one.get("validation_id"), other.get("validation_id")
+        if None not in identities:
+            return identities[0] == identities[1]
+        changes = [event.get("datasets", ()) for event in self.events if event["name"] == "validation_changed"]
+        return not any(one["dataset"] in datasets for datasets in changes)
 
     @property
     def total_tokens(self) -> int:
@@ -73,9 +86,9 @@ def read_run(path: Path) -> Record:
     found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
     plan = plan or _told_by_lines(run.name, found.trains, found.validations)
     names = {stage["name"] for stage in plan["stages"]}
-    trains, validations, saved = (
+    trains, validations, saved, renewed = (
         [line for line in lines if line["stage"] in names]
-        for lines in (found.trains, found.validations, found.checkpoints)
+        for lines in (found.trains, found.validations, found.checkpoints, found.renewed)
     )
     problems = [
         f"{plan['name']}: the validation loss of {line['dataset']} after step {line['step']:,} of {line['stage']} is "
@@ -84,7 +97,7 @@ def read_run(path: Path) -> Record:
         if line["loss_nats_per_token"] is None
     ]
     problems = [*found.problems, *problems[:1], *([f"and {len(problems) - 1:,} more"] if len(problems) > 1 else [])]
-    return Record(plan["name"], run, plan, trains, validations, found.events, saved, problems)
+    return Record(plan["name"], run, plan, trains, validations, found.events, saved, problems, renewed)
 
 
 def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Record]:
@@ -191,7 +204,8 @@ def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
     measured_at = max((step for step, _ in measured), default=None)
     done = max((line["step"] for line in [*trains, *lines, *saved]), default=0)
     after = {d: line for (step, d), line in measured.items() if step == measured_at}
-    window = {dataset: _final_loss(measured, dataset, stage["final_window"]) for dataset in after}
+    before = _before(record, name, measured, after)
+    window = {dataset: _final_loss(record, measured, dataset, stage["final_window"]) for dataset in after}
     forgetting = {d: line.get("forgetting_nats_per_token") for d, line in after.items()}
     known = {d: value for d, value in forgetting.items() if value is not None}
     speeds = [line["tokens_per_s"] for line in trains if line.get("tokens_per_s")]
@@ -202,7 +216,9 @@ def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
         "is_begun": bool(trains or lines or saved),
         "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not record.validations),
         "measured_at": measured_at,
-        "before": {d: line["loss_nats_per_token"] for (step, d), line in measured.items() if step == 0},
+        "before": {d: line["loss_nats_per_token"] for d, line in before.items()},
+        "not_comparable": sorted(d for d in after if d in before and not record.comparable(before[d], after[d])),
+        "validation_ids": {d: line.get("validation_id") for d, line in after.items()},
         "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
         "bits_per_byte": {
             d: line["bits_per_byte"] for d, line in after.items() if line.get("bits_per_byte") is not None
@@ -219,12 +235,29 @@ def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _before(
+    record: Record,
+    stage: str,
+    measured: Mapping[tuple[int, str], Mapping[str, Any]],
+    after: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Mapping[str, Any]]:
+    """Measurements of a stage's first weights; where these were made again for what `after` measures, those."""
+    before = {dataset: line for (step, dataset), line in measured.items() if step == 0}
+    for line in record.renewed:
+        dataset = line["dataset"]
+        if line["stage"] == stage and dataset in before and line["loss_nats_per_token"] is not None:
+            last = after.get(dataset, before[dataset])
+            if record.comparable(line, last) and not record.comparable(before[dataset], last):
+                before[dataset] = line
+    return before
+
+
 def _final_loss(
-    measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
+    record: Record, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
 ) -> float | None:
-    """The paper's final loss, where the run took its samples and has come to its end."""
-    lines = [measured.get((step, dataset)) for step in window]
-    losses = [line["loss_nats_per_token"] for line in lines if line is not None]
+    """The paper's final loss, where the run took all its samples of the same validation data."""
+    lines = [line for step in window if (line := measured.get((step, dataset))) is not None]
+    losses = [line["loss_nats_per_token"] for line in lines if record.comparable(line, lines[-1])]
     return sum(losses) / len(losses) if losses and len(losses) == len(window) else None
 
 
@@ -248,6 +281,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         "losses in nats per token; forgetting = after - left at, the loss when training on that dataset had ended; "
         "bold: the stage's new data, whose loss after it is the adaptation"
     )
+    if any(stage["not_comparable"] for stage in summary["stages"]):
+        console.print("* measured on other validation data or windows than the loss after it: not comparable")
     for problem in summary["problems"]:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
 
@@ -270,4 +305,7 @@ def _row(stage: Mapping[str, Any], dataset: str) -> list[str]:
     forms = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
     forms |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
     values = [(stage[key].get(dataset), form) for key, form in forms.items()]
-    return ["" if value is None else format(value, form) for value, form in values]
+    cells = ["" if value is None else format(value, form) for value, form in values]
+    if dataset in stage["not_comparable"]:
+        cells[list(forms).index("before")] += " *"
+    return cells

@@ -6,9 +6,10 @@ Each is drawn twice, on white for paper and light screens and on black for dark 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib
@@ -117,7 +118,11 @@ def losses_over_tokens(records: Sequence[Record]) -> Canvas:
             mine = [line for line in known if line["dataset"] == dataset]
             tokens = [record.tokens_at(line["stage"], line["step"]) for line in mine]
             losses = [line["loss_nats_per_token"] for line in mine]
-            axes.plot([t / size for t in tokens], losses, **_look(number), label=record.name)
+            for first, end in _alike(record, mine):
+                label = record.name if first == 0 else None
+                axes.plot([t / size for t in tokens[first:end]], losses[first:end], **_look(number), label=label)
+                if first:  # the curve is broken there: what it measures has changed
+                    axes.axvline(tokens[first] / size, **_look(number) | {"linestyle": ":"}, linewidth=1, zorder=1)
             shown += [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.03 * last]
         _mark_borders(axes, records, size)
         if shown:  # the first steps, which fall from the logarithm of the vocabulary, would flatten the rest
@@ -129,6 +134,12 @@ def losses_over_tokens(records: Sequence[Record]) -> Canvas:
     for axes in list(panels.flat)[len(datasets) :]:
         axes.set_axis_off()
     return _with_legend(canvas, panels[0, 0], len(records))
+
+
+def _alike(record: Record, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """[first, end) of each stretch of a dataset's measurements that are comparable with each other."""
+    changes = [place for place in range(1, len(lines)) if not record.comparable(lines[place - 1], lines[place])]
+    return list(pairwise([0, *changes, len(lines)]))
 
 
 def learning_rates(records: Sequence[Record]) -> Canvas:

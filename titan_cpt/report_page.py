@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_cpt.comparison import Row, compare
+from titan_cpt.comparison import Row, compare, not_comparable
 from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.reading import is_there, readable
 from titan_cpt.report import Record, labelled, summary_of
@@ -157,7 +157,10 @@ def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
         compute = f"{row.update_share:.2f}x" + ("" if row.is_done else f", still in {row.stage}")
         body.append([row.name, *losses, _count(row.tokens), compute])
     best = set()
+    different = not_comparable(rows)
     for column in range(len(head) - 3):
+        if different and head[column + 1] in (*different, "AVG"):
+            continue  # no best among numbers that are not comparable
         known = [(line[column], place) for place, line in enumerate(numbers) if line[column] is not None]
         if len(known) > 1:
             best.add((min((value, place) for value, place in known if value is not None)[1], column + 1))
@@ -165,7 +168,8 @@ def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
         "Final losses",
         "Nats per token on held-out text at the end of the last stage, as the mean of its final window where there is "
         "one. AVG is the plain mean over the datasets trained on. Compute is that of the last stage against training "
-        "again on everything; the lowest number of a column is bold.",
+        "again on everything; the lowest number of a column is bold."
+        + (f" Not comparable, as validation data or windows differ: {', '.join(different)}." if different else ""),
         grids=[Grid(head, body, frozenset(best))],
     )
 
@@ -175,7 +179,10 @@ def loss_curves(records: Sequence[Record]) -> Iterator[Section]:
     if any(record.validations for record in records):
         from titan_cpt.report_figures import draw, losses_over_tokens
 
-        caption = "Held-out loss of each dataset over the tokens trained on; dashed: where a stage ends."
+        caption = (
+            "Held-out loss of each dataset over the tokens trained on; dashed: where a stage ends; dotted: where its "
+            "validation data or windows changed, from where on losses are not comparable with earlier ones."
+        )
         yield Section(
             "What was learnt and forgotten",
             figures=[draw("losses", caption, lambda: losses_over_tokens(records))],
@@ -184,15 +191,20 @@ def loss_curves(records: Sequence[Record]) -> Iterator[Section]:
 
 def trade_off_section(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Section]:
     """Forgetting against adaptation; a run from scratch is set against what the others had before."""
-    before: dict[str, list[float]] = {}
+    before: dict[tuple[str, str | None], list[float]] = {}
     for record in records:
         for stage in summary_of(record)["stages"]:
             for name, value in stage["left_at"].items():
-                before.setdefault(name, []).append(value)
+                before.setdefault((name, stage["validation_ids"][name]), []).append(value)
+    old = {name for name, _ in before}
     points: list[tuple[int, Row, float]] = []
-    new = {name for record in records for name in record.plan["stages"][-1]["new_datasets"] if name not in before}
+    new = {name for record in records for name in record.plan["stages"][-1]["new_datasets"] if name not in old}
     for number, row in enumerate(rows):
-        against = [row.losses[name] - sum(b) / len(b) for name, b in before.items() if name in row.losses]
+        against = [
+            row.losses[name] - sum(b) / len(b)
+            for (name, identity), b in before.items()
+            if name in row.losses and row.validation_ids.get(name) == identity
+        ]
         value = row.mean_forgetting if row.forgetting else sum(against) / len(against) if against else None
         mine = [row.losses[name] for name in new if name in row.losses]
         if value is not None and row.adaptation is not None and mine:

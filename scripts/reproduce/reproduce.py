@@ -37,7 +37,7 @@ FULL = (
 )
 TOKENIZER_ENTRIES, TOKENIZER_BYTES = 4096, 12_000_000
 STEPS_BETWEEN_KEPT = 20
-_EVENTS = ("start", "adopt", "transition")
+_EVENTS = ("start", "adopt", "transition", "validation_changed")
 _TITAN = (sys.executable, "-m", "titan_cpt")
 
 
@@ -150,7 +150,7 @@ def keep(run_folder: Path, out: Path) -> None:
         if line["step"] % STEPS_BETWEEN_KEPT == 0
     ]
     events = [event for event in record.events if event["name"] in _EVENTS]
-    lines = [*events, *trains, *record.validations]
+    lines = [*events, *trains, *record.validations, *record.renewed]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (out / "plan.json").write_text(json.dumps(record.plan, indent=1))  # last: with it the result is there
 

@@ -219,6 +219,21 @@ def test_tensorboard_shows_each_step_once_after_a_crash_a_rollback_and_a_resume(
     assert [step for step, _ in curves_in(tmp_path / "tb")["train/lr"]] == [101, 102, 103]
 
 
+def test_tensorboard_marks_where_the_validation_data_of_a_dataset_changed(tmp_path):
+    """Measured on A, and in the next session on B: a point at the first one on B; y has none."""
+    opened = partial(SummaryWriter, str(tmp_path / "tb"), "")
+    for steps, identity in (((1, 2), "A"), ((3, 4), "B")):
+        log = log_in(tmp_path, tensorboard=opened)
+        for step in steps:
+            log.validation(validation("a", step, "x", 1.0) | {"validation_id": identity}, step)
+            log.validation(validation("a", step, "y", 1.0) | {"validation_id": "A"}, step)
+        log.close()
+    curves = curves_in(tmp_path / "tb")
+
+    assert curves["validation_changed/x"] == [(3, 1.0)]
+    assert "validation_changed/y" not in curves
+
+
 def test_a_run_with_nothing_to_do_leaves_no_events_file(tmp_path):
     """Stages that are all skipped are noted in metrics.jsonl alone."""
     log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))

@@ -136,6 +136,17 @@ def test_forgetting_counts_from_the_step_0_of_the_present_training(read):
     assert losses_before(read([*lines, measured("a", 0, 8.0)])) == {("a", "x"): (8.0, None)}
 
 
+def test_a_measurement_made_again_is_a_baseline_and_not_the_measurement_of_that_time(read):
+    """Of stage b's first weights, on other data: forgetting counts from it, the curve keeps the old one."""
+    again = measured("b", 0, 7.0) | {"validation_id": "B", "measured_again": True}
+    lines = [*A_STAGE, *B_STAGE, again]
+    found, undone = read(lines), read([*lines, event("transition", "b", 0)])
+
+    assert losses(found)["b", 0] == 5.0
+    assert losses_before(found)["b", "x"] == (7.0, "B")
+    assert ("b", "x") not in losses_before(undone)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -169,6 +169,39 @@ def test_seconds_of_a_record_that_lacks_steps_say_of_which_steps_they_are(run):
     assert "stage b (20 steps, duration not recorded)" in text
 
 
+def test_losses_of_different_validation_data_are_marked_and_never_averaged(run):
+    """x was measured on A before and on B after, y on A alone; the final window of x has both.
+
+    Once the first weights were measured again on B, that is the loss before.
+    """
+    window = stage_of("a", 20, "z", window=(10, 20))
+    lines = [
+        *(validation_line("a", step, "x", 3.0, None) | {"validation_id": "A"} for step in (0, 10)),
+        *(validation_line("a", step, "y", 2.0, None) | {"validation_id": "A"} for step in (0, 10, 20)),
+        validation_line("a", 20, "x", 2.5) | {"validation_id": "B"},
+    ]
+    marked = summarise(run([window], lines))["stages"][0]
+    text = shown(run([window], lines))
+    again = validation_line("a", 0, "x", 3.5) | {"validation_id": "B", "measured_again": True}
+    renewed = summarise(run([window], [*lines, again]))["stages"][0]
+
+    assert (marked["not_comparable"], marked["before"], marked["after"]["x"]) == (["x"], {"x": 3.0, "y": 2.0}, 2.5)
+    assert marked["final_loss"] == {"y": 2.0}
+    assert "3.0000 *" in text
+    assert "2.0000 *" not in text
+    assert "* measured on other validation data or windows" in text
+    assert (renewed["not_comparable"], renewed["before"]) == ([], {"x": 3.5, "y": 2.0})
+
+
+def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recorded(run):
+    """They have no identity; an event names the datasets whose validation changed."""
+    lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 4, "x", 2.5) | {"validation_id": "B"}]
+    event = {"kind": "event", "name": "validation_changed", "stage": "a", "step": 2, "datasets": ["x"]}
+
+    assert summarise(run([stage_of("a", 4, "z")], lines))["stages"][0]["not_comparable"] == []
+    assert summarise(run([stage_of("a", 4, "z")], [*lines, event]))["stages"][0]["not_comparable"] == ["x"]
+
+
 def test_a_loss_that_is_not_finite_is_left_out(run):
     """The record holds null for it; the measurement before it counts, and the report says so."""
     lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 5, "x", None)]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from titan_cpt.cli import main
-from titan_cpt.comparison import Row, compare
+from titan_cpt.comparison import Row, compare, not_comparable, print_comparison
 from titan_cpt.report import labelled, read_run
-from titan_cpt.report_figures import trade_off
+from titan_cpt.report_figures import losses_over_tokens, trade_off
 from titan_cpt.report_page import default_folder, sections
 
 STEP_TOKENS = 1000
@@ -249,6 +250,46 @@ def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
     assert b"<title>true,true,true,true,7</title>" in dumped.stdout
     assert corner > 240 if scheme == "light" else corner < 40
     assert len(painted.getcolors(maxcolors=256)) > 50
+
+
+def on(identity, lines):
+    """The lines, as measured on that validation data."""
+    return [line | {"validation_id": identity} for line in lines]
+
+
+def test_runs_measured_on_different_validation_data_are_not_set_against_each_other(write_run):
+    """No best number of a column, a sentence, and no hollow point: the union's losses are not on the others' start."""
+    one, other = read_run(write_run("one", on("A", EN_DE))), union_of(write_run)
+    (other / "metrics.jsonl").write_text(
+        (other / "metrics.jsonl").read_text().replace('"dataset"', '"validation_id": "B", "dataset"')
+    )
+    records = [one, read_run(other)]
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_comparison(compare(records), console)
+    (grid,) = (final := next(iter(sections(records)))).grids
+
+    assert not_comparable(compare(records)) == ["de", "en"]
+    assert not {grid.head[column] for _, column in grid.best} & {"en", "de", "AVG"}
+    assert "de, en" in final.lead
+    assert "not comparable, measured on different validation data or windows: de, en" in console.export_text()
+    assert "trade-off" not in {figure.name for section in sections(records) for figure in section.figures}
+
+
+def test_a_curve_is_broken_and_marked_where_its_validation_data_changed(write_run):
+    """English after 10 thousand tokens: two lines that do not touch, and a dotted one between; German is whole."""
+    lines = [*on("A", EN_DE[:4]), *(line for line in on("A", EN_DE[4:]) if line["dataset"] == "de")]
+    lines += [line for line in on("B", EN_DE[4:]) if line["dataset"] == "en"]
+    german, english = losses_over_tokens([read_run(write_run("r", lines))]).axes[:2]
+
+    def curves(axes):
+        return [
+            list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 1 and max(line.get_ydata()) > 1
+        ]
+
+    assert curves(english) == [[0, 10], [10, 19, 20]]
+    assert curves(german) == [[0, 10, 10, 19, 20]]
+    assert [line.get_linestyle() for line in english.lines].count(":") == 1
+    assert ":" not in {line.get_linestyle() for line in german.lines}
 
 
 def test_no_two_points_of_the_trade_off_look_alike():
