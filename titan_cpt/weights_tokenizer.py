@@ -18,6 +18,7 @@ from titan_cpt.data.tokenizer_ids import ids_fingerprint
 from titan_cpt.errors import CheckpointError, DataError
 
 _HUB, _CHECKPOINT = "hf:", "checkpoint:"
+_RECORDED = ("where", "fingerprint", "ids")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrainedWith:
 
     def as_record(self) -> dict[str, str | None]:
         """For the manifest of an import; `of_manifest` reads it."""
-        return {"where": self.where, "fingerprint": self.fingerprint, "ids": self.ids}
+        return {key: getattr(self, key) for key in _RECORDED}
 
 
 def of_release(folder: Path) -> TrainedWith | None:
@@ -55,13 +56,20 @@ def of_release(folder: Path) -> TrainedWith | None:
 
 
 def of_manifest(record: Mapping[str, Any], folder: Path) -> TrainedWith | None:
-    """The tokenizer of a checkpoint's run or of an import; None where its manifest does not say."""
+    """The tokenizer of a checkpoint's run or of an import; None where its manifest does not say.
+
+    Raises:
+        CheckpointError: what the manifest says is damaged.
+    """
     where = str(folder / manifest.NAME)
     found = record["data"].get("tokenizer")
     if isinstance(found, str):
         return TrainedWith(where, found)
-    released = record.get("released", {}).get("tokenizer")
-    return None if released is None else TrainedWith(where, released["fingerprint"], released["ids"])
+    released = record.get("released", {})
+    told = released.get("tokenizer", {}) if isinstance(released, Mapping) else None
+    if not isinstance(told, Mapping) or (told and not all(isinstance(told.get(key), str) for key in _RECORDED)):
+        raise CheckpointError(f"{where}: damaged: its released.tokenizer is {told!r}")
+    return TrainedWith(where, told["fingerprint"], told["ids"]) if told else None
 
 
 def require_same(stage: str, init: str, weights: TrainedWith | None, config: Config) -> str | None:

@@ -213,3 +213,12 @@ def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
         export(there / "imported", tmp_path / "other", dtype="float32", tokenizer="bytes", tell=print)
 
     assert said[-1] == f"tokenizer: {there}/release"
+
+
+@pytest.mark.parametrize("released", [5, {"tokenizer": 5}, {"tokenizer": {"ids": "x"}}, {"tokenizer": ["where"]}])
+def test_a_damaged_record_of_the_tokenizer_is_an_error_in_words(released, tmp_path):
+    """No traceback; and a manifest without any is not damaged."""
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: its released\.tokenizer is"):
+        of_manifest({"data": {}, "released": released}, tmp_path)
+
+    assert of_manifest({"data": {}, "released": {"name": "x", "config": {}}}, tmp_path) is None
