@@ -281,8 +281,8 @@ def mistake(trial: Trial) -> str:
     job = trial.submit("mistake", words=("--training.seq_len", "none"))
     expect("state", trial.ended(job), "FAILED")
     expect("exit status, restarts", (trial.slurm.job(job, "ExitCode"), trial.slurm.job(job, "Restarts")), ("2:0", "0"))
-    expect("named once a node", trial.output(job).count("training.seq_len"), 2)
-    return "FAILED with status 2, Restarts=0"
+    expect("messages", trial.output(job).count("training.seq_len: must be an integer"), 1)
+    return "FAILED with status 2, Restarts=0, printed once for both nodes"
 
 
 def nodes_of_different_size(trial: Trial) -> str:
