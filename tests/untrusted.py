@@ -17,8 +17,8 @@ from titan_cpt.checkpoint_files import read_index
 from titan_cpt.config_file import load_config
 from titan_cpt.data.indexed import IndexedTokens
 from titan_cpt.data.tokenizer import load_tokenizer
+from titan_cpt.data.tokenizer_ids import byte_tokenizer_json
 from titan_cpt.errors import TitanError
-from titan_cpt.export import _bytes_as_json
 from titan_cpt.weight_files import WeightFiles
 
 TOML = b"""
@@ -40,7 +40,7 @@ steps = 8
 lr = { schedule = "wsd", max = 1e-3, warmup_until = "16", decay_from = 0.8, decay = "sqrt" }
 """
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)
-_WORDS = _bytes_as_json(256)
+_WORDS = byte_tokenizer_json(256)
 _WORDS["model"] |= {"vocab": {**_WORDS["model"]["vocab"], "ab": 256, "aab": 257}, "merges": ["a b", "a ab"]}
 _WORDS["added_tokens"][0]["id"] = 258
 TOKENIZER = json.dumps(_WORDS).encode()
