@@ -19,6 +19,7 @@ from titan_cpt.config_file import check_config, read_with_bases, set_key
 from titan_cpt.config_sweep import point_names, points
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.fault_location import Source
 from titan_cpt.layout import fewest_ranks
 from titan_cpt.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.plan import Plan, fingerprint
@@ -81,9 +82,15 @@ def read_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) 
     return found
 
 
+def without_sweep(paths: Sequence[Path]) -> Path | None:
+    """The file, where there is one only and it has no [sweep], so that it is a single run."""
+    return paths[0] if len(paths) == 1 and not read_with_bases(paths[0]).get("sweep") else None
+
+
 def _tables_of_arms(path: Path, overrides: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    raw = read_with_bases(path)
-    table = check_config(raw, path, overrides).sweep  # the overrides are in raw now, and the base is sound
+    files: list[Source] = []
+    raw = read_with_bases(path, files=files)
+    table = check_config(raw, path, overrides, files).sweep  # the overrides are in raw now, and the base is sound
     raw.pop("sweep", None)
     job = raw["job"]
     arms = []

@@ -24,6 +24,7 @@ from titan_cpt.config_faults import (
 )
 from titan_cpt.config_sweep import points, sweep_faults
 from titan_cpt.errors import ConfigError
+from titan_cpt.fault_location import Source, located
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +45,8 @@ def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config
     Raises:
         ConfigError: every fault found, each with its dotted key, what was found and what is allowed.
     """
-    return check_config(read_with_bases(path), path, overrides)
+    files: list[Source] = []
+    return check_config(read_with_bases(path, files=files), path, overrides, files)
 
 
 def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -63,23 +65,34 @@ def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     return config
 
 
-def check_config(raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def check_config(
+    raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str, str]] = (), files: Sequence[Source] = ()
+) -> Config:
     """A file's tables as a Config, after the overrides, which are written into them; faults are told under `path`.
+
+    Args:
+        files: those that the tables were read from; a fault then names its file and line.
 
     Raises:
         ConfigError: every fault found, as `load_config` tells them.
     """
     faults = [fault for key, text in overrides for fault in set_key(raw, key, text=text)]
+    overridden = tuple(key for key, _ in overrides)
+
+    def error_of(faults: Sequence[str]) -> ConfigError:
+        told = [fault if fault.startswith((*overridden, "--")) else located(fault, files) for fault in faults]
+        return _config_error(path, told)
+
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         faults += [in_words(one, raw) for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
         faults += list(reference_faults(raw))
-        raise _config_error(path, faults) from None
+        raise error_of(faults) from None
     faults += list(reference_faults(raw))
     faults += list(sweep_faults(config.sweep))
     if faults:
-        raise _config_error(path, faults)
+        raise error_of(faults)
     return config
 
 
@@ -95,12 +108,16 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(raw)
 
 
-def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's tables laid over those that it extends; stages are merged by name, other lists replaced."""
+def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[Source] | None = None) -> dict[str, Any]:
+    """The file's tables laid over those that it extends; stages are merged by name, other lists replaced.
+
+    Args:
+        files: gets every file that was read, those that lie below others first.
+    """
     here = Path(os.path.realpath(path))  # not resolve(), to which a loop of links is a RuntimeError before Python 3.13
     if here in _seen:
         raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*_seen, here))}")
-    raw = _read_toml(path)
+    raw, text = _read_toml(path)
     bases = raw.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
@@ -108,11 +125,14 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     _anchor_fetch_scripts(raw, path.parent, os.path.relpath)
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here)))
+        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here), files=files))
+    if files is not None:
+        files.append(Source(path, text, raw))
     return _merge(merged, raw)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
+    """The file's tables and its text."""
     try:
         if path.is_char_device() or path.is_fifo():
             raise ConfigError(f"{path}: is a device, which may never end. Give --config the path of a TOML file")
@@ -120,7 +140,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             content = file.read(_LARGEST_BYTES + 1)
         if len(content) > _LARGEST_BYTES or _ENDLESS_KEY.search(content):
             raise ConfigError(f"{path}: not valid TOML: more than {_LARGEST_BYTES:,} bytes, or a key of 100 names")
-        raw = tomllib.loads(content.decode())
+        text = content.decode()
+        raw = tomllib.loads(text)
         beyond = _beyond_64_bits(raw)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
@@ -130,7 +151,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
     if beyond:
         raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
-    return raw
+    return raw, text
 
 
 def _beyond_64_bits(value: Any) -> bool:

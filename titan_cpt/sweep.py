@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.arms import Arm, BrokenArm, adopt, read_arms, shared_stages
+from titan_cpt.arms import Arm, BrokenArm, adopt, read_arms, shared_stages, without_sweep
 from titan_cpt.comparison import compare, print_comparison
 from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.locks import FileLock
@@ -39,6 +39,7 @@ TRAIN = (sys.executable, "-m", "titan_cpt", "train")
 _STOPPED_EARLY = 75
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LINES_OF_A_MESSAGE = 6
+_SINGLE_RUN = "{path}: has no [sweep], so it is a single run"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def run_arms(
         ConfigError: as `read_arms`, or there is no arm of that number.
     """
     count = len(read_arms(paths, overrides))
+    if (single := without_sweep(paths)) is not None:
+        say(_SINGLE_RUN.format(path=single))
     if only is not None and not 0 <= only < count:
         raise ConfigError(f"--arm: must be from 0 to {count - 1}, got {only}; --plan lists the arms")
     outcomes: list[Outcome] = []
@@ -267,6 +270,8 @@ def print_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]], cons
         cells = (str(number), escape(arm.name), arm.plan.fingerprint, f"{steps:,}", f"{tokens:,}", f"{flops:.2e}")
         table.add_row(*cells, ", ".join(shared), "done" if arm.is_done() else "")
     console.print(table)
+    if (single := without_sweep(paths)) is not None:
+        console.print(_SINGLE_RUN.format(path=single), highlight=False, markup=False, soft_wrap=True)
     for arm in arms:
         if isinstance(arm, BrokenArm):
             console.print(f"[bold]{escape(arm.name)}[/]: {escape(arm.fault)}", highlight=False)

@@ -22,7 +22,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "data.tokenizer_ids",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
     "data.indexed_format data.file_names profiling data.source data.record checkpoint_files suites "
-    "scores metrics_file",
+    "scores metrics_file fault_location",
     "arguments config_model config_data models.sizes models.layers models.huggingface models.huggingface_rope "
     "data.number_file",
     "config mixture models.huggingface_config models.gpt_neox models.llama data.indexed data.indexed_writer "

@@ -1,5 +1,7 @@
 """The schema of the TOML: defaults, what is refused and in which words, every fault at once."""
 
+import re
+
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -30,14 +32,14 @@ EXAMPLES = {  # a legal value of each key that some later part may carry out
 
 @pytest.fixture
 def faults(write):
-    """faults(text, *overrides): the lines of the refusal, without their bullets."""
+    """faults(text, *overrides): the lines of the refusal, without their bullets and without file and line."""
 
     def faults(text, *overrides):
         with pytest.raises(ConfigError) as refusal:
             load_config(write(text), overrides)
         head, *lines = str(refusal.value).splitlines()
         assert head.endswith(f"config.toml: {len(lines)} problem{'s' * (len(lines) > 1)}")
-        return [line.removeprefix("  - ") for line in lines]
+        return [re.sub(r" \(config\.toml(, line \d+)?\)$", "", line.removeprefix("  - ")) for line in lines]
 
     return faults
 

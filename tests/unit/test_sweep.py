@@ -151,6 +151,14 @@ def test_the_arms_are_listed_with_what_they_come_to(swept, capsys):
     assert "stages.german.replay.fraction: must be in [0, 1), got 1.25" in shown
 
 
+def test_a_file_without_a_sweep_is_called_a_single_run(swept, capsys):
+    """It is trained all the same; a sweep is not said to be one."""
+    assert status_of("sweep", swept({}), "--plan") == 0
+    assert "has no [sweep], so it is a single run" in capsys.readouterr().out
+    assert status_of("sweep", swept({FRACTION: [0.0, 0.25]}), "--plan") == 0
+    assert "single run" not in capsys.readouterr().out
+
+
 def test_one_arm_of_an_array_is_made_ready_for_another_command_to_train(swept, monkeypatch, capsys, tmp_path):
     """SLURM_ARRAY_TASK_ID picks it; a number beyond the last is the user's mistake."""
     path = swept({FRACTION: [0.0, 0.25]})
