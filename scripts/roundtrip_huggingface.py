@@ -63,6 +63,8 @@ lr = {{ schedule = "cosine", max = 3e-3, warmup_until = 0.1 }}
 def main(folder: Path) -> None:
     """Both families, the whole way round."""
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise SystemExit(f"{folder}: is not empty, and files in it would be replaced; name a new folder")
     write_german(folder / "german.jsonl")
     command(
         "prepare", "--input", folder / "german.jsonl", "--output", folder / "german", "--holdout", 0.1, "--workers", 1
