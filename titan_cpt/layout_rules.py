@@ -123,7 +123,7 @@ def _kv_heads(asked: Asked) -> str | None:
     shape, tp = asked.shape, asked.layout.tp
     if not isinstance(shape, LlamaShape) or shape.kv_heads % tp == 0 or shape.heads % tp:
         return None
-    return _not_a_divisor("tensor_parallel_degree", tp, shape.kv_heads, "heads of keys and values")
+    return _not_a_divisor("tensor_parallel_degree", tp, shape.kv_heads, "key/value heads")
 
 
 def _tied(asked: Asked) -> str | None:
@@ -322,8 +322,8 @@ def _nearest(wanted: int, valid: Iterable[int]) -> str:
 RULES: tuple[Rule, ...] = (
     Rule("ranks that do not divide by the degrees", "every degree is a dimension of one mesh", _ranks_do_not_divide),
     Rule("a shard degree that leaves ranks over", "every rank has a place in the mesh", _shard_degree),
-    Rule("heads that do not divide by TP", "a rank computes whole heads", _heads),
-    Rule("heads of keys and values that do not divide by TP", "no head of them is held twice", _kv_heads),
+    Rule("heads that cannot be split evenly over TP", "a rank computes whole heads", _heads),
+    Rule("key/value heads that cannot be split evenly over TP", "no head of them is held twice", _kv_heads),
     Rule("tied embeddings over a pipeline", "the last stage would need the first one's weight", _tied),
     Rule("MLP width that does not divide by TP", "a rank computes an equal share of the features", _mlp_width),
     Rule("CP with a seq_len that does not divide by 2 x CP x TP", "a rank holds two equal pieces", _sequence),

@@ -47,7 +47,7 @@ REFUSED = [
     (
         4,
         {TP: "4", **LLAMA, "model.heads": "12", "model.kv_heads": "2"},
-        ["2 heads of keys and values cannot be split evenly over 4 ranks", "use 2"],
+        ["2 key/value heads cannot be split evenly over 4 ranks", "use 2"],
     ),
     (2, {PP: "2", **LLAMA, "model.tie_embeddings": "true"}, ["cut off from it into another pipeline stage", "to 1"]),
     (
