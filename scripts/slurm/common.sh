@@ -33,8 +33,8 @@ prepare_job() {
     [[ -n $limit ]] || deadline=""
 }
 
-# CPUs of the node with the fewest: srun gives a task one core unless it is asked for more, and does not take over what
-# sbatch was asked for (Slurm 22.05 and newer).
+# CPUs of the node with the fewest. Where the cluster binds tasks to cores, a task has one unless srun asks for more, and
+# srun does not take --cpus-per-task over from sbatch (Slurm 22.05 and newer).
 cpus_per_node() {
     local fewest="" count
     for count in $(tr ',' '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-1}" | sed 's/(.*//'); do

@@ -166,8 +166,8 @@ def two_nodes(trial: Trial) -> str:
     logs = trial.folder / "outputs" / "whole" / "logs" / f"slurm-{job}-start-0"
     names = sorted(re.sub("-[^-]*$", "", path.name) for path in logs.iterdir() if (path / "console.txt").exists())
     expect("logs", names, ["node-0", "node-1"])
-    expect("CPUs of the step's tasks", trial.slurm.job(job, "NumCPUs"), "8")
-    return "COMPLETED; logs of both nodes kept; all 8 CPUs"
+    expect("CPUs of the job", trial.slurm.job(job, "NumCPUs"), "8")
+    return "COMPLETED; logs of both nodes kept; the job has all 8 CPUs"
 
 
 def time_limit(trial: Trial) -> str:

@@ -16,16 +16,16 @@ import torch, torch.distributed as dist
 from titan_cpt.distributed.mesh import join_ranks, set_timeouts, wait_for_rank_0
 
 warnings.simplefilter("ignore")
-ranks = join_ranks(2)
+ranks = join_ranks(8)
 if ranks.rank == 0:
-    time.sleep(4)
+    time.sleep(10)
 began = time.monotonic()
 wait_for_rank_0()
 told = {"waited_s": time.monotonic() - began}
 group = dist.new_group([0, 1])  # not the default one, as those of a mesh with several dimensions
-set_timeouts(1)
+set_timeouts(2)
 if ranks.rank == 1:
-    time.sleep(3)
+    time.sleep(6)
 try:
     dist.all_reduce(torch.ones(1), group=group)
 except RuntimeError as error:
@@ -36,16 +36,18 @@ with open(f"told-{ranks.rank}.json", "w") as file:
 
 
 def test_timeouts_hold_in_every_group_and_not_for_rank_0s_data(tmp_path: Path) -> None:
-    """Two ranks with a timeout of 2 s: rank 1 waits 4 s for rank 0's data all the same; then, at 1 s, rank 0 gives up
-    a sum in a group of their own for which rank 1 comes 3 s late."""
+    """Two ranks with a timeout of 8 s: rank 1 waits 10 s for rank 0's data all the same; then, at 2 s, rank 0 gives up
+    a sum in a group of their own for which rank 1 comes 6 s late."""
     (tmp_path / "ranks.py").write_text(RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranks.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    files = sorted(path.name for path in tmp_path.glob("told-*"))
+    assert files == ["told-0.json", "told-1.json"], done.stderr
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
 
-    assert told[1]["waited_s"] > 3, done.stderr
-    assert "1000ms" in told[0]["error"] or "timed out" in told[0]["error"].lower()
+    assert told[1]["waited_s"] > 8, done.stderr
+    assert "2000ms" in told[0]["error"] or "timed out" in told[0]["error"].lower()
 
 
 def test_a_node_that_never_starts_ends_the_wait_after_the_configs_timeout(tmp_path: Path) -> None:
