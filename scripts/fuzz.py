@@ -1,7 +1,7 @@
 """Let atheris (libFuzzer) look for bytes that a reader of untrusted files answers with anything but our own error.
 
     pip install atheris
-    python scripts/fuzz.py toml -max_total_time=300          # toml, idx, tokenizer, safetensors, manifest, index
+    python scripts/fuzz.py toml -max_total_time=300          # the kinds are those of tests/untrusted.py
     python scripts/fuzz.py idx CORPUS_FOLDER -rss_limit_mb=2048 -timeout=20
 
 What follows the kind goes to libFuzzer. A finding is a crash with the bytes in a file `crash-...`. pytest looks at the

@@ -16,10 +16,15 @@ from titan_cpt import manifest
 from titan_cpt.checkpoint_files import read_index
 from titan_cpt.config_file import load_config
 from titan_cpt.data.indexed import IndexedTokens
+from titan_cpt.data.record import made_by, read_record
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.data.tokenizer_ids import byte_tokenizer_json
 from titan_cpt.errors import TitanError
-from titan_cpt.weight_files import WeightFiles
+from titan_cpt.metrics_file import losses_before, open_record, read_metrics
+from titan_cpt.models.huggingface_config import shape_from_config
+from titan_cpt.report import read_run, summary_of
+from titan_cpt.scores import average, difference, read_score
+from titan_cpt.weight_files import WeightFiles, read_config
 
 TOML = b"""
 [job]
@@ -63,6 +68,109 @@ MANIFEST = json.dumps(
 INDEX = json.dumps(
     {"tensors": {"w": {"dtype": "F32", "shape": [2, 2], "parts": [{"at": [0, 0], "shape": [2, 2], "file": "x"}]}}}
 ).encode()
+NEOX_CONFIG = json.dumps(
+    {
+        "model_type": "gpt_neox",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 128,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 10000,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+    }
+).encode()
+LLAMA_CONFIG = json.dumps(
+    {
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }
+).encode()
+RECORD = json.dumps(
+    {
+        "version": 1,
+        "tokenizer": {"fingerprint": "00", "vocab_size": 257},
+        "text_field": "text",
+        "holdout": 0.1,
+        "inputs": [{"path": "a.txt", "bytes": 1}],
+        "counts": {"documents": 1, "tokens": 4, "held_out_documents": 0, "held_out_tokens": 0},
+    }
+).encode()
+METRICS = b"".join(
+    json.dumps(line).encode() + b"\n"
+    for line in (
+        {"kind": "event", "name": "transition", "time": 1.0, "stage": "s", "step": 0},
+        {
+            "kind": "validation",
+            "stage": "s",
+            "step": 0,
+            "dataset": "d",
+            "loss_nats_per_token": 5.5,
+            "perplexity": 244.7,
+            "bits_per_byte": 7.9,
+            "forgetting_nats_per_token": None,
+        },
+        {
+            "kind": "train",
+            "stage": "s",
+            "step": 1,
+            "run_step": 1,
+            "tokens": 64,
+            "replayed_tokens": 0,
+            "lr": 1e-3,
+            "loss_nats_per_token": 5.5,
+            "grad_norm": 1.0,
+            "tokens_per_s": 10.0,
+            "mfu": 0.1,
+            "memory_gib": 0.5,
+            "batch_hash": "00",
+        },
+        {"kind": "event", "name": "resume", "time": 2.0, "stage": "s", "step": 1},
+    )
+)
+SCORE = json.dumps(
+    {
+        "format": 1,
+        "task": "t",
+        "shots": 0,
+        "metric": "acc",
+        "metrics": {"acc": [0.5, 0.1]},
+        "samples": 2,
+        "limit": None,
+        "documents": "00",
+        "per_sample": {"acc": [0, 1]},
+        "identity": {},
+        "checkpoint": "c",
+        "stage": "s",
+        "stage_index": 0,
+        "steps_done": 1,
+        "run_step": 1,
+        "seconds": 0.5,
+    }
+).encode()
 
 
 def _config(folder: Path) -> None:
@@ -86,6 +194,28 @@ def _weights(folder: Path) -> None:
         files.read(name)
 
 
+def _released_config(folder: Path) -> None:
+    shape_from_config(read_config(folder), str(folder))
+
+
+def _record(folder: Path) -> None:
+    made_by(folder / "data")
+    read_record(folder / "data.json")
+
+
+def _metrics(folder: Path) -> None:
+    open_record(folder / "metrics.jsonl").close()
+    record = read_run(folder)
+    summary_of(record)
+    losses_before(read_metrics(folder))
+
+
+def _score(folder: Path) -> None:
+    score = read_score(folder / "t-0shot.json")
+    difference(score, score)
+    average([score])
+
+
 def _index(folder: Path) -> None:
     list(read_index(folder))
 
@@ -97,6 +227,11 @@ KINDS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     "safetensors": ("model.safetensors", SAFETENSORS, _weights),
     "manifest": ("manifest.json", MANIFEST, manifest.verify),
     "index": ("index.json", INDEX, _index),
+    "neox_config": ("config.json", NEOX_CONFIG, _released_config),
+    "llama_config": ("config.json", LLAMA_CONFIG, _released_config),
+    "record": ("data.json", RECORD, _record),
+    "metrics": ("metrics.jsonl", METRICS, _metrics),
+    "score": ("t-0shot.json", SCORE, _score),
 }
 """Kind -> the file's name, a good one, and what reads the folder that it lies in."""
 

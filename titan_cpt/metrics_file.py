@@ -24,6 +24,10 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "validation": {"stage": str, "step": int, "dataset": str, "loss_nats_per_token": (int, float, type(None))},
     "event": {"name": str},
 }
+_NUMBERS = (  # or null, where a line has them: what is not finite is written as null
+    *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr", "time"),
+    *("tokens_per_s", "mfu", "memory_gib", "tokens", "run_step", "replayed_tokens"),
+)
 
 
 @dataclass
@@ -203,9 +207,14 @@ def _parse(text: str) -> Line | None:
 
 def _is_whole(line: Mapping[str, Any]) -> bool:
     kind = line.get("kind")
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) or not all(_is_number(line.get(key)) for key in _NUMBERS):
         return False
     return all(key in line and isinstance(line[key], types) for key, types in _NEEDED.get(kind, {}).items())
+
+
+def _is_number(value: Any) -> bool:
+    """Null, or a number that arithmetic with floats does not end at."""
+    return value is None or (isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > 1e100))
 
 
 def _is_cut(path: Path) -> bool:

@@ -160,7 +160,8 @@ def _told_by_lines(
     steps: dict[str, int] = {}
     for line in [*trains, *validations]:
         steps[line["stage"]] = max(line["step"], steps.get(line["stage"], 0))
-    step_tokens = max((line["tokens"] // line["run_step"] for line in trains if line.get("run_step")), default=0)
+    counts = [(line.get("tokens"), line.get("run_step")) for line in trains]
+    step_tokens = max((t // n for t, n in counts if isinstance(t, int) and isinstance(n, int) and n > 0), default=0)
     stages, total = [], 0
     for stage, count in steps.items():
         total += count * step_tokens

@@ -19,6 +19,7 @@ from titan_cpt.reading import read_text
 FOLDER = "evaluations"
 GENERATIONS = "generations.json"
 FORMAT = 1
+_LARGEST = 1e100  # squares and sums of scores stay finite
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def difference(before: Score, after: Score, metric: str | None = None) -> Differ
     value = after.metrics[metric][0] - before.metrics[metric][0]
     one, other = before.per_sample.get(metric), after.per_sample.get(metric)
     paired = before.documents == after.documents and one is not None and other is not None and len(one) == len(other)
-    if paired and one is not None and other is not None and len(one) > 1:
+    if paired and one is not None and other is not None and len(one) > 1 and all(map(math.isfinite, (*one, *other))):
         changes = [late - early for early, late in zip(one, other, strict=True)]
         mean = math.fsum(changes) / len(changes)
         squares = math.fsum((change - mean) ** 2 for change in changes)
@@ -112,7 +113,8 @@ def _two_sided(value: float, stderr: float) -> float:
 
 def average(scores: Sequence[Score]) -> tuple[float, float | None]:
     """The plain mean of several tasks' metrics and its standard error, the tasks independent of each other."""
-    value = math.fsum(score.value for score in scores) / len(scores)
+    values = [score.value for score in scores]
+    value = (math.fsum if all(map(math.isfinite, values)) else sum)(values) / len(scores)
     errors = [score.stderr for score in scores]
     if None in errors:
         return value, None
@@ -135,11 +137,12 @@ def read_score(path: Path) -> Score:
     try:
         found = json.loads(read_text(path))
         version = found.pop("format")
-        score = Score(**{**found, "metrics": {name: (pair[0], pair[1]) for name, pair in found["metrics"].items()}})
-        known = score.metric in score.metrics
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        metrics = {name: (_number(pair[0]), _number(pair[1], null=True)) for name, pair in found["metrics"].items()}
+        score = Score(**{**found, "metrics": metrics})
+        _check(score)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}. Remove it and evaluate again") from None
-    if version != FORMAT or not known:
+    if version != FORMAT:
         raise DataError(f"{path}: is of format {version!r}, this version reads {FORMAT}. Remove it and evaluate again")
     return score
 
@@ -162,3 +165,33 @@ def read_scores(run: Path, complain: Callable[[str], None] | None = None) -> lis
                 raise
             complain(str(error))
     return sorted(found, key=lambda score: (score.stage_index, score.steps_done, score.task, score.shots))
+
+
+def _check(score: Score) -> None:
+    """Raise ValueError if a field of a score that was read from a file is of another kind than `Score` says."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        **dict.fromkeys(("task", "metric", "documents", "checkpoint", "stage"), str),
+        **dict.fromkeys(("shots", "samples", "stage_index", "steps_done", "run_step"), int),
+        **dict.fromkeys(("per_sample", "identity"), dict),
+        "limit": (int, type(None)),
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(score, name), kind)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: of another kind than a score's")
+    if score.metric not in score.metrics:
+        raise ValueError(f"metrics: without {score.metric!r}, the one that counts")
+    _number(score.seconds)
+    for values in score.per_sample.values():
+        if not isinstance(values, list):
+            raise ValueError("per_sample: not lists of numbers")
+        for value in values:
+            _number(value)
+
+
+def _number(value: Any, *, null: bool = False) -> Any:
+    """The value itself, if it is a number of a size that can be squared and summed, or null where that is allowed."""
+    if value is None and null:
+        return None
+    if not isinstance(value, int | float) or (abs(value) > _LARGEST and value not in (math.inf, -math.inf)):
+        raise ValueError(f"{value!r:.40} is not a number of a score")
+    return value

@@ -1,4 +1,4 @@
-"""Whatever the bytes of a TOML, .idx, tokenizer.json, safetensors, manifest or index: our error, and soon."""
+"""Whatever the bytes of a file that may come from anyone (untrusted.py lists the kinds): our error, and soon."""
 
 import json
 import resource
@@ -96,6 +96,16 @@ def test_any_value_in_any_place_of_a_json_file_is_refused_in_words_or_read(kind,
         here[key] = data.draw(VALUES)
         break
     read_as(kind, json.dumps(whole).encode())
+
+
+@SOON
+@given(data=st.data())
+def test_any_value_in_any_place_of_a_metrics_line_is_skipped_or_read(data):
+    """One key of one line holds something else."""
+    lines = [json.loads(line) for line in KINDS["metrics"][1].splitlines()]
+    line = data.draw(st.sampled_from(lines))
+    line[data.draw(st.sampled_from(sorted(line)))] = data.draw(VALUES)
+    read_as("metrics", "".join(json.dumps(each) + "\n" for each in lines).encode())
 
 
 @pytest.mark.parametrize("place", ["job.name", "stages.s.name"])

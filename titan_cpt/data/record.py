@@ -33,7 +33,7 @@ def made_by(prefix: Path) -> MadeBy | None:
             record = json.loads(read_text(Path(name)))
             tokenizer, add_bos = record["tokenizer"], record.get("add_bos", False) is True
             return MadeBy(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]), add_bos)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
             continue
     return None
 
