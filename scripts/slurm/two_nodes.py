@@ -1,6 +1,7 @@
-"""A real Slurm with two node daemons on this host, in a folder of its own: nothing outside that folder is changed.
+"""A real Slurm with two node daemons on this host, in a folder of its own.
 
-Needs slurmctld, slurmd and munged on PATH (Debian: apt-get install slurm-wlm munge) and root, as slurmd does.
+Needs slurmctld, slurmd and munged on PATH (Debian: apt-get install slurm-wlm munge) and root, as slurmd does. Nothing
+outside the folder is changed, except that proctrack/cgroup makes groups named slurm in the system's cgroups.
 """
 
 from __future__ import annotations
