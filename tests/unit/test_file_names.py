@@ -153,8 +153,8 @@ def formats(folder):
 def inventory(tmp_path, **datasets):
     raw = training.changed(training.two_stages(tmp_path, tmp_path), datasets=datasets)
     raw["datasets"] = datasets
-    first = next(name for name, table in datasets.items() if "train" in table or "domains" in table)
-    raw["stages"] = [{"name": "one", "dataset": first, "steps": 1, "lr": {"schedule": "constant", "max": 1e-3}}]
+    mix = {name: 1.0 for name, table in datasets.items() if "train" in table or "domains" in table}
+    raw["stages"] = [{"name": "one", "dataset": mix, "steps": 1, "lr": {"schedule": "constant", "max": 1e-3}}]
     return take_inventory(training.config_of(raw))
 
 

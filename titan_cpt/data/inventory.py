@@ -74,7 +74,13 @@ def take_inventory(config: Config) -> Inventory:
     for source, _ in validation_files(config):
         measured = validation.get(source)
         validation_tokens[source] = _counted(measured, config.training.seq_len).tokens if measured else None
-    notes = [*_read_twice(train.values()), *_trained_and_measured(train.values(), validation.values())]
+    used = {
+        name for stage in config.stages for name in (*stage.dataset, *((stage.replay and stage.replay.from_) or ()))
+    }
+    notes = [
+        *_read_twice(each for each in train.values() if each.dataset in used),
+        *_trained_and_measured(train.values(), validation.values()),
+    ]
     notes += _absent_weights(config)
     records = _records(config, [*train.values(), *validation.values()])
     unrecorded = tuple(source for source in train if None in records[source, "train"])
