@@ -122,7 +122,7 @@ RECORD = json.dumps(
 METRICS = b"".join(
     json.dumps(line).encode() + b"\n"
     for line in (
-        {"kind": "event", "name": "transition", "time": 1.0, "stage": "s", "step": 0},
+        {"kind": "event", "name": "transition", "stage": "s", "step": 0, "lr": "0.001 at the first step", "data": {}},
         {
             "kind": "validation",
             "stage": "s",

@@ -24,8 +24,8 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "validation": {"stage": str, "step": int, "dataset": str, "loss_nats_per_token": (int, float, type(None))},
     "event": {"name": str},
 }
-_NUMBERS = (  # or null, where a line has them: what is not finite is written as null
-    *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr", "time"),
+_NUMBERS = (  # or null, where a step or a measurement has them: what is not finite is written as null
+    *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr"),
     *("tokens_per_s", "mfu", "memory_gib", "tokens", "run_step", "replayed_tokens"),
 )
 
@@ -207,7 +207,9 @@ def _parse(text: str) -> Line | None:
 
 def _is_whole(line: Mapping[str, Any]) -> bool:
     kind = line.get("kind")
-    if not isinstance(kind, str) or not all(_is_number(line.get(key)) for key in _NUMBERS):
+    if not isinstance(kind, str):
+        return False
+    if kind != "event" and not all(_is_number(line.get(key)) for key in _NUMBERS):
         return False
     return all(key in line and isinstance(line[key], types) for key, types in _NEEDED.get(kind, {}).items())
 

@@ -13,6 +13,7 @@ from untrusted import KINDS, read_as
 from titan_cpt.config_file import load_config
 from titan_cpt.data.tokenizer import load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.metrics_file import read_metrics
 
 SOON = settings(max_examples=80, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
 JSON_KINDS = [kind for kind, (name, _, _) in KINDS.items() if name.endswith(".json")]
@@ -96,6 +97,15 @@ def test_any_value_in_any_place_of_a_json_file_is_refused_in_words_or_read(kind,
         here[key] = data.draw(VALUES)
         break
     read_as(kind, json.dumps(whole).encode())
+
+
+def test_no_line_of_a_good_record_is_skipped(tmp_path):
+    """The lines are as train.py writes them: a transition's `lr` is a text."""
+    (tmp_path / "metrics.jsonl").write_bytes(KINDS["metrics"][1])
+    found = read_metrics(tmp_path)
+
+    assert found.problems == []
+    assert (len(found.trains), len(found.validations), len(found.events)) == (1, 1, 2)
 
 
 @SOON
