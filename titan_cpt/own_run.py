@@ -84,13 +84,16 @@ def _is_own(path: Path, is_own: Callable[[str], bool]) -> bool:
 
 
 def _is_resolved_config(text: str, config: Config) -> bool:
-    """Whether a TOML is one of `dump_config`, which spells out every default without comments, or says the same."""
+    """Whether a TOML is one of `dump_config`, which spells out every default without comments, or says the same.
+
+    Its job.name may be another: a run's folder may be copied, and the copy trained under the name of its folder.
+    """
     raw: dict[str, Any] = tomllib.loads(text)
     if raw == tomllib.loads(dump_config(config)):
         return True
     commented = any(line.lstrip().startswith("#") for line in text.splitlines())
     full = all(isinstance(raw.get(table), dict) and key in raw[table] for table, key in _SPELLED_OUT.items())
-    return full and not commented and raw["job"].get("name") == config.job.name
+    return full and not commented
 
 
 def _is_metrics(text: str) -> bool:

@@ -41,7 +41,7 @@ def test_a_runs_own_files_are_its_own(tmp_path, config):
 
 
 def test_config_toml_is_replaced_only_where_a_run_wrote_it(tmp_path, config, write, one_stage):
-    """The resolved config of another plan is; a hand-written one, one with notes added and another run's are not."""
+    """The resolved config of another plan or a copied run is; a hand-written one and one with notes are not."""
     path = tmp_path / "config.toml"
     write_run_config(path, config)
     first = path.read_text()
@@ -52,12 +52,14 @@ def test_config_toml_is_replaced_only_where_a_run_wrote_it(tmp_path, config, wri
     path.write_text("# a note\n" + first)
     write_run_config(path, config)
     assert path.read_text() == "# a note\n" + first, "it says the same already"
-    another = load_config(write(one_stage.replace('"tested"', '"another"'), "another.toml"))
-    for text in (one_stage, "# a note\n" + first, dump_config(another)):
+    for text in (one_stage, "# a note\n" + first):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.toml: was not written by a run"):
             write_run_config(path, changed)
         assert path.read_text() == text
+    path.write_text(dump_config(load_config(write(one_stage.replace('"tested"', '"copied"'), "copied.toml"))))
+    write_run_config(path, config)
+    assert path.read_text() == first
 
 
 def test_a_temporary_file_never_replaces_one_that_is_there(tmp_path):
