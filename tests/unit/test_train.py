@@ -331,6 +331,7 @@ def test_the_summary_is_what_the_record_says(finished):
     english, german, french = summary["stages"]
 
     assert [stage["name"] for stage in summary["stages"]] == ["english", "german", "french"]
+    assert summary["problems"] == []  # every line that a run writes can be read
     for stage, steps in ((english, 12), (german, 10), (french, 6)):
         name = stage["name"]
         assert stage["before"] == {dataset: loss[name, 0, dataset] for dataset in ("en", "de", "fr")}
