@@ -34,6 +34,7 @@ def note_changed_validation(parts: Parts, stage: StagePlan, done: int) -> None:
         stage: where training resumes, after `done` of its steps.
     """
     changed = changed_datasets(parts.log.last_start, parts.identities, parts.validator.identities)
+    changed = sorted({*changed, *_other_windows(parts)})
     if changed:
         parts.log.event("validation_changed", stage=stage.name, step=done, datasets=changed)
         parts.display.say(
@@ -60,6 +61,17 @@ def changed_datasets(
             for fingerprints in (last_start.get("data", {}), data)
         )
     return sorted(name for name in now if name in before and before[name] != now[name])
+
+
+def _other_windows(parts: Parts) -> list[str]:
+    """The datasets of which a session of an older version measured another number of windows, as its config says."""
+    last_start, validator = parts.log.last_start, parts.validator
+    before = last_start.get("validation_sequences")
+    if before is None:
+        return []
+    measured = [name for name in validator.streams if f"datasets.{name}.validation" in last_start.get("data", {})]
+    available = {name: validator.streams[name].windows(validator.seq_len) for name in measured}
+    return [name for name, windows in available.items() if min(windows, before) != min(windows, validator.sequences)]
 
 
 def renew_baselines(parts: Parts, stage: StagePlan, *, resumes: bool) -> None:

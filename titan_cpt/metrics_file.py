@@ -55,7 +55,8 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     """The lines of a run's metrics.jsonl that count.
 
     Undone are, in the order of the file:
-    - at a `transition` event: all lines of its stage and of later stages, which are trained again from there;
+    - at a `transition` event: all lines of its stage and of later stages, which are trained again from there; those
+      of its step 0 stay where a rollback (a `skip_batch` right before it) went back to the same first weights;
     - at a `resume` event: lines of its stage behind its step, and of later stages;
     - at a `skip_batch` event: lines of its stage from its step on, and at a `stop` event those behind its step: the
       update guard held these steps back;
@@ -125,15 +126,17 @@ class _History:
         self._validations: dict[str, dict[tuple[int, str], Line]] = {}
         self._checkpoints: dict[str, dict[int, Line]] = {}
         self._renewed: dict[str, dict[tuple[int, str], Line]] = {}
+        self._skipped_in: str | None = None  # the stage of the last event, if that was a `skip_batch`
 
     def event(self, line: Line) -> None:
         """Take an event into account."""
         stage, step, name = line.get("stage"), line.get("step"), line["name"]
+        rolls_back, self._skipped_in = self._skipped_in == stage, stage if name == "skip_batch" else None
         if not isinstance(stage, str) or not isinstance(step, int):
             return
         self._place(stage)
         if name in ("transition", "resume"):
-            self._undo(stage, after=step if name == "resume" else -1)
+            self._undo(stage, after=step if name == "resume" or rolls_back else -1)
             self._undo_later_than(stage)
         elif name in ("skip_batch", "stop"):
             self._undo(stage, after=step if name == "stop" else step - 1)

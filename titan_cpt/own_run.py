@@ -65,6 +65,15 @@ def write_run_config(path: Path, config: Config) -> None:
     write_text_atomically(path, text)
 
 
+def sequences_measured(path: Path) -> int | None:
+    """`validation.sequences` of the config that a run was last started with; None where it does not say."""
+    try:
+        found = tomllib.loads(read_text(path)).get("validation", {}).get("sequences")
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def _foreign(paths: Sequence[Path]) -> CheckpointError:
     one = len(paths) == 1
     return CheckpointError(

@@ -36,7 +36,7 @@ from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.operations import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.optimizer import UpdateGuard, build_adamw
-from titan_cpt.own_run import write_run_config
+from titan_cpt.own_run import CONFIG_NAME, sequences_measured, write_run_config
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
 from titan_cpt.planning import make_plan
@@ -127,6 +127,8 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     log = _open_log(config, plan, ranks, folder)
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
+    if log.last_start and "validation" not in log.last_start:  # an older version's: only its config tells the windows
+        log.last_start["validation_sequences"] = sequences_measured(folder / CONFIG_NAME)
     _write_record(config, plan, ranks, folder)
     validator = Validator(
         held_out,
@@ -324,5 +326,5 @@ def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> Metrics
 
 def _write_record(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> None:
     if ranks.rank == 0:
-        write_run_config(folder / "config.toml", config)
+        write_run_config(folder / CONFIG_NAME, config)
         write_text_atomically(folder / "plan.json", json.dumps(plan_as_json(plan), indent=1))

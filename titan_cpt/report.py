@@ -46,10 +46,11 @@ class Record:
     def comparable(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         """Whether two measurements of a dataset had the same validation data and windows.
 
-        Lines of older versions do not say: theirs are, unless a change of the dataset was recorded.
+        Lines of older versions do not say: theirs are among each other, and with others unless a change of the dataset
+        was recorded.
         """
         identities = one.get("validation_id"), other.get("validation_id")
-        if None not in identities:
+        if identities == (None, None) or None not in identities:
             return identities[0] == identities[1]
         changes = [event.get("datasets", ()) for event in self.events if event["name"] == "validation_changed"]
         return not any(one["dataset"] in datasets for datasets in changes)
@@ -134,7 +135,8 @@ def _what_is_there(path: Path) -> str:
         )
     more = f", and {len(runs) - _RUNS_LISTED} more" if len(runs) > _RUNS_LISTED else ""
     listed = " ".join(str(run) for run in runs[:_RUNS_LISTED])
-    return f"{path}: is not a run; name one or several of the {len(runs)} runs below it: {listed}{more}"
+    which = "the run" if len(runs) == 1 else f"one or several of the {len(runs)} runs"
+    return f"{path}: is not a run; name {which} below it: {listed}{more}"
 
 
 def _read_plan(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from training import Fault, train
 
 from titan_cpt.anneal import branch_off
 from titan_cpt.forgetting import changed_datasets
+from titan_cpt.report import summarise
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -138,21 +139,33 @@ def test_where_the_weights_are_gone_forgetting_is_unknown_and_no_wrong_number(re
     assert all(measured(run)[step, "en"][0] > 0 for step in (5, 10))
 
 
+def as_before(run):
+    """A record as older versions wrote it: it does not say what was measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("validation_id", None)
+        line.pop("validation", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_run_of_an_older_version_measures_its_baseline_again(unbroken, resumed):
     """Its lines do not say what they measured: the same numbers come out, and there is no mark."""
-
-    def as_before(run):
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            line.pop("validation_id", None)
-            line.pop("validation", None)
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
     run, output = resumed(before=as_before)
 
     assert measured(run) == measured(unbroken)
     assert training.events_of(run, "validation_changed") == []
     assert "measured again at the start of stage german" in output
+
+
+def test_other_windows_than_an_older_version_measured_are_marked(resumed):
+    """Its lines do not say how many there were, its config.toml does: losses before and after are not comparable."""
+    run, _ = resumed(*FEWER, before=as_before)
+    (event,) = training.events_of(run, "validation_changed")
+    stages = summarise(run)["stages"]
+
+    assert event["datasets"] == ["de", "en"]
+    assert [stage["not_comparable"] for stage in stages] == [[], []], "German's first weights were measured again"
+    assert stages[1]["before"]["en"] == stages[1]["left_at"]["en"]
 
 
 def test_a_stage_appended_with_other_windows_is_compared_with_them(raw, unbroken, tmp_path):

@@ -57,6 +57,16 @@ def test_a_stage_trained_again_leaves_nothing_of_the_training_that_was_removed(r
     assert losses(found) == {("a", 0): 9.0, ("a", 4): 5.0, ("b", 0): 5.5}
 
 
+@pytest.mark.parametrize(("between", "kept"), [([], True), ([{"kind": "event", "name": "start"}], False)])
+def test_a_rollback_to_a_stages_start_keeps_the_losses_of_its_first_weights(read, between, kept):
+    """They are the same weights and nobody measures them again; after a start in between it is another training."""
+    lines = [*A_STAGE, *B_STAGE[:4], event("skip_batch", "b", 2), *between, event("transition", "b", 0)]
+    found = read([*lines, *steps("b", 1, 1)])
+
+    assert taken(found)[4:] == [("b", 1)]
+    assert (("b", 0) in losses(found)) is kept
+
+
 @pytest.mark.parametrize("stages", [("a", "b"), ()], ids=["with a plan", "without one"])
 def test_a_stage_trained_again_takes_the_later_stages_with_it(read, stages):
     """Both folders were removed and a begins again: nothing of b is known until b is trained."""

@@ -200,6 +200,8 @@ def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recor
 
     assert summarise(run([stage_of("a", 4, "z")], lines))["stages"][0]["not_comparable"] == []
     assert summarise(run([stage_of("a", 4, "z")], [*lines, event]))["stages"][0]["not_comparable"] == ["x"]
+    both_old = [lines[0], validation_line("a", 4, "x", 2.5)]
+    assert summarise(run([stage_of("a", 4, "z")], [*both_old, event]))["stages"][0]["not_comparable"] == []
 
 
 def test_a_loss_that_is_not_finite_is_left_out(run):
