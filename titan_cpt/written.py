@@ -28,8 +28,10 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as fault:
         temporary.unlink(missing_ok=True)
+        if isinstance(fault, OSError) and fault.filename is None:  # of a write, such as on a full disk
+            fault.filename = str(path)
         raise
     sync_folder(path.parent)
 

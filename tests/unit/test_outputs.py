@@ -161,6 +161,57 @@ def test_an_independent_validation_pair_stays(data):
     assert documents_of(data / "german") == words(60)
 
 
+@pytest.mark.parametrize("lost", ["out.bin", "out.idx", "out-validation.bin", "out-validation.idx"])
+def test_a_part_of_an_output_that_is_gone_is_made_again(data, lost):
+    """Nothing can be lost by it, and without it the same command would be refused for ever."""
+    run([data / "a.jsonl"], data / "out", holdout=0.3)
+    before = {path.name: path.read_bytes() for path in data.glob("out*")}
+    (data / lost).unlink()
+    run([data / "a.jsonl"], data / "out", holdout=0.3)
+
+    assert {path.name: path.read_bytes() for path in data.glob("out*")} == before
+
+
+@pytest.mark.parametrize("damaged", ["out.bin", "out.idx", "out-validation.bin", "out-validation.idx"])
+def test_a_part_of_an_output_that_is_damaged_is_made_again_with_force_as_the_message_says(data, damaged):
+    """Someone may have changed it on purpose: without --force it stays."""
+    run([data / "a.jsonl"], data / "out", holdout=0.3)
+    before = {path.name: path.read_bytes() for path in data.glob("out*")}
+    (data / damaged).write_bytes(before[damaged][:-2])
+    with pytest.raises(DataError, match="--force` makes it again"):
+        run([data / "a.jsonl"], data / "out", holdout=0.3)
+    assert (data / damaged).read_bytes() == before[damaged][:-2]
+    run([data / "a.jsonl"], data / "out", holdout=0.3, force=True)
+
+    assert {path.name: path.read_bytes() for path in data.glob("out*")} == before
+
+
+def test_a_full_disk_names_where_it_is_full(data):
+    """The system's error of a write has no path in it; the same for the tokenizer's file."""
+    (data / "big.jsonl").write_text(json.dumps({"text": "x" * 20_000}) + "\n")
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); "
+    limited += "from titan_cpt.cli import main; main({})"
+    for options, named in (
+        (["--output", "out", "--tokenizer", "bytes", "--workers", "1"], "out.partial: "),
+        (["--output", "tok.json", "--train-tokenizer", "257"], "tok.json: "),
+    ):
+        command = ["prepare", "--input", "big.jsonl", *options]
+        done = subprocess.run(
+            [sys.executable, "-c", limited.format(command)], cwd=data, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, named in done.stderr) == (2, True), done.stderr
+
+
+def test_inputs_without_text_are_an_error_in_words(data):
+    """No private name of a class is printed."""
+    (data / "void.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"^the inputs hold no text: no document$") as refused:
+        run([data / "void.jsonl"], data / "out")
+
+    assert type(refused.value) is DataError
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_what_is_held_out_of_another_output_is_not_an_output(data, force):
     """PREFIX-validation belongs to PREFIX where the record of PREFIX says so, and to itself where it does not."""

@@ -229,7 +229,7 @@ def _differences(was: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[
         if was.get(key) == wanted.get(key):
             continue
         if key != "inputs":
-            yield f"{key} {was.get(key)} -> {wanted.get(key)}"
+            yield f"{key} {was.get(key, False)} -> {wanted.get(key, False)}"  # add_bos is only stored where it is true
         elif len(was["inputs"]) != len(wanted["inputs"]):
             yield f"{len(was['inputs'])} inputs -> {len(wanted['inputs'])}"
         else:

@@ -213,22 +213,25 @@ def _finished(output: Path, recipe: dict[str, Any]) -> Counts | None:
         DataError: the output is damaged, or was changed after it was made.
     """
     record = read_record(record_path(output))
-    if record is None or recipe_of(record) != recipe or not is_there(pair_paths(output)[1]):
-        return None
+    needed = [*pair_paths(output), *(pair_paths(held_out_prefix(output)) if recipe["holdout"] else ())]
+    if record is None or recipe_of(record) != recipe or not all(is_there(path) for path in needed):
+        return None  # what is missing is made again, with the rest
     known = {field.name for field in fields(Counts)}  # a record of an earlier version may lack some
     counts = Counts(**{key: value for key, value in record["counts"].items() if key in known})
-    _check_length(output, counts.tokens)
-    if recipe["holdout"]:
-        _check_length(held_out_prefix(output), counts.held_out_tokens)
+    try:
+        _check_length(output, counts.tokens)
+        if recipe["holdout"]:
+            _check_length(held_out_prefix(output), counts.held_out_tokens)
+    except DataError as fault:
+        if isinstance(fault.__cause__, OSError):  # not damage
+            raise
+        raise DataError(f"{fault}. `titan-cpt prepare ... --force` makes it again from the same inputs") from fault
     return counts
 
 
 def _check_length(prefix: Path, tokens: int) -> None:
     if (found := count_tokens(prefix)) != tokens:
-        raise DataError(
-            f"{prefix}.bin: {found} tokens; {tokens} were written: it was changed since. Rename or "
-            "remove it, then prepare again"
-        )
+        raise DataError(f"{prefix}.bin: {found} tokens; {tokens} were written: it was changed since")
 
 
 @contextmanager
@@ -260,6 +263,10 @@ def _resumable(output: Path) -> Iterator[None]:
             raise KeyboardInterrupt(f"{output}: not prepared; {told}") from None
         if isinstance(fault, DataError) and kept:
             raise DataError(f"{fault} ({told[0].upper()}{told[1:]})") from fault.__cause__
+        if isinstance(fault, _NothingToPrepare):
+            raise DataError(str(fault)) from None
+        if isinstance(fault, OSError) and fault.filename is None:  # of a write, such as on a full disk
+            fault.filename = str(folder)
         raise
 
 
@@ -335,7 +342,8 @@ def _pool(workers: int) -> Iterator[Executor | None]:
 def _check_sides(counts: Counts, holdout: float) -> None:
     """Raise DataError if a side would be left without a document."""
     if not counts.documents + counts.held_out_documents:
-        raise _NothingToPrepare(f"the inputs hold no text: {counts.empty_documents} documents, all of them empty")
+        found = f"{counts.empty_documents:,} documents, all of them empty" if counts.empty_documents else "no document"
+        raise _NothingToPrepare(f"the inputs hold no text: {found}")
     if not counts.documents or (holdout and not counts.held_out_documents):
         raise _NothingToPrepare(
             f"--holdout {holdout} puts {counts.held_out_documents} of "

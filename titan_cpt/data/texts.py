@@ -350,7 +350,10 @@ def _parsed(content: bytes, place: str) -> Any:
     except UnicodeDecodeError as fault:
         raise DataError(f"{place}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"{place}: is no JSON ({fault}); begins with {_short(content[:60])}") from None
+        raise DataError(
+            f"{place}: is no JSON ({fault}); begins with {_short(content[:60])}; allowed is one object a line, or in a "
+            ".json file one array of objects"
+        ) from None
 
 
 def _field(record: Any, text_field: str, place: str) -> Any:
