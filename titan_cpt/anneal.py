@@ -33,8 +33,8 @@ _ENDS_OF_CONSTANT = ("constant_until", "decay_from")
 
 def branch_off(
     checkpoint: Path, *, tokens: int, min_lr: float | None, overrides: Sequence[tuple[str, str]], rank: int
-) -> Config:
-    """The config of the branch; rank 0 makes its run folder ready, unless there is a checkpoint in it already.
+) -> tuple[Config, bool]:
+    """The config of the branch, and whether it is new: rank 0 makes its folder, unless a checkpoint is in it already.
 
     Args:
         checkpoint: a folder `<run>/<stage>/step-<8 digits>`.
@@ -56,7 +56,8 @@ def branch_off(
     folder = Path(config.job.output_dir) / config.job.name
     if os.path.realpath(folder) == str(run):
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
-    if rank == 0 and not matching(folder, "*", "step-*", manifest.NAME):
+    is_new = not matching(folder, "*", "step-*", manifest.NAME)
+    if rank == 0 and is_new:
         require_own_run(folder, config)
         with locked(folder, rank=0):
             write_run_config(folder / "config.toml", config)
@@ -65,7 +66,7 @@ def branch_off(
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
             planted = folder / record["stage"] / checkpoint.resolve().name
             manifest.plant(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
-    return config
+    return config, is_new
 
 
 def _checked_plan(checkpoint: Path, record: dict[str, Any], plan: Plan) -> Plan:

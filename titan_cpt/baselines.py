@@ -52,15 +52,17 @@ def write_baselines(config: Config, plan: Plan, folder: Path | None, say: Callab
             f"{config.job.name}: one stage from random weights has no baselines; there must be a stage that goes on"
         )
     folder = folder or _runs_folder(config) / "configs"
-    texts: dict[Path, str] = {}
+    texts, whats = dict[Path, str](), dict[Path, str]()
     for baseline in [Baseline("configured", "the run that the others are compared with", config), *found]:
         about = f"# {config.job.name}, {baseline.what}; derived from its config by `titan-cpt baselines`.\n"
-        texts[folder / f"{baseline.name}.toml"] = _sealed(about, dump_config(baseline.config))
-        say(f"{folder / f'{baseline.name}.toml'}: {baseline.what}")
+        path = folder / f"{baseline.name}.toml"
+        whats[path] = baseline.what
+        texts[path] = _sealed(about, dump_config(baseline.config))
     _require_own(texts, config.job.name)
     make_folder(folder)
     for path, text in texts.items():
         write_text_atomically(path, text)
+        say(f"{path}: {whats[path]}")
     return list(texts)
 
 

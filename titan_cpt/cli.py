@@ -23,6 +23,7 @@ from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, how_
 from titan_cpt.exits import leave, leave_interrupted, tell
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
+_CHECKPOINTS = "a checkpoint's folder, or a run: the last checkpoint of each stage"
 _OVERRIDES = "Any key is overridden by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
 
 
@@ -119,9 +120,9 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
     export.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     export.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     export.add_argument(
-        "--max-positions", type=positive, metavar="TOKENS", help="default: what it was trained or released for"
+        "--max-positions", type=positive, metavar="TOKENS", help="sequence length (default: as trained or released)"
     )
 
     anneal = _command(commands, "anneal", _anneal, "branch off a constant phase: a run that anneals")
@@ -136,10 +137,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluating = _command(
         commands, "eval", _eval, "benchmarks on checkpoints, before and after (lm-evaluation-harness)"
     )
-    evaluating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="or RUN: its stages' ends")
+    evaluating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=_CHECKPOINTS)
     evaluating.add_argument("--suite", metavar="NAME", help="paper_english, paper_german, minimal_pairs or offline")
     evaluating.add_argument(
-        "--tasks", nargs="+", default=(), metavar="TASK[:SHOTS[:METRIC]]", help="or some of --suite"
+        "--tasks", nargs="+", default=(), metavar="TASK[:SHOTS[:METRIC]]", help="tasks, instead of --suite or out of it"
     )
     evaluating.add_argument("--limit", type=positive, metavar="N", help="only N samples of each task, evenly spread")
     evaluating.add_argument("--tasks-dir", type=Path, metavar="DIR", help="more tasks, as YAML files of the harness")
@@ -148,13 +149,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_opening(evaluating)
 
     generating = _command(commands, "generate", _generate, "continue prompts with a checkpoint")
-    generating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="or RUN: its stages' ends")
+    generating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=_CHECKPOINTS)
     generating.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    generating.add_argument("--examples", action="store_true", help="prompts of our own; kept for the run's report")
-    generating.add_argument("--tokens", type=positive, default=64, metavar="N", help="at most (default 64)")
-    generating.add_argument("--temperature", type=temperature, default=0.8, metavar="T", help="0: the likeliest token")
-    generating.add_argument("--top-p", type=share, default=0.95, metavar="P", help="draw among the likeliest P (0.95)")
-    generating.add_argument("--seed", type=int, default=0, metavar="N", help="another one draws other texts")
+    generating.add_argument("--examples", action="store_true", help="nine built-in prompts; kept for the run's report")
+    generating.add_argument("--tokens", type=positive, default=64, metavar="N", help="maximum new tokens (default 64)")
+    generating.add_argument("--temperature", type=temperature, default=0.8, metavar="T", help="default 0.8; 0: greedy")
+    generating.add_argument("--top-p", type=share, default=0.95, metavar="P", help="nucleus sampling (default 0.95)")
+    generating.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
     _add_opening(generating)
 
     report = _command(commands, "report", _report, "losses before and after, forgetting and adaptation of runs")
@@ -177,7 +178,7 @@ def _command(
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", type=Path, required=True, metavar="FILE", help="the TOML")
+    command.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's TOML file")
     command.epilog = _OVERRIDES
 
 
@@ -185,9 +186,11 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     command.add_argument("--tokenizer", metavar="bytes|PATH", help="default: the run's, or the release's")
     command.add_argument(
-        "--max-length", type=positive, metavar="TOKENS", help="default: what the weights were made for"
+        "--max-length", type=positive, metavar="TOKENS", help="maximum input length (default: that of the training)"
     )
-    command.add_argument("--batch-tokens", type=positive, default=8192, metavar="N", help="of a pass (default 8192)")
+    command.add_argument(
+        "--batch-tokens", type=positive, default=8192, metavar="N", help="tokens per forward pass (default 8192)"
+    )
     command.add_argument("--shard-weights", action="store_true", help="under torchrun: spread the weights over ranks")
 
 
@@ -309,10 +312,12 @@ def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
     from titan_cpt.anneal import branch_off
 
     rank = int(os.environ.get("RANK", "0"))
-    config = branch_off(options.checkpoint, tokens=options.tokens, min_lr=options.min, overrides=overrides, rank=rank)
+    asked = {"tokens": options.tokens, "min_lr": options.min, "overrides": overrides}
+    config, is_new = branch_off(options.checkpoint, **asked, rank=rank)
     folder = Path(config.job.output_dir) / config.job.name
     if rank == 0:
-        print(f"{folder}: branched off; ./run_train.sh --config {folder / 'config.toml'} goes on with it")
+        what = "branched off" if is_new else "there already"
+        print(f"{folder}: {what}; ./run_train.sh --config {folder / 'config.toml'} trains it")
     if options.prepare_only:
         return 0
     from titan_cpt.train import run

@@ -74,7 +74,7 @@ def bos_in_words(tokenizer: Tokenizer) -> str:
             f"documents in training did not begin with {name}, which the tokenizer puts before each text: call it with "
             "add_special_tokens=False"
         )
-    return "documents in training began with their text"
+    return "documents in training had no begin-of-document token"
 
 
 def _front_matter(came_from: Origin | None) -> str:
@@ -127,6 +127,11 @@ def _losses(run: Path, line: Sequence[Leg]) -> str:
         if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
             measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
             identities.setdefault(key, {})[step] = entry.get("validation_id")
+    for entry in found.renewed:  # the same weights, measured again on what the later measurements are of
+        key = entry["stage"], entry["dataset"]
+        of, loss = identities.get(key, {}), entry["loss_nats_per_token"]
+        if of and loss is not None and entry.get("validation_id") == of[max(of)] != of.get(0):
+            measured[key][0], of[0] = loss, of[max(of)]
     for entry in found.trains:
         if entry["step"] == wanted.get(entry["stage"]) and "lr" in entry:
             rates[entry["stage"]] = entry["lr"]

@@ -46,7 +46,7 @@ def answer(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> Answer:
 
 
 def pass_over(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> None:
-    """Note the batch as one that is passed over from now on, with its sequences, and let updates through again."""
+    """Note the batch as one that is skipped from now on, with its sequences, and let updates through again."""
     step = line["step"] - 1
     draws = parts.plan.batch(stage, step)
     windows = parts.reader.windows(draws).tolist()
@@ -54,9 +54,7 @@ def pass_over(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> None:
     hashed = parts.reader.batch_hash(draws)
     parts.skips.add(stage.name, step, why=reason(line), batch_hash=hashed, sequences=sequences)
     parts.log.event("skip_batch", stage=stage.name, step=step + 1, why=reason(line), batch_hash=hashed)
-    parts.display.say(
-        f"  batch {step:,} of {stage.name} is passed over: {reason(line)}; its sequences are in skipped.json"
-    )
+    parts.display.say(f"  batch {step:,} of {stage.name} is skipped: {reason(line)}; its sequences are in skipped.json")
     parts.guard.reset()
 
 
@@ -65,7 +63,7 @@ def complaint(parts: Parts, stage: StagePlan, line: dict[str, Any], newest: str)
     step, training = line["step"] - 1, parts.config.training
     passed_over = parts.skips.count(stage.name, after=step - SPAN_STEPS, until=step)
     limit = (
-        f"{passed_over} batches of the {SPAN_STEPS} steps before it were passed over, and "
+        f"{passed_over} batches of the {SPAN_STEPS} steps before it were skipped, and "
         f"training.max_skips_per_1000_steps is {training.max_skips_per_1000_steps}. "
         if passed_over
         else ""

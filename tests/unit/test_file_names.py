@@ -295,7 +295,7 @@ def test_weights_that_are_not_there_are_noted(tmp_path, monkeypatch):
         return take_inventory(training.config_of(raw)).notes
 
     assert notes("checkpoint:nowhere") == (
-        "stages.one.init: nowhere is not there yet; training stops when this stage begins without it",
+        "stages.one.init: nowhere is not there yet; training stops before this stage if it is still missing",
     )
     assert "stages.one.init: folder has no manifest.json" in notes("checkpoint:folder")[0]
     assert notes("hf:nowhere") == (

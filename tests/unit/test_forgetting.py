@@ -8,6 +8,7 @@ import training
 from training import Fault, train
 
 from titan_cpt.anneal import branch_off
+from titan_cpt.export import export
 from titan_cpt.forgetting import changed_datasets
 from titan_cpt.report import summarise
 
@@ -90,6 +91,10 @@ def test_windows_changed_in_mid_run_give_the_forgetting_of_a_run_that_always_had
         ("german", 0, "de"),
     ]
     assert "what validation measures has changed for de, en" in output
+    export(run / "german" / "step-00000010", tmp_path / "out", dtype="float32", tell=print)
+    before, after = (measured(reference, after=0)[step, "en"][0] for step in (0, 10))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| german | en | {before:.4f} | {after:.4f} | 10 |" in card
     numbers, expected = training.numbers_of(run), training.numbers_of(unbroken)
     assert all(numbers[key] == expected[key] for key in expected if key[0] == "train"), "no weight is changed by it"
     for part in ("model", "optimizer"):
@@ -202,7 +207,7 @@ def test_a_branch_finds_its_baseline_in_the_run_that_it_left(raw, tmp_path):
     for name, overrides in (("always", FEWER), ("changed", ())):
         run = whole(infinite, tmp_path / name, *overrides)
         override = [(FEWER[0].removeprefix("--"), FEWER[1])]
-        config = branch_off(run / "german" / "step-00000010", tokens=4 * 64, min_lr=None, overrides=override, rank=0)
+        config, _ = branch_off(run / "german" / "step-00000010", tokens=4 * 64, min_lr=None, overrides=override, rank=0)
         branch = run.parent / config.job.name
         outcome = train(branch / "config.toml")
         assert outcome.status == 0, outcome.output

@@ -216,7 +216,7 @@ def test_more_skips_than_allowed_stop_the_run(raw):
     folder, outcome = run(raw, "run", BadNumbers("english", (3, 5, 7)), training=table)
 
     assert outcome.status == 1
-    assert "2 batches of the 1000 steps before it were passed over" in outcome.output
+    assert "2 batches of the 1000 steps before it were skipped" in outcome.output
     assert training.checkpoints_of(folder)[-1] == "english/step-00000007"
     assert "Traceback" not in outcome.output
 

@@ -144,7 +144,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         ("a.jsonl", jsonl(["a"]).encode("utf-16-be"), r"a\.jsonl: looks like UTF-16"),
         ("a.json", b"[]".decode().encode("utf-16"), r"a\.json: looks like UTF-16"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read as parquet"),
-        ("a.csv", b"text\n", r"a\.csv: its name tells no format .*allowed are \.txt, \.jsonl"),
+        ("a.csv", b"text\n", r"a\.csv: unsupported file type; allowed are \.txt, \.jsonl"),
         ("a.txt", b" ", "^the inputs hold no text: 1 documents, all of them empty"),
         (None, b"", r"none\.txt: no such file"),
     ],

@@ -218,7 +218,8 @@ def _absent_weights(config: Config) -> Iterator[str]:
         kind, _, where = (stage.init or "").partition(":")
         if kind == "checkpoint" and not (Path(where) / "manifest.json").exists():
             missing = "has no manifest.json, so it is not a checkpoint" if Path(where).exists() else "is not there yet"
-            yield f"stages.{stage.name}.init: {where} {missing}; training stops when this stage begins without it"
+            then = "training stops before this stage if it is still missing"
+            yield f"stages.{stage.name}.init: {where} {missing}; {then}"
         if kind == "hf" and not Path(where).is_dir():
             yield f"stages.{stage.name}.init: {where} is not a folder here; it is looked for on the Hugging Face hub"
 

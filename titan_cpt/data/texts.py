@@ -29,6 +29,8 @@ SUFFIXES = (".txt", ".jsonl", ".json")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(PACKED)}), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
 
+CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
+
 CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
 SMALLEST_CHUNK_BYTES = 2 * 2**20
 LARGEST_CHUNK_BYTES = 32 * 2**20
@@ -128,7 +130,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
             raise DataError(f"{entry}: {why}{escape_hint(entry)}")
         for name in names:
             if not name.startswith(HUB) and _kind(name) is None:
-                raise DataError(f"{name}: its name tells no format that can be read; allowed are {ALLOWED}")
+                raise DataError(f"{name}: unsupported file type; allowed are {ALLOWED}")
             if name in hubs:
                 raise DataError(f"{entry}: names {name} a second time: its text would be read twice; name it once")
             if name.startswith(HUB):
@@ -336,7 +338,9 @@ def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iter
         with pyarrow.parquet.ParquetFile(file) as table:
             if text_field not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names)
-                raise DataError(f"{where}: no column {text_field!r}; its columns are {columns}: name one of them")
+                raise DataError(
+                    f"{where}: no column {text_field!r}; its columns are {columns}: choose one with {CHOOSE_FIELD}"
+                )
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
@@ -361,9 +365,7 @@ def _field(record: Any, text_field: str, place: str) -> Any:
         raise DataError(f"{place}: is {_short(record)}; allowed is an object with the field {text_field!r}")
     if text_field not in record:
         fields = ", ".join(record) or "none"
-        raise DataError(
-            f"{place}: no field {text_field!r}; its fields are {fields}: name one of them with --text-field"
-        )
+        raise DataError(f"{place}: no field {text_field!r}; its fields are {fields}: choose one with {CHOOSE_FIELD}")
     return record[text_field]
 
 
