@@ -89,10 +89,11 @@ def not_comparable(rows: Sequence[Row]) -> list[str]:
 
 def print_runs(records: Sequence[Record], console: Console) -> None:
     """The tables of each run, and of several a line for each beside the others."""
+    records = labelled(records)
     for record in records:
         print_summary(summary_of(record), console)
     if len(records) > 1:
-        print_comparison(compare(labelled(records)), console)
+        print_comparison(compare(records), console)
 
 
 def print_comparison(rows: Sequence[Row], console: Console, messages: Mapping[str, str] | None = None) -> None:

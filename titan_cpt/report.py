@@ -113,10 +113,17 @@ def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Re
 
 
 def labelled(records: Sequence[Record]) -> list[Record]:
-    """The records under names that tell them apart: with that of the folder around them where these differ."""
-    if len({record.folder.resolve().parent for record in records}) == 1:
-        return list(records)
-    return [replace(record, name=f"{record.folder.resolve().parent.name}/{record.name}") for record in records]
+    """The records under names that tell them apart: with that of the folder around them where these differ.
+
+    Copies of a run's folder share the run's name; they go by their folders' names.
+    """
+    folders = [record.folder.resolve() for record in records]
+    names = [record.name for record in records]
+    if len(set(zip(names, (folder.parent for folder in folders), strict=True))) < len(set(folders)):
+        names = [folder.name for folder in folders]
+    if len({folder.parent for folder in folders}) > 1:
+        names = [f"{folder.parent.name}/{name}" for folder, name in zip(folders, names, strict=True)]
+    return [replace(record, name=name) for record, name in zip(records, names, strict=True)]
 
 
 def _what_is_there(path: Path) -> str:

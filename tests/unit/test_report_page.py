@@ -202,10 +202,19 @@ def test_a_run_without_a_single_measurement_makes_a_page(write_run, tmp_path):
 
 
 def test_runs_of_several_folders_are_told_apart(write_run):
-    """By the folder around them; runs of one folder keep their names."""
+    """By the folder around them; runs of one folder keep their names, copies of a run get their folders'."""
     apart = labelled([read_run(write_run("x/seed-0", EN_DE)), read_run(write_run("y/seed-0", EN_DE))])
     together = labelled([read_run(write_run("z/one", EN_DE)), read_run(write_run("z/two", EN_DE))])
 
+    copy = shutil.copytree(together[0].folder, together[0].folder.parent / "one-backup")
+    copies = labelled([together[0], read_run(copy)])
+
+    assert [record.name for record in copies] == ["one", "one-backup"]
+    assert [record.name for record in labelled([*copies, read_run(apart[0].folder)])] == [
+        "z/one",
+        "z/one-backup",
+        "x/seed-0",
+    ]
     assert [record.name for record in apart] == ["x/seed-0", "y/seed-0"]
     assert [record.name for record in together] == ["one", "two"]
     assert default_folder([apart[0].folder, apart[1].folder]).parent == apart[0].folder.resolve().parents[1]
