@@ -59,5 +59,5 @@ def _padding(config: Config, inventory: Inventory, shape: ModelShape) -> Iterato
     if shape.vocab_size != unsplit:
         yield (
             f"model.vocab_size: {shape.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} (one rank "
-            f"would have {unsplit:,}): to go on under another degree one day, write it into the config now"
+            f"would have {unsplit:,}): to resume under another degree later, write it into the config now"
         )

@@ -336,7 +336,7 @@ def test_finished_parts_stay_and_what_is_of_no_use_goes(data, small_chunks):
     (data / "early.jsonl").write_text("{\n")
     (data / "empty.jsonl").write_text(jsonl([" "]))
     with pytest.raises(
-        DataError, match=r"late\.jsonl:61: is no JSON.*kept in .*late\.partial: the same command resumes"
+        DataError, match=r"late\.jsonl:61: is not JSON.*kept in .*late\.partial: the same command resumes"
     ):
         run([data / "late.jsonl"], data / "late")
     for name, options in [("early", {}), ("empty", {}), ("a", {"holdout": 1e-9})]:

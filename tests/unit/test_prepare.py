@@ -114,7 +114,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl:3: is no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl:3: is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: no field 'text'; its fields are txt: .*--text-f"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"a\.jsonl:2: 'text' is None; allowed is a string"),
         ("a.jsonl", b'["a"]\n', r"a\.jsonl:1: is \['a'\]; allowed is an object"),
@@ -123,7 +123,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         ("a.txt", b"one\ntwo \xe4\n", r"a\.txt:2: byte 0xe4 is no UTF-8"),
         ("a.json", b'[{"text": "a"}, {"text": 5}]', r"a\.json: row 2: 'text' is 5"),
         ("a.json", b'[{"text": "a"}, 7]', r"a\.json: row 2: is 7; allowed is an object"),
-        ("a.json", b'[{"text": "a"}', r"a\.json: is no JSON"),
+        ("a.json", b'[{"text": "a"}', r"a\.json: is not JSON"),
         ("a.jsonl.gz", gzip.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.gz: damaged or cut short"),
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: damaged or cut short"),
         ("a.jsonl.zst", zstandard.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.zst: ends within"),
@@ -166,7 +166,7 @@ def test_a_fault_far_into_a_file_names_its_line_from_a_worker_too(tmp_path, smal
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
 
     for workers in (1, 2):
-        with pytest.raises(DataError, match=r"a\.jsonl:251: is no JSON"):
+        with pytest.raises(DataError, match=r"a\.jsonl:251: is not JSON"):
             run([tmp_path / "a.jsonl"], tmp_path / "out", workers=workers)
 
 

@@ -370,7 +370,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     ("content", "message"),
     [
         (None, "No such file.*'bytes', a tokenizer.json, or a folder"),
-        ("\x00", "is no JSON"),
+        ("\x00", "is not JSON"),
         ("[]", "has no model.vocab"),
         ('{"model": {"vocab": {}}}', "has no model.vocab"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "<x>", "special": true}]}', "'<x>'"),

@@ -355,8 +355,8 @@ def _parsed(content: bytes, place: str) -> Any:
         raise DataError(f"{place}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
     except (ValueError, RecursionError) as fault:
         raise DataError(
-            f"{place}: is no JSON ({fault}); begins with {_short(content[:60])}; allowed is one object a line, or in a "
-            ".json file one array of objects"
+            f"{place}: is not JSON ({fault}); begins with {_short(content[:60])}; allowed is one object a line, or in "
+            "a .json file one array of objects"
         ) from None
 
 

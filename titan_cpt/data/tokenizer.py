@@ -323,7 +323,7 @@ def _read(path: str) -> tuple[bytes, dict[str, Any]]:
     try:
         spec = json.loads(content)
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"{file}: is no JSON ({fault}); a tokenizer.json is wanted, not a tokenizer.model") from fault
+        raise DataError(f"{file}: is not JSON ({fault}); a tokenizer.json is wanted, not a tokenizer.model") from fault
     model = spec.get("model") if isinstance(spec, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not vocab or not isinstance(vocab, dict | list):
