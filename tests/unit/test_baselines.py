@@ -161,3 +161,25 @@ def test_the_command_replaces_only_what_it_wrote_for_this_job(raw, tmp_path, cap
         assert "seed = 5" in (out / "configured.toml").read_text(), "nothing else was changed"
         (out / name).write_text(before)
     assert status_of(*words) == 0
+
+
+def test_files_of_a_version_without_checksums_and_with_fewer_keys_are_its_own(raw, tmp_path, capsys):
+    """As commit 987a5cd wrote them: keys that are missing have their defaults. A comment in one is someone's own."""
+    path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
+    words = ("baselines", "--config", path, "--output", out)
+    assert status_of(*words) == 0
+    now = {file.name: file.read_text() for file in out.iterdir()}
+    for name, text in now.items():
+        about, _, rest = text.partition("\n")
+        tables = rest.partition("\n\n")[2].replace("allow_mismatch = false\n", "")
+        assert tables != rest.partition("\n\n")[2]
+        (out / name).write_text(f"{about}\n\n{tables}")
+    assert status_of(*words) == 0
+    assert {file.name: file.read_text() for file in out.iterdir()} == now
+
+    old = (out / "union.toml").read_text().replace("allow_mismatch = false\n", "# mine\n")
+    lines = old.splitlines(keepends=True)
+    (out / "union.toml").write_text("".join([lines[0], *lines[2:]]))
+    capsys.readouterr()
+    assert status_of(*words) == 2
+    assert capsys.readouterr().out == "", "nothing is listed that was not written"
