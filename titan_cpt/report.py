@@ -288,8 +288,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
             table.add_row(dataset, *_row(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
         console.print(table)
     console.print(
-        "losses in nats per token; left at: the loss at the last moment before training on that dataset ended; "
-        "forgetting = after - left at; bold: what the stage trains on, its loss `after` is the adaptation"
+        "losses in nats per token; left at: the loss at which the weights left the stage that trained on that dataset; "
+        "forgetting = after - left at; bold: the stage's own data, whose loss after it is the adaptation"
     )
     if any(stage["not_comparable"] for stage in summary["stages"]):
         console.print("* measured on other validation data or windows than the loss after it: not comparable")
