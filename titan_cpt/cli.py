@@ -337,7 +337,8 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         from titan_cpt.config_file import load_config
         from titan_cpt.data.materialise import materialise
 
-        materialise(load_config(options.config, overrides), workers=options.workers, force=options.force)
+        if not materialise(load_config(options.config, overrides), workers=options.workers, force=options.force):
+            print(f"{options.config}: every dataset with a source is prepared already, nothing was changed")
         return 0
     none_left([f"--{key}" for key, _ in overrides])
     if options.output is None:

@@ -313,7 +313,7 @@ def test_a_tokenizer_is_replaced_with_force_only(data):
 def test_a_source_prepares_the_pair_that_training_reads(data, train):
     """data/x.bin means the pair data/x for the reader, so it does for what is written; with a hold-out too."""
     lines: list[str] = []
-    for _ in range(2):
+    for is_first in (True, False):
         config = config_of(
             data,
             str(data / train),
@@ -321,7 +321,7 @@ def test_a_source_prepares_the_pair_that_training_reads(data, train):
             validation=str(data / "x-validation.bin"),
             source="holdout = 0.2",
         )
-        materialise(config, workers=1, say=lines.append)
+        assert materialise(config, workers=1, say=lines.append) == is_first
 
     assert len(lines) == 2, "the second time there was nothing to prepare"
     assert {path.name for path in data.iterdir()} - {"a.jsonl", "config.toml"} == {

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 def materialise(
     config: Config, *, workers: int = os.cpu_count() or 1, force: bool = False, say: Callable[[str], None] = print
-) -> None:
-    """Make the tokens of every dataset that has a `source` and whose tokens are not there; others are left alone.
+) -> bool:
+    """Make the tokens of every dataset that has a `source` and whose tokens are missing; returns whether any were.
 
     Args:
         workers: processes that tokenise.
@@ -58,6 +58,7 @@ def materialise(
             add_bos=config.tokenizer.add_bos,
         )
         say(f"dataset {name}: {result.in_words}")
+    return bool(lacking)
 
 
 def materialise_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:
