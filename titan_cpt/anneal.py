@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def branch_off(
         overrides: of the branch's config, by dotted key.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the run's config is not what it was trained under.
+        CheckpointError: the checkpoint is damaged, the run's config is not what it was trained under, or the branch
+            exists with other options.
         PlanError: the stage has no constant phase, or the checkpoint does not lie in it.
     """
     record = manifest.verify(checkpoint)
@@ -56,8 +57,10 @@ def branch_off(
     folder = Path(config.job.output_dir) / config.job.name
     if os.path.realpath(folder) == str(run):
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
-    is_new = not matching(folder, "*", "step-*", manifest.NAME)
-    if rank == 0 and is_new:
+    trained = matching(folder, "*", "step-*", manifest.NAME)
+    for path in matching(folder, record["stage"], "step-*", manifest.NAME)[:1]:
+        _require_same_branch(path.parent, plan.recipe_until(record["stage_index"]))
+    if rank == 0 and not trained:
         require_own_run(folder, config)
         with locked(folder, rank=0):
             write_run_config(folder / "config.toml", config)
@@ -66,7 +69,14 @@ def branch_off(
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
             planted = folder / record["stage"] / checkpoint.resolve().name
             manifest.plant(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
-    return config, is_new
+    return config, not trained
+
+
+def _require_same_branch(checkpoint: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse to take a branch that exists for one of another length or learning rate."""
+    if changed := manifest.differences(manifest.read(checkpoint)["recipe"], recipe):
+        remedy = "Give the options of that branch, or another name to the new one (--job.name NAME)."
+        raise CheckpointError("\n  ".join([f"{checkpoint}: this branch exists, and differs:", *changed, remedy]))
 
 
 def _checked_plan(checkpoint: Path, record: dict[str, Any], plan: Plan) -> Plan:

@@ -140,16 +140,18 @@ def test_a_stage_ended_early_is_gone_on_from(trunk):
 
 
 def test_the_same_command_again_goes_on_and_another_budget_is_refused(trunk, capsys):
-    """Prepared alone first; then trained; then skipped; then refused with the difference."""
+    """Prepared only; with another budget refused with the difference, prepared or trained; trained; then skipped."""
     words = ("anneal", trunk / "english" / "step-00000004", "--tokens", 3 * STEP_TOKENS)
-    statuses = [command(*words, "--prepare-only")]
+    statuses = [command(*words, "--prepare-only"), command(*words, "--prepare-only")]
+    unprepared = command(*words[:-1], 5 * STEP_TOKENS, "--prepare-only")
+    assert (unprepared, "stages.english.steps: 7 -> 9" in capsys.readouterr().err) == (2, True)
     branch = trunk.parent / "run-anneal-english-4"
     prepared = training.checkpoints_of(branch)
     statuses += [command(*words), command(*words)]
     capsys.readouterr()
     refused = command(*words[:-1], 4 * STEP_TOKENS)
 
-    assert statuses == [0, 0, 0]
+    assert statuses == [0, 0, 0, 0]
     assert prepared == ["english/step-00000004"]
     assert [line["step"] for line in training.lines_of(branch, "train")] == list(range(1, 8))
     assert refused == 2
