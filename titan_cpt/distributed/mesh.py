@@ -24,7 +24,7 @@ from titan_cpt import errors
 from titan_cpt.errors import PlanError, TitanError
 from titan_cpt.layout import Layout, Place
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LOOKS = (0.1, 2.0)  # grows, so that thousands of ranks leave the store in peace while data is prepared
 _LONGEST_WAIT_FOR_READERS_S = 10.0
 _waits = itertools.count()  # the same on every rank, as all of them wait in the same places
 
@@ -180,8 +180,10 @@ def wait_for_rank_0(failure: TitanError | None = None) -> None:
     key = f"titan_cpt/rank-0/{next(_waits)}"
     if dist.get_rank() == 0:
         store.set(key, "" if failure is None else json.dumps([type(failure).__name__, str(failure)]))
+    pause, longest_pause = _SECONDS_BETWEEN_LOOKS
     while not store.check([key]):
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(pause)
+        pause = min(1.2 * pause, longest_pause)
     told = store.get(key).decode()
     if told:
         _wait_until_read(store, key)
