@@ -1,7 +1,8 @@
 """The runs of a comparison: the arms of sweep files, and what several of them have in common and train once.
 
-Stages that two arms begin with alike (the same recipe up to there) are trained by the first of them. The others get
-its checkpoints, by links, under the manifests that they have: an arm's result is that of the arm trained alone.
+Stages that two arms begin with alike (the same recipe up to there, the same training data, the same settings that
+round sums or pass over batches) are trained by the first of them. The others get its checkpoints, by links, under the
+manifests that they have: an arm's result is that of the arm trained alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.fault_location import Source
 from titan_cpt.layout import fewest_ranks
 from titan_cpt.metrics_file import FILE_NAME, read_metrics
+from titan_cpt.mixture import leaves
 from titan_cpt.plan import Plan, fingerprint
 from titan_cpt.plan_view import plan_as_json
 from titan_cpt.planning import make_plan
@@ -29,6 +31,9 @@ from titan_cpt.reading import matching
 from titan_cpt.run_folder import locked
 
 _KEPT = ("stage_end", "pre_anneal")
+_COMPUTED_UNDER = ("training", "parallelism", "activation_checkpoint", "compile", "float8")
+_WITHOUT_EFFECT = {"num_workers", "gc_freq"}  # of [training], on any number
+_OF_VALIDATION = {"validation", "validation_format"}
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,13 @@ def shared_stages(arm: Arm, others: Sequence[Arm]) -> int:
 
 
 def _alike(arm: Arm, other: Arm) -> int:
-    if not _measured_alike(arm, other):
+    if not _measured_alike(arm, other) or not _computed_alike(arm, other):
         return 0
     count = 0
     for index in range(min(len(arm.plan.stages), len(other.plan.stages))):
         if manifest.differences(arm.plan.recipe_until(index), other.plan.recipe_until(index)):
+            break
+        if _trained_on(arm, index) != _trained_on(other, index):
             break
         count = index + 1
     return count
@@ -136,6 +143,24 @@ def _measured_alike(arm: Arm, other: Arm) -> bool:
     held_out = {name: table.validation for name, table in theirs.datasets.items() if table.validation}
     same = all(name in ours.datasets and ours.datasets[name].validation == files for name, files in held_out.items())
     return same and ours.validation == theirs.validation and ours.tokenizer.path == theirs.tokenizer.path
+
+
+def _computed_alike(arm: Arm, other: Arm) -> bool:
+    """Whether the same recipe gives both the same bits: rounding and skipped batches depend on more than the recipe."""
+    ours, theirs = arm.config, other.config
+    same = all(
+        getattr(ours, table).model_dump(exclude=_WITHOUT_EFFECT)
+        == getattr(theirs, table).model_dump(exclude=_WITHOUT_EFFECT)
+        for table in _COMPUTED_UNDER
+    )
+    return same and ours.job.deterministic == theirs.job.deterministic
+
+
+def _trained_on(arm: Arm, index: int) -> dict[str, Any]:
+    """The tables of the datasets that a stage trains on, replay included, without what only validation reads."""
+    names = {leaf.source.partition(".")[0] for leaf in leaves(arm.plan.stages[index].tree)}
+    exclude: dict[str, Any] = dict.fromkeys(_OF_VALIDATION, True) | {"domains": {"__all__": _OF_VALIDATION}}
+    return {name: arm.config.datasets[name].model_dump(exclude=exclude) for name in sorted(names)}
 
 
 def adopt(arm: Arm, others: Sequence[Arm]) -> str:

@@ -140,6 +140,34 @@ def test_arms_measured_on_other_windows_share_nothing(swept):
     assert [shared_stages(arm, arms) for arm in arms] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    "key", ["training.local_batch_size", "training.on_loss_spike", "compile.enable", "activation_checkpoint.mode"]
+)
+def test_arms_that_compute_otherwise_share_nothing(swept, key):
+    """A sweep over a key that no recipe holds trains each arm: none is given the other's result as its own."""
+    values = {
+        "training.local_batch_size": [2, 4],
+        "training.on_loss_spike": ["log", "skip"],
+        "compile.enable": [False, True],
+        "activation_checkpoint.mode": ["none", "full"],
+    }
+    arms = read_arms([swept({key: values[key]})])
+    readers = read_arms([swept({"training.num_workers": [0, 1]})])
+
+    assert [shared_stages(arm, arms) for arm in arms] == [0, 0]
+    assert [shared_stages(arm, readers) for arm in readers] == [2, 2]  # changes no number
+
+
+def test_arms_share_the_stages_before_the_first_on_other_data(swept, tmp_path):
+    """No recipe holds files: English is shared where German's are swept, nothing where its own are."""
+    other = str(training.write_tokens(tmp_path / "other", language=2, tokens=4000, seed=5))
+    german = read_arms([swept({"datasets.de.train": [str(tmp_path / "de"), other]})])
+    english = read_arms([swept({"datasets.en.train": [str(tmp_path / "en"), other]})])
+
+    assert [shared_stages(arm, german) for arm in german] == [1, 1]
+    assert [shared_stages(arm, english) for arm in english] == [0, 0]
+
+
 def test_the_arms_are_listed_with_what_they_come_to(swept, capsys):
     """22 steps of 64 tokens, and the stage that is shared; an arm that cannot be is told with its fault."""
     assert status_of("sweep", swept({FRACTION: [0.0, 0.25, 1.25]}), "--plan") == 0
