@@ -19,7 +19,7 @@ LAYERS = (  # lowest first, DESIGN.md section 4; a file imports only from lines 
     "data.library_engine",
     "data.engines",
     "data.tokenizer",
-    "data.tokenizer_ids",
+    "data.tokenizer_ids data.tokenizer_notes",
     "config_types permutation schedules models.shapes models.operations models.huggingface_keys weight_files "
     "data.indexed_format data.file_names profiling data.source data.record checkpoint_files suites "
     "scores metrics_file fault_location",

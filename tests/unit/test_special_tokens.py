@@ -266,3 +266,24 @@ def test_a_table_that_the_library_has_otherwise_is_refused(tmp_path, monkeypatch
 
     with pytest.raises(DataError, match="'<x>' has id 5 in the file, and 3 in the `tokenizers` library"):
         load_tokenizer(path).encode("a")
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_tags_of_html_in_a_vocabulary_like_gemmas_neither_end_nor_begin_documents(tmp_path, declared):
+    """Gemma 3 has <eos> 1 and <bos> 2, and <s> and </s> among its tags, which a text may hold."""
+    vocab = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>", "a"])}
+    tokens = [(token, number, declared or number < 4) for token, number in vocab.items() if token != "a"]
+    ours = load_tokenizer(saved(tmp_path, models.BPE(vocab, [], unk_token="<unk>", fuse_unk=False), tokens))
+
+    assert ours.encode_documents(["a"]).ids.tolist() == [6, 1]
+    assert ours.with_bos(True).encode_documents(["a"]).ids.tolist() == [2, 6, 1]
+    if not declared:
+        assert ours.encode("a</s>a") == [6, 5, 6]  # the token of the tag, as in the library
+
+
+def test_a_name_that_is_declared_special_ends_documents_before_one_that_is_a_word(tmp_path):
+    """<|endoftext|> is an ordinary entry here, and </s> the special token."""
+    tokens = [("<|endoftext|>", 1, False), ("</s>", 2, True)]
+    path = saved(tmp_path, models.WordLevel({"a": 0, "<|endoftext|>": 1, "</s>": 2}, unk_token="a"), tokens)
+
+    assert load_tokenizer(path).eod_id == 2

@@ -37,6 +37,7 @@ from titan_cpt.data.record import read_record, record_path
 from titan_cpt.data.shards import Counts, Job, encode_chunk, finished_counts, start_worker
 from titan_cpt.data.texts import Chunk, Source, find_inputs, iterate_texts, missing_inputs, read_chunks
 from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from titan_cpt.data.tokenizer_notes import tokenizer_notes
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.locks import exclusive
 from titan_cpt.reading import is_there
@@ -135,7 +136,7 @@ def prepare(
                     remove_partial(output)
         return PrepareResult(output, words, done, already_done=True, reused_chunks=0, chunks=0, note=None)
     replaceable(output, recipe, force=force)
-    note = "\nnote: ".join(note for note in (vocabulary.note, _bos_note(vocabulary)) if note) or None
+    note = "\nnote: ".join(tokenizer_notes(vocabulary)) or None
     with _only_writer(output), _resumable(output):
         job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output), add_bos)
         shards, reused = _encode_all(sources, job, output, workers, show_progress=show_progress)
@@ -161,16 +162,6 @@ def _file_of(tokenizer: Tokenizer) -> list[Path]:
     """The file that a tokenizer is read from, which is an input too."""
     path = Path(tokenizer.name)
     return [] if tokenizer.name == BYTES else [path / "tokenizer.json" if path.is_dir() else path]
-
-
-def _bos_note(tokenizer: Tokenizer) -> str | None:
-    """Where transformers would begin each document with a token and these documents begin without."""
-    if tokenizer.add_bos or tokenizer.begin is None or not tokenizer.begin.added:
-        return None
-    return (
-        f"{tokenizer.name}: its post-processor puts {tokenizer.begin.name} before every text, which these documents do "
-        "not have; --add-bos (in a config, tokenizer.add_bos = true) adds it"
-    )
 
 
 def _loss_in_words(counts: Counts) -> str | None:

@@ -9,17 +9,18 @@ names are taken out of the reach of text before a model is built: `keep_text_as_
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from titan_cpt.errors import DataError
 
 END_NAMES = (
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>"),
+    *("<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "</s>"),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
+"""The usual names. </s> and <s> come late: in Gemma's vocabulary, beside <eos> and <bos>, they are tags of HTML."""
 BEGIN_NAMES = (
-    *("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>"),
+    *("<|begin_of_text|>", "<bos>", "<|bos|>", "<s>"),
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
 )
 OTHER_NAMES = ("<unk>", "<pad>", "<mask>", "[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
@@ -100,8 +101,15 @@ def begin_of_document(spec: dict[str, Any], numbers: dict[str, int]) -> Begin | 
         ids, names = _before_text(part)
         if ids:
             return Begin(ids, " ".join(names), added=True)
-    name = next((name for name in BEGIN_NAMES if name in numbers), None)
+    name = usual_name(BEGIN_NAMES, spec, numbers)
     return None if name is None else Begin((numbers[name],), name, added=False)
+
+
+def usual_name(names: Iterable[str], spec: dict[str, Any], numbers: Mapping[str, int]) -> str | None:
+    """The first of these names that the file declares as special, otherwise the first that the vocabulary has."""
+    declared = {token["content"] for token in spec.get("added_tokens") or [] if token.get("special")}
+    there = [name for name in names if name in numbers]
+    return next((name for name in there if name in declared), there[0] if there else None)
 
 
 def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:

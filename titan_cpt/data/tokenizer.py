@@ -32,6 +32,7 @@ from titan_cpt.data.special_tokens import (
     is_byte_level,
     keep_text_as_text,
     model_vocab,
+    usual_name,
 )
 from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.written import require_writable, write_whole
@@ -185,12 +186,14 @@ def load_tokenizer(path: str) -> Tokenizer:
     with _understood(path):
         added = spec.get("added_tokens") or []
         numbers = _numbers(path, spec)
-        eod = _end_of_document(path, numbers, added)
+        eod = _end_of_document(path, spec, numbers)
         begin = begin_of_document(spec, numbers)
         # A token that ends or begins documents is not made from its name in a text, whatever the file calls it.
         marks = {eod, begin.name if begin else eod}
         safe = [{**token, "special": True} if token["content"] in marks else token for token in added]
         spec = {**spec, "added_tokens": safe}
+        if spec["model"].get("dropout"):  # meant for the training of other models: a text has other ids at each try
+            spec = {**spec, "model": {**spec["model"], "dropout": None}}
         guarded = keep_text_as_text(spec, eod)
         return Tokenizer(
             name=path,
@@ -342,11 +345,12 @@ def _numbers(path: str, spec: dict[str, Any]) -> dict[str, int]:
     return numbers
 
 
-def _end_of_document(path: str, numbers: dict[str, int], added: list[dict[str, Any]]) -> str:
-    """The first of the usual names that the vocabulary has."""
-    for name in END_NAMES:
-        if name in numbers:
-            return name
+def _end_of_document(path: str, spec: dict[str, Any], numbers: dict[str, int]) -> str:
+    """The usual name that the vocabulary has, those before others that the file declares as special."""
+    name = usual_name(END_NAMES, spec, numbers)
+    if name is not None:
+        return name
+    added = spec.get("added_tokens") or []
     special = ", ".join(repr(token["content"]) for token in added if token.get("special")) or "none"
     raise DataError(
         f"{path}: no token for the end of a document; wanted is one of {', '.join(END_NAMES)}, its special tokens are: "
