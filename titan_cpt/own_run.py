@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from titan_cpt.config import Config
-from titan_cpt.config_file import dump_config
-from titan_cpt.errors import CheckpointError
-from titan_cpt.manifest import write_text_atomically
+from titan_cpt.config_file import check_config, dump_config
+from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.manifest import differences, write_text_atomically
 from titan_cpt.reading import read_text
 
 if sys.version_info >= (3, 11):
@@ -65,13 +65,46 @@ def write_run_config(path: Path, config: Config) -> None:
     write_text_atomically(path, text)
 
 
-def sequences_measured(path: Path) -> int | None:
-    """`validation.sequences` of the config that a run was last started with; None where it does not say."""
+def last_setting(path: Path, table: str, key: str) -> Any:
+    """What the config that a run was last started with has under `table.key`; None where it does not say."""
     try:
-        found = tomllib.loads(read_text(path)).get("validation", {}).get("sequences")
-    except (FileNotFoundError, ValueError):
+        return tomllib.loads(read_text(path)).get(table, {}).get(key)
+    except (FileNotFoundError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, int) else None
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """`key: old -> new` for what a run's config.toml says otherwise than the config that it is resumed under.
+
+    Where the run lies and what a person reads of it is left out; a stage that only one of the two has is a line of
+    `stages`. Nothing, where the file is missing or is not a config that this version reads.
+    """
+    try:
+        old = check_config(tomllib.loads(read_text(path)), path)
+    except (FileNotFoundError, ValueError, RecursionError, ConfigError):
+        return []
+    before, now = _settings(old), _settings(config)
+    both = {stage.name for stage in old.stages} & {stage.name for stage in config.stages}
+    return [
+        line for line in differences(before, now) if not line.startswith("stages.") or line.split(".", 2)[1] in both
+    ]
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Every number of a config by its dotted key, stages by their names."""
+    raw: dict[str, Any] = config.model_dump(
+        mode="json", by_alias=True, exclude={"job": {"name", "output_dir", "description"}}
+    )
+    raw["stages"] = {stage["name"]: stage for stage in raw["stages"]}
+    return {**dict(_flat(raw)), "stages": list(raw["stages"])}
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        elif value is not None:
+            yield before + key, value
 
 
 def _foreign(paths: Sequence[Path]) -> CheckpointError:

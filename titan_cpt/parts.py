@@ -36,7 +36,7 @@ from titan_cpt.mixture import leaves
 from titan_cpt.models.families import LanguageModel
 from titan_cpt.models.operations import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.optimizer import UpdateGuard, build_adamw
-from titan_cpt.own_run import CONFIG_NAME, sequences_measured, write_run_config
+from titan_cpt.own_run import CONFIG_NAME, changed_settings, last_setting, write_run_config
 from titan_cpt.plan import Plan, StagePlan, fingerprint
 from titan_cpt.plan_view import plan_as_json, print_plan
 from titan_cpt.planning import make_plan
@@ -45,6 +45,8 @@ from titan_cpt.run_folder import StopRequest
 from titan_cpt.skips import Skips
 from titan_cpt.validate import Validator
 from titan_cpt.weights_tokenizer import check_first_weights
+
+_FILTER = "float8.filter_fqns"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
     if log.last_start and "validation" not in log.last_start:  # an older version's: only its config tells the windows
-        log.last_start["validation_sequences"] = sequences_measured(folder / CONFIG_NAME)
+        log.last_start["validation_sequences"] = last_setting(folder / CONFIG_NAME, "validation", "sequences")
+    if found is not None and ranks.rank == 0:
+        note_changed_settings(log, console, changed_settings(folder / CONFIG_NAME, config))
     _write_record(config, plan, ranks, folder)
     validator = Validator(
         held_out,
@@ -211,6 +215,9 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
         return None
     index = min(found.manifest["stage_index"], len(plan.stages) - 1)
     planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
+    if _FILTER not in recorded and "float8.recipe_name" in recorded:  # it had none, or an older version wrote it
+        before = last_setting(checkpoints.run / CONFIG_NAME, *_FILTER.split("."))
+        recorded = {**recorded, **({_FILTER: sorted({*before})} if before else {})}
     begun = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
     # Validation data changes no weight: forgetting.py deals with another one.
     data = {key: value for key, value in found.manifest["data"].items() if key in begun or key == "tokenizer"}
@@ -287,6 +294,14 @@ def check_same_machine(found: Found, ranks: Ranks) -> None:
             "Restore these, or go on with --job.deterministic false: the batches stay the same, sums are rounded anew."
         )
         raise CheckpointError("\n  ".join([f"{found.folder}: job.deterministic cannot be kept:", *changed, remedy]))
+
+
+def note_changed_settings(log: MetricsLog, console: Console, changed: Sequence[str]) -> None:
+    """Settings that may change under a run are printed and recorded: config.toml holds the new ones alone."""
+    if changed:
+        log.event("settings_changed", settings=list(changed))
+        text = "\n  ".join(["settings that have changed since the run was last started:", *changed])
+        console.print(f"[yellow]note[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def note_saved(log: MetricsLog, display: Display, folder: Path) -> None:

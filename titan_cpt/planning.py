@@ -108,6 +108,7 @@ def _work(config: Config, layout: Layout, accumulation: int) -> Work:
 
 
 def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
+    kept_out = sorted({*config.float8.filter_fqns})
     return {
         **shape.as_recipe(),
         "job.seed": config.job.seed,
@@ -117,6 +118,7 @@ def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
         "training.mixed_precision_param": config.training.mixed_precision_param,
         **({"tokenizer.add_bos": True} if config.tokenizer.add_bos else {}),
         **({"float8.recipe_name": config.float8.recipe_name} if config.float8.recipe_name else {}),
+        **({"float8.filter_fqns": kept_out} if config.float8.recipe_name and kept_out else {}),
     }
 
 

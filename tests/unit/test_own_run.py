@@ -7,7 +7,7 @@ import pytest
 
 from titan_cpt.config_file import dump_config, load_config
 from titan_cpt.errors import CheckpointError
-from titan_cpt.own_run import require_own_run, write_run_config
+from titan_cpt.own_run import changed_settings, require_own_run, write_run_config
 from titan_cpt.written import partial_folder, write_whole
 
 
@@ -103,3 +103,22 @@ def test_a_partial_folder_replaces_only_what_an_interrupted_attempt_left(tmp_pat
         (folder / "whole").write_text("new")
     assert (tmp_path / "out" / "whole").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
+
+
+def test_settings_that_changed_are_named_by_their_dotted_keys(tmp_path, config, write, one_stage):
+    """Old and new value, defaults too; not the run's name, nor keys that an older version's file does not have."""
+    path = tmp_path / "config.toml"
+    write_run_config(path, config)
+    overrides = [("job.name", "other"), ("compile.enable", "true"), ("stages.first.lr.max", "2e-3")]
+    other = load_config(write(one_stage, "other.toml"), [*overrides, ("training.local_batch_size", "5")])
+    found = changed_settings(path, other)
+    older = path.read_text().replace("[comm]", "").replace("init_timeout_seconds = 600\n", "")
+    path.write_text(older.replace("train_timeout_seconds = 1800\n", ""))
+
+    assert found == [
+        "compile.enable: false -> true",
+        "stages.first.lr.max: 0.001 -> 0.002",
+        f"training.local_batch_size: {config.training.local_batch_size} -> 5",
+    ]
+    assert changed_settings(path, config) == []
+    assert changed_settings(tmp_path / "none.toml", config) == []

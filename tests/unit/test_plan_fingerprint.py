@@ -146,6 +146,21 @@ def test_the_fingerprint_ignores_what_does_not_change_the_run(head, make, key, v
     assert drawn(other, "b") == drawn(plain, "b")
 
 
+def test_the_layers_that_float8_leaves_out_are_part_of_the_recipe(head, make):
+    """Whether a product is made in 8 bits changes every loss; without float8, or in another order, nothing changes."""
+    float8 = ("float8.recipe_name", "rowwise")
+    of = [
+        make(head + RICH, float8, ("float8.filter_fqns", names)).fingerprint
+        for names in ("[]", '["up"]', '["up", "a"]', '["a", "up"]')
+    ]
+    without = make(head + RICH, ("float8.filter_fqns", '["up"]'))
+
+    assert of[2] == of[3]
+    assert len({*of}) == 3
+    assert of[0] == make(head + RICH, float8).fingerprint
+    assert without.fingerprint == make(head + RICH).fingerprint
+
+
 def test_the_order_of_keys_changes_nothing(head, make):
     """Datasets, weights and tables listed the other way round: the same fingerprint and the same draws."""
     one = (

@@ -15,11 +15,18 @@ from pathlib import Path
 
 import pytest
 import training
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import Fault, Process, train
 
 from titan_cpt import manifest
+from titan_cpt.checkpoint import Checkpoints
+from titan_cpt.config_file import dump_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.errors import CheckpointError
 from titan_cpt.metrics import MetricsLog
+from titan_cpt.parts import find_checkpoint
+from titan_cpt.planning import make_plan
 from titan_cpt.report import summarise
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -359,6 +366,50 @@ def test_a_later_stage_and_what_is_no_part_of_the_recipe_may_be_edited(ended, ra
     assert [(line["stage"], line["step"]) for line in lines] == [("german", step) for step in range(1, 6)]
     assert lines[-1]["lr"] == pytest.approx(1e-4, rel=1e-12)
     assert {line["replayed_tokens"] for line in lines} == {32}
+
+
+def test_settings_that_changed_under_a_run_are_printed_and_recorded(ended, raw, config):
+    """config.toml holds the newest settings alone: the old ones are in an event; a stage that is new is one line."""
+    forget_after(ended, "german/step-00000010")
+    edited = training.changed(raw, training={"local_batch_size": 4, "on_loss_spike": "skip"})
+    edited["stages"].append(training.third_stage())
+    training.write_config(edited, config)
+    outcome, again = train(config), train(config)
+    expected = [
+        'stages: ["english", "german"] -> ["english", "german", "again"]',
+        "training.local_batch_size: 2 -> 4",
+        "training.on_loss_spike: log -> skip",
+    ]
+
+    assert (outcome.status, again.status) == (0, 0), outcome.output
+    assert "settings that have changed since the run was last started:" in outcome.output
+    assert all(line in outcome.output for line in expected)
+    assert "settings that have changed" not in again.output
+    assert [event["settings"] for event in training.events_of(ended, "settings_changed")] == [expected]
+
+
+def test_layers_left_out_of_float8_are_compared_with_an_older_versions_run_too(ended, raw, config):
+    """Its checkpoints do not name them, its config.toml does: the same resumes, others are refused."""
+    for path in ended.glob("*/*/manifest.json"):
+        record = json.loads(path.read_text())
+        record["recipe"]["float8.recipe_name"] = "rowwise"
+        path.write_text(json.dumps(record))
+    edited = training.changed(raw, float8={"recipe_name": "rowwise", "filter_fqns": ["mlp"]})
+    settings = training.config_of(edited)
+    newest = ended / "german" / "step-00000010"
+    identities = json.loads((newest / "manifest.json").read_text())["data"]
+    plan = make_plan(settings, take_inventory(settings))
+    (ended / "config.toml").write_text(dump_config(settings))
+    checkpoints = Checkpoints(ended, keep_latest=2, asynchronous=False, on_saved=print, on_failed=print)
+    quiet = Console(quiet=True)
+
+    assert find_checkpoint(plan, checkpoints, identities, quiet).folder == newest
+    other = training.config_of(training.changed(edited, float8={"filter_fqns": []}))
+    with pytest.raises(CheckpointError, match=r'float8.filter_fqns: \["mlp"\] -> not set'):
+        find_checkpoint(make_plan(other, take_inventory(other)), checkpoints, identities, quiet)
+    (ended / "config.toml").write_text(dump_config(other))
+    with pytest.raises(CheckpointError, match=r'float8.filter_fqns: not set -> \["mlp"\]'):
+        find_checkpoint(plan, checkpoints, identities, quiet)
 
 
 def test_data_of_a_stage_that_has_not_begun_may_be_replaced(ended, config, data, tmp_path):
