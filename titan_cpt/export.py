@@ -149,7 +149,7 @@ def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Ten
     try:
         with alone():
             load({"model": weights}, storage_reader=ShardReader(checkpoint), no_dist=True)
-    except Exception as error:  # DCP wraps whatever went wrong
+    except Exception as error:  # whatever went wrong
         raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None
     return weights
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -152,10 +153,15 @@ def require_free(out: Path) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """For DCP in a process without peers: no warning that there are none, which is what we mean."""
+    """For DCP in a process without peers: no warning that there are none, and errors without DCP's wrapping."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            if not error.failures:
+                raise
+            raise next(iter(error.failures.values()))[0] from None
 
 
 class _ReadWhenWritten(DefaultSavePlanner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,11 +39,27 @@ class Released:
         return self.shape if vocab_size is None else replace(self.shape, vocab_size=vocab_size)
 
     def read(self, name: str, shape: ModelShape, slices: Sequence[slice] = ()) -> Tensor:
-        """One of our weights, or a part of it, in the dtype of the file; embeddings with `shape`'s number of rows."""
+        """One of our weights, or a part of it, in the dtype of the file; embeddings with `shape`'s number of rows.
+
+        Raises:
+            CheckpointError: the file cannot be read any more, or the weight has integers, NaN or infinite numbers.
+        """
         theirs = hub_names(shape)[name]
         if name in VOCABULARY_WEIGHTS:
-            return self.files.read_rows(theirs, shape.vocab_size, slices)
-        return self.files.read(theirs, slices)
+            weight = self.files.read_rows(theirs, shape.vocab_size, slices)
+        else:
+            weight = self.files.read(theirs, slices)
+        if not weight.is_floating_point():
+            raise CheckpointError(
+                f"{self.name}: {theirs} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
+                "cannot be trained on; take the unquantized release"
+            )
+        if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight.float()))):
+            raise CheckpointError(
+                f"{self.name}: {theirs} has numbers that are NaN or infinite: no model can be trained from it. Get the "
+                "files again, or take an earlier checkpoint"
+            )
+        return weight
 
     def described(self, shape: ModelShape) -> str:
         """The release, and what became of its vocabulary."""
@@ -75,6 +92,7 @@ def open_released(name: str, *, compare_sets: bool = True) -> Released:
         faults += _wrong_shapes(files, shape)
     if faults:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {in_lines(faults)}")
+    _require_the_tied_head(files, shape)
     notes = [*_other_sets(files, shape), *files.unread()] if compare_sets else ()
     return Released(name, config, shape, files, tuple(notes))
 
@@ -85,6 +103,19 @@ def _wrong_shapes(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
         found = files.shapes.get(names[ours], wanted)
         if found != wanted:
             yield f"{names[ours]}: is {list(found)}, by config.json it must be {list(wanted)}"
+
+
+def _require_the_tied_head(files: WeightFiles, shape: ModelShape) -> None:
+    """Raise CheckpointError where a file of a tied model has a head that is not its embedding: one would be lost."""
+    head, embedding = "lm_head.weight", hub_names(shape)["embedding.weight"]
+    if not shape.tied or head not in files.shapes:
+        return
+    if files.shapes[head] != files.shapes[embedding] or not torch.equal(files.read(head), files.read(embedding)):
+        raise CheckpointError(
+            f"{files.folder}: config.json has tie_word_embeddings = true, and {head} is not {embedding}: "
+            "transformers 4 computes with the embedding only, 5 with both. Set it to false if the head was "
+            f"trained, or remove {head} if it was not"
+        )
 
 
 def _other_sets(files: WeightFiles, shape: ModelShape) -> Iterator[str]:

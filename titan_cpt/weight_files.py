@@ -110,6 +110,11 @@ class WeightFiles:
         self._unpickled: tuple[Path, Mapping[str, Tensor]] | None = None
         for file in files:
             for name, shape in self._headers(file):
+                if name in self._file:
+                    raise CheckpointError(
+                        f"{folder}: {self._file[name].name} and {file.name} both hold {name}: the files are not of one "
+                        f"release. {_REMEDY}"
+                    )
                 self.shapes[name], self._file[name] = shape, file
         self.largest_file_bytes = max(file.stat().st_size for file in files)
         absent = [name for name, file in (expected or {}).items() if self._file.get(name) != folder / file]

@@ -122,7 +122,7 @@ def test_the_flag_of_prepare_puts_the_token_and_the_record_says_so(tmp_path, cap
     assert status("--add-bos") == 0
     assert "already done" in capsys.readouterr().out
     assert status() == 2
-    assert "add_bos True -> None" in capsys.readouterr().err
+    assert "add_bos True -> False" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "--config", "x.toml", "--add-bos"])
     assert "with --config write tokenizer.add_bos" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -221,6 +221,66 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
         open_released(str(tmp_path / "released"))
     (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=re.escape("model.layers.1.mlp.up_proj.weight: not a weight")):
+        open_released(str(tmp_path / "released"))
+
+
+def changed_release(folder, shape, change):
+    """A release in one file whose weights `change` has edited."""
+    release(folder, shape, shard="5GB")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), math.nan), "has numbers that are NaN or infinite"),
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), -math.inf), "has numbers that are NaN or infinite"),
+        (lambda weight: (weight * 100).to(torch.int8), "has the dtype int8: quantized weights cannot"),
+    ],
+    ids=["NaN", "infinite", "int8"],
+)
+def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, message, tmp_path):
+    """NaN, infinite numbers and integers; nothing is written, and a run that reads the folder is refused too."""
+
+    def edit(weights):
+        weights[name] = change(weights[name])
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = changed_release(tmp_path / "released", SHAPES["llama"], edit)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
+        import_released(folder, tmp_path / "imported", tell=print)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
+        fill(build_model(SHAPES["llama"]), open_released(folder), SHAPES["llama"])
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+
+def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
+    """transformers 5 would keep both, 4 only the embedding; a true copy is taken."""
+
+    def repeat(weights, factor):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * factor
+
+    shape = SHAPES["tied qwen3"]
+    changed_release(tmp_path / "copy", shape, lambda weights: repeat(weights, 1))
+    changed_release(tmp_path / "other", shape, lambda weights: repeat(weights, 2))
+
+    assert open_released(str(tmp_path / "copy")).shape == shape
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings = true, and lm_head.weight is not model.embed_tok"):
+        open_released(str(tmp_path / "other"))
+
+
+def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
+    """The index lists one of them; which one is right nobody can tell."""
+    release(tmp_path / "released", SHAPES["llama"])
+    first, second = sorted((tmp_path / "released").glob("*.safetensors"))[:2]
+    weights = load_file(first)
+    name = next(iter(weights))
+    save_file({**load_file(second), name: weights[name] + 1}, second, metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=re.escape(f"{first.name} and {second.name} both hold {name}")):
         open_released(str(tmp_path / "released"))
 
 
