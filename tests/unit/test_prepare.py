@@ -170,6 +170,15 @@ def test_a_fault_far_into_a_file_names_its_line_from_a_worker_too(tmp_path, smal
             run([tmp_path / "a.jsonl"], tmp_path / "out", workers=workers)
 
 
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    """Nobody can tell which one is meant; the first was read in silence."""
+    table = pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+
+    with pytest.raises(DataError, match=r"a\.parquet: has several columns 'text'"):
+        run([tmp_path / "a.parquet"], tmp_path / "out")
+
+
 def test_parquet_columns_and_nulls_are_checked(tmp_path):
     """A missing column names those there are; a null names its row."""
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None], "id": [1, 2]}), tmp_path / "a.parquet")

@@ -341,6 +341,10 @@ def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iter
                 raise DataError(
                     f"{where}: no column {text_field!r}; its columns are {columns}: choose one with {CHOOSE_FIELD}"
                 )
+            if table.schema_arrow.names.count(text_field) > 1:
+                raise DataError(
+                    f"{where}: has several columns {text_field!r}: rename or remove those that are not meant"
+                )
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
