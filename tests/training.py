@@ -345,3 +345,8 @@ def tensors_of(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two sets of tensors have the same names and the same values to the last bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

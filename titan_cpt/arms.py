@@ -204,7 +204,8 @@ def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = ("sta
         record = manifest.read(folder)
     except CheckpointError:
         return False
-    return record["kind"] in kinds and not manifest.differences(record["recipe"], plan.recipe_until(index))
+    in_place = manifest.is_in_place(folder, record)
+    return in_place and record["kind"] in kinds and not manifest.differences(record["recipe"], plan.recipe_until(index))
 
 
 def _write_past(donor: Arm, arm: Arm, count: int) -> None:

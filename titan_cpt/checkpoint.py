@@ -7,6 +7,7 @@ number of the optimizer is the plan's.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,8 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if self.distributed else None
         # The copy that is written while training changes the state; its memory is asked for once, by the first save.
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self.misplaced: set[Path] = set()
+        """Checkpoints that `listed` and `newest_good` passed over: somebody copied, renamed or moved them."""
         self._writing: _Writing | None = None
         self._failed: CheckpointError | None = None  # of the last save, if it failed
         self._needed = False  # whether the last save was of a point that later stages begin from
@@ -151,6 +154,7 @@ class Checkpoints:
         try:
             self.before()
             folder.parent.mkdir(exist_ok=True)
+            _require_no_other(folder)
             manifest.make_room(folder)
         except OSError as error:
             self._fail(folder, error)
@@ -209,9 +213,14 @@ class Checkpoints:
         found = []
         for path in matching(self.run, "*", "step-*", manifest.NAME):
             try:
-                found.append(Found(path.parent, manifest.read(path.parent)))
+                record = manifest.read(path.parent)
             except (CheckpointError, AccessError) as error:
                 on_fault(error)
+                continue
+            if manifest.is_in_place(path.parent, record):
+                found.append(Found(path.parent, record))
+            else:
+                self.misplaced.add(path.parent)
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
     def newest_good(self, on_damaged: Callable[[str], None]) -> Found | None:
@@ -337,6 +346,19 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Moments and step counts: what is left when betas, weight decay and their like are not counted as state."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _require_no_other(folder: Path) -> None:
+    """Refuse to save over a checkpoint that somebody put here from elsewhere."""
+    try:
+        record = manifest.read(folder)
+    except CheckpointError:
+        return  # none, or damaged: a save makes room there
+    if not manifest.is_in_place(folder, record):
+        of = (
+            f"holds the checkpoint of {record['stage']!r} after {record['steps_done']} steps; move it to another folder"
+        )
+        raise FileExistsError(errno.EEXIST, of, str(folder))
 
 
 def _reason(error: BaseException) -> str:

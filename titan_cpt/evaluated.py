@@ -37,7 +37,11 @@ def stage_ends(path: Path) -> list[Path]:
         manifest.read(path)
         return [path]
     found = [(manifest.read(file.parent), file.parent) for file in matching(path, "*", "step-*", manifest.NAME)]
-    ends = sorted((record["run_step"], folder) for record, folder in found if record["kind"] == STAGE_END)
+    ends = sorted(
+        (record["run_step"], folder)
+        for record, folder in found
+        if record["kind"] == STAGE_END and manifest.is_in_place(folder, record)
+    )
     if not ends:
         raise CheckpointError(f"{path}: no stage of this run has come to its end; name a checkpoint of it")
     return [folder for _, folder in ends]

@@ -117,6 +117,11 @@ def read(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint lies where its run saved it; one that somebody copied, renamed or moved does not."""
+    return (folder.parent.name, folder.name) == (record["stage"], f"step-{record['steps_done']:08d}")
+
+
 def _without_manifest(folder: Path) -> str:
     """What a path is that has no manifest, and where the checkpoints are if it is a run or a stage."""
     if not is_there(folder):

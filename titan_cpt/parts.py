@@ -124,8 +124,11 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
             check_same_machine(found, ranks)
         begun = 0 if found is None else found.manifest["stage_index"] + 1
         notes = list(check_first_weights(config, [stage.name for stage in plan.stages[begun:]]))
+    if checkpoints.misplaced and ranks.rank == 0:
+        where = ", ".join(sorted({str(path) for path in checkpoints.misplaced}))
+        notes.append(f"{where}: was copied, renamed or moved here, so training neither uses nor removes it")
     for note in notes if ranks.rank == 0 else ():
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
     log = _open_log(config, plan, ranks, folder)
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)

@@ -209,6 +209,21 @@ def test_listed_is_newest_first_over_stages(tmp_path):
     assert listed == [("ape", 2), ("zebra", 9), ("zebra", 5)]
 
 
+def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
+    """A stage and its folder renamed together: what is in the way of a save stays, and is named."""
+    failures = []
+    checkpoints = Checkpoints(
+        tmp_path, keep_latest=2, asynchronous=False, on_saved=lambda path: None, on_failed=failures.append
+    )
+    checkpoints.save(*trained(1), stage="old", steps_done=1, record=record_of())
+    (tmp_path / "old").rename(tmp_path / "new")
+    before = training.files_of(tmp_path / "new")
+    checkpoints.save(*trained(1), stage="new", steps_done=1, record=record_of())
+
+    assert "holds the checkpoint of 'old' after 1 steps; move it to another folder" in str(failures[0])
+    assert training.files_of(tmp_path / "new") == before
+
+
 def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
     """Bit flip in one, a manifest that is no JSON in another; a folder without manifest is silently nothing."""
     checkpoints = checkpoints_in(tmp_path)

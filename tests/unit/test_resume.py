@@ -24,6 +24,7 @@ from titan_cpt.checkpoint import Checkpoints
 from titan_cpt.config_file import dump_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError
+from titan_cpt.evaluated import stage_ends
 from titan_cpt.metrics import MetricsLog
 from titan_cpt.parts import find_checkpoint
 from titan_cpt.planning import make_plan
@@ -281,6 +282,34 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
     ]
     assert f"newest checkpoint: {ended / 'german' / 'step-00000010'}" in outcome.output
     assert f"  checkpoint: {ended / 'german' / 'step-00000008'}" in outcome.output
+
+
+def test_copies_of_checkpoints_are_neither_removed_nor_resumed_from(ended, config, unbroken):
+    """Three copies that a user made, one as a stage of the run; pruning left none of them before. Eval skips them."""
+    forget_after(ended, "german/step-00000010")
+    copies = [ended / "german" / "step-00000008-best", ended / "german_old", ended / "english" / "step-00000011"]
+    for copy, source in zip(copies, ["german/step-00000008", "german", "english/step-00000012"], strict=True):
+        shutil.copytree(ended / source, copy)
+    before = [training.files_of(copy) for copy in copies]
+    outcome = train(config, "--checkpoint.interval", "1", "--checkpoint.keep_latest_k", "1")
+
+    assert outcome.status == 0, outcome.output
+    assert f"{copies[0]}, {copies[1] / 'step-00000004'}, " in outcome.output
+    assert "was copied, renamed or moved here, so training neither uses nor removes it" in outcome.output
+    assert [training.files_of(copy) for copy in copies] == before
+    assert stage_ends(ended) == [ended / "english" / "step-00000012", ended / "german" / "step-00000010"]
+    assert_same(ended, unbroken)
+
+
+def test_a_stage_whose_folder_was_renamed_is_trained_again(ended, config, unbroken):
+    """Renaming is the careful way of removing; what lies there is not taken for the stage, and stays."""
+    (ended / "german").rename(ended / "german_old")
+    outcome = train(config)
+
+    assert outcome.status == 0, outcome.output
+    assert "stage german begins" in outcome.output
+    assert (ended / "german_old" / "step-00000010" / "manifest.json").exists()
+    assert_same(ended, unbroken)
 
 
 def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, config):
