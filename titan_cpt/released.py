@@ -54,7 +54,8 @@ class Released:
                 f"{self.name}: {theirs} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
                 "cannot be trained on; take the unquantized release"
             )
-        if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight.float()))):
+        wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax of float8
+        if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
             raise CheckpointError(
                 f"{self.name}: {theirs} has numbers that are NaN or infinite: no model can be trained from it. Get the "
                 "files again, or take an earlier checkpoint"

@@ -257,6 +257,19 @@ def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, m
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
+def test_weights_in_float8_without_scales_are_read_as_the_numbers_they_are(tmp_path):
+    """0.5 and -448, the largest there is; releases with scales have more tensors and are refused for these."""
+
+    def edit(weights):
+        weights[name] = torch.tensor([0.5, -448.0]).repeat(weights[name].numel() // 2).to(torch.float8_e4m3fn)
+        weights[name] = weights[name].view(wanted)
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    wanted = (SHAPES["llama"].mlp_width, SHAPES["llama"].width)
+    released = open_released(changed_release(tmp_path / "released", SHAPES["llama"], edit))
+    assert set(released.read("blocks.1.mlp.up.weight", SHAPES["llama"]).float().unique().tolist()) == {0.5, -448.0}
+
+
 def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
     """transformers 5 would keep both, 4 only the embedding; a true copy is taken."""
 
