@@ -67,7 +67,7 @@ def branch_off(
             _write_past(run, folder, plan, record, checkpoint)
             recipe = plan.recipe_until(record["stage_index"])
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
-            planted = folder / record["stage"] / checkpoint.resolve().name
+            planted = folder / record["stage"] / f"step-{record['steps_done']:08d}"
             manifest.plant(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
     return config, not trained
 

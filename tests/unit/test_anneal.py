@@ -109,6 +109,17 @@ def test_a_branch_copies_nothing_of_a_training_that_was_removed(trunk):
     assert not any(line["loss_nats_per_token"] == 99.0 for line in training.lines_of(branch, "validation"))
 
 
+def test_a_branch_off_a_renamed_copy_has_the_checkpoint_where_runs_have_it(trunk):
+    """A run resumes only from checkpoints under their own names: under the copy's it would begin anew."""
+    copy = trunk / "english" / "step-00000006-best"
+    shutil.copytree(trunk / "english" / "step-00000006", copy)
+    status = command("anneal", copy, "--tokens", 5 * STEP_TOKENS, "--job.name", "off-a-copy", "--prepare-only")
+    shutil.rmtree(copy)
+
+    assert status == 0
+    assert training.checkpoints_of(trunk.parent / "off-a-copy") == ["english/step-00000006"]
+
+
 def test_a_branch_of_a_later_stage_goes_on_with_its_replay_and_moments(trunk):
     """German from step 4 of a stage that never anneals, beyond its old end; English is not trained again."""
     status = command("anneal", trunk / "german" / "step-00000004", "--tokens", 20 * STEP_TOKENS)
