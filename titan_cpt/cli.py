@@ -202,7 +202,7 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.layout import fewest_ranks
     from titan_cpt.layout_view import parse_bytes
     from titan_cpt.planning import make_plan
-    from titan_cpt.weights_tokenizer import check_first_weights
+    from titan_cpt.weights_tokenizer import check_planned
 
     config = load_config(options.config, overrides)
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
@@ -210,8 +210,7 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if options.suggest:
         return _suggest(config, options, world_size, device_bytes)
     inventory = take_inventory(config)
-    notes = check_first_weights(config, [stage.name for stage in config.stages])
-    plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *notes)), world_size)
+    plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *check_planned(config))), world_size)
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
 

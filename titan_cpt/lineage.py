@@ -11,8 +11,9 @@ from typing import Any
 from titan_cpt import manifest
 from titan_cpt.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
+from titan_cpt.metrics_file import read_metrics
 from titan_cpt.weight_files import read_config
-from titan_cpt.weights_tokenizer import of_manifest
+from titan_cpt.weights_tokenizer import allowed_mismatch, of_manifest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,6 +106,33 @@ def _in_cache(name: str) -> Path | None:
     except ValueError:  # not a name that the hub could have
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | None:
+    """That the weights were trained on tokens of another tokenizer than before, as tokenizer.allow_mismatch allows.
+
+    From the metrics.jsonl of the run, of those that it branched off or took its weights from, as far as they are there.
+    """
+    for _ in range(_RUNS_FOLLOWED):
+        line = legs(record)
+        if not line:
+            return None
+        try:
+            events = read_metrics(checkpoint.absolute().parents[1]).events
+            begun = [one for one in events if one["name"] == "transition" and one.get("stage") == line[0].stage]
+            branched = [str(one.get("folder")) for one in events if one["name"] == "branch"]
+            if begun and (note := allowed_mismatch(str(begun[-1].get("weights")))):
+                return note
+            if not begun and branched:
+                checkpoint = Path(branched[-1])
+            elif line[0].init.startswith(_CHECKPOINT):
+                checkpoint = Path(line[0].init.removeprefix(_CHECKPOINT))
+            else:
+                return None
+            record = manifest.read(checkpoint)
+        except (CheckpointError, AccessError, DataError):
+            return None
+    return None
 
 
 def longest_sequence(record: Mapping[str, Any], came_from: Origin | None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from titan_cpt.data.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
-from titan_cpt.lineage import Leg, Origin
+from titan_cpt.lineage import Leg, Origin, tokenizer_mismatch
 from titan_cpt.metrics_file import read_metrics
 from titan_cpt.models.shapes import ModelShape
 
@@ -49,10 +49,12 @@ def model_card(
         words += f"; {bos_in_words(tokenizer)}"
         if warning is not None:
             words += f". **{warning[0].upper()}{warning[1:]}.**"
+    mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
         f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
         f"- Began as: {began}",
         f"- Tokenizer: {words}",
+        *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
     parts = [_front_matter(came_from), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]

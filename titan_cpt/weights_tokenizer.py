@@ -6,7 +6,9 @@ later in the run shows it. A mismatch is refused, by the plan where the files ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from titan_cpt import manifest
 from titan_cpt.config import Config
 from titan_cpt.data.tokenizer import BYTES, fingerprint_of
 from titan_cpt.data.tokenizer_ids import ids_fingerprint
-from titan_cpt.errors import CheckpointError, DataError
+from titan_cpt.errors import AccessError, CheckpointError, DataError
+from titan_cpt.reading import matching
 
 _HUB, _CHECKPOINT = "hf:", "checkpoint:"
 _RECORDED = ("where", "fingerprint", "ids")
+_ALLOWED = "as tokenizer.allow_mismatch allows"
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,17 @@ def require_same(stage: str, init: str, weights: TrainedWith | None, config: Con
         f"{weights.where}) than tokenizer.path = {ours!r} (fingerprint {fingerprint_of(ours)[:12]})"
     )
     if config.tokenizer.allow_mismatch:
-        return f"{both}, as tokenizer.allow_mismatch allows"
+        return f"{both}, {_ALLOWED}"
     raise CheckpointError(
         f"stages.{stage}.init: {both}: the ids that they know mean other tokens. Set tokenizer.path to their tokenizer "
         "and prepare the data with it, or set tokenizer.allow_mismatch = true to train on regardless"
     )
+
+
+def allowed_mismatch(told: str) -> str | None:
+    """The note of `require_same` on an allowed mismatch within what a `transition` event tells of the weights."""
+    found = re.search(f"the weights of .*{re.escape(_ALLOWED)}", told)
+    return found[0] if found else None
 
 
 def check_first_weights(config: Config, stages: Iterable[str]) -> Iterator[str]:
@@ -121,14 +131,42 @@ def check_first_weights(config: Config, stages: Iterable[str]) -> Iterator[str]:
         return
     inits = {stage.name: stage.init or "" for stage in config.stages}
     for stage in stages:
-        init = inits[stage]
-        folder = Path(init.partition(":")[2])
-        if init.startswith(_HUB) and folder.is_dir():
-            weights = of_release(folder)
-        elif init.startswith(_CHECKPOINT) and (folder / manifest.NAME).is_file():
-            weights = of_manifest(manifest.read(folder), folder)
-        else:
-            continue
-        note = require_same(stage, init, weights, config)
+        note = _check(config, stage, inits[stage])
         if note is not None:
             yield f"stages.{stage}.init: {note}"
+
+
+def check_planned(config: Config) -> Iterator[str]:
+    """`check_first_weights` of all stages; of those that have begun, which training resumes, a mismatch is a note."""
+    names = [stage.name for stage in config.stages]
+    begun = _stages_begun(Path(config.job.output_dir) / config.job.name)
+    for place, stage in enumerate(names):
+        try:
+            yield from check_first_weights(config, [stage])
+        except (CheckpointError, AccessError) as error:
+            if place >= begun:
+                raise
+            yield f"{error}. This stage has begun: a resume does not load these weights again"
+
+
+def _check(config: Config, stage: str, init: str) -> str | None:
+    folder = Path(init.partition(":")[2])
+    if init.startswith(_HUB) and folder.is_dir():
+        weights = of_release(folder)
+    elif init.startswith(_CHECKPOINT) and (folder / manifest.NAME).is_file():
+        weights = of_manifest(manifest.read(folder), folder)
+    else:
+        return None
+    return require_same(stage, init, weights, config)
+
+
+def _stages_begun(run: Path) -> int:
+    """How many stages of a run have begun, by its newest checkpoint; manifests that cannot be read are left out."""
+    indexes = [-1]
+    try:
+        for path in matching(run, "*", "step-*", manifest.NAME):
+            with suppress(CheckpointError, AccessError):
+                indexes.append(manifest.read(path.parent)["stage_index"])
+    except AccessError:
+        return 0
+    return max(indexes) + 1

@@ -9,6 +9,7 @@ from training import THEIR_WARNINGS_IGNORED, cast, changed, config_of, lines_of,
 from training import two_stages as two_stages_of
 
 from titan_cpt import manifest
+from titan_cpt.anneal import branch_off
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer import fingerprint_of
 from titan_cpt.data.tokenizer_ids import byte_tokenizer_json, ids_fingerprint
@@ -115,6 +116,36 @@ def test_one_key_allows_them_and_the_stage_says_so(what, there, tmp_path, capsys
     assert "as tokenizer.allow_mismatch allows" in said
 
 
+def test_the_model_card_tells_of_an_allowed_mismatch(there, tmp_path):
+    """Of the run that allowed it, of its branch, and of a run that began with its weights; not of any other run."""
+    raw = mismatched(there, tmp_path, "release")
+    raw["stages"][0]["lr"] = {"schedule": "wsd", "max": 1e-3, "warmup_until": 1, "decay_from": 3, "decay": "linear"}
+    raw["tokenizer"]["allow_mismatch"] = True
+    raw["checkpoint"]["interval"] = 2
+    first = write_config(raw, tmp_path / "run.toml")
+    assert train(first).status == 0
+    then = one_stage(there / "data", tmp_path / "then", init=f"checkpoint:{tmp_path}/run/english/step-00000004")
+    assert train(write_config(then, tmp_path / "then.toml")).status == 0
+    branch_off(tmp_path / "run" / "english" / "step-00000002", tokens=128, min_lr=None, overrides=(), rank=0)
+    cards = []
+    for checkpoint in (
+        tmp_path / "run" / "english" / "step-00000004",
+        tmp_path / "run-anneal-english-2" / "english" / "step-00000002",
+        tmp_path / "then" / "run" / "english" / "step-00000004",
+        there / "run" / "english" / "step-00000004",
+    ):
+        out = tmp_path / f"out-{len(cards)}"
+        export(checkpoint, out, dtype="float32", tell=print)
+        cards.append((out / "README.md").read_text())
+    note = (
+        f"- **Trained on tokens of another tokenizer**: the weights of hf:{there}/release were trained with another "
+        f"tokenizer (fingerprint {fingerprint_of(str(there / 'other.json'))[:12]} by "
+    )
+
+    assert [note in card for card in cards] == [True, True, True, False]
+    assert "another tokenizer" not in cards[-1]
+
+
 def test_keeping_the_optimizers_state_changes_nothing_about_it(there, tmp_path):
     """`optimizer_state = "keep"` from another run: refused as well."""
     with (
@@ -135,20 +166,35 @@ def test_a_later_stage_is_refused_before_the_first_one_is_trained(there, tmp_pat
         pass
 
 
-def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, tmp_path):
-    """A run of an older version, whose weights nobody checked, continues; the next stage is checked."""
+def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, tmp_path, capsys):
+    """A run of an older version, whose weights nobody checked, continues; the next one is checked. The plan agrees."""
     raw = mismatched(there, tmp_path, "release")
     raw["tokenizer"]["allow_mismatch"] = True
     assert train(write_config(raw, tmp_path / "run.toml")).status == 0
     del raw["tokenizer"]["allow_mismatch"]
     first, again = raw["stages"][0], {**raw["stages"][0], "name": "again"}
     appended = changed(raw, stages=[first, again | {"init": "previous"}])
-    outcome = train(write_config(appended, tmp_path / "a.toml"))
     refused = train(write_config(changed(raw, stages=[first, again]), tmp_path / "b.toml"))
+    with pytest.raises(SystemExit) as not_planned:
+        main(["plan", "--config", str(tmp_path / "b.toml")])
+    planned_refusal = capsys.readouterr().err
+    outcome = train(write_config(appended, tmp_path / "a.toml"))
 
     assert outcome.status == 0, outcome.output
     assert refused.status == 2
-    assert "stages.again.init" in refused.output
+    assert "stages.again.init: the weights of" in refused.output
+    assert not_planned.value.code == 2
+    assert "stages.again.init: the weights of" in planned_refusal
+    assert "stages.english.init" not in planned_refusal
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as planned:
+        main(["plan", "--json", "--config", str(tmp_path / "a.toml")])
+    (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "another tokenizer" in note]
+
+    assert planned.value.code == 0
+    assert note.startswith("stages.english.init: ")
+    assert note.endswith("This stage has begun: a resume does not load these weights again")
 
 
 def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, capsys):
