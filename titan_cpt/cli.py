@@ -286,6 +286,8 @@ def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: s
     from titan_cpt.display import make_console
     from titan_cpt.sweep import TRAIN, exit_status, print_outcomes, run_arms
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise PlanError("a sweep under torchrun: start it without; --launch ./run_train.sh starts each run's processes")
     outcomes = run_arms(files, overrides, launch=shlex.split(launch) if launch else TRAIN, **how)
     print_outcomes(outcomes, make_console())
     return exit_status(outcomes)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.errors import DataError
+from titan_cpt.reading import is_absent
 
 FILE_NAME = "metrics.jsonl"
 Line = dict[str, Any]
@@ -197,7 +198,8 @@ def _parsed(path: Path) -> Iterator[tuple[int, Line | None]]:
             for number, text in enumerate(file, 1):
                 yield number, _parse(text)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Name the folder of a run") from None
+        remedy = "Name the folder of a run" if is_absent(error) else "Change its permissions or repair the file system"
+        raise DataError(f"{path}: cannot be read: {error.strerror}. {remedy}") from None
 
 
 def _parse(text: str) -> Line | None:

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import training
+from permissions import modes_count
 
 from titan_cpt.data.file_names import matches
 from titan_cpt.data.formats import TokenFiles, absent, paths_of
@@ -302,3 +303,14 @@ def test_weights_that_are_not_there_are_noted(tmp_path, monkeypatch):
         "stages.one.init: nowhere is not a folder here; it is looked for on the Hugging Face hub",
     )
     assert notes("hf:folder") == notes("random") == ()
+
+
+@pytest.mark.parametrize("name", formats(None))
+def test_tokens_that_may_not_be_read_are_refused_before_training_opens_them(tmp_path, name):
+    """A plan needs only the length of a .bin, which the folder tells."""
+    write, ending, keys = formats(tmp_path / "tok")[name]
+    write("a")
+    closed = tmp_path / "tok" / f"a{ending or '.bin'}"
+    closed.chmod(0)
+    with modes_count(), pytest.raises(DataError, match=rf"datasets\.a\.train: {closed}: cannot be read: Permission"):
+        inventory(tmp_path, a={"train": f"{tmp_path}/tok/a{ending}", **keys})

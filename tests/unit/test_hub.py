@@ -133,3 +133,19 @@ def test_files_with_an_address_are_opened_where_they_are():
 
     with hub.open_file("memory://folder/a.jsonl") as file:
         assert file.read() == b"content"
+
+
+def test_a_name_that_is_not_here_is_said_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):
+    """With what has nearly that name here; the error says it again. No network: the hub is switched off."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"cannot open it: .*no folder 'corpsu' on this machine, but 'corpus'$"):
+        hub.version_of("hub:corpsu")
+    note = (
+        "note: hub:corpsu: looked up on the Hugging Face hub. There is no folder 'corpsu' on this machine, but 'corpus'"
+    )
+
+    assert capsys.readouterr().err.startswith(note)

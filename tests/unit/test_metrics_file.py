@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from permissions import modes_count
 
 from titan_cpt.errors import DataError
 from titan_cpt.metrics_file import losses_before, open_record, read_metrics
@@ -214,4 +215,12 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
 def test_a_folder_without_a_record_is_an_error(tmp_path):
     """With what to name instead."""
     with pytest.raises(DataError, match=r"metrics.jsonl: cannot be read.*Name the folder of a run"):
+        read_metrics(tmp_path)
+
+
+def test_a_record_that_may_not_be_read_is_named_with_its_permissions(tmp_path):
+    """The folder is the right one, so that naming another one is no remedy."""
+    (tmp_path / "metrics.jsonl").write_bytes(START)
+    (tmp_path / "metrics.jsonl").chmod(0)
+    with modes_count(), pytest.raises(DataError, match=r"Permission denied\. Change its permissions or repair"):
         read_metrics(tmp_path)

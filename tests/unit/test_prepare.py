@@ -97,8 +97,12 @@ def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypat
         run([name], tmp_path / "out", text_field="body")
     with pytest.raises(DataError, match=r"train\.jsonl:1: no field 'text'; its fields are body, id"):
         run([name], tmp_path / "other")
-    with pytest.raises(DataError, match="cannot open it"):
+    with pytest.raises(DataError, match=r"hub:/.*/none: there is no folder '/.*/none' on this machine$"):
         run([f"hub:{tmp_path / 'none'}"], tmp_path / "other")
+    with pytest.raises(DataError, match=r"there is no folder '/.*/sett' on this machine, but '/.*/set'$"):
+        run([f"hub:{tmp_path / 'sett'}"], tmp_path / "other")
+    with pytest.raises(DataError, match=r"train\.jsonl: is a file on this machine: name it without 'hub:'"):
+        run([f"{name}/train.jsonl"], tmp_path / "other")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):

@@ -318,3 +318,13 @@ def _only_config(path):
     """The config of a sweep's first arm."""
     sweep.run_arms([path], (), only=0, train=False, say=lambda _: None)
     return read_arms([path])[0].folder / "arm.toml"
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch, capsys):
+    """Each of its processes would train every run, in the same folders."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", str(tmp_path / "sweep.toml")])
+
+    assert end.value.code == 2
+    assert "--launch ./run_train.sh" in capsys.readouterr().err

@@ -5,7 +5,11 @@ reader (5.2) infers a type for each piece of a file: where one text of a piece i
 come back in JSON's quotation marks, and where all of them look like dates, they come back as times; nothing tells.
 """
 
+import difflib
+import os
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -121,13 +125,38 @@ def _check_packed(name: str) -> None:
 
 
 def _builder(spec: str) -> Any:
+    name, config, _ = name_parts(spec)
+    hint = _not_here(spec, name)
     import datasets
 
-    name, config, _ = name_parts(spec)
     try:
         return datasets.load_dataset_builder(name, config)
     except Exception as fault:  # as above
-        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}") from fault
+        raise DataError(f"{spec}: the `datasets` library cannot open it: {fault}{hint and '. '}{hint}") from fault
+
+
+@cache
+def _not_here(spec: str, name: str) -> str:
+    """ "" for a folder of this machine; of another name, printed before the network is asked, what it may have meant.
+
+    Raises:
+        DataError: it is a file, or a path that cannot be a name of the Hugging Face hub.
+    """
+    if os.path.isdir(name):
+        return ""
+    if os.path.isfile(name):
+        raise DataError(f"{spec}: is a file on this machine: name it without {HUB!r}, or name its folder")
+    folder, last = os.path.split(name)
+    try:
+        siblings = os.listdir(folder or ".")
+    except OSError:
+        siblings = []
+    near = [os.path.join(folder, found) for found in difflib.get_close_matches(last, siblings)]
+    hint = f"There is no folder {name!r} on this machine" + (f", but {', '.join(map(repr, near))}" if near else "")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"{spec}: {hint[0].lower()}{hint[1:]}")
+    print(f"note: {spec}: looked up on the Hugging Face hub. {hint}", file=sys.stderr, flush=True)
+    return hint
 
 
 def file_name(name: str) -> str:

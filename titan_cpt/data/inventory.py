@@ -101,9 +101,19 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
         if not absent(files):
             try:
                 found[source] = _Present(source, key, files, paths_of(files))
+                _require_readable(name for _, name in found[source].token_files)
             except DataError as error:
                 raise DataError(f"{_table(source)}.{key}: {error}") from None
     return found
+
+
+def _require_readable(names: Iterable[str]) -> None:
+    """Training opens these files, of which a plan needs no more than the length."""
+    for name in names:
+        try:
+            open(name, "rb", buffering=0).close()
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
 
 
 def _counted(each: _Present, seq_len: int) -> Counted:
