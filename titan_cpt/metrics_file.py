@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.errors import DataError
-from titan_cpt.reading import is_absent
 
 FILE_NAME = "metrics.jsonl"
 Line = dict[str, Any]
@@ -198,7 +197,8 @@ def _parsed(path: Path) -> Iterator[tuple[int, Line | None]]:
             for number, text in enumerate(file, 1):
                 yield number, _parse(text)
     except OSError as error:
-        remedy = "Name the folder of a run" if is_absent(error) else "Change its permissions or repair the file system"
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        remedy = "Name the folder of a run" if absent else "Change its permissions or repair the file system"
         raise DataError(f"{path}: cannot be read: {error.strerror}. {remedy}") from None
 
 
