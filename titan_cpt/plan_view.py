@@ -16,6 +16,7 @@ from titan_cpt.plan import Plan, StagePlan
 from titan_cpt.schedules import lr_at
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals and files that are not in UTF-8
 _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
 
 
@@ -104,7 +105,7 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes
     )
     console.print(_stage_table(plan))
     for line in _lr_drawing(plan):
-        console.print(line, highlight=False, markup=False)
+        console.print(line.translate(_ASCII) if console.options.ascii_only else line, highlight=False, markup=False)
     console.print()
     for line in [*layout_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
         console.print(line, highlight=False)

@@ -71,12 +71,15 @@ def test_how_a_package_is_installed():
 
 
 def test_a_terminal_without_the_letters_ends_no_run(raw, tmp_path):
-    """What it lacks is shown as "?"; rich's UnicodeEncodeError ended the run before its first step."""
+    """What it lacks is shown as "?", the LR in ASCII; rich's UnicodeEncodeError ended the run before its first step."""
+    raw = training.changed(raw, job={"output_dir": str(tmp_path / "\u20ac")})
     outcome = faulty.train(training.write_config(raw, tmp_path / "c.toml"), faults=[Latin1()])
 
     assert outcome.status == 0, outcome.output
-    assert "?" in outcome.output
-    assert len(training.lines_of(tmp_path / "run", "train")) == 2
+    assert "####" in outcome.output
+    assert "??" not in outcome.output
+    assert "/?/run" in outcome.output
+    assert len(training.lines_of(tmp_path / "\u20ac" / "run", "train")) == 2
 
 
 def test_compiling_without_a_compiler_is_told_before_the_first_step(monkeypatch, tmp_path):
