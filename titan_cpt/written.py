@@ -30,7 +30,7 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except BaseException as fault:
         temporary.unlink(missing_ok=True)
-        if isinstance(fault, OSError) and fault.filename is None:  # of a write, such as on a full disk
+        if isinstance(fault, OSError) and fault.errno and fault.filename is None:  # of a write, such as on a full disk
             fault.filename = str(path)
         raise
     sync_folder(path.parent)

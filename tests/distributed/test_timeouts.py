@@ -11,7 +11,7 @@ from pathlib import Path
 from parity_launch import ROOT, TOML
 
 RANKS = """
-import json, sys, time, warnings
+import json, os, time, warnings
 import torch, torch.distributed as dist
 from titan_cpt.distributed.mesh import join_ranks, set_timeouts, wait_for_rank_0
 
@@ -32,6 +32,9 @@ except RuntimeError as error:
     told["error"] = str(error)
 with open(f"told-{ranks.rank}.json", "w") as file:
     json.dump(told, file)
+while not os.path.exists(f"told-{1 - ranks.rank}.json"):
+    time.sleep(0.1)
+os._exit(0)  # gloo's threads may still wait for each other
 """
 
 

@@ -256,7 +256,7 @@ def _resumable(output: Path) -> Iterator[None]:
             raise DataError(f"{fault} ({told[0].upper()}{told[1:]})") from fault.__cause__
         if isinstance(fault, _NothingToPrepare):
             raise DataError(str(fault)) from None
-        if isinstance(fault, OSError) and fault.filename is None:  # of a write, such as on a full disk
+        if isinstance(fault, OSError) and fault.errno and fault.filename is None:  # of a write, such as on a full disk
             fault.filename = str(folder)
         raise
 
