@@ -2,23 +2,20 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from releases import ROOT, SHAPES, python, release, state_of
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_cpt import manifest
 from titan_cpt.checkpoint import load_state
@@ -28,49 +25,12 @@ from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.export import export, parse_bytes
 from titan_cpt.interchange import compared, fill, import_released, load_released, open_released
 from titan_cpt.models.families import build_model
-from titan_cpt.models.huggingface import from_huggingface, hub_names, to_huggingface
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface import from_huggingface, hub_names
 from titan_cpt.models.sizes import named_size
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"  # DCP in a single process
 )
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SHAPES = {
-    "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),
-    "llama": named_size("llama", "debug", 257, overrides={"vocab_size": 300}),
-    "tied qwen3": named_size(
-        "llama", "debug", 257, overrides={"vocab_size": 300, "tie_embeddings": True, "qk_norm": True, "head_width": 48}
-    ),
-}
-
-
-def release(folder, shape, dtype=torch.float32, seed=1, shard="20KB"):
-    """A model as transformers itself saves it, in shards; returns it."""
-    model = build_model(shape)
-    model.init_weights(seed)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_from_shape(shape, max_positions=64, dtype="float32")))
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    state = to_huggingface(model.state_dict(), shape)
-    theirs.load_state_dict(
-        {name.replace("embed_out", "lm_head"): tensor for name, tensor in state.items()}, strict=False
-    )
-    theirs.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-def state_of(shape, load):
-    model = build_model(shape)
-    load(model)
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def python(*words):
-    """A Python process with these arguments, to its end."""
-    command = [sys.executable, *(str(word) for word in words)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def equal(one, other):
