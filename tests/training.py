@@ -176,10 +176,15 @@ def loader_of(parts: Parts, stage: StagePlan) -> StageLoader:
 
 @dataclass(frozen=True)
 class Fault:
-    """End the process with SIGKILL when `place` ("module:name.name") is called for the `call`-th time."""
+    """End the process with SIGKILL when `place` ("module:name.name") is called for the `call`-th time.
+
+    Attributes:
+        once_written: a checkpoint that must be whole by then: checkpoints are written in the background.
+    """
 
     place: str
     call: int = 1
+    once_written: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,8 @@ def _lay(fault: Fault) -> None:
         calls += 1
         if calls == fault.call:
             sys.stdout.flush()
+            while fault.once_written is not None and not (fault.once_written / "manifest.json").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 

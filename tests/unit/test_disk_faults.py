@@ -249,9 +249,9 @@ DETERMINISTIC = ("--job.deterministic", "true")
 )
 def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp_path, key, told):
     """A checkpoint of other ranks, torch, threads or processor: named, with the flag that goes on anyway."""
-    run = tmp_path / "run"
-    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7)])
-    path = run / "english" / "step-00000004" / "manifest.json"
+    checkpoint = tmp_path / "run" / "english" / "step-00000004"
+    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7, checkpoint)])
+    path = checkpoint / "manifest.json"
     record = training.json.loads(path.read_text())
     before = {"world_size": 2, "torch": "1.0", "threads": 7, "processor": "H100"}[key]
     path.write_text(training.json.dumps({**record, key: before}))
@@ -268,7 +268,8 @@ def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp
 
 def test_deterministic_runs_give_the_bits_of_ordinary_ones_and_a_resume_keeps_them(config, unbroken, tmp_path):
     """On a CPU every kernel of ours is deterministic: asking for it changes nothing but what is refused."""
-    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7)])
+    checkpoint = tmp_path / "run" / "english" / "step-00000004"
+    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7, checkpoint)])
     last = training.train(config, *DETERMINISTIC)
 
     assert killed.status == -9

@@ -43,7 +43,7 @@ def killed(raw, tmp_path_factory):
     """A run killed in German's seventh step, after the checkpoint of its fourth."""
     folder = tmp_path_factory.mktemp("killed")
     config = training.write_config(raw(folder), folder / "config.toml")
-    outcome = train(config, fault=Fault("titan_cpt.train:train_step", 19))
+    outcome = train(config, fault=Fault("titan_cpt.train:train_step", 19, folder / "run/german/step-00000004"))
     assert "german/step-00000004" in training.checkpoints_of(folder / "run"), outcome.output
     return folder
 

@@ -156,9 +156,9 @@ def test_a_fault_that_never_comes_again_is_still_passed_over_after_a_kill(raw, t
 def test_a_checkpoints_skips_are_known_without_the_stages_file(raw):
     """skipped.json is gone: what the checkpoint itself went through is still told in the next ones."""
     table = {"on_nonfinite": "skip"}
-    folder, killed = run(
-        raw, "run", BadNumbers("english", (5,)), Fault("titan_cpt.train:train_step", 12), training=table
-    )
+    saved = training.Path(raw["job"]["output_dir"]) / "run" / "english" / "step-00000008"
+    fault = Fault("titan_cpt.train:train_step", 12, saved)
+    folder, killed = run(raw, "run", BadNumbers("english", (5,)), fault, training=table)
     (folder / "english" / "skipped.json").unlink()
     _, outcome = run(raw, "run", training=table)
 
@@ -184,7 +184,8 @@ def test_the_window_of_losses_survives_a_kill(raw):
     """Killed between the window's filling and the spike: it is found all the same, by the losses in the manifest."""
     bad = BadNumbers("english", (9,), "spike")
     whole, _ = run(raw, "whole", bad, training=SPIKES)
-    _, killed = run(raw, "killed", bad, Fault("titan_cpt.train:train_step", 10), training=SPIKES)
+    saved = training.Path(raw["job"]["output_dir"]) / "killed" / "english" / "step-00000008"
+    _, killed = run(raw, "killed", bad, Fault("titan_cpt.train:train_step", 10, saved), training=SPIKES)
     folder, outcome = run(raw, "killed", bad, training=SPIKES)
 
     assert killed.status == -signal.SIGKILL

@@ -261,7 +261,7 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
     again = training.changed(raw, stages=[raw["stages"][0], german], metrics={"enable_tensorboard": True})
     config = training.write_config(again, tmp_path / "again.toml")
     shutil.rmtree(ended / "german")
-    killed = train(config, fault=Fault("titan_cpt.train:train_step", call=5))
+    killed = train(config, fault=Fault("titan_cpt.train:train_step", 5, ended / "german" / "step-00000004"))
     stage = summarise(ended)["stages"][1]
     outcome = train(config)
     first = training.changed(again, job={"name": "first"})
