@@ -141,7 +141,7 @@ rendezvous_options() {
 }
 
 # read_run_info NODES TRAIN_OPTION...: set `run_folder` and `init_timeout` from the config. A mistake in it is printed and
-# ends this script; on several nodes titan_cpt.launch prints it, once for all of them.
+# ends this script; on several nodes titan_cpt.commands.launch prints it, once for all of them.
 read_run_info() {
     local information="" key value nnodes=$1
     shift
@@ -241,7 +241,7 @@ run_torchrun() {
     # What is not shown is kept in files, for a failure that only one of these processes sees.
     [[ -z $hidden ]] || options+=(--redirects="$hidden")
     # torchrun, with one message in the place of its log of a failure.
-    local launch=("$python" -m titan_cpt.launch)
+    local launch=("$python" -m titan_cpt.commands.launch)
     [[ -z ${node:-} ]] || launch+=(--node="$node" --patience="$init_timeout")
     run_and_exit "${launch[@]}" "${options[@]}" -m titan_cpt train "$@"
 }

@@ -5,7 +5,7 @@
     python scripts/fuzz.py idx CORPUS_FOLDER -rss_limit_mb=2048 -timeout=20
 
 What follows the kind goes to libFuzzer. A finding is a crash with the bytes in a file `crash-...`. pytest looks at the
-same readers with hypothesis, for a shorter time (tests/unit/test_untrusted_input_is_refused.py).
+same readers with hypothesis, for a shorter time (tests/behavior/test_untrusted_input_is_refused.py).
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from titan_cpt.cli import main as titan_cpt
-from titan_cpt.data.indexed import TokenStream
-from titan_cpt.validate import fixed_windows
+from titan_cpt.data.formats.indexed import TokenStream
+from titan_cpt.training.validation import fixed_windows
 
 WORDS = ("der", "die", "das", "Hund", "Katze", "Straße", "über", "läuft", "größer", "und", "oder", "nicht", "heute")
 ROWS = 300  # more than the byte tokenizer's 257 ids, as released vocabularies are padded

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
-from titan_cpt.config_file import load_config
-from titan_cpt.data import texts
-from titan_cpt.plan import Inventory
-from titan_cpt.planning import make_plan
+from titan_cpt.config.load import load_config
+from titan_cpt.data.prepare import text_sources
+from titan_cpt.planning.plan import Inventory
+from titan_cpt.planning.planner import make_plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
 
@@ -112,5 +112,5 @@ def make(write):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two kilobytes, so that small inputs have many."""
-    monkeypatch.setattr(texts, "SMALLEST_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(texts, "LARGEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(text_sources, "SMALLEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(text_sources, "LARGEST_CHUNK_BYTES", 2000)

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from titan_cpt.distributed.mesh import join_ranks
-from titan_cpt.inference import Opened, open_checkpoint
-from titan_cpt.interchange import import_released
-from titan_cpt.models.families import build_model
-from titan_cpt.models.huggingface import to_huggingface
+from titan_cpt.checkpoint.hf_import import import_released
+from titan_cpt.distributed.device_mesh import join_ranks
+from titan_cpt.evaluation.inference import Opened, open_checkpoint
+from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_config import config_from_shape
-from titan_cpt.models.sizes import named_size
+from titan_cpt.models.huggingface_weights import to_huggingface
+from titan_cpt.models.registry import named_size
 
 SHAPES = {
     "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from titan_cpt.data.indexed import IndexedTokens
-from titan_cpt.data.prepare import prepare
+from titan_cpt.data.formats.indexed import IndexedTokens
+from titan_cpt.data.prepare.prepare import prepare
 
 
 def jsonl(documents: list[str], field: str = "text") -> str:

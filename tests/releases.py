@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from titan_cpt.models.families import build_model
-from titan_cpt.models.huggingface import to_huggingface
+from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_config import config_from_shape
-from titan_cpt.models.sizes import named_size
+from titan_cpt.models.huggingface_weights import to_huggingface
+from titan_cpt.models.registry import named_size
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

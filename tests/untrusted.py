@@ -12,19 +12,19 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from titan_cpt import manifest
-from titan_cpt.checkpoint_files import read_index
-from titan_cpt.config_file import load_config
-from titan_cpt.data.indexed import IndexedTokens
-from titan_cpt.data.record import made_by, read_record
-from titan_cpt.data.tokenizer import load_tokenizer
-from titan_cpt.data.tokenizer_ids import byte_tokenizer_json
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.hf_files import WeightFiles, read_config
+from titan_cpt.checkpoint.storage import read_index
+from titan_cpt.common.metrics_file import losses_before, open_record, read_metrics
+from titan_cpt.config.load import load_config
+from titan_cpt.data.formats.indexed import IndexedTokens
+from titan_cpt.data.prepare.prepared_record import made_by, read_record
+from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
-from titan_cpt.metrics_file import losses_before, open_record, read_metrics
+from titan_cpt.evaluation.scores import average, difference, read_score
 from titan_cpt.models.huggingface_config import shape_from_config
-from titan_cpt.report import read_run, summary_of
-from titan_cpt.scores import average, difference, read_score
-from titan_cpt.weight_files import WeightFiles, read_config
+from titan_cpt.reporting.summary import read_run, summary_of
 
 TOML = b"""
 [job]

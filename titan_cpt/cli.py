@@ -18,9 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from titan_cpt.arguments import learning_rate, none_left, overrides_in, positive, share, steps, temperature, tokens
+from titan_cpt.commands.arguments import (
+    learning_rate,
+    none_left,
+    overrides_in,
+    positive,
+    share,
+    steps,
+    temperature,
+    tokens,
+)
+from titan_cpt.common.exit_status import leave, leave_interrupted, tell
 from titan_cpt.errors import ConfigError, DataError, PlanError, TitanError, how_to_install, in_words
-from titan_cpt.exits import leave, leave_interrupted, tell
 
 _TAKE_OVERRIDES = ("plan", "train", "sweep", "baselines", "prepare", "anneal")
 _CHECKPOINTS = "a checkpoint's folder, or a run: the last checkpoint of each stage"
@@ -197,12 +206,12 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from dataclasses import replace
 
-    from titan_cpt.config_file import load_config
+    from titan_cpt.checkpoint.weights_tokenizer import check_planned
+    from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.layout import fewest_ranks
-    from titan_cpt.layout_view import parse_bytes
-    from titan_cpt.planning import make_plan
-    from titan_cpt.weights_tokenizer import check_planned
+    from titan_cpt.distributed.parallel_dims import fewest_ranks
+    from titan_cpt.planning.parallel_view import parse_bytes
+    from titan_cpt.planning.planner import make_plan
 
     config = load_config(options.config, overrides)
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
@@ -212,7 +221,7 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     inventory = take_inventory(config)
     plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *check_planned(config))), world_size)
     if options.json or options.lr_at or options.recipe:
-        from titan_cpt.plan_view import lr_as_json, plan_as_json, recipe_as_json
+        from titan_cpt.planning.view import lr_as_json, plan_as_json, recipe_as_json
 
         answer = plan_as_json(plan, device_bytes)
         if options.lr_at:
@@ -221,13 +230,13 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
             answer["recipe"] = recipe_as_json(plan, *options.recipe)
         print(json.dumps(answer))
     else:
-        from titan_cpt.display import make_console
-        from titan_cpt.plan_view import print_plan
+        from titan_cpt.planning.view import print_plan
+        from titan_cpt.training.progress import make_console
 
         print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
-        from titan_cpt.distributed.check_layout import check_layout  # torch, which the plan itself does without
-        from titan_cpt.parts import techniques
+        from titan_cpt.training.build import techniques
+        from titan_cpt.training.dry_run import check_layout  # torch, which the plan itself does without
 
         for line in check_layout(plan, techniques(config)):
             print(line, file=sys.stderr if options.json else sys.stdout)
@@ -236,7 +245,7 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
 def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_bytes: int | None) -> int:
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.suggest import assumed, device_of, suggestions
+    from titan_cpt.planning.suggest import assumed, device_of, suggestions
 
     if device_bytes is None:
         raise PlanError("--suggest: for which device? Give its memory with --device-memory, such as 80GiB")
@@ -257,7 +266,7 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
 
 
 def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.config_file import load_run
+    from titan_cpt.config.load import load_run
 
     config = load_run(options.config, overrides)  # before torch: a mistake is told in a blink
     if options.run_info:
@@ -271,8 +280,8 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if options.plan:
-        from titan_cpt.display import make_console
-        from titan_cpt.sweep import print_arms
+        from titan_cpt.runs.sweep import print_arms
+        from titan_cpt.training.progress import make_console
 
         print_arms(options.files, overrides, make_console())
         return 0
@@ -283,8 +292,8 @@ def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: str | None, **how: Any) -> int:
-    from titan_cpt.display import make_console
-    from titan_cpt.sweep import TRAIN, exit_status, print_outcomes, run_arms
+    from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, run_arms
+    from titan_cpt.training.progress import make_console
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise PlanError("a sweep under torchrun: start it without; --launch ./run_train.sh starts each run's processes")
@@ -294,11 +303,11 @@ def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: s
 
 
 def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.baselines import write_baselines
-    from titan_cpt.config_file import load_run
+    from titan_cpt.config.load import load_run
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.layout import fewest_ranks
-    from titan_cpt.planning import make_plan
+    from titan_cpt.distributed.parallel_dims import fewest_ranks
+    from titan_cpt.planning.planner import make_plan
+    from titan_cpt.runs.baselines import write_baselines
 
     config = load_run(options.config, overrides)
     plan = make_plan(config, take_inventory(config), fewest_ranks(config))
@@ -310,7 +319,7 @@ def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) ->
 
 
 def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.anneal import branch_off
+    from titan_cpt.runs.anneal import branch_off
 
     rank = int(os.environ.get("RANK", "0"))
     asked = {"tokens": options.tokens, "min_lr": options.min, "overrides": overrides}
@@ -335,8 +344,8 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
             "= true into the file, or give --tokenizer.add_bos true"
         )
     if options.config is not None:
-        from titan_cpt.config_file import load_config
-        from titan_cpt.data.materialise import materialise
+        from titan_cpt.config.load import load_config
+        from titan_cpt.data.prepare.missing import materialise
 
         if not materialise(load_config(options.config, overrides), workers=options.workers, force=options.force):
             print(f"{options.config}: every dataset with a source is prepared already, nothing was changed")
@@ -347,15 +356,15 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     if options.train_tokenizer and options.output.endswith(os.sep):
         raise ConfigError(f"command line: --output {options.output} is a folder: name the file, such as tokenizer.json")
     if options.train_tokenizer:
-        from titan_cpt.data.materialise import train_tokenizer
+        from titan_cpt.data.prepare.missing import train_tokenizer
 
         asked = options.input, options.text_field, options.train_tokenizer
         written = train_tokenizer(*asked, Path(options.output), force=options.force)
         done = "" if written else "already there, nothing was changed: "
         print(f"{options.output}: {done}a byte-level BPE of {options.train_tokenizer:,} entries")
         return 0
-    from titan_cpt.data.outputs import prefix_to_write
-    from titan_cpt.data.prepare import prepare
+    from titan_cpt.data.prepare.outputs import prefix_to_write
+    from titan_cpt.data.prepare.prepare import prepare
 
     output = prefix_to_write(options.output)
     if options.tokenizer is None:
@@ -380,14 +389,14 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
 
 
 def _import(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.interchange import import_released
+    from titan_cpt.checkpoint.hf_import import import_released
 
     import_released(options.source, options.output, vocab_size=options.vocab_size, tell=print)
     return 0
 
 
 def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.export import export, parse_bytes
+    from titan_cpt.checkpoint.hf_export import export, parse_bytes
 
     export(
         options.checkpoint,
@@ -402,12 +411,12 @@ def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.suites import chosen_tasks, require_folder
+    from titan_cpt.config.suites import chosen_tasks, require_folder
 
     tasks = chosen_tasks(options.suite, options.tasks)  # before torch: mistakes are reported at once
     require_folder(tasks, options.tasks_dir)
-    from titan_cpt.distributed.mesh import join_ranks, leave_ranks
-    from titan_cpt.evaluate import Asked, evaluate_all
+    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
+    from titan_cpt.evaluation.evaluate import Asked, evaluate_all
 
     whole_suite = options.suite if not options.tasks else None
     asked = Asked(
@@ -425,8 +434,8 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     finally:
         leave_ranks()
     if ranks.rank == 0:
-        from titan_cpt.display import make_console
-        from titan_cpt.score_view import print_scores, scores_as_json
+        from titan_cpt.evaluation.score_table import print_scores, scores_as_json
+        from titan_cpt.training.progress import make_console
 
         if options.json:
             print(json.dumps(scores_as_json(columns)))
@@ -440,9 +449,9 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if not options.prompt and not options.examples:
         raise ConfigError("command line: give --prompt TEXT, once or several times, or --examples")
-    from titan_cpt.continuations import continue_prompts
-    from titan_cpt.distributed.mesh import join_ranks, leave_ranks
-    from titan_cpt.generation import Sampling
+    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
+    from titan_cpt.evaluation.generate import Sampling
+    from titan_cpt.evaluation.prompts import continue_prompts
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     ranks = join_ranks()
@@ -473,15 +482,15 @@ def _opening(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.comparison import print_runs
-    from titan_cpt.display import make_console
-    from titan_cpt.report import read_runs
+    from titan_cpt.reporting.comparison import print_runs
+    from titan_cpt.reporting.summary import read_runs
+    from titan_cpt.training.progress import make_console
 
     unread: list[str] = []
     records = read_runs(options.runs, unread.append)
     print_runs(records, make_console())
     if options.html is not None and records:
-        from titan_cpt.report_page import default_folder, write_page
+        from titan_cpt.reporting.html_page import default_folder, write_page
 
         out = default_folder([record.folder for record in records]) if options.html == Path() else options.html
         print(f"the page: {write_page(records, out)}")
@@ -491,7 +500,7 @@ def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _verify(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.manifest import verify
+    from titan_cpt.checkpoint.manifest import verify
 
     manifest = verify(options.checkpoint)
     size = sum(file["bytes"] for file in manifest["files"].values())

@@ -17,29 +17,29 @@ from typing import Any, NoReturn
 
 import torch
 
-from titan_cpt import checkpoint as ckpt
-from titan_cpt import numerics
-from titan_cpt.allocator import keep_freed_memory
-from titan_cpt.benchmarks import benchmarks_due, require_benchmarks, take_benchmarks
-from titan_cpt.checkpoint import Found, load_state
-from titan_cpt.config import Config
+from titan_cpt.checkpoint import manager as ckpt
+from titan_cpt.checkpoint.manager import Found, load_state
+from titan_cpt.checkpoint.manifest import write_text_atomically
+from titan_cpt.common.run_folder import StopRequest, locked
+from titan_cpt.config.run_config import require_own_run
+from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.data.materialise import materialise_unless_stopped
-from titan_cpt.display import make_console
+from titan_cpt.data.prepare.missing import materialise_unless_stopped
+from titan_cpt.distributed.device_mesh import Ranks, join_ranks, leave_ranks, rank_0_first, set_timeouts
 from titan_cpt.distributed.float8 import refresh_scales
-from titan_cpt.distributed.mesh import Ranks, join_ranks, leave_ranks, rank_0_first, set_timeouts
 from titan_cpt.errors import NumericsError
-from titan_cpt.forgetting import note_changed_validation, renew_baselines
-from titan_cpt.initial import load_initial
-from titan_cpt.manifest import write_text_atomically
-from titan_cpt.metrics import versions
-from titan_cpt.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
-from titan_cpt.own_run import require_own_run
-from titan_cpt.parts import Parts, build, manifest_record
-from titan_cpt.plan import StagePlan
-from titan_cpt.records import StepResult, record, validate
-from titan_cpt.report import print_summary, summarise
-from titan_cpt.run_folder import StopRequest, locked
+from titan_cpt.planning.plan import StagePlan
+from titan_cpt.reporting.summary import print_summary, summarise
+from titan_cpt.training import bad_steps
+from titan_cpt.training.allocator import keep_freed_memory
+from titan_cpt.training.benchmarks import benchmarks_due, require_benchmarks, take_benchmarks
+from titan_cpt.training.build import Parts, build, manifest_record
+from titan_cpt.training.forgetting import note_changed_validation, renew_baselines
+from titan_cpt.training.initial_weights import load_initial
+from titan_cpt.training.metrics import versions
+from titan_cpt.training.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
+from titan_cpt.training.progress import make_console
+from titan_cpt.training.step_log import StepResult, record, validate
 
 _THEIR_WARNINGS = (
     "'set_vital' is deprecated",  # torchdata's loader, of torch
@@ -257,7 +257,7 @@ def pass_over(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) ->
 def show(parts: Parts, stage: StagePlan, done: int) -> dict[str, Any] | None:
     """Bring what was kept to the disk and the screen; returns the first step that the guard held back, if any."""
     lines = parts.log.flush()
-    held_back = numerics.first_held_back(parts, stage, lines)
+    held_back = bad_steps.first_held_back(parts, stage, lines)
     if held_back is None and lines:
         parts.display.step(stage, lines[-1])
     if parts.log.trouble:
@@ -272,10 +272,10 @@ def mend(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> int:
     Raises:
         NumericsError: it asks to stop, or too many batches were passed over; the weights are those before that step.
     """
-    answer = numerics.answer(parts, stage, bad)
+    answer = bad_steps.answer(parts, stage, bad)
     if answer == "stop":
         _stop_before(parts, stage, bad)
-    numerics.pass_over(parts, stage, bad)
+    bad_steps.pass_over(parts, stage, bad)
     if answer == "skip":
         parts.log.rewind(int(bad["run_step"]) - 1)
         return int(bad["step"]) - 1
@@ -292,8 +292,8 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
         save(parts, stage, done, ckpt.INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
     parts.checkpoints.poll(until_done=True)
     newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none, as it was the first step")
-    parts.log.event("stop", stage=stage.name, step=done, why=numerics.reason(bad))
-    raise NumericsError(numerics.complaint(parts, stage, bad, newest))
+    parts.log.event("stop", stage=stage.name, step=done, why=bad_steps.reason(bad))
+    raise NumericsError(bad_steps.complaint(parts, stage, bad, newest))
 
 
 def save(parts: Parts, stage: StagePlan, done: int, kind: str, *, validation_due: bool = False) -> None:

@@ -2,7 +2,7 @@
 
     python scripts/bench/attention.py
 
-The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/operations.py takes float32 where a
+The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/common/ops.py takes float32 where a
 head's positions x features are few.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_cpt.allocator import keep_freed_memory
+from titan_cpt.training.allocator import keep_freed_memory
 
 TURNS = 15
 TOKENS_X_WIDTH = 4096 * 128  # of one call, whatever the shape

@@ -28,11 +28,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from titan_cpt import checkpoint_files
-from titan_cpt.checkpoint import INTERVAL, Checkpoints
-from titan_cpt.models.families import build_model
-from titan_cpt.models.sizes import named_size
-from titan_cpt.optimizer import build_adamw
+from titan_cpt.checkpoint.manager import INTERVAL, Checkpoints, storage
+from titan_cpt.models.build import build_model
+from titan_cpt.models.registry import named_size
+from titan_cpt.training.optimizer import build_adamw
 
 RECORD = {"stage_index": 0, "kind": INTERVAL, "run_step": 0, "recipe": {}, "fingerprint": "", "data": {}}
 KINDS = ("ours", "unhashed", "dcp")
@@ -72,7 +71,7 @@ class Bench:
         return stall, whole, size
 
     def _ours(self, kind: str, number: int) -> tuple[Any, Path]:
-        checkpoint_files.new_hash = xxhash.xxh3_128 if kind == "ours" else _NoHash  # type: ignore[assignment]
+        storage.new_hash = xxhash.xxh3_128 if kind == "ours" else _NoHash  # type: ignore[assignment]
         self.checkpoints.save(self.model, self.optimizer, stage="a", steps_done=number, record=RECORD)
         return self.checkpoints.wait, self.run / "a" / f"step-{number:08d}"
 

@@ -59,10 +59,10 @@ PLACES = (0.0, 0.5, 0.999)
 
 def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
     """The loader of a config's second stage from that share of its steps on, and the step where it begins."""
-    from titan_cpt.config_file import load_config
+    from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import open_streams, take_inventory, training_files
     from titan_cpt.data.loader import SequenceReader
-    from titan_cpt.planning import make_plan
+    from titan_cpt.planning.planner import make_plan
     from titan_cpt.train import open_loader
 
     config = load_config(path, [("training.num_workers", str(workers))])

@@ -141,17 +141,18 @@ def work(overrides: dict[str, str]) -> None:
     """One rank: build, take two steps, write down what it took."""
     import torch
 
-    from titan_cpt import footprint, loss
-    from titan_cpt.config_file import load_config
-    from titan_cpt.data.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.mesh import join_ranks, leave_ranks, wait_for_all
-    from titan_cpt.parts import build
-    from titan_cpt.run_folder import StopRequest
+    from titan_cpt.common.run_folder import StopRequest
+    from titan_cpt.config.load import load_config
+    from titan_cpt.data.formats.indexed_writer import IndexedWriter
+    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.planning import memory
     from titan_cpt.train import open_loader, train_step
+    from titan_cpt.training import loss
+    from titan_cpt.training.build import build
 
     torch.set_num_threads(1)
     if overrides.pop(WHOLE_LOGITS, None):
-        footprint.LOGITS_CHUNK = loss.LOGITS_CHUNK = sys.maxsize
+        memory.LOGITS_CHUNK = loss.LOGITS_CHUNK = sys.maxsize
     ranks = join_ranks()
     if ranks.rank == 0:
         Path("config.toml").write_text(TOML)

@@ -69,7 +69,7 @@ def tiktoken_alone(text: Path, tokenizer: Path) -> float:
     """MB/s of the library's own call over the first documents: no reading, no writing, no checks."""
     import tiktoken
 
-    from titan_cpt.data.bpe import convert
+    from titan_cpt.data.tokenizer.bpe import convert
 
     conversion = convert(json.loads(tokenizer.read_text()))
     encoding = tiktoken.Encoding(
@@ -105,7 +105,7 @@ def line_by_line(text: Path, tokenizer: Path, prefix: Path, workers: int) -> Non
     """The other way."""
     from tokenizers import Tokenizer
 
-    from titan_cpt.data.indexed_writer import IndexedWriter
+    from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder, entries = Encoder(tokenizer), Tokenizer.from_file(str(tokenizer)).get_vocab_size()

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from titan_cpt.allocator import keep_freed_memory
-from titan_cpt.models import operations
+from titan_cpt.models.common import ops
+from titan_cpt.training.allocator import keep_freed_memory
 
 TURNS = 5
 TOKENS = 4096
@@ -34,8 +34,8 @@ def main() -> None:
     """A line a shape."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(f"bfloat16 on this CPU, as torch sees it: {operations.CPU_HAS_BFLOAT16}\n")
-    operations.CPU_HAS_BFLOAT16 = False  # so that both ways are measured on any machine
+    print(f"bfloat16 on this CPU, as torch sees it: {ops.CPU_HAS_BFLOAT16}\n")
+    ops.CPU_HAS_BFLOAT16 = False  # so that both ways are measured on any machine
     print("| product | float32 | bfloat16, torch's | bfloat16, in float32 and rounded |\n|---|---|---|---|")
     for features, outputs in LAYERS:
         x, weight, grad = torch.randn(TOKENS, features), torch.randn(outputs, features), torch.randn(TOKENS, outputs)
@@ -43,7 +43,7 @@ def main() -> None:
         for name, (left, right) in pairs.items():
             halves = left.bfloat16(), right.bfloat16()
             turns = [
-                (gflops(torch.mm, left, right), gflops(torch.mm, *halves), gflops(operations.multiply, *halves))
+                (gflops(torch.mm, left, right), gflops(torch.mm, *halves), gflops(ops.multiply, *halves))
                 for _ in range(TURNS)
             ]
             cells = " | ".join(f"{statistics.median(rates):.1f}" for rates in zip(*turns, strict=True))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from shape_b import HEAD, STAGE
 
-from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
 ONE_SHORT_STEP = ["--training.global_batch_size", "1", "--training.local_batch_size", "1", "--metrics.log_freq", "1"]
 

@@ -8,7 +8,7 @@ import typing
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from titan_cpt import config
+from titan_cpt.config import schema
 
 HEADER = """# Every key of the TOML
 
@@ -23,7 +23,7 @@ file over others; stages are merged by name. Paths of data and outputs are relat
 
 def reference() -> str:
     """The whole page."""
-    parts = [HEADER, *(_section(model) for model in _tables(config.Config))]
+    parts = [HEADER, *(_section(model) for model in _tables(schema.Config))]
     return "\n".join(parts)
 
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.config import Config
-from titan_cpt.layout import SCHEDULES
-from titan_cpt.layout_rules import CPU_RULES, RULES, layout_faults
-from titan_cpt.models.sizes import named_size
+from titan_cpt.config.schema import Config
+from titan_cpt.distributed.parallel_dims import SCHEDULES
+from titan_cpt.models.registry import named_size
+from titan_cpt.planning.parallel_rules import CPU_RULES, RULES, layout_faults
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "distributed"))
 from parity_layouts import CASES, FLOAT8, LLAMAS, Case
@@ -29,7 +29,7 @@ and the hashes of the global batches. A checkpoint is read under any other layou
 
 The vocabulary is padded to 128 x the tensor-parallel degree, so that a run that is to change its TP degree half-way
 should fix `model.vocab_size` at its start. Ranks are numbered with tensor-parallel neighbours side by side and pipeline
-ranks farthest apart. Nothing is said to a layout by the model: `titan_cpt/distributed/parallelise.py` applies TP, then
+ranks farthest apart. Nothing is said to a layout by the model: `titan_cpt/distributed/parallelize.py` applies TP, then
 activation checkpointing, compile and FSDP2 from outside, `stages.py` cuts pipeline stages before.
 
 ## The quick start in two processes

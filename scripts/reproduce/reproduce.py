@@ -23,9 +23,9 @@ from pathlib import Path
 
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
-from titan_cpt.arms import Arm, read_arms
-from titan_cpt.comparison import compare
-from titan_cpt.report import Record, read_run
+from titan_cpt.reporting.comparison import compare
+from titan_cpt.reporting.summary import Record, read_run
+from titan_cpt.runs.sweep_runs import Arm, read_arms
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

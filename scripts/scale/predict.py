@@ -2,7 +2,7 @@
 
     python scripts/scale/predict.py
 
-Nothing here was measured on a GPU. The FLOPs, the bytes and the bubble are the plan's (titan_cpt/footprint.py, whose
+Nothing here was measured on a GPU. The FLOPs, the bytes and the bubble are the plan's (planning/memory.py, whose
 bytes scripts/scale/traced.py holds against a traced step); what is assumed of the machines stands in `MACHINES` and
 `ASSUMED`, chosen before the comparison with torchtitan's published figures for Llama 3 8B was made (FSDP2, batch 2 x
 8192 a rank, selective recomputation by operator). It comes out far too fast. So each figure is given twice: as assumed,
@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from titan_cpt.footprint import Work, footprint
-from titan_cpt.layout import Layout
-from titan_cpt.models.shapes import LlamaShape, ModelShape
-from titan_cpt.models.sizes import named_size
+from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.models.registry import named_size
+from titan_cpt.models.spec import LlamaShape, ModelShape
+from titan_cpt.planning.memory import Work, footprint
 
 
 @dataclass(frozen=True)

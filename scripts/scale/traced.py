@@ -1,4 +1,4 @@
-"""Bytes that one traced step sends, by collective, against what the plan works out (titan_cpt/footprint.py).
+"""Bytes that one traced step sends, by collective, against what the plan works out (titan_cpt/planning/memory.py).
 
     python scripts/scale/traced.py
 
@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_cpt.distributed.mesh import Ranks, build_mesh
-from titan_cpt.distributed.parallelise import Techniques
-from titan_cpt.distributed.stages import build_model
-from titan_cpt.footprint import Work, footprint
-from titan_cpt.layout import Layout
-from titan_cpt.models.sizes import named_size
+from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.pipeline_parallel import build_model
+from titan_cpt.models.registry import named_size
+from titan_cpt.planning.memory import Work, footprint
 
 SEQ_LEN, SEQUENCES, ACCUMULATION = 256, 2, 2
 LAYOUTS = (

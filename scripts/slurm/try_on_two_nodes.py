@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from two_nodes import TwoNodes, descendants, wait_for
 
-from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
 HERE = Path(__file__).resolve().parent
 TOML = """

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_cpt import manifest
-from titan_cpt.config_file import load_config
-from titan_cpt.distributed.mesh import join_ranks, leave_ranks
+from titan_cpt.checkpoint import manifest
+from titan_cpt.config.load import load_config
+from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
 from titan_cpt.train import run_among
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from titan_cpt.data.indexed_writer import IndexedWriter
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
 if sys.version_info >= (3, 11):
     import tomllib

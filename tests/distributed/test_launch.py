@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 import training
 
-from titan_cpt import launch
-from titan_cpt.distributed import mesh
+from titan_cpt.commands import launch
+from titan_cpt.commands.launch import Node, Refused, check_gpus, meet
+from titan_cpt.distributed import device_mesh
 from titan_cpt.errors import PlanError
-from titan_cpt.launch import Node, Refused, check_gpus, meet
 
 pytestmark = [
     *training.THEIR_WARNINGS_IGNORED,
@@ -146,10 +146,10 @@ def test_a_process_whose_gpu_does_not_exist_or_is_taken_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(PlanError, match=r"local rank 3 on .* this node has 2 .*\(0 to 1\).*NPROC=2"):
-        mesh.join_ranks()
+        device_mesh.join_ranks()
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(PlanError, match=r"GPU 1 cannot be used: CUDA error: .* busy\. `nvidia-smi`"):
-        mesh.join_ranks()
+        device_mesh.join_ranks()
 
 
 def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
@@ -160,7 +160,7 @@ def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
         for name, value in place.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(PlanError, match=rf"port {port} of .* is in use"):
-            mesh.join_ranks(5)
+            device_mesh.join_ranks(5)
 
 
 def test_the_users_mistake_is_one_message_under_several_processes(config, tmp_path):
@@ -191,7 +191,7 @@ def test_a_stop_on_a_signal_shows_no_traceback(config, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "titan_cpt.launch",
+        "titan_cpt.commands.launch",
         "--standalone",
         "--nproc-per-node=2",
         "-m",
@@ -224,7 +224,7 @@ def test_a_killed_process_is_named(tmp_path):
     (tmp_path / "child.py").write_text(
         "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
     )
-    code = "import sys; from titan_cpt.launch import _run; sys.exit(_run(sys.argv[1:]))"
+    code = "import sys; from titan_cpt.commands.launch import _run; sys.exit(_run(sys.argv[1:]))"
     options = ["--standalone", "--nproc-per-node=2", str(tmp_path / "child.py")]
     done = subprocess.run(
         [sys.executable, "-c", code, *options],

@@ -13,7 +13,7 @@ from parity_launch import ROOT, TOML
 RANKS = """
 import json, os, time, warnings
 import torch, torch.distributed as dist
-from titan_cpt.distributed.mesh import join_ranks, set_timeouts, wait_for_rank_0
+from titan_cpt.distributed.device_mesh import join_ranks, set_timeouts, wait_for_rank_0
 
 warnings.simplefilter("ignore")
 ranks = join_ranks(8)

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 import training
 
-from titan_cpt import manifest
+from titan_cpt.checkpoint import manifest
 
 pytestmark = [
     *training.THEIR_WARNINGS_IGNORED,

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import titan_cpt.distributed.engine
 import titan_cpt.train
-from titan_cpt import manifest
+import titan_cpt.training.forward_backward
+from titan_cpt.checkpoint import manifest
 from titan_cpt.cli import main
-from titan_cpt.models import operations
-from titan_cpt.models.gpt_neox import GPTNeoX
+from titan_cpt.models.common import ops
+from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.train import run, train_stage, train_step, transition
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -80,7 +80,7 @@ def test_a_cpu_without_bfloat16_trains_in_it_all_the_same_and_says_how(raw, monk
     raw["training"]["mixed_precision_param"] = "bfloat16"
     found, said = {}, {}
     for has_bfloat16 in (True, False):
-        monkeypatch.setattr(operations, "CPU_HAS_BFLOAT16", has_bfloat16)
+        monkeypatch.setattr(ops, "CPU_HAS_BFLOAT16", has_bfloat16)
         with training.cast(training.config_of(raw)) as parts:
             stage = parts.plan.stages[0]
             transition(parts, stage)
@@ -404,13 +404,13 @@ def test_saving_in_the_background_does_not_change_training(raw):
 
 def poison(monkeypatch, call, value=math.nan):
     """The `call`-th loss that is worked out for training comes out as another number, and its gradient with it."""
-    calls, sound = [0], titan_cpt.distributed.engine.head_and_loss
+    calls, sound = [0], titan_cpt.training.forward_backward.head_and_loss
 
     def poisoned(*tensors, **numbers):
         calls[0] += 1
         return sound(*tensors, **numbers) * (value if calls[0] == call else 1.0)
 
-    monkeypatch.setattr(titan_cpt.distributed.engine, "head_and_loss", poisoned)
+    monkeypatch.setattr(titan_cpt.training.forward_backward, "head_and_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

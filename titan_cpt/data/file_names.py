@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from titan_cpt.data.unpacking import PACKED
+from titan_cpt.data.prepare.decompress import PACKED
 from titan_cpt.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")

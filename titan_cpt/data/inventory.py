@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from titan_cpt.config import Config
-from titan_cpt.config_data import HEADERLESS, TokenTable
+from titan_cpt.config.datasets import HEADERLESS, TokenTable
+from titan_cpt.config.schema import Config
 from titan_cpt.data.file_names import FileIdentity, identity_of, text_file
-from titan_cpt.data.formats import Counted, TokenFiles, absent, count, open_source, paths_of
-from titan_cpt.data.record import MadeBy, made_by
-from titan_cpt.data.source import TokenSource
-from titan_cpt.data.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
+from titan_cpt.data.formats.base import TokenSource
+from titan_cpt.data.formats.open import Counted, TokenFiles, absent, count, open_source, paths_of
+from titan_cpt.data.prepare.prepared_record import MadeBy, made_by
+from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
-from titan_cpt.plan import Inventory
+from titan_cpt.planning.plan import Inventory
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_cpt.data.source import TokenSource
-from titan_cpt.mixture import Draw
-from titan_cpt.permutation import permuted
+from titan_cpt.data.formats.base import TokenSource
+from titan_cpt.data.mixture import Draw
+from titan_cpt.data.permutation import permuted
 
 
 class SequenceReader:

@@ -13,7 +13,7 @@ from typing import Any
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.huggingface_keys import Keys
 from titan_cpt.models.huggingface_rope import read_rope
-from titan_cpt.models.shapes import GPTNeoXShape, LlamaShape, ModelShape, RopeScaling
+from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape, RopeScaling
 
 _MOST_LAYERS = 10_000  # beyond it, a typing error would be built layer by layer
 _LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_cpt.models.huggingface_keys import Keys
-from titan_cpt.models.shapes import ROPE_SCALINGS, RopeScaling
+from titan_cpt.models.spec import ROPE_SCALINGS, RopeScaling
 
 _LENGTH = "original_max_position_embeddings"
 _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", _LENGTH, "truncate"}

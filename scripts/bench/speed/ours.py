@@ -17,14 +17,14 @@ import tomli_w  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from titan_cpt.allocator import keep_freed_memory  # noqa: E402
-from titan_cpt.config_file import load_config  # noqa: E402
-from titan_cpt.data.indexed_writer import IndexedWriter  # noqa: E402
-from titan_cpt.distributed.mesh import join_ranks  # noqa: E402
-from titan_cpt.models.huggingface import hub_names  # noqa: E402
-from titan_cpt.parts import build  # noqa: E402
-from titan_cpt.run_folder import StopRequest  # noqa: E402
+from titan_cpt.common.run_folder import StopRequest  # noqa: E402
+from titan_cpt.config.load import load_config  # noqa: E402
+from titan_cpt.data.formats.indexed_writer import IndexedWriter  # noqa: E402
+from titan_cpt.distributed.device_mesh import join_ranks  # noqa: E402
+from titan_cpt.models.huggingface_weights import hub_names  # noqa: E402
 from titan_cpt.train import open_loader, train_step, transition  # noqa: E402
+from titan_cpt.training.allocator import keep_freed_memory  # noqa: E402
+from titan_cpt.training.build import build  # noqa: E402
 
 folder, shape = Path(wanted["folder"]), wanted["shape"]
 torch.set_num_threads(1)

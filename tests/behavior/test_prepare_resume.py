@@ -1,0 +1,243 @@
+"""`titan-cpt prepare` interrupted: what is finished is used again, and what is published is whole."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prepared import documents_of, jsonl, make_inputs, outputs, run, words
+
+from titan_cpt.data.formats.indexed import IndexedTokens
+from titan_cpt.data.tokenizer.tokenizer import train_bpe
+from titan_cpt.errors import DataError
+
+KILLED = """
+import sys
+from pathlib import Path
+from titan_cpt.data.prepare import text_sources
+from titan_cpt.data.prepare import prepare
+text_sources.SMALLEST_CHUNK_BYTES = text_sources.LARGEST_CHUNK_BYTES = 2000
+if __name__ == "__main__":
+    prepare(inputs=sys.argv[3:], output=Path(sys.argv[1]), tokenizer="bytes", holdout=0.2, workers=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "how", "shards_done"),
+    [(1, signal.SIGKILL, 1), (2, signal.SIGKILL, 12), (1, signal.SIGINT, 12), (2, signal.SIGINT, 1)],
+)
+def test_a_killed_run_started_again_gives_the_same_bytes(tmp_path, small_chunks, workers, how, shards_done):
+    """No half output, no process left over; finished chunks are used and the rest is done."""
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "script.py").write_text(KILLED)
+    (tmp_path / "straight").mkdir()
+    straight = run(inputs, tmp_path / "straight" / "out", holdout=0.2)
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed" / "out"
+    command = [sys.executable, str(tmp_path / "script.py"), str(output), str(workers), *map(str, inputs)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list(output.parent.glob("out.partial/*.json"))) < shards_done:
+            assert process.poll() is None, "it was to be killed before it was done"
+            assert time.monotonic() < deadline, "no shard appeared"
+        if how == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, how)  # as a terminal does on Ctrl-C
+    assert process.returncode != 0
+    assert not output.with_suffix(".idx").exists()
+    with pytest.raises(ProcessLookupError):
+        wait_for_group(process.pid)
+    result = run(inputs, output, holdout=0.2)
+
+    assert shards_done <= result.reused_chunks < result.chunks == straight.chunks
+    assert outputs(output) == outputs(tmp_path / "straight" / "out")
+
+
+@pytest.mark.parametrize("files_in_place", range(5))
+def test_a_run_that_ends_while_it_publishes_is_completed_by_the_next(tmp_path, monkeypatch, files_in_place):
+    """Between any two renames: an .idx stands for a whole pair, and the next run gives the same bytes."""
+    inputs = make_inputs(tmp_path)
+    (tmp_path / "straight").mkdir()
+    run(inputs, tmp_path / "straight" / "out", holdout=0.2)
+    (tmp_path / "killed").mkdir()
+    output = tmp_path / "killed" / "out"
+    run(inputs[:1], output, holdout=0.1)  # an older output is being replaced
+    replace, remaining = os.replace, [files_in_place]
+
+    def replace_some(source: str, target: str) -> None:
+        if Path(target).parent == output.parent:
+            if not remaining[0]:
+                raise KeyboardInterrupt
+            remaining[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, output, holdout=0.2, force=True)
+    monkeypatch.setattr(os, "replace", replace)
+    for prefix in (output, Path(f"{output}-validation")):
+        if Path(f"{prefix}.idx").exists():
+            IndexedTokens(prefix, vocab_size=257)
+    result = run(inputs, output, holdout=0.2)
+
+    assert (result.already_done, result.reused_chunks) == (False, result.chunks)
+    assert outputs(output) == outputs(tmp_path / "straight" / "out")
+
+
+def test_a_shard_that_was_damaged_is_made_again(tmp_path, small_chunks):
+    """A finished chunk counts by its files and not by its record alone."""
+    lines = jsonl(words(300)).splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
+    with pytest.raises(DataError, match="251"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+    for number, path in enumerate(sorted(tmp_path.glob("out.partial/*.bin"))):
+        if number % 3 == 0:
+            path.write_bytes(path.read_bytes()[:-2])
+        elif number % 3 == 1:
+            path.unlink()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == words(300)
+
+
+def wait_for_group(group: int) -> None:
+    """Raise ProcessLookupError as soon as no process of the group is left."""
+    for _ in range(100):
+        os.killpg(group, 0)
+        time.sleep(0.1)
+
+
+def test_a_fault_keeps_what_is_finished(tmp_path, small_chunks):
+    """Mend the line, run again: only what is new is tokenised, and the result is that of a straight run."""
+    documents = words(300)
+    lines = jsonl(documents).splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
+    with pytest.raises(DataError, match="251"):
+        run([tmp_path / "a.jsonl"], tmp_path / "out")
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    result = run([tmp_path / "a.jsonl"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == documents
+    assert 0 < result.reused_chunks < result.chunks
+
+
+def test_shards_of_other_options_are_not_taken(tmp_path, small_chunks):
+    """Text field, hold-out and tokenizer belong to what a shard is."""
+    lines = [json.dumps({"text": f"{n} text", "body": f"{n} body", "id": n}) for n in range(100)]
+    train_bpe(words(500), 300, tmp_path / "tokenizer.json")
+    recipes = [{}, {"text_field": "body"}, {"holdout": 0.5}, {"tokenizer": str(tmp_path / "tokenizer.json")}]
+    for number, options in enumerate(recipes):
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        run([tmp_path / "a.jsonl"], tmp_path / f"straight{number}", **options)
+        (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+        with pytest.raises(DataError, match="101"):
+            run([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for number, options in enumerate(recipes):
+        shutil.copytree(tmp_path / "out.partial", tmp_path / f"copy{number}.partial")
+        result = run([tmp_path / "a.jsonl"], tmp_path / f"copy{number}", **options)
+        assert 0 < result.reused_chunks < result.chunks
+        copied, straight = outputs(tmp_path / f"copy{number}"), outputs(tmp_path / f"straight{number}")
+
+        assert list(copied.values()) == list(straight.values())
+
+
+def test_the_same_command_again_does_nothing_and_says_so(tmp_path):
+    """Also from more workers; an input that changed, or another option, is refused with the difference."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
+    (tmp_path / "b.jsonl").write_text(jsonl(words(5)))
+    first = run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")}
+    again = run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2, workers=2)
+    assert (again.counts, again.already_done, first.already_done) == (first.counts, True, False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")} == made
+
+    both = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for inputs, options, message in [
+        (both[:1], {"holdout": 0.1}, r"holdout 0.2 -> 0.1\. .*--force"),
+        (both[:1], {"holdout": 0.2, "text_field": "id"}, "text_field text -> id"),
+        (both, {"holdout": 0.2}, "1 inputs -> 2"),
+        (both[1:], {"holdout": 0.2}, r"input .*a\.jsonl.* -> .*b\.jsonl"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            run(inputs, tmp_path / "out", **options)
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    with pytest.raises(DataError, match="changed_ns"):
+        run(both[:1], tmp_path / "out", holdout=0.2)
+
+
+def test_force_replaces_the_output_and_what_was_held_out_of_it(tmp_path):
+    """No validation pair of the old recipe stays beside the new output."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
+    run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
+    result = run([tmp_path / "a.jsonl"], tmp_path / "out", force=True)
+
+    assert documents_of(tmp_path / "out") == words(50)
+    assert (result.already_done, outputs(tmp_path / "out").keys()) == (False, {"out.bin", "out.idx"})
+
+
+def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
+    """Megatron data of someone else has no record beside it; a damaged output is not taken for done."""
+    (tmp_path / "a.txt").write_text("a")
+    run([tmp_path / "a.txt"], tmp_path / "out")
+    whole = (tmp_path / "out.bin").read_bytes()
+    (tmp_path / "out.bin").write_bytes(whole[:2])
+    with pytest.raises(DataError, match="out"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    (tmp_path / "out.json").write_text("{}")
+    for force in (False, True):
+        with pytest.raises(DataError, match=r"out\.idx, .*out\.bin, .*out\.json: exist and were not made by this"):
+            run([tmp_path / "a.txt"], tmp_path / "out", force=force)
+    (tmp_path / "out.json").unlink()
+
+    for force in (False, True):
+        with pytest.raises(DataError, match=r"not made by this preparation \(no .*out\.json says so\)"):
+            run([tmp_path / "a.txt"], tmp_path / "out", force=force)
+    assert (tmp_path / "out.bin").read_bytes() == whole[:2]
+
+
+def test_two_runs_do_not_write_one_output_at_once(tmp_path):
+    """The second is told to wait; the lock goes with its process."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "out.partial").mkdir()
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True);"
+    command = [sys.executable, "-c", f"{code} time.sleep(60)", str(tmp_path / "out.partial" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(DataError, match="another process is preparing it"):
+            run([tmp_path / "a.txt"], tmp_path / "out")
+        other.kill()
+    run([tmp_path / "a.txt"], tmp_path / "out")
+
+    assert documents_of(tmp_path / "out") == ["a"]
+
+
+def test_there_is_no_bar_without_a_terminal(tmp_path, capfd):
+    """Logs of a batch job stay clean."""
+    (tmp_path / "a.txt").write_text("a")
+    run([tmp_path / "a.txt"], tmp_path / "out", show_progress=True)
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_whatever_a_kill_leaves_among_the_parts_is_recognized_and_removed(tmp_path):
+    """Temporary files of shards, of the joined pairs and of the record, and NFS's names for removed open files."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "out.partial").mkdir()
+    digest = "0123456789abcdef" * 2
+    for name in (
+        "lock", "record.json", ".record.json.12-0.tmp", f"{digest}.json", f"{digest}.12.json.tmp", f"{digest}.bin",
+        f"{digest}-validation.idx", f".{digest}.12.tmp.bin", f".{digest}-validation.12.tmp.idx", "joined.bin",
+        "joined-validation.idx", ".joined.12.tmp.bin", ".joined-validation.12.tmp.idx", ".nfs00000000012a4b2f00000001",
+    ):  # fmt: skip
+        (tmp_path / "out.partial" / name).touch()
+    run([tmp_path / "a.txt"], tmp_path / "out")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out.bin", "out.idx", "out.json"}

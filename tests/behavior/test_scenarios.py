@@ -1,0 +1,77 @@
+"""The schedules of docs/scenarios.md: the TOML that stands there plans, and its LRs are those of the equations."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import training
+
+from titan_cpt.config.load import load_config
+from titan_cpt.planning.plan import Inventory
+from titan_cpt.planning.planner import make_plan
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scenarios.md").read_text()
+WSD, PARMAR, AUTOREGRESSIVE = re.findall(r"```toml\n(.*?)```", PAGE.partition("## 4. ")[2], flags=re.DOTALL)
+
+
+@pytest.fixture
+def stages(head, write):
+    """stages(text): the planned stages of that TOML, and the plan's notes."""
+
+    def stages(text):
+        plan = make_plan(load_config(write(head + text)), Inventory({"pile": 10**8, "german": 10**8}, 257))
+        return plan.stages, plan.notes
+
+    return stages
+
+
+def test_wsd_goes_on_from_before_its_decay(stages):
+    """German leaves the Pile at step 8,000 of 10,000, at 3e-4, where it begins; both end at 0 by 1 - sqrt(x)."""
+    (pile, german), notes = stages(WSD)
+
+    assert (german.init.stage, german.init.steps_done) == ("pile", 8000)
+    assert (pile.lr_at(7999), german.lr_at(0), german.lr_at(3999)) == pytest.approx((3e-4, 3e-4, 3e-4))
+    assert pile.lr_at(8499) == pytest.approx(3e-4 * (1 - math.sqrt(500 / 2000)))
+    assert (pile.lr_at(9999), german.lr_at(4999)) == pytest.approx((0, 0), abs=1e-12)
+    assert notes == ()
+
+
+def test_parmars_recipe_begins_where_pre_training_ended(stages):
+    """3e-5 on, with no warm-up, half-way (3e-5 + 3e-6) / 2, a hundredth of 3e-4 at the end; the plan says so."""
+    (pile, german), notes = stages(PARMAR)
+
+    assert pile.lr_at(9999) == pytest.approx(3e-5)
+    assert german.lr_at(0) == pytest.approx(3e-5, rel=1e-6)
+    assert german.lr_at(2499) == pytest.approx(1.65e-5)
+    assert german.lr_at(4999) == pytest.approx(3e-6)
+    assert [note.partition(", ")[0] for note in notes] == ["stages.german.lr: stays at or below 3e-05"]
+
+
+def test_autoregressive_peaks_lie_on_one_decay(stages):
+    """Each stage's peak is the global cosine's value where it begins."""
+    found, notes = stages(AUTOREGRESSIVE)
+    peaks = [max(stage.lr_at(step) for step in range(100)) for stage in found]
+    cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * k / 3)) / 2 for k in range(3)]
+
+    assert peaks == pytest.approx(cosine, rel=1e-6)
+    assert notes == ()
+
+
+def test_a_stage_after_wsd_is_trained_from_before_the_decay(tmp_path):
+    """Trained, not only planned: the checkpoint before the decay is kept, and the next stage's weights are its."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path / "out")
+    raw["stages"][0]["lr"] = {"schedule": "wsd", "max": 3e-3, "decay_from": 0.75, "decay": "sqrt", "min": 0.0}
+    raw["stages"][1] |= {"init": "stage:english@pre_anneal", "steps": 2, "optimizer_state": "keep"}
+    outcome = training.train(training.write_config(raw, tmp_path / "c.toml"))
+    run = tmp_path / "out" / "run"
+    (begun,) = [event for event in training.events_of(run, "transition") if event["stage"] == "german"]
+
+    assert outcome.status == 0, outcome.output
+    assert begun["weights"].endswith("english/step-00000009")
+    losses = {
+        (line["stage"], line["step"]): line["loss_nats_per_token"] for line in training.lines_of(run, "validation")
+    }
+    assert losses["german", 0] != losses["english", 12]

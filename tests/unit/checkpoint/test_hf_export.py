@@ -1,0 +1,187 @@
+"""What an export's readers get: the run's ids or a warning, a true model card, files that a group may read."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+
+import pytest
+import tokenizers
+from safetensors.torch import save_file
+from training import THEIR_WARNINGS_IGNORED, changed, train, write_config, write_languages
+from training import two_stages as two_stages_of
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from titan_cpt.checkpoint.hf_export import export
+from titan_cpt.checkpoint.hf_import import import_released
+from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe
+from titan_cpt.models.build import build_model
+from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_weights import to_huggingface
+from titan_cpt.models.registry import named_size
+
+pytestmark = THEIR_WARNINGS_IGNORED
+TEXT = "In 1066 the people's army didn't   march 23,456 miles: ﬁne weather, naïve Füße.\n\n\tEnd"
+OPTIONS = {
+    "gpt_neox": ("gpt_neox", {}),
+    "llama": ("llama", {}),
+    "mistral": ("llama", {"sliding_window": 7}),
+    "qwen2": ("llama", {"qkv_bias": True}),
+    "qwen3": ("llama", {"qk_norm": True}),
+}
+
+
+def shape_of(model_type):
+    family, overrides = OPTIONS[model_type]
+    return named_size(family, "debug", 300, overrides={**overrides, "vocab_size": 400})
+
+
+def write_release(folder, model_type):
+    """A debug model as a release without tokenizer."""
+    shape = shape_of(model_type)
+    model = build_model(shape)
+    model.init_weights(1)
+    folder.mkdir(parents=True)
+    config = config_from_shape(shape, max_positions=64, dtype="float32")
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(to_huggingface(model.state_dict(), shape), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """Tokenizers with numbers of several digits, a normalizer, and another kind of model than BPE."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    train_bpe([TEXT.replace(" ", "")] * 3, 290, folder / "bpe.json")
+    normalized = tokenizers.Tokenizer.from_file(str(folder / "bpe.json"))
+    normalized.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
+    )
+    normalized.save(str(folder / "normalized.json"))
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((character, -1.0) for character in sorted(set(TEXT)))]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    unigram.decoder = tokenizers.decoders.Metaspace()
+    unigram.add_special_tokens(["</s>"])
+    unigram.save(str(folder / "unigram.json"))
+    return {"bytes": "bytes", **{name: str(folder / f"{name}.json") for name in ("bpe", "normalized", "unigram")}}
+
+
+def folder_of(tmp_path, model_type, path):
+    """config.json and the tokenizer's files of an export."""
+    config = config_from_shape(shape_of(model_type), max_positions=64, dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = load_tokenizer(path)
+    write_tokenizer(words, tmp_path, 64)
+    return words
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "normalized", "unigram"])
+@pytest.mark.parametrize("model_type", OPTIONS)
+def test_a_reader_gets_the_runs_ids_or_a_warning_with_the_class_that_gives_them(
+    model_type, name, vocabularies, tmp_path
+):
+    """AutoTokenizer gives them for every model_type except qwen2, and PreTrainedTokenizerFast for all."""
+    words = folder_of(tmp_path, model_type, vocabularies[name])
+    warning = warning_for_readers(tmp_path, words, model_type)
+    auto, fast = (kind.from_pretrained(tmp_path) for kind in (AutoTokenizer, PreTrainedTokenizerFast))
+
+    assert fast(TEXT)["input_ids"] == words.encode(TEXT)
+    if warning is None:
+        assert auto(TEXT)["input_ids"] == words.encode(TEXT)
+    else:
+        assert model_type == "qwen2"
+        assert warning.startswith("AutoTokenizer of transformers ")
+        assert "read it with `PreTrainedTokenizerFast.from_pretrained`, which gives the run's ids" in warning
+    if model_type == "qwen2" and name in ("bpe", "normalized"):
+        assert warning is not None
+
+
+def test_without_transformers_the_warning_is_of_what_is_known(vocabularies, tmp_path, monkeypatch):
+    """Of qwen2 alone."""
+    words = folder_of(tmp_path, "qwen2", vocabularies["bpe"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    assert "for model_type qwen2 and may give other ids" in warning_for_readers(tmp_path, words, "qwen2")
+    assert warning_for_readers(tmp_path, words, "llama") is None
+
+
+@pytest.mark.parametrize("beside", [{"model_max_length": 7}, {"tokenizer_class": "GPTNeoXTokenizerFast"}, None])
+def test_settings_beside_the_tokenizer_keep_their_values_and_get_a_class_where_they_have_none(
+    beside, vocabularies, tmp_path
+):
+    """AutoTokenizer takes the model type's own class for settings without one; a damaged file is written anew."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(vocabularies["normalized"], tmp_path / "own" / "tokenizer.json")
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(beside) if beside else "{")
+    words = folder_of(tmp_path / "out", "gpt_neox", str(tmp_path / "own"))
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    warning = warning_for_readers(tmp_path / "out", words, "gpt_neox")
+
+    assert (beside or {}).items() <= settings.items()
+    assert settings["tokenizer_class"] == (beside or {}).get("tokenizer_class", "PreTrainedTokenizerFast")
+    assert (warning is None) == (settings["tokenizer_class"] == "PreTrainedTokenizerFast")
+
+
+@contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_of_imports_and_exports_have_the_mode_of_the_umask(mask, mode, tmp_path):
+    """Weights too: colleagues on a shared file system read what they may read of the other files."""
+    write_release(tmp_path / "released", "llama")
+    with umask(mask):
+        import_released(str(tmp_path / "released"), tmp_path / "imported", tell=print)
+        export(
+            tmp_path / "imported",
+            tmp_path / "exported",
+            dtype="bfloat16",
+            tokenizer="bytes",
+            max_shard_bytes=200_000,
+            tell=print,
+        )
+    files = [path for name in ("imported", "exported") for path in (tmp_path / name).rglob("*") if path.is_file()]
+
+    assert len(list((tmp_path / "exported").glob("*.safetensors"))) > 1
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
+
+
+def test_an_export_says_what_its_tokenizer_needs_in_its_lines_and_on_its_card(vocabularies, tmp_path):
+    """A qkv_bias model is a qwen2 to transformers."""
+    write_release(tmp_path / "released", "qwen2")
+    import_released(str(tmp_path / "released"), tmp_path / "imported", tell=print)
+    said = []
+    export(tmp_path / "imported", tmp_path / "out", dtype="float32", tokenizer=vocabularies["bpe"], tell=said.append)
+    (warning,) = [line.removeprefix("note: ") for line in said if line.startswith("note: ")]
+
+    assert "PreTrainedTokenizerFast.from_pretrained" in warning
+    assert warning in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_of_a_run_that_was_called_again_has_its_losses(tmp_path):
+    """The command was repeated and a stage appended: each leaves events without a step in the record."""
+    write_languages(tmp_path / "data")
+    raw = two_stages_of(tmp_path / "data", tmp_path)
+    first, second = raw["stages"]
+    for stages in ([first], [first], [first, second | {"steps": 4}]):
+        outcome = train(write_config(changed(raw, stages=stages), tmp_path / "run.toml"))
+        assert outcome.status == 0, outcome.output
+    losses = {}
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "validation":
+            losses[entry["stage"], entry["dataset"], entry["step"]] = entry["loss_nats_per_token"]
+    export(tmp_path / "run" / "german" / "step-00000004", tmp_path / "out", dtype="float32", tell=print)
+    card = (tmp_path / "out" / "README.md").read_text()
+
+    assert "Unknown" not in card
+    assert f"| german | de | {losses['german', 'de', 0]:.4f} | {losses['german', 'de', 4]:.4f} | 4 |" in card

@@ -1,0 +1,506 @@
+"""Import and export: the same bits in and out, in any layout, in little memory, or a refusal; the whole way round."""
+
+import json
+import math
+import re
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from releases import ROOT, SHAPES, python, release, state_of
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.hf_export import export, parse_bytes
+from titan_cpt.checkpoint.hf_import import compared, fill, import_released, load_released, open_released
+from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.cli import main
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.errors import CheckpointError, ConfigError, DataError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.huggingface_weights import from_huggingface, hub_names
+from titan_cpt.models.registry import named_size
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized"  # DCP in a single process
+)
+
+
+def equal(one, other):
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_import_holds_the_releases_bits(name, dtype, tmp_path):
+    """A checkpoint whose manifest is good, whose recipe is the shape, and whose weights are the file's, in float32."""
+    released = release(tmp_path / "released", SHAPES[name], dtype)
+    said = []
+    import_released(str(tmp_path / "released"), tmp_path / "out", tell=said.append)
+    record = manifest.verify(tmp_path / "out")
+    expected = {name: tensor.to(dtype).float() for name, tensor in released.state_dict().items()}
+
+    assert len(list((tmp_path / "released").glob("*.safetensors"))) > 2
+    assert equal(state_of(SHAPES[name], lambda model: load_state(tmp_path / "out", model, None)), expected)
+    assert record["recipe"] == json.loads(json.dumps(SHAPES[name].as_recipe()))
+    assert "logits are those of transformers" in said[1]
+    assert sum(file["bytes"] for file in record["files"].values()) > 4 * SHAPES[name].parameters
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_loading_into_a_model_gives_the_same_bits_as_an_import(name, tmp_path):
+    """`hf:` without a checkpoint in between, and the comparison is told."""
+    released = release(tmp_path / "released", SHAPES[name])
+    model = build_model(SHAPES[name])
+    told = load_released(model, str(tmp_path / "released"), SHAPES[name])
+
+    assert equal(model.state_dict(), released.state_dict())
+    assert "logits are those of transformers" in told
+
+
+@contextmanager
+def rank_5_of_8():
+    """This process believes to be rank 5 of 8; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(length, ranks, rank):
+    """Rows that FSDP gives a rank: as many to each as the first one has, the rest to the last."""
+    each = math.ceil(length / ranks)
+    return slice(min(rank * each, length), min((rank + 1) * each, length))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_sharded_model_reads_the_share_of_its_rank(name, tmp_path):
+    """FSDP2 over 8 ranks: rank 5 holds its rows of every weight, 300 + 20 rows of the vocabulary among them."""
+    whole = release(tmp_path / "released", SHAPES[name]).state_dict()
+    released = open_released(str(tmp_path / "released"))
+    shape = released.resized(320)
+    grown = {}
+    for key, tensor in whole.items():
+        mean = tensor.double().mean(0).float()
+        grown[key] = torch.cat((tensor, mean.expand(20, -1))) if tensor.shape[0] == 300 else tensor
+    model = build_model(shape)
+    with rank_5_of_8():
+        for block in model.blocks.values():
+            fully_shard(block)
+        fully_shard(model)
+        fill(model, released, shape)
+        held = {key: parameter.to_local().clone() for key, parameter in model.named_parameters()}
+
+    for key, part in held.items():
+        assert torch.equal(part, grown[key][share(grown[key].shape[0], 8, 5)]), key
+
+
+def test_a_layout_of_two_dimensions_reads_the_share_of_its_rank(tmp_path):
+    """Tensor parallel over 2 and FSDP2 over 4: rank 5 is at (2, 1) and has the third quarter of the second half."""
+    whole = release(tmp_path / "released", SHAPES["llama"]).state_dict()
+    released = open_released(str(tmp_path / "released"))
+    model = build_model(released.shape)
+    with rank_5_of_8():
+        mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
+        plan = {"blocks.*.mlp.up": ColwiseParallel(), "blocks.*.mlp.down": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["dp"])
+        fill(model, released, released.shape)
+        mlp = model.blocks["1"].mlp
+        up, down = mlp.up.weight.to_local().clone(), mlp.down.weight.to_local().clone()
+
+    assert torch.equal(up, whole["blocks.1.mlp.up.weight"][96:][48:72])  # 192 rows: halves of 96, quarters of 24
+    assert torch.equal(down, whole["blocks.1.mlp.down.weight"][32:48, 96:])
+
+
+def test_a_pipeline_stage_reads_what_it_holds(tmp_path):
+    """A model without embedding and first block is filled as it is."""
+    whole = release(tmp_path / "released", SHAPES["llama"])
+    stage = build_model(SHAPES["llama"])
+    stage.embedding = None
+    del stage.blocks["0"]
+    fill(stage, open_released(str(tmp_path / "released")), SHAPES["llama"])
+
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in stage.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [(257, "rows from 257 on dropped"), (384, "new rows are the mean of the old")]
+)
+def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
+    """Shrunk and grown, by an import and into a model; the logits of the rows that both have are still compared."""
+    whole = release(tmp_path / "released", SHAPES["gpt_neox"]).state_dict()
+    lines = []
+    import_released(str(tmp_path / "released"), tmp_path / "out", vocab_size=rows, tell=lines.append)
+    shape = open_released(str(tmp_path / "released")).resized(rows)
+    imported = state_of(shape, lambda model: load_state(tmp_path / "out", model, None))
+    loaded = state_of(shape, lambda model: load_released(model, str(tmp_path / "released"), shape))
+
+    assert said in lines[0]
+    assert equal(imported, loaded)
+    for name in ("embedding.weight", "head.weight"):
+        assert torch.equal(imported[name][:257], whole[name][:257])
+        assert imported[name].shape[0] == rows
+        if rows > 300:
+            torch.testing.assert_close(imported[name][300:], whole[name].mean(0).expand(rows - 300, -1))
+
+
+def test_another_model_is_refused_with_both_numbers(tmp_path):
+    """What the release has and what the config wants, by the keys of [model], and the table that would fit."""
+    release(tmp_path / "released", SHAPES["llama"])
+    wanted = named_size("llama", "debug", 257, overrides={"layers": 3, "rope_base": 500.0})
+    with pytest.raises(CheckpointError) as refusal:
+        load_released(build_model(wanted), str(tmp_path / "released"), wanted)
+
+    assert "model.layers: 2 -> 3" in str(refusal.value)
+    assert "model.rope_base: 10000.0 -> 500.0" in str(refusal.value)
+    assert "vocab_size: 300 ->" not in str(refusal.value)
+    assert 'size = "debug"' in str(refusal.value)
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
+    """A weight of another shape, one too few and one too many: all are told."""
+    release(tmp_path / "released", SHAPES["llama"], shard="5GB")
+    config = json.loads((tmp_path / "released" / "config.json").read_text())
+    changed = config | {"intermediate_size": 100}
+    (tmp_path / "released" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError) as refusal:
+        open_released(str(tmp_path / "released"))
+
+    assert "model.layers.0.mlp.up_proj.weight: is [192, 64], by config.json it must be [100, 64]" in str(refusal.value)
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=re.escape("model.layers.2.mlp.down_proj.weight: missing")):
+        open_released(str(tmp_path / "released"))
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=re.escape("model.layers.1.mlp.up_proj.weight: not a weight")):
+        open_released(str(tmp_path / "released"))
+
+
+def changed_release(folder, shape, change):
+    """A release in one file whose weights `change` has edited."""
+    release(folder, shape, shard="5GB")
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), math.nan), "has numbers that are NaN or infinite"),
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), -math.inf), "has numbers that are NaN or infinite"),
+        (lambda weight: (weight * 100).to(torch.int8), "has the dtype int8: quantized weights cannot"),
+    ],
+    ids=["NaN", "infinite", "int8"],
+)
+def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, message, tmp_path):
+    """NaN, infinite numbers and integers; nothing is written, and a run that reads the folder is refused too."""
+
+    def edit(weights):
+        weights[name] = change(weights[name])
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = changed_release(tmp_path / "released", SHAPES["llama"], edit)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
+        import_released(folder, tmp_path / "imported", tell=print)
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
+        fill(build_model(SHAPES["llama"]), open_released(folder), SHAPES["llama"])
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+
+def test_weights_in_float8_without_scales_are_read_as_the_numbers_they_are(tmp_path):
+    """0.5 and -448, the largest there is; releases with scales have more tensors and are refused for these."""
+
+    def edit(weights):
+        weights[name] = torch.tensor([0.5, -448.0]).repeat(weights[name].numel() // 2).to(torch.float8_e4m3fn)
+        weights[name] = weights[name].view(wanted)
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    wanted = (SHAPES["llama"].mlp_width, SHAPES["llama"].width)
+    released = open_released(changed_release(tmp_path / "released", SHAPES["llama"], edit))
+    assert set(released.read("blocks.1.mlp.up.weight", SHAPES["llama"]).float().unique().tolist()) == {0.5, -448.0}
+
+
+def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
+    """transformers 5 would keep both, 4 only the embedding; a true copy is taken."""
+
+    def repeat(weights, factor):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * factor
+
+    shape = SHAPES["tied qwen3"]
+    changed_release(tmp_path / "copy", shape, lambda weights: repeat(weights, 1))
+    changed_release(tmp_path / "other", shape, lambda weights: repeat(weights, 2))
+
+    assert open_released(str(tmp_path / "copy")).shape == shape
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings = true, and lm_head.weight is not model.embed_tok"):
+        open_released(str(tmp_path / "other"))
+
+
+def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
+    """The index lists one of them; which one is right nobody can tell."""
+    release(tmp_path / "released", SHAPES["llama"])
+    first, second = sorted((tmp_path / "released").glob("*.safetensors"))[:2]
+    weights = load_file(first)
+    name = next(iter(weights))
+    save_file({**load_file(second), name: weights[name] + 1}, second, metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=re.escape(f"{first.name} and {second.name} both hold {name}")):
+        open_released(str(tmp_path / "released"))
+
+
+def test_logits_that_differ_from_transformers_are_refused(tmp_path):
+    """Our model filled with other weights than the release's: no checkpoint may come of it."""
+    release(tmp_path / "released", SHAPES["llama"])
+    released = open_released(str(tmp_path / "released"))
+    with pytest.raises(CheckpointError, match="computes other logits"):
+        compared(released, released.shape, lambda model: model.init_weights(2))
+
+
+def test_a_folder_that_is_there_is_never_written_into(tmp_path):
+    """Neither by an import nor by an export; what is in it stays, and no half-written folder beside it either."""
+    release(tmp_path / "released", SHAPES["llama"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(CheckpointError, match="is there already; remove it, or name another folder"):
+        import_released(str(tmp_path / "released"), tmp_path / "out", tell=print)
+    with pytest.raises(CheckpointError, match="is there already"):
+        export(tmp_path / "released", tmp_path / "out", dtype="float32", tell=print)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "released"]
+
+
+def test_an_import_takes_less_memory_than_two_shards(tmp_path):
+    """12 shards of up to 15 MB, 153 MB in all: the process grows by under two of them while it writes a checkpoint."""
+    code = f"""
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from titan_cpt.checkpoint.hf_import import Released, _stream, weight_shapes
+from titan_cpt.models.huggingface_weights import hub_names
+from titan_cpt.models.registry import named_size
+from titan_cpt.checkpoint.hf_files import WeightFiles
+shape = named_size("gpt_neox", "debug", 257, overrides=dict(layers=12, width=512, heads=8, vocab_size=512))
+folder, names, lengths = Path({str(tmp_path)!r}), hub_names(shape), weight_shapes(shape)
+import json
+if len(sys.argv) > 1:
+    index = {{}}
+    for number in range(12):
+        part = [name for name in names if f".{{number}}." in name or number == 0 and "blocks" not in name]
+        save_file({{names[name]: torch.randn(lengths[name]) for name in part}}, folder / f"{{number}}.safetensors")
+        index |= {{names[name]: f"{{number}}.safetensors" for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({{"weight_map": index}}))
+    sys.exit()
+released = Released("x", {{}}, shape, WeightFiles(folder))
+small = named_size("gpt_neox", "debug", 257, overrides=dict(layers=1, width=512, heads=8, vocab_size=512))
+for name in ("first", "out"):
+    (folder / name).mkdir()
+_stream(released, small, folder / "first")  # all that is imported on the way, once
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
+_stream(released, shape, folder / "out")
+grown = peak() - before
+print(grown, released.files.largest_file_bytes, 4 * shape.parameters)
+"""
+    for arguments in (["write"], []):
+        done = python("-W", "ignore", "-c", code, *arguments)
+        assert done.returncode == 0, done.stderr
+    grown, largest, total = (int(number) for number in done.stdout.split())
+
+    assert grown < 2 * largest < total / 4
+
+
+@pytest.fixture(scope="module")
+def round_trip(tmp_path_factory):
+    """The folder that scripts/roundtrip_huggingface.py leaves, and what it printed."""
+    folder = tmp_path_factory.mktemp("round_trip")
+    script = ROOT / "scripts" / "roundtrip_huggingface.py"
+    done = python(script, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_the_round_trip_learns_german_and_generates(family, round_trip):
+    """The script checks the loss in transformers against the run's; its last lines say what came of it."""
+    _, printed = round_trip
+
+    assert re.search(
+        rf"{family}: loss 5\.\d+ -> [23]\.\d+, in transformers [23]\.\d+; it writes 'Der Hund .+'", printed
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_export_and_import_again_give_the_same_bits(family, round_trip, tmp_path):
+    """The run's checkpoint, its export in float32 and the import of that hold the same weights."""
+    folder, _ = round_trip
+    source = folder / "outputs" / family / "german" / "step-00000030"
+    import_released(str(folder / f"{family}-exported"), tmp_path / "again", tell=print)
+    shape = SHAPES[family]
+    first, again = (
+        state_of(shape, lambda model, at=at: load_state(at, model, None)) for at in (source, tmp_path / "again")
+    )
+    exported = {}
+    for file in (folder / f"{family}-exported").glob("*.safetensors"):
+        exported |= load_file(file)
+
+    assert equal(first, again)
+    assert equal(from_huggingface(exported, shape), first)
+    assert manifest.read(tmp_path / "again")["recipe"].items() <= manifest.read(source)["recipe"].items()
+
+
+def test_an_export_in_bfloat16_is_the_rounded_weights_in_one_file(round_trip, tmp_path, capsys):
+    """By the command line, with its defaults; config.json says so, and transformers takes it."""
+    folder, _ = round_trip
+    source = folder / "outputs" / "llama" / "german" / "step-00000030"
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(source), str(tmp_path / "out")])
+    exact = state_of(SHAPES["llama"], lambda model: load_state(source, model, None))
+    written = from_huggingface(load_file(tmp_path / "out" / "model.safetensors"), SHAPES["llama"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+
+    assert end.value.code == 0
+    assert "read back bit by bit" in capsys.readouterr().out
+    assert equal(written, {name: tensor.bfloat16() for name, tensor in exact.items()})
+    assert model.dtype is torch.bfloat16
+
+
+def test_the_exported_tokenizer_gives_the_ids_that_the_run_was_trained_on(round_trip):
+    """The byte tokenizer as a tokenizer.json, on every byte of UTF-8 that these have, and the end of a document."""
+    folder, _ = round_trip
+    theirs, ours = AutoTokenizer.from_pretrained(folder / "llama-exported"), load_tokenizer("bytes")
+    for text in ("Der Hund läuft über die Straße.", "a\n\tb  c", "\u00e9\u20ac\U0001f600 \x00\x7f", "x" * 50):
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == ours.eod_id == 256
+    assert len(theirs) == 257
+
+
+def test_the_model_card_states_what_the_run_recorded(round_trip):
+    """Release, stages, tokens, replay, LR and losses: numbers of the run's own summary."""
+    folder, _ = round_trip
+    card = (folder / "llama-exported" / "README.md").read_text()
+    (stage,) = json.loads((folder / "outputs" / "llama" / "summary.json").read_text())["stages"]
+
+    assert "| german | german 100 % | 30 | 15,360 | none | cosine, 0.003 to 0.0003 | reset | `hf:" in card
+    assert f"| german | german | {stage['before']['german']:.4f} | {stage['after']['german']:.4f} | 30 |" in card
+    assert "llama-released" in card
+    assert "Learning rate of the last step: german 0.0003" in card
+
+
+def test_settings_of_an_export_are_those_of_the_weights(round_trip):
+    """The length that the release promises (2,048), and one end-of-document id in both files."""
+    folder, _ = round_trip
+    config, generation = (
+        json.loads((folder / "llama-exported" / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+
+    assert config["max_position_embeddings"] == 2048
+    assert [config["eos_token_id"], generation["eos_token_id"]] == [256, 256]
+
+
+def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
+    """A byte changed in one file: the file is named, and nothing is left behind."""
+    folder, _ = round_trip
+    copy = shutil.copytree(folder / "gpt_neox-imported", tmp_path / "copy")
+    file = next(copy.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its content changed since it was saved"):
+        export(copy, tmp_path / "out", dtype="float32", tell=print)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_another_tokenizer_than_the_runs_is_refused(round_trip, tmp_path):
+    """Its ids would mean something else; an import, which knows none, takes any that has not too many ids."""
+    folder, _ = round_trip
+    other = folder / "llama-exported" / "tokenizer.json"
+    run = folder / "outputs" / "llama" / "german" / "step-00000030"
+    with pytest.raises(DataError, match="is not the tokenizer of the run"):
+        export(run, tmp_path / "out", dtype="float32", tokenizer=str(other), tell=print)
+    said = []
+    export(folder / "gpt_neox-imported", tmp_path / "out", dtype="float32", tokenizer=str(other), tell=said.append)
+
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == other.read_bytes()
+    assert said[-1] == f"tokenizer: {other}"
+
+
+def test_a_run_with_several_ranks_begins_with_the_same_weights(round_trip, tmp_path):
+    """`hf:` on two ranks under FSDP2: the losses of step 0 and of the first steps are those of one process."""
+    folder, _ = round_trip
+    overrides = ["--job.output_dir", tmp_path, "--stages.german.steps", "3", "--training.local_batch_size", "4"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "titan_cpt", "train"]
+    done = python(*command, "--config", folder / "llama.toml", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def losses(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss_nats_per_token"] for line in lines if line["kind"] == "validation" and line["step"] == 0] + [
+            line["loss_nats_per_token"] for line in lines if line["kind"] == "train" and line["step"] == 1
+        ]
+
+    assert losses(tmp_path / "llama") == pytest.approx(losses(folder / "outputs" / "llama"), abs=1e-5)
+
+
+def test_an_import_has_no_optimizer_state_to_keep(round_trip, tmp_path):
+    """The key and the remedy, exit status 2."""
+    folder, _ = round_trip
+    done = python(
+        *("-m", "titan_cpt", "train", "--config", folder / "gpt_neox.toml"),
+        *("--job.output_dir", tmp_path, "--stages.german.optimizer_state", "keep"),
+    )
+
+    assert done.returncode == 2
+    assert (
+        "is an import, which has no optimizer state to keep: set stages.german.optimizer_state to reset" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5GB", 5 * 10**9), ("300 mb", 3 * 10**8), ("7", 7), ("2T", 2 * 10**12)]
+)
+def test_sizes_in_bytes_are_read(text, expected):
+    """Powers of 1000, as Hugging Face counts."""
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1", "1.5GB", "5 GiB"])
+def test_what_is_no_size_in_bytes_is_refused(text):
+    """With an example of what is."""
+    with pytest.raises(ConfigError, match='such as "5GB" or "300MB"'):
+        parse_bytes(text)
+
+
+def test_the_command_line_answers_without_torch():
+    """--help of the program and of both commands imports neither torch nor transformers."""
+    code = """
+import sys
+from titan_cpt.cli import main
+for words in (["--help"], ["import", "--help"], ["export", "--help"]):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 0
+print([name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules])
+"""
+    answer = python("-c", code)
+
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_hub_names_cover_every_weight():
+    """Of each family's debug model, and no other."""
+    for shape in SHAPES.values():
+        assert set(hub_names(shape)) == set(build_model(shape).state_dict())

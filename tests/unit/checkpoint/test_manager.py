@@ -1,0 +1,321 @@
+"""Saving while training goes on, loading to the last bit, what is kept, and which checkpoint is the newest good one."""
+
+import json
+import os
+
+import pytest
+import torch
+import training
+from torch import nn
+
+from titan_cpt.checkpoint import manager as ckpt
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.manager import Checkpoints, checkpoint_folder, load_state
+from titan_cpt.errors import CheckpointError
+from titan_cpt.training.optimizer import build_adamw
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Small(nn.Module):
+    """A matrix and a vector."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(3, width, generator=generator))
+        self.bias = nn.Parameter(torch.randn(3, generator=generator))
+
+
+def trained(steps):
+    """A model and its optimizer after so many steps."""
+    model = Small()
+    optimizer = build_adamw(model, **NUMBERS)
+    for step in range(steps):
+        take_step(model, optimizer, step)
+    return model, optimizer
+
+
+def take_step(model, optimizer, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def everything(model, optimizer):
+    """Weights, moments and step counts, copied."""
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[parameter].items()}
+    return found
+
+
+def record_of(stage_index=0, kind=ckpt.INTERVAL):
+    recipe = {"training.seq_len": 8}
+    return {"stage_index": stage_index, "kind": kind, "run_step": 0, "recipe": recipe, "fingerprint": "00", "data": {}}
+
+
+def checkpoints_in(run, *, keep=2, asynchronous=True, on_saved=lambda folder: None):
+    return Checkpoints(run, keep_latest=keep, asynchronous=asynchronous, on_saved=on_saved)
+
+
+def save_all(checkpoints, *moments):
+    """Each moment is (stage, stage_index, steps_done, kind)."""
+    model, optimizer = trained(1)
+    for stage, index, done, kind in moments:
+        checkpoints.save(model, optimizer, stage=stage, steps_done=done, record=record_of(index, kind))
+    checkpoints.wait()
+
+
+def damage(folder):
+    shard = next(folder.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path, asynchronous):
+    """Weights, both moments and step counts, into a model and an optimizer that hold others."""
+    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    model, optimizer = trained(3)
+    saved = everything(model, optimizer)
+    checkpoints.save(model, optimizer, stage="a", steps_done=3, record=record_of())
+    checkpoints.wait()
+    other_model, other_optimizer = trained(7)
+    load_state(tmp_path / "a" / "step-00000003", other_model, other_optimizer)
+    loaded = everything(other_model, other_optimizer)
+
+    assert training.same_bits(saved, loaded)
+    assert loaded["weight.step"].item() == 3
+
+
+def test_a_save_holds_the_moment_of_the_call_though_training_goes_on(tmp_path, monkeypatch):
+    """Writing is held up until two more steps were taken; what is written is the state before them."""
+    model, optimizer = trained(3)
+    saved = everything(model, optimizer)
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(model, optimizer, stage="a", steps_done=3, record=record_of())
+    for step in (3, 4):
+        take_step(model, optimizer, step)
+    went_on = everything(model, optimizer)
+    checkpoints.wait()
+    load_state(tmp_path / "a" / "step-00000003", model, optimizer)
+
+    assert training.same_bits(saved, everything(model, optimizer))
+    assert not training.same_bits(saved, went_on)
+
+
+def test_a_save_leaves_weights_and_state_as_they_are(tmp_path):
+    """Saving, twice, changes nothing in memory."""
+    model, optimizer = trained(3)
+    before = everything(model, optimizer)
+    checkpoints = checkpoints_in(tmp_path)
+    for done in (3, 4):
+        checkpoints.save(model, optimizer, stage="a", steps_done=done, record=record_of())
+    checkpoints.wait()
+
+    assert training.same_bits(before, everything(model, optimizer))
+
+
+def test_without_an_optimizer_only_weights_are_loaded(tmp_path):
+    """A stage that resets its optimizer has no use for the old moments; those in memory stay."""
+    checkpoints = checkpoints_in(tmp_path)
+    model, optimizer = trained(3)
+    saved = everything(model, optimizer)
+    checkpoints.save(model, optimizer, stage="a", steps_done=3, record=record_of())
+    checkpoints.wait()
+    other_model, other_optimizer = trained(7)
+    before = everything(other_model, other_optimizer)
+    load_state(tmp_path / "a" / "step-00000003", other_model, None)
+    after = everything(other_model, other_optimizer)
+
+    assert {name for name in saved if torch.equal(after[name], saved[name])} == {"weight", "bias"}
+    assert all(torch.equal(after[name], before[name]) for name in before if "." in name)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path):
+    """A matrix of another width, and a tensor that is not there."""
+    checkpoints = checkpoints_in(tmp_path)
+    model, optimizer = trained(1)
+    checkpoints.save(model, optimizer, stage="a", steps_done=1, record=record_of())
+    checkpoints.wait()
+    more = nn.Sequential(Small())
+
+    with pytest.raises(CheckpointError, match="step-00000001: cannot be loaded"):
+        load_state(tmp_path / "a" / "step-00000001", Small(width=5), None)
+    with pytest.raises(CheckpointError, match="step-00000001: cannot be loaded"):
+        load_state(tmp_path / "a" / "step-00000001", more, None)
+
+
+def test_a_checkpoint_exists_only_once_its_manifest_is_written_and_then_is_told(tmp_path):
+    """`on_saved` hears of it after that; the manifest holds the record, and the folder verifies."""
+    told = []
+    checkpoints = checkpoints_in(tmp_path, on_saved=lambda folder: told.append((folder, manifest.verify(folder))))
+    save_all(checkpoints, ("a", 4, 12, ckpt.STAGE_END))
+    folder, found = told[0]
+
+    assert len(told) == 1
+    assert folder == tmp_path / "a" / "step-00000012" == checkpoint_folder(tmp_path, "a", 12)
+    assert (found["stage"], found["stage_index"], found["steps_done"], found["kind"]) == ("a", 4, 12, "stage_end")
+    assert found["torch"] == torch.__version__
+
+
+def test_interval_checkpoints_are_pruned_and_the_others_stay(tmp_path):
+    """The newest two intervals over both stages; every stage end and every point before an annealing."""
+    moments = [("a", 0, 0, ckpt.PRE_ANNEAL), *(("a", 0, n, ckpt.INTERVAL) for n in (10, 20, 30))]
+    moments += [("a", 0, 35, ckpt.PRE_ANNEAL), ("a", 0, 40, ckpt.STAGE_END), ("b", 1, 10, ckpt.INTERVAL)]
+    save_all(checkpoints_in(tmp_path, keep=2), *moments)
+    left = training.checkpoints_of(tmp_path)
+    folders = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/step-*"))
+
+    assert left == ["a/step-00000000", "a/step-00000030", "a/step-00000035", "a/step-00000040", "b/step-00000010"]
+    assert folders == left
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_so_many_intervals_are_kept_as_asked(tmp_path, keep):
+    """Of five."""
+    save_all(checkpoints_in(tmp_path, keep=keep), *(("a", 0, n, ckpt.INTERVAL) for n in (1, 2, 3, 4, 5)))
+
+    assert training.checkpoints_of(tmp_path) == [f"a/step-{n:08d}" for n in (1, 2, 3, 4, 5)][-keep:]
+
+
+def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_later_step(tmp_path):
+    """A run went back behind a damaged checkpoint and was stopped before it came there again, keeping one."""
+    save_all(checkpoints_in(tmp_path, keep=1), ("a", 0, 30, ckpt.INTERVAL))
+    damage(tmp_path / "a" / "step-00000030")
+    checkpoints = checkpoints_in(tmp_path, keep=1)
+    save_all(checkpoints, ("a", 0, 25, ckpt.INTERVAL))
+    found = checkpoints.newest_good(lambda message: None)
+
+    assert found is not None
+    assert found.folder == tmp_path / "a" / "step-00000025"
+
+
+def test_listed_is_newest_first_over_stages(tmp_path):
+    """By the stage's place in the run and the steps done in it, not by name."""
+    save_all(
+        checkpoints_in(tmp_path),
+        ("zebra", 0, 9, ckpt.STAGE_END),
+        ("zebra", 0, 5, ckpt.PRE_ANNEAL),
+        ("ape", 1, 2, ckpt.STAGE_END),
+    )
+    listed = [(f.manifest["stage"], f.manifest["steps_done"]) for f in checkpoints_in(tmp_path).listed()]
+
+    assert listed == [("ape", 2), ("zebra", 9), ("zebra", 5)]
+
+
+def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
+    """A stage and its folder renamed together: what is in the way of a save stays, and is named."""
+    failures = []
+    checkpoints = Checkpoints(
+        tmp_path, keep_latest=2, asynchronous=False, on_saved=lambda path: None, on_failed=failures.append
+    )
+    checkpoints.save(*trained(1), stage="old", steps_done=1, record=record_of())
+    (tmp_path / "old").rename(tmp_path / "new")
+    before = training.files_of(tmp_path / "new")
+    checkpoints.save(*trained(1), stage="new", steps_done=1, record=record_of())
+
+    assert "holds the checkpoint of 'old' after 1 steps; move it to another folder" in str(failures[0])
+    assert training.files_of(tmp_path / "new") == before
+
+
+def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
+    """Bit flip in one, a manifest that is no JSON in another; a folder without manifest is silently nothing."""
+    checkpoints = checkpoints_in(tmp_path)
+    save_all(checkpoints, *(("a", 0, n, ckpt.STAGE_END) for n in (1, 2, 3, 4)))
+    damage(tmp_path / "a" / "step-00000003")
+    (tmp_path / "a" / "step-00000002" / "manifest.json").write_text("{")
+    (tmp_path / "a" / "step-00000004" / "manifest.json").unlink()
+    told = []
+    found = checkpoints.newest_good(told.append)
+
+    assert found is not None
+    assert found.folder.name == "step-00000001"
+    assert [message.split(": ")[0].split("/")[-2] for message in told] == ["step-00000002", "step-00000003"]
+    assert "manifest.json" in told[0]
+    assert "checksum" in told[1]
+
+
+def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
+    """An empty folder, and one with nothing but a damaged one."""
+    checkpoints = checkpoints_in(tmp_path)
+    empty = checkpoints.newest_good(lambda message: None)
+    save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+    damage(tmp_path / "a" / "step-00000001")
+
+    assert empty is None
+    assert checkpoints.newest_good(lambda message: None) is None
+
+
+def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
+    """Old shards, of another layout perhaps, do not mix with the new ones."""
+    folder = tmp_path / "a" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "rank-00007-0.safetensors").write_bytes(b"half a shard")
+    save_all(checkpoints_in(tmp_path), ("a", 0, 1, ckpt.INTERVAL))
+
+    assert not (folder / "rank-00007-0.safetensors").exists()
+    assert "rank-00007-0.safetensors" not in manifest.verify(folder)["files"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path, asynchronous):
+    """A file stands where the second stage's folder should be; what was there before verifies."""
+    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    save_all(checkpoints, ("a", 0, 4, ckpt.STAGE_END))
+    (tmp_path / "b").write_text("in the way")
+
+    with pytest.raises(CheckpointError, match=r"b/step-00000002: cannot be written: .*a/step-00000004 is whole"):
+        save_all(checkpoints, ("b", 1, 2, ckpt.INTERVAL))
+    assert manifest.verify(tmp_path / "a" / "step-00000004")["steps_done"] == 4
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeypatch, asynchronous):
+    """The operating system's error, from the writing thread, reaches whoever waits; and the next save works."""
+    fsync, full = os.fsync, [True]
+
+    def no_room(descriptor):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*there is no earlier checkpoint"):
+        save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+    left = training.checkpoints_of(tmp_path)
+    full[0] = False
+    save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+
+    assert left == []
+    assert training.checkpoints_of(tmp_path) == ["a/step-00000001"]
+
+
+def test_poll_tells_of_a_save_that_has_ended_and_waits_for_none(tmp_path):
+    """Nothing is told while it is being written."""
+    told = []
+    checkpoints = checkpoints_in(tmp_path, on_saved=told.append)
+    checkpoints.poll()
+    model, optimizer = trained(1)
+    checkpoints.save(model, optimizer, stage="a", steps_done=1, record=record_of())
+    before = list(told)
+    checkpoints.wait()
+    checkpoints.poll()
+
+    assert before == []
+    assert told == [tmp_path / "a" / "step-00000001"]
+
+
+def test_the_record_is_readable_json_with_the_recipe(tmp_path):
+    """What find_checkpoint compares on resume."""
+    save_all(checkpoints_in(tmp_path), ("a", 0, 1, ckpt.INTERVAL))
+    found = json.loads((tmp_path / "a" / "step-00000001" / "manifest.json").read_text())
+
+    assert found["recipe"] == {"training.seq_len": 8}
+    assert set(found["files"]) >= {"index.json"}

@@ -1,0 +1,304 @@
+"""The files of a checkpoint: any safetensors reader opens them, no code in them is ever run, damage is an error."""
+
+import contextlib
+import json
+import os
+import pickle
+import sys
+
+import faulty
+import pytest
+import torch
+import training
+import xxhash
+from faulty import Life
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.hf_import import import_released
+from titan_cpt.checkpoint.manager import INTERVAL, Checkpoints, load_state
+from titan_cpt.checkpoint.storage import read_index
+from titan_cpt.errors import CheckpointError
+from titan_cpt.training.optimizer import build_adamw
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+RECORD = {"stage_index": 0, "kind": INTERVAL, "run_step": 0, "recipe": {}, "fingerprint": "", "data": {}}
+WEIGHTS = {"model.weight", "model.bias"}
+MOMENTS = {f"optimizer.state.{name}.{key}" for name in ("weight", "bias") for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+class Code:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        """Run on the reader's machine."""
+        return os.mkdir, (str(self.marker),)
+
+
+def model_and_optimizer():
+    model = nn.Linear(6, 4)
+    return model, build_adamw(model, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def saved(run):
+    checkpoints = Checkpoints(run, keep_latest=1, asynchronous=False, on_saved=lambda folder: None)
+    model, optimizer = model_and_optimizer()
+    checkpoints.save(model, optimizer, stage="a", steps_done=1, record=RECORD)
+    checkpoints.wait()
+    return run / "a" / "step-00000001", model
+
+
+def seal_again(folder):
+    """A manifest that fits the files as they are now: its maker is not to be trusted."""
+    record = json.loads((folder / manifest.NAME).read_text())
+    manifest.write(folder, {key: value for key, value in record.items() if key not in ("files", "format")})
+
+
+def load_into_a_new_model(folder):
+    load_state(folder, *model_and_optimizer())
+
+
+def test_every_tensor_is_in_the_files_under_its_name(tmp_path):
+    """Read with safetensors alone: weights, moments, step counts, and nothing else; two files for two threads."""
+    folder, model = saved(tmp_path)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+    assert files == ["rank-00000-0.safetensors", "rank-00000-1.safetensors"]
+    assert found.keys() == WEIGHTS | MOMENTS
+    assert torch.equal(found["model.weight"], model.weight)
+
+
+def test_checksums_made_while_writing_are_those_of_the_files(tmp_path):
+    """And no file is there that the manifest does not list."""
+    folder, _ = saved(tmp_path)
+    listed = manifest.read(folder)["files"]
+    there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != manifest.NAME}
+
+    assert {name: file["xxh3_128"] for name, file in listed.items()} == {
+        name: xxhash.xxh3_128(content).hexdigest() for name, content in there.items()
+    }
+    assert {name: file["bytes"] for name, file in listed.items()} == {name: len(c) for name, c in there.items()}
+
+
+@pytest.mark.parametrize("name", [".metadata", "rank-00000-0.safetensors", "index.json"])
+def test_code_in_a_file_of_a_checkpoint_is_never_run(tmp_path, name):
+    """DCP's pickled index laid beside ours is not even opened; a pickle in the place of a file is damage."""
+    folder, _ = saved(tmp_path)
+    (folder / name).write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    seal_again(folder)
+    if name == ".metadata":
+        load_into_a_new_model(folder)
+    else:
+        with pytest.raises(CheckpointError):
+            load_into_a_new_model(folder)
+
+    assert not (tmp_path / "ran").exists()
+    assert pickle.loads((folder / name).read_bytes()) is None
+    assert (tmp_path / "ran").exists(), "the payload is a real one"
+
+
+def test_code_in_a_torch_file_of_a_checkpoint_is_never_run(tmp_path):
+    """torch.save's format, in the place of a shard."""
+    folder, _ = saved(tmp_path)
+    torch.save({"model.weight": Code(tmp_path / "ran")}, folder / "rank-00000-0.safetensors")
+    seal_again(folder)
+    with pytest.raises(CheckpointError, match="cannot be loaded into this model"):
+        load_into_a_new_model(folder)
+
+    assert not (tmp_path / "ran").exists()
+
+
+class Watched:
+    """The interpreter tells of every class or function that a pickle asks for."""
+
+    def lay(self):
+        """From here on, in this process."""
+        sys.addaudithook(lambda event, told: print("unpickled", *told) if event == "pickle.find_class" else None)
+
+
+def watched(output, *arguments):
+    """A command, in a process that tells of all that it unpickles."""
+    return faulty.outcome_of(faulty.start(Life(tuple(map(str, arguments)), (Watched(),)), output), output)
+
+
+def test_no_command_that_reads_a_checkpoint_unpickles_anything(tmp_path):
+    """Training that begins with one, a resume, verify, export and anneal, watched by the interpreter's audit hook."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    first = training.write_config(raw, tmp_path / "first.toml")
+
+    assert training.train(first).status == 0
+    checkpoint = tmp_path / "run" / "english" / "step-00000009"
+    raw["stages"][0] |= {"init": f"checkpoint:{checkpoint}", "steps": 2}
+    raw["stages"][0]["lr"] = {"schedule": "constant", "max": 1e-3}
+    second = training.write_config(
+        training.changed(raw, job={"name": "second"}, stages=raw["stages"][:1]), tmp_path / "second.toml"
+    )
+    commands = [
+        ("train", "--config", second),
+        ("verify", checkpoint),
+        ("export", checkpoint, tmp_path / "exported"),
+        ("anneal", checkpoint, "--tokens", "128"),
+    ]
+    done = [watched(tmp_path / f"{number}.txt", *command) for number, command in enumerate(commands)]
+
+    assert [one.status for one in done] == [0, 0, 0, 0], [one.output for one in done]
+    assert not [one.output for one in done if "unpickled" in one.output]
+
+
+def test_code_in_a_released_pytorch_model_is_not_run_by_an_import(tmp_path):
+    """`titan-cpt import` of a folder whose weights are a pickle with something else in it."""
+    (tmp_path / "release").mkdir()
+    config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config |= {"intermediate_size": 128, "vocab_size": 128, "architectures": ["GPTNeoXForCausalLM"]}
+    (tmp_path / "release" / "config.json").write_text(json.dumps(config))
+    torch.save({"embed_in.weight": Code(tmp_path / "ran")}, tmp_path / "release" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="which is never executed"):
+        import_released(str(tmp_path / "release"), tmp_path / "out", tell=print)
+
+    assert not (tmp_path / "ran").exists()
+
+
+def edited(folder, edit):
+    """The index with a change in it."""
+    told = json.loads((folder / "index.json").read_text())
+    edit(told["tensors"])
+    (folder / "index.json").write_text(json.dumps(told))
+    seal_again(folder)
+
+
+FAULTS = {
+    "a gap": (lambda t: t["model.weight"]["parts"][0].update(shape=[3, 6]), "are not the whole of it"),
+    "a part twice": (lambda t: t["model.weight"]["parts"].append(t["model.weight"]["parts"][0]), "not the whole of it"),
+    "a part outside": (lambda t: t["model.weight"]["parts"][0].update(at=[1, 0]), "lies outside it"),
+    "another number of dimensions": (lambda t: t["model.weight"]["parts"][0].update(at=[0]), "lies outside it"),
+    "a file elsewhere": (
+        lambda t: t["model.weight"]["parts"][0].update(file="../x"),
+        "names a file outside its folder",
+    ),
+    "an absolute file": (lambda t: t["model.weight"]["parts"][0].update(file="/etc/hosts"), "outside its folder"),
+    "no file": (lambda t: t["model.weight"]["parts"][0].update(file=7), "outside its folder"),
+    "a negative length": (lambda t: t["model.weight"].update(shape=[-4, -6]), "is not of a tensor"),
+    "a length that is no number": (lambda t: t["model.weight"].update(shape=[True, 6]), "is not of a tensor"),
+    "a dtype that runs": (lambda t: t["model.weight"].update(dtype="os.system"), "is not of a tensor"),
+    "a tensor of another size": (lambda t: t.update({"model.weight": t["model.bias"]}), "Size mismatch"),
+    "another tensor's place": (lambda t: t["model.weight"].update(t["optimizer.state.weight.exp_avg"]), "model.weight"),
+    "a tensor that is not there": (lambda t: t.pop("model.weight"), "Missing key"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_index_that_is_wrong_is_refused_by_name(tmp_path, fault):
+    """With a manifest that fits it: a checkpoint may come from anyone."""
+    folder, _ = saved(tmp_path)
+    edit, told = FAULTS[fault]
+    edited(folder, edit)
+    with pytest.raises(CheckpointError, match=told):
+        load_into_a_new_model(folder)
+
+
+def test_another_dtype_is_refused_and_not_cast_in_silence(tmp_path):
+    """A shard in bfloat16 under an index and a manifest that fit it."""
+    folder, _ = saved(tmp_path)
+    name = next(path for path in folder.glob("*.safetensors") if "model.weight" in load_file(path)).name
+    save_file({key: value.bfloat16() for key, value in load_file(folder / name).items()}, folder / name)
+    seal_again(folder)
+    with pytest.raises(CheckpointError, match=r"model.weight is torch.bfloat16 of \[4, 6\], not torch.float32"):
+        load_into_a_new_model(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+TENSOR = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "?"]) | JSON,
+        "shape": st.lists(st.integers(-1, 1 << 65), max_size=3) | JSON,
+        "parts": st.lists(st.fixed_dictionaries({"at": JSON, "shape": JSON, "file": JSON}), max_size=2) | JSON,
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.binary(max_size=100) | st.builds(lambda v: json.dumps(v).encode(), JSON | TENSOR))
+@example(content=b"[" * 100_000)
+@example(content=b'{"tensors": ' + b"9" * 5000 + b"}")
+@example(content=b"\xff\xfe\x00")
+def test_no_content_of_an_index_raises_anything_but_our_error(tmp_path_factory, content):
+    """Arbitrary bytes, arbitrary JSON."""
+    read_any(tmp_path_factory.mktemp("any"), content)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tensors=st.dictionaries(st.text(max_size=5), TENSOR, max_size=2))
+def test_no_table_of_tensors_raises_anything_but_our_error(tmp_path_factory, tensors):
+    """The right keys, any values."""
+    read_any(tmp_path_factory.mktemp("any"), json.dumps({"tensors": tensors}).encode())
+
+
+def read_any(folder, content):
+    (folder / "index.json").write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        list(read_index(folder))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A small checkpoint, and the bytes of its first file."""
+    folder, _ = saved(tmp_path_factory.mktemp("sound"))
+    return folder, (folder / "rank-00000-0.safetensors").read_bytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_no_content_of_a_shard_raises_anything_but_our_error(sound, data):
+    """Any bytes at any place of header or data, and any length of the file; what loads has the right shapes."""
+    folder, content = sound
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 60))
+    new = data.draw(st.binary(min_size=1, max_size=12))
+    changed = content[:at] + new + content[at + len(new) :]
+    (folder / "rank-00000-0.safetensors").write_bytes(changed[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(CheckpointError):
+        load_into_a_new_model(folder)
+    (folder / "rank-00000-0.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("length", [1 << 62, 1 << 40, (1 << 64) - 1])
+def test_a_header_that_claims_to_be_huge_is_refused_without_memory_for_it(sound, length):
+    """Eight bytes that promise a terabyte."""
+    folder, content = sound
+    file = folder / "rank-00000-0.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + content[8:])
+    try:
+        with pytest.raises(CheckpointError):
+            load_into_a_new_model(folder)
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_part_in_the_middle_of_a_tensor_has_where_it_begins_in_its_name(tmp_path):
+    """As two ranks write it: read together again into one tensor, in any order of the parts."""
+    folder, model = saved(tmp_path)
+    halves = (
+        {"at": [0, 0], "shape": [2, 6], "file": "x.safetensors"},
+        {"at": [2, 0], "shape": [2, 6], "file": "y.safetensors"},
+    )
+    save_file({"model.weight": torch.zeros(2, 6)}, folder / "x.safetensors")
+    save_file({"model.weight@2,0": torch.ones(2, 6)}, folder / "y.safetensors")
+    edited(folder, lambda tensors: tensors["model.weight"].update(parts=halves[::-1]))
+    load_state(folder, model, None)
+    with safe_open(folder / "y.safetensors", framework="pt") as file:
+        names = list(file.keys())
+
+    assert model.weight.sum(1).tolist() == [0.0, 0.0, 6.0, 6.0]
+    assert names == ["model.weight@2,0"]

@@ -1,0 +1,161 @@
+"""Released models against transformers: settings, logits beyond a window, what it cannot load, which files it reads."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from releases import SHAPES, python, release, state_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from titan_cpt.checkpoint import manifest, transformers_check
+from titan_cpt.checkpoint.hf_import import compared, fill, import_released, load_released, open_released
+from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.errors import CheckpointError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.registry import named_size
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized"  # DCP in a single process
+)
+
+
+def changed_config(folder, **keys):
+    """The release's config.json with other values."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def imported(folder):
+    """What an import of the folder says; the checkpoint is good."""
+    said = []
+    import_released(str(folder), folder.parent / "out", tell=said.append)
+    manifest.verify(folder.parent / "out")
+    return said
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "flash_attention_2"},
+        {"pad_token_id": 100_000},
+        {"torch_dtype": "bfloat16", "dtype": "bfloat16"},
+    ],
+)
+def test_a_setting_that_has_no_part_in_the_logits_does_not_prevent_the_comparison(keys, tmp_path):
+    """An attention backend that is not installed, a pad id beyond the rows, a dtype that is not the file's."""
+    release(tmp_path / "released", SHAPES["llama"])
+    changed_config(tmp_path / "released", **keys)
+
+    assert imported(tmp_path / "released")[1].startswith("logits are those of transformers")
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"use_cache": None}, "cannot read its config.json: StrictDataclassFieldValidationError: Validation error"),
+        ({"torch_dtype": "float33"}, "not compared with transformers"),
+    ],
+)
+def test_a_folder_that_transformers_cannot_load_is_imported_and_not_compared(keys, why, tmp_path):
+    """One line says that nothing was compared, and why; no traceback."""
+    release(tmp_path / "released", SHAPES["llama"])
+    config = json.loads((tmp_path / "released" / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config | keys))
+    said = imported(tmp_path / "released")
+
+    assert said[1].startswith("not compared with transformers ")
+    assert why in said[1]
+
+
+def test_logits_are_compared_beyond_the_end_of_a_sliding_window(tmp_path):
+    """A window of 40, which the 32 positions of a model without one would not reach: 41 is found out."""
+    shape = named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 40})
+    release(tmp_path / "released", shape)
+    released = open_released(str(tmp_path / "released"))
+    result = compared(released, shape, lambda model: fill(model, released, shape))
+
+    assert result.endswith("on 72 positions")
+    with pytest.raises(CheckpointError, match="computes other logits"):
+        compared(released, replace(shape, sliding_window=41), lambda model: fill(model, released, shape))
+
+
+@pytest.mark.parametrize("limit", ["_RUN_PARAMETERS", "_RUN_WORK"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(name, limit, tmp_path, monkeypatch):
+    """Every number and rotary frequency of config.json against transformers' reading of it, which needs no weights."""
+    monkeypatch.setattr(transformers_check, limit, 10)
+    shape = SHAPES[name]
+    release(tmp_path / "released", shape)
+    told = load_released(build_model(shape), str(tmp_path / "released"), shape)
+
+    assert "settings are those of transformers" in told
+    assert "`titan-cpt import` compares them" in told
+    released = open_released(str(tmp_path / "released"))
+    for wrong in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"heads": 1}):
+        other = replace(released, shape=replace(shape, **wrong))
+        with pytest.raises(CheckpointError, match=r"reads config\.json otherwise: "):
+            compared(other, other.shape, print, in_a_run=True)
+
+
+def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
+    """Nothing of the warnings and log lines of what transformers imports, such as torchao's."""
+    release(tmp_path / "released", SHAPES["llama"])
+    done = python("-m", "titan_cpt", "import", tmp_path / "released", tmp_path / "out")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
+    begins = (
+        f"{tmp_path}/released: llama",
+        "logits are those of",
+        "note: it brings no tokenizer.json",
+        f"{tmp_path}/out: ",
+    )
+    assert len(lines) == len(begins)
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))
+
+
+def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_path):
+    """transformers deletes the shards and leaves their index; the single file is whole, and the index is named."""
+    release(tmp_path / "released", SHAPES["llama"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "released")
+    with torch.no_grad():
+        theirs.lm_head.weight.add_(1)
+    theirs.save_pretrained(tmp_path / "released")
+    said = imported(tmp_path / "released")
+    out = state_of(SHAPES["llama"], lambda model: load_state(tmp_path / "out", model, None))
+
+    assert (tmp_path / "released" / "model.safetensors.index.json").exists()
+    assert torch.equal(out["head.weight"], theirs.lm_head.weight)
+    assert "note: model.safetensors.index.json was ignored, as it is not whole; model.safetensors was read" in said
+
+
+def test_two_whole_sets_of_weights_that_differ_are_refused_by_name(tmp_path):
+    """A single file and older shards, safetensors and pytorch_model.bin: equal ones are read, others are not."""
+    folder = tmp_path / "released"
+    release(folder, SHAPES["llama"])
+    weights = {}
+    for file in folder.glob("*.safetensors"):
+        weights |= load_file(file)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save({name: tensor.double() for name, tensor in weights.items()}, folder / "pytorch_model.bin")
+    (folder / "consolidated.safetensors").write_bytes(b"")
+    notes = open_released(str(folder)).notes
+    assert [note.partition(",")[0] for note in notes] == [
+        "model.safetensors.index.json was ignored",
+        "pytorch_model.bin was ignored",
+        "consolidated.safetensors: ignored",
+    ]
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors and pytorch_model\.bin are two whole sets"):
+        open_released(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json are two whole sets .* in model\.norm"):
+        open_released(str(folder))
+
+    assert open_released(str(folder), compare_sets=False).files.entry.name == "model.safetensors"

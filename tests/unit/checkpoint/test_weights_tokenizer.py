@@ -1,0 +1,270 @@
+"""Weights of one tokenizer do not train on tokens of another: hf:, checkpoint:, imports; by the plan and by the run."""
+
+import hashlib
+import json
+
+import pytest
+import tokenizers
+from training import THEIR_WARNINGS_IGNORED, cast, changed, config_of, lines_of, train, write_config, write_languages
+from training import two_stages as two_stages_of
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.hf_export import export
+from titan_cpt.checkpoint.hf_import import import_released
+from titan_cpt.checkpoint.weights_tokenizer import of_manifest
+from titan_cpt.cli import main
+from titan_cpt.data.tokenizer.ids import byte_tokenizer_json, ids_fingerprint
+from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
+from titan_cpt.errors import CheckpointError, DataError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_weights import to_huggingface
+from titan_cpt.models.registry import named_size
+from titan_cpt.runs.anneal import branch_off
+from titan_cpt.training.initial_weights import load_initial
+
+pytestmark = THEIR_WARNINGS_IGNORED
+KEY = "tokenizer.allow_mismatch = true"
+
+
+def write_tokenizer(path, *, swapped):
+    """The bytes as a tokenizer.json, two of them swapped: the same number of ids, and other ids."""
+    spec = byte_tokenizer_json(256)
+    vocab = spec["model"]["vocab"]
+    if swapped:
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def one_stage(data, out, **stage):
+    """Four steps of English, under the byte tokenizer."""
+    raw = two_stages_of(data, out)
+    first = {"name": "english", "dataset": "en", "steps": 4, "lr": {"schedule": "constant", "max": 1e-3}}
+    return changed(raw, stages=[first | stage])
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Data, two tokenizers, a run under the byte tokenizer, a release that brings the other one, and its import."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("there")
+    write_languages(folder / "data")
+    write_tokenizer(folder / "other.json", swapped=True)
+    outcome = train(write_config(one_stage(folder / "data", folder), folder / "run.toml"))
+    assert outcome.status == 0, outcome.output
+    shape = named_size("gpt_neox", "debug", 257)
+    model = build_model(shape)
+    model.init_weights(1)
+    write_tokenizer(folder / "release" / "tokenizer.json", swapped=True)
+    save_file(to_huggingface(model.state_dict(), shape), folder / "release" / "model.safetensors")
+    config = config_from_shape(shape, max_positions=16, dtype="float32")
+    (folder / "release" / "config.json").write_text(json.dumps(config))
+    import_released(str(folder / "release"), folder / "imported", tell=print)
+    return folder
+
+
+def inits(there):
+    return {
+        "release": f"hf:{there}/release",
+        "import": f"checkpoint:{there}/imported",
+        "run": f"checkpoint:{there}/run/english/step-00000004",
+    }
+
+
+def mismatched(there, out, what, **stage):
+    """A config whose first weights are of the other tokenizer than the run's."""
+    raw = one_stage(there / "data", out, init=inits(there)[what], **stage)
+    path = str(there / "other.json") if what == "run" else "bytes"
+    return changed(raw, tokenizer={"path": path})
+
+
+@pytest.mark.parametrize("what", ["release", "import", "run"])
+def test_weights_of_another_tokenizer_are_refused_by_the_plan_and_by_the_run(what, there, tmp_path, capsys):
+    """Both fingerprints, where they are from, and the one key that allows it; nothing is trained."""
+    raw = mismatched(there, tmp_path, what)
+    both = {fingerprint_of("bytes")[:12], hashlib.sha256((there / "other.json").read_bytes()).hexdigest()[:12]}
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--config", str(write_config(raw, tmp_path / "run.toml"))])
+    planned = capsys.readouterr().err
+    with pytest.raises(CheckpointError) as refusal, cast(config_of(raw)):
+        pass
+
+    assert end.value.code == 2
+    for message in (planned, str(refusal.value)):
+        assert "stages.english.init: the weights of" in message
+        assert KEY in message
+        assert all(fingerprint in message for fingerprint in both)
+    assert lines_of(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("what", ["release", "import", "run"])
+def test_one_key_allows_them_and_the_stage_says_so(what, there, tmp_path, capsys):
+    """The plan has a note, and the line of the transition as well."""
+    raw = mismatched(there, tmp_path, what)
+    raw["tokenizer"]["allow_mismatch"] = True
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
+    (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "another tokenizer" in note]
+    with cast(config_of(raw)) as parts:
+        said = load_initial(parts, parts.plan.stages[0])
+
+    assert end.value.code == 0
+    assert note.endswith("as tokenizer.allow_mismatch allows")
+    assert "as tokenizer.allow_mismatch allows" in said
+
+
+def test_the_model_card_tells_of_an_allowed_mismatch(there, tmp_path):
+    """Of the run that allowed it, of its branch, and of a run that began with its weights; not of any other run."""
+    raw = mismatched(there, tmp_path, "release")
+    raw["stages"][0]["lr"] = {"schedule": "wsd", "max": 1e-3, "warmup_until": 1, "decay_from": 3, "decay": "linear"}
+    raw["tokenizer"]["allow_mismatch"] = True
+    raw["checkpoint"]["interval"] = 2
+    first = write_config(raw, tmp_path / "run.toml")
+    assert train(first).status == 0
+    then = one_stage(there / "data", tmp_path / "then", init=f"checkpoint:{tmp_path}/run/english/step-00000004")
+    assert train(write_config(then, tmp_path / "then.toml")).status == 0
+    branch_off(tmp_path / "run" / "english" / "step-00000002", tokens=128, min_lr=None, overrides=(), rank=0)
+    cards = []
+    for checkpoint in (
+        tmp_path / "run" / "english" / "step-00000004",
+        tmp_path / "run-anneal-english-2" / "english" / "step-00000002",
+        tmp_path / "then" / "run" / "english" / "step-00000004",
+        there / "run" / "english" / "step-00000004",
+    ):
+        out = tmp_path / f"out-{len(cards)}"
+        export(checkpoint, out, dtype="float32", tell=print)
+        cards.append((out / "README.md").read_text())
+    note = (
+        f"- **Trained on tokens of another tokenizer**: the weights of hf:{there}/release were trained with another "
+        f"tokenizer (fingerprint {fingerprint_of(str(there / 'other.json'))[:12]} by "
+    )
+
+    assert [note in card for card in cards] == [True, True, True, False]
+    assert "another tokenizer" not in cards[-1]
+
+
+def test_keeping_the_optimizers_state_changes_nothing_about_it(there, tmp_path):
+    """`optimizer_state = "keep"` from another run: refused as well."""
+    with (
+        pytest.raises(CheckpointError, match="were trained with another tokenizer"),
+        cast(config_of(mismatched(there, tmp_path, "run", optimizer_state="keep"))),
+    ):
+        pass
+
+
+def test_a_later_stage_is_refused_before_the_first_one_is_trained(there, tmp_path):
+    """Not after days of training."""
+    raw = one_stage(there / "data", tmp_path)
+    later = {**raw["stages"][0], "name": "later", "init": inits(there)["release"]}
+    with (
+        pytest.raises(CheckpointError, match=r"stages\.later\.init: "),
+        cast(config_of(changed(raw, stages=[raw["stages"][0], later]))),
+    ):
+        pass
+
+
+def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, tmp_path, capsys):
+    """A run of an older version, whose weights nobody checked, continues; the next one is checked. The plan agrees."""
+    raw = mismatched(there, tmp_path, "release")
+    raw["tokenizer"]["allow_mismatch"] = True
+    assert train(write_config(raw, tmp_path / "run.toml")).status == 0
+    del raw["tokenizer"]["allow_mismatch"]
+    first, again = raw["stages"][0], {**raw["stages"][0], "name": "again"}
+    appended = changed(raw, stages=[first, again | {"init": "previous"}])
+    refused = train(write_config(changed(raw, stages=[first, again]), tmp_path / "b.toml"))
+    with pytest.raises(SystemExit) as not_planned:
+        main(["plan", "--config", str(tmp_path / "b.toml")])
+    planned_refusal = capsys.readouterr().err
+    outcome = train(write_config(appended, tmp_path / "a.toml"))
+
+    assert outcome.status == 0, outcome.output
+    assert refused.status == 2
+    assert "stages.again.init: the weights of" in refused.output
+    assert not_planned.value.code == 2
+    assert "stages.again.init: the weights of" in planned_refusal
+    assert "stages.english.init" not in planned_refusal
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as planned:
+        main(["plan", "--json", "--config", str(tmp_path / "a.toml")])
+    (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "another tokenizer" in note]
+
+    assert planned.value.code == 0
+    assert note.startswith("stages.english.init: ")
+    assert note.endswith("This stage has begun: a resume does not load these weights again")
+
+
+def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, capsys):
+    """A release without tokenizer.json, and an import of an older version: the stage begins."""
+    record = manifest.read(there / "imported")
+    del record["released"]["tokenizer"]
+    manifest.plant(there / "imported", tmp_path / "old-import", record)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        (tmp_path / "bare" / name).write_bytes((there / "release" / name).read_bytes())
+    for init in (f"checkpoint:{tmp_path}/old-import", f"hf:{tmp_path}/bare"):
+        raw = one_stage(there / "data", tmp_path, init=init)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
+        expected = f"nothing says which tokenizer the weights of {init} were trained with"
+        assert expected in " ".join(json.loads(capsys.readouterr().out)["notes"])
+        with cast(config_of(raw)) as parts:
+            assert expected in load_initial(parts, parts.plan.stages[0])
+
+
+def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
+    """The byte tokenizer that an export wrote as a file, and a file that another library wrote again."""
+    export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", tell=print)
+    import_released(str(tmp_path / "exported"), tmp_path / "imported", tell=print)
+    for init in (f"hf:{tmp_path}/exported", f"checkpoint:{tmp_path}/imported"):
+        with cast(config_of(one_stage(there / "data", tmp_path, init=init))) as parts:
+            said = load_initial(parts, parts.plan.stages[0])
+        assert "were trained with" not in said
+    again = tmp_path / "again.json"
+    tokenizers.Tokenizer.from_file(str(there / "other.json")).save(str(again))
+
+    assert of_manifest(manifest.read(tmp_path / "imported"), tmp_path).is_that_of("bytes")
+    assert fingerprint_of(str(again)) != fingerprint_of(str(there / "other.json"))
+    assert ids_fingerprint(str(again)) == ids_fingerprint(str(there / "other.json")) != ids_fingerprint("bytes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["model"]["merges"].append(["a", "b"]),
+        lambda spec: spec.update(normalizer={"type": "NFC"}),
+        lambda spec: spec["pre_tokenizer"].update(use_regex=True),
+        lambda spec: spec["added_tokens"][0].update(lstrip=True),
+        lambda spec: spec["model"].update(ignore_merges=True),
+    ],
+)
+def test_whatever_decides_ids_makes_another_tokenizer(change, tmp_path):
+    """Merges, normalizer, pre-tokenizer, flags of an added token, an option of the model."""
+    spec = byte_tokenizer_json(256)
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+
+    assert ids_fingerprint(str(tmp_path)) != ids_fingerprint("bytes")
+
+
+def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
+    """The release's own is taken, and another one is refused."""
+    said = []
+    export(there / "imported", tmp_path / "out", dtype="float32", tell=said.append)
+    with pytest.raises(DataError, match="is not the tokenizer of the run"):
+        export(there / "imported", tmp_path / "other", dtype="float32", tokenizer="bytes", tell=print)
+
+    assert said[-1] == f"tokenizer: {there}/release"
+
+
+@pytest.mark.parametrize("released", [5, {"tokenizer": 5}, {"tokenizer": {"ids": "x"}}, {"tokenizer": ["where"]}])
+def test_a_damaged_record_of_the_tokenizer_is_an_error_in_words(released, tmp_path):
+    """No traceback; and a manifest without any is not damaged."""
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: its released\.tokenizer is"):
+        of_manifest({"data": {}, "released": released}, tmp_path)
+
+    assert of_manifest({"data": {}, "released": {"name": "x", "config": {}}}, tmp_path) is None

@@ -1,0 +1,271 @@
+"""`titan-cpt plan`: exit statuses, JSON, the table, overrides, real token files, and no torch."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titan_cpt.cli import main
+
+CONFIGS = Path(__file__).parents[3] / "train_configs"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run(*words): exit status, stdout and stderr of titan-cpt, in the test's own working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        with pytest.raises(SystemExit) as leaving:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def plan(run, write):
+    """plan(text, *words): the JSON of titan-cpt plan."""
+
+    def plan(text, *words):
+        status, out, err = run("plan", "--config", write(text), "--json", *words)
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+    return plan
+
+
+def in_a_process(folder, *words, code=None):
+    """The program as a user starts it."""
+    start = ["-c", code] if code else ["-m", "titan_cpt"]
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, words)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def write_tokens(prefix, tokens):
+    """A Megatron pair of one document of uint16 tokens, by its published layout."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix.with_suffix(".bin").write_bytes(struct.pack(f"<{len(tokens)}H", *tokens))
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 1, 2)
+    prefix.with_suffix(".idx").write_bytes(index + struct.pack("<iqqq", len(tokens), 0, 0, 1))
+
+
+def test_a_mistake_is_status_2_and_one_message_without_a_traceback(tmp_path, write, one_stage):
+    """Through the real program: every fault on stderr with its dotted path, nothing on stdout."""
+    path = write(one_stage.replace("seq_len = 16", 'seq_len = "16"').replace("[job]", "[jbo]"))
+    answer = in_a_process(tmp_path, "plan", "--config", path)
+
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert "Traceback" not in answer.stderr
+    assert answer.stderr.splitlines()[0] == f"ConfigError: {path}: 3 problems"
+    assert {line.split(": ")[0] for line in answer.stderr.splitlines()[1:]} == {
+        "  - job",
+        "  - jbo",
+        "  - training.seq_len",
+    }
+
+
+LISTING = """
+import sys
+from titan_cpt.cli import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules, "numpy.random" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [("plan", "--config", "config.toml"), ("plan", "--config", "config.toml", "--json"), ("--help",)]
+)
+def test_neither_plan_nor_help_imports_torch(tmp_path, write, two_stages, words):
+    """A plan must answer in a blink, on a laptop without a device."""
+    write(two_stages)
+    answer = in_a_process(tmp_path, *words, code=LISTING)
+
+    assert answer.returncode == 0
+    assert answer.stderr.split()[-2] == "False"
+    assert answer.stdout
+
+
+def test_the_table_names_stages_budgets_and_replay_and_draws_the_lr(run, write, two_stages):
+    """What a person reads before any money is spent."""
+    status, out, err = run("plan", "--config", write(two_stages))
+    lines = out.splitlines()
+    (second,) = [line for line in lines if line.startswith("second")]
+    drawing = [line for line in lines if "█" in line]
+
+    assert (status, err) == (0, "")
+    assert lines[0].startswith("tested  plan ")
+    assert lines[1].startswith("step: 20 sequences x 16 = 320 tokens; 1 rank, ")
+    assert [word in second for word in ("first @ 100", "50", "16K", "1.00e-03", "1.00e-04")] == [True] * 5
+    assert "german 12K, ? ep" in out
+    assert "pile 4K (4K), ? ep" in out
+    assert "in all 48K tokens" in out
+    assert (
+        "continuing with 'second': 16K tokens; retraining from scratch on all data: 48K (continuing costs 0.33x)" in out
+    )
+    assert "data not there yet: pile, german" in out
+    assert len(drawing) == 6
+    assert drawing[0].startswith("1.0e-03 ")
+    assert all(line.count("│") <= 2 for line in drawing)
+
+
+def test_the_drawing_shows_where_the_lr_is_high(run, write, head):
+    """Constant at max beside constant at a third of it: a full column of six rows, and one of two."""
+    stages = "".join(
+        f'[[stages]]\nname = "{name}"\ndataset = "pile"\nsteps = 40\nlr = {{ schedule = "constant", max = {lr} }}\n'
+        for name, lr in (("high", 3e-3), ("low", 1e-3))
+    )
+    _, out, _ = run("plan", "--config", write(head + stages))
+    drawing = [line[8:] for line in out.splitlines() if "│" in line]
+
+    assert drawing == ["█" * 36 + "│" + " " * 36 + "│"] * 4 + ["█" * 36 + "│" + "█" * 36 + "│"] * 2
+
+
+def test_the_json_is_one_object_on_stdout(plan, two_stages):
+    """Where the data is not there epochs are null, and a note says so; the rest is told all the same."""
+    answer = plan(two_stages)
+
+    assert [stage["name"] for stage in answer["stages"]] == ["first", "second"]
+    assert [stage["tokens"] for stage in answer["stages"]] == [32_000, 16_000]
+    assert answer["stages"][1]["datasets"]["pile"] == {"tokens": 4000, "replayed_tokens": 4000, "epochs": None}
+    assert answer["notes"] == ["data not there yet: pile, german; epochs and replay limits are unknown until it is"]
+    assert answer["model"]["family"] == "gpt_neox"
+
+
+def test_epochs_come_from_the_token_files(plan, tmp_path, one_stage):
+    """1000 tokens on disk, 32,000 trained: 32 epochs, read off the header."""
+    write_tokens(tmp_path / "data" / "pile", list(range(250)) * 4)
+    answer = plan(one_stage)
+
+    assert answer["stages"][0]["datasets"]["pile"]["epochs"] == 32.0
+    assert answer["notes"] == [
+        "data not there yet: german; epochs and replay limits are unknown until it is",
+        "validation data not there yet: pile; training does not begin without it",
+        "pile: nothing says which tokenizer made these tokens (`prepare` writes it into PREFIX.json); they are taken "
+        "to be of bytes",
+        "stages.first: goes 32.0 times over pile; beyond 4 epochs repeated tokens teach less and less: shorten the "
+        "stage, or mix in other data",
+    ]
+
+
+def test_lr_at_is_asked_by_t(plan, one_stage):
+    """T counts as t in METHOD.md: t = 1 is the first step, with a warm-up of one step at max; past the end it stays."""
+    answer = plan(one_stage, "--lr-at", "0,1,100,1000")
+
+    assert answer["lr_at"] == {"first": {"0": 0.0, "1": 1e-3, "100": 1e-4, "1000": 1e-4}}
+
+
+def test_recipe_is_asked_by_stage_and_step(plan, two_stages):
+    """[[source, ordinal], ...] of the 0-based batch: the fourth has the 15 to 19th replayed of five a batch."""
+    recipe = plan(two_stages, "--recipe", "second", "3")["recipe"]
+
+    assert len(recipe) == 20
+    assert [ordinal for source, ordinal in recipe if source == "pile"] == [15, 16, 17, 18, 19]
+    assert [ordinal for source, ordinal in recipe if source == "german"] == list(range(45, 60))
+
+
+def test_the_world_size_changes_the_accumulation_alone(plan, two_stages):
+    """1656 ranks can be checked on a laptop as well as ten; the steps stay the same ones."""
+    alone, ten = plan(two_stages), plan(two_stages, "--world-size", "10")
+    keys = {"world_size", "accumulation", "layout"}
+
+    assert (alone["accumulation"], ten["accumulation"]) == (10, 1)
+    assert {key: ten[key] for key in ten.keys() - keys} == {key: alone[key] for key in alone.keys() - keys}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--stages.second.replay.fraction", "0.5", "--training.seq_len", "32"),
+        ("--stages.second.replay.fraction=0.5", "--training.seq_len=32"),
+        ("--training.seq_len=32", "--stages.second.replay.fraction", "0.5", "--job.description", "a b -- c"),
+    ],
+)
+def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
+    """In either form, among the program's own options."""
+    answer = plan(two_stages, *words)
+
+    assert answer["step_tokens"] == 640
+    assert answer["stages"][1]["datasets"]["pile"]["replayed_tokens"] == 16_000
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--stages.secnod.steps", "3"), "there is no stage 'secnod'; did you mean 'second'?"),
+        (("--training.seq_len",), "--training.seq_len has no value"),
+        (("--verbose", "3"), "unknown argument '--verbose'"),
+        (("stray",), "unknown argument 'stray'"),
+        (("--job.seed", "-1"), "job.seed: must be in [0, "),
+        (
+            ("--world-size", "3"),
+            "training.global_batch_size: 20 is not a multiple of data-parallel ranks (3) x",
+        ),
+        (("--recipe", "third", "0"), "there is no stage 'third'"),
+        (("--recipe", "second", "x"), "a 0-based step is a whole number, got 'x'"),
+        (("--world-size", "0"), "must be 1 or more, got 0"),
+        (("--world-size", "many"), "--world-size"),
+        (("--lr-at", "1,-2"), "steps are not negative, got 1,-2"),
+        (("--lr-at", "x"), "--lr-at"),
+        (("--model.size", "huge"), "model.size: unknown size 'huge'"),
+        (("--tokenizer.path", "data"), "data"),
+    ],
+)
+def test_a_wrong_word_is_status_2_with_its_message(run, write, two_stages, tmp_path, words, expected):
+    """Unknown arguments, missing values, numbers out of range, plans that cannot be."""
+    (tmp_path / "data").mkdir()
+    status, out, err = run("plan", "--config", write(two_stages), *words)
+
+    assert status == 2
+    assert out == ""
+    assert expected in err
+
+
+def test_damaged_token_files_are_status_2(run, write, one_stage, tmp_path):
+    """A DataError that names the file."""
+    write_tokens(tmp_path / "data" / "pile", [1, 2, 3])
+    (tmp_path / "data" / "pile.idx").write_bytes(b"not an index, though long enough to be one")
+    status, _, err = run("plan", "--config", write(one_stage))
+
+    assert status == 2
+    assert err.startswith("DataError: datasets.pile.train: data/pile.idx")
+
+
+def test_a_config_that_is_not_there_is_status_2(run):
+    """The message says which file."""
+    status, _, err = run("plan", "--config", "gone.toml")
+
+    assert (status, err.splitlines()) == (
+        2,
+        ["ConfigError: gone.toml: cannot be read: No such file or directory. Give --config the path of a TOML file"],
+    )
+
+
+def test_names_with_brackets_do_not_break_the_table(run, write, two_stages):
+    """A path may hold what the terminal library takes for markup."""
+    words = ("--stages.second.init", "checkpoint:runs/[/red]x", "--stages.second.replay.from", "pile")
+    status, out, err = run("plan", "--config", write(two_stages), "--tokenizer.path", "gone/[/bold].json", *words)
+
+    assert (status, err) == (0, "")
+    assert "runs/[/red]x" in out
+    assert "tokenizer not there yet: gone/[/bold].json" in out
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_can_be_planned_without_its_data(run, path):
+    """On the fewest ranks of its layout, in an empty folder."""
+    status, out, err = run("plan", "--config", path, "--json")
+
+    assert (status, err) == (0, "")
+    assert json.loads(out)["total_tokens"] > 0

@@ -1,0 +1,38 @@
+"""The TOML of docs/data.md and docs/scenarios.md is read by the program, and means what the text says."""
+
+import re
+from pathlib import Path
+
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.planning.plan import Point
+from titan_cpt.planning.planner import make_plan
+
+DOCS = Path(__file__).parents[4] / "docs"
+
+
+def blocks(page):
+    return re.findall(r"^```toml\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_datasets_of_the_data_page_load(write, one_stage):
+    """Both tables, beside a stage on another dataset."""
+    (tables,) = blocks("data.md")
+    config = load_config(write(tables.replace("datasets.pile", "datasets.other") + one_stage))
+
+    assert [config.datasets[name].format for name in ("other", "web")] == ["presequenced", "megatron_order"]
+    assert all(config.datasets[name].in_stored_order for name in ("other", "web"))
+
+
+def test_the_scenarios_are_one_file_that_grows(write):
+    """The third appends to the first: it begins before the annealing, with replay of both earlier datasets."""
+    first, third, *_ = blocks("scenarios.md")  # those behind are held by test_scenarios.py
+    before, after = (load_config(write(text)) for text in (first, first + third))
+    plan = make_plan(after, take_inventory(after), 8)
+    german, news = plan.stages
+
+    assert make_plan(before, take_inventory(before), 8).stages[0].recipe == german.recipe
+    assert german.steps == 4769  # 10e9 / (1024 x 2048), rounded up: the checkpoint that is exported
+    assert news.init == Point("german", german.pre_anneal_step)
+    assert (news.lr_at(0), news.keep_optimizer) == (german.lr_at(german.pre_anneal_step - 1), True)
+    assert {name for name, use in news.use.items() if use.replayed_tokens} == {"pile", "german"}

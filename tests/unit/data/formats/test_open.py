@@ -1,0 +1,443 @@
+"""Tokens that users already have: headerless, datatrove's and pre-sequenced files give what a .bin/.idx gives."""
+
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import training
+
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
+from titan_cpt.data.formats.open import TokenFiles, count, open_source
+from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+from titan_cpt.data.loader import SequenceReader, StageLoader
+from titan_cpt.data.mixture import Draw
+from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.planning.planner import make_plan
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+VOCAB, SEQ_LEN, SEQUENCES = 257, 16, 40
+TOKENS = np.random.default_rng(7).integers(0, VOCAB, size=SEQUENCES * (SEQ_LEN + 1))
+DTYPES = ("uint16", "uint32", "int32", "int64")
+SHARDS = ("0-of-3", "1-of-3", "2-of-3")
+
+
+def write_pair(prefix, sizes=(17,) * SEQUENCES, tokens=TOKENS):
+    with IndexedWriter(prefix, VOCAB) as writer:
+        writer.add_documents(np.asarray(tokens), np.array(sizes))
+    return prefix
+
+
+def write_raw(path, dtype="uint16", tokens=TOKENS):
+    """As nanoGPT and OLMo write them: one array, nothing else."""
+    np.asarray(tokens).astype(np.dtype(dtype).newbyteorder("<")).tofile(path)
+    return path
+
+
+def write_ds(path, dtype="uint16", tokens=TOKENS, ends=(100, 100, 250, 680)):
+    """As datatrove writes them: the ids, and beside them where each document ends, in tokens, as u64."""
+    write_raw(path, dtype, tokens)
+    np.array(ends, dtype="<u8").tofile(f"{path}.index")
+    return path
+
+
+def write_all(folder):
+    """The same tokens in every format; the name of each, and how it is read."""
+    write_pair(folder / "pair", sizes=(7, 0, 300, SEQUENCES * 17 - 307))
+    write_pair(folder / "even")
+    for dtype in DTYPES:
+        write_raw(folder / f"raw-{dtype}", dtype)
+    np.save(folder / "headed.npy", TOKENS.astype("<u2"))
+    write_ds(folder / "two.ds")
+    write_ds(folder / "four.ds", "uint32")
+    for name, part in zip(SHARDS, np.split(TOKENS, (5, 333)), strict=True):  # none of the cuts between two sequences
+        write_raw(folder / f"shard-{name}.bin", tokens=part)
+    return {
+        "pair": TokenFiles((str(folder / "pair"),)),
+        **{f"raw-{dtype}": TokenFiles((str(folder / f"raw-{dtype}"),), "raw", dtype) for dtype in DTYPES},
+        "headed": TokenFiles((str(folder / "headed.npy"),), "raw", "uint16"),
+        "shards": TokenFiles((str(folder / "shard-*.bin"),), "raw", "uint16"),
+        "ds": TokenFiles((str(folder / "two.ds"),), "ds"),
+        "ds-wide": TokenFiles((str(folder / "four.ds"),), "ds"),
+        "even": TokenFiles((str(folder / "even"),), "presequenced", None, True),
+        "even-shards": TokenFiles((str(folder / "shard-*.bin"),), "presequenced", "uint16", True),
+    }
+
+
+STREAMS = ("raw-uint16", "raw-uint32", "raw-int32", "raw-int64", "headed", "shards", "ds", "ds-wide")
+CUT = ("even", "even-shards")
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_all(tmp_path)
+
+
+def rows(source, draws=range(SEQUENCES), seed=0, seq_len=SEQ_LEN):
+    reader = SequenceReader({"x": source}, seq_len=seq_len, seed=seed)
+    return reader.read([Draw("x", ordinal, False) for ordinal in draws])
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_format_gives_the_sequences_of_the_same_tokens_in_a_pair(files, name):
+    """Windows, count and shuffled order over two epochs are those of .bin/.idx."""
+    pair, other = (open_source(files[each], VOCAB) for each in ("pair", name))
+
+    assert other.tokens == len(TOKENS)
+    assert other.windows(SEQ_LEN) == pair.windows(SEQ_LEN) == (40 * 17 - 1) // 16
+    assert np.array_equal(rows(other, range(84)), rows(pair, range(84)))
+    assert not np.array_equal(rows(other, range(42)), rows(other, range(42, 84)))
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_presequenced_windows_are_their_own_seq_len_plus_one_tokens_in_the_order_of_the_files(files, name):
+    """Window k is tokens 17 k to 17 k + 16, seen k-th, in the second epoch too; shards are joined inside a sequence."""
+    source = open_source(files[name], VOCAB)
+
+    assert source.windows(SEQ_LEN) == 40
+    assert np.array_equal(rows(source), TOKENS.reshape(40, 17))
+    assert np.array_equal(rows(source, range(30, 50)), TOKENS.reshape(40, 17)[[*range(30, 40), *range(10)]])
+
+
+@pytest.mark.parametrize("name", ["pair", "shards", "ds"])
+def test_windows_are_seen_as_they_lie_where_that_is_asked_for(files, name):
+    """order = "as_stored": window k is seen k-th, and overlaps the next in a token."""
+    asked = TokenFiles(files[name].spec, files[name].format, files[name].dtype, True)
+    found = rows(open_source(asked, VOCAB), range(42))
+
+    assert found[:3].tolist() == [TOKENS[0:17].tolist(), TOKENS[16:33].tolist(), TOKENS[32:49].tolist()]
+
+
+def test_presequenced_data_may_be_shuffled_all_the_same(files):
+    """All sequences, each once, in another order."""
+    asked = TokenFiles(files["even"].spec, "presequenced", None, False)
+    found = rows(open_source(asked, VOCAB)).tolist()
+
+    assert sorted(found) == sorted(TOKENS.reshape(40, 17).tolist())
+    assert found != TOKENS.reshape(40, 17).tolist()
+
+
+@pytest.mark.parametrize("name", ["pair", *STREAMS, *CUT])
+def test_what_the_plan_counts_from_headers_is_what_is_there(files, name):
+    """Tokens, and sequences where they are not windows of a stream."""
+    counted, source = count(files[name], SEQ_LEN), open_source(files[name], VOCAB)
+
+    assert counted.tokens == source.tokens
+    assert counted.sequences in (None, source.windows(SEQ_LEN))
+    assert (counted.sequences is None) == (name not in CUT)
+
+
+@pytest.mark.parametrize("name", ["raw-uint16", "ds", "even-shards"])
+def test_every_source_can_be_handed_to_another_process(files, name):
+    """Workers that are started anew get it by pickle, also after it was read from here."""
+    source = open_source(files[name], VOCAB)
+    here = rows(source)
+
+    assert np.array_equal(rows(pickle.loads(pickle.dumps(source))), here)
+
+
+def test_fingerprints_follow_tokens_type_and_cut(files, tmp_path):
+    """The same content elsewhere is the same; a token, the number type or another way of cutting is not."""
+    print_of = {name: open_source(each, VOCAB).fingerprint() for name, each in files.items()}
+    (tmp_path / "elsewhere").mkdir()
+    moved = open_source(write_all(tmp_path / "elsewhere")["ds"], VOCAB).fingerprint()
+    write_raw(tmp_path / "raw-uint16", tokens=[*TOKENS[:-1], (TOKENS[-1] + 1) % VOCAB])
+    changed = open_source(files["raw-uint16"], VOCAB).fingerprint()
+    write_ds(tmp_path / "two.ds", ends=(100, 680))
+    recut = open_source(files["ds"], VOCAB).fingerprint()
+    as_stream = open_source(TokenFiles(files["even"].spec), VOCAB).fingerprint()
+
+    assert moved == print_of["ds"]
+    assert len({*print_of.values(), changed, recut, as_stream}) == len(files) + 3
+
+
+@pytest.mark.parametrize("name", ["raw-uint16", "ds", "ds-wide", "even-shards", "headed"])
+def test_a_file_cut_short_is_refused(files, name):
+    """Every length that is no whole token, by the count for the plan and on open; .ds and sequences at any length."""
+    path = Path(files[name].spec[0].replace("*", SHARDS[2]))
+    whole = path.read_bytes()
+    lengths = range(1, 40, 2) if name == "raw-uint16" else range(1, len(whole), 7)
+    for length in lengths:
+        path.write_bytes(whole[:-length])
+        if name == "even-shards" and length % 34 == 0:
+            continue  # a whole sequence less is a file of its own
+        with pytest.raises(DataError, match=r"damaged|no whole number|cannot be read"):
+            count(files[name], SEQ_LEN)
+        with pytest.raises(DataError, match=r"damaged|no whole number|cannot be read"):
+            open_source(files[name], VOCAB).windows(SEQ_LEN)
+
+
+@pytest.mark.parametrize(("written", "read"), [("uint32", "uint16"), ("int64", "uint16"), ("int64", "uint32")])
+def test_a_dtype_narrower_than_the_file_is_refused(tmp_path, written, read):
+    """Halves of ids lie in the vocabulary, so that nothing but the zeros between them gives them away."""
+    write_raw(tmp_path / "x.bin", written)
+
+    with pytest.raises(DataError, match=rf"x\.bin: every second id is 0 or less.*dtype is {read}, is it .*int"):
+        open_source(TokenFiles((str(tmp_path / "x.bin"),), "raw", read), VOCAB)
+
+
+def test_a_narrower_dtype_is_told_for_a_large_vocabulary_too(tmp_path):
+    """Llama 3's 128,256 ids need 17 bits: the upper halves are 0 and 1."""
+    write_raw(tmp_path / "x.bin", "uint32", np.random.default_rng(0).integers(0, 128_256, size=1000))
+
+    with pytest.raises(DataError, match="every second id is 1 or less"):
+        open_source(TokenFiles((str(tmp_path / "x.bin"),), "raw", "uint16"), 128_256)
+
+
+def test_a_dtype_wider_than_the_file_is_refused(tmp_path):
+    """Two ids read as one lie beyond any vocabulary; the message asks about the dtype."""
+    write_raw(tmp_path / "x.bin", "uint16")
+
+    with pytest.raises(DataError, match=r"x\.bin: token 0 has id \d+; allowed .* 256.* another dtype than uint32"):
+        open_source(TokenFiles((str(tmp_path / "x.bin"),), "raw", "uint32"), VOCAB)
+
+
+@pytest.mark.parametrize("name", ["raw-uint16", "ds", "even-shards", "headed"])
+def test_ids_beyond_the_vocabulary_are_refused_on_open(files, name):
+    """The largest id of these tokens is 256."""
+    with pytest.raises(DataError, match="has id 256; allowed are ids from 0 to 255"):
+        open_source(files[name], 256)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (TOKENS.astype("<u4"), "header says uint32 of shape .*allowed is one dimension of .*uint16"),
+        (TOKENS.astype("<u2").reshape(40, 17), r"says uint16 of shape \(40, 17\)"),
+        (TOKENS.astype("<f4"), "holds float32; allowed are integers"),
+    ],
+)
+def test_a_npy_header_is_compared_with_the_config(tmp_path, array, message):
+    """Its bytes are never taken for tokens."""
+    np.save(tmp_path / "x.npy", array)
+
+    with pytest.raises(DataError, match=message):
+        open_source(TokenFiles((str(tmp_path / "x.npy"),), "raw", "uint16"), VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ((100, 90, 680), "document 0 ends after token 100, and the next one after 90"),
+        ((100, 679), "index ends after 679 tokens, which take 1358 bytes as uint16"),
+        ((100, 170), "dtype|damaged"),  # 680 x 2 bytes would be 8 bytes each
+        ((), "index ends after 0 tokens"),
+    ],
+)
+def test_a_ds_index_that_does_not_belong_to_its_file_is_refused(tmp_path, ends, message):
+    """Falling ends, and ends that disagree with the length."""
+    write_ds(tmp_path / "x.ds", ends=ends)
+
+    with pytest.raises(DataError, match=message):
+        open_source(TokenFiles((str(tmp_path / "x.ds"),), "ds"), VOCAB)
+
+
+def test_a_ds_index_is_needed_and_its_length_checked(tmp_path):
+    """Missing, or cut inside an entry; files without documents are no harm."""
+    write_ds(tmp_path / "x.ds")
+    write_ds(tmp_path / "empty.ds", tokens=(), ends=())
+    both = TokenFiles((str(tmp_path / "*"),), "ds")
+    assert open_source(both, VOCAB).tokens == count(both, SEQ_LEN).tokens == len(TOKENS)
+    index = tmp_path / "x.ds.index"
+    index.write_bytes(index.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"x\.ds\.index: 31 bytes, no whole number of document ends"):
+        count(both, SEQ_LEN)
+    index.unlink()
+
+    with pytest.raises(DataError, match=r"x\.ds\.index: is missing.*save_index.*format = \"raw\""):
+        count(both, SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((17,) * 38 + (16, 18), "sequence 38 has 16 tokens, and the first one 17"),
+        ((34,) * 20, "sequences of 34 tokens; allowed is training.seq_len . 1 = 17.*set training.seq_len = 33"),
+    ],
+)
+def test_entries_of_another_length_are_no_sequences(tmp_path, sizes, message):
+    """Documents are not taken for sequences."""
+    write_pair(tmp_path / "x", sizes)
+
+    with pytest.raises(DataError, match=message):
+        open_source(TokenFiles((str(tmp_path / "x"),), "presequenced", None, True), VOCAB).windows(SEQ_LEN)
+
+
+def test_sequences_of_another_length_than_the_runs_are_refused_by_the_plan(files):
+    """seq_len 2048 for sequences of 17: told from the first entry, and for bare files from the length."""
+    for name in CUT:
+        with pytest.raises(DataError, match=r"training\.seq_len"):
+            count(files[name], 2048)
+
+
+def test_files_that_are_not_there_or_named_twice_are_told(tmp_path):
+    """A path, a glob that matches nothing but the index, a file under two names of the spec."""
+    write_ds(tmp_path / "x.ds")
+    at = str(tmp_path)
+    for spec, format_, message in [
+        ((f"{at}/y.bin",), "raw", "no file of that name"),
+        ((f"{at}/*.index",), "ds", r"no \*\.ds file of that name"),
+        ((f"{at}/x.ds", f"{at}/*.ds"), "raw", "a second time"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_source(TokenFiles(spec, format_, "uint16" if format_ == "raw" else None), VOCAB)
+
+
+def test_a_raw_file_cut_short_under_an_open_source_is_a_data_error(files):
+    """As with .bin: neither a crash nor other tokens."""
+    source = open_source(files["raw-uint16"], VOCAB)
+    Path(files["raw-uint16"].spec[0]).write_bytes(b"\x00" * 100)
+
+    with pytest.raises(DataError, match=r"100 bytes, and 1360 when it was opened"):
+        source.window(0, SEQ_LEN)
+
+
+@pytest.mark.parametrize("format_", ["raw", "ds", "presequenced"])
+def test_huge_files_are_counted_and_opened_at_once(tmp_path, format_):
+    """Half a terabyte of zeros in a sparse file: the plan takes milliseconds, opening reads no more than its scan."""
+    tokens = 17 * 2**34
+    with open(tmp_path / "x.ds", "wb") as file:
+        file.truncate(2 * tokens)
+    np.array([tokens], dtype="<u8").tofile(tmp_path / "x.ds.index")
+    files = TokenFiles((str(tmp_path / "x.ds"),), format_, None if format_ == "ds" else "uint16", True)
+    began = time.perf_counter()
+    counted = count(files, SEQ_LEN)
+    planned = time.perf_counter() - began
+    source = open_source(files, VOCAB)
+    source.window(source.windows(SEQ_LEN) - 1, SEQ_LEN)
+
+    assert counted.tokens == source.tokens == tokens
+    assert planned < 0.1
+    assert time.perf_counter() - began < 10
+
+
+# In a config
+
+
+def config_with(tmp_path, english):
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["datasets"]["en"] = english
+    return raw
+
+
+def test_a_stage_on_presequenced_data_sees_them_in_their_order_and_seeks(tmp_path):
+    """Step s of 4 sequences is sequences 4 s to 4 s + 3 of the file; taken up at step 5 it goes on with the 20th."""
+    write_raw(tmp_path / "s.bin")
+    table = {
+        "train": str(tmp_path / "s.bin"),
+        "format": "presequenced",
+        "dtype": "uint16",
+        "validation_format": "indexed",
+    }
+    raw = config_with(tmp_path, table | {"validation": str(tmp_path / "en-validation")})
+    config = training.config_of(raw)
+    plan = make_plan(config, take_inventory(config))
+    reader = SequenceReader(open_streams(training_files(config), VOCAB), seq_len=SEQ_LEN, seed=0)
+    english = plan.stages[0]
+    loader = StageLoader(
+        reader,
+        lambda step: plan.batch(english, step),
+        steps=12,
+        first_step=5,
+        accumulation=2,
+        local_batch=2,
+        rank=0,
+        workers=0,
+    )
+    inputs, targets = loader.batch(5, 0)
+
+    assert plan.sequences["en"] == 40
+    assert np.array_equal(inputs, TOKENS.reshape(40, 17)[20:22, :-1])
+    assert np.array_equal(targets, TOKENS.reshape(40, 17)[20:22, 1:])
+
+
+def test_the_recipe_holds_what_decides_the_order_and_nothing_else(tmp_path):
+    """A shuffled stream has no entry, in whatever format, so that older checkpoints go on."""
+    write_raw(tmp_path / "s.bin")
+    at = {"train": str(tmp_path / "s.bin"), "dtype": "uint16"}
+    recipes = []
+    for table in (
+        at | {"format": "raw"},
+        at | {"format": "raw", "order": "as_stored"},
+        at | {"format": "presequenced"},
+    ):
+        config = training.config_of(config_with(tmp_path, table))
+        recipes.append(make_plan(config, take_inventory(config)).stages[0].recipe)
+
+    assert [recipe.get("order.en") for recipe in recipes] == [None, "windows, as stored", "presequenced, as stored"]
+    assert {key for recipe in recipes for key in recipe if key.startswith("order.")} == {"order.en"}
+
+
+def test_a_resume_refuses_another_order_of_the_same_tokens(tmp_path):
+    """A run that began with windows as stored is not gone on with in shuffled ones."""
+    raw = config_with(tmp_path, {"train": str(tmp_path / "en"), "order": "as_stored"})
+    raw["stages"] = [{"name": "one", "dataset": "en", "steps": 2, "lr": {"schedule": "constant", "max": 1e-3}}]
+    path = training.write_config(raw, tmp_path / "x.toml")
+    first = training.train(path)
+    again = training.train(path, "--datasets.en.order", "shuffled", "--stages.one.steps", "4")
+
+    assert first.status == 0, first.output
+    assert again.status == 2
+    assert "stages.one.order.en: windows, as stored -> not set" in again.output
+
+
+def test_a_glob_that_takes_in_the_held_out_file_is_refused(tmp_path):
+    """nanoGPT's data/train.bin and data/val.bin under data/*.bin."""
+    (tmp_path / "owt").mkdir()
+    for name in ("train", "val"):
+        write_raw(tmp_path / "owt" / f"{name}.bin")
+    held_out = str(tmp_path / "owt" / "val.bin")
+    table = {"train": str(tmp_path / "owt" / "*.bin"), "validation": held_out, "format": "raw", "dtype": "uint16"}
+
+    with pytest.raises(
+        DataError, match=r"datasets.en.train: includes .*val\.bin, which datasets.en.validation measures"
+    ):
+        take_inventory(training.config_of(config_with(tmp_path, table)))
+
+
+def test_raw_files_that_are_not_there_yet_are_unknown_and_no_error(tmp_path):
+    """The plan works without the data."""
+    config = training.config_of(config_with(tmp_path, {"train": "none.bin", "format": "raw", "dtype": "uint16"}))
+
+    assert take_inventory(config).tokens["en"] is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"format": "raw"}, 'format = "raw" needs dtype'),
+        (
+            {"format": "rwa", "dtype": "uint16"},
+            "datasets.en.format: must be one of 'indexed', 'raw'.*did you mean 'raw'",
+        ),
+        ({"format": "raw", "dtype": "uint8"}, "datasets.en.dtype: must be one of"),
+        ({"dtype": "uint16"}, 'dtype is for headerless files; format = "indexed" tells it itself'),
+        ({"format": "ds", "dtype": "uint16"}, 'format = "ds" tells it itself: leave dtype out'),
+        ({"index_prefix": "x"}, 'index_prefix is for format = "megatron_order", got format = "indexed"'),
+        ({"format": "megatron_order"}, "needs index_prefix"),
+        ({"format": "megatron_order", "index_prefix": "x", "order": "shuffled"}, "order is left out"),
+        ({"format": "megatron_order", "index_prefix": "x", "train": ["a", "b"]}, "train must be one prefix"),
+        ({"order": "sorted"}, "datasets.en.order: must be one of 'shuffled', 'as_stored'"),
+        ({"format": "ds", "source": {"text": "x.txt"}}, 'with source, format must be "indexed"'),
+        ({"validation_format": "raw", "validation": "x"}, 'format = "raw" needs dtype'),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(tmp_path, table, message):
+    """Each with its place and what is allowed."""
+    with pytest.raises(ConfigError, match=f"datasets.en.*{message}|{message}"):
+        training.config_of(config_with(tmp_path, {"train": "data/en"} | table))
+
+
+def test_with_domains_the_format_belongs_to_each_domain(tmp_path):
+    """One domain raw, one a pair; at the dataset's level it would say nothing."""
+    write_raw(tmp_path / "web.bin")
+    write_pair(tmp_path / "news")
+    web = {"train": str(tmp_path / "web.bin"), "weight": 1.0, "format": "raw", "dtype": "uint16"}
+    domains = {"web": web, "news": {"train": str(tmp_path / "news"), "weight": 2.0}}
+    config = training.config_of(config_with(tmp_path, {"domains": domains}))
+    assert take_inventory(config).tokens["en.web"] == take_inventory(config).tokens["en.news"] == len(TOKENS)
+
+    with pytest.raises(ConfigError, match="with domains, give them to each domain"):
+        training.config_of(config_with(tmp_path, {"domains": domains, "format": "ds"}))

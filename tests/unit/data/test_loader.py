@@ -1,0 +1,268 @@
+"""From draws to tokens: what a window is, epochs, the same global batch under every layout, and replay."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import training
+
+from titan_cpt.data.formats.indexed import TokenStream
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
+from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+from titan_cpt.data.loader import SequenceReader, StageLoader
+from titan_cpt.data.mixture import Draw
+from titan_cpt.planning.planner import make_plan
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+SEQ_LEN, WINDOWS = 5, 37
+# 4 more tokens than the last window needs, one too few for another window.
+TOKENS = SEQ_LEN * WINDOWS + 1 + 4
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """Two sources in which every token is its own position, in documents of uneven length."""
+    streams = {}
+    for name in ("old", "new"):
+        with IndexedWriter(tmp_path / name, 1000) as writer:
+            writer.add_documents(np.arange(TOKENS), np.array([7, 60, 1, TOKENS - 68]))
+        streams[name] = TokenStream([tmp_path / name], 1000)
+    return SequenceReader(streams, seq_len=SEQ_LEN, seed=3)
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A reader over made-up languages, and the plan of two stages on so many ranks."""
+    config = training.config_of(training.two_stages(training.write_languages(tmp_path), tmp_path))
+    streams = open_streams(training_files(config), 257)
+
+    def plan(world_size=1, local_batch=2):
+        training_table = config.training.model_copy(update={"local_batch_size": local_batch})
+        asked = config.model_copy(update={"training": training_table})
+        return make_plan(asked, take_inventory(asked), world_size)
+
+    return SequenceReader(streams, seq_len=config.training.seq_len, seed=config.job.seed), plan
+
+
+def of(source, ordinals, *, replayed=False):
+    return [Draw(source, ordinal, replayed) for ordinal in ordinals]
+
+
+def loader_of(reader, plan, stage, *, rank=0, first_step=0, workers=0):
+    return StageLoader(
+        reader,
+        lambda step: plan.batch(stage, step),
+        steps=stage.steps,
+        first_step=first_step,
+        accumulation=plan.accumulation,
+        local_batch=plan.local_batch_size,
+        rank=rank,
+        workers=workers,
+    )
+
+
+def steps_of(loader, plan, steps):
+    """The batches of a rank by step, its micro-batches one under another, each [B, L + 1]."""
+    batches = []
+    for step in steps:
+        parts = [loader.batch(step, micro) for micro in range(plan.accumulation)]
+        batches.append(torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in parts]))
+    return batches
+
+
+def test_windows_are_seq_len_plus_one_tokens_and_begin_on_the_last_token_of_the_one_before(counting):
+    """Token i is the number i, so that a window shows where it lies; the four tokens at the end belong to none."""
+    rows = counting.read(of("old", range(WINDOWS)))
+    rows = rows[rows[:, 0].argsort()]
+
+    assert rows.shape == (37, 6)
+    assert rows[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows[1].tolist() == [5, 6, 7, 8, 9, 10]
+    assert rows[36].tolist() == [180, 181, 182, 183, 184, 185]
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(counting):
+    """Three epochs of 37 windows, over two sources."""
+    epochs = [counting.windows(of("old", range(e * WINDOWS, (e + 1) * WINDOWS))).tolist() for e in range(3)]
+    other = counting.windows(of("new", range(WINDOWS))).tolist()
+
+    assert [sorted(epoch) for epoch in [*epochs, other]] == [list(range(37))] * 4
+    assert len({tuple(order) for order in [*epochs, other]}) == 4
+    assert list(range(37)) not in epochs
+
+
+def test_another_seed_is_another_order(counting):
+    """The seed alone differs."""
+    other = SequenceReader(counting.streams, seq_len=SEQ_LEN, seed=4)
+    draws = of("old", range(WINDOWS))
+
+    assert counting.windows(draws).tolist() != other.windows(draws).tolist()
+
+
+def test_a_batch_over_the_border_of_two_epochs_is_what_each_draw_is_alone(counting):
+    """Draws are independent of their neighbours in a batch: sources and epochs are mixed here."""
+    draws = [*of("old", (36, 37, 38)), *of("new", (0, 74)), *of("old", (0,), replayed=True)]
+    together = counting.read(draws)
+    alone = np.concatenate([counting.read([draw]) for draw in draws])
+
+    assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize(("world_size", "local_batch"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_the_global_batch_is_the_same_under_every_layout(planned, world_size, local_batch):
+    """Ranks one after another give the rows of one rank without accumulation, in its order, stage by stage."""
+    reader, plan_for = planned
+    alone, plan = plan_for(1, 4), plan_for(world_size, local_batch)
+    for one, stage in zip(alone.stages, plan.stages, strict=True):
+        expected = steps_of(loader_of(reader, alone, one), alone, range(4))
+        ranks = [steps_of(loader_of(reader, plan, stage, rank=rank), plan, range(4)) for rank in range(world_size)]
+
+        assert plan.accumulation == 4 // (world_size * local_batch)
+        assert all(torch.equal(torch.cat(parts), batch) for batch, *parts in zip(expected, *ranks, strict=True))
+
+
+def test_targets_are_the_inputs_one_token_on(planned):
+    """Of every micro-batch of a stage."""
+    reader, plan_for = planned
+    plan = plan_for()
+    loader = loader_of(reader, plan, plan.stages[1])
+    pairs = [loader.batch(step, micro) for step in range(10) for micro in range(2)]
+
+    assert {tuple(inputs.shape) for inputs, _ in pairs} == {(2, 16)}
+    assert all(torch.equal(inputs[:, 1:], targets[:, :-1]) for inputs, targets in pairs)
+
+
+@pytest.mark.parametrize("taken_up", [1, 6, 9])
+def test_a_stage_taken_up_at_a_step_goes_on_as_if_one_had_walked_there(planned, taken_up):
+    """Replay and new data, to the stage's end."""
+    reader, plan_for = planned
+    plan = plan_for()
+    german = plan.stage("german")
+    walked = steps_of(loader_of(reader, plan, german), plan, range(10))[taken_up:]
+    jumped = steps_of(loader_of(reader, plan, german, first_step=taken_up), plan, range(taken_up, 10))
+
+    assert all(torch.equal(a, b) for a, b in zip(walked, jumped, strict=True))
+
+
+def test_a_process_that_reads_ahead_gives_the_same_batches(planned):
+    """num_workers 1 against 0, from a step in the middle."""
+    reader, plan_for = planned
+    plan = plan_for()
+    german = plan.stage("german")
+    here = steps_of(loader_of(reader, plan, german, first_step=3), plan, range(3, 10))
+    ahead = steps_of(loader_of(reader, plan, german, first_step=3, workers=1), plan, range(3, 10))
+
+    assert all(torch.equal(a, b) for a, b in zip(here, ahead, strict=True))
+
+
+def test_a_reader_can_be_handed_to_another_process(counting):
+    """Workers are forked on Linux and started anew elsewhere, which pickles what they read from."""
+    draws = of("old", range(5))
+    counting.read(draws)
+    other = pickle.loads(pickle.dumps(counting))
+
+    assert np.array_equal(counting.read(draws), other.read(draws))
+
+
+def test_batches_out_of_order_are_our_own_bug(planned):
+    """The loader is an iterator; asking it for another step must not give that of the next."""
+    reader, plan_for = planned
+    plan = plan_for()
+    loader = loader_of(reader, plan, plan.stages[0])
+    loader.batch(0, 0)
+
+    with pytest.raises(AssertionError, match="in order"):
+        loader.batch(1, 0)
+
+
+def test_the_hash_of_a_batch_changes_with_any_window_its_source_and_the_order(counting):
+    """Each of eight draws replaced in turn, a source swapped, two draws exchanged."""
+    draws = [*of("old", range(4)), *of("new", range(4))]
+    others = [[*draws[:i], Draw(draws[i].source, 11, False), *draws[i + 1 :]] for i in range(8)]
+    others += [[*draws[1:], draws[0]], [*of("new", range(4)), *of("old", range(4))], draws[:7]]
+    hashes = [counting.batch_hash(each) for each in [draws, *others]]
+
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == counting.batch_hash(list(draws))
+    assert len(hashes[0]) == 16
+
+
+def test_the_same_window_of_another_source_hashes_otherwise(counting):
+    """Window 3 of both, wherever each order has put it."""
+    window_3 = [of(name, (counting.windows(of(name, range(WINDOWS))).tolist().index(3),)) for name in ("old", "new")]
+
+    assert counting.batch_hash(window_3[0]) != counting.batch_hash(window_3[1])
+
+
+def test_the_hash_is_of_windows_so_that_replay_hashes_as_what_it_replays(counting):
+    """Ordinal 3 as new data and as replay is the same window."""
+    assert counting.batch_hash(of("old", (3,))) == counting.batch_hash(of("old", (3,), replayed=True))
+
+
+def test_the_hash_of_a_step_is_the_same_on_any_number_of_ranks(planned):
+    """The plan of 1, 2 and 4 ranks, every step of both stages; and no two steps hash alike."""
+    reader, plan_for = planned
+    tables = []
+    for world_size in (1, 2, 4):
+        plan = plan_for(world_size, 1)
+        tables.append([reader.batch_hash(plan.batch(stage, s)) for stage in plan.stages for s in range(stage.steps)])
+
+    assert tables[0] == tables[1] == tables[2]
+    assert len(set(tables[0])) == 22
+
+
+def test_replay_is_what_was_trained_on_before_in_the_order_of_first_sight(planned):
+    """English took 9 steps of 4 before German's weights left it; German replays the first 10 of those 36 windows."""
+    reader, plan_for = planned
+    plan = plan_for()
+    english, german = plan.stages
+    trained = np.concatenate([reader.read(plan.batch(english, step)) for step in range(9)])
+    draws = [draw for step in range(10) for draw in plan.batch(german, step)]
+    rows = reader.read(draws)
+    replayed = np.array([draw.source == "en" for draw in draws])
+
+    assert replayed.tolist() == [draw.replayed for draw in draws]
+    assert replayed.sum() == 10  # a quarter of 40
+    assert np.array_equal(rows[replayed], trained[:10])
+
+
+def test_a_third_stage_replays_what_the_second_did_not_and_what_the_second_was_new_in(tmp_path):
+    """Half of a third stage of 40: English goes on after its 10 replayed windows, German begins at its first."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    third = training.third_stage() | {"dataset": "fr", "steps": 10, "replay": {"fraction": 0.5}}
+    training.write_tokens(tmp_path / "fr", language=3, tokens=4000)
+    raw["datasets"]["fr"] = {"train": str(tmp_path / "fr")}
+    config = training.config_of(training.changed(raw, stages=[*raw["stages"], third]))
+    plan = make_plan(config, take_inventory(config))
+    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=16, seed=0)
+    rows = {
+        stage.name: [(d.source, tuple(reader.read([d])[0])) for s in range(stage.steps) for d in plan.batch(stage, s)]
+        for stage in plan.stages
+    }
+    first_sight = {"en": [row for _, row in rows["english"][:36]]}
+    first_sight["de"] = [row for source, row in rows["german"] if source == "de"]
+    replayed = {name: [row for source, row in rows["again"] if source == name] for name in ("en", "de")}
+
+    # English was trained on for 36 + 10 sequences and German for 30: 46/76 and 30/76 of 20 are 12.1 and 7.9.
+    assert Counter(source for source, _ in rows["again"]) == {"fr": 20, "en": 12, "de": 8}
+    assert replayed["en"] == first_sight["en"][10:22]
+    assert replayed["de"] == first_sight["de"][:8]
+
+
+def test_a_stage_that_comes_back_to_a_dataset_goes_on_where_its_weights_left_it(tmp_path):
+    """English again for 20 sequences: none of the 36 that the weights have seen, but those after them."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    config = training.config_of(training.changed(raw, stages=[*raw["stages"], training.third_stage()]))
+    plan = make_plan(config, take_inventory(config))
+    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=16, seed=0)
+    english, _, again = (
+        reader.windows([draw for step in range(stage.steps) for draw in plan.batch(stage, step)]).tolist()
+        for stage in plan.stages
+    )
+
+    assert len(again) == 20
+    assert not {*again} & {*english[:36]}
+    assert again[:12] == english[36:48]  # its own annealing steps were on a branch that was left

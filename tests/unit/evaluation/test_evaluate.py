@@ -1,0 +1,179 @@
+"""Benchmarks on the checkpoints of a run, inside training and after: nothing disturbed, nothing lost or repeated."""
+
+import json
+import shutil
+import signal
+
+import opened
+import pytest
+import training
+
+pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from titan_cpt.cli import main
+from titan_cpt.evaluation.scores import read_scores
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+TASKS = ("clams_de_local", "clams_en_local", "blimp_en_local")
+PLACES = {("english", 5), ("english", 10), ("english", 12), ("german", 5), ("german", 10)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, tasks and runs."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    training.write_languages(folder)
+    opened.write_minimal_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def raw(folder):
+    """Two stages, evaluated every five steps and at their ends, with TensorBoard."""
+    asked = {"suite": "minimal_pairs", "every": 5, "tasks_dir": str(folder / "pairs" / "tasks")}
+    return training.changed(training.two_stages(folder, folder), evaluation=asked, metrics={"enable_tensorboard": True})
+
+
+def config(raw, folder, name, **tables):
+    return training.write_config(training.changed(raw, job={"name": name}, **tables), folder / f"{name}.toml")
+
+
+@pytest.fixture(scope="module")
+def evaluated(raw, folder):
+    """The run with evaluations, to its end."""
+    outcome = training.train(config(raw, folder, "evaluated"))
+
+    assert outcome.status == 0, outcome.output
+    return folder / "evaluated"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(raw, folder):
+    """The same run without."""
+    plain = {**raw, "evaluation": {}}
+    outcome = training.train(config(plain, folder, "undisturbed"))
+
+    assert outcome.status == 0, outcome.output
+    return folder / "undisturbed"
+
+
+def scores_of(run):
+    """(stage, steps, task) to (value, what was asked)."""
+    return {(s.stage, s.steps_done, s.task): (s.value, s.documents, s.samples) for s in read_scores(run)}
+
+
+def command(*words):
+    """The command in this process; its exit status."""
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    return left.value.code
+
+
+def test_evaluations_change_no_bit_of_a_run(evaluated, undisturbed):
+    """Every loss, gradient norm, LR and batch of both stages, and the last weights and moments."""
+    assert training.numbers_of(evaluated) == training.numbers_of(undisturbed)
+    for part in ("model", "optimizer"):
+        last = [training.tensors_of(run / "german" / "step-00000010", part) for run in (evaluated, undisturbed)]
+        assert training.same_bits(*last)
+
+
+def test_every_evaluation_is_kept_in_the_runs_folder(evaluated):
+    """After steps 5, 10 and the end of each stage: three tasks, the average, texts, a line in the record, a curve."""
+    scores = scores_of(evaluated)
+    events = [(event["stage"], event["step"]) for event in training.events_of(evaluated, "evaluation")]
+    charts = EventAccumulator(str(evaluated / "tb")).Reload()
+    mean = json.loads((evaluated / "evaluations/german/step-00000010/minimal_pairs.json").read_text())["average"]
+
+    assert set(scores) == {(*place, task) for place in PLACES for task in TASKS}
+    assert sorted(events) == sorted(PLACES)
+    assert mean == pytest.approx(sum(scores["german", 10, task][0] for task in TASKS) / 3)
+    assert len(list(evaluated.glob("evaluations/*/*/generations.json"))) == len(PLACES)
+    assert [point.step for point in charts.Scalars("evaluation/minimal_pairs/average")] == [5, 10, 12, 17, 22]
+
+
+def test_eval_finds_the_same_scores_and_asks_only_what_is_missing(evaluated, folder, capsys):
+    """Kept ones are told as such; one that was removed, and all of them under --again, come out as they were."""
+    run = folder / "copied"
+    shutil.copytree(evaluated, run)
+    before = scores_of(run)
+    (run / "evaluations/german/step-00000010/clams_en_local-0shot.json").unlink()
+    words = ("eval", run, "--suite", "minimal_pairs", "--tasks-dir", folder / "pairs" / "tasks")
+    status, told = command(*words), capsys.readouterr().out
+    again = command(*words, "--again", "--json")
+    answer = json.loads(capsys.readouterr().out)
+
+    assert (status, again) == (0, 0)
+    assert told.count("kept from before") == 5
+    assert "last - first" in told
+    assert scores_of(run) == before
+    assert answer["changes"]["clams_de_local"]["value"] == pytest.approx(
+        before["german", 10, "clams_de_local"][0] - before["english", 12, "clams_de_local"][0]
+    )
+
+
+def test_a_score_of_other_weights_is_not_taken_for_ones_own(evaluated, folder, capsys):
+    """The file of another checkpoint in the place of one's own is asked anew."""
+    run = folder / "mixed"
+    shutil.copytree(evaluated, run)
+    place = "evaluations/{}/clams_de_local-0shot.json"
+    shutil.copyfile(run / place.format("english/step-00000005"), run / place.format("german/step-00000010"))
+    words = ("--suite", "minimal_pairs", "--tasks", "clams_de_local", "--tasks-dir", folder / "pairs" / "tasks")
+    status = command("eval", run / "german" / "step-00000010", *words)
+
+    assert status == 0
+    assert "kept from before" not in capsys.readouterr().out
+    assert scores_of(run) == scores_of(evaluated)
+
+
+def test_an_evaluation_that_was_killed_loses_no_task(raw, folder, evaluated):
+    """Killed before the fourth task: three are kept, the second run adds the others, and no number differs."""
+    written = config(raw, folder, "killed")
+    dead = training.train(written, fault=training.Fault("titan_cpt.evaluation.evaluate:_score", 5))
+    kept = len(scores_of(folder / "killed"))
+    outcome = training.train(written)
+
+    assert dead.status == -signal.SIGKILL, dead.output
+    assert kept == 4
+    assert outcome.status == 0, outcome.output
+    assert outcome.output.count("kept from before") == 1
+    assert scores_of(folder / "killed") == scores_of(evaluated)
+    assert training.numbers_of(folder / "killed") == training.numbers_of(evaluated)
+
+
+def test_a_signal_ends_an_evaluation_between_two_tasks(raw, folder, evaluated):
+    """Status 75 with what was asked kept; the same command goes on with the next task, the last stage's included."""
+    written = config(raw, folder, "signalled", evaluation={"every": 20})
+    process = training.Process(written)
+    first = folder / "signalled/evaluations/german/step-00000010/clams_de_local-0shot.json"
+    process.wait_for(first.exists)
+    process.send(signal.SIGTERM)
+    stopped, resumed = process.end(), training.train(written)
+    scores = scores_of(folder / "signalled")
+
+    assert (stopped.status, resumed.status) == (75, 0), stopped.output + resumed.output
+    assert {place[:2] for place in scores} == {("english", 12), ("german", 10)}
+    assert all(score == scores_of(evaluated)[place] for place, score in scores.items())
+    assert len(scores) == 6
+
+
+def test_questions_that_are_missing_are_told_before_any_step(raw, folder):
+    """Status 2 at the start of a new run; in a run under way they are told, and training goes on."""
+    tasks = opened.write_minimal_pairs(folder / "other")
+    written = config(raw, folder, "missing", evaluation={"tasks_dir": str(tasks), "every": 5})
+    lost = tasks.parent / "blimp_en.jsonl"
+    content = lost.read_text()
+    lost.unlink()
+    refused = training.train(written)
+    lost.write_text(content)
+    process = training.Process(written)
+    process.wait_for((folder / "missing/english/step-00000004/manifest.json").exists)
+    lost.unlink()
+    outcome = process.end()
+
+    assert refused.status == 2
+    assert "blimp_en_local" in refused.output
+    assert not (folder / "missing/english").exists() or outcome.status == 0
+    assert outcome.status == 0, outcome.output
+    assert training.events_of(folder / "missing", "evaluation")[-1]["missing"] == ["blimp_en_local"]

@@ -1,0 +1,240 @@
+"""Answers of an opened checkpoint: the plain model's, whatever is asked beside; the cache changes no token."""
+
+import json
+import math
+
+import opened
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.cli import main
+from titan_cpt.errors import CheckpointError, DataError
+from titan_cpt.evaluation.checkpoints import stage_ends
+from titan_cpt.evaluation.generate import Sampling, _choose, generate
+from titan_cpt.evaluation.inference import score
+from titan_cpt.models.build import build_model
+from titan_cpt.models.common.kv_cache import CachedAttention, kept
+
+PROMPTS = [list(text.encode()) for text in ("The dog", "a", "An answer is", "The dog", "x" * 50)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """An imported checkpoint of every kind of attention, made when it is asked for."""
+    made = {}
+
+    def checkpoint(name):
+        if name not in made:
+            made[name] = opened.released_and_imported(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return checkpoint
+
+
+def plain(checkpoint, name):
+    """The model by itself, its weights read in the ordinary way."""
+    model = build_model(opened.SHAPES[name])
+    load_state(checkpoint, model, None)
+    return model
+
+
+def greedily(model, prompt, tokens):
+    """The slow way: the whole sequence anew for every token."""
+    with torch.no_grad():
+        for _ in range(tokens):
+            prompt = [*prompt, int(model(torch.tensor([prompt]))[0, -1].argmax())]
+    return prompt
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("name", opened.SHAPES)
+def test_the_cache_changes_no_token(name, checkpoints):
+    """Prompts of 1 to 50 tokens in one batch, each continued as if it were alone and nothing were kept."""
+    model = plain(checkpoints(name), name)
+    ours = generate(opened.opened(checkpoints(name)), PROMPTS, max_new_tokens=14)
+    slow = [greedily(model, prompt, 14)[len(prompt) :] for prompt in PROMPTS]
+
+    assert ours == [tokens[: tokens.index(256)] if 256 in tokens else tokens for tokens in slow]
+
+
+@pytest.mark.parametrize("name", opened.SHAPES)
+def test_cached_logits_are_the_plain_ones(name, checkpoints):
+    """Two sequences of different lengths, three tokens at once and then one: every logit within 1e-4."""
+    opening = opened.opened(checkpoints(name))
+    model, tokens = opening.model, torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([5, 8])
+    with torch.no_grad(), kept(model, sequences=2, capacity=12, device=torch.device("cpu")) as cache:
+        model(tokens[:, :8])
+        cache.advance(lengths)
+        three = model(torch.stack([tokens[row, start : start + 3] for row, start in enumerate(lengths.tolist())]))
+        cache.advance(torch.tensor([3, 3]))
+        cache.keep(torch.tensor([1]))
+        one = model(tokens[1:, 11:])
+    with torch.no_grad():
+        whole = model(tokens)
+
+    torch.testing.assert_close(three, torch.stack([whole[0, 5:8], whole[1, 8:11]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(one[0, 0], whole[1, 11], atol=1e-4, rtol=0)
+
+
+def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
+    """Attention's own core is back, also after an error."""
+    model = opened.opened(checkpoints("llama")).model
+    within = []
+
+    def fail():
+        with kept(model, sequences=1, capacity=2, device=torch.device("cpu")):
+            within.extend(module for module in model.modules() if isinstance(module, CachedAttention))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+    assert len(within) == 2
+    assert not any(isinstance(module, CachedAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
+def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
+    """By hand from the model's logits, whatever the batches; the same input twice, and a context that is cut."""
+    opening = opened.opened(checkpoints("gpt_neox"), batch_tokens=batch_tokens, max_length=20)
+    pairs = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), (list(range(40)), [5, 6, 7]), ([9], [8] * 20), ([1, 2], [3])]
+    expected = []
+    for context, continuation in pairs:
+        tokens = (context + continuation)[-21:]
+        with torch.no_grad():
+            logits = opening.model(torch.tensor([tokens[:-1]]))[0, -len(continuation) :].double()
+        picked = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        expected.append((float(picked.sum()), bool((logits.argmax(-1) == torch.tensor(continuation)).all())))
+    found = score(opening, pairs)
+
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_what_the_model_would_write_is_greedy(checkpoints):
+    """The most likely continuation counts as such, and with another last token it does not."""
+    opening = opened.opened(checkpoints("gpt_neox"))
+    (written,) = generate(opening, [PROMPTS[0]], max_new_tokens=5)
+    other = [*written[:-1], (written[-1] + 1) % 256]
+
+    assert [greedy for _, greedy in score(opening, [(PROMPTS[0], written), (PROMPTS[0], other)])] == [True, False]
+
+
+def test_bfloat16_is_near_float32(checkpoints):
+    """Weights and products in bfloat16 move a token's log-probability by less than a tenth."""
+    pairs = [(PROMPTS[2], PROMPTS[1]), (PROMPTS[1], PROMPTS[2])]
+    exact = score(opened.opened(checkpoints("gpt_neox")), pairs)
+    rough = score(opened.opened(checkpoints("gpt_neox"), precision="bfloat16"), pairs)
+
+    for (context_and, continuation), (one, _), (other, _) in zip(pairs, exact, rough, strict=True):
+        assert context_and
+        assert 0 < abs(one - other) < 0.1 * len(continuation)
+
+
+def test_too_long_is_refused(checkpoints):
+    """A continuation that does not fit is not scored in part, and no text is made shorter than was asked for."""
+    opening = opened.opened(checkpoints("gpt_neox"), max_length=8)
+
+    with pytest.raises(DataError, match="9 tokens; this model is given 8"):
+        score(opening, [([1], [2] * 9)])
+    with pytest.raises(DataError, match="leave no room"):
+        generate(opening, [[1]], max_new_tokens=8)
+
+
+def test_draws_depend_on_seed_and_prompt_alone(checkpoints):
+    """Alone, in a batch, in another order: the same text; another seed draws another."""
+    opening = opened.opened(checkpoints("llama"), batch_tokens=100)
+    drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
+    together = generate(opening, PROMPTS, max_new_tokens=10, sampling=drawn)
+    apart = [generate(opening, [prompt], max_new_tokens=10, sampling=drawn)[0] for prompt in reversed(PROMPTS)]
+    other = generate(opening, PROMPTS, max_new_tokens=10, sampling=Sampling(1.5, 0.9, seed=4))
+
+    assert together == apart[::-1]
+    assert together != other
+
+
+@given(st.lists(st.floats(-4, 4), min_size=3, max_size=9), st.floats(0.05, 1), st.integers(0, 2**20))
+def test_a_draw_is_among_the_likeliest(logits, top_p, seed):
+    """Never a token beyond the shortest run of likeliest ones that reaches top_p."""
+    row = torch.tensor([logits], dtype=torch.float32)
+    (token,) = _choose(row, Sampling(1.0, top_p, seed), [torch.Generator().manual_seed(seed)])
+    likelier = row[0].double().softmax(-1)
+    before = likelier[likelier > likelier[token]].sum()
+
+    assert before < top_p + 1e-9
+
+
+def test_draws_follow_the_probabilities():
+    """Of 4,000 draws from (0.5, 0.3, 0.2) under top_p 0.8 the third token is none, the first 5/8 within 4 sigma."""
+    row = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(4000, 3)
+    draw = torch.Generator().manual_seed(0)
+    chosen = torch.tensor(_choose(row, Sampling(1.0, 0.79), [draw] * 4000))
+    share = (chosen == 0).double().mean().item()
+
+    assert (chosen == 2).sum() == 0
+    assert abs(share - 5 / 8) < 4 * math.sqrt(5 / 8 * 3 / 8 / 4000)
+
+
+def test_generation_stops_where_it_is_told(checkpoints):
+    """After the token that satisfies `stop`, and no later."""
+    (tokens,) = generate(
+        opened.opened(checkpoints("gpt_neox")), [[65]], max_new_tokens=20, stop=lambda written: len(written) == 4
+    )
+
+    assert len(tokens) == 4
+
+
+def test_generate_on_the_command_line(checkpoints, capsys):
+    """The prompt and what follows it, the likeliest tokens; the examples are kept beside the checkpoint."""
+    checkpoint = checkpoints("gpt_neox")
+    words = ["--prompt", "The dog", "--tokens", "6", "--temperature", "0", "--tokenizer", "bytes", "--examples"]
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(checkpoint), *words])
+    (tokens,) = generate(opened.opened(checkpoint), [PROMPTS[0]], max_new_tokens=6)
+    kept_texts = json.loads((checkpoint.parent / "imported-evaluations" / "generations.json").read_text())["texts"]
+
+    assert left.value.code == 0
+    assert f"  The dog |{opened.opened(checkpoint).tokenizer.decode([t for t in tokens if t < 257])}" in (
+        capsys.readouterr().out
+    )
+    assert [text["prompt"] for text in kept_texts[:1]] == ["Der Hund lief über die Straße, weil"]
+
+
+def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
+    """Nor is a folder that is none: one message, status 2."""
+    checkpoint = opened.released_and_imported(tmp_path, "gpt_neox")
+    victim = next(checkpoint.glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        opened.opened(checkpoint)
+    with pytest.raises(CheckpointError, match=manifest.NAME):
+        stage_ends(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(tmp_path), "--prompt", "a"])
+    assert left.value.code == 2
+    assert "CheckpointError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "x"], "give --prompt TEXT"),
+        (["eval", "x"], "give --suite"),
+        (["eval", "x", "--suite", "paper"], "no suite is called 'paper'"),
+        (["eval", "x", "--suite", "paper_german", "--tasks", "piqa"], "piqa: not in suite paper_german"),
+        (["eval", "x", "--tasks", "piqa:many"], "TASK:SHOTS"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told(words, said, capsys):
+    """Before anything is loaded, with status 2."""
+    with pytest.raises(SystemExit) as left:
+        main(words)
+
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err

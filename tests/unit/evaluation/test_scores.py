@@ -1,0 +1,231 @@
+"""Scores beside each other: whether a change may be chance, from hand values; what a damaged file says."""
+
+import io
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from titan_cpt.config.suites import SUITES, Task, chosen_tasks, suite_of
+from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.evaluation.score_table import print_scores, scores_as_json
+from titan_cpt.evaluation.scores import FORMAT, Score, average, difference, file_name, read_score, read_scores
+from titan_cpt.reporting.benchmark_table import benchmark_table, continuations
+from titan_cpt.reporting.summary import read_run
+
+SCORED_FILES = "f00d"
+"""Digest of the files of the checkpoint that was scored."""
+
+
+def scored(values, documents="same", task="piqa", **changes):
+    """A score with its standard error as the harness forms it."""
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    made = Score(
+        task=task,
+        shots=0,
+        metric="acc",
+        metrics={"acc": (mean, error)},
+        samples=len(values),
+        limit=None,
+        documents=documents,
+        per_sample={"acc": values},
+        identity={"files": SCORED_FILES},
+        checkpoint="x",
+        stage="first",
+        stage_index=0,
+        steps_done=10,
+        run_step=10,
+        seconds=1.0,
+    )
+    return replace(made, **changes)
+
+
+def test_a_paired_difference_by_hand():
+    """Of five samples two get right and none gets wrong: d = (1, 1, 0, 0, 0), mean 0.4, error sqrt(1.2 / 20)."""
+    change = difference(scored([0, 0, 1, 1, 0]), scored([1, 1, 1, 1, 0]))
+
+    assert change.paired
+    assert change.value == pytest.approx(0.4)
+    assert change.stderr == pytest.approx(math.sqrt(0.06))
+    assert change.p == pytest.approx(0.10247043, abs=1e-7)  # 2 (1 - Phi(1.6329932)), from a table of the normal
+
+
+def test_an_unpaired_difference_by_hand():
+    """Other samples: both errors together, 0.2 and 0.1 to sqrt(0.05)."""
+    one = scored([0.0, 1.0], documents="some", metrics={"acc": (0.5, 0.2)})
+    other = scored([0.0, 1.0], documents="others", metrics={"acc": (0.9, 0.1)})
+    change = difference(one, other)
+
+    assert not change.paired
+    assert (change.value, change.stderr) == pytest.approx((0.4, math.sqrt(0.05)))
+
+
+def test_no_change_at_all_is_chance():
+    """p is 1 where every sample came out as before, and 0 where all of them changed alike."""
+    assert difference(scored([0, 1, 1]), scored([0, 1, 1])).p == 1.0
+    assert difference(scored([0, 0, 0]), scored([1, 1, 1])).p == 0.0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_a_difference_changes_its_sign_with_the_order(pairs):
+    """Before and after swapped: the same error and the same p."""
+    one, other = scored([float(a) for a, _ in pairs]), scored([float(b) for _, b in pairs])
+    forth, back = difference(one, other), difference(other, one)
+
+    assert forth.value == pytest.approx(-back.value)
+    assert (forth.stderr, forth.p) == pytest.approx((back.stderr, back.p))
+
+
+def test_an_average_is_the_plain_mean():
+    """Large tasks do not count more than small ones; errors 0.3 and 0.4 give 0.5 / 2."""
+    small = scored([1.0, 0.0], metrics={"acc": (0.5, 0.3)})
+    large = scored([1.0] * 50, metrics={"acc": (1.0, 0.4)})
+
+    assert average([small, large]) == pytest.approx((0.75, 0.25))
+    assert average([small, replace(large, metrics={"acc": (1.0, None)})]) == (0.75, None)
+
+
+def test_scores_are_found_in_the_order_of_training(tmp_path):
+    """Below a run's folder, whatever the names of the stages."""
+    for number, stage in enumerate(("zulu", "alpha")):
+        folder = tmp_path / "evaluations" / stage / "step-00000010"
+        folder.mkdir(parents=True)
+        score = scored([0.0, 1.0], stage=stage, stage_index=number)
+        (folder / file_name("piqa", 0, None)).write_text(json.dumps({"format": FORMAT, **asdict(score)}))
+
+    assert [score.stage for score in read_scores(tmp_path)] == ["zulu", "alpha"]
+    assert read_scores(tmp_path)[0].metrics == {"acc": (0.5, 0.5)}
+
+
+def record_of(run, lines=None):
+    """The record of a run of two stages, and somebody who is told of what cannot be read."""
+    lines = lines or [{"kind": "train", "stage": stage, "step": 10} for stage in ("one", "two")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(run), pytest.fail
+
+
+def kept_run(folder):
+    """A run of two stages: four samples in two tasks, the second stage measured twice, and a prompt continued."""
+    answers = {("one", 0, 10): [0, 0, 1, 1], ("two", 1, 5): [0, 0, 0, 0], ("two", 1, 8): [1, 1, 1, 1]}
+    for (stage, number, steps), values in answers.items():
+        place = folder / "evaluations" / stage / f"step-{steps:08d}"
+        place.mkdir(parents=True)
+        score = scored(values, stage=stage, stage_index=number, steps_done=steps)
+        for task in ("piqa", "boolq"):
+            made = replace(score, task=task)
+            (place / file_name(task, 0, None)).write_text(json.dumps({"format": FORMAT, **asdict(made)}))
+        texts = [{"prompt": "The dog", "continuation": f" at {steps}"}]
+        told = {"stage": stage, "stage_index": number, "steps_done": steps, "texts": texts}
+        (place / "generations.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_report_tells_what_each_stage_changed(tmp_path):
+    """The last evaluation of a stage counts: 0.5 and then 1, d = (1, 1, 0, 0), error sqrt(1 / 12), p of z 1.7320508."""
+    table = benchmark_table(*record_of(kept_run(tmp_path)))
+
+    assert table.head[4:] == ["after one", "after two", "change from one to two"]
+    assert [row[0] for row in table.rows] == ["boolq", "piqa"]
+    assert table.rows[0][4:] == ["0.5000 ± 0.2887", "1.0000 ± 0.0000", "+0.5000 ± 0.2887 (p = 0.0833)"]
+    assert benchmark_table(*record_of(tmp_path / "evaluations")) is None
+
+
+def test_a_report_shows_each_stages_continuation(tmp_path):
+    """Of the same prompt, the last one of each stage, in order; a damaged file is named and left out."""
+    run = kept_run(tmp_path)
+    (prompt, text) = continuations(*record_of(run))[0]
+    (run / "evaluations/one/step-00000010/generations.json").write_text("{")
+    record, said = record_of(run)[0], []
+    (left,) = continuations(record, said.append)
+
+    assert prompt == "The dog"
+    assert text == "after one (10 steps): The dog at 10\n\nafter two (8 steps): The dog at 8"
+    assert left == ("The dog", "after two (8 steps): The dog at 8")
+    assert len(said) == 1
+    assert "generations.json: cannot be read" in said[0]
+
+
+def test_a_score_that_cannot_be_read_does_not_end_the_report(tmp_path):
+    """It is named, and its task has no score after that stage."""
+    run, said = kept_run(tmp_path), []
+    (run / "evaluations/one/step-00000010" / file_name("piqa", 0, None)).write_text("{")
+    table = benchmark_table(record_of(run)[0], said.append)
+
+    assert [row[4] for row in table.rows] == ["0.5000 ± 0.2887", ""]
+    assert len(said) == 1
+
+
+def test_scores_of_a_stage_that_was_trained_again_are_left_out(tmp_path):
+    """Stage two was removed after 8 steps and has 5 again: nothing after 8; a score after 5 counts by its files.
+
+    A checkpoint that is there decides by its manifest; of one that was pruned the record knows the digest.
+    """
+    run = kept_run(tmp_path)
+    event = {"kind": "event", "name": "checkpoint", "stage": "two", "step": 5}
+
+    def shown(files):
+        lines = [{"kind": "train", "stage": stage, "step": step} for stage, step in (("one", 10), ("two", 5))]
+        return [row[4:6] for row in benchmark_table(*record_of(run, [*lines, event | {"files": files}])).rows]
+
+    assert shown(SCORED_FILES) == [["0.5000 ± 0.2887", "0.0000 ± 0.0000"]] * 2
+    assert shown("others") == [["0.5000 ± 0.2887"]] * 2
+    files = {"format": 2, "stage": "two", "stage_index": 1, "steps_done": 5, "run_step": 15, "kind": "interval"}
+    (run / "two" / "step-00000005").mkdir(parents=True)
+    (run / "two" / "step-00000005" / "manifest.json").write_text(
+        json.dumps({**files, "recipe": {}, "fingerprint": "", "data": {}, "files": {"x": {}}})
+    )
+    assert shown(SCORED_FILES) == [["0.5000 ± 0.2887"]] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": 1}', json.dumps({"format": 7, **asdict(scored([0.0, 1.0]))})]
+)
+def test_a_damaged_score_is_told(tmp_path, text):
+    """With the file's name and what to do."""
+    path = tmp_path / "piqa-0shot.json"
+    path.write_text(text)
+
+    with pytest.raises(DataError, match=r"piqa-0shot.json: .*Remove it"):
+        read_score(path)
+
+
+def test_the_table_shows_what_changed():
+    """A row for each task with errors, the change of the last column against the first, and the average."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    before, after = [scored([0, 0, 1, 1, 0])], [scored([1, 1, 1, 1, 0], stage="second")]
+    print_scores({"a": before, "b": after}, console)
+    text = console.export_text()
+
+    assert "+0.4000 ± 0.2449" in text
+    assert "0.1025" in text
+    assert "second 10" in text
+    assert scores_as_json({"a": before, "b": after})["changes"]["piqa"]["paired"] is True
+
+
+def test_the_papers_suites():
+    """Thirteen English tasks and three German ones, with the paper's shots and metrics."""
+    english = {task.name: (task.shots, task.metric) for task in SUITES["paper_english"]}
+
+    assert len(english) == 13
+    assert english["hellaswag"] == (0, "acc_norm")
+    assert {name for name, (shots, _) in english.items() if shots == 5} == {"nq_open", "triviaqa", "mmlu"}
+    assert {name for name, (_, metric) in english.items() if metric == "exact_match"} == {"nq_open", "triviaqa"}
+    assert SUITES["paper_german"] == (
+        Task("hellaswag_de", 0, "acc_norm"),
+        Task("arc_de", 0, "acc"),
+        Task("m_mmlu_de", 5, "acc"),
+    )
+
+
+def test_tasks_are_chosen_by_name():
+    """Of a suite, or by themselves with shots and metric; file names tell them apart."""
+    assert chosen_tasks("paper_german", ["arc_de"]) == (Task("arc_de", 0, "acc"),)
+    assert chosen_tasks(None, ["a", "b:3", "c:0:acc_norm"]) == (Task("a"), Task("b", 3), Task("c", 0, "acc_norm"))
+    assert len({file_name("a", shots, limit) for shots in (None, 0, 5) for limit in (None, 5)}) == 6
+    with pytest.raises(ConfigError, match="paper_english"):
+        suite_of("papers")

@@ -1,0 +1,304 @@
+"""config.json as transformers reads it: every default, every spelling of rotary positions, every bad value."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.common.layers import rotary_tables
+from titan_cpt.models.huggingface_config import DEFAULTS, config_from_shape, shape_from_config
+from titan_cpt.models.huggingface_weights import hub_names
+from titan_cpt.models.spec import GPTNeoXShape, ModelShape
+
+REQUIRED = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 64,
+}
+SMALL = {
+    "gpt_neox": {},
+    "llama": {},
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def config_of(kind, **changes):
+    return {**REQUIRED, **SMALL[kind], "model_type": kind, "max_position_embeddings": 64, **changes}
+
+
+def theirs_of(config):
+    return AutoConfig.for_model(**copy.deepcopy(config))
+
+
+def rotary_of(theirs):
+    """Frequencies and amplitude that transformers computes with."""
+    model = AutoModelForCausalLM.from_config(theirs)
+    rotary = model.base_model.rotary_emb
+    return rotary.inv_freq, float(rotary.attention_scaling)
+
+
+def ours_of(shape):
+    """Frequencies and amplitude that our models compute with: the tables at position 1, where the angle is one."""
+    width = shape.rotary_width if isinstance(shape, GPTNeoXShape) else shape.head_width
+    scaling = None if isinstance(shape, GPTNeoXShape) else shape.rope_scaling
+    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
+    return torch.atan2(sin_LR[1], cos_LR[1]), float(cos_LR[0, 0])
+
+
+def assert_same_rotary(config):
+    shape = shape_from_config(config, "config.json")
+    (mine, amplitude), (yours, their_amplitude) = ours_of(shape), rotary_of(theirs_of(config))
+    torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-9)
+    assert amplitude == pytest.approx(their_amplitude, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_every_default_is_that_of_transformers_own_config_class(kind):
+    """Each key that may be missing, as an empty config of that model_type has it."""
+    theirs = type(theirs_of({"model_type": kind}))()
+    rope = {
+        "rope_theta": theirs.rope_parameters["rope_theta"],
+        "rotary_emb_base": theirs.rope_parameters["rope_theta"],
+        "rotary_pct": theirs.rope_parameters.get("partial_rotary_factor"),
+        "partial_rotary_factor": theirs.rope_parameters.get("partial_rotary_factor", 1.0),
+    }
+    resolved = {"num_key_value_heads": theirs.num_attention_heads, "layer_types": ["full_attention"] * 32}
+    resolved["head_dim"] = theirs.hidden_size // theirs.num_attention_heads
+    if kind.startswith("qwen"):  # the class drops its default of sliding_window while the switch is off
+        resolved["sliding_window"] = type(theirs)(use_sliding_window=True).sliding_window
+    for key, default in DEFAULTS[kind].items():
+        found = rope[key] if key in rope else getattr(theirs, key)
+        if default is None or (key == "sliding_window" and found is None):
+            assert found == resolved[key] or resolved[key] == default, key
+        else:
+            assert found == default, key
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in DEFAULTS for key in DEFAULTS[kind]])
+def test_a_missing_key_means_what_transformers_takes_it_to_mean(kind, key):
+    """All other keys are there; the shape has the numbers of transformers' config, with 32 heads of 8 features."""
+    full = {**config_of(kind), **DEFAULTS[kind], "use_sliding_window": True, "max_window_layers": 0}
+    full |= {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8}
+    full |= {"sliding_window": 9} if "sliding_window" in DEFAULTS[kind] else {}
+    config = {one: value for one, value in full.items() if one != key}
+    theirs, shape = theirs_of(config), shape_from_config(config, "config.json")
+    window = getattr(theirs, "sliding_window", None)
+    if kind.startswith("qwen") and set(theirs.layer_types) == {"full_attention"}:
+        window = None
+    assert shape.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
+    if isinstance(shape, GPTNeoXShape):
+        assert shape.parallel_residual == theirs.use_parallel_residual
+    else:
+        head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        assert (shape.kv_heads, shape.head_width) == (theirs.num_key_value_heads, head)
+        assert (shape.sliding_window, shape.tie_embeddings) == (window, theirs.tie_word_embeddings)
+    assert_same_rotary(config)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_a_width_that_is_missing_is_never_a_default(key):
+    """transformers has one for it, of a 7B model."""
+    config = config_of("llama")
+    del config[key]
+    with pytest.raises(CheckpointError, match=f"{key}: is missing"):
+        shape_from_config(config, "config.json")
+
+
+def test_a_mistral_without_sliding_window_has_one_of_4096():
+    """And none where the key is null; for Qwen2 layers from 28 on slide, unless max_window_layers says otherwise."""
+    qwen = config_of("qwen2", use_sliding_window=True)
+
+    assert shape_from_config(config_of("mistral"), "").sliding_window == 4096
+    assert shape_from_config(config_of("mistral", sliding_window=None), "").sliding_window is None
+    assert shape_from_config(qwen, "").sliding_window is None
+    assert shape_from_config({**qwen, "max_window_layers": 0}, "").sliding_window == 4096
+    with pytest.raises(CheckpointError, match="layer_types: a sliding window in some layers alone"):
+        shape_from_config({**qwen, "num_hidden_layers": 30}, "")
+
+
+ROPES = {
+    "scaling of 4": {"rope_scaling": YARN, "rope_theta": 700.0},
+    "scaling of 5": {"rope_parameters": {**YARN, "rope_theta": 700.0}},
+    "5 without a base": {"rope_parameters": YARN},
+    "base in rope_scaling": {"rope_scaling": {**YARN, "rope_theta": 700.0}},
+    "the same base twice": {"rope_parameters": {"rope_theta": 700.0}, "rope_theta": 700.0},
+    "both tables, equal": {"rope_scaling": {**YARN, "rope_theta": 5e2}, "rope_parameters": {**YARN, "rope_theta": 500}},
+    "empty table": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 700.0}},
+    "length at the top level": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 32,
+    },
+    "length at both levels": {"rope_scaling": YARN, "original_max_position_embeddings": 16},
+    "length at the top level beside rope_parameters": {
+        "rope_parameters": {"rope_type": "llama3", **{k: v for k, v in LLAMA3.items() if "original" not in k}},
+        "original_max_position_embeddings": 32,
+    },
+    "length left out": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 700.0},
+    "llama3 with numbers of yarn": {"rope_scaling": {**LLAMA3, "attention_factor": 2.0, "beta_fast": 9.0}},
+    "old name of the type": {"rope_scaling": {**{k: v for k, v in YARN.items() if k != "rope_type"}, "type": "yarn"}},
+    "length at the top level of a model without scaling": {"original_max_position_embeddings": 32},
+    "yarn with nulls": {"rope_scaling": {**YARN, "attention_factor": None, "beta_fast": None, "mscale": None}},
+    "yarn with a whole attention factor": {"rope_scaling": {**YARN, "attention_factor": 1}},
+    "default with a base": {"rope_scaling": {"rope_type": "default"}, "rope_theta": 700.0},
+}
+
+
+@pytest.mark.parametrize("keys", ROPES.values(), ids=ROPES)
+def test_rotary_positions_are_read_as_transformers_reads_them(keys):
+    """Every frequency and the amplitude are those of the module that transformers builds from the same file."""
+    assert_same_rotary(config_of("llama", **keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rotary_pct": 0.5, "rotary_emb_base": 500},
+        {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_theta": 500.0}, "rotary_pct": 1.0},
+        {"rope_parameters": {"rope_theta": 500.0}},
+        {"partial_rotary_factor": 0.5, "rope_theta": 500.0},
+    ],
+)
+def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys):
+    """The share of the head too; keys that are Llama's are ignored, as they are there."""
+    assert_same_rotary(config_of("gpt_neox", **keys))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        (
+            "llama",
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+            "drops the other with its rope_theta",
+        ),
+        (
+            "llama",
+            {"rope_theta": 700.0, "rope_parameters": {"rope_theta": 500.0}},
+            "rope_theta: is 700.0, and rope_par",
+        ),
+        (
+            "llama",
+            {"rope_theta": 700.0, "rope_scaling": {**YARN, "rope_theta": 5.0}},
+            "rope_theta: is 700.0, and rope_sc",
+        ),
+        (
+            "llama",
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            "original_max_position_embeddings: is 32",
+        ),
+        ("llama", {"rope_scaling": {**YARN, "type": "default"}}, "rope_scaling.type: is 'default', and"),
+        ("llama", {"rope_scaling": {"factor": 4.0}}, "got no rope_type"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "with full_attention"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is computed here, got 0.5"),
+        ("gpt_neox", {"rotary_pct": 1.0, "rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary_pct: is 1.0, and"),
+        ("gpt_neox", {"rotary_pct": None}, "rotary_pct: must be a number, got None"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 2},
+            "layer_types: are sliding_attention, and use_sliding_win",
+        ),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: must be 2 times"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: must be at most 10,000"),
+    ],
+)
+def test_what_versions_of_transformers_read_differently_is_refused_by_name(kind, keys, said):
+    """Both values stand in the message, and what to do."""
+    with pytest.raises(CheckpointError) as refusal:
+        shape_from_config(config_of(kind, **keys), "config.json")
+
+    assert said in str(refusal.value)
+
+
+ROPE_KEYS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "rope_type",
+    "type",
+    *YARN,
+    *LLAMA3,
+    "beta_fast",
+    "attention_factor",
+)
+WRONG = [None, "x", "", True, [1], [[]], {"a": 1}, {}, -1, 0, 0.3, math.nan, math.inf, 10**400, 1e300]
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_any_key_with_any_value_is_read_or_refused(kind):
+    """No traceback: null and every wrong type under every key, and under every key of the two rotary tables."""
+    tops = {*DEFAULTS[kind], *REQUIRED, "rope_scaling", "rope_parameters", "quantization_config", "model_type"}
+    tops |= {"original_max_position_embeddings", "partial_rotary_factor", "layer_types", "head_dim"}
+    configs = [config_of(kind, **{key: value}) for key, value in itertools.product(sorted(tops), WRONG)]
+    for table, scaling, key, value in itertools.product(
+        ("rope_scaling", "rope_parameters"), (YARN, LLAMA3), ROPE_KEYS, WRONG
+    ):
+        configs.append(config_of(kind, **{table: {**scaling, key: value}}))
+    refused = 0
+    for config in configs:
+        try:
+            assert isinstance(shape_from_config(config, "config.json"), ModelShape)
+        except CheckpointError as refusal:
+            refused += str(refusal).startswith("config.json: ")
+
+    assert len(configs) / 2 < refused < len(configs)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
+    """Wherever both read a null, they read the same; transformers refuses most of them with a traceback."""
+    same = []
+    for key in sorted({*DEFAULTS[kind]} - {"max_position_embeddings"}):
+        config = config_of(kind, **{key: None})
+        try:
+            shape = shape_from_config(config, "config.json")
+            theirs = theirs_of(config)
+        except Exception:  # theirs raise whatever they meet
+            continue
+        same.append(key)
+        head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        assert (shape.kv_heads, shape.head_width) == (theirs.num_key_value_heads, head)
+        if shape.sliding_window is not None:
+            assert shape.sliding_window == theirs.sliding_window
+        assert_same_rotary(config)
+
+    assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types"}
+    assert kind == "gpt_neox" or "num_key_value_heads" in same or kind == "mistral"
+
+
+class NewShape(ModelShape):
+    """A family that nobody has mapped to transformers."""
+
+    attention_width = property(lambda self: self.width)
+    parameters_without_embeddings = property(lambda self: 0)
+
+    def _faults(self):
+        return []
+
+
+def test_a_family_without_a_counterpart_in_transformers_is_refused_in_words():
+    """By an export's config and names, and by what builds models: no AssertionError."""
+    shape = NewShape(family="new", layers=1, width=8, heads=1, mlp_width=8, vocab_size=8)
+    with pytest.raises(CheckpointError, match=r"family 'new' have no config\.json of Hugging Face's yet"):
+        config_from_shape(shape, max_positions=8, dtype="float32")
+    with pytest.raises(CheckpointError, match="family 'new' have no names of Hugging Face's yet"):
+        hub_names(shape)
+    with pytest.raises(ConfigError, match=r"model\.family: 'new' has no model"):
+        build_model(shape)

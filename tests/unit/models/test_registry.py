@@ -1,0 +1,155 @@
+"""Named sizes: published parameter counts, the built model's counts, the rule for the vocabulary, refusals."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from titan_cpt.errors import ConfigError
+from titan_cpt.models.gpt_neox.model import GPTNeoX
+from titan_cpt.models.registry import SIZES, named_size
+
+NEOX_TOKENS = 50_277  # GPT-NeoX-20B's tokenizer, special tokens included
+
+PYTHIA = {  # size: (parameters, without embeddings, layers, width, heads), from the model cards of EleutherAI/pythia-*
+    "14m": (14_067_712, 1_189_888, 6, 128, 4),
+    "31m": (30_494_720, 4_739_072, 6, 256, 8),
+    "70m": (70_426_624, 18_915_328, 6, 512, 8),
+    "160m": (162_322_944, 85_056_000, 12, 768, 12),
+    "410m": (405_334_016, 302_311_424, 24, 1024, 16),
+    "1b": (1_011_781_632, 805_736_448, 16, 2048, 8),
+    "1.4b": (1_414_647_808, 1_208_602_624, 24, 2048, 16),
+    "2.8b": (2_775_208_960, 2_517_652_480, 32, 2560, 32),
+    "6.9b": (6_857_302_016, 6_444_163_072, 32, 4096, 32),
+    "12b": (11_846_072_320, 11_327_027_200, 36, 5120, 40),
+}
+
+
+@pytest.mark.parametrize(("size", "expected"), PYTHIA.items())
+def test_pythia_has_the_published_parameter_counts(size, expected):
+    """Counts are those of the model cards, and heads too: a wrong number of them would change no count."""
+    shape = named_size("gpt_neox", size, NEOX_TOKENS)
+    counts = (shape.parameters, shape.parameters_without_embeddings)
+
+    assert (*counts, shape.layers, shape.width, shape.heads) == expected
+    assert (shape.rotary_fraction, shape.rope_base, shape.norm_eps) == (0.25, 10_000.0, 1e-5)
+    assert shape.parallel_residual
+
+
+def test_the_papers_models_have_the_papers_parameter_counts():
+    """405M, and 10B at its tensor parallelism of 6, as in METHOD.md section 4."""
+    small = named_size("gpt_neox", "405m", NEOX_TOKENS)
+    large = named_size("gpt_neox", "10b", NEOX_TOKENS, tensor_parallel=6)
+
+    assert (small.parameters, small.vocab_size) == (405_334_016, 50_304)
+    assert (large.parameters, large.vocab_size) == (9_642_249_216, 50_688)
+    assert (small.head_width, small.rotary_width, small.mlp_width) == (64, 16, 4096)
+    assert (large.head_width, large.rotary_width, large.mlp_width) == (128, 32, 18_432)
+
+
+@pytest.mark.parametrize("size", SIZES["gpt_neox"])
+def test_a_built_model_has_the_parameters_that_its_shape_says(size):
+    """The formula and the modules count alike, to the last bias."""
+    shape = named_size("gpt_neox", size, 257)
+    with torch.device("meta"):
+        model = GPTNeoX(shape)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    embeddings = counts["embedding.weight"] + counts["head.weight"]
+
+    assert sum(counts.values()) == shape.parameters
+    assert sum(counts.values()) - embeddings == shape.parameters_without_embeddings
+
+
+@pytest.mark.parametrize(
+    ("size", "tokenizer_vocab", "tensor_parallel", "expected"),
+    [
+        ("debug", 257, 1, 384),
+        ("debug", 384, 1, 384),
+        ("tiny", 385, 1, 512),
+        ("mini", 257, 4, 512),
+        ("debug", NEOX_TOKENS, 1, 50_304),
+        ("410m", 257, 1, 50_304),
+        ("410m", 50_304, 1, 50_304),
+        ("410m", 50_305, 1, 50_432),
+        ("405m", NEOX_TOKENS, 6, 50_688),
+        ("6.9b", NEOX_TOKENS, 1, 50_432),
+        ("6.9b", NEOX_TOKENS, 2, 50_432),
+        ("6.9b", NEOX_TOKENS, 4, 50_688),
+    ],
+)
+def test_the_vocabulary_is_padded_for_every_rank(size, tokenizer_vocab, tensor_parallel, expected):
+    """CPU sizes pad the tokenizer's, released sizes the larger of both, to 128 rows on each tensor-parallel rank."""
+    shape = named_size("gpt_neox", size, tokenizer_vocab, tensor_parallel)
+
+    assert shape.vocab_size == expected
+
+
+def test_single_fields_can_be_overridden():
+    """The rest stays the size's, but the feed-forward follows the width until it is given itself."""
+    shape = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "parallel_residual": False})
+    narrow = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "mlp_width": 100})
+
+    assert (shape.layers, shape.width, shape.heads, shape.mlp_width) == (2, 96, 3, 384)
+    assert not shape.parallel_residual
+    assert narrow.mlp_width == 100
+
+
+def test_training_flops_by_hand():
+    """debug, 384 tokens, length 16: head 24,576 + blocks 99,968 + last norm 128 = 124,672 parameters that multiply."""
+    shape = named_size("gpt_neox", "debug", 257)
+
+    assert shape.flops_per_token(16) == 6 * 124_672 + 12 * 2 * 64 * 16
+
+
+def test_training_flops_agree_with_torchs_counter():
+    """Within 1 %: the formula counts biases and norms as products, torch counts neither."""
+    shape = named_size("gpt_neox", "mini", 257)
+    model = GPTNeoX(shape)
+    tokens_BL = torch.zeros(1, 128, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens_BL).sum().backward()
+
+    assert shape.flops_per_token(128) * 128 == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "overrides", "expected"),
+    [
+        ("gpt_nex", "debug", {}, "model.family: unknown family 'gpt_nex'; did you mean 'gpt_neox'?"),
+        ("gpt_neox", "405", {}, "model.size: unknown size '405'; did you mean '405m'?"),
+        ("gpt_neox", "debug", {"layer": 3}, "model.layer: unknown layer 'layer'; did you mean 'layers'?"),
+        ("gpt_neox", "debug", {"layers": 0}, "model.layers: must be above 0, got 0"),
+        ("gpt_neox", "debug", {"layers": 2.0}, "model.layers: must be int, got 2.0"),
+        ("gpt_neox", "debug", {"layers": True}, "model.layers: must be int, got True"),
+        ("gpt_neox", "debug", {"heads": 3}, "model.heads: must divide model.width = 64, got 3"),
+        ("gpt_neox", "debug", {"rotary_fraction": 0.1}, "model.rotary_fraction: must be in (0, 1] and rotate an even"),
+        ("gpt_neox", "debug", {"rotary_fraction": 1.25}, "model.rotary_fraction: must be in (0, 1]"),
+        ("gpt_neox", "debug", {"vocab_size": 256}, "model.vocab_size: must hold the tokenizer's 257 tokens"),
+        ("gpt_neox", "debug", {"vocab_size": 259}, "leave it out to have 512"),
+    ],
+)
+def test_an_impossible_shape_is_refused_with_its_place_and_remedy(family, size, overrides, expected):
+    """The message names the key of [model], what was found and what is allowed."""
+    with pytest.raises(ConfigError) as refusal:
+        named_size(family, size, 257, tensor_parallel=2, overrides=overrides)
+
+    assert expected in str(refusal.value)
+
+
+def test_all_faults_of_a_shape_are_told_at_once():
+    """Two wrong numbers, two lines."""
+    with pytest.raises(ConfigError) as refusal:
+        named_size("gpt_neox", "debug", 257, overrides={"layers": -1, "norm_eps": 0.0})
+
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+def test_sizes_answers_without_torch():
+    """The plan must not wait for torch's import."""
+    code = "import sys, titan_cpt.models.registry; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert answer.strip() == "False"

@@ -1,0 +1,169 @@
+"""The plan at scale: what `titan-cpt plan` says of layouts, the shipped configs, and the page made from the rules."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.parallel_view import fits, parse_bytes
+from titan_cpt.planning.planner import make_plan
+from titan_cpt.planning.suggest import device_of, suggestions
+from titan_cpt.training.dry_run import check_layout
+
+ROOT = Path(__file__).parents[3]
+TEN_BILLION = ROOT / "train_configs" / "10b_pile_to_german.toml"
+
+
+def titan_cpt(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "titan_cpt", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_the_10b_model_is_checked_for_1656_ranks() -> None:
+    """TP 6 x PP 4 x 69 replicas, in under 30 s and 2 GiB, with the counts that the plan worked out without torch."""
+    done = titan_cpt("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--check-layout")
+    checked = re.search(r"checked in ([0-9.]+) s and ([0-9.]+) GiB", done.stdout)
+
+    assert done.returncode == 0, done.stderr
+    assert checked, done.stdout
+    assert float(checked[1]) < 30
+    assert float(checked[2]) < 2
+    assert done.stdout.count("as planned") == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "world_size"),
+    [
+        ("llama3.1-8b", {"tensor_parallel_degree": "8", "pipeline_parallel_degree": "2"}, 48),
+        ("qwen2.5-7b", {"tensor_parallel_degree": "4"}, 12),
+        ("qwen3-0.6b", {"tensor_parallel_degree": "2", "context_parallel_degree": "2"}, 12),
+        ("mistral-7b", {"data_parallel_replicate_degree": "2"}, 6),
+    ],
+)
+def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[str, str], world_size: int) -> None:
+    """Grouped keys, biases, norms of queries and keys, tied embeddings: torch holds what the plan counted."""
+    toml = tmp_path / "llama.toml"
+    toml.write_text(f'extends = "{TEN_BILLION}"\n[model]\nfamily = "llama"\nsize = "{size}"\n')
+    degrees = {"tensor_parallel_degree": "1", "pipeline_parallel_degree": "1", **overrides}
+    settings = {f"parallelism.{key}": value for key, value in degrees.items()}
+    settings |= {"training.global_batch_size": "48", "training.local_batch_size": "8"}
+    config = load_config(toml, list(settings.items()))
+    plan = make_plan(config, take_inventory(config), world_size)
+    lines = list(check_layout(plan, Techniques(torch.bfloat16)))
+
+    assert sum(line.endswith("as planned") for line in lines) == 2 * plan.layout.pp
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "parameters", "per_step"),
+    [("10b_pile_to_german", 1656, 9_642_249_216, 16), ("405m_pile_to_german", 276, 405_334_016, 4)],
+)
+def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_step: int) -> None:
+    """METHOD section 4: parameters, batch, steps, LR and layout of the shipped configs."""
+    config = load_config(ROOT / "train_configs" / f"{name}.toml")
+    plan = make_plan(config, take_inventory(config), world_size)
+
+    assert plan.shape.parameters == parameters
+    assert plan.step_tokens == 2_260_992
+    assert [stage.steps for stage in plan.stages] == [132_366, 86_000]
+    assert plan.local_batch_size == per_step
+    assert plan.accumulation == 1
+    assert max(plan.stages[0].lr_at(step) for step in (1322, 1323, 1324)) == pytest.approx(
+        {"10b": 1.2e-4, "405m": 3e-4}[config.model.size], rel=1e-6
+    )
+
+
+def test_the_plan_imports_no_torch() -> None:
+    """With a layout, its memory and suggestions."""
+    for extra in (["--device-memory", "80GiB"], ["--suggest", "--device-memory", "80GiB"]):
+        words = ["plan", "--config", str(TEN_BILLION), "--world-size", "1656", *extra]
+        code = (
+            "import sys\nfrom titan_cpt.cli import main\n"
+            f"try: main({words!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_layout_in_json() -> None:
+    """Degrees, holdings, bytes and whether they fit."""
+    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--json", "--device-memory")
+    layout = json.loads(titan_cpt(*words, "80GiB").stdout)["layout"]
+
+    assert (layout["pp"], layout["dp_shard"], layout["tp"], layout["microbatches"]) == (4, 69, 6, 4)
+    assert layout["pipeline_ranks"][3] == {
+        "pipeline_rank": 3,
+        "first_rank": 1242,
+        "last_rank": 1655,
+        "holds": ["layers 27 to 35", "final norm and head"],
+    }
+    assert layout["fits"] is True
+    assert json.loads(titan_cpt(*words, "4GiB").stdout)["layout"]["fits"] is False
+
+
+def test_suggestions_fit_and_come_fastest_first() -> None:
+    """Each one is a layout of all ranks that keeps the rules; too small a device is refused with the reason."""
+    config = load_config(TEN_BILLION)
+    inventory = take_inventory(config)
+    found = suggestions(config, inventory, 64, parse_bytes("80GiB"))
+
+    assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
+    assert all(suggestion.plan.world_size == 64 for suggestion in found)
+    assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
+    with pytest.raises(PlanError, match="no layout of 64 ranks keeps the rules and fits 1 GiB"):
+        suggestions(config, inventory, 64, 2**30)
+
+
+def test_suggestions_say_what_device_they_assume() -> None:
+    """The one whose memory is nearest; without a memory there is nothing to assume. Figures of NVIDIA's data sheets."""
+    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "64", "--suggest")
+    done = titan_cpt(*words, "--device-memory", "80GiB")
+    refused = titan_cpt(*words)
+
+    assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
+    assert refused.returncode == 2
+    assert "--device-memory" in refused.stderr
+    assert [device_of(parse_bytes(size)).name for size in ("40GB", "140GiB", "16GB")] == [
+        "A100 40 GB",
+        "H200",
+        "RTX 4090",
+    ]
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("40GB", 40 * 10**9), ("1.5 KiB", 1536), ("7", 7)])
+def test_sizes_of_memory(text: str, size: int) -> None:
+    """Powers of 1024 with an i, of 1000 without."""
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 gigs", "0GiB"])
+def test_no_size_of_memory(text: str) -> None:
+    """A mistake is told."""
+    with pytest.raises(PlanError, match="--device-memory"):
+        parse_bytes(text)
+
+
+def test_the_page_on_parallelism_is_made_from_the_rules() -> None:
+    """docs/parallelism.md is what the script prints."""
+    script = ROOT / "scripts" / "docs" / "parallelism_reference.py"
+    spec = importlib.util.spec_from_file_location("parallelism_reference", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    assert (ROOT / "docs" / "parallelism.md").read_text() == module.reference() + "\n"

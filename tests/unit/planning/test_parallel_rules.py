@@ -1,0 +1,194 @@
+"""What is refused, each with place, reason and the nearest valid choice; and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.parallel_rules import CPU_RULES, RULES, check_device
+from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.planner import make_plan
+
+TOML = """
+[job]
+name = "laid-out"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 96
+heads = 6
+[datasets.pages]
+train = "pages"
+[training]
+global_batch_size = 48
+local_batch_size = 8
+seq_len = 48
+[[stages]]
+name = "only"
+dataset = "pages"
+steps = 2
+lr = { schedule = "constant", max = 1e-3 }
+"""
+TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
+RING = "parallelism.context_parallel_method"
+ASYNC = "parallelism.enable_async_tensor_parallel"
+SCHEDULE = "parallelism.pipeline_parallel_schedule"
+LLAMA = {"model.family": "llama"}
+
+REFUSED = [
+    (5, {TP: "2"}, ["5 ranks do not divide into groups of 2", "use 4 ranks"]),
+    (4, {"parallelism.data_parallel_shard_degree": "3"}, ["data_parallel_shard_degree: must be 4 on 4 ranks"]),
+    (4, {TP: "4"}, ["6 attention heads cannot be split evenly over 4 ranks", "use 3 or 6"]),
+    (
+        4,
+        {TP: "4", **LLAMA, "model.heads": "12", "model.kv_heads": "2"},
+        ["2 key/value heads cannot be split evenly over 4 ranks", "use 2"],
+    ),
+    (2, {PP: "2", **LLAMA, "model.tie_embeddings": "true"}, ["cut off from it into another pipeline stage", "to 1"]),
+    (
+        3,
+        {TP: "3", "model.mlp_width": "128"},
+        ["128 features of the MLP cannot be split evenly over 3 ranks", "use 2 or 4"],
+    ),
+    (2, {CP: "2", "training.seq_len": "50"}, ["training.seq_len: 50", "use 48 or 52"]),
+    (
+        2,
+        {CP: "2", RING: "ring", **LLAMA, "model.kv_heads": "3", "model.sliding_window": "20"},
+        ["no sliding window (20"],
+    ),
+    (2, {PP: "2", SCHEDULE: "1f1b"}, ["unknown '1f1b'", "Allowed: GPipe, 1F1B"]),
+    (3, {PP: "3"}, ["8 layers do not divide into 3 stages", "use 2 or 4"]),
+    (8, {PP: "8", SCHEDULE: "DualPipeV"}, ["8 layers do not divide into 16 stages", "use 4"]),
+    (2, {PP: "2", "parallelism.pipeline_parallel_microbatch_size": "3"}, ["local_batch_size = 8, got 3", "use 2 or 4"]),
+    (4, {PP: "4", "training.local_batch_size": "2"}, ["1F1B on 4 ranks needs at least 4", "use 4 sequences"]),
+    (
+        4,
+        {PP: "4", SCHEDULE: "Interleaved1F1B", "training.local_batch_size": "9"},
+        ["needs a multiple of 2", "use 8 sequences"],
+    ),
+    (4, {PP: "4", SCHEDULE: "DualPipeV", "training.local_batch_size": "6"}, ["at least 8", "use 8 sequences"]),
+    (
+        2,
+        {PP: "2", SCHEDULE: "ZBVZeroBubble", "parallelism.fsdp_reshard_after_forward": "always"},
+        ["wrong gradients without an error", '"never"'],
+    ),
+    (2, {PP: "2", SCHEDULE: "DualPipeV", "compile.enable": "true"}, ["compile.enable", "Interleaved1F1B"]),
+    (
+        2,
+        {PP: "2", SCHEDULE: "InterleavedZeroBubble", "activation_checkpoint.mode": "selective"},
+        ["InterleavedZeroBubble goes backward twice", 'mode = "full"'],
+    ),
+    (
+        2,
+        {TP: "2", "compile.enable": "true"},
+        ["wrong gradients without an error under tensor parallelism", "degree to 1"],
+    ),
+    (1, {"activation_checkpoint.mode": "memory_budget"}, ["compile.enable = true"]),
+    (
+        1,
+        {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "ops"},
+        ["got 'ops'; did you mean \"op\"?"],
+    ),
+    (1, {"float8.enable_fsdp_float8_all_gather": "true"}, ["there is no recipe", '"tensorwise"']),
+    (
+        2,
+        {"float8.enable_fsdp_float8_all_gather": "true", "float8.recipe_name": "rowwise"},
+        ['"rowwise" scales each row by itself', '"tensorwise"'],
+    ),
+    (
+        2,
+        {TP: "2", "float8.recipe_name": "tensorwise", "model.width": "72", "model.rotary_fraction": "0.5"},
+        ["no layer of a block is left", "must divide by 32"],
+    ),
+    (1, {"training.enable_cpu_offload": "true"}, ["a single process shards nothing", "use 2 ranks"]),
+    (2, {ASYNC: "true", TP: "2"}, ["compile.enable = true"]),
+    (5, {}, ["48 is not a multiple of data-parallel ranks (5) x training.local_batch_size (8) = 40"]),
+]
+
+
+ON_CPU = [
+    ({TP: "2", ASYNC: "true", "compile.enable": "true"}, ["symmetric memory, which only CUDA has"]),
+    ({CP: "2", RING: "ring"}, ["no ring for the CPU's attention", '"gather"']),
+    ({"float8.recipe_name": "rowwise", "compile.enable": "true"}, ["emulated float8 in bfloat16", '"float32"']),
+]
+
+
+def planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> Plan:
+    path = tmp_path / "config.toml"
+    path.write_text(TOML)
+    config = load_config(path, list(overrides.items()))
+    return make_plan(config, take_inventory(config), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "overrides", "words"), REFUSED)
+def test_refused_with_reason_and_remedy(
+    tmp_path: Path, world_size: int, overrides: dict[str, str], words: list[str]
+) -> None:
+    """The message names the key, what is wrong, and what to write instead."""
+    with pytest.raises(PlanError) as refusal:
+        planned(tmp_path, world_size, overrides)
+
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_every_rule_is_tested_here() -> None:
+    """One refusal for each rule, and that of the global batch, which planning.py makes."""
+    assert len(REFUSED) >= len(RULES) + 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (6, {TP: "6"}),
+        (2, {TP: "2", **LLAMA, "model.kv_heads": "2", "model.tie_embeddings": "true"}),
+        (2, {TP: "2", **LLAMA, "model.kv_heads": "2", "model.qk_norm": "true"}),
+        (2, {CP: "2", **LLAMA, "model.kv_heads": "3", "model.sliding_window": "20"}),
+        (2, {TP: "2", "training.seq_len": "47"}),
+        (4, {PP: "4", "training.local_batch_size": "4"}),
+        (4, {PP: "4", SCHEDULE: "DualPipeV"}),
+        (2, {PP: "2", "parallelism.fsdp_reshard_after_forward": "always"}),
+        (2, {PP: "2", "compile.enable": "true"}),
+        (2, {TP: "2", ASYNC: "true", "compile.enable": "true"}),
+        (2, {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": "true"}),
+        (2, {"training.enable_cpu_offload": "true"}),
+        (2, {PP: "2", SCHEDULE: "DualPipeV", "activation_checkpoint.mode": "full"}),
+    ],
+)
+def test_accepted(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> None:
+    """The neighbours of what is refused are planned."""
+    assert planned(tmp_path, world_size, overrides)
+
+
+@pytest.mark.parametrize(("overrides", "words"), ON_CPU)
+def test_refused_on_a_cpu_alone(tmp_path: Path, overrides: dict[str, str], words: list[str]) -> None:
+    """A plan may be made on another machine than the run: what depends on the device is refused where it is known."""
+    path = tmp_path / "config.toml"
+    path.write_text(TOML)
+    config = load_config(path, list(overrides.items()))
+    with pytest.raises(PlanError) as refusal:
+        check_device(config, "cpu")
+
+    assert all(word in str(refusal.value) for word in words)
+    check_device(config, "cuda")
+    check_device(load_config(path, []), "cpu")
+
+
+def test_every_rule_of_a_cpu_is_tested_here() -> None:
+    """One refusal for each."""
+    assert len(ON_CPU) == len(CPU_RULES)
+
+
+def test_a_padding_that_hangs_on_the_degree_is_told(tmp_path: Path) -> None:
+    """257 bytes: 384 rows for one rank, 512 for two, of 256 each. A number that is written down needs no note."""
+    told = planned(tmp_path, 2, {TP: "2"}).notes
+    fixed = planned(tmp_path, 2, {TP: "2", "model.vocab_size": "512"}).notes
+    alone = planned(tmp_path, 1, {}).notes
+
+    assert any("512 rows, padded to 128 x tensor-parallel degree 2 (one rank would have 384)" in note for note in told)
+    assert not any("rows, padded" in note for note in (*fixed, *alone))

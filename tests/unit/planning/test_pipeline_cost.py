@@ -1,0 +1,132 @@
+"""Idle time and activations of every pipeline schedule, held against torch's own tables of actions, played through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _Action, _ComputationType, get_schedule_class
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titan_cpt.distributed.parallel_dims import SCHEDULES, Layout
+from titan_cpt.planning.pipeline_cost import bubble, in_flight
+
+SLOTS = {"FORWARD": 1, "FULL_BACKWARD": 2, "BACKWARD_INPUT": 1, "BACKWARD_WEIGHT": 1}
+
+
+def table(layout: Layout) -> dict[int, list[list[_Action]]]:
+    """What every rank does, in order; an action is a list, of two where torch runs two passes together."""
+    if layout.schedule == "1F1B":
+        return one_forward_one_backward(layout)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.pp)
+    try:
+        stages = [PipelineStage(nn.Linear(1, 1), n, layout.stages, torch.device("cpu")) for n in layout.stages_of(0)]
+        kind = get_schedule_class(layout.schedule)
+        single = issubclass(kind, PipelineScheduleSingle)
+        schedule = kind(stages[0] if single else stages, n_microbatches=layout.microbatches, loss_fn=torch.sum)
+        order = schedule._get_pipeline_order() if single else schedule.pipeline_order
+    finally:
+        dist.destroy_process_group()
+    return {
+        rank: [list(action.sub_actions or (action,)) for action in actions if action is not None and works(action)]
+        for rank, actions in order.items()
+    }
+
+
+def one_forward_one_backward(layout: Layout) -> dict[int, list[list[_Action]]]:
+    """As many forward passes as ranks are left, then in turn; torch's own listing of it names one that is not there."""
+    order = {}
+    for rank in range(layout.pp):
+        ahead = min(layout.microbatches, layout.pp - rank)
+        forward = [_Action(rank, _ComputationType.FORWARD, part) for part in range(layout.microbatches)]
+        backward = [_Action(rank, _ComputationType.FULL_BACKWARD, part) for part in range(layout.microbatches)]
+        in_turn = [action for pair in zip(backward, forward[ahead:], strict=False) for action in pair]
+        actions = forward[:ahead] + in_turn + backward[layout.microbatches - ahead :]
+        order[rank] = [[action] for action in actions]
+    return order
+
+
+def works(action: _Action) -> bool:
+    """Whether it takes time here: sending and reducing do not."""
+    return bool(action.sub_actions) or action.computation_type.name in SLOTS
+
+
+def played(layout: Layout) -> tuple[float, list[int]]:
+    """The idle share of the whole time, and the most stages x micro-batches that each rank holds activations of."""
+    todo = table(layout)
+    clock, ended, busy = dict.fromkeys(todo, 0), {}, dict.fromkeys(todo, 0)
+    held, most = {rank: set() for rank in todo}, dict.fromkeys(todo, 0)
+    while any(todo.values()):
+        before = sum(map(len, todo.values()))
+        for rank, actions in todo.items():
+            while actions and all(need in ended for action in actions[0] for need in needs(action, layout)):
+                together = actions.pop(0)
+                since = [ended[need] for action in together for need in needs(action, layout)]
+                slots = sum(SLOTS[action.computation_type.name] for action in together)
+                clock[rank] = max(clock[rank], *since, 0) + slots
+                busy[rank] += slots
+                for action in together:
+                    kind, part = action.computation_type.name, (action.stage_index, action.microbatch_index)
+                    ended[(kind.replace("FULL_BACKWARD", "BACKWARD_INPUT"), *part)] = clock[rank]
+                    held[rank] |= {part} if kind == "FORWARD" else set()
+                    most[rank] = max(most[rank], len(held[rank]))
+                    held[rank] -= {part} if kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT") else set()
+        assert sum(map(len, todo.values())) < before, "the ranks wait for each other"
+    end = max(clock.values())
+    return 1 - max(busy.values()) / end, [most[rank] for rank in sorted(most)]
+
+
+def needs(action: _Action, layout: Layout) -> list[tuple[str, int, int]]:
+    """What must have ended before an action can begin."""
+    stage, part = action.stage_index, action.microbatch_index
+    if action.computation_type.name == "FORWARD":
+        return [("FORWARD", stage - 1, part)] if stage else []
+    if action.computation_type.name == "BACKWARD_WEIGHT":
+        return [("BACKWARD_INPUT", stage, part)]
+    later = [("BACKWARD_INPUT", stage + 1, part)] if stage + 1 < layout.stages else []
+    return [("FORWARD", stage, part), *later]
+
+
+def layouts(schedule: str) -> list[Layout]:
+    """Two to five ranks, from the fewest micro-batches that the schedule allows to more than it needs."""
+    found = []
+    for p in (2, 3, 4, 5):
+        fewest = {"1F1B": p, "DualPipeV": 2 * p}.get(schedule, 1)
+        for m in range(fewest, 3 * p + 1):
+            if not schedule.startswith("Interleaved") or m % max(1, m // p) == 0:
+                found.append(Layout(pp=p, schedule=schedule, microbatches=m))
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_idle_share_is_that_of_torchs_tables(schedule: str) -> None:
+    """Every action takes its slots and waits for what it needs, as on real ranks; to the last slot."""
+    for layout in layouts(schedule):
+        idle, _ = played(layout)
+
+        assert bubble(layout) == pytest.approx(idle, abs=1e-12), layout
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_activations_held_are_those_of_torchs_tables(schedule: str) -> None:
+    """On every rank; ZBVZeroBubble's first ranks may hold less where micro-batches are few, its fullest as much."""
+    for layout in layouts(schedule):
+        _, held = played(layout)
+        said = [in_flight(layout, rank) for rank in range(layout.pp)]
+
+        if schedule == "ZBVZeroBubble" and layout.microbatches < 2 * layout.pp - 1:
+            assert max(said) == max(held), layout
+            assert all(ours >= theirs for ours, theirs in zip(said, held, strict=True)), layout
+        else:
+            assert said == held, layout
+
+
+def test_the_idle_share_by_hand() -> None:
+    """Four ranks and micro-batches: 3 of 4 + 3 slots under 1F1B; interleaved 3 of 8 + 3; ZBV 6 of 24 + 6 thirds."""
+    shares = {"1F1B": 3 / 7, "Interleaved1F1B": 3 / 11, "ZBVZeroBubble": 6 / 30}
+
+    for schedule, share in shares.items():
+        assert bubble(Layout(pp=4, schedule=schedule, microbatches=4)) == pytest.approx(share)
+    assert bubble(Layout(dp_shard=4)) == 0

@@ -1,0 +1,281 @@
+"""What is read from a run's folder: summaries of finished, unfinished and resumed runs, and the command."""
+
+import io
+import json
+import signal
+
+import pytest
+import training
+from rich.console import Console
+
+from titan_cpt.cli import main
+from titan_cpt.errors import DataError
+from titan_cpt.reporting.summary import print_summary, summarise
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+
+def stage_of(name, steps, new, *, window=()):
+    use = {"tokens": 64 * steps, "replayed_tokens": 0, "epochs": 1.0}
+    size = {"steps": steps, "tokens": 64 * steps, "union_tokens": 64 * steps}
+    return {"name": name, **size, "new_datasets": [new], "final_window": list(window), "datasets": {new: use}}
+
+
+def train_line(stage, step, tokens_per_s):
+    return {"kind": "train", "stage": stage, "step": step, "tokens_per_s": tokens_per_s}
+
+
+def validation_line(stage, step, dataset, loss, forgetting=None):
+    line = {"kind": "validation", "stage": stage, "step": step, "dataset": dataset, "loss_nats_per_token": loss}
+    return {**line, "bits_per_byte": loss and 2 * loss, "forgetting_nats_per_token": forgetting}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a run's folder from stages and lines."""
+
+    def write(stages, lines, tail=""):
+        plan = {"name": "r", "fingerprint": "00", "step_tokens": 64, "stages": stages}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+        return tmp_path
+
+    return write
+
+
+def shown(folder):
+    """The printed report of a run."""
+    console = Console(width=140, record=True, file=io.StringIO())
+    print_summary(summarise(folder), console)
+    return console.export_text()
+
+
+def status_of(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return left.value.code
+
+
+def test_the_final_loss_is_the_mean_of_ten_samples_over_the_last_hundred_steps(run):
+    """Of 400 steps sampled at 310, 320, ..., 400, at other steps too; losses are step / 100, so that it is 3.55."""
+    window = list(range(310, 401, 10))
+    lines = [validation_line("a", step, "x", step / 100) for step in range(0, 401, 5)]
+    summary = summarise(run([stage_of("a", 400, "x", window=window)], lines))
+
+    assert summary["stages"][0]["final_loss"] == {"x": pytest.approx(3.55, rel=1e-12)}
+
+
+def test_there_is_no_final_loss_before_its_window_is_full_or_where_none_was_asked_for(run):
+    """Nine samples of ten; and a stage without a window."""
+    lines = [validation_line("a", step, "x", 1.0) for step in range(310, 400, 10)]
+    going = summarise(run([stage_of("a", 400, "x", window=range(310, 401, 10))], lines))
+    without = summarise(run([stage_of("a", 400, "x")], lines))
+
+    assert going["stages"][0]["final_loss"] == without["stages"][0]["final_loss"] == {}
+
+
+def test_of_what_was_written_twice_the_last_counts(run):
+    """A resumed run: step 20 was measured again, and step 20's seconds count once."""
+    lines = [
+        validation_line("a", 0, "x", 5.0),
+        validation_line("a", 0, "x", 6.0),
+        train_line("a", 20, 64.0),
+        validation_line("a", 20, "x", 3.0, 0.5),
+        train_line("a", 20, 32.0),
+        validation_line("a", 20, "x", 4.0, 0.25),
+    ]
+    stage = summarise(run([stage_of("a", 20, "y")], lines))["stages"][0]
+
+    assert stage["before"] == {"x": 6.0}
+    assert stage["after"] == {"x": 4.0}
+    assert stage["forgetting"] == {"x": 0.25}
+    assert stage["seconds"] == 2.0  # 64 tokens at 32 tokens/s
+
+
+def test_seconds_are_the_steps_tokens_over_their_speed(run):
+    """Two steps at 64 and one at 16 tokens/s: 1 + 1 + 4 seconds; a step without a speed is left out."""
+    lines = [train_line("a", 1, 64.0), train_line("a", 2, 64.0), train_line("a", 3, 16.0), train_line("a", 4, None)]
+    stages = summarise(run([stage_of("a", 4, "x"), stage_of("b", 4, "x")], lines))["stages"]
+
+    assert [stage["seconds"] for stage in stages] == [6.0, 0]
+
+
+def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
+    """Forgetting of the old one alone."""
+    lines = [
+        validation_line("b", 9, "new.wiki", 1.0),
+        validation_line("b", 9, "new", 2.0),
+        validation_line("b", 9, "old", 3.0, 0.1),
+    ]
+    stage = summarise(run([stage_of("b", 9, "new")], lines))["stages"][0]
+
+    assert stage["adaptation"] == {"new.wiki": 1.0, "new": 2.0}
+    assert stage["forgetting"] == {"old": 0.1}
+
+
+def test_a_run_that_has_just_begun_has_a_report(run):
+    """No line at all, or the beginning of the first."""
+    for tail, said in ("", 0), ('{"kind": "ev', 1):
+        summary = summarise(run([stage_of("a", 4, "x")], [], tail))
+        stage = summary["stages"][0]
+
+        assert (stage["steps_done"], stage["before"], stage["after"], stage["seconds"]) == (0, {}, {}, 0)
+        assert (stage["is_begun"], len(summary["problems"])) == (False, said)
+
+
+def test_the_table_shows_the_numbers_of_a_stage(run):
+    """The loss when the weights left the dataset, 0.25 below the one after, stands between the others."""
+    lines = [
+        validation_line("a", 0, "old", 3.125),
+        train_line("a", 10, 64.0),
+        validation_line("a", 10, "old", 3.5, 0.25),
+    ]
+    text = shown(run([stage_of("a", 10, "new")], lines))
+    head = next(line for line in text.splitlines() if "loss before" in line)
+    (row,) = (line for line in text.splitlines() if line.strip("│ ").startswith("old"))
+
+    assert [cell.strip() for cell in head.strip("┃").split("┃")] == [
+        *("dataset", "tokens", "replay", "loss before", "left at", "after", "forgetting", "bits per byte")
+    ]
+    assert row.replace("│", " ").split() == ["old", "3.1250", "3.2500", "3.5000", "+0.2500", "7.000"]
+    assert "forgetting = after - left at" in text
+    assert "640" in text
+
+
+def test_a_stopped_run_shows_the_steps_that_were_taken_and_no_stage_that_was_not(run):
+    """Stopped at step 151 of 200, measured at 100; the second stage has not begun, and its tokens are not shown."""
+    lines = [validation_line("a", 0, "x", 9.0), validation_line("a", 100, "x", 4.0)]
+    steps = [train_line("a", step, 6.4) for step in range(1, 152)]
+    folder = run([stage_of("a", 200, "x"), stage_of("b", 77, "y")], [*steps, *lines])
+    text, stages = shown(folder), summarise(folder)["stages"]
+
+    assert "stage a (200 steps, 151 done, losses after step 100, 1510 s)" in text
+    assert "planned tokens" in text
+    assert "stage b: not begun, 77 steps planned" in text
+    assert f"{77 * 64:,}" not in text
+    assert [(s["steps_done"], s["trained_tokens"], s["is_begun"], s["is_done"]) for s in stages] == [
+        (151, 151 * 64, True, False),
+        (0, 0, False, False),
+    ]
+
+
+def test_seconds_of_a_record_that_lacks_steps_say_of_which_steps_they_are(run):
+    """Every fifth of 20 steps was kept, at a second each; a record without any step has no duration."""
+    lines = [train_line("a", step, 64.0) for step in range(5, 21, 5)]
+    stages = [stage_of("a", 20, "x"), stage_of("b", 20, "x")]
+    text = shown(run(stages, [*lines, validation_line("a", 20, "x", 1.0), validation_line("b", 20, "x", 1.0)]))
+
+    assert "stage a (20 steps, 4 s for the 4 steps that are recorded)" in text
+    assert "stage b (20 steps, duration not recorded)" in text
+
+
+def test_losses_of_different_validation_data_are_marked_and_never_averaged(run):
+    """x was measured on A before and on B after, y on A alone; the final window of x has both.
+
+    Once the first weights were measured again on B, that is the loss before.
+    """
+    window = stage_of("a", 20, "z", window=(10, 20))
+    lines = [
+        *(validation_line("a", step, "x", 3.0, None) | {"validation_id": "A"} for step in (0, 10)),
+        *(validation_line("a", step, "y", 2.0, None) | {"validation_id": "A"} for step in (0, 10, 20)),
+        validation_line("a", 20, "x", 2.5) | {"validation_id": "B"},
+    ]
+    marked = summarise(run([window], lines))["stages"][0]
+    text = shown(run([window], lines))
+    again = validation_line("a", 0, "x", 3.5) | {"validation_id": "B", "measured_again": True}
+    renewed = summarise(run([window], [*lines, again]))["stages"][0]
+
+    assert (marked["not_comparable"], marked["before"], marked["after"]["x"]) == (["x"], {"x": 3.0, "y": 2.0}, 2.5)
+    assert marked["final_loss"] == {"y": 2.0}
+    assert "3.0000 *" in text
+    assert "2.0000 *" not in text
+    assert "* measured on other validation data or windows" in text
+    assert (renewed["not_comparable"], renewed["before"]) == ([], {"x": 3.5, "y": 2.0})
+
+
+def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recorded(run):
+    """They have no identity; an event names the datasets whose validation changed."""
+    lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 4, "x", 2.5) | {"validation_id": "B"}]
+    event = {"kind": "event", "name": "validation_changed", "stage": "a", "step": 2, "datasets": ["x"]}
+
+    assert summarise(run([stage_of("a", 4, "z")], lines))["stages"][0]["not_comparable"] == []
+    assert summarise(run([stage_of("a", 4, "z")], [*lines, event]))["stages"][0]["not_comparable"] == ["x"]
+    both_old = [lines[0], validation_line("a", 4, "x", 2.5)]
+    assert summarise(run([stage_of("a", 4, "z")], [*both_old, event]))["stages"][0]["not_comparable"] == []
+
+
+def test_a_loss_that_is_not_finite_is_left_out(run):
+    """The record holds null for it; the measurement before it counts, and the report says so."""
+    lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 5, "x", None)]
+    summary = summarise(run([stage_of("a", 5, "x")], lines))
+    stage = summary["stages"][0]
+
+    assert summary["problems"] == ["r: the validation loss of x after step 5 of a is not finite"]
+    assert (stage["after"], stage["measured_at"], stage["is_done"]) == ({"x": 3.0}, 0, False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
+def test_a_damaged_plan_is_an_error(tmp_path, content):
+    """Empty, cut, or JSON that is not a plan."""
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
+        summarise(tmp_path)
+
+
+def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
+    """Nothing, a file, a folder without runs, one of runs and of sweeps, a stage, a checkpoint."""
+    run([stage_of("a", 4, "x")], [])
+    mine = tmp_path / "outputs" / "mine"
+    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm", tmp_path / "empty", mine / "a" / "step-00000004"):
+        folder.mkdir(parents=True)
+    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm"):
+        (folder / "plan.json").write_text((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+
+    def said(path):
+        with pytest.raises(DataError) as error:
+            summarise(path)
+        return str(error.value).removeprefix(f"{path}: ")
+
+    assert said(tmp_path / "nowhere").startswith("no such file or folder")
+    assert said(mine / "plan.json").startswith("is a file")
+    assert said(tmp_path / "empty").startswith("is not the folder of a run")
+    assert said(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {tmp_path / 'outputs/sweep/arm'}")
+    assert said(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
+    assert said(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
+
+
+def test_one_run_that_cannot_be_read_does_not_end_the_report_of_the_others(run, tmp_path, capsys):
+    """A line of one was damaged: it is named and the rest is shown; another has no plan: status 2, after the tables."""
+    folder = run([stage_of("a", 4, "x")], [validation_line("a", 4, "x", 1.5)], tail="\0\0\n")
+    status = status_of("report", str(folder))
+    one = capsys.readouterr()
+    both = status_of("report", str(tmp_path / "nowhere"), str(folder), "--html", str(tmp_path / "out"))
+    two = capsys.readouterr()
+
+    assert (status, both) == (0, 2)
+    assert "metrics.jsonl:2: damaged line skipped" in " ".join(one.out.split())
+    assert "1.5000" in one.out
+    assert "1.5000" in two.out
+    assert "nowhere: no such file or folder" in two.err
+    assert (tmp_path / "out" / "index.html").exists()
+
+
+def test_the_command_reports_a_run_that_is_still_going(tmp_path, capsys):
+    """While it trains, and after it was killed: 0 and a table with the steps measured so far; 2 for what is no run."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["stages"][0]["steps"] = 2000
+    going = training.Process(training.write_config(raw, tmp_path / "c.toml"))
+    going.wait_for(lambda: len(training.lines_of(tmp_path / "run", "validation")) >= 6)
+    during = status_of("report", str(tmp_path / "run"))
+    shown = capsys.readouterr().out
+    going.send(signal.SIGKILL)
+    going.end()
+    after = status_of("report", str(tmp_path / "run"))
+    nothing = status_of("report", str(tmp_path))
+
+    assert (during, after, nothing) == (0, 0, 2)
+    assert "stage english (2,000 steps, " in shown
+    assert " done, " in shown
+    assert "stage german" in shown

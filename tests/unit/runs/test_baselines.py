@@ -1,0 +1,185 @@
+"""Baselines: each differs from the config in one thing, has its compute, and shares what the others have trained."""
+
+import pytest
+import training
+
+from titan_cpt.cli import main
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.planning.planner import make_plan
+from titan_cpt.runs.baselines import derive
+from titan_cpt.runs.sweep_runs import Arm, read_arms, shared_stages
+
+pytestmark = training.THEIR_WARNINGS_IGNORED
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """English with an infinite schedule for 12 steps, then German for 10 with 25 % replay."""
+    return training.two_stages(training.write_languages(tmp_path), tmp_path / "out")
+
+
+def status_of(*words):
+    with pytest.raises(SystemExit) as leaving:
+        main([str(word) for word in words])
+    return leaving.value.code
+
+
+def plans_of(raw, tmp_path):
+    """The plan of every baseline, by name."""
+    config = load_config(training.write_config(raw, tmp_path / "c.toml"))
+    plan = make_plan(config, take_inventory(config))
+    found = list(derive(config, plan))
+    assert len({baseline.name for baseline in found}) == len(found)
+    return {baseline.name: make_plan(baseline.config, take_inventory(baseline.config)) for baseline in found}
+
+
+def lrs(stage):
+    return [stage.lr_at(step) for step in range(stage.steps)]
+
+
+def test_every_baseline_differs_in_what_its_name_says(raw, tmp_path):
+    """By hand: 12 + 10 steps in the union, 12 : 10; German alone for 10; no sequence replayed; LRs that stay."""
+    plans = plans_of(raw, tmp_path)
+    union, alone, bare = (plans[name].stages for name in ("union", "alone-german", "no-replay"))
+
+    assert [*plans] == ["union", "alone-english", "alone-german", "no-replay", "constant-min", "constant-max"]
+    assert [(stage.steps, stage.init) for stage in union] == [(22, "random")]
+    assert {name: float(share) for name, share in union[0].shares.items()} == pytest.approx(
+        {"en": 12 / 22, "de": 10 / 22}
+    )
+    assert max(lrs(union[0])) == pytest.approx(3e-3, rel=0.5)
+    assert lrs(union[0])[-1] == pytest.approx(3e-4)
+    assert [(stage.steps, stage.init, stage.datasets) for stage in alone] == [(10, "random", ("de",))]
+    assert [stage.name for stage in plans["alone-english"].stages] == ["english"]
+    assert {use.replayed_tokens for use in bare[1].use.values()} == {0}
+
+
+def test_the_constant_baselines_stay_at_the_lr_before_and_at_the_peak(raw, tmp_path):
+    """German begins before the annealing, at the constant 2e-3; after a cosine it would begin at its minimum, 3e-4."""
+    infinite = plans_of(raw, tmp_path)
+    raw["stages"][0]["lr"] = {"schedule": "cosine", "max": 3e-3}
+    raw["stages"][1]["lr"] = {"schedule": "cosine", "max": 4e-3, "warmup_until": 2}
+    cosine = plans_of(raw, tmp_path)
+
+    assert lrs(infinite["constant-min"].stages[1]) == pytest.approx([2e-3] * 10)
+    assert lrs(cosine["constant-min"].stages[1]) == pytest.approx([3e-4] * 10)
+    assert lrs(cosine["constant-max"].stages[1]) == pytest.approx([2e-3, *[4e-3] * 9])
+    assert cosine["constant-max"].stages[0].recipe == cosine["no-replay"].stages[0].recipe
+
+
+def test_domains_come_one_after_another_in_the_same_number_of_steps(raw, tmp_path):
+    """Weights 1 : 2 of 10 steps are 3 and 7; the mixed dataset is measured still; replay stays."""
+    parts = {name: {"train": str(tmp_path / "de"), "weight": weight} for name, weight in (("a", 1.0), ("b", 2.0))}
+    raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
+    plan = plans_of(raw, tmp_path)["domain-after-domain"]
+
+    assert [(stage.name, stage.steps) for stage in plan.stages] == [("english", 12), ("german-a", 3), ("german-b", 7)]
+    assert plan.stages[1].datasets == ("de-a",)
+    assert float(plan.stages[1].shares["en"]) == 0.25
+
+
+def test_a_start_from_released_weights_has_no_union(raw, tmp_path):
+    """Nobody knows what to mix; what is left are the runs that start from the same weights."""
+    raw["stages"] = [raw["stages"][1] | {"init": "hf:somewhere", "optimizer_state": "reset"}]
+    raw["stages"][0]["replay"]["from"] = ["en"]
+    plans = plans_of(raw, tmp_path)
+
+    assert [*plans] == ["no-replay", "constant-min", "constant-max"]
+    assert lrs(plans["constant-min"].stages[0]) == pytest.approx([2e-4] * 10)
+
+
+def test_one_stage_from_scratch_has_nothing_to_be_compared_with(raw, tmp_path, capsys):
+    """It is told, with status 2."""
+    raw["stages"] = raw["stages"][:1]
+    path = training.write_config(raw, tmp_path / "c.toml")
+
+    assert status_of("baselines", "--config", path) == 2
+    assert "has no baselines" in capsys.readouterr().err
+
+
+def test_the_command_writes_files_that_a_sweep_trains_with_english_once(raw, tmp_path, capsys):
+    """Seven TOMLs; every run that begins with English shares it, the union and German alone share nothing.
+
+    Trained, of two of them: the second adopts English from the first.
+    """
+    path = training.write_config(raw, tmp_path / "c.toml")
+    status = status_of("baselines", "--config", path, "--job.seed", "5")
+    said = capsys.readouterr().out
+    files = sorted((tmp_path / "out" / "run-baselines" / "configs").glob("*.toml"))
+    arms = [arm for arm in read_arms(files) if isinstance(arm, Arm)]
+    shared = {arm.name: shared_stages(arm, arms) for arm in arms}
+    trained = status_of("sweep", files[0], files[4])  # alone-english and constant-min
+
+    assert status == 0
+    assert f"titan-cpt sweep {files[0].parent}/*.toml" in said
+    assert {arm.config.job.seed for arm in arms} == {5}
+    assert shared == {
+        "run": 1,
+        "alone-english": 1,
+        "alone-german": 0,
+        "constant-max": 1,
+        "constant-min": 1,
+        "no-replay": 1,
+        "union": 0,
+    }
+    assert trained == 0
+    assert [event["stage"] for event in training.events_of(arms[4].folder, "transition")] == ["german"]
+
+
+def test_the_command_trains_all_of_them(raw, tmp_path, capsys):
+    """--run goes through the run itself and its six baselines, each with the command that --launch names."""
+    path = training.write_config(raw, tmp_path / "c.toml")
+    status = status_of("baselines", "--config", path, "--run", "--launch", "true")
+    said = capsys.readouterr().out
+
+    assert status == 0
+    assert "[1/7] run" in said
+    assert "[7/7] constant-max" in said
+
+
+def test_the_command_replaces_only_what_it_wrote_for_this_job(raw, tmp_path, capsys):
+    """Its own file under another config is; one that was edited, of another job or of the user's is named and stays."""
+    path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
+    words = ("baselines", "--config", path, "--output", out)
+    assert status_of(*words) == 0
+    assert status_of(*words, "--job.seed", "5") == 0
+    first = (out / "union.toml").read_text()
+    assert "seed = 5" in first
+
+    for name, text in (
+        ("union.toml", first.replace("seed = 5", "seed = 6")),
+        ("union.toml", "# mine\n"),
+        ("no-replay.toml", first.replace("# run, ", "# other, ")),
+    ):
+        before = (out / name).read_text()
+        (out / name).write_text(text)
+        capsys.readouterr()
+        assert status_of(*words) == 2
+        assert f"{out / name}: is not what `titan-cpt baselines` wrote for run" in capsys.readouterr().err
+        assert (out / name).read_text() == text
+        assert "seed = 5" in (out / "configured.toml").read_text(), "nothing else was changed"
+        (out / name).write_text(before)
+    assert status_of(*words) == 0
+
+
+def test_files_of_a_version_without_checksums_and_with_fewer_keys_are_its_own(raw, tmp_path, capsys):
+    """As commit 987a5cd wrote them: keys that are missing have their defaults. A comment in one is someone's own."""
+    path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
+    words = ("baselines", "--config", path, "--output", out)
+    assert status_of(*words) == 0
+    now = {file.name: file.read_text() for file in out.iterdir()}
+    for name, text in now.items():
+        about, _, rest = text.partition("\n")
+        tables = rest.partition("\n\n")[2].replace("allow_mismatch = false\n", "")
+        assert tables != rest.partition("\n\n")[2]
+        (out / name).write_text(f"{about}\n\n{tables}")
+    assert status_of(*words) == 0
+    assert {file.name: file.read_text() for file in out.iterdir()} == now
+
+    old = (out / "union.toml").read_text().replace("allow_mismatch = false\n", "# mine\n")
+    lines = old.splitlines(keepends=True)
+    (out / "union.toml").write_text("".join([lines[0], *lines[2:]]))
+    capsys.readouterr()
+    assert status_of(*words) == 2
+    assert capsys.readouterr().out == "", "nothing is listed that was not written"

@@ -1,0 +1,269 @@
+"""The small reproduction: verdicts by the stated rules, arms that the claims name, its budget, its text."""
+
+import io
+import json
+import math
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "reproduce"
+sys.path.insert(0, str(SCRIPTS))
+
+import fetch_novels  # noqa: E402
+import reproduce  # noqa: E402
+from verdicts import End, Part, claims, judge, verdict_of, verdict_on  # noqa: E402
+
+from titan_cpt.runs.sweep_runs import read_arms, shared_stages  # noqa: E402
+
+TOKENS_PER_SECOND = 16_000  # of one core, as docs/reproduction.md has it
+
+TEI = """<TEI xmlns="http://www.tei-c.org/ns/1.0"><teiHeader><p>about the file</p></teiHeader><text>
+<front><p>a preface</p></front><body><div><head>CHAPTER I</head><p>One  <hi>fine</hi>
+day<note>a note<p>of two</p></note> it rained.</p><pb n="2"/><lg><l>A line</l></lg><quote>A <hi>letter</hi></quote>
+<quote><p>Another</p></quote><trailer>THE END.</trailer></div></body></text></TEI>"""
+
+
+def end(english, german=1.0, forgetting=0.0, rise=0.0):
+    return End({"english": english, "german": german}, forgetting, rise)
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("rule", "difference", "error", "margin", "expected"),
+    [
+        ("above", 0.3, 0.1, 0.0, "shown"),  # 0.3 > 0.2
+        ("above", 0.2, 0.1, 0.0, "not shown"),
+        ("above", -0.2, 0.1, 0.0, "not shown"),
+        ("above", -0.3, 0.1, 0.0, "contradicted"),
+        ("within", 0.01, 0.01, 0.04, "shown"),  # 0.03 <= 0.04
+        ("within", -1.0, 0.01, 0.04, "shown"),  # better than asked
+        ("within", 0.03, 0.01, 0.04, "not shown"),  # 0.05 > 0.04 > 0.01
+        ("within", 0.07, 0.01, 0.04, "contradicted"),  # 0.05 > 0.04
+        ("level", -1.0, 0.01, 0.04, "contradicted"),
+        ("level", -0.01, 0.01, 0.04, "shown"),
+        ("above", 0.1, None, 0.0, "as claimed"),
+        ("above", -0.1, None, 0.0, "not as claimed"),
+        ("level", -0.05, None, 0.04, "not as claimed"),
+    ],
+)
+def test_a_verdict_is_the_difference_against_two_standard_errors(rule, difference, error, margin, expected):
+    """By hand; a single seed is told by its sign and never as shown."""
+    assert verdict_of(rule, difference, error, margin) == expected
+
+
+def test_differences_are_paired_by_seed():
+    """0.2, 0.3 and 0.4 though the losses spread by 2: mean 0.3, standard error 0.1 / sqrt(3); seed 3 lacks b."""
+    runs = {("a", seed): end(4.2 + seed + 0.1 * seed) for seed in (0, 1, 2, 3)}
+    runs |= {("b", seed): end(4.0 + seed) for seed in (0, 1, 2)}
+    part = Part("a minus b", ["a", "b"], lambda e: e["a"].losses["english"] - e["b"].losses["english"])
+    found = judge(part, runs)
+
+    assert (found.seeds, found.difference) == (3, pytest.approx(0.3))
+    assert found.error == pytest.approx(0.1 / math.sqrt(3))
+    assert found.verdict == "shown"
+
+
+def test_a_margin_is_one_per_cent_of_the_reference():
+    """0.03 over 4.0 is within 0.04."""
+    part = Part("x", ["a", "b"], lambda e: 0.03, "within", lambda e: e["b"].losses["english"])
+    found = judge(part, {("a", 0): end(4.03), ("b", 0): end(4.0)})
+
+    assert (found.margin, found.verdict) == (pytest.approx(0.04), "as claimed")
+
+
+def test_a_claim_is_as_good_as_its_worst_part():
+    """One contradicted part contradicts it; one that was not run leaves it open."""
+    part = Part("x", ["a"], lambda e: e["a"].losses["english"])
+    good = judge(part, {("a", seed): end(1.0 + 0.01 * seed) for seed in (0, 1)})
+    bad = judge(part, {("a", seed): end(-1.0 - 0.01 * seed) for seed in (0, 1)})
+    lacking = judge(part, {})
+
+    assert verdict_on([good, good]) == "shown"
+    assert verdict_on([good, lacking, bad]) == "contradicted"
+    assert verdict_on([good, lacking]) == "not run"
+
+
+@pytest.mark.parametrize(("prefix", "sweeps"), [("", reproduce.FULL), ("quick_", reproduce.QUICK)])
+def test_every_arm_that_a_claim_names_is_trained(prefix, sweeps):
+    """Under the very name that its results are found by; C1 to C10 in the full set, three of them in the short one."""
+    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+    names = {f"{arm.folder.parent.name}/{arm.folder.name.rpartition('seed-')[0].rstrip('_')}" for arm in arms}
+    names |= {f"{arm.folder.parent.name}/{arm.folder.name}" for arm in arms}
+    names = {name if not name.endswith("/") else name + name[:-1] for name in names} | {"english/english"}
+    asked = claims(prefix)
+    needed = {name for claim in asked for part in claim.parts for name in part.runs}
+
+    assert needed - names == set()
+    assert [claim.name for claim in asked] == (["C1", "C2", "C6"] if prefix else [f"C{n}" for n in range(1, 11)])
+
+
+@pytest.mark.parametrize(("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25)])
+def test_the_arms_fit_their_budget(sweeps, hours):
+    """On two cores at the measured speed, what is shared counted once; no arm over 20 minutes."""
+    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+    own, shared = 0, {}
+    for arm in arms:
+        count = shared_stages(arm, arms)
+        seconds = [stage.steps * arm.plan.step_tokens / TOKENS_PER_SECOND for stage in arm.plan.stages]
+        own += sum(seconds[count:])
+        if count:
+            shared[json.dumps(arm.plan.recipe_until(count - 1))] = sum(seconds[:count])
+        assert sum(seconds) < 20 * 60
+
+    assert (own + sum(shared.values())) / 2 / 3600 < hours
+
+
+def test_every_claim_gets_a_seed_before_any_gets_one_more():
+    """25 arms of seed 0, on which every claim has a verdict, then those of seed 1; the headline's first in each."""
+    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in reproduce.FULL])
+    order = [arm for _, arm in reproduce.in_turn(list(enumerate(arms)))]
+
+    assert [arm.config.job.seed for arm in order] == [0] * 25 + [1] * 25 + [2] * 25
+    assert [arm.folder.parent.name for arm in order[25:34]] == ["union"] + ["replay"] * 6 + ["constant"] * 2
+
+
+# What a run came to
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder: English, then German; English rises from 4.0 to 4.7 and ends at 4.5."""
+
+    def line(stage, step, dataset, loss, forgetting=None):
+        place = {"kind": "validation", "stage": stage, "step": step, "dataset": dataset}
+        return {**place, "loss_nats_per_token": loss, "bits_per_byte": 1.0, "forgetting_nats_per_token": forgetting}
+
+    stages = [
+        {"name": name, "steps": 40, "tokens": 40, "union_tokens": 40, "new_datasets": [new], "final_window": []}
+        | {"datasets": {new: {"tokens": 40, "replayed_tokens": 0, "epochs": None}}}
+        for name, new in (("english", "english"), ("german", "german"))
+    ]
+    folder = tmp_path / "outputs" / "replay" / "fraction-0_seed-1"
+    folder.mkdir(parents=True)
+    plan = {"name": folder.name, "fingerprint": "f", "step_tokens": 1, "stages": stages}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    trains = [{"kind": "train", "stage": "german", "step": step, "batch_hash": "x"} for step in range(1, 41)]
+    trains = [each | {"tokens_per_s": 1.0, "loss_nats_per_token": 3.0} for each in trains]
+    lines = [
+        {"kind": "event", "name": "checkpoint", "folder": "f"},
+        *trains,
+        *[line("english", 40, "english", 4.0), line("english", 40, "german", 8.0)],
+        *[line("german", 0, "english", 4.0, 0.0), line("german", 20, "english", 4.7, 0.7)],
+        *[line("german", 40, "english", 4.5, 0.5), line("german", 40, "german", 3.0)],
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return folder
+
+
+def test_a_result_is_kept_thinned_and_read_again(finished, tmp_path):
+    """Every 20th step, all measurements, no checkpoints; what it came to is the same as of the whole run."""
+    kept = tmp_path / "results" / "replay" / finished.name
+    reproduce.keep(finished, kept)
+    lines = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
+    found = reproduce.results(tmp_path / "results", ("replay",))
+
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [20, 40]
+    assert [line for line in lines if line["kind"] == "event" or "batch_hash" in line] == []
+    assert found["replay/fraction-0", 1] == End({"english": 4.5, "german": 3.0}, 0.5, pytest.approx(0.7))
+    assert found["english/english", 1].losses == {"english": 4.0, "german": 8.0}
+    assert found == {**reproduce.results(tmp_path / "outputs", ("replay",))}
+
+
+def test_the_tables_say_what_was_not_run(finished):
+    """All ten claims, the arm's numbers, and no verdict where arms are lacking."""
+    text = reproduce.tables(claims(), reproduce.results(finished.parents[1], ("replay",)))
+
+    assert text.count("**not run**") == 10
+    assert "| replay/fraction-0 | 4.5000 | 3.0000 | 3.7500 | 0.5000 | 1 |" in text
+
+
+# Text
+
+
+def test_a_tei_file_is_read_as_a_reader_would():
+    """Headings, paragraphs and verse of the body; no header, preface or note, white space as one space."""
+    assert fetch_novels.text_of(TEI.encode()).split("\n\n") == [
+        *("CHAPTER I", "One fine day it rained.", "A line"),
+        *("A letter", "Another", "THE END."),
+    ]
+
+
+def test_pieces_are_cut_between_paragraphs_and_lose_nothing():
+    """Three paragraphs of 12,000 characters: two of them pass 20,000, the third is the rest."""
+    text = "\n\n".join(letter * 12_000 for letter in "abc")
+    found = list(fetch_novels.pieces(text))
+
+    assert [len(piece) for piece in found] == [24_002, 12_000]
+    assert "\n\n".join(found) == text
+
+
+def archive_of(path, files):
+    with tarfile.open(path, "w:xz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_an_archive_of_tei_holds_novels_out_whole(tmp_path, monkeypatch, capsys):
+    """Fifty of each language: no novel is in both parts, about one in twenty is held out; level 1 alone is read."""
+    names = [f"{code}{number:03d}" for code in ("ENG", "DEU") for number in range(50)]
+    files = {f"ELTeC/level1/{name}.xml": TEI.encode() for name in names}
+    path = archive_of(tmp_path / "a.tar.xz", files | {"ELTeC/level0/ENG999.xml": TEI.encode()})
+    monkeypatch.setattr(sys, "argv", ["fetch_novels.py", str(tmp_path / "out"), "--archive", str(path)])
+    status = fetch_novels.main()
+
+    def novels(name):
+        lines = (tmp_path / "out" / name).read_text().splitlines()
+        return {json.loads(line)["id"].partition("@")[0] for line in lines}
+
+    assert status == 0
+    assert novels("english.jsonl") | novels("english-heldout.jsonl") == set(names[:50])
+    assert not novels("english.jsonl") & novels("english-heldout.jsonl")
+    assert 1 <= len(novels("german-heldout.jsonl")) <= 8
+
+
+def test_an_archive_of_jsonl_is_taken_as_it_is(tmp_path):
+    """Held-out files by their names."""
+    line = b'{"text": "x", "id": "n@000"}\n'
+    names = [f"novels/{language}_c{part}.jsonl" for language in ("english", "german") for part in ("", ".heldout")]
+    fetch_novels.from_archive(archive_of(tmp_path / "a.tar.xz", dict.fromkeys(names, line)), tmp_path)
+
+    assert [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("english", "german-heldout")] == [line, line]
+
+
+def test_an_archive_without_novels_is_told(tmp_path, monkeypatch, capsys):
+    """Status 2 with the reason, and no empty file left to be taken for text."""
+    path = archive_of(tmp_path / "a.tar.xz", {"readme": b"nothing"})
+    monkeypatch.setattr(sys, "argv", ["fetch_novels.py", str(tmp_path / "out"), "--archive", str(path)])
+
+    assert fetch_novels.main() == 2
+    assert "english: 0 novels and 0 held-out ones were found" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_is_taken_for_text(tmp_path, monkeypatch, capsys):
+    """German ends in the middle: status 2, its files are not there, and the next call fetches it again."""
+    for language, code in (("eng", "ENG"), ("deu", "DEU")):
+        files = {f"ELTeC-{language}-master/level1/{code}{number:03d}.xml": TEI.encode() for number in range(50)}
+        whole = archive_of(tmp_path / "whole.tar.xz", files).read_bytes()
+        (tmp_path / f"ELTeC-{language}.tar").write_bytes(whole if language == "eng" else whole[: len(whole) // 2])
+    monkeypatch.setattr(
+        fetch_novels, "_ADDRESS", (tmp_path / "{name}.tar").as_uri().replace("%7B", "{").replace("%7D", "}")
+    )
+    monkeypatch.setattr(sys, "argv", ["fetch_novels.py", str(tmp_path / "out")])
+    broken = fetch_novels.main()
+    left = {path.name for path in (tmp_path / "out").glob("*.jsonl")}
+    (tmp_path / "ELTeC-deu.tar").write_bytes(whole)
+    mended = fetch_novels.main()
+
+    assert (broken, mended) == (2, 0)
+    assert "fetch_novels: " in capsys.readouterr().err
+    assert left == {"english.jsonl", "english-heldout.jsonl"}
+    assert (tmp_path / "out" / "german.jsonl").stat().st_size > 0

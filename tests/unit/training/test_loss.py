@@ -1,0 +1,163 @@
+"""The summed cross-entropy: values by hand, torch's own answer, chunks that leave no trace, no whole fp32 copy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from titan_cpt.training import loss
+from titan_cpt.training.loss import head_and_loss, summed_cross_entropy
+
+
+def example(dtype, *, sequences=2, length=7, vocabulary=50):
+    generator = torch.Generator().manual_seed(1)
+    logits_BLV = (3 * torch.randn(sequences, length, vocabulary, generator=generator)).to(dtype).requires_grad_()
+    targets_BL = torch.randint(0, vocabulary, (sequences, length), generator=generator)
+    return logits_BLV, targets_BL
+
+
+def reference(logits_BLV, targets_BL, scale):
+    """Loss and gradient by torch in fp64."""
+    exact_BLV = logits_BLV.detach().double().requires_grad_()
+    total = F.cross_entropy(exact_BLV.flatten(0, 1), targets_BL.flatten(), reduction="sum")
+    (total * scale).backward()
+    return total.detach(), exact_BLV.grad
+
+
+def test_values_by_hand():
+    """Odds of 3 to 1 for the right token, then for the wrong one: ln(4/3) + ln(4) nats."""
+    logits_BLV = torch.tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
+    total = summed_cross_entropy(logits_BLV, torch.tensor([[1, 0]]))
+
+    assert total.shape == ()
+    assert total.item() == pytest.approx(math.log(4 / 3) + math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 14, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_torchs_whatever_the_chunks(dtype, chunk_tokens, monkeypatch):
+    """Against fp64, on the same logits: 14 tokens in chunks that fit, that leave a rest, that are larger than all."""
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 50 * chunk_tokens)
+    logits_BLV, targets_BL = example(dtype)
+    expected, expected_grad = reference(logits_BLV, targets_BL, scale=1 / 14)
+    total = summed_cross_entropy(logits_BLV, targets_BL)
+    (total / 14).backward()
+
+    assert total.dtype is torch.float32
+    assert logits_BLV.grad.dtype is dtype
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]  # bf16: rounded to the nearest, once
+    torch.testing.assert_close(logits_BLV.grad.double(), expected_grad, rtol=tolerance, atol=1e-9)
+
+
+def test_the_size_of_the_chunks_changes_no_bit(monkeypatch):
+    """The tokens' losses are summed in one go, so that a CPU's and a GPU's chunks could be swapped."""
+    logits_BLV, targets_BL = example(torch.bfloat16, length=300)
+    totals, grads = [], []
+    for chunk_tokens in (3, 600):
+        monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 50 * chunk_tokens)
+        total = summed_cross_entropy(logits_BLV, targets_BL)
+        totals.append(total.item())
+        grads.append(torch.autograd.grad(total, logits_BLV)[0])
+
+    assert totals[0] == totals[1]
+    assert torch.equal(grads[0], grads[1])
+
+
+def test_a_batch_is_the_sum_of_its_micro_batches():
+    """Hence accumulation cannot change the loss."""
+    logits_BLV, targets_BL = example(torch.float32, sequences=4)
+    whole = summed_cross_entropy(logits_BLV, targets_BL)
+    parts = [summed_cross_entropy(logits_BLV[i : i + 1], targets_BL[i : i + 1]) for i in range(4)]
+
+    torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-6, atol=0)
+
+
+def test_padding_rows_are_pushed_down():
+    """Rows of the vocabulary that no target names have a gradient above 0 everywhere: descent lowers them."""
+    logits_BLV, targets_BL = example(torch.float32)
+    summed_cross_entropy(logits_BLV, targets_BL % 40).backward()
+
+    assert (logits_BLV.grad[..., 40:] > 0).all()
+
+
+def test_no_fp32_copy_of_bf16_logits_is_ever_whole(monkeypatch):
+    """The largest fp32 tensor made, forward or backward, has the size of a chunk."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype is torch.float32:
+                largest = max(largest, result.numel())
+            return result
+
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 100)
+    logits_BLV, targets_BL = example(torch.bfloat16)
+    with Watch():
+        summed_cross_entropy(logits_BLV, targets_BL).backward()
+
+    assert largest == 100
+
+
+# Head and loss as one operation
+
+
+def head_example(dtype, *, vocabulary=50, width=6):
+    generator = torch.Generator().manual_seed(2)
+    x_BLD = torch.randn(2, 7, width, generator=generator).to(dtype).requires_grad_()
+    weight_VD = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    return x_BLD, weight_VD, torch.randint(0, vocabulary, (2, 7), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 14, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_head_and_loss_are_the_loss_of_the_heads_logits(dtype, tolerance, chunk_tokens, monkeypatch):
+    """Value and both gradients against torch in fp64 through whole logits; the result is scaled once more behind it."""
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 50 * chunk_tokens)
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
+    x_BLD, weight_VD, targets_BL = head_example(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x_BLD, weight_VD)]
+    expected = F.cross_entropy(F.linear(*exact).flatten(0, 1), targets_BL.flatten(), reduction="sum") / 14
+    (3 * expected).backward()
+    share = head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1 / 14)
+    (3 * share).backward()
+
+    assert share.dtype is torch.float32
+    assert share.item() == pytest.approx(expected.item(), rel=tolerance)
+    for ours, theirs in ((x_BLD, exact[0]), (weight_VD, exact[1])):
+        assert ours.grad.dtype is dtype
+        assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
+
+
+def test_the_form_for_the_compiler_gives_the_same(monkeypatch):
+    """It runs on CUDA alone, where the chunks of the other one would be many small kernels."""
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
+    logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))
+    targets_C = torch.arange(14)
+    losses_C, grad_CV = loss._softmax_in_one(logits_CV, targets_C, 0.5)
+    chunked_losses_C, chunked_grad_CV = loss._softmax(logits_CV.clone(), targets_C, 0.5)
+
+    torch.testing.assert_close(losses_C, chunked_losses_C, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_CV, chunked_grad_CV, rtol=1e-5, atol=1e-7)
+
+
+def test_the_logits_of_all_tokens_never_exist(monkeypatch):
+    """The largest tensor made, forward or backward, is a chunk of logits or the head's weight."""
+    sizes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes.update([result.numel()] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 100)
+    x_BLD, weight_VD, targets_BL = head_example(torch.bfloat16)
+    with Watch():
+        head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
+
+    assert max(sizes) == 300

@@ -1,0 +1,267 @@
+"""metrics.jsonl, TensorBoard and the speed: what is written, when, and what is read back after a crash."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from titan_cpt.common.metrics_file import open_record
+from titan_cpt.training import metrics
+from titan_cpt.training.metrics import MetricsLog, peak_flops
+
+STEP_KEYS = [
+    "kind",
+    "stage",
+    "step",
+    "run_step",
+    "tokens",
+    "replayed_tokens",
+    "lr",
+    "loss_nats_per_token",
+    "grad_norm",
+    "tokens_per_s",
+    "mfu",
+    "memory_gib",
+    "batch_hash",
+]
+
+
+def log_in(run, *, tensorboard=None, writing=True, flops_per_token=6, peak=600.0):
+    return MetricsLog(run, writing=writing, tensorboard=tensorboard, flops_per_token=flops_per_token, peak_flops=peak)
+
+
+def numbers(step, *, stage="a", lr=1e-3):
+    given = {"stage": stage, "step": step, "run_step": 100 + step, "tokens": 64 * step, "replayed_tokens": 16, "lr": lr}
+    return {**given, "batch_hash": f"{step:016x}"}
+
+
+def keep(log, step, *, loss=2.5, grad_norm=0.5, tokens=64):
+    log.step(numbers(step), loss=torch.tensor(loss), grad_norm=torch.tensor(grad_norm), tokens=tokens)
+
+
+def validation(stage, step, dataset, loss, forgetting=None):
+    line = {"stage": stage, "step": step, "dataset": dataset, "loss_nats_per_token": loss, "bits_per_byte": loss * 2}
+    return {**line, "perplexity": math.exp(loss), "forgetting_nats_per_token": forgetting}
+
+
+def curves_in(folder):
+    """Step and value of every point, read by TensorBoard."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def written(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_has_a_line_of_its_own_with_its_own_numbers(tmp_path):
+    """Three steps kept and one flush: three lines, in order, keys in order, `kind` first; nothing before the flush."""
+    log = log_in(tmp_path)
+    for step in (1, 2, 3):
+        keep(log, step, loss=1.0 / step, grad_norm=float(step))
+    before = written(tmp_path)
+    returned = log.flush()
+    lines = written(tmp_path)
+    log.close()
+
+    assert before == []
+    assert [list(line) for line in lines] == [STEP_KEYS] * 3
+    assert [line["kind"] for line in lines] == ["train"] * 3
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["loss_nats_per_token"] for line in lines] == [1.0, 0.5, pytest.approx(1 / 3, rel=1e-7)]
+    assert [line["grad_norm"] for line in lines] == [1.0, 2.0, 3.0]
+    assert [line["batch_hash"] for line in lines] == ["0" * 15 + digit for digit in "123"]
+    assert [line["loss_nats_per_token"] for line in returned] == [line["loss_nats_per_token"] for line in lines]
+
+
+def test_steps_are_written_once(tmp_path):
+    """A second flush has nothing to write."""
+    log = log_in(tmp_path)
+    keep(log, 1)
+    log.flush()
+    again = log.flush()
+    log.close()
+
+    assert again == []
+    assert len(written(tmp_path)) == 1
+
+
+def test_speed_is_the_tokens_of_the_steps_over_their_seconds(tmp_path, monkeypatch):
+    """Four seconds of training for 2 x 64 tokens, after ten of validation that do not count: 32 tokens/s. At 6 FLOPs a
+    token that is 192 FLOP/s, 0.32 of a peak of 600."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    log = log_in(tmp_path)
+    now[0] = 10.0
+    log.restart_clock()
+    keep(log, 1)
+    keep(log, 2)
+    now[0] = 14.0
+    lines = log.flush()
+    now[0] = 16.0
+    keep(log, 3)
+    later = log.flush()
+    log.close()
+
+    assert [(line["tokens_per_s"], line["mfu"]) for line in lines] == [(32.0, pytest.approx(0.32))] * 2
+    assert later[0]["tokens_per_s"] == 32.0  # 64 tokens in the two seconds since the last flush
+    assert all(0.01 < line["memory_gib"] < 100 for line in lines)
+
+
+def test_numbers_that_are_not_finite_are_null_so_that_the_line_is_json(tmp_path):
+    """JSON has no NaN; the lines returned to the training loop have it."""
+    log = log_in(tmp_path, peak=math.nan)
+    keep(log, 1, loss=math.nan, grad_norm=math.inf)
+    returned = log.flush()
+    log.validation(validation("a", 0, "x", 1.0) | {"bits_per_byte": math.nan}, 0)
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    assert math.isnan(returned[0]["loss_nats_per_token"])
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert [written(tmp_path)[0][key] for key in ("loss_nats_per_token", "grad_norm", "mfu")] == [None] * 3
+    assert written(tmp_path)[1]["bits_per_byte"] is None
+
+
+def test_other_ranks_write_nothing_and_still_know_the_numbers(tmp_path):
+    """They take part in the check for bad numbers."""
+    log = log_in(tmp_path, writing=False)
+    keep(log, 1, loss=3.5)
+    lines = log.flush()
+    log.event("start")
+    log.close()
+
+    assert lines[0]["loss_nats_per_token"] == 3.5
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
+    """After a crash in the middle of a line; the whole lines stay as they are."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "event", "name": "start"}\n{"kind": "train", "st')
+    with open_record(path) as file:
+        file.write(b'{"kind": "event", "name": "resume"}\n')
+
+    assert [line["name"] for line in written(tmp_path)] == ["start", "resume"]
+
+
+@pytest.mark.parametrize("content", ["", '{"kind": "tr'])
+def test_a_record_without_a_whole_line_becomes_empty(tmp_path, content):
+    """Nothing but the beginning of a line, or nothing."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    open_record(path).close()
+
+    assert path.read_text() == ""
+
+
+def test_forgetting_is_measured_from_the_last_line_of_a_steps_zero(tmp_path):
+    """A stage begun twice, as after a kill during its first validation: the second measurement counts."""
+    log = log_in(tmp_path)
+    for stage, step, dataset, loss in [("a", 0, "x", 9.0), ("a", 5, "x", 1.0), ("a", 0, "x", 4.0), ("b", 0, "x", 2.0)]:
+        log.validation(validation(stage, step, dataset, loss), 0)
+    log.close()
+    again = log_in(tmp_path)
+    again.close()
+
+    assert again.before == {("a", "x"): (4.0, None), ("b", "x"): (2.0, None)}
+
+
+def test_tensorboard_holds_loss_lr_throughput_validation_and_forgetting(tmp_path):
+    """Read back with TensorBoard's own reader, at the steps of the whole run."""
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
+    keep(log, 1, loss=2.5, grad_norm=0.25)
+    keep(log, 2, loss=1.5, grad_norm=0.75)
+    log.flush()
+    log.validation(validation("b", 5, "pile", 3.0, forgetting=0.5), 105)
+    log.validation(validation("b", 5, "german", 4.0), 105)
+    log.close()
+    curves = curves_in(tmp_path / "tb")
+
+    assert curves["train/loss_nats_per_token"] == [(101, 2.5), (102, 1.5)]
+    assert curves["train/grad_norm"] == [(101, 0.25), (102, 0.75)]
+    assert curves["train/lr"] == [(101, pytest.approx(1e-3)), (102, pytest.approx(1e-3))]
+    assert curves["data/replayed_tokens"] == [(101, 16.0), (102, 16.0)]
+    assert curves["validation/pile/loss_nats_per_token"] == [(105, 3.0)]
+    assert curves["validation/german/bits_per_byte"] == [(105, 8.0)]
+    assert curves["forgetting/pile"] == [(105, 0.5)]
+    assert "forgetting/german" not in curves
+    assert {"throughput/tokens_per_s", "throughput/mfu", "throughput/memory_gib"} <= curves.keys()
+
+
+def test_tensorboard_shows_each_step_once_after_a_crash_a_rollback_and_a_resume(tmp_path):
+    """Steps 1 to 4 were drawn; a new process resumes after 2, draws 3 and 4, rolls back to 2 itself and draws 3 alone.
+
+    The fourth step of both earlier attempts is gone from every curve, and so are their losses of the third.
+    """
+    opened = partial(SummaryWriter, str(tmp_path / "tb"), "")
+    log = log_in(tmp_path, tensorboard=opened)
+    log.rewind(100)
+    for step in (1, 2, 3, 4):
+        keep(log, step, loss=1.0)
+    log.flush()
+    log.close()
+    log = log_in(tmp_path, tensorboard=opened)
+    for attempt, steps in ((2.0, (3, 4)), (3.0, (3,))):
+        log.rewind(102)
+        for step in steps:
+            keep(log, step, loss=attempt)
+        log.flush()
+    log.close()
+
+    assert curves_in(tmp_path / "tb")["train/loss_nats_per_token"] == [(101, 1.0), (102, 1.0), (103, 3.0)]
+    assert [step for step, _ in curves_in(tmp_path / "tb")["train/lr"]] == [101, 102, 103]
+
+
+def test_tensorboard_marks_where_the_validation_data_of_a_dataset_changed(tmp_path):
+    """Measured on A, and in the next session on B: a point at the first one on B; y has none."""
+    opened = partial(SummaryWriter, str(tmp_path / "tb"), "")
+    for steps, identity in (((1, 2), "A"), ((3, 4), "B")):
+        log = log_in(tmp_path, tensorboard=opened)
+        for step in steps:
+            log.validation(validation("a", step, "x", 1.0) | {"validation_id": identity}, step)
+            log.validation(validation("a", step, "y", 1.0) | {"validation_id": "A"}, step)
+        log.close()
+    curves = curves_in(tmp_path / "tb")
+
+    assert curves["validation_changed/x"] == [(3, 1.0)]
+    assert "validation_changed/y" not in curves
+
+
+def test_a_run_with_nothing_to_do_leaves_no_events_file(tmp_path):
+    """Stages that are all skipped are noted in metrics.jsonl alone."""
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
+    log.event("start")
+    log.event("skip", stage="a")
+    log.close()
+
+    assert not (tmp_path / "tb").exists()
+
+
+def test_numbers_that_are_not_finite_are_no_points_of_tensorboards_curves(tmp_path):
+    """An unknown MFU and a NaN loss."""
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""), peak=math.nan)
+    keep(log, 1, loss=math.nan)
+    log.flush()
+    log.close()
+
+    assert {"throughput/mfu", "train/loss_nats_per_token"}.isdisjoint(curves_in(tmp_path / "tb"))
+
+
+def test_the_peak_of_a_cpu_or_an_unlisted_gpu_is_not_made_up(monkeypatch):
+    """A data sheet's number for an H100, NaN for the others, whose MFU is then not shown."""
+    on_cpu = peak_flops(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    known = peak_flops(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
+    unknown = peak_flops(torch.device("cuda"))
+
+    assert known == 989e12
+    assert math.isnan(on_cpu)
+    assert math.isnan(unknown)

@@ -1,0 +1,236 @@
+"""AdamW by hand, decay by group, clipping, the guard that keeps bad numbers from the weights, reset and new numbers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from titan_cpt.models.gpt_neox.model import GPTNeoX
+from titan_cpt.models.registry import named_size
+from titan_cpt.training.optimizer import (
+    UpdateGuard,
+    build_adamw,
+    clip_grad_norm,
+    parameter_groups,
+    reset_state,
+    set_hyperparameters,
+    set_lr,
+)
+
+NUMBERS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Small(nn.Module):
+    """A matrix and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(3, 4, generator=generator))
+        self.bias = nn.Parameter(torch.randn(3, generator=generator))
+
+
+def give_gradients(model, step):
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def everything(model, optimizer):
+    """Weights, moments and step counts, copied."""
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        tensors += optimizer.state[parameter].values()
+    return [tensor.clone() for tensor in tensors]
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def numpy_adamw(weights, gradients, *, lrs, betas, eps, decay):
+    """Loshchilov and Hutter's algorithm 2, in fp64: weights after one step for each gradient."""
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for t, (gradient, lr) in enumerate(zip(gradients, lrs, strict=True), start=1):
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        ratio = (first / (1 - betas[0] ** t)) / (np.sqrt(second / (1 - betas[1] ** t)) + eps)
+        weights = weights - lr * decay * weights - lr * ratio
+    return weights
+
+
+def test_two_steps_are_adamws_by_hand():
+    """Each step with its own learning rate; the matrix decays, the vector does not."""
+    model = Small()
+    expected = {name: parameter.detach().double().numpy() for name, parameter in model.named_parameters()}
+    optimizer = build_adamw(model, lr=123.0, **NUMBERS)
+    gradients = {"weight": [], "bias": []}
+    for step, lr in enumerate((3e-3, 1e-2)):
+        give_gradients(model, step)
+        for name, parameter in model.named_parameters():
+            gradients[name].append(parameter.grad.double().numpy())
+        set_lr(optimizer, lr)
+        optimizer.step()
+
+    for name, decay in (("weight", 0.1), ("bias", 0.0)):
+        after = numpy_adamw(expected[name], gradients[name], lrs=(3e-3, 1e-2), betas=(0.9, 0.95), eps=1e-8, decay=decay)
+        np.testing.assert_allclose(model.get_parameter(name).detach().numpy(), after, rtol=2e-6, atol=1e-7)
+
+
+def test_embeddings_and_matrices_decay_norms_and_biases_do_not():
+    """The groups of a GPT-NeoX, by name; every weight is in one of them, once."""
+    model = GPTNeoX(named_size("gpt_neox", "debug", 257))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, kept = parameter_groups(model, 0.1)
+    decayed_names = {names[parameter] for parameter in decayed["params"]}
+    kept_names = {names[parameter] for parameter in kept["params"]}
+
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert {"embedding.weight", "head.weight", "blocks.1.attention.qkv.weight"} <= decayed_names
+    assert {"blocks.0.attention_norm.weight", "blocks.1.mlp.up.bias", "final_norm.weight"} <= kept_names
+    assert len(decayed["params"]) + len(kept["params"]) == len(decayed_names | kept_names) == len(names)
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0))])
+def test_gradients_are_clipped_together(max_norm, expected):
+    """Norms 3 and 4 make 5; scaled down to 1, or left alone where 5 is allowed."""
+    model = Small()
+    model.weight.grad, model.bias.grad = torch.zeros(3, 4), torch.zeros(3)
+    model.weight.grad[1, 2], model.bias.grad[0] = 3.0, -4.0
+    norm = clip_grad_norm(model, max_norm)
+
+    assert norm.shape == ()
+    assert norm.item() == 5.0
+    assert model.weight.grad[1, 2].item() == pytest.approx(expected[0], rel=1e-5)
+    assert model.bias.grad[0].item() == pytest.approx(-expected[1], rel=1e-5)
+
+
+def step_under_guard(model, optimizer, guard, step, *, loss=1.0, poison=None):
+    give_gradients(model, step)
+    if poison is not None:
+        model.bias.grad[1] = poison
+    guard.observe(torch.tensor(loss), clip_grad_norm(model, 1.0))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fault", [{"loss": float("nan")}, {"loss": float("inf")}, {"poison": float("nan")}])
+def test_nothing_moves_from_the_first_bad_step_on_until_the_reset(fault):
+    """Weights, moments and step counts keep their bits through the bad step and the good ones after it."""
+    model = Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    guard = UpdateGuard(optimizer)
+    step_under_guard(model, optimizer, guard, 0)
+    before = everything(model, optimizer)
+    step_under_guard(model, optimizer, guard, 1, **fault)
+    after_bad = everything(model, optimizer)
+    step_under_guard(model, optimizer, guard, 2)
+    after_good = everything(model, optimizer)
+    halted = bool(guard.halted)
+    guard.reset()
+    step_under_guard(model, optimizer, guard, 3)
+
+    assert halted
+    assert same_bits(before, after_bad)
+    assert same_bits(before, after_good)
+    assert not bool(guard.halted)
+    assert not any(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("-inf")])
+def test_an_infinite_gradient_is_kept_out_too(poison):
+    """Clipping by an infinite norm turns the sound gradients into 0 and the infinite one into NaN; neither arrives."""
+    model = Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    guard = UpdateGuard(optimizer)
+    before = everything(model, optimizer)
+    step_under_guard(model, optimizer, guard, 0, poison=poison)
+
+    assert same_bits(before, everything(model, optimizer))
+    assert all(optimizer.state[parameter]["step"].item() == 0 for parameter in model.parameters())
+
+
+def test_without_the_guard_one_bad_gradient_ruins_every_weight():
+    """What the guard is for: clipping spreads a NaN over all gradients."""
+    model = Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    give_gradients(model, 0)
+    model.bias.grad[1] = float("nan")
+    clip_grad_norm(model, 1.0)
+    optimizer.step()
+
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+
+
+def test_a_healthy_run_is_that_of_torchs_adamw_bit_for_bit():
+    """Guarded, with the state made beforehand, against a plain torch.optim.AdamW over the same groups: five steps."""
+    model, plain_model = Small(), Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    guard = UpdateGuard(optimizer)
+    plain = torch.optim.AdamW(
+        [{"params": [plain_model.weight]}, {"params": [plain_model.bias], "weight_decay": 0.0}],
+        lr=1e-2,
+        fused=True,
+        **NUMBERS,
+    )
+    for step in range(5):
+        step_under_guard(model, optimizer, guard, step)
+        give_gradients(plain_model, step)
+        nn.utils.clip_grad_norm_(plain_model.parameters(), 1.0)
+        plain.step()
+
+    assert same_bits(everything(model, optimizer), everything(plain_model, plain))
+
+
+def test_the_new_stages_numbers_hold_after_an_old_state_is_loaded():
+    """Loading puts the old stage's numbers back; `set_hyperparameters` then wins, and vectors still do not decay."""
+    old_model, model = Small(), Small()
+    old = build_adamw(old_model, lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
+    give_gradients(old_model, 0)
+    old.step()
+    model.load_state_dict(old_model.state_dict())
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    optimizer.load_state_dict(copy.deepcopy(old.state_dict()))
+    loaded = everything(model, optimizer)
+    loaded_betas = optimizer.param_groups[0]["betas"]
+    set_hyperparameters(optimizer, **NUMBERS)
+    set_lr(optimizer, 5e-3)
+
+    assert loaded_betas == (0.5, 0.6)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {(group["lr"], group["betas"], group["eps"]) for group in optimizer.param_groups} == {
+        (5e-3, (0.9, 0.95), 1e-8)
+    }
+    assert same_bits(loaded, everything(model, optimizer))
+    assert optimizer.state[model.bias]["step"].item() == 1
+
+
+def test_a_reset_optimizer_goes_on_like_a_new_one():
+    """Three steps, reset, two steps: the same bits as two steps of an optimizer made at that point."""
+    model = Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    for step in range(3):
+        give_gradients(model, step)
+        optimizer.step()
+    new_model = copy.deepcopy(model)
+    new = build_adamw(new_model, lr=1e-2, **NUMBERS)
+    reset_state(optimizer)
+    for step in range(3, 5):
+        for each_model, each in ((model, optimizer), (new_model, new)):
+            give_gradients(each_model, step)
+            each.step()
+
+    assert same_bits(everything(model, optimizer), everything(new_model, new))
+
+
+def test_a_checkpoint_of_step_0_says_step_0():
+    """torch's distributed checkpoint would take a step of its own for an optimizer without state, and count it."""
+    model = Small()
+    optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
+    before = everything(model, optimizer)
+    saved = get_optimizer_state_dict(model, optimizer)["state"]
+
+    assert {name: state["step"].item() for name, state in saved.items()} == {"weight": 0.0, "bias": 0.0}
+    assert same_bits(before, everything(model, optimizer))

@@ -1,0 +1,148 @@
+"""Loss on fixed windows, by hand: which windows, nats per token, bits per byte, and no trace left in the model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from titan_cpt.data.formats.indexed import TokenStream
+from titan_cpt.data.formats.indexed_writer import IndexedWriter
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.errors import DataError
+from titan_cpt.models.gpt_neox.model import GPTNeoX
+from titan_cpt.models.registry import named_size
+from titan_cpt.training.forward_backward import WholeModel
+from titan_cpt.training.validation import Validator, fixed_windows
+
+SEQ_LEN, WINDOWS = 8, 23
+ONE = build_mesh(Ranks(0, 1, torch.device("cpu")), Layout())
+
+
+@pytest.fixture
+def tokens():
+    """Bytes with an end of document now and then; three more than 23 windows need."""
+    ids = np.random.default_rng(5).integers(0, 256, size=SEQ_LEN * WINDOWS + 1 + 3)
+    ids[::11] = 256
+    return ids
+
+
+@pytest.fixture
+def stream(tmp_path, tokens):
+    """The tokens as a stream, in one document."""
+    with IndexedWriter(tmp_path / "held-out", 257) as writer:
+        writer.add_document(tokens)
+    return TokenStream([tmp_path / "held-out"], 257)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The debug model as it is born."""
+    model = GPTNeoX(named_size("gpt_neox", "debug", 257))
+    model.init_weights(0)
+    return model
+
+
+def validator_of(stream, *, sequences=7, local_batch=2, seq_len=SEQ_LEN):
+    lengths = load_tokenizer("bytes").token_byte_lengths()
+    return Validator(
+        {"x": stream},
+        lengths,
+        sequences=sequences,
+        seq_len=seq_len,
+        local_batch=local_batch,
+        mesh=ONE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "windows"),
+    [(10, 5, [1, 3, 5, 7, 9]), (7, 3, [1, 3, 5]), (100, 1, [50]), (3, 64, [0, 1, 2]), (4, 4, [0, 1, 2, 3])],
+)
+def test_windows_are_the_middles_of_equal_parts(available, wanted, windows):
+    """By hand; all of them where fewer are there than wanted."""
+    assert fixed_windows(available, wanted) == windows
+
+
+def test_windows_are_evenly_spread_and_differ():
+    """Over many sizes: distinct, in range, and the gaps between neighbours differ by one at most."""
+    for available in (64, 65, 127, 1000, 10**9 + 7):
+        gaps = np.diff(fixed_windows(available, 64))
+
+        assert gaps.min() >= 1
+        assert gaps.max() - gaps.min() <= 1
+        assert 0 <= fixed_windows(available, 64)[0] < fixed_windows(available, 64)[-1] < available
+
+
+def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
+    """Seven of 23 windows are 1, 4, 8, 11, 14, 18, 21: (2p + 1) * 23 / 14 rounded down. A window is nine tokens."""
+    rows = np.stack([tokens[w * 8 : w * 8 + 9] for w in (1, 4, 8, 11, 14, 18, 21)])
+    inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    with torch.no_grad():
+        mean = F.cross_entropy(model(inputs).double().flatten(0, 1), targets.flatten()).item()
+    target_bytes = int((targets != 256).sum())
+    found = validator_of(stream).measure(WholeModel(model, ONE))["x"]
+
+    assert target_bytes < 56
+    assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(mean * 56 / math.log(2) / target_bytes, rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+@pytest.mark.parametrize("local_batch", [1, 2, 3, 7, 64])
+def test_the_size_of_a_pass_does_not_change_the_loss(model, stream, local_batch):
+    """Of seven windows, in passes of which the last is often smaller."""
+    alone = validator_of(stream, local_batch=1).measure(WholeModel(model, ONE))["x"]
+    found = validator_of(stream, local_batch=local_batch).measure(WholeModel(model, ONE))["x"]
+
+    assert found.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
+
+
+def test_measuring_twice_gives_the_same_bits_and_leaves_no_trace(model, stream):
+    """No gradient, no change of a weight, no change of the random numbers."""
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    random = torch.get_rng_state()
+    first, second = (validator_of(stream).measure(WholeModel(model, ONE))["x"] for _ in range(2))
+
+    assert first == second
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(stream):
+    """A head of zeros: log 384 nats for each token, whatever the text."""
+
+    class Nothing(nn.Module):
+        def forward(self, tokens):
+            return torch.zeros(*tokens.shape, 384)
+
+    assert validator_of(stream).measure(WholeModel(Nothing(), ONE))["x"].nats_per_token == pytest.approx(
+        math.log(384), rel=1e-6
+    )
+
+
+def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
+    """Nothing but ends of documents."""
+    with IndexedWriter(tmp_path / "empty", 257) as writer:
+        writer.add_document(np.full(33, 256))
+    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(WholeModel(model, ONE))["x"]
+
+    assert math.isfinite(found.nats_per_token)
+    assert math.isnan(found.bits_per_byte)
+
+
+def test_a_held_out_set_shorter_than_a_sequence_is_refused_before_training(tmp_path):
+    """It cannot be measured; the message says which and why. One window is enough."""
+    with IndexedWriter(tmp_path / "short", 257) as writer:
+        writer.add_document(np.arange(8))
+    stream = TokenStream([tmp_path / "short"], 257)
+
+    with pytest.raises(DataError, match=r"datasets.x.validation: 8 tokens are fewer than one sequence of 8 \+ 1"):
+        validator_of(stream, seq_len=8)
+    validator_of(stream, seq_len=7)

@@ -1,0 +1,150 @@
+"""A released model (Hugging Face): its config.json understood, its weights checked and readable in part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_cpt.checkpoint.hf_files import WeightFiles, read_config, released_folder
+from titan_cpt.errors import CheckpointError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.huggingface_config import shape_from_config
+from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names, in_lines
+from titan_cpt.models.spec import ModelShape
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model: its files, checked against what its config.json says.
+
+    Attributes:
+        name: as the user gave it.
+        shape: of the release; `resized` changes its vocabulary alone.
+        notes: what of the folder was not read.
+    """
+
+    name: str
+    config: dict[str, Any]
+    shape: ModelShape
+    files: WeightFiles
+    notes: tuple[str, ...] = ()
+
+    def resized(self, vocab_size: int | None) -> ModelShape:
+        """The release's shape with another number of rows, if one is asked for."""
+        return self.shape if vocab_size is None else replace(self.shape, vocab_size=vocab_size)
+
+    def read(self, name: str, shape: ModelShape, slices: Sequence[slice] = ()) -> Tensor:
+        """One of our weights, or a part of it, in the dtype of the file; embeddings with `shape`'s number of rows.
+
+        Raises:
+            CheckpointError: the file cannot be read any more, or the weight has integers, NaN or infinite numbers.
+        """
+        theirs = hub_names(shape)[name]
+        if name in VOCABULARY_WEIGHTS:
+            weight = self.files.read_rows(theirs, shape.vocab_size, slices)
+        else:
+            weight = self.files.read(theirs, slices)
+        if not weight.is_floating_point():
+            raise CheckpointError(
+                f"{self.name}: {theirs} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
+                "cannot be trained on; take the unquantized release"
+            )
+        wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax of float8
+        if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
+            raise CheckpointError(
+                f"{self.name}: {theirs} has numbers that are NaN or infinite: no model can be trained from it. Get the "
+                "files again, or take an earlier checkpoint"
+            )
+        return weight
+
+    def described(self, shape: ModelShape) -> str:
+        """The release, and what became of its vocabulary."""
+        old, new = self.shape.vocab_size, shape.vocab_size
+        if new < old:
+            return f"{self.name}, vocabulary {old:,} -> {new:,} rows: rows from {new:,} on dropped"
+        grown = f", vocabulary {old:,} -> {new:,} rows: new rows are the mean of the old" if new > old else ""
+        return f"{self.name}{grown}"
+
+
+def open_released(name: str, *, compare_sets: bool = True) -> Released:
+    """A folder or a hub name, its config understood and every weight there in its shape.
+
+    Args:
+        name: what the user gave.
+        compare_sets: where a folder holds several whole sets of weights, read all of them and refuse those that differ.
+
+    Raises:
+        CheckpointError: it is not there or damaged, of a kind that is not computed here, its weights are not those of
+            its config, or it holds two sets of weights that differ.
+    """
+    folder = released_folder(name)
+    config = read_config(folder)
+    shape = shape_from_config(config, str(folder / "config.json"))
+    files = WeightFiles(folder)
+    foreign, missing = foreign_and_missing(files.shapes, shape)
+    faults = [f"{theirs}: missing" for theirs in missing]
+    faults += [f"{theirs}: not a weight of the model that config.json describes" for theirs in foreign]
+    if not missing:  # else the model may be one that nobody could build
+        faults += _wrong_shapes(files, shape)
+    if faults:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {in_lines(faults)}")
+    _require_the_tied_head(files, shape)
+    notes = [*_other_sets(files, shape), *files.unread()] if compare_sets else ()
+    return Released(name, config, shape, files, tuple(notes))
+
+
+def _wrong_shapes(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
+    names = hub_names(shape)
+    for ours, wanted in weight_shapes(shape).items():
+        found = files.shapes.get(names[ours], wanted)
+        if found != wanted:
+            yield f"{names[ours]}: is {list(found)}, by config.json it must be {list(wanted)}"
+
+
+def _require_the_tied_head(files: WeightFiles, shape: ModelShape) -> None:
+    """Raise CheckpointError where a file of a tied model has a head that is not its embedding: one would be lost."""
+    head, embedding = "lm_head.weight", hub_names(shape)["embedding.weight"]
+    if not shape.tied or head not in files.shapes:
+        return
+    if files.shapes[head] != files.shapes[embedding] or not torch.equal(files.read(head), files.read(embedding)):
+        raise CheckpointError(
+            f"{files.folder}: config.json has tie_word_embeddings = true, and {head} is not {embedding}: "
+            "transformers 4 computes with the embedding only, 5 with both. Set it to false if the head was "
+            f"trained, or remove {head} if it was not"
+        )
+
+
+def _other_sets(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
+    """A note on each further set of weights in the folder.
+
+    Raises:
+        CheckpointError: one is whole and holds other weights.
+    """
+    for entry in files.other_entries:
+        try:
+            other = WeightFiles(files.folder, entry)
+        except CheckpointError:
+            yield f"{entry.name} was ignored, as it is not whole; {files.entry.name} was read"
+            continue
+        names = list(hub_names(shape).values())
+        if any(name not in other.shapes for name in names):
+            yield f"{entry.name} was ignored, as weights are missing in it; {files.entry.name} was read"
+        elif (different := files.first_difference(other, names)) is not None:
+            raise CheckpointError(
+                f"{files.folder}: {files.entry.name} and {entry.name} are two whole sets of weights that differ, in "
+                f"{different} for one; transformers would read {files.entry.name}. Remove the one that is not meant"
+            )
+        else:
+            yield f"{entry.name} was ignored, as its weights are the same; {files.entry.name} was read"
+
+
+def weight_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Our name of every weight of such a model -> its shape."""
+    with torch.device("meta"):
+        model = build_model(shape)
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

@@ -1,0 +1,152 @@
+"""The README.md of an export: what the weights are, and what they went through, from the manifest and the run's folder.
+
+Everything in it was recorded by the run; what was not recorded is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.checkpoint.provenance import Leg, Origin, tokenizer_mismatch
+from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.data.tokenizer.tokenizer import Tokenizer
+from titan_cpt.errors import DataError
+from titan_cpt.models.spec import ModelShape
+
+
+def model_card(
+    record: Mapping[str, Any],
+    checkpoint: Path,
+    line: Sequence[Leg],
+    came_from: Origin | None,
+    shape: ModelShape,
+    *,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    warning: str | None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        record: the checkpoint's manifest.
+        checkpoint: its folder, in a run's folder or not.
+        line: the stages that the weights went through.
+        came_from: the release that they began as.
+        shape: the model's.
+        dtype: of the exported weights.
+        tokenizer: what is exported beside them.
+        warning: what its readers must know of it.
+    """
+    name = f"{record['stage']}, step {record['steps_done']:,}"
+    run = checkpoint.resolve().parent.parent.name if line else ""
+    began = f"the released weights `{came_from.name}`" if came_from else "random weights"
+    words = "not exported"
+    if tokenizer is not None:
+        words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
+        words += f"; {bos_in_words(tokenizer)}"
+        if warning is not None:
+            words += f". **{warning[0].upper()}{warning[1:]}.**"
+    mismatch = tokenizer_mismatch(record, checkpoint)
+    facts = [
+        f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
+        f"- Began as: {began}",
+        f"- Tokenizer: {words}",
+        *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
+        f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
+    ]
+    parts = [_front_matter(came_from), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]
+    if line:
+        parts += ["## Stages", _stages(record["recipe"], line), _losses(checkpoint.parent.parent, line)]
+    parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond what stands here.")
+    return "\n\n".join(parts) + "\n"
+
+
+def bos_in_words(tokenizer: Tokenizer) -> str:
+    """Whether documents in training began with a token, and what transformers has to be given for the same."""
+    name = tokenizer.begin.name if tokenizer.begin is not None else ""
+    if tokenizer.add_bos and tokenizer.adds_bos_itself:
+        return f"documents in training began with {name}, which the tokenizer puts before each text"
+    if tokenizer.add_bos:
+        return f"documents in training began with {name}, which the tokenizer does not add: put it before each text"
+    if tokenizer.adds_bos_itself:
+        return (
+            f"documents in training did not begin with {name}, which the tokenizer puts before each text: call it with "
+            "add_special_tokens=False"
+        )
+    return "documents in training had no begin-of-document token"
+
+
+def _front_matter(came_from: Origin | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if came_from and came_from.name.count("/") == 1 and not Path(came_from.name).exists():
+        lines.append(f"base_model: {came_from.name.partition('@')[0]}")
+    return "\n".join([*lines, "tags:", "- continual-pretraining", "- titan_cpt", "---"])
+
+
+def _stages(recipe: Mapping[str, Any], line: Sequence[Leg]) -> str:
+    rows = ["| stage | data | steps | tokens | replay | learning rate | optimizer | begins with |", "|---" * 8 + "|"]
+    step_tokens = recipe["training.global_batch_size"] * recipe["training.seq_len"]
+    for leg in line:
+        of = {key.removeprefix(f"stages.{leg.stage}."): value for key, value in recipe.items()}
+        whole = of["steps"]
+        steps = f"{leg.steps:,}" if leg.steps == whole else f"{leg.steps:,} of {whole:,}"
+        tokens = f"{leg.steps * step_tokens:,}"
+        data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in of["dataset"].items())
+        cells = [leg.stage, data, steps, tokens, _replay(of), _lr(of), of["optimizer_state"], f"`{leg.init}`"]
+        rows.append("| " + " | ".join(cells) + " |")
+    numbers = f"Batches of {recipe['training.global_batch_size']:,} sequences x {recipe['training.seq_len']:,} tokens, "
+    return "\n".join([*rows, "", f"{numbers}gradients clipped at {recipe['training.max_norm']:g}, AdamW."])
+
+
+def _replay(of: Mapping[str, Any]) -> str:
+    if not of["replay.fraction"]:
+        return "none"
+    what = f" of {', '.join(of['replay.from'])}" if of["replay.from"] else " of what came before"
+    return f"{_percent(of['replay.fraction'])}{what}, {of['replay.order'].replace('_', ' ')}"
+
+
+def _lr(of: Mapping[str, Any]) -> str:
+    """The schedule and its LRs: highest, constant where there is one, lowest."""
+    numbers = [of.get("lr.max"), of.get("lr.constant"), of["lr.min"] if of["lr.schedule"] != "constant" else None]
+    return f"{of['lr.schedule']}, " + " to ".join(f"{number:g}" for number in numbers if number is not None)
+
+
+def _losses(run: Path, line: Sequence[Leg]) -> str:
+    """Validation losses where each stage began and where these weights left it, from metrics.jsonl."""
+    wanted = {leg.stage: leg.steps for leg in line}
+    measured: dict[tuple[str, str], dict[int, float]] = {}
+    rates: dict[str, float] = {}
+    try:
+        found = read_metrics(run, [leg.stage for leg in line])
+    except DataError:
+        return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
+    identities: dict[tuple[str, str], dict[int, str | None]] = {}
+    for entry in found.validations:
+        key, step = (entry["stage"], entry["dataset"]), entry["step"]
+        if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
+            measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
+            identities.setdefault(key, {})[step] = entry.get("validation_id")
+    for entry in found.renewed:  # the same weights, measured again on what the later measurements are of
+        key = entry["stage"], entry["dataset"]
+        of, loss = identities.get(key, {}), entry["loss_nats_per_token"]
+        if of and loss is not None and entry.get("validation_id") == of[max(of)] != of.get(0):
+            measured[key][0], of[0] = loss, of[max(of)]
+    for entry in found.trains:
+        if entry["step"] == wanted.get(entry["stage"]) and "lr" in entry:
+            rates[entry["stage"]] = entry["lr"]
+    rows = ["## Losses", "", "| stage | dataset | before | last measured | at step |", "|---" * 5 + "|"]
+    for (stage, dataset), losses in measured.items():
+        before, last = losses.get(0), max(losses)
+        same = identities[stage, dataset].get(0) in (None, identities[stage, dataset][last])
+        shown = "" if before is None else f"{before:.4f}" if same else f"{before:.4f} (other validation data)"
+        rows.append(f"| {stage} | {dataset} | {shown} | {losses[last]:.4f} | {last:,} |")
+    last_rates = "; ".join(f"{stage} {rate:.3g}" for stage, rate in rates.items())
+    note = f"Validation losses in nats per token. Learning rate of the last step: {last_rates or 'not recorded'}."
+    return "\n".join([*rows, "", note if measured else "No dataset was measured."])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"

@@ -1,0 +1,213 @@
+"""A released model compared with transformers, where that is installed: what config.json means, and the logits.
+
+The settings are compared for every size: they need no weights. Logits are computed by both on the CPU in float32, on
+sequences that are longer than any sliding window.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_cpt.checkpoint.hf_release import Released
+from titan_cpt.errors import CheckpointError
+from titan_cpt.models.build import build_model
+from titan_cpt.models.common.layers import rotary_tables
+from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape
+
+_TOLERANCE = 1e-3  # of the largest logit, or of 1; two orders of the same fp32 sums differ by 1e-5 or less
+_FEW_TOKENS = 32  # of a sequence, and beyond the end of a window
+_RUN_PARAMETERS = 1_000_000_000  # a run compares models up to this size; `import` asks for memory only
+_RUN_WORK = 10**12  # parameters x tokens of a sequence that a run spends on it
+_KEYS = {  # transformers' attribute -> ours
+    "num_hidden_layers": "layers",
+    "hidden_size": "width",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "tied",
+}
+_GPT_NEOX_KEYS = {"layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel_residual"}
+_LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
+
+
+def compared(
+    released: Released, shape: ModelShape, load: Callable[[nn.Module], None], *, in_a_run: bool = False
+) -> str:
+    """Run our model and transformers' on the same tokens; the result in words.
+
+    Args:
+        released: what transformers reads.
+        shape: ours; of the vocabularies, the rows are compared that both have.
+        load: fills our model, which is whole and of this process alone.
+        in_a_run: leave the logits out where they would hold up the other ranks.
+
+    Raises:
+        CheckpointError: transformers reads other settings, or the logits are not the same.
+    """
+    with quiet():
+        try:
+            import transformers  # optional, and seconds to import
+        except ImportError:
+            return "not compared with transformers: it is not installed"
+        name = f"transformers {transformers.__version__}"
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        try:
+            theirs = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
+        except Exception as error:  # whatever a config that it does not like ends in
+            return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
+        _require_same_settings(released, theirs, transformers)
+        settings = f"settings are those of {name}; logits are not compared: "
+        length = _length(shape, released.shape)
+        if in_a_run and shape.parameters > _RUN_PARAMETERS:
+            return f"{settings}the model is large; `titan-cpt import` compares them"
+        if in_a_run and shape.parameters * length > _RUN_WORK:
+            return f"{settings}its sliding window is long; `titan-cpt import` compares them"
+        if short := _short_of_memory(shape, length):
+            return f"{settings}{short}"
+        try:
+            model: Any = _their_model(released.files.folder, theirs, transformers)
+        except Exception as error:  # a backend that is not installed, a value that its modules do not like
+            return f"{settings}it cannot load the model: {reason_of(error)}"
+        return _same_logits(released, shape, load, model, length, name)
+
+
+def _same_logits(
+    released: Released, shape: ModelShape, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
+) -> str:
+    with torch.device("meta"):
+        model = build_model(shape)
+    model.to_empty(device="cpu")
+    load(model)
+    rows = min(shape.vocab_size, released.shape.vocab_size)
+    sequences = 2 if length == _FEW_TOKENS else 1
+    tokens_BL = torch.randint(0, rows, (sequences, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        try:
+            their_logits_BLV: Tensor = theirs(tokens_BL).logits[..., :rows]
+        except Exception as error:  # as above
+            return f"logits are not compared with {name}, which cannot compute them: {reason_of(error)}"
+        logits_BLV = model(tokens_BL)[..., :rows]
+    apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
+    if not apart <= _TOLERANCE * max(1.0, size):
+        raise CheckpointError(
+            f"{released.name}: {name} computes other logits from it: they differ by up to {apart:.2g}, the largest is "
+            f"{size:.2g}. Do not train on it; please report its config.json"
+        )
+    return f"logits are those of {name} within {apart:.1e} (the largest is {size:.3g}) on {length:,} positions"
+
+
+def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
+    """In float32 whatever the config's dtype says, with attention that needs no extra package."""
+    config.pad_token_id = None  # it may be beyond the rows, which torch refuses; it has no part in the logits
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, local_files_only=True, attn_implementation="sdpa", **dtype
+    )
+    return model.eval()
+
+
+def _require_same_settings(released: Released, theirs: Any, transformers: Any) -> None:
+    """Compare what transformers understood of config.json with what we did, rotary frequencies included."""
+    shape = released.shape
+    keys = _KEYS | (_LLAMA_KEYS if isinstance(shape, LlamaShape) else _GPT_NEOX_KEYS)
+    found = {key: (getattr(shape, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
+    if isinstance(shape, LlamaShape):
+        head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        found["head_dim"] = shape.head_width, head
+        if theirs.model_type in ("llama", "mistral") or hasattr(
+            theirs, "layer_types"
+        ):  # Qwen's since transformers 4.53
+            found["sliding_window"] = shape.sliding_window, _their_window(theirs)
+    faults = [f"{key}: {yours!r} there, {ours!r} here" for key, (ours, yours) in found.items() if ours != yours]
+    rotary = _their_rotary(theirs, transformers)
+    if rotary is not None:
+        faults += _rotary_faults(shape, *rotary)
+    if faults:
+        raise CheckpointError(
+            f"{released.name}: transformers {transformers.__version__} reads config.json otherwise: {'; '.join(faults)}"
+            ". Do not train on it; please report its config.json"
+        )
+
+
+def _their_window(theirs: Any) -> int | None:
+    """The sliding window, of any layer; Llama has the key at times and ignores it."""
+    if theirs.model_type == "llama":
+        return None
+    slides = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types  # Qwen's, layer by layer
+    return theirs.sliding_window if slides else None
+
+
+def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None:
+    """Frequencies and amplitude of transformers' own module; None where a version has it elsewhere."""
+    model = transformers.AutoModelForCausalLM._model_mapping.get(type(theirs), None)
+    kinds = [kind for name, kind in vars(sys.modules[model.__module__]).items() if name.endswith("RotaryEmbedding")]
+    try:
+        rotary = kinds[0](config=theirs)
+        return rotary.inv_freq.float(), float(rotary.attention_scaling)
+    except (AttributeError, IndexError, TypeError):
+        return None
+
+
+def _rotary_faults(shape: ModelShape, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
+    width = shape.rotary_width if isinstance(shape, GPTNeoXShape) else getattr(shape, "head_width", 0)
+    scaling = getattr(shape, "rope_scaling", None)
+    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
+    ours_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
+    if ours_R.shape != theirs_R.shape:
+        yield f"rotary frequencies: {len(theirs_R)} there, {len(ours_R)} here"
+    elif not torch.allclose(ours_R, theirs_R, rtol=1e-4, atol=1e-9):
+        worst = int((ours_R / theirs_R - 1).abs().argmax())
+        yield f"rotary frequency {worst}: {theirs_R[worst]:.6g} there, {ours_R[worst]:.6g} here"
+    if abs(float(cos_LR[0, 0]) - amplitude) > 1e-5:
+        yield f"rotary amplitude: {amplitude:.6g} there, {float(cos_LR[0, 0]):.6g} here"
+
+
+def _length(*shapes: ModelShape) -> int:
+    """Tokens of a sequence: beyond the end of any sliding window."""
+    windows = [shape.attention_span for shape in shapes if shape.attention_span is not None]
+    return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
+
+
+def _short_of_memory(shape: ModelShape, length: int) -> str | None:
+    needed, free = 8 * shape.parameters + 16 * length * shape.vocab_size + 2 * length**2, _free_bytes()
+    if free is None or needed <= 0.8 * free:
+        return None
+    return f"that needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+
+
+def _free_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error and the first two lines of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and log lines of what transformers imports (torchao's of libraries that it cannot load)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

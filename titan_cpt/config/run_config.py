@@ -1,0 +1,150 @@
+"""Which files of a run's folder a run wrote: nothing else under their names is replaced, cut or appended to.
+
+A run writes config.toml (its resolved config), plan.json, summary.json, metrics.jsonl and .lock. A folder of the user's
+that has the name of a run, or a hand-written config.toml in it, is told by content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.checkpoint.manifest import differences, write_text_atomically
+from titan_cpt.common.reading import read_text
+from titan_cpt.config.load import check_config, dump_config
+from titan_cpt.config.schema import Config
+from titan_cpt.errors import CheckpointError, ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_NAME = "config.toml"
+_METRICS_BEGIN = '{"kind": "'
+_LINES_LOOKED_AT = 100
+_SPELLED_OUT = {"job": "output_dir", "training": "gc_freq", "checkpoint": "keep_latest_k", "validation": "interval"}
+
+
+def require_own_run(folder: Path, config: Config) -> None:
+    """Refuse a folder in which training would replace a file that no run wrote.
+
+    Raises:
+        CheckpointError: names every such file.
+        AccessError: a file cannot be read.
+    """
+    tests: dict[str, Callable[[str], bool]] = {
+        CONFIG_NAME: lambda text: _is_resolved_config(text, config),
+        "plan.json": lambda text: _has_keys(text, "fingerprint", "stages"),
+        "summary.json": lambda text: _has_keys(text, "stages"),
+        ".lock": lambda text: not text or text.startswith('{"pid": '),
+        "metrics.jsonl": _is_metrics,
+    }
+    foreign = [folder / name for name, is_own in tests.items() if not _is_own(folder / name, is_own)]
+    if foreign:
+        raise _foreign(foreign)
+
+
+def write_run_config(path: Path, config: Config) -> None:
+    """Write the resolved config; a file that says the same already is left as it is, comments included.
+
+    Raises:
+        CheckpointError: a file is there that no run wrote.
+    """
+    text = dump_config(config)
+    if not _is_own(path, lambda there: _is_resolved_config(there, config)):
+        raise _foreign([path])
+    with suppress(FileNotFoundError):
+        if tomllib.loads(read_text(path)) == tomllib.loads(text):
+            return
+    write_text_atomically(path, text)
+
+
+def last_setting(path: Path, table: str, key: str) -> Any:
+    """What the config that a run was last started with has under `table.key`; None where it does not say."""
+    try:
+        return tomllib.loads(read_text(path)).get(table, {}).get(key)
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """`key: old -> new` for what a run's config.toml says otherwise than the config that it is resumed under.
+
+    Where the run lies and what a person reads of it is left out; a stage that only one of the two has is a line of
+    `stages`. Nothing, where the file is missing or is not a config that this version reads.
+    """
+    try:
+        old = check_config(tomllib.loads(read_text(path)), path)
+    except (FileNotFoundError, ValueError, RecursionError, ConfigError):
+        return []
+    before, now = _settings(old), _settings(config)
+    both = {stage.name for stage in old.stages} & {stage.name for stage in config.stages}
+    return [
+        line for line in differences(before, now) if not line.startswith("stages.") or line.split(".", 2)[1] in both
+    ]
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Every number of a config by its dotted key, stages by their names."""
+    raw: dict[str, Any] = config.model_dump(
+        mode="json", by_alias=True, exclude={"job": {"name", "output_dir", "description"}}
+    )
+    raw["stages"] = {stage["name"]: stage for stage in raw["stages"]}
+    return {**dict(_flat(raw)), "stages": list(raw["stages"])}
+
+
+def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        elif value is not None:
+            yield before + key, value
+
+
+def _foreign(paths: Sequence[Path]) -> CheckpointError:
+    one = len(paths) == 1
+    return CheckpointError(
+        f"{', '.join(map(str, paths))}: {'was' if one else 'were'} not written by a run, and this run would replace "
+        f"{'it' if one else 'them'}. Nothing was changed: rename or move what is there, or choose another job.name or "
+        "job.output_dir"
+    )
+
+
+def _is_own(path: Path, is_own: Callable[[str], bool]) -> bool:
+    try:
+        return is_own(read_text(path))
+    except FileNotFoundError:
+        return True
+    except (ValueError, RecursionError):
+        return not os.path.lexists(path)  # a name that cannot exist, such as one too long: writing it says why
+
+
+def _is_resolved_config(text: str, config: Config) -> bool:
+    """Whether a TOML is one of `dump_config`, which spells out every default without comments, or says the same.
+
+    Its job.name may be another: a run's folder may be copied, and the copy trained under the name of its folder.
+    """
+    raw: dict[str, Any] = tomllib.loads(text)
+    if raw == tomllib.loads(dump_config(config)):
+        return True
+    commented = any(line.lstrip().startswith("#") for line in text.splitlines())
+    full = all(isinstance(raw.get(table), dict) and key in raw[table] for table, key in _SPELLED_OUT.items())
+    return full and not commented
+
+
+def _is_metrics(text: str) -> bool:
+    """Whether a text is a metrics.jsonl, perhaps with damaged lines, or what a kill left of its first line."""
+    if "\n" not in text:
+        return _METRICS_BEGIN.startswith(text[: len(_METRICS_BEGIN)])
+    return any(line.startswith(_METRICS_BEGIN) for line in text.split("\n", _LINES_LOOKED_AT)[:_LINES_LOOKED_AT])
+
+
+def _has_keys(text: str, *keys: str) -> bool:
+    record = json.loads(text)
+    return isinstance(record, dict) and all(key in record for key in keys)

@@ -1,0 +1,453 @@
+"""The schema of the TOML file: one frozen model per table, every key with its unit and range below it.
+
+Nothing is worked out here: what follows from these numbers (steps from tokens, accumulation, cursors) is the plan's,
+reading files and overrides is config_file's. Section and key names follow torchtitan's TOML.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from titan_cpt.config.datasets import Dataset
+from titan_cpt.config.model import Model
+from titan_cpt.config.suites import SUITES
+from titan_cpt.config.types import (
+    FileName,
+    Fraction01,
+    Mix,
+    Name,
+    NonNegativeFloat,
+    Position,
+    PositiveFloat,
+    PositiveInt,
+    Table,
+    Tokens,
+    fault,
+)
+
+
+class Job(Table):
+    """[job]: which run this is."""
+
+    name: FileName
+    """The run's name, and its folder below output_dir."""
+    description: str = ""
+    """A line for people; nothing reads it."""
+    output_dir: str = "outputs"
+    """The folder that holds the folders of runs, relative to the working directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the initial weights and the order of the data."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels, and stop where it has none."""
+
+
+class TokenizerTraining(Table):
+    """[tokenizer.train]: make tokenizer.path from a dataset's text when it is not there yet."""
+
+    dataset: Name
+    """The dataset whose `source` text the BPE is trained on: the first one, as the Pile's was."""
+    vocab_size: Annotated[int, Field(ge=257, le=2**24)]
+    """Entries of the byte-level BPE, the end-of-document token included."""
+
+
+class Tokenizer(Table):
+    """[tokenizer]: what turns text into ids and ids into bytes."""
+
+    path: str = "bytes"
+    """A tokenizer.json, or "bytes": 256 byte values and an end-of-document id."""
+    add_bos: bool = False
+    """Begin every document with the tokenizer's begin-of-document token (BOS), as the post-processors of Llama's and
+    Gemma's tokenizers do. `prepare` adds it, data prepared otherwise is refused, and `eval` and `generate` then put it
+    before every text."""
+    allow_mismatch: bool = False
+    """Begin stages with weights that were trained with another tokenizer (`init` = hf:, checkpoint:), which is refused
+    otherwise: the ids that they know mean other tokens."""
+    train: TokenizerTraining | None = None
+    """How to make the file at `path` when it is missing."""
+
+
+class Optimizer(Table):
+    """[optimizer]: AdamW's numbers; the learning rate belongs to the stages."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """The only optimizer."""
+    beta1: Fraction01 = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction01 = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norms and biases have none."""
+
+
+class StageOptimizer(Table):
+    """[stages.optimizer]: numbers of [optimizer] that this stage sets anew."""
+
+    beta1: Fraction01 | None = None
+    """In place of optimizer.beta1."""
+    beta2: Fraction01 | None = None
+    """In place of optimizer.beta2."""
+    eps: PositiveFloat | None = None
+    """In place of optimizer.eps."""
+    weight_decay: NonNegativeFloat | None = None
+    """In place of optimizer.weight_decay."""
+
+
+class Training(Table):
+    """[training]: the batch and the arithmetic."""
+
+    global_batch_size: PositiveInt
+    """Sequences of one optimizer step, over all ranks."""
+    local_batch_size: PositiveInt
+    """Sequences of one micro-batch of one data-parallel rank; accumulation follows from global_batch_size."""
+    seq_len: Annotated[int, Field(ge=2)]
+    """Tokens of one sequence."""
+    max_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """What matrices are multiplied in; weights and moments stay float32. Without bfloat16 a CPU is slower in it."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """What gradients are summed in over ranks."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read batches ahead; 0 reads in the training process."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What is done about a loss or gradient that is not finite, which never reaches the weights: stop; pass over the
+    batch; or go back to the last checkpoint, and pass over it from there."""
+    on_loss_spike: Literal["log", "stop", "skip", "rollback"] = "log"
+    """The same for a loss far above those before it; "log" tells of it and trains on."""
+    loss_spike_z_score: PositiveFloat = 8.0
+    """A loss so many standard deviations above the mean of the window before it is a spike."""
+    loss_spike_window: Annotated[int, Field(ge=0, le=100_000)] = 100
+    """Steps of the window, inside one stage; there is no spike before it is full, and none at all with 0."""
+    max_skips_per_1000_steps: Annotated[int, Field(ge=0, le=1000)] = 10
+    """Batches that are passed over in any 1000 steps of a stage; at the next one the run stops."""
+    gc_freq: PositiveInt = 50
+    """Steps between Python garbage collections, so that ranks do not stop at different times."""
+
+
+class Parallelism(Table):
+    """[parallelism]: how the model is laid over the ranks."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Copies of the sharded model (HSDP)."""
+    data_parallel_shard_degree: PositiveInt | None = None
+    """Ranks over which FSDP2 shards; left out, all ranks that the other degrees leave."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether parameters are gathered again for the backward pass; "default" is always, but for pipelines."""
+    tensor_parallel_degree: PositiveInt = 1
+    """Ranks over which matrices are split."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with matrix products (CUDA)."""
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss."""
+    pipeline_parallel_degree: PositiveInt = 1
+    """Ranks over which layers are split."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """A schedule of torch.distributed.pipelining."""
+    pipeline_parallel_microbatch_size: PositiveInt = 1
+    """Sequences of one pipeline micro-batch."""
+    context_parallel_degree: PositiveInt = 1
+    """Ranks over which a sequence is split."""
+    context_parallel_method: Literal["gather", "ring"] = "gather"
+    """Keys and values are gathered from the other ranks, or pass round them (torch's ring attention, CUDA)."""
+
+
+class Checkpoint(Table):
+    """[checkpoint]: what is saved and kept."""
+
+    interval: PositiveInt = 500
+    """Steps between checkpoints; a stage's end and its pre-anneal point are saved besides."""
+    keep_latest_k: PositiveInt = 2
+    """Newest interval checkpoints kept; stage ends and pre-anneal points are always kept."""
+    keep_every: PositiveInt | None = None
+    """Interval checkpoints at a multiple of so many steps of the stage are kept for good; a multiple of interval."""
+    async_mode: Literal["async", "disabled"] = "async"
+    """Write while training goes on, or stop for it."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_saved(self) -> Checkpoint:
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise fault(f"keep_every must be a multiple of interval ({self.interval}), got {self.keep_every}")
+        return self
+
+
+class Comm(Table):
+    """[comm]: how long processes wait for each other before a hang counts as a failure."""
+
+    init_timeout_seconds: PositiveInt = 600
+    """Longest wait for the other nodes and processes to start, and for any of them until each has done its first step
+    (loading, compiling)."""
+    train_timeout_seconds: PositiveInt = 1800
+    """Longest wait for another process in one collective operation after the first step; longer than the slowest save,
+    for which the others wait."""
+
+
+class ActivationCheckpoint(Table):
+    """[activation_checkpoint]: what is computed again in the backward pass."""
+
+    mode: Literal["none", "full", "selective", "memory_budget"] = "none"
+    """Nothing, whole blocks, a selection, or what torch.compile chooses under a budget."""
+    selective_ac_option: str = "op"
+    """"op", or an integer n for every n-th block."""
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the activations kept under mode "memory_budget"."""
+
+
+class Compile(Table):
+    """[compile]: torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile each block."""
+
+
+class Float8(Table):
+    """[float8]: matrix products in 8 bits through torchao."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """torchao's scaling recipe; left out, no float8."""
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather parameters in float8."""
+    filter_fqns: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Linear layers of the blocks whose name holds one of these stay in higher precision, as the head does anyway."""
+
+
+class Metrics(Table):
+    """[metrics]: what is shown and written."""
+
+    log_freq: PositiveInt = 10
+    """Steps between readings of the device's numbers."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+
+
+class Profiling(Table):
+    """[profiling]: traces of torch.profiler, `<run>/profile/<stage>-step-<8 digits>/rank-<5 digits>.json.gz`."""
+
+    enable_profiling: bool = False
+    """Record traces."""
+    profile_freq: PositiveInt = 100
+    """Steps from one trace to the next; a trace holds one step."""
+
+
+class Validation(Table):
+    """[validation]: what every dataset's loss is measured on, and when."""
+
+    interval: PositiveInt = 100
+    """Steps between measurements; step 0 and the end of every stage are measured besides."""
+    sequences: PositiveInt = 64
+    """Windows of each dataset, evenly spread over its validation tokens and the same ones every time."""
+    local_batch_size: PositiveInt | None = None
+    """Sequences of one forward pass of one rank; left out, training.local_batch_size."""
+    final_window_steps: Annotated[int, Field(ge=0)] = 0
+    """The paper's final loss: the mean over the last so many steps of a stage (100 in the paper); 0 is off."""
+    final_window_every: PositiveInt = 10
+    """Steps between the samples of that mean."""
+
+
+class Evaluation(Table):
+    """[evaluation]: benchmarks inside training."""
+
+    suite: str | None = None
+    """paper_english, paper_german, minimal_pairs or offline; left out, nothing is evaluated."""
+    every: PositiveInt | None = None
+    """Steps of a stage between evaluations; a checkpoint is saved for each."""
+    at_stage_end: bool = True
+    """Evaluate when a stage ends."""
+    tasks_dir: str | None = None
+    """Folder of more tasks, as YAML files of lm-evaluation-harness."""
+    limit: PositiveInt | None = None
+    """Only so many samples of each task, evenly spread."""
+
+    @model_validator(mode="after")
+    def _suite_is_known(self) -> Evaluation:
+        if self.suite is not None and self.suite not in SUITES:
+            raise fault(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+        if self.suite is None and self.every is not None:
+            raise fault("every needs a suite; give evaluation.suite")
+        return self
+
+
+class _LR(Table):
+    @model_validator(mode="after")
+    def _min_below_max(self) -> _LR:
+        low, high = getattr(self, "min", None), getattr(self, "max", None)
+        if low is not None and high is not None and low > high:
+            raise fault(f"min must not be above max ({high:g}), got {low:g}")
+        return self
+
+
+class CosineLR(_LR):
+    """lr = { schedule = "cosine" }: warm-up, then half a cosine to the stage's end."""
+
+    schedule: Literal["cosine"]
+    max: PositiveFloat
+    """Peak LR."""
+    min: NonNegativeFloat | None = None
+    """LR of the last step; left out, a tenth of max."""
+    warmup_until: Position = 0.01
+    """End point of the warm-up."""
+
+
+class LinearLR(_LR):
+    """lr = { schedule = "linear" }: warm-up, then a straight line to the stage's end."""
+
+    schedule: Literal["linear"]
+    max: PositiveFloat
+    """Peak LR."""
+    min: NonNegativeFloat | None = None
+    """LR of the last step; left out, a tenth of max."""
+    warmup_until: Position = 0.01
+    """End point of the warm-up."""
+
+
+class ConstantLR(_LR):
+    """lr = { schedule = "constant" }: max all the way, after a warm-up if one is asked for."""
+
+    schedule: Literal["constant"]
+    max: PositiveFloat
+    """The LR."""
+    warmup_until: Position = 0
+    """End point of the warm-up; none unless asked for."""
+
+
+class _InfiniteLR(_LR):
+    max: PositiveFloat | None = None
+    """Peak LR; a later stage, which has neither warm-up nor cool-down, needs none."""
+    constant: PositiveFloat
+    """LR of the constant phase, where the next stage goes on."""
+    min: PositiveFloat | None = None
+    """LR at the end of the annealing; left out, a tenth of max, or of constant where there is no max."""
+    warmup_until: Position = 0.01
+    """End point of the warm-up; 0 in a later stage."""
+    cooldown_until: Position
+    """End point of the cool-down from max to constant; 0 in a later stage."""
+    constant_until: Position
+    """End point of the constant phase; 1.0 does not anneal."""
+
+    @model_validator(mode="after")
+    def _max_where_it_is_used(self) -> _InfiniteLR:
+        starts_constant = self.warmup_until == 0 and self.cooldown_until == 0
+        if self.max is None and not starts_constant:
+            raise fault("max is missing; only a stage with warmup_until = 0 and cooldown_until = 0 needs none")
+        if self.max is not None and self.constant > self.max:
+            raise fault(f"constant must not be above max ({self.max:g}), got {self.constant:g}")
+        if self.min is not None and self.min > self.constant:
+            raise fault(f"min must not be above constant ({self.constant:g}), got {self.min:g}")
+        return self
+
+
+class InfiniteCosineLR(_InfiniteLR):
+    """lr = { schedule = "infinite_cosine" }: warm-up, cosine cool-down, constant, annealing."""
+
+    schedule: Literal["infinite_cosine"]
+
+
+class InfiniteInvSqrtLR(_InfiniteLR):
+    """lr = { schedule = "infinite_inv_sqrt" }: warm-up, inverse-square-root cool-down, constant, annealing."""
+
+    schedule: Literal["infinite_inv_sqrt"]
+    alpha: PositiveFloat = 10.0
+    """Steepness of the cool-down."""
+
+
+class WsdLR(_LR):
+    """lr = { schedule = "wsd" }: warm-up, stable, decay."""
+
+    schedule: Literal["wsd"]
+    max: PositiveFloat
+    """LR of the stable phase."""
+    min: NonNegativeFloat | None = None
+    """LR of the last step; left out, a tenth of max. 0 is legal but for an exponential decay."""
+    warmup_until: Position = 0.01
+    """End point of the warm-up."""
+    decay_from: Position
+    """End point of the stable phase."""
+    decay: Literal["linear", "sqrt", "exponential", "cosine"]
+    """Shape of the decay; sqrt is 1 - sqrt(x)."""
+
+
+class InvSqrtLR(_LR):
+    """lr = { schedule = "inv_sqrt" }: warm-up, then an inverse square root without end."""
+
+    schedule: Literal["inv_sqrt"]
+    max: PositiveFloat
+    """Peak LR."""
+    min: NonNegativeFloat | None = None
+    """Floor; left out, a tenth of max."""
+    warmup_until: Position = 0.01
+    """End point of the warm-up."""
+    timescale: Position
+    """How long after the warm-up the LR is max / sqrt(2): a share, steps or tokens like the end points."""
+
+
+LR = Annotated[
+    CosineLR | LinearLR | ConstantLR | InfiniteCosineLR | InfiniteInvSqrtLR | WsdLR | InvSqrtLR,
+    Field(discriminator="schedule"),
+]
+
+
+class Replay(Table):
+    """[stages.replay]: old sequences in the place of new ones; the stage's budget stays the same."""
+
+    fraction: Fraction01
+    """Share of the stage's sequences that are replayed; 0.05 is the usual choice, 0.01 for a weak shift."""
+    from_: Annotated[Mix | None, Field(alias="from")] = None
+    """Datasets, or a table of weights; left out, every earlier one, by the tokens of it trained on so far."""
+    order: Literal["as_trained", "reshuffled"] = "as_trained"
+    """The order of first sight, or a new permutation of what was seen."""
+    on_exhausted: Literal["error", "repeat"] = "error"
+    """What the plan does where a dataset has fewer seen sequences than the replay would take."""
+
+
+class Stage(Table):
+    """[[stages]]: one leg of the run."""
+
+    name: Name
+    """The stage's name, its folder, and how overrides and `init` refer to it."""
+    dataset: Mix
+    """A dataset, or a table of datasets to weights."""
+    steps: PositiveInt | None = None
+    """Optimizer steps; or give tokens."""
+    tokens: Tokens | None = None
+    """Token budget, rounded up to whole steps; or give steps."""
+    init: str | None = None
+    """Where the weights come from: previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME;
+    left out, random for the first stage and previous for the others."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """Whether AdamW's moments and step count come along with the weights."""
+    optimizer: StageOptimizer | None = None
+    """Numbers of [optimizer] that change here."""
+    lr: LR
+    """The learning-rate schedule."""
+    replay: Replay | None = None
+    """Old data in the mix."""
+
+
+class Config(Table):
+    """The whole file."""
+
+    job: Job
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    parallelism: Parallelism = Parallelism()
+    comm: Comm = Comm()
+    checkpoint: Checkpoint = Checkpoint()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    float8: Float8 = Float8()
+    metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+    sweep: dict[str, Any] = Field(default_factory=dict)
+    """[sweep]: dotted keys to lists of values, which are crossed; those in [sweep.zip] go in step. `titan-cpt sweep`
+    trains an arm for each choice."""
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, strict=False)]

@@ -1,0 +1,378 @@
+"""Text files and data sets, read as chunks of documents that are cut alike on every machine.
+
+    .txt                one document a file
+    .jsonl  .json       one object a line; a .json may also be one array of objects; the text is in one field
+    .parquet            one document a row; the text is in one column
+    hub:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed (hub.py); the split is train if not given
+
+The first three may be packed as .gz, .zst, .bz2 or .xz. JSON lines stay bytes until a worker parses them, because
+parsing is as slow as reading is fast. JSON and parquet files of the hub are read like local ones.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from titan_cpt.data.file_names import Once, escape_hint, matches
+from titan_cpt.data.prepare import hub
+from titan_cpt.data.prepare.decompress import PACKED, read_blocks, unpacked_blocks
+from titan_cpt.data.prepare.hub import HUB
+from titan_cpt.errors import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".json")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(PACKED)}), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
+
+CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
+
+CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
+SMALLEST_CHUNK_BYTES = 2 * 2**20
+LARGEST_CHUNK_BYTES = 32 * 2**20
+PARQUET_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, or a data set of the hub."""
+
+    spec: str
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is read through the `datasets` library."""
+        return self.spec.startswith(HUB)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Length of the file, packed as it is; 0 for a data set of the hub."""
+        return 0 if self.is_hub else Path(self.spec).stat().st_size
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
+        if self.is_hub:
+            return {"name": self.spec, "hash": hub.version_of(self.spec)}
+        status = Path(self.spec).stat()
+        return {"name": Path(self.spec).name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of documents: JSON lines as they stand, or texts."""
+
+    where: str
+    """The file or data set, for messages."""
+    unit: str
+    """"line" or "row", for messages."""
+    first: int
+    """Number of the first line or row, from 1."""
+    content: bytes | tuple[Any, ...]
+    disk_bytes: int = field(compare=False, default=0)
+    """How far the reading of packed files went on with this chunk."""
+
+    def digest(self) -> bytes:
+        """Identity of the content; the file's name is no part of it."""
+        digest = hashlib.blake2b(digest_size=32)
+        if isinstance(self.content, bytes):
+            digest.update(b"lines\0" + self.content)
+        else:
+            digest.update(json.dumps(self.content, default=repr).encode())
+        return digest.digest()
+
+    def texts(self, text_field: str) -> Iterator[tuple[str, bytes]]:
+        """Yield each text, and the same in UTF-8.
+
+        Raises:
+            DataError: a line is no JSON object, lacks the field, or a text is no text; names file and line.
+        """
+        for number, text in self._values(text_field):
+            place = f"{self.where}:{number}" if self.unit == "line" else f"{self.where}: {self.unit} {number}"
+            if not isinstance(text, str):
+                raise DataError(f"{place}: {text_field!r} is {_short(text)}; allowed is a string")
+            try:
+                yield text, text.encode()
+            except UnicodeEncodeError as fault:
+                raise DataError(
+                    f"{place}: the text holds {text[fault.start]!r}, half of a surrogate pair, which is no character: "
+                    "mend or remove it"
+                ) from None
+
+    def _values(self, text_field: str) -> Iterator[tuple[int, Any]]:
+        """Number and text field of each document, of whatever type it is."""
+        if not isinstance(self.content, bytes):
+            yield from enumerate(self.content, self.first)
+            return
+        for number, line in enumerate(self.content.split(b"\n"), self.first):
+            if line.strip():
+                yield number, _field(_parsed(line, f"{self.where}:{number}"), text_field, f"{self.where}:{number}")
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Source]:
+    """Return what file names, globs (sorted) and hub names stand for, in the order given.
+
+    Raises:
+        DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
+    """
+    found: list[Source] = []
+    hubs: set[str] = set()
+    once = Once("text")
+    for entry in inputs:
+        names = [entry] if entry.startswith(HUB) else _match(entry)
+        if not names and Path(entry).is_dir():
+            raise DataError(f"{entry}: is a folder: {_how_to_name_files(entry)}")
+        if not names:
+            why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
+            raise DataError(f"{entry}: {why}{escape_hint(entry)}")
+        for name in names:
+            if not name.startswith(HUB) and _kind(name) is None:
+                raise DataError(f"{name}: unsupported file type; allowed are {ALLOWED}")
+            if name in hubs:
+                raise DataError(f"{entry}: names {name} a second time: its text would be read twice; name it once")
+            if name.startswith(HUB):
+                hubs.add(name)
+            else:
+                once.add(entry, name, name)
+            found.append(Source(name))
+    if not found:
+        raise DataError(f"no input was given; allowed are {ALLOWED}")
+    return found
+
+
+def missing_inputs(inputs: Sequence[str]) -> list[str]:
+    """Return those names and globs that find no file; a data set of the hub counts as there."""
+    return [entry for entry in inputs if not entry.startswith(HUB) and not _match(entry)]
+
+
+def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[str]:
+    """Yield the text of every document that holds more than white space, in order.
+
+    Raises:
+        DataError: see find_inputs and Chunk.texts.
+    """
+    for chunk in read_chunks(find_inputs(inputs), text_field):
+        yield from (text for text, _ in chunk.texts(text_field) if text.strip())
+
+
+def read_chunks(sources: Sequence[Source], text_field: str) -> Iterator[Chunk]:
+    """Yield all documents in order. Where chunks end follows from the inputs alone.
+
+    Raises:
+        DataError: an input is damaged, or is not what its name says.
+    """
+    texts: list[str] = []  # documents of small files, which share chunks
+    size = 0
+    for source in sources:
+        if _kind(source.spec) == ".txt":
+            text, length = _read_text(Path(source.spec))
+            texts.append(text)
+            size += length
+        if texts and (size >= SMALLEST_CHUNK_BYTES or _kind(source.spec) != ".txt"):
+            yield Chunk("text files", "file", 1, tuple(texts), size)
+            texts, size = [], 0
+        if _kind(source.spec) != ".txt":
+            yield from _read_source(source, text_field)
+    if texts:
+        yield Chunk("text files", "file", 1, tuple(texts), size)
+
+
+def _match(entry: str) -> list[str]:
+    if os.path.isfile(entry):
+        return [entry]
+    return [name for name in matches(entry) if os.path.isfile(name)]
+
+
+def _how_to_name_files(folder: str) -> str:
+    """Globs for the kinds of files that a folder holds, at its top or one level down."""
+    folder = folder.rstrip("/")
+    readable = [*(kind + packing for kind in SUFFIXES for packing in ("", *PACKED)), ".parquet"]
+    for below in ("*", "*/*"):
+        names = [path.name for path in Path(folder).glob(below) if path.is_file()]
+        patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
+        if patterns:
+            return f"name its files, such as {' '.join(repr(f'{glob.escape(folder)}/{each}') for each in patterns)}"
+    return f"name files and not folders; it holds none that can be read; allowed are {ALLOWED}"
+
+
+def _kind(name: str) -> str | None:
+    """The suffix that tells the format, packing left off; None if it is unknown."""
+    if name.startswith(HUB):
+        return HUB
+    if name.endswith(".parquet"):
+        return ".parquet"
+    return next((kind for kind in SUFFIXES for packing in ("", *PACKED) if name.endswith(kind + packing)), None)
+
+
+def _read_source(source: Source, text_field: str) -> Iterator[Chunk]:
+    if source.is_hub:
+        return _read_hub(source.spec, text_field)
+    path = Path(source.spec)
+    target = _chunk_bytes(source.disk_bytes)
+    if path.suffix == ".parquet":
+        return _cut_values(source.spec, _parquet_values(path, source.spec, text_field), target, source.disk_bytes)
+    return _read_json(read_blocks(path), source.spec, text_field, target, source.disk_bytes)
+
+
+def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
+    """JSON and parquet files one by one, as they are stored; other formats through the `datasets` library."""
+    split = hub.open_split(spec)
+    if split.format not in ("json", "parquet"):
+        rows = enumerate(hub.values(spec, split, text_field), 1)
+        values = (_field(row, text_field, f"{spec}: row {number}") for number, row in rows)
+        yield from _cut_values(spec, values, LARGEST_CHUNK_BYTES, 0)
+        return
+    for name in split.files:
+        try:
+            with hub.open_file(name) as file:
+                if split.format == "parquet":
+                    yield from _cut_values(name, _parquet_values(file, name, text_field), LARGEST_CHUNK_BYTES, 0)
+                else:
+                    blocks = unpacked_blocks(file, hub.file_name(name))
+                    yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, split.field)
+        except OSError as fault:
+            raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault
+
+
+def _chunk_bytes(disk_bytes: int) -> int:
+    return min(max(disk_bytes // CHUNKS_A_FILE, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+
+
+def _read_text(path: Path) -> tuple[str, int]:
+    """The text of a file, less a byte order mark, and its length on disk."""
+    content = b"".join(block for block, _ in read_blocks(path))
+    _refuse_utf16(content, str(path))
+    try:
+        return content.decode("utf-8-sig"), path.stat().st_size
+    except UnicodeDecodeError as fault:
+        line = content[: fault.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+
+
+def _refuse_utf16(content: bytes, place: str) -> None:
+    """UTF-16 by its byte order mark, or, of Latin text without one, by every other byte being 0."""
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if marked or (len(content) > 1 and 3 * content.count(0) > len(content)):
+        raise DataError(f"{place}: looks like UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+
+
+def _read_json(
+    blocks: Iterator[tuple[bytes, int]],
+    where: str,
+    text_field: str,
+    target: int,
+    disk_bytes: int,
+    list_field: str | None = None,
+) -> Iterator[Chunk]:
+    """JSON lines; a .json whose first character is [ is an array, which has to be read whole.
+
+    Args:
+        list_field: the file is one object, and the array is in this field of it.
+    """
+    head = list(_take_until_content(blocks))
+    begin = b"".join(block for block, _ in head).removeprefix(BYTE_ORDER_MARK).lstrip()
+    _refuse_utf16(begin[:100], where)
+    may_be_array = not where.endswith(tuple(f".jsonl{packing}" for packing in ("", *PACKED)))
+    if list_field is not None or (may_be_array and begin.startswith(b"[")):
+        records = _parsed(b"".join(block for block, _ in (*head, *blocks)), where)
+        if list_field is not None:
+            records = _field(records, list_field, where)
+        if not isinstance(records, list):
+            raise DataError(f"{where}: {list_field!r} is {_short(records)}; allowed is a list of objects")
+        values = (_field(record, text_field, f"{where}: row {row}") for row, record in enumerate(records, 1))
+        return _cut_values(where, values, target, disk_bytes)
+    return _cut_lines(where, chain(head, blocks), target)
+
+
+def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    for block in blocks:
+        yield block
+        if block[0].strip():
+            return
+
+
+def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> Iterator[Chunk]:
+    """Cut behind the last line end of the first `target` bytes, or behind the first one after them."""
+    buffer = bytearray()
+    first, position, told, searched = 1, 0, 0, 0
+    for block, position in blocks:
+        if not buffer and first == 1:
+            block = block.removeprefix(BYTE_ORDER_MARK)
+        buffer += block
+        while len(buffer) > target:
+            cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", searched) + 1
+            if not cut:
+                searched = len(buffer)
+                break
+            content = bytes(buffer[:cut])
+            del buffer[:cut]
+            yield Chunk(where, "line", first, content, position - told)
+            first, told, searched = first + content.count(b"\n"), position, 0
+    if buffer.strip():
+        yield Chunk(where, "line", first, bytes(buffer), position - told)
+
+
+def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int) -> Iterator[Chunk]:
+    """Cut a stream of texts when they reach `target` characters; the disk's share is told with the last chunk."""
+    pending: list[Any] = []
+    first, size = 1, 0
+    for value in values:
+        pending.append(value)
+        size += len(value) if isinstance(value, str) else 1
+        if size >= target:
+            yield Chunk(where, "row", first, tuple(pending))
+            first, size, pending = first + len(pending), 0, []
+    if pending or disk_bytes:
+        yield Chunk(where, "row", first, tuple(pending), disk_bytes)
+
+
+def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iterator[Any]:
+    """The text column of a parquet file, row by row."""
+    import pyarrow  # heavy, and most inputs are not parquet
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if text_field not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
+                raise DataError(
+                    f"{where}: no column {text_field!r}; its columns are {columns}: choose one with {CHOOSE_FIELD}"
+                )
+            if table.schema_arrow.names.count(text_field) > 1:
+                raise DataError(
+                    f"{where}: has several columns {text_field!r}: rename or remove those that are not meant"
+                )
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
+                yield from batch.column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as fault:
+        raise DataError(f"{where}: cannot be read as parquet: {fault}") from fault
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    content = content.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return json.loads(content.decode())
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{place}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+    except (ValueError, RecursionError) as fault:
+        raise DataError(
+            f"{place}: is not JSON ({fault}); begins with {_short(content[:60])}; allowed is one object a line, or in "
+            "a .json file one array of objects"
+        ) from None
+
+
+def _field(record: Any, text_field: str, place: str) -> Any:
+    if not isinstance(record, dict):
+        raise DataError(f"{place}: is {_short(record)}; allowed is an object with the field {text_field!r}")
+    if text_field not in record:
+        fields = ", ".join(record) or "none"
+        raise DataError(f"{place}: no field {text_field!r}; its fields are {fields}: choose one with {CHOOSE_FIELD}")
+    return record[text_field]
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}..."

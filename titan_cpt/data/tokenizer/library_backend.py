@@ -1,0 +1,198 @@
+"""The `tokenizers` library behind the interface of engines.py: any tokenizer.json, text kept as text, losses counted.
+
+tokenizers is imported where it is used: a plan asks for a vocabulary alone and must answer at once.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_cpt.data.tokenizer.bpe import BYTE_OF
+from titan_cpt.data.tokenizer.special_tokens import (
+    BYTE_NAME,
+    Guarded,
+    is_byte_level,
+    kind_of,
+    model_vocab,
+    without_byte_fallback,
+)
+from titan_cpt.errors import DataError, how_to_install
+
+Ids = npt.NDArray[np.int64]
+_FORBIDDEN, _BYTE, _UNKNOWN = 1, 2, 3
+"""Kinds of ids that need a second look."""
+
+
+class Encoded(NamedTuple):
+    """Texts as ids."""
+
+    ids: Ids
+    """Of all texts, concatenated."""
+    lengths: Ids
+    """Ids of each text."""
+    lost: dict[int, str]
+    """Number of a text to the characters of it that became the unknown token or no token at all."""
+
+
+class HuggingFaceEngine:
+    """The `tokenizers` library itself: does everything a tokenizer.json can ask for, about half as fast."""
+
+    def __init__(self, spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]) -> None:
+        """Open a tokenizer.
+
+        Args:
+            spec: the content of its tokenizer.json.
+            name: its path, for messages.
+            guarded: the same with special tokens that no text becomes.
+            table: the bytes of every id.
+
+        Raises:
+            DataError: the library is not installed, or does not accept the file.
+        """
+        self._name, self._guarded = name, guarded
+        self._whole = _library_tokenizer(spec, name)
+        _check_ids(self._whole, spec, name)
+        self._encoder = self._whole if guarded.spec is spec else _library_tokenizer(guarded.spec, name)
+        self._forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
+        marked = {**dict.fromkeys(self._forbidden, _FORBIDDEN), **dict.fromkeys(guarded.byte_ids, _BYTE)}
+        if guarded.unknown_id is not None:
+            marked[guarded.unknown_id] = _UNKNOWN
+        self._marks = np.zeros(max(len(table), *marked, 0) + 1, dtype=np.int8)
+        self._marks[list(marked)] = list(marked.values())
+        model = guarded.spec["model"]
+        self._drops = kind_of(model) == "BPE" and not model.get("unk_token") and not model.get("byte_fallback")
+        self._byte_level = is_byte_level(spec)
+        self._alphabet = _alphabet(model, byte_level=self._byte_level) if self._drops else frozenset()
+        self._is_dropped: dict[str, bool] = {}
+        matched = [token["content"] for token in spec.get("added_tokens") or [] if not token.get("special")]
+        self._matched = re.compile("|".join(map(re.escape, matched))) if matched else None
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the ids of the texts, and what was lost.
+
+        Raises:
+            DataError: the name of a special or byte token in a text cannot be told from the token itself.
+        """
+        encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
+        parts = [encoding.ids for encoding in encodings]
+        ids, lengths = _joined(parts)
+        lost = {}
+        for number, marks in self._marked(ids, lengths):
+            if _BYTE in marks:
+                parts[number] = self._without_named_bytes(texts[number], encodings[number])
+            if _UNKNOWN in marks:
+                spans = zip(encodings[number].ids, encodings[number].offsets, strict=True)
+                unknown = self._guarded.unknown_id
+                lost[number] = "".join(texts[number][start:end] for token, (start, end) in spans if token == unknown)
+            if _FORBIDDEN in marks:
+                token = next(self._forbidden[one] for one in parts[number] if one in self._forbidden)
+                raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_begin(texts[number])}")
+        if self._drops:
+            lost = {number: dropped for number, text in enumerate(texts) if (dropped := self._dropped(text))}
+        if self._guarded.byte_ids:
+            ids, lengths = _joined(parts)
+        return Encoded(ids, lengths, lost)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; special tokens by their names."""
+        return str(self._whole.decode(list(ids), skip_special_tokens=False))
+
+    def _marked(self, ids: Ids, lengths: Ids) -> list[tuple[int, set[int]]]:
+        """The texts with ids that need a second look, and the kinds of these ids."""
+        marks = self._marks[ids]
+        places = np.flatnonzero(marks)
+        owners = np.searchsorted(np.cumsum(lengths), places, side="right")
+        found: dict[int, set[int]] = {}
+        for owner, mark in zip(owners.tolist(), marks[places].tolist(), strict=True):
+            found.setdefault(owner, set()).add(mark)
+        return [*found.items()]
+
+    def _without_named_bytes(self, text: str, encoding: Any) -> list[int]:
+        """Ids of a text in which only unknown characters become byte tokens, and the name of a byte token does not."""
+        if kind_of(self._guarded.spec["model"]) != "Unigram":
+            spans = zip(encoding.ids, encoding.offsets, strict=True)
+            if any(number in self._guarded.byte_ids and end - start > 1 for number, (start, end) in spans):
+                raise DataError(
+                    f"{self._name}: a text holds the name of a byte token, such as <0x0A>, which this model takes for "
+                    f"the byte: {_begin(text)}. Remove it from the text"
+                )
+            return list(encoding.ids)
+        normalizer = self._encoder.normalizer
+        if not BYTE_NAME.search(normalizer.normalize_str(text) if normalizer else text):
+            return list(encoding.ids)
+        encoding = self._without_fallback.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for number, characters in zip(encoding.ids, encoding.tokens, strict=True):
+            unknown = number == self._guarded.unknown_id
+            ids += [self._guarded.byte_ids[byte] for byte in characters.encode()] if unknown else [number]
+        return ids
+
+    @functools.cached_property
+    def _without_fallback(self) -> Any:
+        return _library_tokenizer(without_byte_fallback(self._guarded.spec), self._name)
+
+    def _dropped(self, text: str) -> str:
+        """The characters of a text that a BPE without an unknown token leaves out."""
+        if self._matched is not None:
+            text = self._matched.sub("", text)
+        for character in set(text) - self._is_dropped.keys():
+            normalizer = self._encoder.normalizer
+            normal = normalizer.normalize_str(character) if normalizer else character
+            parts = normal.encode() if self._byte_level else normal.replace("\u2581", "")
+            self._is_dropped[character] = not character.isspace() and not self._alphabet.issuperset(parts)
+        return "".join(character for character in text if self._is_dropped[character])
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
+    """The ids of all texts, concatenated, and the number of ids of each."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
+
+
+def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
+    """A tokenizer of the `tokenizers` library that leaves the names of special tokens in a text as text."""
+    try:
+        import tokenizers
+    except ImportError as fault:
+        raise DataError(
+            f"{name}: needs the `tokenizers` library for what tiktoken cannot do ({fault}); "
+            f"{how_to_install('tokenizers')}"
+        ) from fault
+    plain = {**spec, "truncation": None, "padding": None, "post_processor": None}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    except Exception as fault:  # the library raises nothing more specific
+        raise DataError(f"{name}: the `tokenizers` library cannot read it: {fault}") from fault
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _alphabet(model: dict[str, Any], *, byte_level: bool) -> frozenset[str] | frozenset[int]:
+    """The characters, or the bytes, that a BPE begins with."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    single = {token for word in model["vocab"] if len(token := word.removeprefix(prefix)) == 1}
+    return frozenset(BYTE_OF[token] for token in single & BYTE_OF.keys()) if byte_level else frozenset(single)
+
+
+def _check_ids(tokenizer: Any, spec: dict[str, Any], name: str) -> None:
+    """Raise DataError where the library gives a token another id than the file."""
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    wanted = {**model_vocab(spec["model"]), **added}
+    found = tokenizer.get_vocab(with_added_tokens=True)
+    if found == wanted:
+        return
+    token = next(token for token in {**wanted, **found} if found.get(token) != wanted.get(token))
+    raise DataError(
+        f"{name}: {token!r} has id {wanted.get(token)} in the file, and {found.get(token)} in the `tokenizers` "
+        "library, which transformers uses for an export: write the file with that library"
+    )
+
+
+def _begin(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."

@@ -1,0 +1,78 @@
+"""What `prepare` tells the user about a tokenizer: speed, the ends of documents, and what it loses of any text."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer
+
+_LOSSES = {
+    "upper case": ("Word", "word"),
+    "accents": ("caf\u00e9", "cafe"),
+    "line ends": ("word\nword", "word word"),
+    "tabs": ("word\tword", "word word"),
+    "runs of spaces": ("word  word", "word word"),
+    "all spaces": ("word word", "wordword"),
+    "spaces at the end": ("word  ", "word"),
+    "compatibility forms (\ufb01 becomes fi, \u00b2 becomes 2)": ("\ufb01", "fi"),
+}
+"""What texts may lose -> two texts that differ in it alone: it is lost where both have the same ids."""
+
+
+def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
+    """A line for each thing that the user should know. Loads the library that does the work."""
+    notes = [tokenizer.note, _bos(tokenizer), *_settings(tokenizer), _losses(tokenizer)]
+    return [note for note in notes if note]
+
+
+def _bos(tokenizer: Tokenizer) -> str | None:
+    """Where transformers would begin each document with a token and these documents begin without."""
+    if tokenizer.add_bos or tokenizer.begin is None or not tokenizer.begin.added:
+        return None
+    return (
+        f"{tokenizer.name}: its post-processor puts {tokenizer.begin.name} before every text, which these documents do "
+        "not have; --add-bos (in a config, tokenizer.add_bos = true) adds it"
+    )
+
+
+def _settings(tokenizer: Tokenizer) -> Iterator[str]:
+    """BPE dropout that is switched off, and an end-of-document token that transformers has otherwise."""
+    if tokenizer.name == BYTES:
+        return
+    path = Path(tokenizer.name)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if dropout := (_read(file).get("model") or {}).get("dropout"):
+        yield f"{tokenizer.name}: its BPE dropout of {dropout} is off here, so that a text always has the same tokens"
+    named = _read(file.parent / "tokenizer_config.json").get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    end = tokenizer.decode([tokenizer.eod_id])
+    if isinstance(named, str) and named != end:
+        yield (
+            f"{tokenizer.name}: documents end with {end} (id {tokenizer.eod_id}), and the tokenizer_config.json beside "
+            f"it names {named} as the end of a text"
+        )
+
+
+def _losses(tokenizer: Tokenizer) -> str | None:
+    """What no token of this tokenizer tells; characters that have no token are counted text by text instead."""
+    lost = []
+    for what, pair in _LOSSES.items():
+        ids = tokenizer.encode_documents(pair)
+        one, other = ids.ids[: ids.lengths[0]], ids.ids[ids.lengths[0] :]
+        if not ids.lost and one.tolist() == other.tolist():
+            lost.append(what)
+    if not lost:
+        return None
+    return (
+        f"{tokenizer.name}: its normalizer or pre-tokenizer removes {', '.join(lost)} from every text: no model can "
+        "learn them, and generated text has none"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,47 @@
+"""Which checkpoints are meant by a path, and where what is found out about them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.manager import STAGE_END
+from titan_cpt.common.reading import is_there, matching
+from titan_cpt.errors import CheckpointError
+from titan_cpt.evaluation.scores import FOLDER
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None for one outside of runs, such as an import."""
+    run = checkpoint.absolute().parent.parent
+    return run if is_there(run / "config.toml") else None
+
+
+def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
+    """Where the scores of a checkpoint are kept: in its run's folder, else beside it."""
+    run = run_of(checkpoint)
+    if run is None:
+        return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{FOLDER}")
+    return run / FOLDER / str(record["stage"]) / f"step-{record['steps_done']:08d}"
+
+
+def stage_ends(path: Path) -> list[Path]:
+    """A checkpoint itself, or the ends of a run's stages in the order of training.
+
+    Raises:
+        CheckpointError: the folder is neither, or the run has not come to the end of a stage.
+    """
+    if is_there(path / manifest.NAME) or not is_there(path / "plan.json"):
+        manifest.read(path)
+        return [path]
+    found = [(manifest.read(file.parent), file.parent) for file in matching(path, "*", "step-*", manifest.NAME)]
+    ends = sorted(
+        (record["run_step"], folder)
+        for record, folder in found
+        if record["kind"] == STAGE_END and manifest.is_in_place(folder, record)
+    )
+    if not ends:
+        raise CheckpointError(f"{path}: no stage of this run has come to its end; name a checkpoint of it")
+    return [folder for _, folder in ends]

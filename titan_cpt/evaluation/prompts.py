@@ -1,0 +1,93 @@
+"""What checkpoints make of the same prompts: told at once, and for the example prompts kept for the run's report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.common import reading
+from titan_cpt.config.suites import EXAMPLES
+from titan_cpt.distributed.device_mesh import Ranks
+from titan_cpt.errors import ConfigError
+from titan_cpt.evaluation.checkpoints import scores_folder, stage_ends
+from titan_cpt.evaluation.generate import Sampling, generate
+from titan_cpt.evaluation.inference import Opened, open_checkpoint
+from titan_cpt.evaluation.scores import GENERATIONS
+
+EXAMPLE_TOKENS = 48
+EXAMPLE_SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=0)
+
+
+def continue_prompts(
+    paths: Sequence[Path],
+    ranks: Ranks,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    tokens: int,
+    examples: bool,
+    opening: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> None:
+    """Tell what each checkpoint makes of each prompt; collective.
+
+    Args:
+        paths: checkpoints, or runs, of which the ends of all stages are meant.
+        tokens: that a continuation has at most.
+        examples: continue the example prompts as well, in the way that is the same for all, and keep them.
+        opening: keyword arguments of `open_checkpoint`.
+
+    Raises:
+        CheckpointError: a folder is neither a checkpoint nor a run.
+        ConfigError: a prompt is empty.
+    """
+    if not all(prompts):
+        raise ConfigError("command line: --prompt is empty; give the beginning of a text")
+    for checkpoint in [checkpoint for path in paths for checkpoint in stage_ends(path)]:
+        opened = open_checkpoint(checkpoint, ranks, **opening)
+        told = list(zip(prompts, continued(opened, prompts, tokens, sampling), strict=True))
+        if examples:
+            told += [(text["prompt"], text["continuation"]) for text in keep_examples(opened)]
+        if ranks.rank == 0:
+            tell(f"{checkpoint}")
+            for prompt, text in told:
+                tell(f"  {prompt} |{text}")
+
+
+def continued(opened: Opened, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
+    """The texts that follow the prompts; collective."""
+    words = opened.tokenizer
+    ids = generate(opened, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
+    # A model has rows that only fill its vocabulary up; they stand for nothing.
+    return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
+
+
+def has_examples(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the example prompts were continued by these very weights."""
+    try:
+        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS))
+    except (FileNotFoundError, ValueError):  # none yet, or damaged: they are continued again
+        return False
+    return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
+
+
+def keep_examples(opened: Opened) -> list[dict[str, str]]:
+    """Continue the example prompts and keep what comes of it beside the checkpoint's scores; collective."""
+    texts = continued(opened, EXAMPLES, min(EXAMPLE_TOKENS, opened.max_length // 2), EXAMPLE_SAMPLING)
+    pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]
+    if opened.ranks.rank == 0:
+        record, folder = opened.record, scores_folder(opened.folder, opened.record)
+        folder.mkdir(parents=True, exist_ok=True)
+        place = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
+        kept = {
+            **place,
+            "files": manifest.digest_of_files(record),
+            "sampling": asdict(EXAMPLE_SAMPLING),
+            "texts": pairs,
+        }
+        manifest.write_text_atomically(folder / GENERATIONS, json.dumps(kept, indent=1, ensure_ascii=False))
+    return pairs

@@ -1,0 +1,137 @@
+"""GPT-NeoX, the family of the paper's models and of Pythia, as plain modules that know nothing of parallelism.
+
+Pre-LayerNorm blocks with two LayerNorms, rotary positions on a part of each head, GELU (exact), biases everywhere but
+in the head, input and output embeddings not tied, no dropout. With the same weights it computes what transformers'
+GPTNeoXForCausalLM does. Source: Black et al. 2022, arXiv:2204.06745.
+
+Shape letters: B sequences, L positions, D width, N heads, H head width, F feed-forward width, V vocabulary.
+"""
+
+import math
+from typing import cast
+
+from torch import Tensor, nn
+
+from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.common.ops import Linear, gelu, linear, with_gradient_apart
+from titan_cpt.models.spec import GPTNeoXShape
+
+
+class GPTNeoX(nn.Module):
+    """The language model: token ids in, logits out.
+
+    A pipeline stage is this model with the parts that it does not hold taken away: `embedding`, `final_norm` and `head`
+    may be None, and `blocks` may lack layers; those left keep their numbers, hence their names and first weights.
+    Weights are meaningless until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
+    """
+
+    def __init__(self, shape: GPTNeoXShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
+        self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
+        self.final_norm: nn.LayerNorm | None = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.head: Head | None = Head(shape.width, shape.vocab_size, bias=False)
+
+    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
+
+        A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
+        the head returns it.
+        """
+        x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
+        for block in self.blocks.values():
+            x_BLD = block(x_BLD)
+        x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
+        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
+
+    def init_weights(self, seed: int) -> None:
+        """Set every weight to its first value, which the seed alone decides, whatever the devices and the layout.
+
+            N(0, sqrt(2 / (5 D)))       embeddings and projections out of the residual stream
+            N(0, 2 / (layers sqrt(D)))  projections back into it
+            0                           biases
+            1, 0                        scale and shift of LayerNorm
+
+        Source: GPT-NeoX's `small_init` (Nguyen and Salazar 2019, arXiv:1910.05895) and `wang_init`.
+        """
+        std = math.sqrt(2 / (5 * self.shape.width))
+        if self.embedding is not None:
+            fill_normal(self.embedding.weight, std=std, seed=seed, name="embedding.weight")
+        for layer, block in self.blocks.items():
+            cast(Block, block).init_weights(seed=seed, name=f"blocks.{layer}")
+        if self.final_norm is not None:
+            self.final_norm.reset_parameters()
+        if self.head is not None:
+            init_linear(self.head, std=std, seed=seed, name="head")
+
+
+class Block(nn.Module):
+    """One transformer block.
+
+    y = x + attention(norm(x))
+    y + mlp(norm'(x))           parallel residual
+    y + mlp(norm'(y))           otherwise
+    """
+
+    def __init__(self, shape: GPTNeoXShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.attention_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """The residual stream after the block, x_BLD."""
+        attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD))
+        after_attention_BLD = x_BLD + attended_BLD
+        fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.shape.parallel_residual else after_attention_BLD))
+        return after_attention_BLD + with_gradient_apart(fed_BLD)
+
+    def init_weights(self, *, seed: int, name: str) -> None:
+        """The block's part of `GPTNeoX.init_weights`; `name` is the block's in the whole model."""
+        std = math.sqrt(2 / (5 * self.shape.width))
+        residual_std = 2 / (self.shape.layers * math.sqrt(self.shape.width))
+        self.attention_norm.reset_parameters()
+        self.mlp_norm.reset_parameters()
+        init_linear(self.attention.qkv, std=std, seed=seed, name=f"{name}.attention.qkv")
+        init_linear(self.attention.out, std=residual_std, seed=seed, name=f"{name}.attention.out")
+        init_linear(self.mlp.up, std=std, seed=seed, name=f"{name}.mlp.up")
+        init_linear(self.mlp.down, std=residual_std, seed=seed, name=f"{name}.mlp.down")
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused projection.
+
+    The rows of `qkv` lie head after head (a head's queries, keys, values, then the next head's), so that a slice of
+    them, as tensor parallelism cuts it, holds whole heads; `forward` finds out how many it holds.
+    """
+
+    def __init__(self, shape: GPTNeoXShape) -> None:
+        super().__init__()
+        self.head_width = shape.head_width
+        self.qkv = Linear(shape.width, 3 * shape.width)
+        self.core = RotaryCausalAttention(rotary_width=shape.rotary_width, rope_base=shape.rope_base)
+        self.out = Linear(shape.width, shape.width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """What each position draws from itself and those before it, out_BLD."""
+        qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # here H is three times as wide
+        q_BLNH, k_BLNH, v_BLNH = qkv_BLNH.chunk(3, dim=-1)
+        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH).flatten(-2))
+        return out_BLD
+
+
+class MLP(nn.Module):
+    """The feed-forward: up, exact GELU, down."""
+
+    def __init__(self, shape: GPTNeoXShape) -> None:
+        super().__init__()
+        self.up = Linear(shape.width, shape.mlp_width)
+        self.down = Linear(shape.mlp_width, shape.width)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """The same function of every position, out_BLD."""
+        out_BLD: Tensor = self.down(gelu(self.up(x_BLD)))
+        return out_BLD

@@ -1,0 +1,125 @@
+"""How a layout and its costs are shown: JSON for other programs, lines for people; and whether it fits a device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.memory import Footprint
+from titan_cpt.planning.plan import Plan
+
+RESERVE = 0.1  # of a device's memory, for the libraries' work space, communication buffers and the allocator's gaps
+
+
+def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
+    """Degrees, who holds what, and the costs; `fits` is null where no device was named."""
+    layout, costs = plan.layout, plan.footprint
+    return {
+        **{name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")},
+        "schedule": layout.schedule if layout.pp > 1 else None,
+        "microbatches": layout.microbatches,
+        "accumulation": plan.accumulation,
+        "bubble": costs.bubble,
+        "pipeline_ranks": [vars_of(held) for held in holdings(layout, plan.shape.layers)],
+        "local_parameters": list(costs.local_parameters),
+        "bytes_per_rank": {
+            **_memory(costs),
+            "never_at_once": costs.never_at_once,
+            "total": costs.memory,
+            "of_pipeline_rank": costs.heaviest,
+            "in_host_memory": costs.host,
+        },
+        "bytes_sent_per_step": {**_sent(costs), "total": costs.sent},
+        "fits": None if device_bytes is None else fits(costs, device_bytes),
+    }
+
+
+def fits(costs: Footprint, device_bytes: int) -> bool:
+    """Whether the memory worked out leaves the reserve free."""
+    return costs.memory <= device_bytes * (1 - RESERVE)
+
+
+def holdings(layout: Layout, layers: int) -> Iterator[tuple[int, range, list[str]]]:
+    """For every pipeline rank: its number, the ranks that share that place, and what they hold."""
+    group = layout.world_size // layout.pp
+    for rank in range(layout.pp):
+        held = []
+        for stage in layout.stages_of(rank):
+            part = layout.layers_of(stage, layers)
+            held += ["embedding"] if stage == 0 else []
+            held.append(f"layers {part[0]} to {part[-1]}" if len(part) > 1 else f"layer {part[0]}")
+            held += ["final norm and head"] if stage == layout.stages - 1 else []
+        yield rank, range(rank * group, (rank + 1) * group), held
+
+
+def vars_of(holding: tuple[int, range, list[str]]) -> dict[str, Any]:
+    """One of `holdings` as JSON."""
+    rank, ranks, held = holding
+    return {"pipeline_rank": rank, "first_rank": ranks[0], "last_rank": ranks[-1], "holds": held}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "80GiB", "40GB" or a plain number.
+
+    Raises:
+        PlanError: it is none of these.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?", text.strip())
+    if not match or float(match[1]) == 0:
+        raise PlanError(f'--device-memory: must be a size such as "80GiB" or "40GB", got {text!r}')
+    unit = match[2] or "B"
+    base = 1024 if "i" in unit else 1000
+    return int(float(match[1]) * base ** "BKMGT".index(unit[0]))
+
+
+def print_layout(plan: Plan, console: Console, device_bytes: int | None = None) -> None:
+    """Where each rank stands, what it holds, what that costs, and whether it fits."""
+    for line in layout_lines(plan, device_bytes):
+        console.print(line, highlight=False)
+
+
+def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
+    """The lines of `print_layout`."""
+    layout, costs = plan.layout, plan.footprint
+    if layout.world_size > 1:
+        yield (
+            f"layout: pp {layout.pp} x dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x "
+            f"cp {layout.cp} x tp {layout.tp} = {layout.world_size:,} ranks, tensor-parallel neighbours side by side"
+        )
+    if layout.pp > 1:
+        yield (
+            f"pipeline: {layout.schedule}, {layout.stages} stages, {layout.microbatches} micro-batches of "
+            f"{plan.local_batch_size // layout.microbatches}; idle {costs.bubble:.1%} of the time"
+        )
+        for rank, ranks, held in holdings(layout, plan.shape.layers):
+            yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in _memory(costs).items() if size)
+    parts += f"; {_gib(costs.never_at_once)} GiB of these do not overlap in time" if costs.never_at_once else ""
+    yield f"estimated memory per rank: {_gib(costs.memory)} GiB ({parts})"
+    if costs.host:
+        yield f"in the host's memory, a rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
+    if costs.sent:
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in _sent(costs).items() if size)
+        yield f"sent by a rank in a step: {_gib(costs.sent)} GiB ({parts})"
+    if device_bytes is not None:
+        share = costs.memory / device_bytes
+        verdict = "fits" if fits(costs, device_bytes) else "does NOT fit"
+        yield f"{verdict}: {share:.0%} of {_gib(device_bytes)} GiB; {RESERVE:.0%} is kept free for what is not modelled"
+
+
+def _memory(costs: Footprint) -> dict[str, int]:
+    names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working")
+    return {name: getattr(costs, name) for name in names}
+
+
+def _sent(costs: Footprint) -> dict[str, int]:
+    return {name: getattr(costs, f"sent_{name}") for name in ("fsdp", "tensor", "context", "pipeline")}
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

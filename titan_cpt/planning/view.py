@@ -1,0 +1,177 @@
+"""How a plan is shown: JSON for other programs, a table and a drawing of the learning rate for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.lr_schedules import lr_at
+from titan_cpt.planning.parallel_view import layout_as_json, layout_lines
+from titan_cpt.planning.plan import Plan, StagePlan
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals and files that are not in UTF-8
+_DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
+
+
+def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
+    """The plan as DESIGN section 3b promises it to other programs."""
+    stages = [_stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
+    total = sum(stage["tokens"] for stage in stages)
+    return {
+        "name": plan.name,
+        "fingerprint": plan.fingerprint,
+        "world_size": plan.world_size,
+        "accumulation": plan.accumulation,
+        "step_tokens": plan.step_tokens,
+        "layout": layout_as_json(plan, device_bytes),
+        "model": {
+            "family": plan.shape.family,
+            "parameters": plan.shape.parameters,
+            "parameters_without_embeddings": plan.shape.parameters_without_embeddings,
+            "vocab_size": plan.shape.vocab_size,
+        },
+        "stages": stages,
+        "total_tokens": total,
+        "retraining_tokens": total,
+        "notes": list(plan.notes),
+    }
+
+
+def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """{stage: {"t": LR}} for t as METHOD counts it: the first step of a stage is t = 1, past the end the LR stays."""
+    return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
+
+
+def recipe_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
+    """[[source, ordinal], ...] of one global batch, in batch order.
+
+    Raises:
+        PlanError: there is no such stage or step.
+    """
+    if not step.isdecimal():
+        raise PlanError(f"--recipe: a 0-based step is a whole number, got {step!r}")
+    return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
+
+
+def _stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
+    tokens = stage.steps * plan.step_tokens
+    lrs = [stage.lr_at(step) for step in _turning_steps(stage)]
+    use = {name: vars(use) for name, use in stage.use.items()}
+    domains = {name: vars(use) for name, use in stage.domain_use.items() if "." in name}
+    return {
+        "name": stage.name,
+        "steps": stage.steps,
+        "tokens": tokens,
+        "start_lr": stage.lr_at(0),
+        "peak_lr": max(lrs),
+        "final_lr": stage.lr_at(stage.steps - 1),
+        "flops": plan.shape.flops_per_token(plan.seq_len) * tokens,
+        "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
+        "pre_anneal_step": stage.pre_anneal_step,
+        "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
+        "final_window": list(stage.final_window),
+        "new_datasets": list(stage.datasets),
+        "datasets": use,
+        "domains": domains,
+    }
+
+
+def _turning_steps(stage: StagePlan) -> list[int]:
+    """Steps among which the stage's highest LR is found: its ends, and both sides of every phase's border."""
+    borders = {math.floor(phase.end) + side for phase in stage.schedule for side in (-1, 0)}
+    return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
+
+
+def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
+    """A line per stage, what it takes of each dataset, the LR as a drawing, the layout, and what the whole costs."""
+    shape = plan.shape
+    console.print(
+        f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {shape.family}, {shape.parameters:,} parameters "
+        f"({shape.parameters_without_embeddings:,} without embeddings)",
+        highlight=False,
+    )
+    console.print(
+        f"step: {plan.global_batch_size} sequences x {plan.seq_len} = {plan.step_tokens:,} tokens; "
+        f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel x "
+        f"{plan.local_batch_size} sequences x {plan.accumulation} accumulated",
+        highlight=False,
+    )
+    console.print(_stage_table(plan))
+    for line in _lr_drawing(plan):
+        console.print(line.translate(_ASCII) if console.options.ascii_only else line, highlight=False, markup=False)
+    console.print()
+    for line in [*layout_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
+        console.print(line, highlight=False)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replayed), epochs", "FLOPs"):
+        table.add_column(name, justify="left" if name in ("stage", "from") or name.startswith("data") else "right")
+    for index, stage in enumerate(plan.stages):
+        row = _stage_as_json(plan, stage, index)
+        init = escape(stage.init) if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
+        data = [
+            f"{name} {_count(use.tokens)}"
+            + (f" ({_count(use.replayed_tokens)})" if use.replayed_tokens else "")
+            + (", ? ep" if use.epochs is None else f", {use.epochs:.2f} ep")
+            for name, use in stage.use.items()
+        ]
+        lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
+        table.add_row(
+            stage.name, init, f"{stage.steps:,}", _count(row["tokens"]), *lrs, "\n".join(data), f"{row['flops']:.2e}"
+        )
+    return table
+
+
+def _lr_drawing(plan: Plan) -> list[str]:
+    """The LR over all stages as a bar chart of characters, stages in proportion to their steps."""
+    total = sum(stage.steps for stage in plan.stages)
+    columns: list[float | None] = []
+    names = ""
+    for stage in plan.stages:
+        width = max(8, round(_DRAWING_WIDTH * stage.steps / total))
+        places = [min(stage.steps - 1, int((place + 0.5) * stage.steps / width)) for place in range(width)]
+        columns += [stage.lr_at(place) for place in places] + [None]
+        names += stage.name[: width - 1].ljust(width + 1)
+    top = max(lr for lr in columns if lr is not None)
+    rows = []
+    for level in range(_DRAWING_HEIGHT, 0, -1):
+        label = f"{top:.1e} " if level == _DRAWING_HEIGHT else " " * 8
+        rows.append(label + "".join("│" if lr is None else _bar(lr / top, level) for lr in columns).rstrip())
+    return [*rows, " " * 8 + names.rstrip()]
+
+
+def _bar(height: float, level: int) -> str:
+    eighths = round(height * _DRAWING_HEIGHT * 8) - (level - 1) * 8
+    return _BARS[max(0, min(8, eighths))]
+
+
+def _costs(plan: Plan, kept_checkpoints: int) -> list[str]:
+    flops = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens
+    total = sum(stage.steps for stage in plan.stages)
+    lines = [f"in all {_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
+    if len(plan.stages) > 1:
+        last = plan.stages[-1]
+        lines.append(
+            f"continuing with {last.name!r}: {_count(last.steps * plan.step_tokens)} tokens; retraining from scratch "
+            f"on all data: {_count(total * plan.step_tokens)} (continuing costs {last.steps / total:.2f}x)"
+        )
+    disk = plan.disk_bytes(kept_checkpoints)
+    return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB on disk"]
+
+
+def _count(tokens: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if tokens >= size:
+            return f"{tokens / size:.4g}{unit}"
+    return str(tokens)

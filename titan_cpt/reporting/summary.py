@@ -1,0 +1,321 @@
+"""What a run learnt and forgot, read from its folder (plan.json and metrics.jsonl), finished or still training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
+from titan_cpt.errors import DataError, TitanError
+
+_RUNS_LISTED = 10
+_STAGE_KEYS = ("name", "steps", "tokens", "union_tokens", "new_datasets", "datasets", "final_window")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run's log of its present weights; see `read_metrics` for what that leaves out.
+
+    Attributes:
+        plan: plan.json, or what metrics.jsonl says of it where there is only that.
+        trains: lines of steps, in the order of the run.
+        validations: lines of measurements, likewise.
+        events: all of them, in the order of time.
+        checkpoints: `checkpoint` events of present weights.
+        problems: a sentence for each part of the record that could not be read.
+        renewed: measurements of a stage's first weights, made again on other validation data.
+    """
+
+    name: str
+    folder: Path
+    plan: Mapping[str, Any]
+    trains: Sequence[Mapping[str, Any]]
+    validations: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    checkpoints: Sequence[Mapping[str, Any]] = ()
+    problems: Sequence[str] = ()
+    renewed: Sequence[Mapping[str, Any]] = ()
+
+    def comparable(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether two measurements of a dataset had the same validation data and windows.
+
+        Lines of older versions do not say: theirs are among each other, and with others unless a change of the dataset
+        was recorded.
+        """
+        identities = one.get("validation_id"), other.get("validation_id")
+        if identities == (None, None) or None not in identities:
+            return identities[0] == identities[1]
+        changes = [event.get("datasets", ()) for event in self.events if event["name"] == "validation_changed"]
+        return not any(one["dataset"] in datasets for datasets in changes)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all stages to their ends."""
+        return int(sum(stage["steps"] for stage in self.plan["stages"]) * self.plan["step_tokens"])
+
+    def tokens_at(self, stage: str, step: int) -> int:
+        """Tokens that the run had trained on after `step` steps of a stage, earlier stages included."""
+        before = 0
+        for each in self.plan["stages"]:
+            if each["name"] == stage:
+                break
+            before += each["steps"]
+        return int((before + step) * self.plan["step_tokens"])
+
+
+def read_run(path: Path) -> Record:
+    """The record of a run's folder, or of a metrics.jsonl alone; of a run that is still training, as far as it is.
+
+    Raises:
+        DataError: it is neither, or its plan cannot be read. Damaged lines of metrics.jsonl are skipped, and named in
+            the record's `problems`.
+    """
+    run = path.parent if path.name == FILE_NAME else path
+    has_plan, has_metrics = (run / "plan.json").exists(), (run / FILE_NAME).exists()
+    if not has_plan and not has_metrics:
+        raise DataError(_what_is_there(path))
+    plan = _read_plan(run) if has_plan else {}
+    if not has_metrics:
+        return Record(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {FILE_NAME}: nothing is recorded"])
+    found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
+    plan = plan or _told_by_lines(run.name, found.trains, found.validations)
+    names = {stage["name"] for stage in plan["stages"]}
+    trains, validations, saved, renewed = (
+        [line for line in lines if line["stage"] in names]
+        for lines in (found.trains, found.validations, found.checkpoints, found.renewed)
+    )
+    problems = [
+        f"{plan['name']}: the validation loss of {line['dataset']} after step {line['step']:,} of {line['stage']} is "
+        "not finite"
+        for line in validations
+        if line["loss_nats_per_token"] is None
+    ]
+    problems = [*found.problems, *problems[:1], *([f"and {len(problems) - 1:,} more"] if len(problems) > 1 else [])]
+    return Record(plan["name"], run, plan, trains, validations, found.events, saved, problems, renewed)
+
+
+def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Record]:
+    """The records of several runs; one that cannot be read is named to `complain` and does not end the others."""
+    records = []
+    for path in paths:
+        try:
+            records.append(read_run(path))
+        except TitanError as error:
+            complain(str(error))
+    return records
+
+
+def labelled(records: Sequence[Record]) -> list[Record]:
+    """The records under names that tell them apart: with that of the folder around them where these differ.
+
+    Copies of a run's folder share the run's name; they go by their folders' names.
+    """
+    folders = [record.folder.resolve() for record in records]
+    names = [record.name for record in records]
+    if len(set(zip(names, (folder.parent for folder in folders), strict=True))) < len(set(folders)):
+        names = [folder.name for folder in folders]
+    if len({folder.parent for folder in folders}) > 1:
+        names = [f"{folder.parent.name}/{name}" for folder, name in zip(folders, names, strict=True)]
+    return [replace(record, name=name) for record, name in zip(records, names, strict=True)]
+
+
+def _what_is_there(path: Path) -> str:
+    """Why a path is not a run, and what to name instead."""
+    if not path.exists():
+        return f"{path}: no such file or folder. Name the folder of a run, such as outputs/quickstart"
+    if not path.is_dir():
+        return f"{path}: is a file. Name the folder of a run, or its {FILE_NAME}"
+    for above, what in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
+        if (above / "plan.json").exists():
+            return f"{path}: is {what} of the run {above}: titan-cpt report {above}"
+    runs = sorted({file.parent for pattern in ("*/plan.json", "*/*/plan.json") for file in path.glob(pattern)})
+    if not runs:
+        return (
+            f"{path}: is not the folder of a run: it has neither plan.json nor {FILE_NAME}, nor has a folder below it"
+        )
+    more = f", and {len(runs) - _RUNS_LISTED} more" if len(runs) > _RUNS_LISTED else ""
+    listed = " ".join(str(run) for run in runs[:_RUNS_LISTED])
+    which = "the run" if len(runs) == 1 else f"one or several of the {len(runs)} runs"
+    return f"{path}: is not a run; name {which} below it: {listed}{more}"
+
+
+def _read_plan(run: Path) -> dict[str, Any]:
+    path = run / "plan.json"
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]
+        missing += [key for stage in plan["stages"] for key in _STAGE_KEYS if key not in stage]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"damaged: {type(error).__name__}: {error}"
+        raise DataError(f"{path}: cannot be read: {why}. It is written again when the run is trained again") from None
+    if missing:
+        raise DataError(
+            f"{path}: damaged: {missing[0]!r} is missing. It is written again when the run is trained again"
+        )
+    return plan
+
+
+def _told_by_lines(
+    name: str, trains: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a run's lines say of its plan: stages and steps so far, tokens; not what is new in a stage."""
+    steps: dict[str, int] = {}
+    for line in [*trains, *validations]:
+        steps[line["stage"]] = max(line["step"], steps.get(line["stage"], 0))
+    counts = [(line.get("tokens"), line.get("run_step")) for line in trains]
+    step_tokens = max((t // n for t, n in counts if isinstance(t, int) and isinstance(n, int) and n > 0), default=0)
+    stages, total = [], 0
+    for stage, count in steps.items():
+        total += count * step_tokens
+        told = {"name": stage, "steps": count, "tokens": count * step_tokens, "union_tokens": total}
+        stages.append({**told, "new_datasets": [], "datasets": {}, "final_window": []})
+    return {"name": name, "fingerprint": "", "step_tokens": step_tokens, "stages": stages}
+
+
+def summarise(run: Path) -> dict[str, Any]:
+    """Per stage: the losses on every dataset before and after, forgetting, adaptation, tokens by dataset, seconds.
+
+    Losses are in nats per token. "after" is the last measurement of a stage, at its step `measured_at`. Forgetting is
+    given for datasets that are not new in the stage, as after - left_at; adaptation for those that are. `tokens` are
+    those of the whole stage by its plan, `trained_tokens` those of the steps taken. `seconds` are of `timed_steps`
+    steps, which are fewer than `steps_done` where the record lacks lines.
+
+    Raises:
+        DataError: the folder is not a run's, or its plan cannot be read.
+    """
+    return summary_of(read_run(run))
+
+
+def summary_of(record: Record) -> dict[str, Any]:
+    """As `summarise`, of a record that was read already."""
+    stages = [_stage_summary(record, stage) for stage in record.plan["stages"]]
+    return {
+        "name": record.name,
+        "folder": str(record.folder),
+        "fingerprint": record.plan["fingerprint"],
+        "stages": stages,
+        "problems": list(record.problems),
+    }
+
+
+def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
+    name, new = stage["name"], stage["new_datasets"]
+    trains, lines, saved = (
+        [line for line in of if line["stage"] == name] for of in (record.trains, record.validations, record.checkpoints)
+    )
+    measured = {(line["step"], line["dataset"]): line for line in lines if line["loss_nats_per_token"] is not None}
+    measured_at = max((step for step, _ in measured), default=None)
+    done = max((line["step"] for line in [*trains, *lines, *saved]), default=0)
+    after = {d: line for (step, d), line in measured.items() if step == measured_at}
+    before = _before(record, name, measured, after)
+    window = {dataset: _final_loss(record, measured, dataset, stage["final_window"]) for dataset in after}
+    forgetting = {d: line.get("forgetting_nats_per_token") for d, line in after.items()}
+    known = {d: value for d, value in forgetting.items() if value is not None}
+    speeds = [line["tokens_per_s"] for line in trains if line.get("tokens_per_s")]
+    return {
+        "name": name,
+        "steps": stage["steps"],
+        "steps_done": done,
+        "is_begun": bool(trains or lines or saved),
+        "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not record.validations),
+        "measured_at": measured_at,
+        "before": {d: line["loss_nats_per_token"] for d, line in before.items()},
+        "not_comparable": sorted(d for d in after if d in before and not record.comparable(before[d], after[d])),
+        "validation_ids": {d: line.get("validation_id") for d, line in after.items()},
+        "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
+        "bits_per_byte": {
+            d: line["bits_per_byte"] for d, line in after.items() if line.get("bits_per_byte") is not None
+        },
+        "final_loss": {d: loss for d, loss in window.items() if loss is not None},
+        "forgetting": known,
+        "left_at": {d: after[d]["loss_nats_per_token"] - value for d, value in known.items()},
+        "adaptation": {d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in new},
+        "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
+        "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
+        "trained_tokens": done * record.plan["step_tokens"],
+        "seconds": sum(record.plan["step_tokens"] / speed for speed in speeds),
+        "timed_steps": len(speeds),
+    }
+
+
+def _before(
+    record: Record,
+    stage: str,
+    measured: Mapping[tuple[int, str], Mapping[str, Any]],
+    after: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Mapping[str, Any]]:
+    """Measurements of a stage's first weights; where these were made again for what `after` measures, those."""
+    before = {dataset: line for (step, dataset), line in measured.items() if step == 0}
+    for line in record.renewed:
+        dataset = line["dataset"]
+        if line["stage"] == stage and dataset in before and line["loss_nats_per_token"] is not None:
+            last = after.get(dataset, before[dataset])
+            if record.comparable(line, last) and not record.comparable(before[dataset], last):
+                before[dataset] = line
+    return before
+
+
+def _final_loss(
+    record: Record, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
+) -> float | None:
+    """The paper's final loss, where the run took all its samples of the same validation data."""
+    lines = [line for step in window if (line := measured.get((step, dataset))) is not None]
+    losses = [line["loss_nats_per_token"] for line in lines if record.comparable(line, lines[-1])]
+    return sum(losses) / len(losses) if losses and len(losses) == len(window) else None
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """A table for each stage that has begun, a line for each that has not."""
+    for stage in summary["stages"]:
+        if not stage["is_begun"]:
+            text = f"{summary['name']}, stage {stage['name']}: not begun, {stage['steps']:,} steps planned"
+            console.print(escape(text), style="bold", highlight=False)
+            continue
+        of_plan = "" if stage["steps_done"] >= stage["steps"] else "planned "
+        table = Table(title=escape(_title(summary, stage)), title_justify="left", header_style="bold")
+        table.add_column("dataset")
+        columns = (f"{of_plan}tokens", f"{of_plan}replay", "loss before", "left at", "after", "forgetting")
+        for column in (*columns, "bits per byte"):
+            table.add_column(column, justify="right")
+        for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
+            table.add_row(dataset, *_row(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
+        console.print(table)
+    console.print(
+        "losses in nats per token; left at: the loss at which the weights left the stage that trained on that dataset; "
+        "forgetting = after - left at; bold: the stage's own data, whose loss after it is the adaptation"
+    )
+    if any(stage["not_comparable"] for stage in summary["stages"]):
+        console.print("* measured on other validation data or windows than the loss after it: not comparable")
+    for problem in summary["problems"]:
+        console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
+
+
+def _title(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
+    done, at = stage["steps_done"], stage["measured_at"]
+    parts = [f"{stage['steps']:,} steps"]
+    if done < stage["steps"]:
+        parts.append(f"{done:,} done")
+    if at is not None and at != done:
+        parts.append(f"losses after step {at:,}")
+    seconds = f"{stage['seconds']:.0f} s"
+    if stage["timed_steps"] < done:
+        seconds = f"{seconds} for the {stage['timed_steps']:,} steps that are recorded" if stage["timed_steps"] else ""
+    parts.append(seconds or "duration not recorded")
+    return f"{summary['name']}, stage {stage['name']} ({', '.join(parts)})"
+
+
+def _row(stage: Mapping[str, Any], dataset: str) -> list[str]:
+    forms = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
+    forms |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
+    values = [(stage[key].get(dataset), form) for key, form in forms.items()]
+    cells = ["" if value is None else format(value, form) for value, form in values]
+    if dataset in stage["not_comparable"]:
+        cells[list(forms).index("before")] += " *"
+    return cells

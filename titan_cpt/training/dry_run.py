@@ -1,0 +1,77 @@
+"""Builds the sharded model on the meta device in a fake process group of any size, and counts what a rank would hold.
+
+No memory is taken and nothing is sent: a layout of thousands of ranks is checked on a laptop before a queue is waited
+for. The counts are held against those that the plan worked out without torch.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.float8 import require_float8
+from titan_cpt.distributed.parallelize import Techniques, parallelise
+from titan_cpt.distributed.pipeline_parallel import cut
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.memory import local_parameters
+from titan_cpt.planning.plan import Plan
+
+
+def check_layout(plan: Plan, techniques: Techniques) -> Iterator[str]:
+    """Build the first and the last rank of every pipeline rank; a line for each, then time and memory taken.
+
+    Raises:
+        ConfigError: float8 is asked for and torchao is not installed.
+        PlanError: a rank would hold other parameters than the plan says, or torch cannot build it; names the first.
+    """
+    if techniques.float8 is not None:
+        require_float8(torch.device("cpu"))
+    began, layout = time.perf_counter(), plan.layout
+    group = layout.world_size // layout.pp
+    for pipeline in range(layout.pp):
+        for rank in sorted({pipeline * group, (pipeline + 1) * group - 1}):
+            held = _held(plan, techniques, rank)
+            planned = dict(local_parameters(plan.shape, layout, layout.place(rank)))
+            if held != planned:
+                name = next(name for name in sorted({*held, *planned}) if held.get(name) != planned.get(name))
+                raise PlanError(
+                    f"--check-layout: rank {rank:,} would hold {held.get(name, 0):,} numbers of {name}, the plan says "
+                    f"{planned.get(name, 0):,}; this is a fault of titan_cpt"
+                )
+            yield f"rank {rank:,}: {len(held)} parameters, {sum(held.values()):,} numbers, as planned"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    yield f"checked in {time.perf_counter() - began:.1f} s and {peak:.2f} GiB"
+
+
+def _held(plan: Plan, techniques: Techniques, rank: int) -> dict[str, int]:
+    """Numbers of each parameter that a rank would keep, by the whole model's names."""
+    layout = plan.layout
+    if layout.world_size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    held = {}
+    try:
+        mesh = build_mesh(Ranks(rank, layout.world_size, torch.device("cpu")), layout)
+        for stage in layout.stages_of(mesh.place.pipeline):
+            model = cut(plan.shape, mesh, stage)
+            parallelise(model, mesh, techniques)
+            for name, parameter in model.named_parameters():
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                held[plain_name(name)] = local.numel()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return held
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes of checkpointing's and compile's wrappers."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

@@ -1,0 +1,180 @@
+"""The training loss: a sum over tokens, so that neither accumulation, ranks nor layout can change it.
+
+Whoever takes a step divides by the global batch's token count. Where the head's weight is whole, head and loss are one
+operation (`head_and_loss`); where its rows lie on several ranks or the head is a pipeline's end, the loss takes logits
+(`summed_cross_entropy`). Shape letters: B sequences, L positions, D width, V vocabulary, T = B x L tokens, C tokens of
+one chunk.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from titan_cpt.models.common.ops import linear, multiply
+from titan_cpt.planning.memory import LOGITS_CHUNK
+
+CPU_CHUNK_ELEMENTS = 2**18
+"""Logits that are held in fp32 at a time on a CPU: 1 MiB, which stays in its cache (half the time of 16 MiB)."""
+CHUNK_ELEMENTS = 2**24
+"""The same on other devices: 64 MiB, which keeps the number of kernel launches small."""
+
+
+def head_and_loss(
+    x_BLD: Tensor, weight_VD: Tensor, *, targets_BL: Tensor, scale: float, compiled: bool = False
+) -> Tensor:
+    """`summed_cross_entropy` of the logits x W^T, times `scale`, without holding the logits of all tokens.
+
+    The loss is a number, so the gradients of x and W are known up to a factor as soon as a chunk's logits are: they are
+    worked out in the forward pass, chunk by chunk, and nothing is kept or computed twice. With one chunk the gradient
+    of W is rounded once to its dtype; with several their shares are summed in fp32 before that.
+    Source of the idea: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
+
+    Args:
+        x_BLD: what goes into the head, in the dtype of the weight.
+        weight_VD: the head's weight, whole.
+        targets_BL: ids of the right tokens, int64, in [0, V).
+        scale: a factor, such as 1 / tokens of the step.
+        compiled: the softmax is torch.compile's on CUDA.
+
+    Returns:
+        A scalar in fp32.
+    """
+    softmax = _compiled_softmax() if compiled and x_BLD.is_cuda else _softmax  # Inductor's is slower on a CPU
+    total: Tensor = _HeadAndLoss.apply(x_BLD, weight_VD, targets_BL, scale, softmax)  # type: ignore[no-untyped-call]
+    return total
+
+
+def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Sum over all tokens of -log softmax(logits)[target], in nats; a scalar in fp32, whatever the dtype of the logits.
+
+    Every position counts. The padding rows of the vocabulary take part as any other row: no target names them, so that
+    the model learns to give them no probability. A chunk of tokens is upcast at a time, forward and backward, so no
+    fp32 copy of bf16 logits is ever whole; the gradient comes in the dtype of the logits, rounded once. Logits that
+    tensor parallelism left sharded over the vocabulary go through torch's own cross-entropy, under `loss_parallel`.
+
+    Args:
+        logits_BLV: scores, in any floating dtype; a DTensor only within `loss_parallel`, which must span backward too.
+        targets_BL: ids of the right tokens, int64, in [0, V).
+
+    Returns:
+        A plain tensor without dimensions.
+    """
+    logits_TV, targets_T = logits_BLV.flatten(0, 1), targets_BL.flatten()
+    if isinstance(logits_TV, DTensor):
+        total = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+    else:
+        total = _SummedCrossEntropy.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
+    return total.full_tensor() if isinstance(total, DTensor) else total
+
+
+class _HeadAndLoss(torch.autograd.Function):
+    """Keeps the gradients of the residual stream and the head's weight, and scales them in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, scale: float, softmax: "_Softmax"
+    ) -> Tensor:
+        x_TD, targets_T = x_BLD.flatten(0, 1), targets_BL.flatten()
+        chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // LOGITS_CHUNK)
+        wanted = any(ctx.needs_input_grad)
+        losses_T, grad_x_TD, grad_VD = [], torch.empty_like(x_TD) if wanted else None, None
+        first = 0
+        for x_CD, targets_C in zip(x_TD.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True):
+            losses_C, grad_CV = softmax(linear(x_CD, weight_VD), targets_C, scale)
+            losses_T.append(losses_C)
+            if grad_x_TD is not None:
+                multiply(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
+                share_VD = _share_of_weight(grad_CV, x_CD)
+                if grad_VD is None:
+                    grad_VD = share_VD.float() if chunks > 1 else share_VD
+                else:
+                    grad_VD += share_VD
+            first += len(x_CD)
+        ctx.gradients = grad_x_TD.view_as(x_BLD) if grad_x_TD is not None else None, grad_VD
+        return torch.cat(losses_T).sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_x_BLD, grad_VD), ctx.gradients = ctx.gradients, None
+        return grad_x_BLD.mul_(grad_total), grad_VD.mul_(grad_total), None, None, None
+
+
+def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:
+    """A chunk's share of the weight's gradient, [V, D].
+
+    On a CPU a left operand that lies transposed costs a product up to twice its time; of the two it is the input, the
+    small one, that is turned around.
+    """
+    return multiply(x_CD.t().contiguous(), grad_CV).t() if grad_CV.is_cpu else multiply(grad_CV.t(), x_CD)
+
+
+_Softmax = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Every token's loss in fp32, and the gradient of the scaled sum in the dtype of the logits, in their place."""
+    losses_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
+    for chunk in _chunks(logits_CV):
+        scores_CV, wanted_C1 = logits_CV[chunk].float(), targets_C[chunk, None]
+        largest_C1, wanted_scores_C1 = scores_CV.amax(dim=-1, keepdim=True), scores_CV.gather(-1, wanted_C1)
+        powers_CV = scores_CV.sub_(largest_C1).exp_()  # once: an exponential costs as much as all else here
+        norms_C1 = powers_CV.sum(dim=-1, keepdim=True)
+        losses_C[chunk] = (largest_C1 + norms_C1.log() - wanted_scores_C1).squeeze(-1)
+        grad_CV = powers_CV.mul_(scale / norms_C1)
+        logits_CV[chunk] = grad_CV.scatter_add_(-1, wanted_C1, grad_CV.new_full(wanted_C1.shape, -scale))
+    return losses_C, logits_CV
+
+
+def _softmax_in_one(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_softmax`, in the form that compiles into few passes over the logits, none of them in fp32 memory."""
+    scores_CV = logits_CV.float()
+    log_norms_C1 = scores_CV.logsumexp(dim=-1, keepdim=True)
+    losses_C1 = log_norms_C1 - scores_CV.gather(-1, targets_C[:, None])
+    wanted_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
+    grad_CV = ((scores_CV - log_norms_C1).exp() - wanted_CV.float()) * scale
+    return losses_C1.squeeze(-1), grad_CV.to(logits_CV.dtype)
+
+
+@functools.cache
+def _compiled_softmax() -> "_Softmax":
+    return torch.compile(_softmax_in_one, dynamic=False)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Keeps the logits as they came and one fp32 number a token; works the softmax out again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        log_norms_T = torch.empty(logits_TV.shape[0], dtype=torch.float32, device=logits_TV.device)
+        losses_T = torch.empty_like(log_norms_T)
+        for chunk in _chunks(logits_TV):
+            chunk_CV = logits_TV[chunk].float()
+            log_norms_T[chunk] = chunk_CV.logsumexp(dim=-1)
+            losses_T[chunk] = log_norms_T[chunk] - chunk_CV.gather(-1, targets_T[chunk, None]).squeeze(-1)
+        ctx.save_for_backward(logits_TV, targets_T, log_norms_T)
+        return losses_T.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
+        logits_TV, targets_T, log_norms_T = ctx.saved_tensors
+        grad_TV = torch.empty_like(logits_TV)
+        for chunk in _chunks(logits_TV):
+            softmax_CV = (logits_TV[chunk].float() - log_norms_T[chunk, None]).exp_()
+            softmax_CV.scatter_add_(-1, targets_T[chunk, None], softmax_CV.new_full((softmax_CV.shape[0], 1), -1.0))
+            grad_TV[chunk] = softmax_CV.mul_(grad_total)
+        return grad_TV, None
+
+
+def _chunks(logits_TV: Tensor) -> list[slice]:
+    tokens, vocabulary = logits_TV.shape
+    elements = CPU_CHUNK_ELEMENTS if logits_TV.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(1, elements // vocabulary)
+    return [slice(start, start + step) for start in range(0, tokens, step)]

@@ -1,0 +1,245 @@
+"""What a run writes down: metrics.jsonl and TensorBoard, the speed, the share of the device's peak, the memory.
+
+The device's numbers of each step stay on the device until `flush`, so that a step waits for nothing. metrics.jsonl is
+the record: reports, forgetting and summaries are read from it, by metrics_file.py, which also knows which of its lines
+count after a crash, a rollback or a stage that is trained again. TensorBoard gets the same curves, without steps twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from titan_cpt.common.metrics_file import FILE_NAME, Metrics, losses_before, open_record, read_metrics
+
+# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
+_CUDA_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+class ScalarWriter(Protocol):
+    """The part of TensorBoard's SummaryWriter that is used here."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """One point of one curve."""
+
+    def flush(self) -> None:
+        """Bring what was added to the disk."""
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+
+
+class MetricsLog:
+    """Writes a run's record; on ranks other than 0 it only keeps time.
+
+    Args:
+        run: the run's folder.
+        writing: whether this rank writes.
+        tensorboard: opens TensorBoard's writer, given the step from which older points of every curve are obsolete
+            (`purge_step`), None for none. It is called at the first point, so that a run with nothing to do leaves no
+            events file. None for a run without TensorBoard.
+        flops_per_token: of training, for the share of the peak.
+        peak_flops: of all ranks together, FLOP/s; NaN where it is not known.
+        stages: names in the order of the plan.
+
+    Raises:
+        DataError: the record cannot be opened. Damaged lines are named in `problems`.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        writing: bool,
+        tensorboard: Callable[[int | None], ScalarWriter] | None,
+        flops_per_token: int,
+        peak_flops: float,
+        stages: Sequence[str] = (),
+    ) -> None:
+        self._record = open_record(run / FILE_NAME) if writing else None
+        self._unwritten = b""
+        self.trouble = ""
+        """Why lines wait in memory for room on the disk; empty while all is well."""
+        recorded = read_metrics(run, stages) if writing else Metrics()
+        self.problems = recorded.problems
+        """What of an earlier record could not be read."""
+        self.before = losses_before(recorded)
+        """By (stage, dataset), the loss at step 0 from which forgetting is counted and the identity of what was
+        measured, None in lines of older versions."""
+        self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
+        """The `start` event of the session before."""
+        self._identities = {line["dataset"]: line.get("validation_id") for line in recorded.validations}
+        self._open_tensorboard = tensorboard
+        self._tensorboard: ScalarWriter | None = None
+        self._obsolete_from: int | None = None
+        self._newest_point = math.inf  # an earlier session may have drawn any step
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def step(
+        self, numbers: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
+    ) -> None:
+        """Keep one step: what the host knows, and what the device still computes.
+
+        Args:
+            health: what `UpdateGuard.observe` returned.
+        """
+        told = torch.zeros(2, device=loss.device) if health is None else health
+        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float(), *told])))
+        self._tokens += tokens
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Wait for the device, write the steps kept, and return their lines.
+
+        The lines returned hold two more keys: whether the guard held the step back, and its loss's z-score.
+        """
+        if not self._pending:
+            return []
+        values = torch.stack([device for _, device in self._pending]).tolist()
+        elapsed = time.perf_counter() - self._since
+        speed = self._tokens / elapsed if elapsed > 0 else math.nan
+        shared = {
+            "tokens_per_s": speed,
+            "mfu": speed * self._flops_per_token / self._peak_flops,
+            "memory_gib": memory_gib(),
+        }
+        lines = []
+        for (numbers, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
+            batch_hash = numbers.pop("batch_hash")
+            line = {"kind": "train", **numbers, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
+            lines.append({**line, "held_back": held_back > 0, "loss_z_score": z_score})
+            self._write({**line, "batch_hash": batch_hash})
+            self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
+            self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
+        self._scalars(lines[-1]["run_step"], {f"throughput/{key}": value for key, value in shared.items()})
+        self._pending.clear()
+        self._sync()
+        self.restart_clock()
+        return lines
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was not training: validation, saving, waiting."""
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def validation(self, line: dict[str, Any], run_step: int) -> None:
+        """One dataset's loss; in TensorBoard too, unless it is measured again at a step that has its point there."""
+        self._write({"kind": "validation", **line})
+        if line.get("measured_again"):
+            self._sync()
+            return
+        dataset, identity = line["dataset"], line.get("validation_id")
+        if None not in (identity, self._identities.get(dataset)) and identity != self._identities[dataset]:
+            self._scalars(run_step, {f"validation_changed/{dataset}": 1.0})
+        self._identities[dataset] = identity
+        numbers = {f"validation/{dataset}/{key}": line[key] for key in ("loss_nats_per_token", "bits_per_byte")}
+        if line["forgetting_nats_per_token"] is not None:
+            numbers[f"forgetting/{dataset}"] = line["forgetting_nats_per_token"]
+        self._scalars(run_step, numbers)
+        self._sync()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something that happened: start, transition, checkpoint, anneal, resume, skip, stop."""
+        self._write({"kind": "event", "name": name, "time": time.time(), **fields})
+        self._sync()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        record, self._record = self._record, None
+        if record is not None:
+            try:
+                self._write_out(record)
+            finally:
+                record.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def rewind(self, run_step: int) -> None:
+        """Training continues after this step of the run: TensorBoard hides what its curves hold of later ones."""
+        if run_step < self._newest_point:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._tensorboard, self._obsolete_from, self._newest_point = None, run_step + 1, run_step
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._record is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            self._unwritten += (json.dumps(finite) + "\n").encode()
+
+    def _sync(self) -> None:
+        """Bring what was written to the disk; where there is no room, it waits in memory and training goes on."""
+        try:
+            self.secure()
+        except OSError as error:
+            self.trouble = (
+                f"{FILE_NAME} cannot be written: {error.strerror}; {len(self._unwritten)} bytes wait in memory"
+            )
+
+    def secure(self) -> None:
+        """All that was written is on the disk when this returns: no checkpoint is made before what led to it.
+
+        Raises:
+            OSError: it could not be; nothing is lost, and the next call tries again.
+        """
+        if self._record is not None:
+            self._write_out(self._record)
+            self.trouble = ""
+
+    def _write_out(self, record: FileIO) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[record.write(self._unwritten) :]
+        os.fsync(record.fileno())
+
+    def _scalars(self, run_step: int, numbers: dict[str, float]) -> None:
+        if self._open_tensorboard is None:
+            return
+        try:
+            if self._tensorboard is None:
+                self._tensorboard = self._open_tensorboard(self._obsolete_from)
+            for tag, value in numbers.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(tag, value, run_step)
+            self._newest_point = max(self._newest_point, run_step)
+        except OSError as error:  # its writing thread found no room; the record continues without the curves
+            self._tensorboard = self._open_tensorboard = None
+            self.event("tensorboard_lost", why=str(error))
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What the numbers were made with: the program, torch, Python and the device."""
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    ours = metadata.version("titan_cpt")
+    return {"titan_cpt": ours, "torch": torch.__version__, "python": platform.python_version(), "on": cuda}
+
+
+def memory_gib() -> float:
+    """Peak memory of this process: what CUDA reserved where there is CUDA, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bfloat16 peak of one device, FLOP/s, from its data sheet; NaN for a CPU or a GPU without an entry.
+
+    A CPU's peak is not known: measured products of matrices differ by a factor of two from one second to the next.
+    """
+    if device.type != "cuda":
+        return math.nan
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _CUDA_PEAKS.items() if known in name), math.nan)

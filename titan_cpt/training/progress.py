@@ -1,0 +1,105 @@
+"""What a person sees of a run: a live line on a terminal, one plain line an interval elsewhere, and messages."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from titan_cpt.data.mixture import Leaf, leaves
+from titan_cpt.planning.plan import Plan, StagePlan
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+class Display:
+    """Shows how far the run is.
+
+    Args:
+        steps_done: steps of the whole run that need not be taken any more.
+        shown: whether this rank speaks at all.
+    """
+
+    def __init__(self, plan: Plan, console: Console, *, steps_done: int, shown: bool) -> None:
+        self._plan, self._console, self._shown = plan, console, shown
+        self._total = sum(stage.steps for stage in plan.stages)
+        self._begin_step, self._begin = steps_done, time.perf_counter()
+        self._live: Progress | None = None
+        self._task = TaskID(0)
+
+    def begin_stage(self, stage: StagePlan, done: int) -> None:
+        """Open the stage's bar."""
+        if self._shown and self._console.is_terminal:
+            title = f"stage {self._number(stage)} {stage.name}"
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+            self._live = Progress(*columns, console=self._console, refresh_per_second=4)
+            self._task = self._live.add_task(title, total=stage.steps, completed=done, text="")
+            self._live.start()
+
+    def transition(self, stage: StagePlan, carried: Mapping[str, str]) -> None:
+        """Say what a stage begins with: weights, optimizer and LR, and the place in every dataset it reads."""
+        self.say(f"stage {stage.name} begins")
+        for what, value in carried.items():
+            self.say(f"  {what:<9} {value}")
+        for leaf in sorted(leaves(stage.tree), key=lambda leaf: (leaf.replayed, leaf.source)):
+            self.say(f"  {'replay' if leaf.replayed else 'data':<9} {_place(leaf)}")
+
+    def end_stage(self) -> None:
+        """Leave the bar as it is."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def step(self, stage: StagePlan, line: dict[str, Any]) -> None:
+        """Show the newest step."""
+        if not self._shown:
+            return
+        text = self._text(stage, line)
+        if self._live is not None:
+            self._live.update(self._task, completed=line["step"], text=text)
+        else:
+            self.say(f"stage {self._number(stage)} {stage.name} {text}")
+
+    def say(self, message: str) -> None:
+        """A message of its own line."""
+        if self._shown:
+            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def _number(self, stage: StagePlan) -> str:
+        return f"{self._plan.stages.index(stage) + 1}/{len(self._plan.stages)}"
+
+    def _text(self, stage: StagePlan, line: dict[str, Any]) -> str:
+        mfu = "" if math.isnan(line["mfu"]) else f"mfu {line['mfu']:.0%}  "
+        done, run_done = line["step"], line["run_step"]
+        return (
+            f"step {done:,}/{stage.steps:,}  loss {line['loss_nats_per_token']:.4f}  lr {line['lr']:.2e}  "
+            f"{line['tokens_per_s']:,.0f} tokens/s  {mfu}{line['tokens'] / 1e6:,.2f}M tokens  "
+            f"eta {self._eta(run_done, stage.steps - done)} stage, {self._eta(run_done, self._total - run_done)} run"
+        )
+
+    def _eta(self, run_done: int, steps_left: int) -> str:
+        """At the mean pace of this session, validation and saving included."""
+        taken = run_done - self._begin_step
+        if taken <= 0:
+            return "?"
+        seconds = round((time.perf_counter() - self._begin) / taken * steps_left)
+        return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
+
+
+def _place(leaf: Leaf) -> str:
+    """Where a stage picks a dataset up; sequences are counted from 0, in the order of training."""
+    if not leaf.replayed:
+        begins = "starts at its first sequence" if not leaf.first else f"continues at sequence {leaf.first:,}"
+        return f"{leaf.source} {begins}"
+    if not leaf.seen:
+        return f"of {leaf.source}"
+    order = ", in a new order" if leaf.reshuffle_key else ""
+    return f"of {leaf.source} from sequence {leaf.first % leaf.seen:,} of the {leaf.seen:,} trained on{order}"
