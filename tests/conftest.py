@@ -9,8 +9,8 @@ import pytest
 from hypothesis import Phase, settings
 
 from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.data.prepare import text_sources
-from titan_cpt.planning.plan import Inventory
 from titan_cpt.planning.planner import make_plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it

@@ -32,7 +32,7 @@ MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
     "a step": (("titan_cpt.train:train_step", 7), ("torch.optim:AdamW.step", 7)),
     "a save, before its shards": (("titan_cpt.checkpoint.storage:ShardWriter.write_data", 3),),
     "a save, between files and manifest": (("titan_cpt.checkpoint.manifest:write", 3),),
-    "a save, while it hashes or syncs": (("titan_cpt.checkpoint.manifest:_sync", 20),),
+    "a save, while it hashes or syncs": (("titan_cpt.common.files:fsync", 20),),
     "pruning": (("shutil:rmtree", 2), ("os:unlink", 9)),
     "a stage's end": (("titan_cpt.train:write_summary", 1),),
     "a transition": (

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.distributed.device_mesh import join_ranks
+from titan_cpt.distributed.process_group import join_ranks
 from titan_cpt.evaluation.inference import Opened, open_checkpoint
 from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_config import config_from_shape

@@ -28,14 +28,15 @@ import tomli_w
 import torch
 from safetensors import safe_open
 
-from titan_cpt.common.run_folder import StopRequest
+from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
 from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.distributed.device_mesh import join_ranks
+from titan_cpt.distributed.process_group import join_ranks
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.build import Parts, build
+from titan_cpt.training.build import build
+from titan_cpt.training.state import Parts
 
 THEIR_WARNINGS_IGNORED = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata's loader, of torch

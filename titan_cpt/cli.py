@@ -207,10 +207,10 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from dataclasses import replace
 
     from titan_cpt.checkpoint.weights_tokenizer import check_planned
+    from titan_cpt.common.numbers import parse_bytes
     from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.distributed.parallel_dims import fewest_ranks
-    from titan_cpt.planning.parallel_view import parse_bytes
+    from titan_cpt.planning.parallel import fewest_ranks
     from titan_cpt.planning.planner import make_plan
 
     config = load_config(options.config, overrides)
@@ -221,7 +221,8 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     inventory = take_inventory(config)
     plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *check_planned(config))), world_size)
     if options.json or options.lr_at or options.recipe:
-        from titan_cpt.planning.view import lr_as_json, plan_as_json, recipe_as_json
+        from titan_cpt.planning.plan_json import plan_as_json
+        from titan_cpt.planning.view import lr_as_json, recipe_as_json
 
         answer = plan_as_json(plan, device_bytes)
         if options.lr_at:
@@ -230,8 +231,8 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
             answer["recipe"] = recipe_as_json(plan, *options.recipe)
         print(json.dumps(answer))
     else:
+        from titan_cpt.common.console import make_console
         from titan_cpt.planning.view import print_plan
-        from titan_cpt.training.progress import make_console
 
         print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
@@ -280,8 +281,8 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if options.plan:
+        from titan_cpt.common.console import make_console
         from titan_cpt.runs.sweep import print_arms
-        from titan_cpt.training.progress import make_console
 
         print_arms(options.files, overrides, make_console())
         return 0
@@ -292,8 +293,8 @@ def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: str | None, **how: Any) -> int:
+    from titan_cpt.common.console import make_console
     from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, run_arms
-    from titan_cpt.training.progress import make_console
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise PlanError("a sweep under torchrun: start it without; --launch ./run_train.sh starts each run's processes")
@@ -305,7 +306,7 @@ def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: s
 def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.config.load import load_run
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.distributed.parallel_dims import fewest_ranks
+    from titan_cpt.planning.parallel import fewest_ranks
     from titan_cpt.planning.planner import make_plan
     from titan_cpt.runs.baselines import write_baselines
 
@@ -415,7 +416,7 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
     tasks = chosen_tasks(options.suite, options.tasks)  # before torch: mistakes are reported at once
     require_folder(tasks, options.tasks_dir)
-    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
+    from titan_cpt.distributed.process_group import join_ranks, leave_ranks
     from titan_cpt.evaluation.evaluate import Asked, evaluate_all
 
     whole_suite = options.suite if not options.tasks else None
@@ -434,8 +435,8 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     finally:
         leave_ranks()
     if ranks.rank == 0:
+        from titan_cpt.common.console import make_console
         from titan_cpt.evaluation.score_table import print_scores, scores_as_json
-        from titan_cpt.training.progress import make_console
 
         if options.json:
             print(json.dumps(scores_as_json(columns)))
@@ -449,7 +450,7 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if not options.prompt and not options.examples:
         raise ConfigError("command line: give --prompt TEXT, once or several times, or --examples")
-    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
+    from titan_cpt.distributed.process_group import join_ranks, leave_ranks
     from titan_cpt.evaluation.generate import Sampling
     from titan_cpt.evaluation.prompts import continue_prompts
 
@@ -482,9 +483,9 @@ def _opening(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.common.console import make_console
     from titan_cpt.reporting.comparison import print_runs
     from titan_cpt.reporting.summary import read_runs
-    from titan_cpt.training.progress import make_console
 
     unread: list[str] = []
     records = read_runs(options.runs, unread.append)

@@ -17,28 +17,36 @@ from typing import Any, NoReturn
 
 import torch
 
-from titan_cpt.checkpoint import manager as ckpt
 from titan_cpt.checkpoint.manager import Found, load_state
-from titan_cpt.checkpoint.manifest import write_text_atomically
-from titan_cpt.common.run_folder import StopRequest, locked
+from titan_cpt.common.console import make_console
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, locked
+from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.prepare.missing import materialise_unless_stopped
-from titan_cpt.distributed.device_mesh import Ranks, join_ranks, leave_ranks, rank_0_first, set_timeouts
 from titan_cpt.distributed.float8 import refresh_scales
+from titan_cpt.distributed.process_group import (
+    Ranks,
+    any_rank_stops,
+    join_ranks,
+    leave_ranks,
+    rank_0_first,
+    set_timeouts,
+)
 from titan_cpt.errors import NumericsError
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.reporting.summary import print_summary, summarise
 from titan_cpt.training import bad_steps
 from titan_cpt.training.allocator import keep_freed_memory
 from titan_cpt.training.benchmarks import benchmarks_due, require_benchmarks, take_benchmarks
-from titan_cpt.training.build import Parts, build, manifest_record
+from titan_cpt.training.build import build, manifest_record
 from titan_cpt.training.forgetting import note_changed_validation, renew_baselines
 from titan_cpt.training.initial_weights import load_initial
 from titan_cpt.training.metrics import versions
 from titan_cpt.training.optimizer import clip_grad_norm, reset_state, set_hyperparameters, set_lr
-from titan_cpt.training.progress import make_console
+from titan_cpt.training.state import Parts
 from titan_cpt.training.step_log import StepResult, record, validate
 
 _THEIR_WARNINGS = (
@@ -80,7 +88,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
             stack.enter_context(locked(folder, rank=ranks.rank))
             stop = stack.enter_context(StopRequest())
             materialise_unless_stopped(config, stop, rank=ranks.rank)
-        if stop.agreed():
+        if any_rank_stops(stop):
             return STOPPED_EARLY
         parts, found = build(config, ranks, folder, stop)
         try:
@@ -116,7 +124,7 @@ def train(parts: Parts, found: Found | None) -> int:
         done, whole = train_stage(parts, stage, done, unmeasured=unmeasured)
         write_summary(parts)
         unfinished = done < stage.steps or not whole or stage is not parts.plan.stages[-1]
-        if parts.stop.agreed() and unfinished:
+        if any_rank_stops(parts.stop) and unfinished:
             return _stopped(parts, stage, done)
     parts.checkpoints.wait()
     _tell_the_end(parts)
@@ -181,13 +189,13 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
     if benchmarks_due(config, stage, done) and not take_benchmarks(parts, stage, done):
         return done, False
     if done == 0 == stage.pre_anneal_step:
-        save(parts, stage, 0, ckpt.PRE_ANNEAL)
+        save(parts, stage, 0, PRE_ANNEAL)
     gc.disable()  # ranks that collect at different times wait for each other
     while done < stage.steps:
         step, taken = done, pass_over if parts.skips.holds(stage.name, done) else train_step
         record(parts, stage, step, taken(parts, loader, stage, step))
         done = step + 1
-        last, stopping = done == stage.steps, parts.stop.agreed()
+        last, stopping = done == stage.steps, any_rank_stops(parts.stop)
         if step == first_step:  # by now every rank has compiled and taken it
             set_timeouts(config.comm.train_timeout_seconds)
         measured = last or done % config.validation.interval == 0 or done in stage.final_window
@@ -201,7 +209,7 @@ def train_stage(parts: Parts, stage: StagePlan, done: int, *, unmeasured: bool =
                 continue
         due = measured and not validate(parts, stage, done)
         if saved or due:
-            save(parts, stage, done, saved or ckpt.INTERVAL, validation_due=due)
+            save(parts, stage, done, saved or INTERVAL, validation_due=due)
         due = due or (evaluated and (stopping or not take_benchmarks(parts, stage, done)))
         if step % config.training.gc_freq == 0:
             gc.collect(1)
@@ -289,7 +297,7 @@ def _stop_before(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> NoRetur
     """Save the weights as they were before a step whose numbers are bad, which they still are, and stop."""
     done = bad["step"] - 1
     if done and _save_kind(stage, done, parts.config.checkpoint.interval, stopping=False) is None:
-        save(parts, stage, done, ckpt.INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
+        save(parts, stage, done, INTERVAL)  # else it was saved before that step, perhaps as the pre-anneal point
     parts.checkpoints.poll(until_done=True)
     newest = next((str(found.folder) for found in parts.checkpoints.listed()), "none, as it was the first step")
     parts.log.event("stop", stage=stage.name, step=done, why=bad_steps.reason(bad))
@@ -305,7 +313,7 @@ def save(parts: Parts, stage: StagePlan, done: int, kind: str, *, validation_due
             f"  training waited {parts.checkpoints.waited_s:.0f} s for the checkpoint before this one to be written; "
             "a longer checkpoint.interval or a faster disk would spare that"
         )
-    if kind == ckpt.PRE_ANNEAL:
+    if kind == PRE_ANNEAL:
         parts.log.event("anneal", stage=stage.name, step=done)
         parts.display.say(f"  annealing begins; the checkpoint before it stays at step {done:,} of {stage.name}")
     parts.log.restart_clock()
@@ -313,10 +321,10 @@ def save(parts: Parts, stage: StagePlan, done: int, kind: str, *, validation_due
 
 def _save_kind(stage: StagePlan, done: int, interval: int, *, stopping: bool) -> str | None:
     if done == stage.steps:
-        return ckpt.STAGE_END
+        return STAGE_END
     if done == stage.pre_anneal_step:
-        return ckpt.PRE_ANNEAL
-    return ckpt.INTERVAL if stopping or done % interval == 0 else None
+        return PRE_ANNEAL
+    return INTERVAL if stopping or done % interval == 0 else None
 
 
 def _use_numbers(parts: Parts, stage: StagePlan) -> None:

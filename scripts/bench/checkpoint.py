@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from titan_cpt.checkpoint.manager import INTERVAL, Checkpoints, storage
+from titan_cpt.checkpoint import storage
+from titan_cpt.checkpoint.manager import Checkpoints
+from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 from titan_cpt.training.optimizer import build_adamw

@@ -58,10 +58,10 @@ def work(folder: Path) -> None:
     """One rank's part."""
     import torch
 
-    from titan_cpt.common.run_folder import StopRequest
+    from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.distributed.process_group import join_ranks, leave_ranks, wait_for_all
     from titan_cpt.train import open_loader, train_step, transition
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build

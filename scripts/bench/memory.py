@@ -141,10 +141,10 @@ def work(overrides: dict[str, str]) -> None:
     """One rank: build, take two steps, write down what it took."""
     import torch
 
-    from titan_cpt.common.run_folder import StopRequest
+    from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.distributed.process_group import join_ranks, leave_ranks, wait_for_all
     from titan_cpt.planning import memory
     from titan_cpt.train import open_loader, train_step
     from titan_cpt.training import loss

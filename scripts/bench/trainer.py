@@ -55,10 +55,10 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     """Seconds a step of every stage: by the whole trainer, and bare."""
     import torch
 
-    from titan_cpt.common.run_folder import StopRequest
+    from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.device_mesh import join_ranks
+    from titan_cpt.distributed.process_group import join_ranks
     from titan_cpt.train import open_loader, train_stage, train_step, transition
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import LlamaShape, ModelShape
-from titan_cpt.planning.memory import Work, footprint
+from titan_cpt.planning.memory import footprint
+from titan_cpt.planning.parallel import Work
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
-from titan_cpt.distributed.device_mesh import join_ranks
+from titan_cpt.distributed.process_group import join_ranks
 from titan_cpt.errors import DataError
 from titan_cpt.evaluation.generate import Sampling, generate
 from titan_cpt.evaluation.inference import open_checkpoint

@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.distributed.parallelize import Techniques
 from titan_cpt.distributed.pipeline_parallel import build_model
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
 from titan_cpt.train import train_step

@@ -8,7 +8,7 @@ import pytest
 import training
 
 from titan_cpt.config.load import load_config
-from titan_cpt.planning.plan import Inventory
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.planning.planner import make_plan
 
 pytestmark = training.THEIR_WARNINGS_IGNORED

@@ -13,12 +13,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import INTERVAL, Found
-from titan_cpt.common.run_folder import StopRequest
+from titan_cpt.checkpoint.manager import Found
+from titan_cpt.common.run_folder import INTERVAL
+from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
-from titan_cpt.distributed.device_mesh import Ranks, join_ranks, leave_ranks
+from titan_cpt.distributed.process_group import Ranks, join_ranks, leave_ranks
 from titan_cpt.train import resume, save, train_stage
-from titan_cpt.training.build import Parts, build
+from titan_cpt.training.build import build
+from titan_cpt.training.state import Parts
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {"one": {}},

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.config.load import load_config
-from titan_cpt.distributed.device_mesh import join_ranks, leave_ranks
+from titan_cpt.distributed.process_group import join_ranks, leave_ranks
 from titan_cpt.train import run_among
 
 

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import read_config, tensors_of
-from titan_cpt.checkpoint.hf_import import alone, require_free
+from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import open_released, weight_shapes
 from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
 from titan_cpt.checkpoint.model_card import bos_in_words, model_card
 from titan_cpt.checkpoint.provenance import Origin, legs, longest_sequence, origin, tokenizer_of
-from titan_cpt.checkpoint.storage import ShardReader
+from titan_cpt.checkpoint.storage import ShardReader, alone
 from titan_cpt.common.files import partial_folder
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError

@@ -6,16 +6,13 @@ any layout, by `import` one tensor after another. What is read is then compared 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -26,14 +23,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_release import Released, open_released, weight_shapes
-from titan_cpt.checkpoint.storage import ShardReader, ShardWriter
+from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, alone
 from titan_cpt.checkpoint.transformers_check import compared
 from titan_cpt.checkpoint.weights_tokenizer import of_release
 from titan_cpt.common.files import partial_folder
+from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelShape
-from titan_cpt.planning.plan import fingerprint
 
 IMPORTED = "imported"
 """The `kind` of a checkpoint that was made from a release: weights, and no optimizer state."""
@@ -72,7 +69,7 @@ def load_released(
 
 
 def _require_same_model(released: Released, ours: ModelShape) -> None:
-    changed = manifest.differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
+    changed = differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
     if changed:
         table = "\n    ".join(as_config_table(released.shape).splitlines())
         raise CheckpointError(
@@ -149,19 +146,6 @@ def require_free(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; remove it, or name another folder")
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """For DCP in a process without peers: no warning that there are none, and errors without DCP's wrapping."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        try:
-            yield
-        except CheckpointException as error:
-            if not error.failures:
-                raise
-            raise next(iter(error.failures.values()))[0] from None
 
 
 class _ReadWhenWritten(DefaultSavePlanner):

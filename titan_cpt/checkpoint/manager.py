@@ -35,11 +35,11 @@ from torch.optim import Optimizer
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter
 from titan_cpt.common.reading import matching
+from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder
 from titan_cpt.distributed.float8 import in_high_precision
 from titan_cpt.errors import AccessError, CheckpointError, TitanError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-INTERVAL, STAGE_END, PRE_ANNEAL = "interval", "stage_end", "pre_anneal"
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,6 @@ class Found:
 
     folder: Path
     manifest: dict[str, Any]
-
-
-def checkpoint_folder(run: Path, stage: str, steps_done: int) -> Path:
-    """Where the checkpoint of a stage after so many steps lies."""
-    return run / stage / f"step-{steps_done:08d}"
 
 
 class Checkpoints:

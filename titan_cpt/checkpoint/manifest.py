@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from titan_cpt.common.files import write_whole
+from titan_cpt.common.files import fsync, write_text_atomically
 from titan_cpt.common.reading import is_there, read_text, readable
 from titan_cpt.errors import CheckpointError
 
@@ -60,13 +60,13 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
             name, size = path.relative_to(folder).as_posix(), path.stat().st_size
             known = (checksums or {}).get(name)
             if known is None:
-                _sync(path)
+                fsync(path)
                 known = {"bytes": size, "xxh3_128": _digest(path)}
             if known["bytes"] != size:
                 raise CheckpointError(f"{path}: has {size} bytes, and {known['bytes']} were written")
             files[name] = dict(known)
     write_text_atomically(folder / NAME, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
-    _sync(folder.parent)
+    fsync(folder.parent)
 
 
 def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
@@ -83,14 +83,9 @@ def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
             os.link(checkpoint / name, target)
         except OSError:  # another file system, or one without links
             shutil.copyfile(checkpoint / name, target)
-            _sync(target)
+            fsync(target)
     write_text_atomically(folder / NAME, json.dumps(dict(record), indent=1))
-    _sync(folder.parent)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """The whole text or what was there before, whenever the power fails."""
-    write_whole(path, text.encode())
+    fsync(folder.parent)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -192,7 +187,7 @@ def remove(folder: Path) -> None:
     (folder / NAME).unlink(missing_ok=True)
     if not folder.exists():
         return
-    _sync(folder)
+    fsync(folder)
     foreign = _foreign(folder, named)
     if not foreign:
         shutil.rmtree(folder)
@@ -232,23 +227,9 @@ def _foreign(folder: Path, named: set[Path]) -> set[Path]:
     return {path for path in files - named if path.parent != folder or not _OWN.fullmatch(path.name)}
 
 
-def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every key of two recipes that is not the same."""
-    lines = []
-    for key in sorted({*recorded, *planned}):
-        old, new = recorded.get(key, "not set"), planned.get(key, "not set")
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
-    return lines
-
-
 def digest_of_files(record: Mapping[str, Any]) -> str:
     """SHA-256 over a manifest's list of files with their checksums: equal for equal weights and moments."""
     return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _digest(path: Path) -> str:
@@ -257,11 +238,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ def steps(text: str) -> tuple[int, ...]:
 
 def tokens(text: str) -> int:
     """A token budget such as 10B."""
-    from titan_cpt.config.types import parse_tokens
+    from titan_cpt.common.numbers import parse_tokens
 
     try:
         tokens = parse_tokens(text)

@@ -33,7 +33,7 @@ def write_whole(path: Path, content: bytes) -> None:
         if isinstance(fault, OSError) and fault.errno and fault.filename is None:  # of a write, such as on a full disk
             fault.filename = str(path)
         raise
-    sync_folder(path.parent)
+    fsync(path.parent)
 
 
 def require_writable(path: Path) -> None:
@@ -71,15 +71,6 @@ def _create_beside(path: Path) -> tuple[Path, int]:
             return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             number += 1
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def identity(path: Path) -> tuple[int, int] | None:
@@ -125,7 +116,7 @@ def partial_folder(out: Path) -> Iterator[Path]:
             (folder / _MARK).unlink(missing_ok=True)
             with suppress(OSError):  # not empty: someone put a file there, which stays
                 folder.rmdir()
-    sync_folder(out.parent)
+    fsync(out.parent)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -137,3 +128,17 @@ def _held(out: Path, by: str) -> OSError:
     return BlockingIOError(
         errno.EWOULDBLOCK, f"another process is writing it now{by}; wait for it, or end it", str(out)
     )
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The whole text or what was there before, whenever the power fails."""
+    write_whole(path, text.encode())
+
+
+def fsync(path: Path) -> None:
+    """Write a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

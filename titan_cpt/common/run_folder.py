@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-
-import torch
-import torch.distributed as dist
 
 from titan_cpt.common.file_lock import exclusive
 from titan_cpt.errors import CheckpointError
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CONFIG_NAME = "config.toml"
+
+
+INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,
+STAGE_END = "stage_end"  # at the end of a stage,
+PRE_ANNEAL = "pre_anneal"  # and on the last step before a schedule anneals
 
 
 @contextmanager
@@ -47,51 +46,6 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
         yield
 
 
-class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and the first SIGINT into a request that the training loop honours between two steps.
-
-    SIGUSR1 is what Slurm is told to send before a time limit. A second SIGINT ends the process at once: checkpoints
-    count only with their manifest, so that nothing is harmed.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self._interrupting = False
-
-    def __enter__(self) -> StopRequest:
-        """Listen from here on."""
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Within the block a signal raises KeyboardInterrupt at once: for work that has no steps to stop between."""
-        self._interrupting = True
-        try:
-            yield
-        finally:
-            self._interrupting = False
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; collective, the same answer on every rank."""
-        if not dist.is_initialized():
-            return bool(self.name)
-        asked = torch.tensor(int(bool(self.name)))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop = bool(asked.item())  # and not the name, which a signal may have set since: the others do not know of it
-        if stop and not self.name:
-            self.name = "a signal to another rank"
-        return stop
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name == "SIGINT":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        self.name = signal.Signals(number).name
-        if self._interrupting:
-            raise KeyboardInterrupt
+def checkpoint_folder(run: Path, stage: str, steps_done: int) -> Path:
+    """Where the checkpoint of a stage after so many steps lies."""
+    return run / stage / f"step-{steps_done:08d}"

@@ -12,15 +12,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from titan_cpt.config.messages import (
-    in_words,
-    is_string,
-    listed,
-    models_at,
-    nearest,
-    reference_faults,
-    tables,
-)
+from titan_cpt.common.text import listed, nearest
+from titan_cpt.config.messages import in_words, is_string, models_at, reference_faults, tables
 from titan_cpt.config.schema import Config
 from titan_cpt.config.source_location import Source, located
 from titan_cpt.config.sweep import points, sweep_faults

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from titan_cpt.common.text import listed, nearest
 from titan_cpt.config.schema import Config
 
 # The run's folder holds these folders beside those of the stages.
@@ -158,17 +158,6 @@ def _metadata(annotation: Any) -> list[Any]:
     for part in getattr(annotation, "__metadata__", ()):
         found += getattr(part, "metadata", [part])
     return found
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A half-sentence that offers the likeliest of the known words, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def listed(words: Sequence[str]) -> str:
-    """The words in quotes, with commas."""
-    return ", ".join(repr(word) for word in words) or "none"
 
 
 def _shown(value: Any) -> str:

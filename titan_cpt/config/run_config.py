@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.checkpoint.manifest import differences, write_text_atomically
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import read_text
+from titan_cpt.common.recipe import differences
+from titan_cpt.common.run_folder import CONFIG_NAME
 from titan_cpt.config.load import check_config, dump_config
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -25,7 +27,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-CONFIG_NAME = "config.toml"
 _METRICS_BEGIN = '{"kind": "'
 _LINES_LOOKED_AT = 100
 _SPELLED_OUT = {"job": "output_dir", "training": "gc_freq", "checkpoint": "keep_latest_k", "validation": "interval"}

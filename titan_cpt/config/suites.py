@@ -116,15 +116,4 @@ def _task(text: str) -> Task:
     return Task(name, int(shots) if shots else None, metric or None)
 
 
-EXAMPLES: tuple[str, ...] = (
-    "Der Hund lief über die Straße, weil",
-    "Am Morgen nach dem großen Sturm",
-    "Um ein neues Dokument zu öffnen,",
-    "Die Hauptstadt von Deutschland ist",
-    "Früher glaubten viele Menschen, dass",
-    "The dog ran across the street because",
-    "On the morning after the great storm",
-    "To open a new document,",
-    "The capital of Germany is",
-)
 """Prompts whose continuations are shown beside each other, stage after stage: five German, four English."""

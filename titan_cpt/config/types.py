@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
-_TOKEN_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+from titan_cpt.common.numbers import parse_steps, parse_tokens
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 200  # a file system's limit is 255, and `anneal` adds to it
-
-
-def parse_tokens(text: str) -> int:
-    """The number of tokens that a string such as "300B", "2.5M" or "1_000_000" names; suffixes are powers of 1000.
-
-    Raises:
-        ValueError: not such a string, not a whole number of tokens, or none at all.
-    """
-    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([KMBT]?)\s*", text)
-    if match is None:
-        raise ValueError(f'must be a number of tokens such as "300B", "2.5M" or "1_000_000", got {text!r}')
-    tokens = Fraction(match[1].replace("_", "")) * _TOKEN_SUFFIXES[match[2]]
-    if tokens.denominator != 1 or tokens >= 2**63:
-        raise ValueError(f"must be a whole number of tokens below 2**63, got {text!r}")
-    return int(tokens)
-
-
-def parse_steps(text: str) -> Fraction:
-    """The exact number that a string such as "1323.66 steps" names: an end point between two steps.
-
-    Raises:
-        ValueError: not such a string.
-    """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,1100})?) steps", text)
-    if match is None:
-        raise ValueError(f'must be a number of steps such as "1323.66 steps", got {text!r}')
-    return Fraction(match[1])
 
 
 def fault(message: str) -> PydanticCustomError:

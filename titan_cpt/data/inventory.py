@@ -5,8 +5,8 @@ Reads headers only, so that a plan over terabytes answers at once. Files that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from titan_cpt.data.formats.open import Counted, TokenFiles, absent, count, open
 from titan_cpt.data.prepare.prepared_record import MadeBy, made_by
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
-from titan_cpt.planning.plan import Inventory
 
 
 @dataclass(frozen=True)
@@ -279,3 +278,24 @@ def _vocab_size(config: Config) -> int | None:
             load_tokenizer(path).with_bos(True)
         return vocab_size_of(path)
     return config.tokenizer.train.vocab_size if config.tokenizer.train else None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What is known of files before anything is trained.
+
+    Attributes:
+        tokens: of every source, `dataset` or `dataset.domain`; None where its files are not there yet.
+        vocab_size: ids of the tokenizer; None where it is not there yet.
+        sequences: of the sources whose sequences are not windows of their stream.
+        unrecorded: sources whose tokens do not say which tokenizer made them.
+        validation_tokens: of every validation set; None where its files are not there yet.
+        notes: doubts about the files, a sentence each.
+    """
+
+    tokens: Mapping[str, int | None]
+    vocab_size: int | None
+    sequences: Mapping[str, int] = field(default_factory=dict)
+    unrecorded: tuple[str, ...] = ()
+    validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.errors import ConfigError, how_to_install
-from titan_cpt.planning.memory import in_float8
 
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply in float8
 

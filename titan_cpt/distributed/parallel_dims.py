@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from titan_cpt.config.schema import Config
-
 
 @dataclass(frozen=True)
 class ScheduleKind:
@@ -128,31 +126,3 @@ class Layout:
         degrees = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
         degrees += [f"pp {self.pp} ({self.schedule})"] if self.pp > 1 else []
         return " x ".join(degrees) or "one process"
-
-
-def fewest_ranks(config: Config) -> int:
-    """The smallest number of ranks that the config's degrees can be laid over."""
-    asked = config.parallelism
-    model = asked.tensor_parallel_degree * asked.pipeline_parallel_degree * asked.context_parallel_degree
-    return model * asked.data_parallel_replicate_degree * (asked.data_parallel_shard_degree or 1)
-
-
-def layout_of(config: Config, world_size: int) -> Layout:
-    """The layout that the config asks for on so many ranks; whether it can be is `layout_faults`' to say."""
-    asked = config.parallelism
-    pp, tp, cp = asked.pipeline_parallel_degree, asked.tensor_parallel_degree, asked.context_parallel_degree
-    replicate = asked.data_parallel_replicate_degree
-    reshard = asked.fsdp_reshard_after_forward
-    return Layout(
-        dp_replicate=replicate,
-        dp_shard=asked.data_parallel_shard_degree or max(1, world_size // (pp * tp * cp * replicate)),
-        cp=cp,
-        tp=tp,
-        pp=pp,
-        schedule=asked.pipeline_parallel_schedule,
-        microbatches=max(1, config.training.local_batch_size // asked.pipeline_parallel_microbatch_size)
-        if pp > 1
-        else 1,
-        reshard_after_forward=reshard == "always" or (reshard == "default" and pp == 1),
-        loss_parallel=not asked.disable_loss_parallel,
-    )

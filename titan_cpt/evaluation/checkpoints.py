@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import STAGE_END
 from titan_cpt.common.reading import is_there, matching
+from titan_cpt.common.run_folder import STAGE_END
 from titan_cpt.errors import CheckpointError
 from titan_cpt.evaluation.scores import FOLDER
 

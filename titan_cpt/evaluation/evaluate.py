@@ -25,8 +25,9 @@ import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.provenance import origin, precision_of, tokenizer_of
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.config.suites import Task
-from titan_cpt.distributed.device_mesh import Ranks, wait_for_all
+from titan_cpt.distributed.process_group import Ranks, wait_for_all
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
 from titan_cpt.evaluation.checkpoints import run_of, scores_folder, stage_ends
 from titan_cpt.evaluation.inference import Opened, open_checkpoint
@@ -259,7 +260,7 @@ def _score(bench: _Bench, task: Task, loaded: Any, path: Path) -> Score:
     if bench.ranks.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, **asdict(score), "per_sample": _short(score.per_sample)})
-        manifest.write_text_atomically(path, text)
+        write_text_atomically(path, text)
     return score
 
 
@@ -293,7 +294,7 @@ def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], new: Sequence[S
         }
         summary = {"suite": asked.suite, "limit": asked.limit, "average": mean, "stderr": error, "tasks": values}
         name = f"{asked.suite}{'' if asked.limit is None else f'-limit{asked.limit}'}.json"
-        manifest.write_text_atomically(bench.folder / name, json.dumps(summary, indent=1))
+        write_text_atomically(bench.folder / name, json.dumps(summary, indent=1))
     if bench.run is None or not (bench.run / "tb").is_dir():
         return
     from torch.utils.tensorboard import SummaryWriter  # half a second

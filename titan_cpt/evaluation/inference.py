@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.hf_import import alone
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.checkpoint.provenance import longest_sequence, origin, precision_of, tokenizer_of
+from titan_cpt.checkpoint.storage import alone
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
-from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.distributed.parallelize import Techniques
 from titan_cpt.distributed.pipeline_parallel import build_model
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.models import build
 from titan_cpt.models.build import LanguageModel

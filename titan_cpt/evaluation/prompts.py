@@ -10,13 +10,26 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common import reading
-from titan_cpt.config.suites import EXAMPLES
-from titan_cpt.distributed.device_mesh import Ranks
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.errors import ConfigError
 from titan_cpt.evaluation.checkpoints import scores_folder, stage_ends
 from titan_cpt.evaluation.generate import Sampling, generate
 from titan_cpt.evaluation.inference import Opened, open_checkpoint
 from titan_cpt.evaluation.scores import GENERATIONS
+
+EXAMPLES: tuple[str, ...] = (
+    "Der Hund lief über die Straße, weil",
+    "Am Morgen nach dem großen Sturm",
+    "Um ein neues Dokument zu öffnen,",
+    "Die Hauptstadt von Deutschland ist",
+    "Früher glaubten viele Menschen, dass",
+    "The dog ran across the street because",
+    "On the morning after the great storm",
+    "To open a new document,",
+    "The capital of Germany is",
+)
+
 
 EXAMPLE_TOKENS = 48
 EXAMPLE_SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=0)
@@ -89,5 +102,5 @@ def keep_examples(opened: Opened) -> list[dict[str, str]]:
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,
         }
-        manifest.write_text_atomically(folder / GENERATIONS, json.dumps(kept, indent=1, ensure_ascii=False))
+        write_text_atomically(folder / GENERATIONS, json.dumps(kept, indent=1, ensure_ascii=False))
     return pairs

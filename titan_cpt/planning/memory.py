@@ -14,42 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import Layout, Place
+from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
 from titan_cpt.models.spec import LlamaShape, ModelShape
+from titan_cpt.planning.parallel import Work
 from titan_cpt.planning.pipeline_cost import bubble, in_flight
 
 _FP32 = 4
-LOGITS_CHUNK = 2**26
-"""Logits that exist at a time where head and loss are one operation; 128 MiB in bfloat16."""
-_FLOAT8_MULTIPLE = 16
 
 Parameter = tuple[str, tuple[int, ...], int | None]
 """Name, shape, and the dimension that tensor parallelism cuts (None: held by all)."""
 
-
-@dataclass(frozen=True)
-class Work:
-    """What a rank is given to do, beside the layout.
-
-    Attributes:
-        microbatch_tokens: T, of one forward pass of one context-parallel rank.
-        accumulation: local batches of a step.
-        bytes_per_number: of parameters and activations while they are multiplied: 2 in bfloat16, 4 in float32.
-        recompute: "none", "full", "selective" or "memory_budget".
-        selection: "op", or n for every n-th block.
-        memory_budget: share of the activations kept under "memory_budget".
-        offloaded: parameters, gradients and the optimizer lie in the host's memory.
-        float8_kept_out: where weights are gathered in float8, parts of the names of those that are not.
-    """
-
-    microbatch_tokens: int
-    accumulation: int
-    bytes_per_number: int
-    recompute: str
-    selection: str
-    memory_budget: float
-    offloaded: bool = False
-    float8_kept_out: tuple[str, ...] | None = None
+RESERVE = 0.1  # of a device's memory, for the libraries' work space, communication buffers and the allocator's gaps
 
 
 @dataclass(frozen=True)
@@ -185,20 +162,6 @@ def _gpt_neox_block(shape: ModelShape) -> tuple[Parameter, ...]:
         ("mlp.down.weight", (d, f), 1),
         ("mlp.down.bias", (d,), None),
     )
-
-
-def in_float8(name: str, size: tuple[int, ...], *, tp: int, kept_out: tuple[str, ...]) -> bool:
-    """Whether a linear layer multiplies in float8: one of a block, whose sides divide by 16 x TP for the hardware.
-
-    The head does not: its product is one operation with the loss.
-
-    Args:
-        name: of the layer or of its weight, in the whole model.
-        size: rows and columns of the whole weight.
-        kept_out: parts of the names of layers that stay in higher precision.
-    """
-    divides = all(side % (_FLOAT8_MULTIPLE * tp) == 0 for side in size)
-    return name.startswith("blocks.") and divides and not any(part in name for part in kept_out)
 
 
 def _stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> Iterator[Parameter]:
@@ -388,3 +351,8 @@ def _count_cut(parameters: tuple[Parameter, ...], tp: int) -> int:
 
 def _size(size: tuple[int, ...]) -> int:
     return size[0] * (size[1] if len(size) > 1 else 1)
+
+
+def fits(costs: Footprint, device_bytes: int) -> bool:
+    """Whether the memory worked out leaves the reserve free."""
+    return costs.memory <= device_bytes * (1 - RESERVE)

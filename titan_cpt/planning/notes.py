@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titan_cpt.config.schema import Config
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelShape
-from titan_cpt.planning.plan import Inventory
 
 
 def plan_notes(config: Config, inventory: Inventory, shape: ModelShape) -> Iterator[str]:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
-from titan_cpt.distributed.parallel_dims import SCHEDULES, Layout, layout_of
+from titan_cpt.distributed.float8_filter import in_float8
+from titan_cpt.distributed.parallel_dims import SCHEDULES, Layout
 from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import LlamaShape, ModelShape
-from titan_cpt.planning.memory import block_parameters, in_float8
+from titan_cpt.planning.memory import block_parameters
+from titan_cpt.planning.parallel import layout_of
 
 _PARALLELISM = "parallelism."
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
 from titan_cpt.distributed.parallel_dims import Layout
-from titan_cpt.errors import PlanError
-from titan_cpt.planning.memory import Footprint
+from titan_cpt.planning.memory import RESERVE, Footprint, fits
 from titan_cpt.planning.plan import Plan
-
-RESERVE = 0.1  # of a device's memory, for the libraries' work space, communication buffers and the allocator's gaps
 
 
 def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
@@ -39,11 +35,6 @@ def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any
     }
 
 
-def fits(costs: Footprint, device_bytes: int) -> bool:
-    """Whether the memory worked out leaves the reserve free."""
-    return costs.memory <= device_bytes * (1 - RESERVE)
-
-
 def holdings(layout: Layout, layers: int) -> Iterator[tuple[int, range, list[str]]]:
     """For every pipeline rank: its number, the ranks that share that place, and what they hold."""
     group = layout.world_size // layout.pp
@@ -61,20 +52,6 @@ def vars_of(holding: tuple[int, range, list[str]]) -> dict[str, Any]:
     """One of `holdings` as JSON."""
     rank, ranks, held = holding
     return {"pipeline_rank": rank, "first_rank": ranks[0], "last_rank": ranks[-1], "holds": held}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "80GiB", "40GB" or a plain number.
-
-    Raises:
-        PlanError: it is none of these.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?", text.strip())
-    if not match or float(match[1]) == 0:
-        raise PlanError(f'--device-memory: must be a size such as "80GiB" or "40GB", got {text!r}')
-    unit = match[2] or "B"
-    base = 1024 if "i" in unit else 1000
-    return int(float(match[1]) * base ** "BKMGT".index(unit[0]))
 
 
 def print_layout(plan: Plan, console: Console, device_bytes: int | None = None) -> None:

@@ -5,13 +5,12 @@ All of it is frozen numbers; planning.py works them out, plan_view.py shows them
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from titan_cpt.common.recipe import fingerprint
 from titan_cpt.data.mixture import Draw, Tree, draws, leaves
 from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.errors import PlanError
@@ -20,27 +19,6 @@ from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.memory import Footprint
 
 BYTES_PER_SAVED_PARAMETER = 12  # float32 weight and AdamW's two moments
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """What is known of files before anything is trained.
-
-    Attributes:
-        tokens: of every source, `dataset` or `dataset.domain`; None where its files are not there yet.
-        vocab_size: ids of the tokenizer; None where it is not there yet.
-        sequences: of the sources whose sequences are not windows of their stream.
-        unrecorded: sources whose tokens do not say which tokenizer made them.
-        validation_tokens: of every validation set; None where its files are not there yet.
-        notes: doubts about the files, a sentence each.
-    """
-
-    tokens: Mapping[str, int | None]
-    vocab_size: int | None
-    sequences: Mapping[str, int] = field(default_factory=dict)
-    unrecorded: tuple[str, ...] = ()
-    validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,8 +205,3 @@ class Plan:
         """Most bytes of checkpoints that lie on disk at once: kept ones, ends, pre-anneal points, one being written."""
         points = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
         return (kept_checkpoints + points + 1) * self.shape.parameters * BYTES_PER_SAVED_PARAMETER
-
-
-def fingerprint(recipe: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits over a recipe, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]

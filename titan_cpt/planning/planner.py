@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from titan_cpt.common.numbers import parse_steps, parse_tokens
 from titan_cpt.config.datasets import OWN_ORDER, Dataset
 from titan_cpt.config.schema import (
     Config,
@@ -23,18 +24,19 @@ from titan_cpt.config.schema import (
     Stage,
     WsdLR,
 )
-from titan_cpt.config.types import parse_steps, parse_tokens
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.data.mixture import Fork, Leaf, Tree, balanced, bounded, counts
-from titan_cpt.distributed.parallel_dims import Layout, layout_of
+from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.errors import PlanError
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelShape
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.advice import advice
-from titan_cpt.planning.memory import Work, footprint
+from titan_cpt.planning.memory import footprint
 from titan_cpt.planning.notes import plan_notes
+from titan_cpt.planning.parallel import Work, layout_of
 from titan_cpt.planning.parallel_rules import layout_faults
-from titan_cpt.planning.plan import AdamWNumbers, DatasetUse, History, Inventory, Plan, Point, StagePlan
+from titan_cpt.planning.plan import AdamWNumbers, DatasetUse, History, Plan, Point, StagePlan
 
 DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.parallel_view import fits
-from titan_cpt.planning.plan import Inventory, Plan
+from titan_cpt.planning.memory import fits
+from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
 
 RANKS_OF_A_NODE = 8

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,36 +10,13 @@ from rich.table import Table
 
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.lr_schedules import lr_at
-from titan_cpt.planning.parallel_view import layout_as_json, layout_lines
-from titan_cpt.planning.plan import Plan, StagePlan
+from titan_cpt.planning.parallel_view import layout_lines
+from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals and files that are not in UTF-8
 _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
-
-
-def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
-    """The plan as DESIGN section 3b promises it to other programs."""
-    stages = [_stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
-    total = sum(stage["tokens"] for stage in stages)
-    return {
-        "name": plan.name,
-        "fingerprint": plan.fingerprint,
-        "world_size": plan.world_size,
-        "accumulation": plan.accumulation,
-        "step_tokens": plan.step_tokens,
-        "layout": layout_as_json(plan, device_bytes),
-        "model": {
-            "family": plan.shape.family,
-            "parameters": plan.shape.parameters,
-            "parameters_without_embeddings": plan.shape.parameters_without_embeddings,
-            "vocab_size": plan.shape.vocab_size,
-        },
-        "stages": stages,
-        "total_tokens": total,
-        "retraining_tokens": total,
-        "notes": list(plan.notes),
-    }
 
 
 def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -58,35 +33,6 @@ def recipe_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
     if not step.isdecimal():
         raise PlanError(f"--recipe: a 0-based step is a whole number, got {step!r}")
     return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
-
-
-def _stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
-    tokens = stage.steps * plan.step_tokens
-    lrs = [stage.lr_at(step) for step in _turning_steps(stage)]
-    use = {name: vars(use) for name, use in stage.use.items()}
-    domains = {name: vars(use) for name, use in stage.domain_use.items() if "." in name}
-    return {
-        "name": stage.name,
-        "steps": stage.steps,
-        "tokens": tokens,
-        "start_lr": stage.lr_at(0),
-        "peak_lr": max(lrs),
-        "final_lr": stage.lr_at(stage.steps - 1),
-        "flops": plan.shape.flops_per_token(plan.seq_len) * tokens,
-        "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
-        "pre_anneal_step": stage.pre_anneal_step,
-        "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
-        "final_window": list(stage.final_window),
-        "new_datasets": list(stage.datasets),
-        "datasets": use,
-        "domains": domains,
-    }
-
-
-def _turning_steps(stage: StagePlan) -> list[int]:
-    """Steps among which the stage's highest LR is found: its ends, and both sides of every phase's border."""
-    borders = {math.floor(phase.end) + side for phase in stage.schedule for side in (-1, 0)}
-    return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
 
 
 def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
@@ -118,7 +64,7 @@ def _stage_table(plan: Plan) -> Table:
     for name in ("stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replayed), epochs", "FLOPs"):
         table.add_column(name, justify="left" if name in ("stage", "from") or name.startswith("data") else "right")
     for index, stage in enumerate(plan.stages):
-        row = _stage_as_json(plan, stage, index)
+        row = stage_as_json(plan, stage, index)
         init = escape(stage.init) if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
         data = [
             f"{name} {_count(use.tokens)}"

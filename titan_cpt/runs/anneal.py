@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.common.reading import matching
+from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import locked
 from titan_cpt.config.load import check_config, load_config
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, PlanError
-from titan_cpt.planning.plan import Plan, fingerprint
+from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
 
 _POINTS = ("warmup_until", "cooldown_until", "constant_until", "decay_from")
@@ -74,7 +76,7 @@ def branch_off(
 
 def _require_same_branch(checkpoint: Path, recipe: Mapping[str, Any]) -> None:
     """Refuse to take a branch that exists for one of another length or learning rate."""
-    if changed := manifest.differences(manifest.read(checkpoint)["recipe"], recipe):
+    if changed := differences(manifest.read(checkpoint)["recipe"], recipe):
         remedy = "Give the options of that branch, or another name to the new one (--job.name NAME)."
         raise CheckpointError("\n  ".join([f"{checkpoint}: this branch exists, and differs:", *changed, remedy]))
 
@@ -84,7 +86,7 @@ def _checked_plan(checkpoint: Path, record: dict[str, Any], plan: Plan) -> Plan:
     index = record["stage_index"]
     if index >= len(plan.stages) or plan.stages[index].name != record["stage"]:
         raise CheckpointError(f"{checkpoint}: is of stage {record['stage']!r}, which the run's config.toml has no more")
-    changed = manifest.differences(record["recipe"], plan.recipe_until(index))
+    changed = differences(record["recipe"], plan.recipe_until(index))
     if changed:
         raise CheckpointError("\n  ".join([f"{checkpoint}: the run's config.toml has changed since:", *changed]))
     return plan
@@ -140,4 +142,4 @@ def _write_past(run: Path, folder: Path, plan: Plan, record: dict[str, Any], che
         if line["stage"] in earlier or (line["stage"] == name and line["step"] <= done)
     ]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, told])
-    manifest.write_text_atomically(folder / FILE_NAME, text)
+    write_text_atomically(folder / FILE_NAME, text)

@@ -15,8 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.checkpoint.manifest import write_text_atomically
-from titan_cpt.common.files import make_folder
+from titan_cpt.common.files import make_folder, write_text_atomically
 from titan_cpt.common.reading import read_text
 from titan_cpt.config.load import check_config, dump_config, load_config
 from titan_cpt.config.schema import Config

@@ -26,9 +26,9 @@ from titan_cpt.common.file_lock import FileLock
 from titan_cpt.common.files import make_folder
 from titan_cpt.common.metrics_file import FILE_NAME
 from titan_cpt.common.reading import is_there
+from titan_cpt.common.recipe import fingerprint
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import AccessError, ConfigError, TitanError
-from titan_cpt.planning.plan import fingerprint
 from titan_cpt.reporting.comparison import compare, print_comparison
 from titan_cpt.reporting.summary import labelled, read_runs
 from titan_cpt.runs.sweep_runs import Arm, BrokenArm, adopt, read_arms, shared_stages, without_sweep

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.common.reading import matching
+from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import locked
 from titan_cpt.config.load import check_config, read_with_bases, set_key
 from titan_cpt.config.schema import Config
@@ -24,11 +26,11 @@ from titan_cpt.config.source_location import Source
 from titan_cpt.config.sweep import point_names, points
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.mixture import leaves
-from titan_cpt.distributed.parallel_dims import fewest_ranks
 from titan_cpt.errors import CheckpointError, ConfigError
-from titan_cpt.planning.plan import Plan, fingerprint
+from titan_cpt.planning.parallel import fewest_ranks
+from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.view import plan_as_json
 
 _KEPT = ("stage_end", "pre_anneal")
 _COMPUTED_UNDER = ("training", "parallelism", "activation_checkpoint", "compile", "float8")
@@ -129,7 +131,7 @@ def _alike(arm: Arm, other: Arm) -> int:
         return 0
     count = 0
     for index in range(min(len(arm.plan.stages), len(other.plan.stages))):
-        if manifest.differences(arm.plan.recipe_until(index), other.plan.recipe_until(index)):
+        if differences(arm.plan.recipe_until(index), other.plan.recipe_until(index)):
             break
         if _trained_on(arm, index) != _trained_on(other, index):
             break
@@ -183,7 +185,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
     if best is None:
         return ""
     with locked(arm.folder, rank=0):
-        manifest.write_text_atomically(arm.folder / "plan.json", json.dumps(plan_as_json(arm.plan), indent=1))
+        write_text_atomically(arm.folder / "plan.json", json.dumps(plan_as_json(arm.plan), indent=1))
         _write_past(best, arm, count)
         for index in range(count):  # the last one's end is planted last: an arm that was cut short here begins again
             for folder in _kept_points(best, arm.plan, index):
@@ -205,7 +207,7 @@ def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = ("sta
     except CheckpointError:
         return False
     in_place = manifest.is_in_place(folder, record)
-    return in_place and record["kind"] in kinds and not manifest.differences(record["recipe"], plan.recipe_until(index))
+    return in_place and record["kind"] in kinds and not differences(record["recipe"], plan.recipe_until(index))
 
 
 def _write_past(donor: Arm, arm: Arm, count: int) -> None:
@@ -214,4 +216,4 @@ def _write_past(donor: Arm, arm: Arm, count: int) -> None:
     found = read_metrics(donor.folder, [stage.name for stage in donor.plan.stages])
     lines = [line for line in [*found.trains, *found.validations, *found.renewed] if line["stage"] in stages]
     told = {"kind": "event", "name": "adopt", "stages": stages, "folder": str(donor.folder)}
-    manifest.write_text_atomically(arm.folder / FILE_NAME, "".join(json.dumps(line) + "\n" for line in [*lines, told]))
+    write_text_atomically(arm.folder / FILE_NAME, "".join(json.dumps(line) + "\n" for line in [*lines, told]))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.build import Parts
+from titan_cpt.training.state import Parts
 
 SPAN_STEPS = 1000  # the stretch of steps over which passed-over batches are counted
 

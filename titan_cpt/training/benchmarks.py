@@ -5,18 +5,19 @@ So a run's losses are the same bits with benchmarks and without, and `titan-cpt 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import checkpoint_folder
 from titan_cpt.common.reading import is_there
+from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.config.schema import Config, Evaluation
 from titan_cpt.config.suites import require_folder, suite_of
-from titan_cpt.distributed.device_mesh import wait_for_all
+from titan_cpt.distributed.process_group import any_rank_stops, wait_for_all
 from titan_cpt.evaluation.evaluate import Asked, evaluate, open_tasks
 from titan_cpt.evaluation.scores import average
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.build import Parts
+from titan_cpt.training.state import Parts
 
 
 def require_benchmarks(config: Config, *, fresh: bool) -> None:
@@ -77,14 +78,14 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
         tell=parts.display.say,
         examples=True,
         checked=False,
-        interrupted=parts.stop.agreed,
+        interrupted=partial(any_rank_stops, parts.stop),
     )
     told = {score.task: score.value for score in scores}
     if len(scores) == len(suite_of(asked.suite)):
         told["average"] = average(scores)[0]
     parts.log.event("evaluation", stage=stage.name, step=done, suite=asked.suite, scores=told, missing=missing)
     parts.log.restart_clock()
-    return not parts.stop.agreed()
+    return not any_rank_stops(parts.stop)
 
 
 def _folder(asked: Evaluation) -> Path | None:

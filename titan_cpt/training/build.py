@@ -6,7 +6,6 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,63 +13,44 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch.optim import AdamW
 
 from titan_cpt.checkpoint.manager import Checkpoints, Found
-from titan_cpt.checkpoint.manifest import differences, digest_of_files, write_text_atomically
+from titan_cpt.checkpoint.manifest import digest_of_files
 from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.checkpoint.weights_tokenizer import check_first_weights
-from titan_cpt.common.run_folder import StopRequest
-from titan_cpt.config.run_config import CONFIG_NAME, changed_settings, last_setting, write_run_config
+from titan_cpt.common.console import make_console
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.recipe import differences, fingerprint
+from titan_cpt.common.run_folder import CONFIG_NAME
+from titan_cpt.common.signals import StopRequest
+from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
-from titan_cpt.distributed.device_mesh import Mesh, Ranks, agreed, build_mesh, set_timeouts
+from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import Float8, require_float8
 from titan_cpt.distributed.parallelize import Techniques
 from titan_cpt.distributed.pipeline_parallel import build_model
+from titan_cpt.distributed.process_group import Ranks, agreed, set_timeouts
 from titan_cpt.errors import CheckpointError
-from titan_cpt.models.build import LanguageModel
 from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.planning.parallel_rules import check_device
-from titan_cpt.planning.plan import Plan, StagePlan, fingerprint
+from titan_cpt.planning.plan import Plan, StagePlan
+from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.view import plan_as_json, print_plan
-from titan_cpt.training.forward_backward import Engine, require_compiler
+from titan_cpt.planning.view import print_plan
+from titan_cpt.training.forward_backward import require_compiler
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.profiler import Profiler
-from titan_cpt.training.progress import Display, make_console
+from titan_cpt.training.progress import Display
 from titan_cpt.training.skipped_batches import Skips
+from titan_cpt.training.state import Parts
 from titan_cpt.training.validation import Validator
 
 _FILTER = "float8.filter_fqns"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The cast of a run: what is built once and used by every stage."""
-
-    config: Config
-    plan: Plan
-    ranks: Ranks
-    mesh: Mesh
-    folder: Path
-    model: LanguageModel
-    engine: Engine
-    optimizer: AdamW
-    guard: UpdateGuard
-    skips: Skips
-    reader: SequenceReader
-    validator: Validator
-    checkpoints: Checkpoints
-    identities: dict[str, str]
-    log: MetricsLog
-    display: Display
-    profiler: Profiler
-    stop: StopRequest
 
 
 def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.parallelize import Techniques, parallelise
 from titan_cpt.distributed.pipeline_parallel import cut
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import local_parameters
 from titan_cpt.planning.plan import Plan

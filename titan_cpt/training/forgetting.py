@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import checkpoint_folder
 from titan_cpt.common.reading import matching
+from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.distributed.float8 import refresh_scales
+from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.errors import TitanError
 from titan_cpt.planning.plan import Plan, Point, StagePlan
-from titan_cpt.training.build import Parts
 from titan_cpt.training.initial_weights import load_initial
+from titan_cpt.training.state import Parts
 from titan_cpt.training.step_log import validation_line
 
 _BRANCHES_FOLLOWED = 50  # a longer chain of runs is a circle
@@ -97,7 +99,7 @@ def renew_baselines(parts: Parts, stage: StagePlan, *, resumes: bool) -> None:
             continue
         if parts.config.float8.enable_fsdp_float8_all_gather:
             refresh_scales(parts.model)
-        losses = parts.validator.measure(parts.engine, interrupted=parts.stop.agreed)
+        losses = parts.validator.measure(parts.engine, interrupted=partial(any_rank_stops, parts.stop))
         if losses is None:
             return  # a signal: the next session finds the same baselines missing
         for dataset, loss in losses.items():

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
-from titan_cpt.checkpoint.manager import checkpoint_folder, load_state
-from titan_cpt.checkpoint.manifest import differences
+from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.checkpoint.weights_tokenizer import of_manifest, of_release, require_same
+from titan_cpt.common.recipe import differences
+from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.planning.plan import Point, StagePlan
-from titan_cpt.training.build import Parts
+from titan_cpt.training.state import Parts
 
 
 def load_initial(parts: Parts, stage: StagePlan) -> str:

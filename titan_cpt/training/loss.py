@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
 from titan_cpt.models.common.ops import linear, multiply
-from titan_cpt.planning.memory import LOGITS_CHUNK
 
 CPU_CHUNK_ELEMENTS = 2**18
 """Logits that are held in fp32 at a time on a CPU: 1 MiB, which stays in its cache (half the time of 16 MiB)."""

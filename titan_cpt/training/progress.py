@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +12,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from titan_cpt.data.mixture import Leaf, leaves
 from titan_cpt.planning.plan import Plan, StagePlan
-
-
-def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Display:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.checkpoint.manifest import write_text_atomically
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import matching, read_text
 from titan_cpt.errors import CheckpointError
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.build import Parts
+from titan_cpt.training.state import Parts
 from titan_cpt.training.validation import ValidationLoss
 
 
@@ -48,7 +50,7 @@ def validate(parts: Parts, stage: StagePlan, done: int) -> bool:
         False where a signal cut it short: nothing is written then, and it is due still.
     """
     run_step = parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure(parts.engine, interrupted=parts.stop.agreed)
+    losses = parts.validator.measure(parts.engine, interrupted=partial(any_rank_stops, parts.stop))
     if losses is None:
         return False
     said = []

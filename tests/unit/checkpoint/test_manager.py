@@ -8,9 +8,9 @@ import torch
 import training
 from torch import nn
 
-from titan_cpt.checkpoint import manager as ckpt
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import Checkpoints, checkpoint_folder, load_state
+from titan_cpt.checkpoint.manager import Checkpoints, load_state
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, checkpoint_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.training.optimizer import build_adamw
 
@@ -53,7 +53,7 @@ def everything(model, optimizer):
     return found
 
 
-def record_of(stage_index=0, kind=ckpt.INTERVAL):
+def record_of(stage_index=0, kind=INTERVAL):
     recipe = {"training.seq_len": 8}
     return {"stage_index": stage_index, "kind": kind, "run_step": 0, "recipe": recipe, "fingerprint": "00", "data": {}}
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_exists_only_once_its_manifest_is_written_and_then_is_told(
     """`on_saved` hears of it after that; the manifest holds the record, and the folder verifies."""
     told = []
     checkpoints = checkpoints_in(tmp_path, on_saved=lambda folder: told.append((folder, manifest.verify(folder))))
-    save_all(checkpoints, ("a", 4, 12, ckpt.STAGE_END))
+    save_all(checkpoints, ("a", 4, 12, STAGE_END))
     folder, found = told[0]
 
     assert len(told) == 1
@@ -166,8 +166,8 @@ def test_a_checkpoint_exists_only_once_its_manifest_is_written_and_then_is_told(
 
 def test_interval_checkpoints_are_pruned_and_the_others_stay(tmp_path):
     """The newest two intervals over both stages; every stage end and every point before an annealing."""
-    moments = [("a", 0, 0, ckpt.PRE_ANNEAL), *(("a", 0, n, ckpt.INTERVAL) for n in (10, 20, 30))]
-    moments += [("a", 0, 35, ckpt.PRE_ANNEAL), ("a", 0, 40, ckpt.STAGE_END), ("b", 1, 10, ckpt.INTERVAL)]
+    moments = [("a", 0, 0, PRE_ANNEAL), *(("a", 0, n, INTERVAL) for n in (10, 20, 30))]
+    moments += [("a", 0, 35, PRE_ANNEAL), ("a", 0, 40, STAGE_END), ("b", 1, 10, INTERVAL)]
     save_all(checkpoints_in(tmp_path, keep=2), *moments)
     left = training.checkpoints_of(tmp_path)
     folders = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/step-*"))
@@ -179,17 +179,17 @@ def test_interval_checkpoints_are_pruned_and_the_others_stay(tmp_path):
 @pytest.mark.parametrize("keep", [1, 3])
 def test_so_many_intervals_are_kept_as_asked(tmp_path, keep):
     """Of five."""
-    save_all(checkpoints_in(tmp_path, keep=keep), *(("a", 0, n, ckpt.INTERVAL) for n in (1, 2, 3, 4, 5)))
+    save_all(checkpoints_in(tmp_path, keep=keep), *(("a", 0, n, INTERVAL) for n in (1, 2, 3, 4, 5)))
 
     assert training.checkpoints_of(tmp_path) == [f"a/step-{n:08d}" for n in (1, 2, 3, 4, 5)][-keep:]
 
 
 def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_later_step(tmp_path):
     """A run went back behind a damaged checkpoint and was stopped before it came there again, keeping one."""
-    save_all(checkpoints_in(tmp_path, keep=1), ("a", 0, 30, ckpt.INTERVAL))
+    save_all(checkpoints_in(tmp_path, keep=1), ("a", 0, 30, INTERVAL))
     damage(tmp_path / "a" / "step-00000030")
     checkpoints = checkpoints_in(tmp_path, keep=1)
-    save_all(checkpoints, ("a", 0, 25, ckpt.INTERVAL))
+    save_all(checkpoints, ("a", 0, 25, INTERVAL))
     found = checkpoints.newest_good(lambda message: None)
 
     assert found is not None
@@ -200,9 +200,9 @@ def test_listed_is_newest_first_over_stages(tmp_path):
     """By the stage's place in the run and the steps done in it, not by name."""
     save_all(
         checkpoints_in(tmp_path),
-        ("zebra", 0, 9, ckpt.STAGE_END),
-        ("zebra", 0, 5, ckpt.PRE_ANNEAL),
-        ("ape", 1, 2, ckpt.STAGE_END),
+        ("zebra", 0, 9, STAGE_END),
+        ("zebra", 0, 5, PRE_ANNEAL),
+        ("ape", 1, 2, STAGE_END),
     )
     listed = [(f.manifest["stage"], f.manifest["steps_done"]) for f in checkpoints_in(tmp_path).listed()]
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
 def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
     """Bit flip in one, a manifest that is no JSON in another; a folder without manifest is silently nothing."""
     checkpoints = checkpoints_in(tmp_path)
-    save_all(checkpoints, *(("a", 0, n, ckpt.STAGE_END) for n in (1, 2, 3, 4)))
+    save_all(checkpoints, *(("a", 0, n, STAGE_END) for n in (1, 2, 3, 4)))
     damage(tmp_path / "a" / "step-00000003")
     (tmp_path / "a" / "step-00000002" / "manifest.json").write_text("{")
     (tmp_path / "a" / "step-00000004" / "manifest.json").unlink()
@@ -245,7 +245,7 @@ def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
     """An empty folder, and one with nothing but a damaged one."""
     checkpoints = checkpoints_in(tmp_path)
     empty = checkpoints.newest_good(lambda message: None)
-    save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+    save_all(checkpoints, ("a", 0, 1, INTERVAL))
     damage(tmp_path / "a" / "step-00000001")
 
     assert empty is None
@@ -257,7 +257,7 @@ def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
     folder = tmp_path / "a" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "rank-00007-0.safetensors").write_bytes(b"half a shard")
-    save_all(checkpoints_in(tmp_path), ("a", 0, 1, ckpt.INTERVAL))
+    save_all(checkpoints_in(tmp_path), ("a", 0, 1, INTERVAL))
 
     assert not (folder / "rank-00007-0.safetensors").exists()
     assert "rank-00007-0.safetensors" not in manifest.verify(folder)["files"]
@@ -267,11 +267,11 @@ def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
 def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path, asynchronous):
     """A file stands where the second stage's folder should be; what was there before verifies."""
     checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
-    save_all(checkpoints, ("a", 0, 4, ckpt.STAGE_END))
+    save_all(checkpoints, ("a", 0, 4, STAGE_END))
     (tmp_path / "b").write_text("in the way")
 
     with pytest.raises(CheckpointError, match=r"b/step-00000002: cannot be written: .*a/step-00000004 is whole"):
-        save_all(checkpoints, ("b", 1, 2, ckpt.INTERVAL))
+        save_all(checkpoints, ("b", 1, 2, INTERVAL))
     assert manifest.verify(tmp_path / "a" / "step-00000004")["steps_done"] == 4
 
 
@@ -288,10 +288,10 @@ def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeyp
     checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(CheckpointError, match=r"No space left on device.*there is no earlier checkpoint"):
-        save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+        save_all(checkpoints, ("a", 0, 1, INTERVAL))
     left = training.checkpoints_of(tmp_path)
     full[0] = False
-    save_all(checkpoints, ("a", 0, 1, ckpt.INTERVAL))
+    save_all(checkpoints, ("a", 0, 1, INTERVAL))
 
     assert left == []
     assert training.checkpoints_of(tmp_path) == ["a/step-00000001"]
@@ -314,7 +314,7 @@ def test_poll_tells_of_a_save_that_has_ended_and_waits_for_none(tmp_path):
 
 def test_the_record_is_readable_json_with_the_recipe(tmp_path):
     """What find_checkpoint compares on resume."""
-    save_all(checkpoints_in(tmp_path), ("a", 0, 1, ckpt.INTERVAL))
+    save_all(checkpoints_in(tmp_path), ("a", 0, 1, INTERVAL))
     found = json.loads((tmp_path / "a" / "step-00000001" / "manifest.json").read_text())
 
     assert found["recipe"] == {"training.seq_len": 8}

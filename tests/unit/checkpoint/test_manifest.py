@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.cli import main
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.recipe import differences
 from titan_cpt.errors import CheckpointError
 
 RECORD = {
@@ -266,10 +268,10 @@ def test_everything_is_on_the_disk_before_the_manifest_gets_its_name(tmp_path, m
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     """A failure before the rename leaves the old text."""
     path = tmp_path / "summary.json"
-    manifest.write_text_atomically(path, "old")
+    write_text_atomically(path, "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("the disk is full")))
     with pytest.raises(OSError, match="full"):
-        manifest.write_text_atomically(path, "new")
+        write_text_atomically(path, "new")
 
     assert path.read_text() == "old"
 
@@ -279,7 +281,7 @@ def test_differences_name_the_key_the_old_and_the_new_value():
     old = {"a": 1, "b": "x", "gone": 0.5, "list": [1, 2], "same": {"p": 1, "q": 2}}
     new = {"a": 1.0, "b": "y", "new": [1], "list": (1, 2), "same": {"q": 2, "p": 1}}
 
-    assert manifest.differences(old, new) == [
+    assert differences(old, new) == [
         "a: 1 -> 1.0",
         "b: x -> y",
         "gone: 0.5 -> not set",

@@ -20,8 +20,9 @@ from torch import nn
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.manager import INTERVAL, Checkpoints, load_state
+from titan_cpt.checkpoint.manager import Checkpoints, load_state
 from titan_cpt.checkpoint.storage import read_index
+from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.errors import CheckpointError
 from titan_cpt.training.optimizer import build_adamw
 

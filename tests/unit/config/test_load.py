@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_cpt.config.load import dump_config, load_config, read_with_bases
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.errors import ConfigError, TitanError
-from titan_cpt.planning.plan import Inventory
 from titan_cpt.planning.planner import make_plan
 
 if sys.version_info >= (3, 11):

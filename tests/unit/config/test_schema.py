@@ -5,9 +5,9 @@ import re
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from titan_cpt.common.numbers import parse_tokens
 from titan_cpt.config import schema
 from titan_cpt.config.load import load_config
-from titan_cpt.config.types import parse_tokens
 from titan_cpt.errors import ConfigError
 
 LR = 'lr = { schedule = "cosine", max = 1e-3, min = 1e-4 }'

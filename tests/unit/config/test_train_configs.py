@@ -6,7 +6,7 @@ import pytest
 
 from titan_cpt.config.load import read_with_bases
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.distributed.parallel_dims import fewest_ranks
+from titan_cpt.planning.parallel import fewest_ranks
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.runs.sweep_runs import Arm, read_arms
 

@@ -11,11 +11,12 @@ import torch
 from test_footprint import LLAMAS, SHAPE, WORK
 
 from titan_cpt.distributed.float8 import Float8, convert_layers, require_float8
+from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import Layout
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
-from titan_cpt.planning.memory import footprint, in_float8
+from titan_cpt.planning.memory import footprint
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 TENSORWISE = Float8("tensorwise", gather=False, kept_out=("head",))

@@ -3,7 +3,7 @@
 import pytest
 
 from titan_cpt.config.load import load_config
-from titan_cpt.planning.plan import Inventory
+from titan_cpt.data.inventory import Inventory
 from titan_cpt.planning.planner import make_plan
 
 STAGE = """

@@ -7,13 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from titan_cpt.distributed.device_mesh import Mesh, Ranks
+from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.parallel_dims import Layout, Place
 from titan_cpt.distributed.parallelize import Techniques, parallelise
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelShape
-from titan_cpt.planning.memory import Work, footprint, layer_activation_bytes, local_parameters
+from titan_cpt.planning.memory import footprint, layer_activation_bytes, local_parameters
+from titan_cpt.planning.parallel import Work
 
 SHAPE = named_size("gpt_neox", "debug", 257, 1, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
 LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from titan_cpt.common.numbers import parse_bytes
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.distributed.parallelize import Techniques
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.parallel_view import fits, parse_bytes
+from titan_cpt.planning.memory import fits
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.planning.suggest import device_of, suggestions
 from titan_cpt.training.dry_run import check_layout

@@ -8,8 +8,9 @@ from plans import COSINE, INFINITE, SLIMPAJAMA, drawn, ordinals, stage
 
 from titan_cpt.errors import ConfigError, PlanError
 from titan_cpt.planning.plan import AdamWNumbers
+from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import final_window
-from titan_cpt.planning.view import lr_as_json, plan_as_json, recipe_as_json
+from titan_cpt.planning.view import lr_as_json, recipe_as_json
 
 PAPER = {"= 20\n": "= 1104\n", "local_batch_size = 2": "local_batch_size = 4", "= 16\n": "= 2048\n"}
 

@@ -8,7 +8,7 @@ from plans import COSINE, INFINITE, SPLITS, datasets, drawn, ordinals, stage
 
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.plan import Point
-from titan_cpt.planning.view import plan_as_json
+from titan_cpt.planning.plan_json import plan_as_json
 
 
 def splits(budgets):

@@ -11,8 +11,9 @@ from torch import nn
 from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
-from titan_cpt.distributed.device_mesh import Ranks, build_mesh
+from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.process_group import Ranks
 from titan_cpt.errors import DataError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.registry import named_size

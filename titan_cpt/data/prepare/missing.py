@@ -21,7 +21,7 @@ from titan_cpt.data.tokenizer.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 
 if TYPE_CHECKING:
-    from titan_cpt.common.run_folder import StopRequest  # torch, which `prepare` does without
+    from titan_cpt.common.signals import StopRequest
 
 
 def materialise(

@@ -17,7 +17,8 @@ from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from titan_cpt.data.formats.indexed import TokenStream
-from titan_cpt.data.prepare.prepare import iterate_texts, missing_inputs, shards, text_sources
+from titan_cpt.data.prepare import shards, text_sources
+from titan_cpt.data.prepare.prepare import iterate_texts, missing_inputs
 from titan_cpt.data.prepare.text_sources import find_inputs, read_chunks
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe
 from titan_cpt.errors import ConfigError, DataError

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from titan_cpt.data.tokenizer import backends, library_backend
 from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES, Guarded, check_added_tokens
-from titan_cpt.data.tokenizer.tokenizer import backends, library_backend, load_tokenizer, vocab_size_of
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
 
 LETTERS = "\u2581abskun</>[]0xACLSE"

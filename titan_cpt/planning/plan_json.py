@@ -1,0 +1,63 @@
+"""plan.json: the plan as other programs read it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from titan_cpt.planning.parallel_view import layout_as_json
+from titan_cpt.planning.plan import Plan, StagePlan
+
+
+def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
+    """The plan as DESIGN section 3b promises it to other programs."""
+    stages = [stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
+    total = sum(stage["tokens"] for stage in stages)
+    return {
+        "name": plan.name,
+        "fingerprint": plan.fingerprint,
+        "world_size": plan.world_size,
+        "accumulation": plan.accumulation,
+        "step_tokens": plan.step_tokens,
+        "layout": layout_as_json(plan, device_bytes),
+        "model": {
+            "family": plan.shape.family,
+            "parameters": plan.shape.parameters,
+            "parameters_without_embeddings": plan.shape.parameters_without_embeddings,
+            "vocab_size": plan.shape.vocab_size,
+        },
+        "stages": stages,
+        "total_tokens": total,
+        "retraining_tokens": total,
+        "notes": list(plan.notes),
+    }
+
+
+def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
+    """One entry of `stages`: steps, tokens, data, learning rates and where the stage's weights come from."""
+    tokens = stage.steps * plan.step_tokens
+    lrs = [stage.lr_at(step) for step in _turning_steps(stage)]
+    use = {name: vars(use) for name, use in stage.use.items()}
+    domains = {name: vars(use) for name, use in stage.domain_use.items() if "." in name}
+    return {
+        "name": stage.name,
+        "steps": stage.steps,
+        "tokens": tokens,
+        "start_lr": stage.lr_at(0),
+        "peak_lr": max(lrs),
+        "final_lr": stage.lr_at(stage.steps - 1),
+        "flops": plan.shape.flops_per_token(plan.seq_len) * tokens,
+        "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
+        "pre_anneal_step": stage.pre_anneal_step,
+        "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
+        "final_window": list(stage.final_window),
+        "new_datasets": list(stage.datasets),
+        "datasets": use,
+        "domains": domains,
+    }
+
+
+def _turning_steps(stage: StagePlan) -> list[int]:
+    """Steps among which the stage's highest LR is found: its ends, and both sides of every phase's border."""
+    borders = {math.floor(phase.end) + side for phase in stage.schedule for side in (-1, 0)}
+    return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
