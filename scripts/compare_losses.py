@@ -20,7 +20,7 @@ def lines_of(run: Path, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {(line["stage"], line["step"], line.get("dataset")): line for line in found if line["kind"] == kind}
 
 
-def compared(first: Path, other: Path) -> tuple[list[str], float]:
+def verify_against_transformers(first: Path, other: Path) -> tuple[list[str], float]:
     """Cells of the table's row, and the largest difference of a loss; infinite where the runs are not of one kind."""
     train, theirs = lines_of(first, "train"), lines_of(other, "train")
     measured, their_measured = lines_of(first, "validation"), lines_of(other, "validation")
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     print("|---|---|---|---|---|---|")
     worst = 0.0
     for run in asked.runs[1:]:
-        cells, difference = compared(asked.runs[0], run)
+        cells, difference = verify_against_transformers(asked.runs[0], run)
         print("| " + " | ".join(cells) + " |")
         worst = max(worst, difference)
     return int(worst > asked.tolerance)

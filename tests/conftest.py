@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, settings
 
 from titan_cpt.config.load import load_config
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.prepare import text_sources
 from titan_cpt.planning.planner import make_plan
 
@@ -104,7 +104,7 @@ def make(write):
             for name, dataset in config.datasets.items()
             for source in ([f"{name}.{domain}" for domain in dataset.domains] or [name])
         }
-        return make_plan(config, Inventory(absent | (tokens or {}), vocab_size), world_size)
+        return make_plan(config, DataInventory(absent | (tokens or {}), vocab_size), world_size)
 
     return make
 

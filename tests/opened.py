@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.distributed.process_group import join_ranks
-from titan_cpt.evaluation.inference import Opened, open_checkpoint
+from titan_cpt.distributed.process_group import init_process_group
+from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 
@@ -35,9 +35,7 @@ def released_and_imported(folder: Path, name: str) -> Path:
                 weight *= 4
     released = folder / "released"
     released.mkdir(parents=True)
-    (released / "config.json").write_text(
-        json.dumps(config_from_shape(shape, max_positions=POSITIONS, dtype="float32"))
-    )
+    (released / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=POSITIONS, dtype="float32")))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(released))
     state = {
         key.replace("embed_out", "lm_head"): tensor for key, tensor in to_huggingface(model.state_dict(), shape).items()
@@ -48,9 +46,9 @@ def released_and_imported(folder: Path, name: str) -> Path:
     return folder / "imported"
 
 
-def opened(checkpoint: Path, **how: object) -> Opened:
+def opened(checkpoint: Path, **how: object) -> LoadedModel:
     """The checkpoint in this process, with the byte tokenizer."""
-    return open_checkpoint(checkpoint, join_ranks(), tokenizer="bytes", **how)  # type: ignore[arg-type]
+    return open_checkpoint(checkpoint, init_process_group(), tokenizer="bytes", **how)  # type: ignore[arg-type]
 
 
 QUESTIONS = [

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 
@@ -30,7 +30,7 @@ def release(folder, shape, dtype=torch.float32, seed=1, shard="20KB"):
     model = build_model(shape)
     model.init_weights(seed)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_from_shape(shape, max_positions=64, dtype="float32")))
+    (folder / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=64, dtype="float32")))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     state = to_huggingface(model.state_dict(), shape)
     theirs.load_state_dict(

@@ -33,7 +33,7 @@ from titan_cpt.config.load import load_config
 from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.distributed.process_group import join_ranks
+from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.build import build
 from titan_cpt.training.state import Parts
@@ -149,7 +149,7 @@ def cast(config: Config) -> Iterator[Parts]:
     folder = Path(config.job.output_dir) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop:
-        parts, _ = build(config, join_ranks(), folder, stop)
+        parts, _ = build(config, init_process_group(), folder, stop)
         try:
             yield parts
         finally:

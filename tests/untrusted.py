@@ -23,7 +23,7 @@ from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import average, difference, read_score
-from titan_cpt.models.huggingface_config import shape_from_config
+from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.reporting.summary import read_run, summary_of
 
 TOML = b"""
@@ -195,7 +195,7 @@ def _weights(folder: Path) -> None:
 
 
 def _released_config(folder: Path) -> None:
-    shape_from_config(read_config(folder), str(folder))
+    spec_from_config(read_config(folder), str(folder))
 
 
 def _record(folder: Path) -> None:

@@ -236,10 +236,10 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
         print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
-        from titan_cpt.training.build import techniques
+        from titan_cpt.training.build import parallel_options
         from titan_cpt.training.dry_run import check_layout  # torch, which the plan itself does without
 
-        for line in check_layout(plan, techniques(config)):
+        for line in check_layout(plan, parallel_options(config)):
             print(line, file=sys.stderr if options.json else sys.stdout)
     return 0
 
@@ -346,9 +346,11 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         )
     if options.config is not None:
         from titan_cpt.config.load import load_config
-        from titan_cpt.data.prepare.missing import materialise
+        from titan_cpt.data.prepare.missing import prepare_missing_data
 
-        if not materialise(load_config(options.config, overrides), workers=options.workers, force=options.force):
+        if not prepare_missing_data(
+            load_config(options.config, overrides), workers=options.workers, force=options.force
+        ):
             print(f"{options.config}: every dataset with a source is prepared already, nothing was changed")
         return 0
     none_left([f"--{key}" for key, _ in overrides])
@@ -416,11 +418,11 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 
     tasks = chosen_tasks(options.suite, options.tasks)  # before torch: mistakes are reported at once
     require_folder(tasks, options.tasks_dir)
-    from titan_cpt.distributed.process_group import join_ranks, leave_ranks
-    from titan_cpt.evaluation.evaluate import Asked, evaluate_all
+    from titan_cpt.distributed.process_group import destroy_process_group, init_process_group
+    from titan_cpt.evaluation.evaluate import EvalRequest, evaluate_all
 
     whole_suite = options.suite if not options.tasks else None
-    asked = Asked(
+    asked = EvalRequest(
         tasks,
         suite=whole_suite,
         folder=options.tasks_dir,
@@ -429,11 +431,11 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         **_opening(options),
     )
     tell = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
-    ranks = join_ranks()
+    ranks = init_process_group()
     try:
         columns, lacking = evaluate_all(options.checkpoints, ranks, asked, tell=tell)
     finally:
-        leave_ranks()
+        destroy_process_group()
     if ranks.rank == 0:
         from titan_cpt.common.console import make_console
         from titan_cpt.evaluation.score_table import print_scores, scores_as_json
@@ -450,12 +452,12 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
 def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if not options.prompt and not options.examples:
         raise ConfigError("command line: give --prompt TEXT, once or several times, or --examples")
-    from titan_cpt.distributed.process_group import join_ranks, leave_ranks
+    from titan_cpt.distributed.process_group import destroy_process_group, init_process_group
     from titan_cpt.evaluation.generate import Sampling
     from titan_cpt.evaluation.prompts import continue_prompts
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
-    ranks = join_ranks()
+    ranks = init_process_group()
     try:
         continue_prompts(
             options.checkpoints,
@@ -468,7 +470,7 @@ def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
             tell=print,
         )
     finally:
-        leave_ranks()
+        destroy_process_group()
     return 0
 
 

@@ -25,19 +25,19 @@ from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.data.prepare.missing import materialise_unless_stopped
+from titan_cpt.data.prepare.missing import prepare_missing_data_unless_stopped
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import (
-    Ranks,
+    ProcessInfo,
     any_rank_stops,
-    join_ranks,
-    leave_ranks,
+    destroy_process_group,
+    init_process_group,
     rank_0_first,
     set_timeouts,
 )
 from titan_cpt.errors import NumericsError
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.reporting.summary import print_summary, summarise
+from titan_cpt.reporting.summary import print_summary, summarize
 from titan_cpt.training import bad_steps
 from titan_cpt.training.allocator import keep_freed_memory
 from titan_cpt.training.benchmarks import benchmarks_due, require_benchmarks, take_benchmarks
@@ -71,14 +71,14 @@ def run(config: Config) -> int:
     keep_freed_memory()
     if config.job.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses cuBLAS; read when CUDA begins
-    ranks = join_ranks(config.comm.init_timeout_seconds)
+    ranks = init_process_group(config.comm.init_timeout_seconds)
     try:
         return run_among(ranks, config)
     finally:
-        leave_ranks()
+        destroy_process_group()
 
 
-def run_among(ranks: Ranks, config: Config) -> int:
+def run_among(ranks: ProcessInfo, config: Config) -> int:
     """As `run`, among ranks that have joined already and stay joined."""
     folder = Path(config.job.output_dir) / config.job.name
     with ExitStack() as stack:
@@ -87,7 +87,7 @@ def run_among(ranks: Ranks, config: Config) -> int:
                 require_own_run(folder, config)
             stack.enter_context(locked(folder, rank=ranks.rank))
             stop = stack.enter_context(StopRequest())
-            materialise_unless_stopped(config, stop, rank=ranks.rank)
+            prepare_missing_data_unless_stopped(config, stop, rank=ranks.rank)
         if any_rank_stops(stop):
             return STOPPED_EARLY
         parts, found = build(config, ranks, folder, stop)
@@ -339,12 +339,12 @@ def _use_numbers(parts: Parts, stage: StagePlan) -> None:
 def write_summary(parts: Parts) -> None:
     """summary.json of all stages so far."""
     if parts.ranks.rank == 0:
-        write_text_atomically(parts.folder / "summary.json", json.dumps(summarise(parts.folder), indent=1))
+        write_text_atomically(parts.folder / "summary.json", json.dumps(summarize(parts.folder), indent=1))
 
 
 def _tell_the_end(parts: Parts) -> None:
     if parts.ranks.rank == 0:
-        print_summary(summarise(parts.folder), make_console())
+        print_summary(summarize(parts.folder), make_console())
     _tell_newest_checkpoint(parts)
     parts.display.say(f"this table again: titan-cpt report {parts.folder}")
     if parts.config.metrics.enable_tensorboard:

@@ -61,21 +61,21 @@ def work(folder: Path) -> None:
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.process_group import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.distributed.process_group import barrier, destroy_process_group, init_process_group
     from titan_cpt.train import open_loader, train_step, transition
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    ranks, steps = join_ranks(), WARM_UP_STEPS + STEPS
+    ranks, steps = init_process_group(), WARM_UP_STEPS + STEPS
     if ranks.rank == 0:
         with IndexedWriter(folder / "noise", 257) as writer:
             writer.add_document(np.random.default_rng(0).integers(0, 257, size=16 * 512 * steps + 1))
         (folder / "fsdp.toml").write_text(
             HEAD.format(folder=folder, interval=1000) + STAGE.format(number=0, steps=steps)
         )
-    wait_for_all()
+    barrier()
     config = load_config(folder / "fsdp.toml", [("training.global_batch_size", str(8 * ranks.world_size))])
     (folder / config.job.name).mkdir(exist_ok=True)
     with StopRequest() as stop:
@@ -85,16 +85,16 @@ def work(folder: Path) -> None:
         loader = open_loader(parts, stage, 0)
         for step in range(WARM_UP_STEPS):
             train_step(parts, loader, stage, step)
-        wait_for_all()
+        barrier()
         begin = time.perf_counter()
         for step in range(WARM_UP_STEPS, steps):
             train_step(parts, loader, stage, step)
-        wait_for_all()
+        barrier()
         seconds = time.perf_counter() - begin
         parts.log.close()
     if ranks.rank == 0:
         (folder / "speed.json").write_text(json.dumps(STEPS * parts.plan.step_tokens / seconds))
-    leave_ranks()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def work(overrides: dict[str, str]) -> None:
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.process_group import join_ranks, leave_ranks, wait_for_all
+    from titan_cpt.distributed.process_group import barrier, destroy_process_group, init_process_group
     from titan_cpt.planning import memory
     from titan_cpt.train import open_loader, train_step
     from titan_cpt.training import loss
@@ -153,12 +153,12 @@ def work(overrides: dict[str, str]) -> None:
     torch.set_num_threads(1)
     if overrides.pop(WHOLE_LOGITS, None):
         memory.LOGITS_CHUNK = loss.LOGITS_CHUNK = sys.maxsize
-    ranks = join_ranks()
+    ranks = init_process_group()
     if ranks.rank == 0:
         Path("config.toml").write_text(TOML)
         with IndexedWriter(Path("noise"), 257) as writer:
             writer.add_document(np.random.default_rng(0).integers(0, 257, size=40_000))
-    wait_for_all()
+    barrier()
     warm_up(torch.device("cpu"))
     config, folder = load_config(Path("config.toml"), list(overrides.items())), Path("run")
     folder.mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def work(overrides: dict[str, str]) -> None:
             json.dumps({"planned": costs.memory + costs.host, "measured": measured})
         )
         parts.log.close()
-    leave_ranks()
+    destroy_process_group()
 
 
 def warm_up(device) -> None:  # type: ignore[no-untyped-def]  # torch is imported by the workers alone

@@ -58,7 +58,7 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
-    from titan_cpt.distributed.process_group import join_ranks
+    from titan_cpt.distributed.process_group import init_process_group
     from titan_cpt.train import open_loader, train_stage, train_step, transition
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build
@@ -74,7 +74,7 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     run, pairs = folder / config.job.name, []
     run.mkdir()
     with StopRequest() as stop:
-        parts, _ = build(config, join_ranks(), run, stop)
+        parts, _ = build(config, init_process_group(), run, stop)
         for stage in parts.plan.stages:
             transition(parts, stage)
             held = InMemory(open_loader(parts, stage, 0), steps)

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import LlamaShape, ModelShape
+from titan_cpt.models.spec import LlamaSpec, ModelSpec
 from titan_cpt.planning.memory import footprint
-from titan_cpt.planning.parallel import Work
+from titan_cpt.planning.parallel import MemoryInputs
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Run:
     """A model on a machine."""
 
     title: str
-    shape: ModelShape
+    shape: ModelSpec
     machine: Machine
-    layout: Layout
+    layout: ParallelDims
     seq_len: int
     local_batch: int
     accumulation: int = 1
@@ -72,7 +72,7 @@ class Run:
 def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
     """Seconds of a step and what they are made of, `compute` taking `stretch` times as long; tokens/s of one GPU."""
     shape, layout, machine = run.shape, run.layout, run.machine
-    work = Work(
+    work = MemoryInputs(
         microbatch_tokens=run.local_batch * run.seq_len // layout.cp // layout.microbatches,
         accumulation=run.accumulation,
         bytes_per_number=2,
@@ -82,7 +82,7 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
     )
     costs = footprint(shape, layout, work)
     tokens = run.local_batch * run.seq_len * run.accumulation / (layout.tp * layout.pp * layout.cp)  # of one GPU
-    width = shape.attention_width if isinstance(shape, LlamaShape) else shape.width
+    width = shape.attention_width if isinstance(shape, LlamaSpec) else shape.width
     attention = 6 * shape.layers * width * run.seq_len * tokens  # causal: half of 12 L D S
     products = shape.flops_per_token(run.seq_len) * tokens - 2 * attention
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}[run.recompute]
@@ -130,7 +130,7 @@ def published() -> list[Run]:
             f"Llama 3 8B, {ranks} GPUs" + (", compiled" if compiled else ""),
             shape,
             machine,
-            Layout(dp_shard=ranks),
+            ParallelDims(dp_shard=ranks),
             8192,
             2,
             compiled=compiled,
@@ -145,17 +145,26 @@ def asked() -> list[Run]:
     small, large = named_size("gpt_neox", "405m", 50_304), named_size("gpt_neox", "10b", 50_688, 6)
     seventy, h100, v100 = named_size("llama", "llama3-70b", 128_256), MACHINES["H100"], MACHINES["V100"]
     ten = named_size("gpt_neox", "10b", 50_688)
-    paper = Layout(dp_replicate=69, tp=6, pp=4, microbatches=4)
+    paper = ParallelDims(dp_replicate=69, tp=6, pp=4, microbatches=4)
     runs = [
-        Run("paper: 405M, 276 GPUs", small, v100, Layout(dp_replicate=276), 2048, 4, recompute="none", compiled=False),
+        Run(
+            "paper: 405M, 276 GPUs",
+            small,
+            v100,
+            ParallelDims(dp_replicate=276),
+            2048,
+            4,
+            recompute="none",
+            compiled=False,
+        ),
         Run("paper: 10B, 1656 GPUs", large, v100, paper, 2048, 16, recompute="full", compiled=False),
-        Run("405M, 276 GPUs", small, h100, Layout(dp_replicate=276), 2048, 4, recompute="none"),
+        Run("405M, 276 GPUs", small, h100, ParallelDims(dp_replicate=276), 2048, 4, recompute="none"),
         Run("10B, 1656 GPUs, the paper's layout", large, h100, paper, 2048, 16, recompute="none"),
     ]
     for ranks in (64, 256, 1024):
-        runs.append(Run(f"10B, {ranks} GPUs, FSDP", ten, h100, Layout(dp_shard=ranks), 2048, 8))
+        runs.append(Run(f"10B, {ranks} GPUs, FSDP", ten, h100, ParallelDims(dp_shard=ranks), 2048, 8))
     for ranks in (64, 256, 1024):
-        layout = Layout(dp_shard=ranks // 8, tp=8)
+        layout = ParallelDims(dp_shard=ranks // 8, tp=8)
         runs.append(Run(f"70B, {ranks} GPUs, FSDP x TP 8", seventy, h100, layout, 8192, 2, recompute="full"))
     return runs
 

@@ -21,22 +21,22 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.distributed.device_mesh import build_mesh
-from titan_cpt.distributed.parallel_dims import Layout
-from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.parallel_dims import ParallelDims
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.pipeline_parallel import build_model
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.registry import named_size
 from titan_cpt.planning.memory import footprint
-from titan_cpt.planning.parallel import Work
+from titan_cpt.planning.parallel import MemoryInputs
 
 SEQ_LEN, SEQUENCES, ACCUMULATION = 256, 2, 2
 LAYOUTS = (
-    Layout(dp_shard=8),
-    Layout(dp_shard=64, reshard_after_forward=False),
-    Layout(dp_replicate=2, dp_shard=8),
-    Layout(tp=4),
-    Layout(dp_shard=16, tp=4),
-    Layout(dp_shard=4, cp=2),
+    ParallelDims(dp_shard=8),
+    ParallelDims(dp_shard=64, reshard_after_forward=False),
+    ParallelDims(dp_replicate=2, dp_shard=8),
+    ParallelDims(tp=4),
+    ParallelDims(dp_shard=16, tp=4),
+    ParallelDims(dp_shard=4, cp=2),
 )
 TOLERANCE = 0.01
 
@@ -81,14 +81,14 @@ class Sent(TorchDispatchMode):
         self.calls[kind] += 1
 
 
-def traced(family: str, layout: Layout) -> tuple[Sent, Any]:
+def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
     """One step's bytes as counted, and as worked out."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
         shape = named_size(family, "mini", 8000, layout.tp)
-        ranks = Ranks(0, layout.world_size, torch.device("cpu"))
+        ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
-        model, engine = build_model(shape, mesh, Techniques(precision=torch.bfloat16))
+        model, engine = build_model(shape, mesh, ParallelOptions(precision=torch.bfloat16))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.01)
@@ -98,7 +98,7 @@ def traced(family: str, layout: Layout) -> tuple[Sent, Any]:
                 engine.backward(tokens[:, :-1], tokens[:, 1:], SEQUENCES * SEQ_LEN * ACCUMULATION)
     finally:
         dist.destroy_process_group()
-    work = Work(
+    work = MemoryInputs(
         microbatch_tokens=SEQUENCES * SEQ_LEN // layout.cp,
         accumulation=ACCUMULATION,
         bytes_per_number=2,

@@ -15,7 +15,7 @@ from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
-from titan_cpt.distributed.process_group import join_ranks
+from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.errors import DataError
 from titan_cpt.evaluation.generate import Sampling, generate
 from titan_cpt.evaluation.inference import open_checkpoint
@@ -243,7 +243,7 @@ def imported(tmp_path_factory):
 
 def test_generate_puts_the_token_before_a_prompt(imported):
     """The same continuation as of the ids with the token, and another one than without it."""
-    model = open_checkpoint(imported, join_ranks())
+    model = open_checkpoint(imported, init_process_group())
     prompts = ["The dog", "ab"]
     with_bos, without = (
         generate(model, [[*first, *model.tokenizer.encode(text)] for text in prompts], max_new_tokens=12)
@@ -269,7 +269,7 @@ def test_scores_are_those_of_the_harness_own_model_with_its_token(imported, tmp_
     export(imported, tmp_path / "out", dtype="float32", tell=lines.append)
     how = {"pretrained": str(tmp_path / "out"), "dtype": "float32", "batch_size": 3, "device": "cpu"}
     theirs, theirs_without = HFLM(**how), HFLM(**how, add_bos_token=False)
-    ours = CheckpointLM(open_checkpoint(imported, join_ranks()))
+    ours = CheckpointLM(open_checkpoint(imported, init_process_group()))
 
     def asked(kind, *arguments):
         return [Instance(request_type=kind, doc={}, arguments=one, idx=number) for number, one in enumerate(arguments)]

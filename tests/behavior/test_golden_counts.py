@@ -18,10 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.distributed.device_mesh import build_mesh
-from titan_cpt.distributed.parallel_dims import Layout
-from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.parallel_dims import ParallelDims
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.pipeline_parallel import build_model
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
 from titan_cpt.train import train_step
@@ -79,9 +79,9 @@ def one_step(family, precision, layout, *, accumulation=1):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
         shape = named_size(family, "debug", 257, layout.tp)
-        ranks = Ranks(0, layout.world_size, torch.device("cpu"))
+        ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
-        model, engine = build_model(shape, mesh, Techniques(precision=precision))
+        model, engine = build_model(shape, mesh, ParallelOptions(precision=precision))
         model.init_weights(0)
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         tokens = torch.arange(34).view(2, 17)
@@ -119,7 +119,7 @@ def one_step(family, precision, layout, *, accumulation=1):
 
 def test_golden_counts_of_a_single_process_in_fp32():
     """No cast, no collective, nothing waited for."""
-    assert one_step("gpt_neox", torch.float32, Layout()) == {
+    assert one_step("gpt_neox", torch.float32, ParallelDims()) == {
         "operators": 238,
         "allocations": 340,
         "host_syncs": 0,
@@ -129,7 +129,7 @@ def test_golden_counts_of_a_single_process_in_fp32():
 
 def test_golden_counts_of_two_micro_batches_in_bf16():
     """The weights are cast once, not twice; nothing waited for."""
-    assert one_step("gpt_neox", torch.bfloat16, Layout(), accumulation=2) == {
+    assert one_step("gpt_neox", torch.bfloat16, ParallelDims(), accumulation=2) == {
         "operators": 617,
         "allocations": 765 if BFLOAT16_BY_ONEDNN else 711,
         "host_syncs": 0,
@@ -139,7 +139,7 @@ def test_golden_counts_of_two_micro_batches_in_bf16():
 
 def test_golden_counts_of_fsdp_over_tensor_parallelism():
     """Two shards by two slices: what is gathered, summed and scattered in a step."""
-    assert one_step("gpt_neox", torch.bfloat16, Layout(dp_shard=2, tp=2)) == {
+    assert one_step("gpt_neox", torch.bfloat16, ParallelDims(dp_shard=2, tp=2)) == {
         "operators": 578,
         "allocations": 687 if BFLOAT16_BY_ONEDNN else 660,
         "host_syncs": 0,

@@ -12,7 +12,7 @@ from training import Fault
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.errors import CheckpointError
-from titan_cpt.reporting.summary import read_run, summarise
+from titan_cpt.reporting.summary import read_run, summarize
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.skipped_batches import Skips
 
@@ -205,7 +205,7 @@ def test_a_spike_may_stop_be_skipped_or_rolled_back(raw, policy):
         assert "stage english, step 6 (counted from 0): the loss is" in outcome.output
         assert 'training.on_loss_spike = "skip"' in outcome.output
         assert training.checkpoints_of(folder)[-1] == "english/step-00000006"
-        assert summarise(folder)["stages"][0]["steps_done"] == 6  # more are logged, which were held back
+        assert summarize(folder)["stages"][0]["steps_done"] == 6  # more are logged, which were held back
     else:
         assert outcome.status == 0, outcome.output
         assert list(skipped_of(folder)) == ["6"]

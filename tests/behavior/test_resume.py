@@ -26,7 +26,7 @@ from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError
 from titan_cpt.evaluation.checkpoints import stage_ends
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.reporting.summary import summarise
+from titan_cpt.reporting.summary import summarize
 from titan_cpt.training.build import find_checkpoint
 from titan_cpt.training.metrics import MetricsLog
 
@@ -262,11 +262,11 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
     config = training.write_config(again, tmp_path / "again.toml")
     shutil.rmtree(ended / "german")
     killed = train(config, fault=Fault("titan_cpt.train:train_step", 5, ended / "german" / "step-00000004"))
-    stage = summarise(ended)["stages"][1]
+    stage = summarize(ended)["stages"][1]
     outcome = train(config)
     first = training.changed(again, job={"name": "first"})
     train(training.write_config(first, tmp_path / "first.toml"))
-    now, whole = (summarise(tmp_path / name)["stages"] for name in ("run", "first"))
+    now, whole = (summarize(tmp_path / name)["stages"] for name in ("run", "first"))
 
     assert (killed.status, outcome.status) == (-signal.SIGKILL, 0), outcome.output
     assert (stage["steps_done"], stage["measured_at"], stage["is_done"]) == (4, 0, False)
@@ -276,7 +276,7 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
         {key: one[key] for key in measured} for one in whole
     ]
     assert json.loads((ended / "summary.json").read_text())["stages"][1]["after"] == whole[1]["after"]
-    assert whole[1]["after"] != summarise(unbroken)["stages"][1]["after"]
+    assert whole[1]["after"] != summarize(unbroken)["stages"][1]["after"]
     assert points_of(ended, "train/lr") == [
         (step, lr) for step, lr in points_of(tmp_path / "first", "train/lr") if step > 12
     ]

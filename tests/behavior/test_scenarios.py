@@ -8,7 +8,7 @@ import pytest
 import training
 
 from titan_cpt.config.load import load_config
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.planning.planner import make_plan
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -22,7 +22,7 @@ def stages(head, write):
     """stages(text): the planned stages of that TOML, and the plan's notes."""
 
     def stages(text):
-        plan = make_plan(load_config(write(head + text)), Inventory({"pile": 10**8, "german": 10**8}, 257))
+        plan = make_plan(load_config(write(head + text)), DataInventory({"pile": 10**8, "german": 10**8}, 257))
         return plan.stages, plan.notes
 
     return stages

@@ -17,7 +17,7 @@ from titan_cpt.checkpoint.manager import Found
 from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
-from titan_cpt.distributed.process_group import Ranks, join_ranks, leave_ranks
+from titan_cpt.distributed.process_group import ProcessInfo, destroy_process_group, init_process_group
 from titan_cpt.train import resume, save, train_stage
 from titan_cpt.training.build import build
 from titan_cpt.training.state import Parts
@@ -56,7 +56,7 @@ def write(arguments: Sequence[str]) -> None:
             _resume(parts, folder / "one" / STEP)
             save(parts, parts.plan.stages[0], 2, INTERVAL)
             parts.checkpoints.wait()
-    leave_ranks()
+    destroy_process_group()
 
 
 def read(arguments: Sequence[str]) -> None:
@@ -74,17 +74,17 @@ def read(arguments: Sequence[str]) -> None:
             parts.checkpoints.wait()
         told = folder / f"to-{name}" / f"digests-{ranks.rank}.json"
         told.write_text(json.dumps(digests))
-    leave_ranks()
+    destroy_process_group()
 
 
-def _join() -> Ranks:
+def _join() -> ProcessInfo:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    return join_ranks()
+    return init_process_group()
 
 
 @contextmanager
-def _built(folder: Path, ranks: Ranks, name: str, overrides: dict[str, str]) -> Iterator[Parts]:
+def _built(folder: Path, ranks: ProcessInfo, name: str, overrides: dict[str, str]) -> Iterator[Parts]:
     config = load_config(folder / "run.toml", [*overrides.items(), ("job.name", name)])
     run = folder / name
     run.mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.config.load import load_config
-from titan_cpt.distributed.process_group import join_ranks, leave_ranks
+from titan_cpt.distributed.process_group import destroy_process_group, init_process_group
 from titan_cpt.train import run_among
 
 
@@ -45,7 +45,7 @@ def main(runs: Path) -> None:
     """Carry out every run; one that fails on any rank ends the process, since its peers would wait for ever."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    ranks = join_ranks()
+    ranks = init_process_group()
     try:
         for overrides in json.loads(runs.read_text()):
             toml = Path(f"{overrides.pop('toml', 'gpt_neox')}.toml")
@@ -62,7 +62,7 @@ def main(runs: Path) -> None:
             if dist.is_initialized():
                 dist.barrier()
     finally:
-        leave_ranks()
+        destroy_process_group()
 
 
 if __name__ == "__main__":

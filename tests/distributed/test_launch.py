@@ -146,10 +146,10 @@ def test_a_process_whose_gpu_does_not_exist_or_is_taken_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(PlanError, match=r"local rank 3 on .* this node has 2 .*\(0 to 1\).*NPROC=2"):
-        process_group.join_ranks()
+        process_group.init_process_group()
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(PlanError, match=r"GPU 1 cannot be used: CUDA error: .* busy\. `nvidia-smi`"):
-        process_group.join_ranks()
+        process_group.init_process_group()
 
 
 def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
@@ -160,7 +160,7 @@ def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
         for name, value in place.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(PlanError, match=rf"port {port} of .* is in use"):
-            process_group.join_ranks(5)
+            process_group.init_process_group(5)
 
 
 def test_the_users_mistake_is_one_message_under_several_processes(config, tmp_path):

@@ -404,13 +404,13 @@ def test_saving_in_the_background_does_not_change_training(raw):
 
 def poison(monkeypatch, call, value=math.nan):
     """The `call`-th loss that is worked out for training comes out as another number, and its gradient with it."""
-    calls, sound = [0], titan_cpt.training.forward_backward.head_and_loss
+    calls, sound = [0], titan_cpt.training.forward_backward.fused_linear_cross_entropy
 
     def poisoned(*tensors, **numbers):
         calls[0] += 1
         return sound(*tensors, **numbers) * (value if calls[0] == call else 1.0)
 
-    monkeypatch.setattr(titan_cpt.training.forward_backward, "head_and_loss", poisoned)
+    monkeypatch.setattr(titan_cpt.training.forward_backward, "fused_linear_cross_entropy", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

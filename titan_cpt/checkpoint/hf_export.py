@@ -26,9 +26,9 @@ from titan_cpt.checkpoint.storage import ShardReader, alone
 from titan_cpt.common.files import partial_folder
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import hub_names
-from titan_cpt.models.spec import ModelShape, shape_from_recipe
+from titan_cpt.models.spec import ModelSpec, spec_from_recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,7 +63,7 @@ def export(
     require_free(out)
     record = manifest.verify(checkpoint)
     try:
-        shape = shape_from_recipe(record["recipe"])
+        shape = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
     came_from = origin(record)
@@ -105,7 +105,7 @@ def parse_bytes(text: str) -> int:
     return int(match[1]) * unit
 
 
-def _write_weights(checkpoint: Path, out: Path, shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> int:
+def _write_weights(checkpoint: Path, out: Path, shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
     """Write the shards one after another, each read back at once; returns how many."""
     names, groups = hub_names(shape), list(_groups(shape, dtype, max_bytes))
     weight_map: dict[str, str] = {}
@@ -131,7 +131,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def _groups(shape: ModelShape, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def _groups(shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
     """Weights in the model's order, packed into shards."""
     group: dict[str, tuple[int, ...]] = {}
     size = 0
@@ -163,10 +163,10 @@ def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_settings(
-    out: Path, shape: ModelShape, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
+    out: Path, shape: ModelSpec, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
 ) -> None:
     """config.json and generation_config.json; without a begin-of-document id, the end-of-document id stands for it."""
-    config = config_from_shape(shape, max_positions=positions, dtype=dtype)
+    config = config_from_spec(shape, max_positions=positions, dtype=dtype)
     released = came_from.config if came_from else {}
     marks = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
     if words is not None:

@@ -24,20 +24,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_release import Released, open_released, weight_shapes
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, alone
-from titan_cpt.checkpoint.transformers_check import compared
+from titan_cpt.checkpoint.transformers_check import verify_against_transformers
 from titan_cpt.checkpoint.weights_tokenizer import of_release
 from titan_cpt.common.files import partial_folder
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 
 IMPORTED = "imported"
 """The `kind` of a checkpoint that was made from a release: weights, and no optimizer state."""
 
 
 def load_released(
-    model: nn.Module, name: str, shape: ModelShape, *, accept: Callable[[Path], str | None] = lambda folder: None
+    model: nn.Module, name: str, shape: ModelSpec, *, accept: Callable[[Path], str | None] = lambda folder: None
 ) -> str:
     """Fill a model, sharded or not, with released weights; each rank reads its own part. Collective.
 
@@ -64,11 +64,11 @@ def load_released(
     fill(model, released, shape)
     if not first:
         return released.described(shape)
-    result = compared(released, shape, lambda model: fill(model, released, shape), in_a_run=True)
+    result = verify_against_transformers(released, shape, lambda model: fill(model, released, shape), in_a_run=True)
     return "; ".join([released.described(shape), *released.notes, *filter(None, [note]), result])
 
 
-def _require_same_model(released: Released, ours: ModelShape) -> None:
+def _require_same_model(released: Released, ours: ModelSpec) -> None:
     changed = differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
     if changed:
         table = "\n    ".join(as_config_table(released.shape).splitlines())
@@ -78,7 +78,7 @@ def _require_same_model(released: Released, ours: ModelShape) -> None:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, released: Released, shape: ModelShape) -> None:
+def fill(model: nn.Module, released: Released, shape: ModelSpec) -> None:
     """Copy the part of every weight that this rank holds from the files into the model."""
     state = get_model_state_dict(model)
     for name, weight in state.items():
@@ -114,7 +114,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
     tell(f"{released.described(shape)}: {shape.family}, {shape.parameters:,} parameters")
     with partial_folder(out) as partial:
         checksums = _stream(released, shape, partial)
-        tell(compared(released, shape, lambda model: _load_plain(partial, model)))
+        tell(verify_against_transformers(released, shape, lambda model: _load_plain(partial, model)))
         for note in released.notes:
             tell(f"note: {note}")
         words = of_release(released.files.folder)
@@ -160,7 +160,7 @@ class _ReadWhenWritten(DefaultSavePlanner):
         return self._read(index.fqn.removeprefix("model.")).float()
 
 
-def _stream(released: Released, shape: ModelShape, folder: Path) -> dict[str, dict[str, Any]]:
+def _stream(released: Released, shape: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
     """Write the weights one after another; returns what `manifest.write` wants to know of the files."""
     state = {
         "model": {

@@ -13,9 +13,9 @@ from torch import Tensor
 from titan_cpt.checkpoint.hf_files import WeightFiles, read_config, released_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import shape_from_config
+from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names, in_lines
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Released:
 
     name: str
     config: dict[str, Any]
-    shape: ModelShape
+    shape: ModelSpec
     files: WeightFiles
     notes: tuple[str, ...] = ()
 
-    def resized(self, vocab_size: int | None) -> ModelShape:
+    def resized(self, vocab_size: int | None) -> ModelSpec:
         """The release's shape with another number of rows, if one is asked for."""
         return self.shape if vocab_size is None else replace(self.shape, vocab_size=vocab_size)
 
-    def read(self, name: str, shape: ModelShape, slices: Sequence[slice] = ()) -> Tensor:
+    def read(self, name: str, shape: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
         """One of our weights, or a part of it, in the dtype of the file; embeddings with `shape`'s number of rows.
 
         Raises:
@@ -62,7 +62,7 @@ class Released:
             )
         return weight
 
-    def described(self, shape: ModelShape) -> str:
+    def described(self, shape: ModelSpec) -> str:
         """The release, and what became of its vocabulary."""
         old, new = self.shape.vocab_size, shape.vocab_size
         if new < old:
@@ -84,7 +84,7 @@ def open_released(name: str, *, compare_sets: bool = True) -> Released:
     """
     folder = released_folder(name)
     config = read_config(folder)
-    shape = shape_from_config(config, str(folder / "config.json"))
+    shape = spec_from_config(config, str(folder / "config.json"))
     files = WeightFiles(folder)
     foreign, missing = foreign_and_missing(files.shapes, shape)
     faults = [f"{theirs}: missing" for theirs in missing]
@@ -98,7 +98,7 @@ def open_released(name: str, *, compare_sets: bool = True) -> Released:
     return Released(name, config, shape, files, tuple(notes))
 
 
-def _wrong_shapes(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
+def _wrong_shapes(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
     names = hub_names(shape)
     for ours, wanted in weight_shapes(shape).items():
         found = files.shapes.get(names[ours], wanted)
@@ -106,7 +106,7 @@ def _wrong_shapes(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
             yield f"{names[ours]}: is {list(found)}, by config.json it must be {list(wanted)}"
 
 
-def _require_the_tied_head(files: WeightFiles, shape: ModelShape) -> None:
+def _require_the_tied_head(files: WeightFiles, shape: ModelSpec) -> None:
     """Raise CheckpointError where a file of a tied model has a head that is not its embedding: one would be lost."""
     head, embedding = "lm_head.weight", hub_names(shape)["embedding.weight"]
     if not shape.tied or head not in files.shapes:
@@ -119,7 +119,7 @@ def _require_the_tied_head(files: WeightFiles, shape: ModelShape) -> None:
         )
 
 
-def _other_sets(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
+def _other_sets(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
     """A note on each further set of weights in the folder.
 
     Raises:
@@ -143,7 +143,7 @@ def _other_sets(files: WeightFiles, shape: ModelShape) -> Iterator[str]:
             yield f"{entry.name} was ignored, as its weights are the same; {files.entry.name} was read"
 
 
-def weight_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def weight_shapes(shape: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Our name of every weight of such a model -> its shape."""
     with torch.device("meta"):
         model = build_model(shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.transformers_check import quiet, reason_of
-from titan_cpt.data.tokenizer.backends import BATTERY
+from titan_cpt.data.tokenizer.backends import TOKENIZER_TEST_STRINGS
 from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
 from titan_cpt.data.tokenizer.special_tokens import model_vocab
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer
@@ -93,7 +93,7 @@ def _difference(kind: Any, out: Path, words: Tokenizer) -> str | None:
     special = [one["content"] for one in json.loads((out / "tokenizer.json").read_bytes()).get("added_tokens") or []]
     try:
         theirs = kind.from_pretrained(out, local_files_only=True)
-        for text in BATTERY:
+        for text in TOKENIZER_TEST_STRINGS:
             if any(name in text for name in special):
                 continue  # a name of a special token is text in a run, and the token in transformers
             expected = words.encode(text)

@@ -69,7 +69,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
     fsync(folder.parent)
 
 
-def plant(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
+def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
     """A checkpoint that was just verified, there a second time under another record; its files are shared if they can.
 
     Links and not copies, where the file system has them: nothing here ever writes into a file of a checkpoint.

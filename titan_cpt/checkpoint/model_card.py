@@ -14,7 +14,7 @@ from titan_cpt.checkpoint.provenance import Leg, Origin, tokenizer_mismatch
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 
 
 def model_card(
@@ -22,7 +22,7 @@ def model_card(
     checkpoint: Path,
     line: Sequence[Leg],
     came_from: Origin | None,
-    shape: ModelShape,
+    shape: ModelSpec,
     *,
     dtype: str,
     tokenizer: Tokenizer | None,

@@ -21,7 +21,7 @@ from titan_cpt.checkpoint.hf_release import Released
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.layers import rotary_tables
-from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape
+from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
 
 _TOLERANCE = 1e-3  # of the largest logit, or of 1; two orders of the same fp32 sums differ by 1e-5 or less
 _FEW_TOKENS = 32  # of a sequence, and beyond the end of a window
@@ -39,8 +39,8 @@ _GPT_NEOX_KEYS = {"layer_norm_eps": "norm_eps", "use_parallel_residual": "parall
 _LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
 
 
-def compared(
-    released: Released, shape: ModelShape, load: Callable[[nn.Module], None], *, in_a_run: bool = False
+def verify_against_transformers(
+    released: Released, shape: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
 ) -> str:
     """Run our model and transformers' on the same tokens; the result in words.
 
@@ -82,7 +82,7 @@ def compared(
 
 
 def _same_logits(
-    released: Released, shape: ModelShape, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
+    released: Released, shape: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
 ) -> str:
     with torch.device("meta"):
         model = build_model(shape)
@@ -120,9 +120,9 @@ def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
 def _require_same_settings(released: Released, theirs: Any, transformers: Any) -> None:
     """Compare what transformers understood of config.json with what we did, rotary frequencies included."""
     shape = released.shape
-    keys = _KEYS | (_LLAMA_KEYS if isinstance(shape, LlamaShape) else _GPT_NEOX_KEYS)
+    keys = _KEYS | (_LLAMA_KEYS if isinstance(shape, LlamaSpec) else _GPT_NEOX_KEYS)
     found = {key: (getattr(shape, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
-    if isinstance(shape, LlamaShape):
+    if isinstance(shape, LlamaSpec):
         head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         found["head_dim"] = shape.head_width, head
         if theirs.model_type in ("llama", "mistral") or hasattr(
@@ -159,8 +159,8 @@ def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None
         return None
 
 
-def _rotary_faults(shape: ModelShape, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
-    width = shape.rotary_width if isinstance(shape, GPTNeoXShape) else getattr(shape, "head_width", 0)
+def _rotary_faults(shape: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
+    width = shape.rotary_width if isinstance(shape, GPTNeoXSpec) else getattr(shape, "head_width", 0)
     scaling = getattr(shape, "rope_scaling", None)
     cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
     ours_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
@@ -173,13 +173,13 @@ def _rotary_faults(shape: ModelShape, theirs_R: Tensor, amplitude: float) -> Ite
         yield f"rotary amplitude: {amplitude:.6g} there, {float(cos_LR[0, 0]):.6g} here"
 
 
-def _length(*shapes: ModelShape) -> int:
+def _length(*shapes: ModelSpec) -> int:
     """Tokens of a sequence: beyond the end of any sliding window."""
     windows = [shape.attention_span for shape in shapes if shape.attention_span is not None]
     return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
 
 
-def _short_of_memory(shape: ModelShape, length: int) -> str | None:
+def _short_of_memory(shape: ModelSpec, length: int) -> str | None:
     needed, free = 8 * shape.parameters + 16 * length * shape.vocab_size + 2 * length**2, _free_bytes()
     if free is None or needed <= 0.8 * free:
         return None

@@ -52,7 +52,7 @@ class _Present:
         return [(identity_of(name), name) for name in names]
 
 
-def take_inventory(config: Config) -> Inventory:
+def take_inventory(config: Config) -> DataInventory:
     """Look at the training data, the validation data and the tokenizer that the config names.
 
     Raises:
@@ -90,7 +90,7 @@ def take_inventory(config: Config) -> Inventory:
         notes.append(
             f"tokenizer not there yet: {config.tokenizer.path}; {made.record} says that it has {vocab_size:,} ids"
         )
-    return Inventory(tokens, vocab_size, sequences, unrecorded, validation_tokens, tuple(notes))
+    return DataInventory(tokens, vocab_size, sequences, unrecorded, validation_tokens, tuple(notes))
 
 
 def _present(config: Config, key: str) -> dict[str, _Present]:
@@ -281,7 +281,7 @@ def _vocab_size(config: Config) -> int | None:
 
 
 @dataclass(frozen=True)
-class Inventory:
+class DataInventory:
     """What is known of files before anything is trained.
 
     Attributes:

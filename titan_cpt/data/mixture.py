@@ -70,14 +70,15 @@ def bounded(number: Fraction) -> Fraction:
     """The number itself, or, where its denominator has more than 512 bits, the nearest multiple of 2**-512.
 
     Fractions that are made of fractions stage after stage double their digits each time. An error of 2**-512 moves no
-    sequence: `balanced` takes ratios for what they are, and floor(k p + 1/2) has ties only where p is a simple ratio.
+    sequence: `huffman_tree` takes ratios for what they are, and floor(k p + 1/2) has ties only where p is a simple
+    ratio.
     """
     if number.denominator.bit_length() <= _BITS:
         return number
     return Fraction(((number.numerator << (_BITS + 1)) + number.denominator) // (2 * number.denominator), 1 << _BITS)
 
 
-def balanced(weights: Mapping[Leaf, Fraction]) -> Tree:
+def huffman_tree(weights: Mapping[Leaf, Fraction]) -> Tree:
     """A Huffman tree over the leaves; the weights, all positive, are relative. Ties go by name, not by order.
 
     Weights may be off by less than 2**-400 of their sum: the tree is that of the exact ones.

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from titan_cpt.distributed.parallel_dims import Layout, Place
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.parallel_dims import ParallelDims, RankCoordinates
+from titan_cpt.distributed.process_group import ProcessInfo
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Mesh:
         context: the ranks that share this rank's sequences; None without context parallelism.
     """
 
-    ranks: Ranks
-    layout: Layout
-    place: Place
+    ranks: ProcessInfo
+    layout: ParallelDims
+    place: RankCoordinates
     data_rank: int
     dims: DeviceMesh | None
     context: dist.ProcessGroup | None
@@ -59,7 +59,7 @@ class Mesh:
         return loss
 
 
-def build_mesh(ranks: Ranks, layout: Layout) -> Mesh:
+def build_mesh(ranks: ProcessInfo, layout: ParallelDims) -> Mesh:
     """Give every rank its place and make the process groups; collective.
 
     Args:
@@ -79,7 +79,7 @@ def build_mesh(ranks: Ranks, layout: Layout) -> Mesh:
     return Mesh(ranks, layout, layout.place(ranks.rank), layout.data_rank(ranks.rank), dims, context)
 
 
-def _context_group(device: str, layout: Layout) -> dist.ProcessGroup:
+def _context_group(device: str, layout: ParallelDims) -> dist.ProcessGroup:
     outer = layout.world_size // (layout.cp * layout.tp)
     mesh = init_device_mesh(device, (outer, layout.cp, layout.tp), mesh_dim_names=("others", "cp", "tp"))
     return mesh["cp"].get_group()

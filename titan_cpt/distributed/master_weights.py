@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-class WorkingCopy:
+class ComputeCopy:
     """Casts the trained weights once a step, however many micro-batches follow, and sums their gradients in float32.
 
     That weights may have changed is known by their version counters, which a loaded checkpoint and initial weights

@@ -40,7 +40,7 @@ SCHEDULES: Mapping[str, ScheduleKind] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoordinates:
     """A rank's coordinates in the layout, each from 0."""
 
     pipeline: int
@@ -51,7 +51,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class ParallelDims:
     """Degrees of every kind of parallelism; their product is the number of ranks.
 
     Attributes:
@@ -96,13 +96,13 @@ class Layout:
         """Cuts of the model over all pipeline ranks."""
         return self.pp * self.kind.stages_per_rank
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankCoordinates:
         """Where a rank stands."""
         rank, tensor = divmod(rank, self.tp)
         rank, context = divmod(rank, self.cp)
         rank, shard = divmod(rank, self.dp_shard)
         pipeline, replica = divmod(rank, self.dp_replicate)
-        return Place(pipeline, replica, shard, context, tensor)
+        return RankCoordinates(pipeline, replica, shard, context, tensor)
 
     def data_rank(self, rank: int) -> int:
         """Which share of a global batch a rank reads, 0 to data_parallel - 1."""

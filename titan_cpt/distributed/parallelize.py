@@ -49,7 +49,7 @@ _RECOMPUTED_PRODUCTS = 2  # of the products, every second one is computed again:
 
 
 @dataclass(frozen=True)
-class Techniques:
+class ParallelOptions:
     """What is done to every block beside splitting it over ranks.
 
     Attributes:
@@ -75,30 +75,30 @@ class Techniques:
     float8: Float8 | None = None
 
 
-def parallelise(model: LanguageModel, mesh: Mesh, techniques: Techniques) -> None:
+def parallelize(model: LanguageModel, mesh: Mesh, parallel_options: ParallelOptions) -> None:
     """Lay a model, or the stage of a pipeline, over the ranks; in place, its parameters keep their names.
 
     A single process is neither split nor sharded. Names: DCP and `get_model_state_dict` leave out the prefixes of the
     wrappers that checkpointing and compiling put around blocks.
     """
-    if techniques.float8 is not None:
+    if parallel_options.float8 is not None:
         emulated, sharded = mesh.ranks.device.type == "cpu", mesh.dims is not None
-        convert_layers(model, techniques.float8, tp=mesh.layout.tp, sharded=sharded, emulated=emulated)
+        convert_layers(model, parallel_options.float8, tp=mesh.layout.tp, sharded=sharded, emulated=emulated)
     if mesh.layout.tp > 1:
-        split_matrices(model, mesh.tensor, loss_parallel=mesh.layout.loss_parallel)
+        apply_tp(model, mesh.tensor, loss_parallel=mesh.layout.loss_parallel)
     if mesh.context is not None:
-        split_sequences(model, mesh.context, ring=techniques.ring_attention)
-    if techniques.recompute != "none":
-        recompute_activations(model, techniques)
-    if techniques.compiled:
-        compile_blocks(model)
-    if techniques.asynchronous:
-        overlap_tensor_traffic(mesh.tensor)
+        apply_cp(model, mesh.context, ring=parallel_options.ring_attention)
+    if parallel_options.recompute != "none":
+        apply_ac(model, parallel_options)
+    if parallel_options.compiled:
+        apply_compile(model)
+    if parallel_options.asynchronous:
+        enable_async_tp(mesh.tensor)
     if mesh.dims is not None:
-        shard_parameters(model, mesh, techniques.precision, offloaded=techniques.offloaded)
+        apply_fsdp(model, mesh, parallel_options.precision, offloaded=parallel_options.offloaded)
 
 
-def split_matrices(model: LanguageModel, tensor: DeviceMesh, *, loss_parallel: bool) -> None:
+def apply_tp(model: LanguageModel, tensor: DeviceMesh, *, loss_parallel: bool) -> None:
     """Tensor and sequence parallelism: columns, then rows; between them the residual stream is split over positions.
 
     Sequence parallelism is not an option: without it the norms' weights would stay plain tensors beside DTensors, and
@@ -167,7 +167,7 @@ def _llama_block(block: llama.Block) -> dict[str, ParallelStyle]:
     }
 
 
-def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGroup, *, ring: bool) -> None:
+def apply_cp(model: LanguageModel, context: torch.distributed.ProcessGroup, *, ring: bool) -> None:
     """Context parallelism: every block's attention gathers the other ranks' keys and values, or lets them go round."""
     mesh = DeviceMesh.from_group(context, "cuda") if ring else None
     for block in model.blocks.values():
@@ -178,17 +178,17 @@ def split_sequences(model: LanguageModel, context: torch.distributed.ProcessGrou
         attention.core = core  # type: ignore[assignment]
 
 
-def recompute_activations(model: LanguageModel, techniques: Techniques) -> None:
+def apply_ac(model: LanguageModel, parallel_options: ParallelOptions) -> None:
     """Keep less for the backward pass and compute it again there.
 
     "full" keeps a block's input alone; "selective" by "op" keeps attention and every second product, by n treats every
     n-th block as "full" does; "memory_budget" leaves the choice to torch.compile.
     """
-    if techniques.recompute == "memory_budget":
-        torch._functorch.config.activation_memory_budget = techniques.memory_budget
+    if parallel_options.recompute == "memory_budget":
+        torch._functorch.config.activation_memory_budget = parallel_options.memory_budget
         return
-    by_operator = techniques.recompute == "selective" and techniques.selection == "op"
-    every = int(techniques.selection) if techniques.recompute == "selective" and not by_operator else 1
+    by_operator = parallel_options.recompute == "selective" and parallel_options.selection == "op"
+    every = int(parallel_options.selection) if parallel_options.recompute == "selective" and not by_operator else 1
     for layer, block in list(model.blocks.items()):
         if int(layer) % every == 0:
             wrap = partial(checkpoint_wrapper, context_fn=_selective_contexts) if by_operator else checkpoint_wrapper
@@ -212,13 +212,13 @@ def _selective_contexts() -> object:
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
 
-def compile_blocks(model: LanguageModel) -> None:
+def apply_compile(model: LanguageModel) -> None:
     """torch.compile, block by block: all blocks share one piece of generated code."""
     for layer, block in list(model.blocks.items()):
         model.blocks[layer] = cast(nn.Module, torch.compile(block))
 
 
-def overlap_tensor_traffic(tensor: DeviceMesh) -> None:
+def enable_async_tp(tensor: DeviceMesh) -> None:
     """Async TP: torch.compile cuts gathers and products into pieces and sends one while it multiplies the next.
 
     Through symmetric memory, which CUDA has. Never run by us: no GPU was at hand.
@@ -229,7 +229,7 @@ def overlap_tensor_traffic(tensor: DeviceMesh) -> None:
     enable_symm_mem_for_group(tensor.get_group().group_name)
 
 
-def shard_parameters(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offloaded: bool) -> None:
+def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offloaded: bool) -> None:
     """FSDP2: shard every block by itself, then the embedding, then the head with its norm; HSDP over two dimensions.
 
     A tied embedding is both ends of the model, so it belongs to the root, which stays gathered from the first forward

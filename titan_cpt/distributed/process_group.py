@@ -31,7 +31,7 @@ _LONGEST_WAIT_FOR_READERS_S = 10.0
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessInfo:
     """This process among its peers.
 
     Attributes:
@@ -44,7 +44,7 @@ class Ranks:
     device: torch.device
 
 
-def join_ranks(timeout_s: int | None = None) -> Ranks:
+def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     """Initialize the process group from torchrun's variables; without them this process is the only one.
 
     Args:
@@ -57,7 +57,7 @@ def join_ranks(timeout_s: int | None = None) -> Ranks:
     if cuda:
         _take_device(device)
     if world_size == 1:
-        return Ranks(0, 1, device)
+        return ProcessInfo(0, 1, device)
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -77,7 +77,7 @@ def join_ranks(timeout_s: int | None = None) -> Ranks:
                 f"port {os.environ.get('MASTER_PORT')} of {socket.gethostname()} is in use by another program, perhaps "
                 "a run that has not ended. Choose a free port with MASTER_PORT"
             ) from None
-    return Ranks(dist.get_rank(), world_size, device)
+    return ProcessInfo(dist.get_rank(), world_size, device)
 
 
 def _take_device(device: torch.device) -> None:
@@ -96,13 +96,13 @@ def _take_device(device: torch.device) -> None:
         raise PlanError(f"{where}: GPU {device.index} cannot be used: {reason}. `nvidia-smi` shows its state") from None
 
 
-def leave_ranks() -> None:
+def destroy_process_group() -> None:
     """Part from the peers."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return when every rank has come here."""
     if dist.is_initialized():
         dist.barrier()

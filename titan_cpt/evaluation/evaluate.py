@@ -27,10 +27,10 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.provenance import origin, precision_of, tokenizer_of
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.config.suites import Task
-from titan_cpt.distributed.process_group import Ranks, wait_for_all
+from titan_cpt.distributed.process_group import ProcessInfo, barrier
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
 from titan_cpt.evaluation.checkpoints import run_of, scores_folder, stage_ends
-from titan_cpt.evaluation.inference import Opened, open_checkpoint
+from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
 from titan_cpt.evaluation.prompts import has_examples, keep_examples
 from titan_cpt.evaluation.scores import FORMAT, Score, average, file_name, read_score
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalRequest:
     """What is asked of every checkpoint, and how it is opened; see `open_checkpoint`.
 
     Attributes:
@@ -84,8 +84,8 @@ def open_tasks(asked: tuple[Task, ...], folder: Path | None) -> Tasks:
 
 def evaluate(
     checkpoint: Path,
-    ranks: Ranks,
-    asked: Asked,
+    ranks: ProcessInfo,
+    asked: EvalRequest,
     *,
     tell: Callable[[str], None],
     examples: bool = False,
@@ -138,12 +138,12 @@ def evaluate(
         bench.close()
     if ranks.rank == 0 and asked_now:
         _chart(bench, asked, scores, asked_now, whole=len(scores) == len(asked.tasks))
-    wait_for_all()
+    barrier()
     return scores, missing
 
 
 def evaluate_all(
-    paths: Sequence[Path], ranks: Ranks, asked: Asked, *, tell: Callable[[str], None]
+    paths: Sequence[Path], ranks: ProcessInfo, asked: EvalRequest, *, tell: Callable[[str], None]
 ) -> tuple[dict[str, list[Score]], list[str]]:
     """Scores of several checkpoints by their names, and the tasks that some of them lack; collective.
 
@@ -170,12 +170,12 @@ def evaluate_all(
 class _Bench:
     """A checkpoint under examination; its weights are loaded when the first question is put to them."""
 
-    def __init__(self, checkpoint: Path, ranks: Ranks, asked: Asked, checked: bool) -> None:
+    def __init__(self, checkpoint: Path, ranks: ProcessInfo, asked: EvalRequest, checked: bool) -> None:
         self.checkpoint, self.ranks, self.asked, self._checked = checkpoint, ranks, asked, checked
         self.record = manifest.read(checkpoint)
         self.run = run_of(checkpoint)
         self.folder = scores_folder(checkpoint, self.record)
-        self._opened: Opened | None = None
+        self._opened: LoadedModel | None = None
         self._model: CheckpointLM | None = None
 
     @property
@@ -200,7 +200,7 @@ class _Bench:
             return False
         return words is not None and words.add_bos
 
-    def opened(self) -> Opened:
+    def opened(self) -> LoadedModel:
         """The checkpoint, loaded."""
         if self._opened is None:
             asked = self.asked
@@ -285,7 +285,7 @@ def _kept(path: Path, bench: _Bench, task: Task) -> tuple[Score | None, str]:
     return replace(score, metric=task.metric or score.metric), ""
 
 
-def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], new: Sequence[Score], *, whole: bool) -> None:
+def _chart(bench: _Bench, asked: EvalRequest, scores: Sequence[Score], new: Sequence[Score], *, whole: bool) -> None:
     """The suite's average on disk; it and the new scores in the run's TensorBoard, if it has one."""
     mean, error = average(scores)
     if asked.suite and whole:
@@ -308,7 +308,7 @@ def _chart(bench: _Bench, asked: Asked, scores: Sequence[Score], new: Sequence[S
     writer.close()
 
 
-def _agreed(load: Callable[[], Any], ranks: Ranks) -> Any:
+def _agreed(load: Callable[[], Any], ranks: ProcessInfo) -> Any:
     """What every rank loads; if one cannot, none goes on, since they would wait for each other."""
     failure: DataError | None = None
     try:
@@ -325,7 +325,7 @@ def _agreed(load: Callable[[], Any], ranks: Ranks) -> Any:
     return loaded
 
 
-def _everywhere(found: bool, ranks: Ranks) -> bool:
+def _everywhere(found: bool, ranks: ProcessInfo) -> bool:
     """Whether every rank has found it; else all of them go to work."""
     if ranks.world_size == 1:
         return found

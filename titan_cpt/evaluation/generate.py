@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.errors import DataError
-from titan_cpt.evaluation.inference import Opened, batches, logits_at, padded, summed, turns
+from titan_cpt.evaluation.inference import LoadedModel, batches, logits_at, padded, shard_batches, summed
 from titan_cpt.models.common.kv_cache import kept
 
 
@@ -35,7 +35,7 @@ class Sampling:
 
 
 def generate(
-    opened: Opened,
+    opened: LoadedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -67,7 +67,7 @@ def generate(
         numbers.setdefault(tuple(prompt)[-room:], []).append(number)
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
     longest_first = sorted(numbers, key=lambda tokens: (-len(tokens), tokens))
-    for batch, counts in turns(opened, batches(longest_first, opened, max_new_tokens)):
+    for batch, counts in shard_batches(opened, batches(longest_first, opened, max_new_tokens)):
         continuations = _continue(opened, batch, max_new_tokens, sampling or Sampling(), stop)
         if counts:
             for prompt, continuation in zip(batch, continuations, strict=True):
@@ -78,7 +78,7 @@ def generate(
 
 @torch.no_grad()
 def _continue(
-    opened: Opened,
+    opened: LoadedModel,
     prompts: Sequence[tuple[int, ...]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -117,7 +117,7 @@ def _continue(
     return continuations
 
 
-def _any_going(opened: Opened, going: bool) -> bool:
+def _any_going(opened: LoadedModel, going: bool) -> bool:
     """Whether a further pass is to be made; where passes are collective, by any rank."""
     if not opened.sharded:
         return going

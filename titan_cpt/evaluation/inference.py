@@ -23,15 +23,15 @@ from titan_cpt.checkpoint.provenance import longest_sequence, origin, precision_
 from titan_cpt.checkpoint.storage import alone
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.device_mesh import build_mesh
-from titan_cpt.distributed.parallel_dims import Layout
-from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.parallel_dims import ParallelDims
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.pipeline_parallel import build_model
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.models import build
 from titan_cpt.models.build import LanguageModel
 from titan_cpt.models.common.ops import linear
-from titan_cpt.models.spec import shape_from_recipe
+from titan_cpt.models.spec import spec_from_recipe
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LOGIT_ROWS = 1024
@@ -39,7 +39,7 @@ _LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A checkpoint that answers, the same on every rank.
 
     Attributes:
@@ -54,7 +54,7 @@ class Opened:
     record: Mapping[str, Any]
     model: LanguageModel
     tokenizer: Tokenizer
-    ranks: Ranks
+    ranks: ProcessInfo
     precision: str
     max_length: int
     sharded: bool
@@ -63,7 +63,7 @@ class Opened:
 
 def open_checkpoint(
     folder: Path,
-    ranks: Ranks,
+    ranks: ProcessInfo,
     *,
     precision: str | None = None,
     tokenizer: str | None = None,
@@ -71,7 +71,7 @@ def open_checkpoint(
     sharded: bool = False,
     batch_tokens: int = 8192,
     checked: bool = True,
-) -> Opened:
+) -> LoadedModel:
     """Build the checkpoint's model and load its weights; collective.
 
     Args:
@@ -88,7 +88,7 @@ def open_checkpoint(
     """
     record = manifest.verify(folder) if checked and ranks.rank == 0 else manifest.read(folder)
     try:
-        shape = shape_from_recipe(record["recipe"])
+        shape = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / manifest.NAME}: {error}") from None
     came_from = origin(record)
@@ -98,8 +98,8 @@ def open_checkpoint(
     precision = precision or precision_of(folder)
     sharded = sharded and ranks.world_size > 1
     if sharded:
-        mesh = build_mesh(ranks, Layout(dp_shard=ranks.world_size))
-        model, _ = build_model(shape, mesh, Techniques(PRECISIONS[precision]))
+        mesh = build_mesh(ranks, ParallelDims(dp_shard=ranks.world_size))
+        model, _ = build_model(shape, mesh, ParallelOptions(PRECISIONS[precision]))
     else:
         with torch.device("meta"):
             model = build.build_model(shape)
@@ -109,7 +109,7 @@ def open_checkpoint(
     if not sharded:
         model.to(PRECISIONS[precision])
     model.requires_grad_(False)
-    return Opened(
+    return LoadedModel(
         folder=folder,
         record=record,
         model=model.eval(),
@@ -123,7 +123,7 @@ def open_checkpoint(
 
 
 @torch.no_grad()
-def score(opened: Opened, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+def score(opened: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
     """How likely each continuation is after its context, and whether the model itself would have written it.
 
     Pairs that put the same tokens into the model, such as the answers A to D after one question, cost one pass. A
@@ -147,7 +147,9 @@ def score(opened: Opened, pairs: Sequence[tuple[list[int], list[int]]]) -> list[
         tokens = (context + continuation)[-(opened.max_length + 1) :]
         asked.setdefault(tuple(tokens[:-1]), []).append((number, continuation))
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for batch, counts in turns(opened, batches(sorted(asked, key=lambda tokens: (-len(tokens), tokens)), opened)):
+    for batch, counts in shard_batches(
+        opened, batches(sorted(asked, key=lambda tokens: (-len(tokens), tokens)), opened)
+    ):
         answers = _score_batch(opened, batch, [asked[tokens] for tokens in batch])
         if counts:
             for number, nats, greedy in answers:
@@ -156,7 +158,7 @@ def score(opened: Opened, pairs: Sequence[tuple[list[int], list[int]]]) -> list[
 
 
 def _score_batch(
-    opened: Opened, inputs: Sequence[tuple[int, ...]], asked: Sequence[Sequence[tuple[int, list[int]]]]
+    opened: LoadedModel, inputs: Sequence[tuple[int, ...]], asked: Sequence[Sequence[tuple[int, list[int]]]]
 ) -> list[tuple[int, float, bool]]:
     """(number, nats, greedy) of every continuation asked for after one of the inputs."""
     longest = [max(len(continuation) for _, continuation in continuations) for continuations in asked]
@@ -206,7 +208,9 @@ def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
 
 
-def batches(longest_first: Sequence[tuple[int, ...]], opened: Opened, room: int = 0) -> list[Sequence[tuple[int, ...]]]:
+def batches(
+    longest_first: Sequence[tuple[int, ...]], opened: LoadedModel, room: int = 0
+) -> list[Sequence[tuple[int, ...]]]:
     """Neighbours in the order of length together, as many as `batch_tokens` holds.
 
     Args:
@@ -221,8 +225,8 @@ def batches(longest_first: Sequence[tuple[int, ...]], opened: Opened, room: int 
     return found
 
 
-def turns(
-    opened: Opened, all_batches: Sequence[Sequence[tuple[int, ...]]]
+def shard_batches(
+    opened: LoadedModel, all_batches: Sequence[Sequence[tuple[int, ...]]]
 ) -> Iterator[tuple[Sequence[tuple[int, ...]], bool]]:
     """This rank's batches; where passes are collective, one that stands in for a missing one and does not count."""
     rank, ranks = opened.ranks.rank, opened.ranks.world_size
@@ -233,7 +237,7 @@ def turns(
             yield all_batches[-1][:1], False
 
 
-def summed(opened: Opened, found: Tensor) -> Tensor:
+def summed(opened: LoadedModel, found: Tensor) -> Tensor:
     """What all ranks found together: each number is 0 on all of them but one."""
     if opened.ranks.world_size > 1:
         dist.all_reduce(found)

@@ -35,7 +35,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from titan_cpt.config.suites import FETCHED, Task
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.generate import Sampling, generate
-from titan_cpt.evaluation.inference import Opened, score
+from titan_cpt.evaluation.inference import LoadedModel, score
 
 LONGEST_TEXT = 256
 """Tokens generated for a task that does not say how many; the harness's own default."""
@@ -49,7 +49,7 @@ _SEED = 1234
 class CheckpointLM(TemplateLM):
     """What the harness asks a model for. Every rank is asked everything and gets every answer; the work is shared."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: LoadedModel) -> None:
         super().__init__()
         self.opened, self.words = opened, opened.tokenizer
         lengths = self.words.token_byte_lengths()

@@ -11,11 +11,11 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common import reading
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import ConfigError
 from titan_cpt.evaluation.checkpoints import scores_folder, stage_ends
 from titan_cpt.evaluation.generate import Sampling, generate
-from titan_cpt.evaluation.inference import Opened, open_checkpoint
+from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
 from titan_cpt.evaluation.scores import GENERATIONS
 
 EXAMPLES: tuple[str, ...] = (
@@ -37,7 +37,7 @@ EXAMPLE_SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=0)
 
 def continue_prompts(
     paths: Sequence[Path],
-    ranks: Ranks,
+    ranks: ProcessInfo,
     prompts: Sequence[str],
     *,
     sampling: Sampling,
@@ -71,7 +71,7 @@ def continue_prompts(
                 tell(f"  {prompt} |{text}")
 
 
-def continued(opened: Opened, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
+def continued(opened: LoadedModel, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
     """The texts that follow the prompts; collective."""
     words = opened.tokenizer
     ids = generate(opened, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
@@ -88,7 +88,7 @@ def has_examples(checkpoint: Path, record: Mapping[str, Any]) -> bool:
     return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
 
 
-def keep_examples(opened: Opened) -> list[dict[str, str]]:
+def keep_examples(opened: LoadedModel) -> list[dict[str, str]]:
     """Continue the example prompts and keep what comes of it beside the checkpoint's scores; collective."""
     texts = continued(opened, EXAMPLES, min(EXAMPLE_TOKENS, opened.max_length // 2), EXAMPLE_SAMPLING)
     pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]

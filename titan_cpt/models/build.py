@@ -3,20 +3,20 @@
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.llama.model import Llama
-from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape
+from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
 
 LanguageModel = GPTNeoX | Llama
 """A model of any family: `shape`, `embedding`, `blocks`, `final_norm`, `head` and `init_weights`."""
 
 
-def build_model(shape: ModelShape) -> LanguageModel:
+def build_model(shape: ModelSpec) -> LanguageModel:
     """The model, its weights still meaningless.
 
     Raises:
         ConfigError: its family has no model here.
     """
-    if isinstance(shape, GPTNeoXShape):
+    if isinstance(shape, GPTNeoXSpec):
         return GPTNeoX(shape)
-    if isinstance(shape, LlamaShape):
+    if isinstance(shape, LlamaSpec):
         return Llama(shape)
     raise ConfigError(f"model.family: {shape.family!r} has no model: build_model in models/families.py would build it")

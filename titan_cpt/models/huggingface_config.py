@@ -13,7 +13,7 @@ from typing import Any
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.huggingface_keys import Keys
 from titan_cpt.models.huggingface_rope import read_rope
-from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape, RopeScaling
+from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec, RopeScaling
 
 _MOST_LAYERS = 10_000  # beyond it, a typing error would be built layer by layer
 _LLAMA = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -136,17 +136,17 @@ def _window(keys: Keys) -> int | None:
     return None
 
 
-_KINDS: Mapping[str, tuple[type[ModelShape], Callable[[Keys], dict[str, Any]]]] = {
-    "gpt_neox": (GPTNeoXShape, _gpt_neox_shape),
-    "llama": (LlamaShape, _llama_shape),
-    "mistral": (LlamaShape, _llama_shape),
-    "qwen2": (LlamaShape, _llama_shape),
-    "qwen3": (LlamaShape, _llama_shape),
+_KINDS: Mapping[str, tuple[type[ModelSpec], Callable[[Keys], dict[str, Any]]]] = {
+    "gpt_neox": (GPTNeoXSpec, _gpt_neox_shape),
+    "llama": (LlamaSpec, _llama_shape),
+    "mistral": (LlamaSpec, _llama_shape),
+    "qwen2": (LlamaSpec, _llama_shape),
+    "qwen3": (LlamaSpec, _llama_shape),
 }
 """model_type -> our shape, and what reads the keys that are its own."""
 
 
-def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
+def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The shape of the model that a config.json describes.
 
     Args:
@@ -184,7 +184,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
     raise CheckpointError("\n  - ".join([f"{where}: describes no model that can be taken in:", *faults]))
 
 
-def config_from_shape(shape: ModelShape, *, max_positions: int, dtype: str) -> dict[str, Any]:
+def config_from_spec(shape: ModelSpec, *, max_positions: int, dtype: str) -> dict[str, Any]:
     """The config.json of a model, of the plainest architecture of transformers that computes it.
 
     Args:
@@ -195,9 +195,9 @@ def config_from_shape(shape: ModelShape, *, max_positions: int, dtype: str) -> d
     Raises:
         CheckpointError: the family has no counterpart in transformers.
     """
-    if isinstance(shape, GPTNeoXShape):
+    if isinstance(shape, GPTNeoXSpec):
         kind, own = "GPTNeoXForCausalLM", _gpt_neox_config(shape)
-    elif not isinstance(shape, LlamaShape):
+    elif not isinstance(shape, LlamaSpec):
         raise CheckpointError(
             f"models of the family {shape.family!r} have no config.json of Hugging Face's yet: _KINDS and "
             "config_from_shape in models/huggingface_config.py would describe it"
@@ -219,7 +219,7 @@ def config_from_shape(shape: ModelShape, *, max_positions: int, dtype: str) -> d
     }
 
 
-def _gpt_neox_config(shape: GPTNeoXShape) -> dict[str, Any]:
+def _gpt_neox_config(shape: GPTNeoXSpec) -> dict[str, Any]:
     return {
         "model_type": "gpt_neox",
         "hidden_act": "gelu",
@@ -233,7 +233,7 @@ def _gpt_neox_config(shape: GPTNeoXShape) -> dict[str, Any]:
     }
 
 
-def _llama_config(shape: LlamaShape) -> tuple[str, dict[str, Any]]:
+def _llama_config(shape: LlamaSpec) -> tuple[str, dict[str, Any]]:
     if shape.qk_norm:
         kind, name = "qwen3", "Qwen3ForCausalLM"
     elif shape.qkv_bias:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from titan_cpt.errors import CheckpointError
-from titan_cpt.models.spec import GPTNeoXShape, LlamaShape, ModelShape
+from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
 
 VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
 """Our names of the weights with a row for each id."""
@@ -45,15 +45,15 @@ _CONSTANTS = re.compile(
 rotary_emb of each layer (transformers before 4.31) and the one of the whole model (4.43 on) in a state dict."""
 
 
-def hub_names(shape: ModelShape) -> dict[str, str]:
+def hub_names(shape: ModelSpec) -> dict[str, str]:
     """Our name of every weight of such a model -> its name in a file of transformers'.
 
     Raises:
         CheckpointError: the family has no counterpart in transformers.
     """
-    if isinstance(shape, GPTNeoXShape):
+    if isinstance(shape, GPTNeoXSpec):
         return _gpt_neox_names(shape)
-    if isinstance(shape, LlamaShape):
+    if isinstance(shape, LlamaSpec):
         return _llama_names(shape)
     raise CheckpointError(
         f"weights of the family {shape.family!r} have no names of Hugging Face's yet, so that they can be neither "
@@ -61,7 +61,7 @@ def hub_names(shape: ModelShape) -> dict[str, str]:
     )
 
 
-def _gpt_neox_names(shape: GPTNeoXShape) -> dict[str, str]:
+def _gpt_neox_names(shape: GPTNeoXSpec) -> dict[str, str]:
     names = {"embedding.weight": "gpt_neox.embed_in.weight"}
     for layer in range(shape.layers):
         for ours, theirs in _GPT_NEOX_BLOCK.items():
@@ -73,7 +73,7 @@ def _gpt_neox_names(shape: GPTNeoXShape) -> dict[str, str]:
     return names
 
 
-def _llama_names(shape: LlamaShape) -> dict[str, str]:
+def _llama_names(shape: LlamaSpec) -> dict[str, str]:
     block = _LLAMA_BLOCK | (_QKV_BIAS if shape.qkv_bias else {}) | (_QK_NORM if shape.qk_norm else {})
     names = {"embedding.weight": "model.embed_tokens.weight"}
     for layer in range(shape.layers):
@@ -84,7 +84,7 @@ def _llama_names(shape: LlamaShape) -> dict[str, str]:
     return names
 
 
-def foreign_and_missing(names: Iterable[str], shape: ModelShape) -> tuple[list[str], list[str]]:
+def foreign_and_missing(names: Iterable[str], shape: ModelSpec) -> tuple[list[str], list[str]]:
     """Names in a file of transformers' that are no weight of such a model, and the model's that the file lacks.
 
     Constants of older releases are no weights; nor is the head that some files of tied models repeat.
@@ -101,7 +101,7 @@ def is_constant(name: str) -> bool:
     return _CONSTANTS.search(name) is not None
 
 
-def to_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, Tensor], shape: ModelSpec) -> dict[str, Tensor]:
     """The state dict of our model under the names of a file of transformers'.
 
     Raises:
@@ -112,7 +112,7 @@ def to_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, 
     return {theirs: state[ours] for ours, theirs in names.items()}
 
 
-def from_huggingface(state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+def from_huggingface(state: Mapping[str, Tensor], shape: ModelSpec) -> dict[str, Tensor]:
     """The weights of a file of transformers' under our names; constants of older releases left out.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.spec import FAMILIES, ROPE_SCALINGS, ModelShape, RopeScaling
+from titan_cpt.models.spec import FAMILIES, ROPE_SCALINGS, ModelSpec, RopeScaling
 
 VOCABULARY_MULTIPLE = 128
 """A padded vocabulary is a multiple of this many rows on every tensor-parallel rank."""
@@ -93,7 +93,7 @@ def named_size(
     tokenizer_vocab: int,
     tensor_parallel: int = 1,
     overrides: Mapping[str, Any] | None = None,
-) -> ModelShape:
+) -> ModelSpec:
     """The shape of a named size for a tokenizer and a tensor-parallel degree, with single fields overridden.
 
     The vocabulary of a CPU size (debug, tiny, mini) is the tokenizer's, that of a released size the larger of the
@@ -135,7 +135,7 @@ def named_size(
     return shape
 
 
-def as_config_table(shape: ModelShape) -> str:
+def as_config_table(shape: ModelSpec) -> str:
     """A [model] table that makes this shape: the size that is nearest to it, and what must be set besides."""
     candidates = {size: _overrides_to(shape, size) for size in SIZES[shape.family]}
     size, overrides = min(
@@ -145,7 +145,7 @@ def as_config_table(shape: ModelShape) -> str:
     return "\n".join([*lines, *(f"{name} = {_as_toml(value)}" for name, value in overrides.items())])
 
 
-def _overrides_to(shape: ModelShape, size: str) -> dict[str, Any] | None:
+def _overrides_to(shape: ModelSpec, size: str) -> dict[str, Any] | None:
     """What must be set beside a size's name to have this shape; None where the size has what cannot be taken away."""
     ours, named = (
         {name.removeprefix("model."): value for name, value in each.as_recipe().items()}

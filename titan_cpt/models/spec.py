@@ -48,7 +48,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape(abc.ABC):
+class ModelSpec(abc.ABC):
     """What the shapes of all families share. A shape that cannot be built raises ConfigError."""
 
     family: str
@@ -133,7 +133,7 @@ class ModelShape(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTNeoXShape(ModelShape):
+class GPTNeoXSpec(ModelSpec):
     """A GPT-NeoX: all that fixes its weights and its function."""
 
     rotary_fraction: float = 0.25
@@ -178,7 +178,7 @@ class GPTNeoXShape(ModelShape):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaShape(ModelShape):
+class LlamaSpec(ModelSpec):
     """A Llama, Mistral, Qwen2 or Qwen3: all that fixes its weights and its function."""
 
     kv_heads: int
@@ -237,7 +237,7 @@ class LlamaShape(ModelShape):
         return faults + (_scaling_faults(self.rope_scaling) if self.rope_scaling else [])
 
 
-def shape_from_recipe(recipe: Mapping[str, Any]) -> ModelShape:
+def spec_from_recipe(recipe: Mapping[str, Any]) -> ModelSpec:
     """The shape whose `as_recipe` a recipe or a manifest holds, among other keys.
 
     Raises:
@@ -253,11 +253,11 @@ def shape_from_recipe(recipe: Mapping[str, Any]) -> ModelShape:
     return kind(**numbers)
 
 
-FAMILIES: Mapping[str, type[ModelShape]] = {"gpt_neox": GPTNeoXShape, "llama": LlamaShape}
+FAMILIES: Mapping[str, type[ModelSpec]] = {"gpt_neox": GPTNeoXSpec, "llama": LlamaSpec}
 """The families and their shapes."""
 
 
-def _type_faults(shape: ModelShape | RopeScaling, prefix: str = "model.") -> list[str]:
+def _type_faults(shape: ModelSpec | RopeScaling, prefix: str = "model.") -> list[str]:
     faults = []
     for field in dataclasses.fields(shape):
         kind, value = field.type, getattr(shape, field.name)
@@ -269,7 +269,7 @@ def _type_faults(shape: ModelShape | RopeScaling, prefix: str = "model.") -> lis
     return faults
 
 
-def _positive_faults(shape: ModelShape) -> list[str]:
+def _positive_faults(shape: ModelSpec) -> list[str]:
     """Every number is above 0, but for the booleans; rotary_fraction has a message of its own."""
     values = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from titan_cpt.planning.plan import Point, StagePlan
+from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 
 MOST_EPOCHS = 4  # up to here repeated tokens are worth nearly what new ones are: Muennighoff et al. 2023, section 5
 _JUMP = 2.0  # a first step at more than twice the LR that the weights were left at is a jump
@@ -27,7 +27,7 @@ def advice(stages: Sequence[StagePlan]) -> Iterator[str]:
         if stage.init == "random":
             continue
         yield from _no_replay(stage, by_name)
-        if isinstance(stage.init, Point):
+        if isinstance(stage.init, StageCheckpoint):
             lineage = list(_lineage(stage, by_name))
             yield from _rates(stage, left_at=_left_at(stage.init, by_name), earlier=max(map(_peak, lineage)))
 
@@ -83,12 +83,12 @@ def _rates(stage: StagePlan, *, left_at: float, earlier: float) -> Iterator[str]
 
 def _lineage(stage: StagePlan, by_name: Mapping[str, StagePlan]) -> Iterator[StagePlan]:
     """The stages that the weights went through before this one."""
-    while isinstance(stage.init, Point):
+    while isinstance(stage.init, StageCheckpoint):
         stage = by_name[stage.init.stage]
         yield stage
 
 
-def _left_at(point: Point, by_name: Mapping[str, StagePlan]) -> float:
+def _left_at(point: StageCheckpoint, by_name: Mapping[str, StagePlan]) -> float:
     return by_name[point.stage].lr_at(max(point.steps_done - 1, 0))
 
 

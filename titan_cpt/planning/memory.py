@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_cpt.distributed.float8_filter import in_float8
-from titan_cpt.distributed.parallel_dims import Layout, Place
+from titan_cpt.distributed.parallel_dims import ParallelDims, RankCoordinates
 from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
-from titan_cpt.models.spec import LlamaShape, ModelShape
-from titan_cpt.planning.parallel import Work
+from titan_cpt.models.spec import LlamaSpec, ModelSpec
+from titan_cpt.planning.parallel import MemoryInputs
 from titan_cpt.planning.pipeline_cost import bubble, in_flight
 
 _FP32 = 4
@@ -71,17 +71,20 @@ class Footprint:
         return self.sent_fsdp + self.sent_tensor + self.sent_context + self.sent_pipeline
 
 
-def footprint(shape: ModelShape, layout: Layout, work: Work) -> Footprint:
+def footprint(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs) -> Footprint:
     """The costs of a layout."""
     local = tuple(
-        sum(count for _, count in local_parameters(shape, layout, Place(rank, 0, 0, 0, 0))) for rank in range(layout.pp)
+        sum(count for _, count in local_parameters(shape, layout, RankCoordinates(rank, 0, 0, 0, 0)))
+        for rank in range(layout.pp)
     )
     return max(
         (_of_rank(shape, layout, work, rank, local) for rank in range(layout.pp)), key=lambda costs: costs.memory
     )
 
 
-def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tuple[int, ...]) -> Footprint:
+def _of_rank(
+    shape: ModelSpec, layout: ParallelDims, work: MemoryInputs, rank: int, local: tuple[int, ...]
+) -> Footprint:
     stages = layout.stages_of(rank)
     held = sum(_unsharded(shape, layout, stage) for stage in stages)
     block = _count_cut(block_parameters(shape), layout.tp)
@@ -124,12 +127,12 @@ def _of_rank(shape: ModelShape, layout: Layout, work: Work, rank: int, local: tu
     )
 
 
-def block_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
+def block_parameters(shape: ModelSpec) -> tuple[Parameter, ...]:
     """Every parameter of a block of the shape's family."""
-    return _llama_block(shape) if isinstance(shape, LlamaShape) else _gpt_neox_block(shape)
+    return _llama_block(shape) if isinstance(shape, LlamaSpec) else _gpt_neox_block(shape)
 
 
-def _llama_block(shape: LlamaShape) -> tuple[Parameter, ...]:
+def _llama_block(shape: LlamaSpec) -> tuple[Parameter, ...]:
     d, a, k, f = shape.width, shape.attention_width, shape.kv_width, shape.mlp_width
     head_norms = ("attention.q_norm", "attention.k_norm") if shape.qk_norm else ()
     biases = (("q", a), ("k", k), ("v", k)) if shape.qkv_bias else ()
@@ -148,7 +151,7 @@ def _llama_block(shape: LlamaShape) -> tuple[Parameter, ...]:
     )
 
 
-def _gpt_neox_block(shape: ModelShape) -> tuple[Parameter, ...]:
+def _gpt_neox_block(shape: ModelSpec) -> tuple[Parameter, ...]:
     d, f = shape.width, shape.mlp_width
     norms = [(f"{norm}.{part}", (d,), None) for norm in ("attention_norm", "mlp_norm") for part in ("weight", "bias")]
     return (
@@ -164,7 +167,7 @@ def _gpt_neox_block(shape: ModelShape) -> tuple[Parameter, ...]:
     )
 
 
-def _stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> Iterator[Parameter]:
+def _stage_parameters(shape: ModelSpec, layout: ParallelDims, stage: int) -> Iterator[Parameter]:
     if stage == 0:
         yield "embedding.weight", (shape.vocab_size, shape.width), 0
     for layer in layout.layers_of(stage, shape.layers):
@@ -172,13 +175,13 @@ def _stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> Iterator
             yield f"blocks.{layer}.{name}", size, cut
     if stage == layout.stages - 1:
         yield "final_norm.weight", (shape.width,), None
-        if not isinstance(shape, LlamaShape):
+        if not isinstance(shape, LlamaSpec):
             yield "final_norm.bias", (shape.width,), None
         if not shape.tied:
             yield "head.weight", (shape.vocab_size, shape.width), 0
 
 
-def local_parameters(shape: ModelShape, layout: Layout, place: Place) -> Iterator[tuple[str, int]]:
+def local_parameters(shape: ModelSpec, layout: ParallelDims, place: RankCoordinates) -> Iterator[tuple[str, int]]:
     """Name and count of what a rank keeps of each parameter: cut by TP, then by FSDP2 along the first dimension.
 
     FSDP2 cuts as `torch.chunk` does: equal pieces rounded up, so that the last ranks may hold less, or nothing.
@@ -194,12 +197,12 @@ def local_parameters(shape: ModelShape, layout: Layout, place: Place) -> Iterato
             yield name, count // rows * mine
 
 
-def layer_activation_bytes(shape: ModelShape, layout: Layout, work: Work) -> tuple[float, float]:
+def layer_activation_bytes(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs) -> tuple[float, float]:
     """Bytes that autograd keeps of one layer and micro-batch: as checkpointing leaves them, and while it recomputes.
 
     Under "selective" by "op" the results of every second product and of attention are kept, besides the input.
     """
-    per_token = _llama_token_bytes if isinstance(shape, LlamaShape) else _gpt_neox_token_bytes
+    per_token = _llama_token_bytes if isinstance(shape, LlamaSpec) else _gpt_neox_token_bytes
     whole, by_operator = (work.microbatch_tokens * size for size in per_token(shape, layout, work.bytes_per_number))
     entrance = work.microbatch_tokens * work.bytes_per_number * shape.width / layout.tp
     if work.recompute == "full":
@@ -214,7 +217,7 @@ def layer_activation_bytes(shape: ModelShape, layout: Layout, work: Work) -> tup
     return whole, 0.0
 
 
-def _gpt_neox_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[float, float]:
+def _gpt_neox_token_bytes(shape: ModelSpec, layout: ParallelDims, number: int) -> tuple[float, float]:
     """Bytes kept of a token in a whole block, and under "op".
 
     Its input D/t; the gathered inputs of both halves 2 D; queries, keys and values 3 D/t and the rotated two once more
@@ -227,7 +230,7 @@ def _gpt_neox_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tup
     return whole, number * (5 * d / t + f / t) + shape.heads / t * _FP32
 
 
-def _llama_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[float, float]:
+def _llama_token_bytes(shape: ModelSpec, layout: ParallelDims, number: int) -> tuple[float, float]:
     """Bytes kept of a token in a whole block, and under "op".
 
     Both RMSNorms' inputs, before and after the division by the root, in fp32, 4 D/t (a kernel of one piece, as CUDA
@@ -237,7 +240,7 @@ def _llama_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[
     heads once more, in fp32, where they are normed. Per operator: the input, the results of q, v, gate and down (of all
     positions, as it comes before the sum over ranks) and attention's.
     """
-    assert isinstance(shape, LlamaShape), f"no Llama: {type(shape).__name__}"
+    assert isinstance(shape, LlamaSpec), f"no Llama: {type(shape).__name__}"
     d, a, k, f, t = shape.width, shape.attention_width, shape.kv_width, shape.mlp_width, layout.tp
     statistics = (2 + shape.heads) / t * _FP32
     masked = layout.cp > 1 or shape.sliding_window is not None
@@ -247,19 +250,19 @@ def _llama_token_bytes(shape: ModelShape, layout: Layout, number: int) -> tuple[
     return whole, number * (d + (d + 2 * a + k + f) / t) + shape.heads / t * _FP32
 
 
-def _activations(shape: ModelShape, layout: Layout, work: Work, rank: int) -> tuple[int, int]:
+def _activations(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs, rank: int) -> tuple[int, int]:
     """What the layers keep until the backward pass, and one layer whole, as its backward pass needs it."""
     kept, recomputed = layer_activation_bytes(shape, layout, work)
     per_stage = shape.layers / layout.stages
     return round(kept * per_stage * in_flight(layout, rank)), round(recomputed or kept)
 
 
-def _working(shape: ModelShape, layout: Layout, work: Work) -> float:
+def _working(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs) -> float:
     """The MLP's gradients, before and after its activation, and the residual stream's on both sides: 2 F/t + 2 D."""
     return work.microbatch_tokens * work.bytes_per_number * (2 * shape.mlp_width / layout.tp + 2 * shape.width)
 
 
-def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
+def _logits(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs) -> int:
     """Logits and their gradient; under loss parallelism torch takes the softmax in fp32, besides.
 
     Where head and loss are one operation the gradient takes the place of the logits, of a chunk of tokens at a time,
@@ -275,7 +278,7 @@ def _logits(shape: ModelShape, layout: Layout, work: Work) -> int:
     return rows // layout.tp * (work.bytes_per_number + 2 * _FP32)
 
 
-def _sent_fsdp(held: int, gathered: int, once: int, layout: Layout, work: Work) -> float:
+def _sent_fsdp(held: int, gathered: int, once: int, layout: ParallelDims, work: MemoryInputs) -> float:
     """Gathers, once or twice a local batch, and one sum of gradients; then the copies' sum (a ring sends it twice).
 
     Args:
@@ -291,7 +294,7 @@ def _sent_fsdp(held: int, gathered: int, once: int, layout: Layout, work: Work) 
     return sent + 2 * held / over * _FP32 * copies * work.accumulation
 
 
-def _gathered_once(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -> int:
+def _gathered_once(shape: ModelSpec, layout: ParallelDims, stages: tuple[int, ...]) -> int:
     """What stays gathered between forward and backward: the head and its norm, tied to the embedding or not."""
     if layout.stages - 1 not in stages:
         return 0
@@ -300,11 +303,11 @@ def _gathered_once(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -
     return _count_cut(tuple(parameter for parameter in parameters if parameter[0].startswith(ends)), layout.tp)
 
 
-def _passes(layout: Layout, work: Work) -> int:
+def _passes(layout: ParallelDims, work: MemoryInputs) -> int:
     return layout.microbatches * work.accumulation
 
 
-def _sent_tensor(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> float:
+def _sent_tensor(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs, stages: tuple[int, ...]) -> float:
     """Two gathers and two sums over the positions a layer forward, as many backward, two more where recomputed."""
     moved = work.microbatch_tokens * shape.width * work.bytes_per_number * (layout.tp - 1) / layout.tp
     collectives = (8 + (4 if work.recompute == "full" else 0)) * len(_layers(shape, layout, stages))
@@ -312,29 +315,29 @@ def _sent_tensor(shape: ModelShape, layout: Layout, work: Work, stages: tuple[in
     return moved * collectives * _passes(layout, work)
 
 
-def _sent_context(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> float:
+def _sent_context(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs, stages: tuple[int, ...]) -> float:
     """Keys and values of the other ranks, forward, and their gradients in fp32, backward."""
     forward = 2 if work.recompute == "full" else 1
     moved = 2 * work.microbatch_tokens * shape.kv_width / layout.tp * (forward * work.bytes_per_number + _FP32)
     return moved * (layout.cp - 1) * len(_layers(shape, layout, stages)) * _passes(layout, work)
 
 
-def _sent_pipeline(shape: ModelShape, layout: Layout, work: Work, stages: tuple[int, ...]) -> int:
+def _sent_pipeline(shape: ModelSpec, layout: ParallelDims, work: MemoryInputs, stages: tuple[int, ...]) -> int:
     """The residual stream to the next stage and its gradient to the one before, unless they are on the same rank."""
     moved = work.microbatch_tokens * shape.width // layout.tp * work.bytes_per_number * _passes(layout, work)
     neighbours = [n for stage in stages for n in (stage - 1, stage + 1) if 0 <= n < layout.stages and n not in stages]
     return moved * len(neighbours)
 
 
-def _layers(shape: ModelShape, layout: Layout, stages: tuple[int, ...]) -> list[int]:
+def _layers(shape: ModelSpec, layout: ParallelDims, stages: tuple[int, ...]) -> list[int]:
     return [layer for stage in stages for layer in layout.layers_of(stage, shape.layers)]
 
 
-def _unsharded(shape: ModelShape, layout: Layout, stage: int) -> int:
+def _unsharded(shape: ModelSpec, layout: ParallelDims, stage: int) -> int:
     return _count_cut(tuple(_stage_parameters(shape, layout, stage)), layout.tp)
 
 
-def _gathered_bytes(parameters: tuple[Parameter, ...], layout: Layout, work: Work) -> int:
+def _gathered_bytes(parameters: tuple[Parameter, ...], layout: ParallelDims, work: MemoryInputs) -> int:
     """Bytes of parameters as FSDP2 gathers them: a byte a number where torchao casts them before."""
     total = 0
     for parameter in parameters:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titan_cpt.config.schema import Config
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 
 
-def plan_notes(config: Config, inventory: Inventory, shape: ModelShape) -> Iterator[str]:
+def plan_notes(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
     """A sentence for each."""
     yield from _of_files(config, inventory)
     if config.sweep:
@@ -19,7 +19,7 @@ def plan_notes(config: Config, inventory: Inventory, shape: ModelShape) -> Itera
     yield from _padding(config, inventory, shape)
 
 
-def _of_files(config: Config, inventory: Inventory) -> Iterator[str]:
+def _of_files(config: Config, inventory: DataInventory) -> Iterator[str]:
     absent = [name for name, tokens in inventory.tokens.items() if tokens is None]
     if absent:
         yield f"data not there yet: {', '.join(absent)}; epochs and replay limits are unknown until it is"
@@ -51,7 +51,7 @@ def _unmeasured(config: Config) -> Iterator[str]:
             yield f"datasets.{name}: has no validation tokens, so what is learnt and forgotten of it is not measured"
 
 
-def _padding(config: Config, inventory: Inventory, shape: ModelShape) -> Iterator[str]:
+def _padding(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
     """Another tensor-parallel degree would make another model, which a resume refuses; better known at the start."""
     degree = config.parallelism.tensor_parallel_degree
     chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 
 
 def fewest_ranks(config: Config) -> int:
@@ -15,13 +15,13 @@ def fewest_ranks(config: Config) -> int:
     return model * asked.data_parallel_replicate_degree * (asked.data_parallel_shard_degree or 1)
 
 
-def layout_of(config: Config, world_size: int) -> Layout:
+def layout_of(config: Config, world_size: int) -> ParallelDims:
     """The layout that the config asks for on so many ranks; whether it can be is `layout_faults`' to say."""
     asked = config.parallelism
     pp, tp, cp = asked.pipeline_parallel_degree, asked.tensor_parallel_degree, asked.context_parallel_degree
     replicate = asked.data_parallel_replicate_degree
     reshard = asked.fsdp_reshard_after_forward
-    return Layout(
+    return ParallelDims(
         dp_replicate=replicate,
         dp_shard=asked.data_parallel_shard_degree or max(1, world_size // (pp * tp * cp * replicate)),
         cp=cp,
@@ -37,7 +37,7 @@ def layout_of(config: Config, world_size: int) -> Layout:
 
 
 @dataclass(frozen=True)
-class Work:
+class MemoryInputs:
     """What a rank is given to do, beside the layout.
 
     Attributes:

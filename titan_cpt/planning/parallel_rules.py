@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.float8_filter import in_float8
-from titan_cpt.distributed.parallel_dims import SCHEDULES, Layout
+from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.errors import PlanError
-from titan_cpt.models.spec import LlamaShape, ModelShape
+from titan_cpt.models.spec import LlamaSpec, ModelSpec
 from titan_cpt.planning.memory import block_parameters
 from titan_cpt.planning.parallel import layout_of
 
@@ -22,15 +22,15 @@ _PARALLELISM = "parallelism."
 
 
 @dataclass(frozen=True)
-class Asked:
+class RuleInput:
     """What the rules look at."""
 
     config: Config
-    shape: ModelShape
+    shape: ModelSpec
     world_size: int
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelDims:
         """The layout asked for, possible or not."""
         return layout_of(self.config, self.world_size)
 
@@ -56,7 +56,7 @@ class Rule:
 
     refused: str
     because: str
-    fault: Callable[[Asked], str | None]
+    fault: Callable[[RuleInput], str | None]
 
 
 def check_device(config: Config, device: str) -> None:
@@ -71,9 +71,9 @@ def check_device(config: Config, device: str) -> None:
         raise PlanError("\n".join(["not on a CPU:", *(f"  - {fault}" for fault in found)]))
 
 
-def layout_faults(config: Config, shape: ModelShape, world_size: int) -> Iterator[str]:
+def layout_faults(config: Config, shape: ModelSpec, world_size: int) -> Iterator[str]:
     """A message for every rule that the config breaks on so many ranks."""
-    asked = Asked(config, shape, world_size)
+    asked = RuleInput(config, shape, world_size)
     if config.parallelism.pipeline_parallel_degree > 1:
         unknown = _unknown_schedule(asked)
         if unknown:
@@ -84,7 +84,7 @@ def layout_faults(config: Config, shape: ModelShape, world_size: int) -> Iterato
             yield fault
 
 
-def _unknown_schedule(asked: Asked) -> str | None:
+def _unknown_schedule(asked: RuleInput) -> str | None:
     name = asked.config.parallelism.pipeline_parallel_schedule
     if name in SCHEDULES:
         return None
@@ -93,7 +93,7 @@ def _unknown_schedule(asked: Asked) -> str | None:
     return f"{_PARALLELISM}pipeline_parallel_schedule: unknown {name!r}; {hint}Allowed: {', '.join(SCHEDULES)}"
 
 
-def _ranks_do_not_divide(asked: Asked) -> str | None:
+def _ranks_do_not_divide(asked: RuleInput) -> str | None:
     layout = asked.layout
     degree = layout.tp * layout.pp * layout.cp * layout.dp_replicate
     if asked.world_size % degree == 0:
@@ -105,7 +105,7 @@ def _ranks_do_not_divide(asked: Asked) -> str | None:
     )
 
 
-def _shard_degree(asked: Asked) -> str | None:
+def _shard_degree(asked: RuleInput) -> str | None:
     layout, degree = asked.layout, asked.config.parallelism.data_parallel_shard_degree
     rest, left_over = divmod(asked.world_size, layout.tp * layout.pp * layout.cp * layout.dp_replicate)
     if degree is None or left_over or degree == rest:
@@ -116,19 +116,19 @@ def _shard_degree(asked: Asked) -> str | None:
     )
 
 
-def _heads(asked: Asked) -> str | None:
+def _heads(asked: RuleInput) -> str | None:
     heads, tp = asked.shape.heads, asked.layout.tp
     return None if heads % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, heads, "attention heads")
 
 
-def _kv_heads(asked: Asked) -> str | None:
+def _kv_heads(asked: RuleInput) -> str | None:
     shape, tp = asked.shape, asked.layout.tp
-    if not isinstance(shape, LlamaShape) or shape.kv_heads % tp == 0 or shape.heads % tp:
+    if not isinstance(shape, LlamaSpec) or shape.kv_heads % tp == 0 or shape.heads % tp:
         return None
     return _not_a_divisor("tensor_parallel_degree", tp, shape.kv_heads, "key/value heads")
 
 
-def _tied(asked: Asked) -> str | None:
+def _tied(asked: RuleInput) -> str | None:
     if not asked.shape.tied or asked.layout.pp == 1:
         return None
     return (
@@ -137,12 +137,12 @@ def _tied(asked: Asked) -> str | None:
     )
 
 
-def _mlp_width(asked: Asked) -> str | None:
+def _mlp_width(asked: RuleInput) -> str | None:
     width, tp = asked.shape.mlp_width, asked.layout.tp
     return None if width % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, width, "features of the MLP")
 
 
-def _sequence(asked: Asked) -> str | None:
+def _sequence(asked: RuleInput) -> str | None:
     layout, length = asked.layout, asked.config.training.seq_len
     parts = 2 * layout.tp * layout.cp
     if layout.cp == 1 or length % parts == 0:
@@ -155,9 +155,9 @@ def _sequence(asked: Asked) -> str | None:
     )
 
 
-def _ring_window(asked: Asked) -> str | None:
+def _ring_window(asked: RuleInput) -> str | None:
     ring = asked.config.parallelism.context_parallel_method == "ring" and asked.layout.cp > 1
-    if not ring or not isinstance(asked.shape, LlamaShape) or asked.shape.sliding_window is None:
+    if not ring or not isinstance(asked.shape, LlamaSpec) or asked.shape.sliding_window is None:
         return None
     return (
         f"{_PARALLELISM}context_parallel_method: torch's ring attention knows no sliding window "
@@ -165,7 +165,7 @@ def _ring_window(asked: Asked) -> str | None:
     )
 
 
-def _layers(asked: Asked) -> str | None:
+def _layers(asked: RuleInput) -> str | None:
     layout, layers = asked.layout, asked.shape.layers
     if layout.pp == 1 or layers % layout.stages == 0:
         return None
@@ -177,7 +177,7 @@ def _layers(asked: Asked) -> str | None:
     )
 
 
-def _microbatch_size(asked: Asked) -> str | None:
+def _microbatch_size(asked: RuleInput) -> str | None:
     size, local = asked.config.parallelism.pipeline_parallel_microbatch_size, asked.config.training.local_batch_size
     if asked.layout.pp == 1 or local % size == 0:
         return None
@@ -187,7 +187,7 @@ def _microbatch_size(asked: Asked) -> str | None:
     )
 
 
-def _microbatches(asked: Asked) -> str | None:
+def _microbatches(asked: RuleInput) -> str | None:
     layout, config = asked.layout, asked.config
     if layout.pp == 1 or config.training.local_batch_size % config.parallelism.pipeline_parallel_microbatch_size:
         return None
@@ -205,7 +205,7 @@ def _microbatches(asked: Asked) -> str | None:
     )
 
 
-def _split_backward_resharding(asked: Asked) -> str | None:
+def _split_backward_resharding(asked: RuleInput) -> str | None:
     reshard = asked.config.parallelism.fsdp_reshard_after_forward
     if not asked.layout.kind.splits_backward or reshard != "always":
         return None
@@ -215,7 +215,7 @@ def _split_backward_resharding(asked: Asked) -> str | None:
     )
 
 
-def _split_backward_compiled(asked: Asked) -> str | None:
+def _split_backward_compiled(asked: RuleInput) -> str | None:
     if not asked.layout.kind.splits_backward or not asked.config.compile.enable:
         return None
     return (
@@ -224,7 +224,7 @@ def _split_backward_compiled(asked: Asked) -> str | None:
     )
 
 
-def _compiled_tensor_parallel(asked: Asked) -> str | None:
+def _compiled_tensor_parallel(asked: RuleInput) -> str | None:
     asynchronous = asked.config.parallelism.enable_async_tensor_parallel  # on CUDA alone, which the device's rule holds
     if asked.layout.tp == 1 or not asked.config.compile.enable or asynchronous:
         return None
@@ -234,7 +234,7 @@ def _compiled_tensor_parallel(asked: Asked) -> str | None:
     )
 
 
-def _float8_gather(asked: Asked) -> str | None:
+def _float8_gather(asked: RuleInput) -> str | None:
     float8 = asked.config.float8
     if not float8.enable_fsdp_float8_all_gather or float8.recipe_name == "tensorwise":
         return None
@@ -245,7 +245,7 @@ def _float8_gather(asked: Asked) -> str | None:
     )
 
 
-def _float8_nothing(asked: Asked) -> str | None:
+def _float8_nothing(asked: RuleInput) -> str | None:
     float8, shape = asked.config.float8, asked.shape
     if float8.recipe_name is None or asked.shape.heads % asked.layout.tp:
         return None
@@ -259,7 +259,7 @@ def _float8_nothing(asked: Asked) -> str | None:
     )
 
 
-def _offload_of_one(asked: Asked) -> str | None:
+def _offload_of_one(asked: RuleInput) -> str | None:
     if not asked.config.training.enable_cpu_offload or asked.world_size > 1:
         return None
     return (
@@ -268,7 +268,7 @@ def _offload_of_one(asked: Asked) -> str | None:
     )
 
 
-def _asynchronous(asked: Asked) -> str | None:
+def _asynchronous(asked: RuleInput) -> str | None:
     wanted = asked.config.parallelism.enable_async_tensor_parallel
     if not wanted or (asked.layout.tp > 1 and asked.config.compile.enable):
         return None
@@ -278,7 +278,7 @@ def _asynchronous(asked: Asked) -> str | None:
     )
 
 
-def _split_backward_selective(asked: Asked) -> str | None:
+def _split_backward_selective(asked: RuleInput) -> str | None:
     kept = asked.config.activation_checkpoint
     if not asked.layout.kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
         return None
@@ -288,13 +288,13 @@ def _split_backward_selective(asked: Asked) -> str | None:
     )
 
 
-def _budget_without_compile(asked: Asked) -> str | None:
+def _budget_without_compile(asked: RuleInput) -> str | None:
     if asked.config.activation_checkpoint.mode != "memory_budget" or asked.config.compile.enable:
         return None
     return 'activation_checkpoint.mode: "memory_budget" is torch.compile\'s: set compile.enable = true, or use "full"'
 
 
-def _selection(asked: Asked) -> str | None:
+def _selection(asked: RuleInput) -> str | None:
     option = asked.config.activation_checkpoint.selective_ac_option
     if option == "op" or (option.isdecimal() and int(option) > 0):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.planning.memory import RESERVE, Footprint, fits
 from titan_cpt.planning.plan import Plan
 
@@ -35,7 +35,7 @@ def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any
     }
 
 
-def holdings(layout: Layout, layers: int) -> Iterator[tuple[int, range, list[str]]]:
+def holdings(layout: ParallelDims, layers: int) -> Iterator[tuple[int, range, list[str]]]:
     """For every pipeline rank: its number, the ranks that share that place, and what they hold."""
     group = layout.world_size // layout.pp
     for rank in range(layout.pp):

@@ -8,10 +8,10 @@ Letters: p pipeline ranks, m micro-batches, v stages a rank.
 
 from __future__ import annotations
 
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 
 
-def bubble(layout: Layout) -> float:
+def bubble(layout: ParallelDims) -> float:
     """The share of a step's time in which a pipeline rank waits, idle / (3 v m + idle).
 
     The unit is one stage's forward pass of one micro-batch; the gradients of its inputs take one more, those of its
@@ -43,7 +43,7 @@ def bubble(layout: Layout) -> float:
     return idle / (3 * v * m + idle)
 
 
-def in_flight(layout: Layout, rank: int) -> int:
+def in_flight(layout: ParallelDims, rank: int) -> int:
     """Micro-batches x stages whose activations a pipeline rank holds at once, at most.
 
     A stage's activations count until the gradients of its weights are there. With fewer than 2 p - 1 micro-batches the

@@ -12,9 +12,9 @@ from typing import Any
 
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.data.mixture import Draw, Tree, draws, leaves
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.memory import Footprint
 
@@ -22,7 +22,7 @@ BYTES_PER_SAVED_PARAMETER = 12  # float32 weight and AdamW's two moments
 
 
 @dataclass(frozen=True)
-class Point:
+class StageCheckpoint:
     """A place in the run where weights can be picked up: a stage of this plan, after so many of its steps."""
 
     stage: str
@@ -30,7 +30,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class History:
+class TrainingHistory:
     """What the weights have been trained on, along their lineage.
 
     Attributes:
@@ -83,11 +83,11 @@ class StagePlan:
     steps: int
     datasets: tuple[str, ...]
     schedule: lr_schedules.Schedule
-    init: Point | str
+    init: StageCheckpoint | str
     keep_optimizer: bool
     optimizer: AdamWNumbers
     pre_anneal_step: int | None
-    before: History
+    before: TrainingHistory
     tree: Tree
     shares: Mapping[str, Fraction]
     use: Mapping[str, DatasetUse]
@@ -114,13 +114,13 @@ class Plan:
     """
 
     name: str
-    shape: ModelShape
+    shape: ModelSpec
     stages: tuple[StagePlan, ...]
     seed: int
     seq_len: int
     global_batch_size: int
     local_batch_size: int
-    layout: Layout
+    layout: ParallelDims
     footprint: Footprint
     accumulation: int
     sequences: Mapping[str, int | None]
@@ -171,7 +171,7 @@ class Plan:
         name = dataset.partition(".")[0]
         if name in stage.datasets:
             return None
-        while isinstance(stage.init, Point):
+        while isinstance(stage.init, StageCheckpoint):
             parent = self.stage(stage.init.stage)
             if name in parent.datasets:
                 return stage.name

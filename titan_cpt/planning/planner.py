@@ -24,24 +24,24 @@ from titan_cpt.config.schema import (
     Stage,
     WsdLR,
 )
-from titan_cpt.data.inventory import Inventory
-from titan_cpt.data.mixture import Fork, Leaf, Tree, balanced, bounded, counts
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.data.inventory import DataInventory
+from titan_cpt.data.mixture import Fork, Leaf, Tree, bounded, counts, huffman_tree
+from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.advice import advice
 from titan_cpt.planning.memory import footprint
 from titan_cpt.planning.notes import plan_notes
-from titan_cpt.planning.parallel import Work, layout_of
+from titan_cpt.planning.parallel import MemoryInputs, layout_of
 from titan_cpt.planning.parallel_rules import layout_faults
-from titan_cpt.planning.plan import AdamWNumbers, DatasetUse, History, Plan, Point, StagePlan
+from titan_cpt.planning.plan import AdamWNumbers, DatasetUse, Plan, StageCheckpoint, StagePlan, TrainingHistory
 
 DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
 
 
-def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan:
+def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> Plan:
     """Work the config out for `world_size` ranks.
 
     Raises:
@@ -57,7 +57,7 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
     faults: list[str] = list(layout_faults(config, shape, world_size))
     notes = list(plan_notes(config, inventory, shape))
-    layout = Layout() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
+    layout = ParallelDims() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
     per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
         faults.append(
@@ -94,10 +94,10 @@ def make_plan(config: Config, inventory: Inventory, world_size: int = 1) -> Plan
     )
 
 
-def _work(config: Config, layout: Layout, accumulation: int) -> Work:
+def _work(config: Config, layout: ParallelDims, accumulation: int) -> MemoryInputs:
     kept = config.activation_checkpoint
     rows = config.training.local_batch_size // layout.microbatches
-    return Work(
+    return MemoryInputs(
         microbatch_tokens=rows * config.training.seq_len // layout.cp,
         accumulation=accumulation,
         bytes_per_number=2 if config.training.mixed_precision_param == "bfloat16" else 4,
@@ -109,7 +109,7 @@ def _work(config: Config, layout: Layout, accumulation: int) -> Work:
     )
 
 
-def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
+def _base_recipe(config: Config, shape: ModelSpec) -> dict[str, Any]:
     kept_out = sorted({*config.float8.filter_fqns})
     return {
         **shape.as_recipe(),
@@ -127,7 +127,7 @@ def _base_recipe(config: Config, shape: ModelShape) -> dict[str, Any]:
 class _Planner:
     """Walks the stages in order, carrying each one's lineage; faults are gathered, not raised."""
 
-    def __init__(self, config: Config, inventory: Inventory, faults: list[str], notes: list[str]) -> None:
+    def __init__(self, config: Config, inventory: DataInventory, faults: list[str], notes: list[str]) -> None:
         self.config, self.faults, self.notes = config, faults, notes
         self.tokens = inventory.tokens
         self.batch = config.training.global_batch_size
@@ -206,14 +206,14 @@ class _Planner:
             self.faults.append(f"stages.{stage.name}.lr: {error}")
             return lr_schedules.constant(warmup_until=0, end=steps, peak=1.0)
 
-    def _init(self, stage: Stage) -> Point | str:
+    def _init(self, stage: Stage) -> StageCheckpoint | str:
         """Where the stage's weights come from; references were checked with the config."""
         earlier = list(self.done.values())
         init = stage.init or ("previous" if earlier else "random")
         if init == "previous":
             last = earlier[-1]
             infinite = next(s for s in self.config.stages if s.name == last.name).lr.schedule.startswith("infinite")
-            return Point(
+            return StageCheckpoint(
                 last.name, last.steps if last.pre_anneal_step is None or not infinite else last.pre_anneal_step
             )
         if not init.startswith("stage:"):
@@ -221,18 +221,18 @@ class _Planner:
         name, _, point = init.removeprefix("stage:").partition("@")
         base = self.done[name]
         if not point:
-            return Point(name, base.steps)
+            return StageCheckpoint(name, base.steps)
         if base.pre_anneal_step is None:
             self.faults.append(
                 f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point: write "
                 f"stage:{name} for its end, or give it an infinite or wsd schedule"
             )
-            return Point(name, base.steps)
-        return Point(name, base.pre_anneal_step)
+            return StageCheckpoint(name, base.steps)
+        return StageCheckpoint(name, base.pre_anneal_step)
 
-    def _history(self, init: Point | str) -> History:
+    def _history(self, init: StageCheckpoint | str) -> TrainingHistory:
         if isinstance(init, str):
-            return History(0, {}, {}, {})
+            return TrainingHistory(0, {}, {}, {})
         stage = self.done[init.stage]
         items = init.steps_done * self.batch
         trained, replayed = dict(stage.before.trained), dict(stage.before.replayed)
@@ -241,10 +241,10 @@ class _Planner:
         exposure = dict(stage.before.exposure)
         for name, share in stage.shares.items():
             exposure[name] = bounded(exposure.get(name, Fraction(0)) + share * items)
-        return History(stage.before.steps + init.steps_done, trained, replayed, exposure)
+        return TrainingHistory(stage.before.steps + init.steps_done, trained, replayed, exposure)
 
     def _spread(
-        self, weights: Mapping[str, Fraction], *, replayed: bool, before: History, stage: Stage
+        self, weights: Mapping[str, Fraction], *, replayed: bool, before: TrainingHistory, stage: Stage
     ) -> dict[Leaf, Fraction]:
         """Leaves of the datasets, those with domains spread over them; the weights' sum is kept."""
         leaves: dict[Leaf, Fraction] = {}
@@ -253,7 +253,7 @@ class _Planner:
                 leaves[self._leaf(source, replayed, before, stage)] = weights[name] * share
         return leaves
 
-    def _leaf(self, source: str, replayed: bool, before: History, stage: Stage) -> Leaf:
+    def _leaf(self, source: str, replayed: bool, before: TrainingHistory, stage: Stage) -> Leaf:
         if not replayed:
             return Leaf(source, False, first=before.trained.get(source, 0))
         assert stage.replay is not None, "a replayed leaf needs a replay table"
@@ -262,14 +262,14 @@ class _Planner:
         seen = before.trained[source] if source in before.trained else self.sequences.get(source)
         return Leaf(source, True, first=before.replayed.get(source, 0), seen=seen, reshuffle_key=key)
 
-    def _replay(self, stage: Stage, before: History, init: Point | str) -> dict[Leaf, Fraction]:
+    def _replay(self, stage: Stage, before: TrainingHistory, init: StageCheckpoint | str) -> dict[Leaf, Fraction]:
         if stage.replay is None or stage.replay.fraction == 0:
             return {}
         self._check_was_seen(stage, before, init)
         weights = self._replay_weights(stage, before)
         return self._spread(weights, replayed=True, before=before, stage=stage) if weights else {}
 
-    def _replay_weights(self, stage: Stage, before: History) -> dict[str, Fraction]:
+    def _replay_weights(self, stage: Stage, before: TrainingHistory) -> dict[str, Fraction]:
         """Relative weights of the replayed datasets: tokens of each trained on so far, replay included."""
         assert stage.replay is not None, "asked for a replay's weights where there is none"
         asked = stage.replay.from_
@@ -296,10 +296,10 @@ class _Planner:
             return {}
         return weights
 
-    def _check_was_seen(self, stage: Stage, before: History, init: Point | str) -> None:
+    def _check_was_seen(self, stage: Stage, before: TrainingHistory, init: StageCheckpoint | str) -> None:
         """Data of a later stage cannot be replayed by weights that began at random; other unseen data is a note."""
         assert stage.replay is not None, "asked about a replay where there is none"
-        while isinstance(init, Point):
+        while isinstance(init, StageCheckpoint):
             init = self.done[init.stage].init
         if init != "random":
             return  # weights from elsewhere may have been trained on anything
@@ -382,7 +382,7 @@ def _tree(
         for leaf, weight in leaves.items():
             name = leaf.source.partition(".")[0]
             shares[name] = shares.get(name, Fraction(0)) + whole * weight / total
-    tree = Fork(fraction, balanced(replay), balanced(new)) if replay else balanced(new)
+    tree = Fork(fraction, huffman_tree(replay), huffman_tree(new)) if replay else huffman_tree(new)
     return tree, shares
 
 
@@ -455,7 +455,7 @@ def _adamw_numbers(config: Config, stage: Stage) -> AdamWNumbers:
 
 
 def _stage_recipe(
-    stage: Stage, config: Config, steps: int, end_points: Mapping[str, Fraction], init: Point | str
+    stage: Stage, config: Config, steps: int, end_points: Mapping[str, Fraction], init: StageCheckpoint | str
 ) -> dict[str, Any]:
     """Listed by hand, so that renaming a key or adding one does not orphan checkpoints. Paths of data are not in it."""
     numbers = _adamw_numbers(config, stage)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
 from titan_cpt.planning.plan import Plan
@@ -75,7 +75,7 @@ class Suggestion:
     reason: str
 
 
-def suggestions(config: Config, inventory: Inventory, world_size: int, device_bytes: int) -> list[Suggestion]:
+def suggestions(config: Config, inventory: DataInventory, world_size: int, device_bytes: int) -> list[Suggestion]:
     """All layouts tried that keep the rules and fit, the fastest first, at most one for each set of degrees.
 
     Raises:

@@ -179,7 +179,7 @@ def _told_by_lines(
     return {"name": name, "fingerprint": "", "step_tokens": step_tokens, "stages": stages}
 
 
-def summarise(run: Path) -> dict[str, Any]:
+def summarize(run: Path) -> dict[str, Any]:
     """Per stage: the losses on every dataset before and after, forgetting, adaptation, tokens by dataset, seconds.
 
     Losses are in nats per token. "after" is the last measurement of a stage, at its step `measured_at`. Forgetting is
@@ -194,7 +194,7 @@ def summarise(run: Path) -> dict[str, Any]:
 
 
 def summary_of(record: Record) -> dict[str, Any]:
-    """As `summarise`, of a record that was read already."""
+    """As `summarize`, of a record that was read already."""
     stages = [_stage_summary(record, stage) for stage in record.plan["stages"]]
     return {
         "name": record.name,

@@ -70,7 +70,7 @@ def branch_off(
             recipe = plan.recipe_until(record["stage_index"])
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
             planted = folder / record["stage"] / f"step-{record['steps_done']:08d}"
-            manifest.plant(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
+            manifest.link_checkpoint(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
     return config, not trained
 
 

@@ -20,7 +20,7 @@ from titan_cpt.common.reading import read_text
 from titan_cpt.config.load import check_config, dump_config, load_config
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import ConfigError, TitanError
-from titan_cpt.planning.plan import Plan, Point, StagePlan
+from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
 _SEAL = "# SHA-256 of what follows: "
@@ -190,7 +190,7 @@ def _lr_to_stay_at(plan: Plan, index: int, _lr: _Tables) -> _Tables:
 
 def _lr_before(plan: Plan, stage: StagePlan) -> float:
     """The LR at which the stage's weights were left; its own last one where they come from elsewhere."""
-    if isinstance(stage.init, Point):
+    if isinstance(stage.init, StageCheckpoint):
         return plan.stage(stage.init.stage).lr_at(max(stage.init.steps_done - 1, 0))
     return stage.lr_at(stage.steps - 1)
 

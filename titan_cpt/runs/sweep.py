@@ -212,7 +212,7 @@ def _last_message(console: Path, status: int) -> str:
 
 
 class _Stopped(Exception):
-    """Asked to stop while waiting for a turn; nothing of the arm has begun."""
+    """EvalRequest to stop while waiting for a turn; nothing of the arm has begun."""
 
 
 class _Stop:

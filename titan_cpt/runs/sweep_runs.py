@@ -190,7 +190,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
         for index in range(count):  # the last one's end is planted last: an arm that was cut short here begins again
             for folder in _kept_points(best, arm.plan, index):
                 record = manifest.verify(folder)
-                manifest.plant(folder, arm.folder / record["stage"] / folder.name, record)
+                manifest.link_checkpoint(folder, arm.folder / record["stage"] / folder.name, record)
     names = ", ".join(stage.name for stage in arm.plan.stages[:count])
     return f"{names} from {best.folder} (recipe {fingerprint(arm.plan.recipe_until(count - 1))})"
 

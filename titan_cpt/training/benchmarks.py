@@ -13,8 +13,8 @@ from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.config.schema import Config, Evaluation
 from titan_cpt.config.suites import require_folder, suite_of
-from titan_cpt.distributed.process_group import any_rank_stops, wait_for_all
-from titan_cpt.evaluation.evaluate import Asked, evaluate, open_tasks
+from titan_cpt.distributed.process_group import any_rank_stops, barrier
+from titan_cpt.evaluation.evaluate import EvalRequest, evaluate, open_tasks
 from titan_cpt.evaluation.scores import average
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.state import Parts
@@ -60,7 +60,7 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
         return True
     folder = checkpoint_folder(parts.folder, stage.name, done)
     parts.checkpoints.poll(until_done=True)
-    wait_for_all()  # rank 0 writes the manifest, which every rank is about to read
+    barrier()  # rank 0 writes the manifest, which every rank is about to read
     if not is_there(folder / manifest.NAME):
         parts.display.say(f"  {asked.suite} cannot be asked: {folder} was not saved, or is gone")
         return True
@@ -68,7 +68,7 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
     scores, missing = evaluate(
         folder,
         parts.ranks,
-        Asked(
+        EvalRequest(
             suite_of(asked.suite),
             suite=asked.suite,
             folder=_folder(asked),

@@ -31,9 +31,9 @@ from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import Float8, require_float8
-from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.pipeline_parallel import build_model
-from titan_cpt.distributed.process_group import Ranks, agreed, set_timeouts
+from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.planning.parallel_rules import check_device
@@ -53,7 +53,7 @@ from titan_cpt.training.validation import Validator
 _FILTER = "float8.filter_fqns"
 
 
-def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:
+def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:
     """Plan, data, model, optimizer, in this order; and the checkpoint to go on from, if there is one."""
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console()
@@ -85,7 +85,7 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
 
     mesh = build_mesh(ranks, plan.layout)
     set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
-    model, engine = build_model(plan.shape, mesh, techniques(config))
+    model, engine = build_model(plan.shape, mesh, parallel_options(config))
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
@@ -159,10 +159,10 @@ def build(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> tupl
     return parts, found
 
 
-def techniques(config: Config) -> Techniques:
+def parallel_options(config: Config) -> ParallelOptions:
     """What the config asks to be done to every block."""
     kept, recipe = config.activation_checkpoint, config.float8.recipe_name
-    return Techniques(
+    return ParallelOptions(
         precision=getattr(torch, config.training.mixed_precision_param),
         recompute=kept.mode,
         selection=kept.selective_ac_option,
@@ -250,7 +250,7 @@ def manifest_record(parts: Parts, stage: StagePlan, done: int, kind: str) -> dic
     }
 
 
-def _machine(ranks: Ranks) -> dict[str, Any]:
+def _machine(ranks: ProcessInfo) -> dict[str, Any]:
     """What may change the last bits of a sum; of a CPU the instructions that torch uses."""
     if ranks.device.type == "cuda":
         processor = torch.cuda.get_device_name(ranks.device)
@@ -264,7 +264,7 @@ def _machine(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def check_same_machine(found: Found, ranks: Ranks) -> None:
+def check_same_machine(found: Found, ranks: ProcessInfo) -> None:
     """Refuse to go on where `job.deterministic` promises bits that another layout, torch or machine would not give.
 
     Raises:
@@ -306,7 +306,7 @@ def tell_failure(log: MetricsLog, display: Display, error: CheckpointError) -> N
     log.event("save_failed", why=str(error))
 
 
-def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> MetricsLog:
+def _open_log(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> MetricsLog:
     writer: Callable[[int | None], ScalarWriter] | None = None
     if ranks.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
@@ -322,7 +322,7 @@ def _open_log(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> Metrics
     )
 
 
-def _write_record(config: Config, plan: Plan, ranks: Ranks, folder: Path) -> None:
+def _write_record(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> None:
     if ranks.rank == 0:
         write_run_config(folder / CONFIG_NAME, config)
         write_text_atomically(folder / "plan.json", json.dumps(plan_as_json(plan), indent=1))

@@ -18,28 +18,28 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import require_float8
-from titan_cpt.distributed.parallelize import Techniques, parallelise
+from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
 from titan_cpt.distributed.pipeline_parallel import cut
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import local_parameters
 from titan_cpt.planning.plan import Plan
 
 
-def check_layout(plan: Plan, techniques: Techniques) -> Iterator[str]:
+def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]:
     """Build the first and the last rank of every pipeline rank; a line for each, then time and memory taken.
 
     Raises:
         ConfigError: float8 is asked for and torchao is not installed.
         PlanError: a rank would hold other parameters than the plan says, or torch cannot build it; names the first.
     """
-    if techniques.float8 is not None:
+    if parallel_options.float8 is not None:
         require_float8(torch.device("cpu"))
     began, layout = time.perf_counter(), plan.layout
     group = layout.world_size // layout.pp
     for pipeline in range(layout.pp):
         for rank in sorted({pipeline * group, (pipeline + 1) * group - 1}):
-            held = _held(plan, techniques, rank)
+            held = _held(plan, parallel_options, rank)
             planned = dict(local_parameters(plan.shape, layout, layout.place(rank)))
             if held != planned:
                 name = next(name for name in sorted({*held, *planned}) if held.get(name) != planned.get(name))
@@ -53,17 +53,17 @@ def check_layout(plan: Plan, techniques: Techniques) -> Iterator[str]:
     yield f"checked in {time.perf_counter() - began:.1f} s and {peak:.2f} GiB"
 
 
-def _held(plan: Plan, techniques: Techniques, rank: int) -> dict[str, int]:
+def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str, int]:
     """Numbers of each parameter that a rank would keep, by the whole model's names."""
     layout = plan.layout
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     held = {}
     try:
-        mesh = build_mesh(Ranks(rank, layout.world_size, torch.device("cpu")), layout)
+        mesh = build_mesh(ProcessInfo(rank, layout.world_size, torch.device("cpu")), layout)
         for stage in layout.stages_of(mesh.place.pipeline):
             model = cut(plan.shape, mesh, stage)
-            parallelise(model, mesh, techniques)
+            parallelize(model, mesh, parallel_options)
             for name, parameter in model.named_parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 held[plain_name(name)] = local.numel()

@@ -21,7 +21,7 @@ from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.errors import TitanError
-from titan_cpt.planning.plan import Plan, Point, StagePlan
+from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 from titan_cpt.training.initial_weights import load_initial
 from titan_cpt.training.state import Parts
 from titan_cpt.training.step_log import validation_line
@@ -137,7 +137,7 @@ def _baselines(plan: Plan, first: int, datasets: Mapping[str, str]) -> list[tupl
 
 def _first_weights(parts: Parts, stage: StagePlan) -> str:
     """A stage's `init`, with a checkpoint in the place of a stage: of this run, or of one it branched off from."""
-    if not isinstance(stage.init, Point):
+    if not isinstance(stage.init, StageCheckpoint):
         return stage.init
     folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
     run: Path | None = parts.folder

@@ -1,6 +1,6 @@
 """Forward and backward of one local batch, with or without a pipeline, and the same for measuring a loss.
 
-Both kinds of engine answer the two questions of the training loop: `backward` and `nats`. B sequences, L positions.
+Both runners have `backward`, for training, and `per_sequence_loss`, for validation. B sequences, L positions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_cpt.distributed.context_parallel import own_positions
 from titan_cpt.distributed.device_mesh import Mesh
-from titan_cpt.distributed.master_weights import WorkingCopy
+from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.errors import ConfigError
-from titan_cpt.training.loss import head_and_loss, summed_cross_entropy
+from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
 
-class WholeModel:
+class SingleStageRunner:
     """A model whose layers all lie on this rank, whatever else is split.
 
     Args:
@@ -35,7 +35,7 @@ class WholeModel:
     """
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, copy: WorkingCopy | None = None, *, compiled: bool = False
+        self, model: nn.Module, mesh: Mesh, copy: ComputeCopy | None = None, *, compiled: bool = False
     ) -> None:
         self.model, self.mesh, self.copy, self.compiled = model, mesh, copy, compiled
 
@@ -53,7 +53,9 @@ class WholeModel:
             if self.mesh.layout.tp > 1:  # the head's rows lie on several ranks
                 part = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
             else:
-                loss = partial(head_and_loss, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled)
+                loss = partial(
+                    fused_linear_cross_entropy, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled
+                )
                 part = self.model(inputs_BL, loss)
             part.backward()  # type: ignore[no-untyped-call]
         if self.copy is not None:
@@ -61,19 +63,19 @@ class WholeModel:
         return part.detach()
 
     @torch.no_grad()
-    def nats(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
+    def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
         """The summed loss of every sequence, nats_B, the same on all ranks that share the batch; collective."""
         inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
         with sharded_loss(self.mesh):
-            nats_B = nats_by_sequence(self.model(inputs_BL), targets_BL)
+            nats_B = losses_by_sequence(self.model(inputs_BL), targets_BL)
         if self.mesh.context is not None:
             dist.all_reduce(nats_B, group=self.mesh.context)
         return nats_B
 
 
-class Pipeline:
+class PipelineRunner:
     """A model whose layers lie on several ranks, trained by a schedule of torch.distributed.pipelining.
 
     Args:
@@ -109,7 +111,7 @@ class Pipeline:
         return self.stages.get(self.mesh.layout.stages - 1)
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
-        """As `WholeModel.backward`, for batches of one size; the share is 0 on ranks without the last stage."""
+        """As `SingleStageRunner.backward`, for batches of one size; the share is 0 on ranks without the last stage."""
         self._step_tokens = step_tokens
         inputs = (own_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = own_part(targets_BL, self.mesh) if self.last is not None else None
@@ -119,8 +121,8 @@ class Pipeline:
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.mesh.ranks.device)
 
     @torch.no_grad()
-    def nats(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """As `WholeModel.nats`. Stage after stage, by micro-batches, without overlap.
+    def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
+        """As `SingleStageRunner.nats`. Stage after stage, by micro-batches, without overlap.
 
         `schedule.eval` fails for the V schedules (torch 2.13), and after it the next step finds out all shapes anew.
         """
@@ -131,7 +133,7 @@ class Pipeline:
             nats.append(torch.zeros(len(inputs), device=inputs.device))
             if logits is not None:
                 with sharded_loss(self.mesh):
-                    nats[-1] = nats_by_sequence(logits, own_part(targets, self.mesh))
+                    nats[-1] = losses_by_sequence(logits, own_part(targets, self.mesh))
         nats_B = torch.cat(nats)
         for group in (self.group, self.mesh.context):
             if group is not None:
@@ -158,7 +160,7 @@ class Pipeline:
         return summed_cross_entropy(unpadded(logits_BLV, targets_BL), targets_BL) / self._step_tokens
 
 
-Engine = WholeModel | Pipeline
+ModelRunner = SingleStageRunner | PipelineRunner
 
 
 def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
@@ -189,7 +191,7 @@ def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
     return loss_parallel() if mesh.layout.tp > 1 and mesh.layout.loss_parallel else nullcontext()
 
 
-def nats_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+def losses_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The summed loss of every sequence by itself, nats_B."""
     logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
     return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])

@@ -11,7 +11,7 @@ from titan_cpt.checkpoint.weights_tokenizer import of_manifest, of_release, requ
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.errors import CheckpointError
-from titan_cpt.planning.plan import Point, StagePlan
+from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 from titan_cpt.training.state import Parts
 
 
@@ -40,7 +40,7 @@ def _accept(parts: Parts, stage: StagePlan, folder: Path) -> str | None:
 
 def _source(parts: Parts, stage: StagePlan) -> tuple[Path, str | None]:
     """The checkpoint that a stage's `init` means, checked before it is read, and a note on its tokenizer."""
-    if isinstance(stage.init, Point):
+    if isinstance(stage.init, StageCheckpoint):
         folder = checkpoint_folder(parts.folder, stage.init.stage, stage.init.steps_done)
     else:
         folder = Path(stage.init.removeprefix("checkpoint:"))

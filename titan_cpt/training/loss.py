@@ -1,9 +1,10 @@
 """The training loss: a sum over tokens, so that neither accumulation, ranks nor layout can change it.
 
-Whoever takes a step divides by the global batch's token count. Where the head's weight is whole, head and loss are one
-operation (`head_and_loss`); where its rows lie on several ranks or the head is a pipeline's end, the loss takes logits
-(`summed_cross_entropy`). Shape letters: B sequences, L positions, D width, V vocabulary, T = B x L tokens, C tokens of
-one chunk.
+The caller scales the sum by 1 / the global batch's token count. Where the head's weight is whole, head and loss are one
+operation (`fused_linear_cross_entropy`); where its rows are split over ranks, or the head ends a pipeline, the loss is
+computed from logits (`summed_cross_entropy`).
+
+Shape letters: B sequences, L positions, D width, V vocabulary, T = B x L tokens, C tokens of one chunk.
 """
 
 import functools
@@ -25,7 +26,7 @@ CHUNK_ELEMENTS = 2**24
 """The same on other devices: 64 MiB, which keeps the number of kernel launches small."""
 
 
-def head_and_loss(
+def fused_linear_cross_entropy(
     x_BLD: Tensor, weight_VD: Tensor, *, targets_BL: Tensor, scale: float, compiled: bool = False
 ) -> Tensor:
     """`summed_cross_entropy` of the logits x W^T, times `scale`, without holding the logits of all tokens.

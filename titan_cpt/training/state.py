@@ -12,10 +12,10 @@ from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.distributed.device_mesh import Mesh
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.build import LanguageModel
 from titan_cpt.planning.plan import Plan
-from titan_cpt.training.forward_backward import Engine
+from titan_cpt.training.forward_backward import ModelRunner
 from titan_cpt.training.metrics import MetricsLog
 from titan_cpt.training.optimizer import UpdateGuard
 from titan_cpt.training.profiler import Profiler
@@ -30,11 +30,11 @@ class Parts:
 
     config: Config
     plan: Plan
-    ranks: Ranks
+    ranks: ProcessInfo
     mesh: Mesh
     folder: Path
     model: LanguageModel
-    engine: Engine
+    engine: ModelRunner
     optimizer: AdamW
     guard: UpdateGuard
     skips: Skips

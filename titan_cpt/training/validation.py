@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from titan_cpt.data.formats.base import TokenSource
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.errors import DataError
-from titan_cpt.training.forward_backward import Engine
+from titan_cpt.training.forward_backward import ModelRunner
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Validator:
 
     @torch.no_grad()
     def measure(
-        self, engine: Engine, *, interrupted: Callable[[], bool] = lambda: False
+        self, engine: ModelRunner, *, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, ValidationLoss] | None:
         """The loss on every stream; collective, the same result on every rank.
 
@@ -106,7 +106,7 @@ class Validator:
             losses[name] = self._loss(engine, stream)
         return losses
 
-    def _loss(self, engine: Engine, stream: TokenSource) -> ValidationLoss:
+    def _loss(self, engine: ModelRunner, stream: TokenSource) -> ValidationLoss:
         windows = fixed_windows(stream.windows(self.seq_len), self.sequences)
         device, rows = self.mesh.ranks.device, self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
@@ -118,7 +118,7 @@ class Validator:
             filled = mine + windows[:1] * (rows - len(mine))
             tokens = np.stack([stream.window(window, self.seq_len) for window in filled])
             batch = torch.from_numpy(tokens).to(device)
-            nats_B = engine.nats(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
+            nats_B = engine.per_sequence_loss(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
             bytes_BL = self.token_bytes[batch[: len(mine), 1:]]
             sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file  # noqa: E402
 from titan_cpt.common.signals import StopRequest  # noqa: E402
 from titan_cpt.config.load import load_config  # noqa: E402
 from titan_cpt.data.formats.indexed_writer import IndexedWriter  # noqa: E402
-from titan_cpt.distributed.process_group import join_ranks  # noqa: E402
+from titan_cpt.distributed.process_group import init_process_group  # noqa: E402
 from titan_cpt.models.huggingface_weights import hub_names  # noqa: E402
 from titan_cpt.train import open_loader, train_step, transition  # noqa: E402
 from titan_cpt.training.allocator import keep_freed_memory  # noqa: E402
@@ -71,7 +71,7 @@ config = load_config(config_file(wanted["compiled"]))
 run = folder / config.job.name
 run.mkdir(exist_ok=True)
 with StopRequest() as stop:
-    parts, _ = build(config, join_ranks(), run, stop)
+    parts, _ = build(config, init_process_group(), run, stop)
     stage = parts.plan.stages[0]
     transition(parts, stage)
     if wanted["name"] == "prepare":

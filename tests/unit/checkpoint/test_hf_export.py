@@ -18,7 +18,7 @@ from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 
@@ -44,7 +44,7 @@ def write_release(folder, model_type):
     model = build_model(shape)
     model.init_weights(1)
     folder.mkdir(parents=True)
-    config = config_from_shape(shape, max_positions=64, dtype="float32")
+    config = config_from_spec(shape, max_positions=64, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
     save_file(to_huggingface(model.state_dict(), shape), folder / "model.safetensors")
     return folder
@@ -71,7 +71,7 @@ def vocabularies(tmp_path_factory):
 
 def folder_of(tmp_path, model_type, path):
     """config.json and the tokenizer's files of an export."""
-    config = config_from_shape(shape_of(model_type), max_positions=64, dtype="float32")
+    config = config_from_spec(shape_of(model_type), max_positions=64, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = load_tokenizer(path)
     write_tokenizer(words, tmp_path, 64)

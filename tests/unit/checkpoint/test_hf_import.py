@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_export import export, parse_bytes
-from titan_cpt.checkpoint.hf_import import compared, fill, import_released, load_released, open_released
+from titan_cpt.checkpoint.hf_import import (
+    fill,
+    import_released,
+    load_released,
+    open_released,
+    verify_against_transformers,
+)
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
@@ -262,7 +268,7 @@ def test_logits_that_differ_from_transformers_are_refused(tmp_path):
     release(tmp_path / "released", SHAPES["llama"])
     released = open_released(str(tmp_path / "released"))
     with pytest.raises(CheckpointError, match="computes other logits"):
-        compared(released, released.shape, lambda model: model.init_weights(2))
+        verify_against_transformers(released, released.shape, lambda model: model.init_weights(2))
 
 
 def test_a_folder_that_is_there_is_never_written_into(tmp_path):

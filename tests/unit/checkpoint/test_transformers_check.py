@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from titan_cpt.checkpoint import manifest, transformers_check
-from titan_cpt.checkpoint.hf_import import compared, fill, import_released, load_released, open_released
+from titan_cpt.checkpoint.hf_import import (
+    fill,
+    import_released,
+    load_released,
+    open_released,
+    verify_against_transformers,
+)
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
@@ -76,11 +82,13 @@ def test_logits_are_compared_beyond_the_end_of_a_sliding_window(tmp_path):
     shape = named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 40})
     release(tmp_path / "released", shape)
     released = open_released(str(tmp_path / "released"))
-    result = compared(released, shape, lambda model: fill(model, released, shape))
+    result = verify_against_transformers(released, shape, lambda model: fill(model, released, shape))
 
     assert result.endswith("on 72 positions")
     with pytest.raises(CheckpointError, match="computes other logits"):
-        compared(released, replace(shape, sliding_window=41), lambda model: fill(model, released, shape))
+        verify_against_transformers(
+            released, replace(shape, sliding_window=41), lambda model: fill(model, released, shape)
+        )
 
 
 @pytest.mark.parametrize("limit", ["_RUN_PARAMETERS", "_RUN_WORK"])
@@ -98,7 +106,7 @@ def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(nam
     for wrong in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"heads": 1}):
         other = replace(released, shape=replace(shape, **wrong))
         with pytest.raises(CheckpointError, match=r"reads config\.json otherwise: "):
-            compared(other, other.shape, print, in_a_run=True)
+            verify_against_transformers(other, other.shape, print, in_a_run=True)
 
 
 def test_an_import_prints_its_own_lines_and_no_others(tmp_path):

@@ -17,7 +17,7 @@ from titan_cpt.data.tokenizer.ids import byte_tokenizer_json, ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
 from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import config_from_shape
+from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 from titan_cpt.runs.anneal import branch_off
@@ -60,7 +60,7 @@ def there(tmp_path_factory):
     model.init_weights(1)
     write_tokenizer(folder / "release" / "tokenizer.json", swapped=True)
     save_file(to_huggingface(model.state_dict(), shape), folder / "release" / "model.safetensors")
-    config = config_from_shape(shape, max_positions=16, dtype="float32")
+    config = config_from_spec(shape, max_positions=16, dtype="float32")
     (folder / "release" / "config.json").write_text(json.dumps(config))
     import_released(str(folder / "release"), folder / "imported", tell=print)
     return folder
@@ -201,7 +201,7 @@ def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, cap
     """A release without tokenizer.json, and an import of an older version: the stage begins."""
     record = manifest.read(there / "imported")
     del record["released"]["tokenizer"]
-    manifest.plant(there / "imported", tmp_path / "old-import", record)
+    manifest.link_checkpoint(there / "imported", tmp_path / "old-import", record)
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "bare").mkdir(exist_ok=True)
         (tmp_path / "bare" / name).write_bytes((there / "release" / name).read_bytes())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titan_cpt.config.load import dump_config, load_config, read_with_bases
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.planning.planner import make_plan
 
@@ -411,7 +411,7 @@ def test_a_spoilt_config_plans_or_is_refused(data):
     raw = data.draw(spoilt_configs(VALID))
     try:
         config = load_tables(raw)
-        plan = make_plan(config, Inventory({"pile": None, "german.web": 10_000, "german.news": 900}, 257))
+        plan = make_plan(config, DataInventory({"pile": None, "german.web": 10_000, "german.news": 900}, 257))
     except TitanError as refusal:
         message = str(refusal)
     else:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.data.mixture import Draw, Fork, Leaf, balanced, bounded, counts, draws, leaves
+from titan_cpt.data.mixture import Draw, Fork, Leaf, bounded, counts, draws, huffman_tree, leaves
 
 BATCH = 1104
 
@@ -29,7 +29,7 @@ def mixtures(draw):
     new, old, fraction = new_leaves(draw(WEIGHTS)), old_leaves(draw(WEIGHTS)), draw(SHARES)
     shares = {leaf: weight / sum(new.values()) * (1 - fraction) for leaf, weight in new.items()}
     shares |= {leaf: weight / sum(old.values()) * fraction for leaf, weight in old.items()}
-    return Fork(fraction, balanced(old), balanced(new)), shares, fraction
+    return Fork(fraction, huffman_tree(old), huffman_tree(new)), shares, fraction
 
 
 @given(mixtures())
@@ -54,7 +54,7 @@ def test_an_error_in_the_last_bits_of_weights_moves_no_sequence(ratios, scale, r
     exact = new_leaves([Fraction(ratio, 7 * scale) for ratio in ratios])
     rounded = {leaf: weight + weight * random.randint(-9, 9) / 2**490 for leaf, weight in exact.items()}
 
-    assert balanced(rounded) == balanced(exact)
+    assert huffman_tree(rounded) == huffman_tree(exact)
 
 
 def test_a_fraction_is_kept_exactly_up_to_512_bits():
@@ -80,7 +80,7 @@ def test_far_prefixes_have_their_shares_too(mixture, items):
 def test_a_long_chain_of_domains_keeps_every_share():
     """Weights 1, 2, 4, ... make the deepest tree there is: twelve forks, and still less than two sequences off."""
     weights = {Leaf(f"domain{i:02}", False): Fraction(2**i) for i in range(13)}
-    tree, total = balanced(weights), sum(weights.values())
+    tree, total = huffman_tree(weights), sum(weights.values())
     worst = max(
         abs(count - items * weights[leaf] / total)
         for items in range(0, 9000, 7)
@@ -93,7 +93,7 @@ def test_a_long_chain_of_domains_keeps_every_share():
 def test_one_large_domain_beside_many_small_ones_keeps_its_share():
     """Twenty domains that all round up at once must not take their sum off the large one."""
     weights = {Leaf("large", False): Fraction(980)} | {Leaf(f"small{i:02}", False): Fraction(1) for i in range(20)}
-    tree = balanced(weights)
+    tree = huffman_tree(weights)
     worst = max(
         abs(count - items * weights[leaf] / 1000)
         for items in range(3000)
@@ -144,15 +144,15 @@ def test_the_order_of_names_does_not_reorder_a_run(weights, random):
     shuffled = list(leaves_of.items())
     random.shuffle(shuffled)
 
-    assert balanced(dict(shuffled)) == balanced(leaves_of)
+    assert huffman_tree(dict(shuffled)) == huffman_tree(leaves_of)
 
 
 @given(WEIGHTS, st.fractions(min_value=Fraction(1, 100), max_value=100))
 def test_weights_are_relative(weights, factor):
     """All of them times a factor: the same tree."""
-    scaled = balanced(new_leaves([weight * factor for weight in weights]))
+    scaled = huffman_tree(new_leaves([weight * factor for weight in weights]))
 
-    assert scaled == balanced(new_leaves(weights))
+    assert scaled == huffman_tree(new_leaves(weights))
 
 
 def test_five_per_cent_of_a_batch_is_55_or_56_sequences():

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from test_footprint import LLAMAS, SHAPE, WORK
 
 from titan_cpt.distributed.float8 import Float8, convert_layers, require_float8
 from titan_cpt.distributed.float8_filter import in_float8
-from titan_cpt.distributed.parallel_dims import Layout
+from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 from titan_cpt.planning.memory import footprint
+from unit.planning.test_memory import LLAMAS, SHAPE, WORK
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 TENSORWISE = Float8("tensorwise", gather=False, kept_out=("head",))
@@ -81,7 +81,7 @@ def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_weights_gathered_in_float8_are_a_byte_a_number() -> None:
     """Four ranks in bfloat16, resharding: the blocks' matrices go twice at 1 byte for 2, all else is sent as before."""
-    layout, work = Layout(dp_shard=4), dataclasses.replace(WORK, bytes_per_number=2)
+    layout, work = ParallelDims(dp_shard=4), dataclasses.replace(WORK, bytes_per_number=2)
     plain = footprint(SHAPE, layout, work)
     cast = footprint(SHAPE, layout, dataclasses.replace(work, float8_kept_out=("head",)))
     matrices = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512)
@@ -92,8 +92,8 @@ def test_weights_gathered_in_float8_are_a_byte_a_number() -> None:
 
 def test_what_is_offloaded_lies_in_the_hosts_memory() -> None:
     """16 bytes a parameter leave the device, where a gather of the blocks stays."""
-    kept = footprint(SHAPE, Layout(dp_shard=2), WORK)
-    moved = footprint(SHAPE, Layout(dp_shard=2), dataclasses.replace(WORK, offloaded=True))
+    kept = footprint(SHAPE, ParallelDims(dp_shard=2), WORK)
+    moved = footprint(SHAPE, ParallelDims(dp_shard=2), dataclasses.replace(WORK, offloaded=True))
 
     assert moved.host == kept.parameters + kept.gradients + kept.optimizer
     assert moved.parameters == moved.gradients == moved.optimizer == kept.host == 0

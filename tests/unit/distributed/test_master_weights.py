@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from titan_cpt.distributed.master_weights import WorkingCopy
+from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.training.optimizer import build_adamw
 
 
@@ -12,7 +12,7 @@ def pair():
     """A model that is trained, the bf16 one that runs, and what ties them."""
     trained = nn.Linear(3, 2)
     working = nn.Linear(3, 2).to(torch.bfloat16)
-    return trained, working, WorkingCopy(trained, working)
+    return trained, working, ComputeCopy(trained, working)
 
 
 def pass_through(working, copy, x):
@@ -69,4 +69,4 @@ def test_gradients_of_micro_batches_are_summed_in_fp32():
 def test_two_different_models_are_our_own_mistake():
     """The pairs are made by order, so shapes must agree."""
     with pytest.raises(AssertionError, match="two different models"):
-        WorkingCopy(nn.Linear(3, 2), nn.Linear(2, 3))
+        ComputeCopy(nn.Linear(3, 2), nn.Linear(2, 3))

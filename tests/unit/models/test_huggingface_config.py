@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.layers import rotary_tables
-from titan_cpt.models.huggingface_config import DEFAULTS, config_from_shape, shape_from_config
+from titan_cpt.models.huggingface_config import DEFAULTS, config_from_spec, spec_from_config
 from titan_cpt.models.huggingface_weights import hub_names
-from titan_cpt.models.spec import GPTNeoXShape, ModelShape
+from titan_cpt.models.spec import GPTNeoXSpec, ModelSpec
 
 REQUIRED = {
     "hidden_size": 64,
@@ -56,14 +56,14 @@ def rotary_of(theirs):
 
 def ours_of(shape):
     """Frequencies and amplitude that our models compute with: the tables at position 1, where the angle is one."""
-    width = shape.rotary_width if isinstance(shape, GPTNeoXShape) else shape.head_width
-    scaling = None if isinstance(shape, GPTNeoXShape) else shape.rope_scaling
+    width = shape.rotary_width if isinstance(shape, GPTNeoXSpec) else shape.head_width
+    scaling = None if isinstance(shape, GPTNeoXSpec) else shape.rope_scaling
     cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
     return torch.atan2(sin_LR[1], cos_LR[1]), float(cos_LR[0, 0])
 
 
 def assert_same_rotary(config):
-    shape = shape_from_config(config, "config.json")
+    shape = spec_from_config(config, "config.json")
     (mine, amplitude), (yours, their_amplitude) = ours_of(shape), rotary_of(theirs_of(config))
     torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-9)
     assert amplitude == pytest.approx(their_amplitude, rel=1e-6)
@@ -98,12 +98,12 @@ def test_a_missing_key_means_what_transformers_takes_it_to_mean(kind, key):
     full |= {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8}
     full |= {"sliding_window": 9} if "sliding_window" in DEFAULTS[kind] else {}
     config = {one: value for one, value in full.items() if one != key}
-    theirs, shape = theirs_of(config), shape_from_config(config, "config.json")
+    theirs, shape = theirs_of(config), spec_from_config(config, "config.json")
     window = getattr(theirs, "sliding_window", None)
     if kind.startswith("qwen") and set(theirs.layer_types) == {"full_attention"}:
         window = None
     assert shape.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
-    if isinstance(shape, GPTNeoXShape):
+    if isinstance(shape, GPTNeoXSpec):
         assert shape.parallel_residual == theirs.use_parallel_residual
     else:
         head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
@@ -118,19 +118,19 @@ def test_a_width_that_is_missing_is_never_a_default(key):
     config = config_of("llama")
     del config[key]
     with pytest.raises(CheckpointError, match=f"{key}: is missing"):
-        shape_from_config(config, "config.json")
+        spec_from_config(config, "config.json")
 
 
 def test_a_mistral_without_sliding_window_has_one_of_4096():
     """And none where the key is null; for Qwen2 layers from 28 on slide, unless max_window_layers says otherwise."""
     qwen = config_of("qwen2", use_sliding_window=True)
 
-    assert shape_from_config(config_of("mistral"), "").sliding_window == 4096
-    assert shape_from_config(config_of("mistral", sliding_window=None), "").sliding_window is None
-    assert shape_from_config(qwen, "").sliding_window is None
-    assert shape_from_config({**qwen, "max_window_layers": 0}, "").sliding_window == 4096
+    assert spec_from_config(config_of("mistral"), "").sliding_window == 4096
+    assert spec_from_config(config_of("mistral", sliding_window=None), "").sliding_window is None
+    assert spec_from_config(qwen, "").sliding_window is None
+    assert spec_from_config({**qwen, "max_window_layers": 0}, "").sliding_window == 4096
     with pytest.raises(CheckpointError, match="layer_types: a sliding window in some layers alone"):
-        shape_from_config({**qwen, "num_hidden_layers": 30}, "")
+        spec_from_config({**qwen, "num_hidden_layers": 30}, "")
 
 
 ROPES = {
@@ -223,7 +223,7 @@ def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys
 def test_what_versions_of_transformers_read_differently_is_refused_by_name(kind, keys, said):
     """Both values stand in the message, and what to do."""
     with pytest.raises(CheckpointError) as refusal:
-        shape_from_config(config_of(kind, **keys), "config.json")
+        spec_from_config(config_of(kind, **keys), "config.json")
 
     assert said in str(refusal.value)
 
@@ -254,7 +254,7 @@ def test_any_key_with_any_value_is_read_or_refused(kind):
     refused = 0
     for config in configs:
         try:
-            assert isinstance(shape_from_config(config, "config.json"), ModelShape)
+            assert isinstance(spec_from_config(config, "config.json"), ModelSpec)
         except CheckpointError as refusal:
             refused += str(refusal).startswith("config.json: ")
 
@@ -268,7 +268,7 @@ def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
     for key in sorted({*DEFAULTS[kind]} - {"max_position_embeddings"}):
         config = config_of(kind, **{key: None})
         try:
-            shape = shape_from_config(config, "config.json")
+            shape = spec_from_config(config, "config.json")
             theirs = theirs_of(config)
         except Exception:  # theirs raise whatever they meet
             continue
@@ -283,7 +283,7 @@ def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
     assert kind == "gpt_neox" or "num_key_value_heads" in same or kind == "mistral"
 
 
-class NewShape(ModelShape):
+class NewShape(ModelSpec):
     """A family that nobody has mapped to transformers."""
 
     attention_width = property(lambda self: self.width)
@@ -297,7 +297,7 @@ def test_a_family_without_a_counterpart_in_transformers_is_refused_in_words():
     """By an export's config and names, and by what builds models: no AssertionError."""
     shape = NewShape(family="new", layers=1, width=8, heads=1, mlp_width=8, vocab_size=8)
     with pytest.raises(CheckpointError, match=r"family 'new' have no config\.json of Hugging Face's yet"):
-        config_from_shape(shape, max_positions=8, dtype="float32")
+        config_from_spec(shape, max_positions=8, dtype="float32")
     with pytest.raises(CheckpointError, match="family 'new' have no names of Hugging Face's yet"):
         hub_names(shape)
     with pytest.raises(ConfigError, match=r"model\.family: 'new' has no model"):

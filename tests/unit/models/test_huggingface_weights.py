@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from titan_cpt.checkpoint.hf_files import WeightFiles, released_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
-from titan_cpt.models.huggingface_config import config_from_shape, shape_from_config
+from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
 from titan_cpt.models.huggingface_weights import hub_names, to_huggingface
 from titan_cpt.models.registry import named_size
 
@@ -27,7 +27,7 @@ NEOX = {**LLAMA, "model_type": "gpt_neox", "intermediate_size": 256}
 
 def refused(config):
     with pytest.raises(CheckpointError) as refusal:
-        shape_from_config(config, "there/config.json")
+        spec_from_config(config, "there/config.json")
     return str(refusal.value)
 
 
@@ -95,7 +95,7 @@ def test_all_faults_of_a_config_are_told_at_once():
 )
 def test_the_spellings_of_transformers_4_and_5_mean_the_same(base, old, new, field, value):
     """The same number under a key of its own, as the releases have it, and in rope_parameters."""
-    shapes = [shape_from_config({**base, **keys}, "config.json") for keys in (old, new)]
+    shapes = [spec_from_config({**base, **keys}, "config.json") for keys in (old, new)]
 
     assert [getattr(shape, field) for shape in shapes] == [value, value]
     assert shapes[0] == shapes[1]
@@ -103,7 +103,7 @@ def test_the_spellings_of_transformers_4_and_5_mean_the_same(base, old, new, fie
 
 def test_defaults_are_those_of_transformers():
     """A config that leaves out what may be left out; Pythia's leave much out."""
-    llama, neox = shape_from_config(LLAMA, ""), shape_from_config(NEOX, "")
+    llama, neox = spec_from_config(LLAMA, ""), spec_from_config(NEOX, "")
 
     assert (llama.kv_heads, llama.head_width, llama.rope_base, llama.norm_eps) == (4, 16, 10_000.0, 1e-6)
     assert (neox.rotary_fraction, neox.rope_base, neox.norm_eps, neox.parallel_residual) == (0.25, 10_000.0, 1e-5, True)
@@ -116,7 +116,7 @@ def saved(folder, shards=1):
     model.init_weights(1)
     weights = {name: weight.detach().clone() for name, weight in to_huggingface(model.state_dict(), shape).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_from_shape(shape, max_positions=64, dtype="float32")))
+    (folder / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=64, dtype="float32")))
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         return weights

@@ -3,7 +3,7 @@
 import pytest
 
 from titan_cpt.config.load import load_config
-from titan_cpt.data.inventory import Inventory
+from titan_cpt.data.inventory import DataInventory
 from titan_cpt.planning.planner import make_plan
 
 STAGE = """
@@ -22,7 +22,7 @@ def notes(two_stages, write):
 
     def notes(*overrides, pile=10**6, german=10**6, text=two_stages):
         config = load_config(write(text), overrides)
-        return make_plan(config, Inventory({"pile": pile, "german": german}, 257)).notes
+        return make_plan(config, DataInventory({"pile": pile, "german": german}, 257)).notes
 
     return notes
 

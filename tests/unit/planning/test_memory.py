@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from titan_cpt.distributed.device_mesh import Mesh
-from titan_cpt.distributed.parallel_dims import Layout, Place
-from titan_cpt.distributed.parallelize import Techniques, parallelise
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.parallel_dims import ParallelDims, RankCoordinates
+from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ModelShape
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.memory import footprint, layer_activation_bytes, local_parameters
-from titan_cpt.planning.parallel import Work
+from titan_cpt.planning.parallel import MemoryInputs
 
 SHAPE = named_size("gpt_neox", "debug", 257, 1, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
 LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}
@@ -27,7 +27,7 @@ LLAMAS = {
     "windowed": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "sliding_window": 16}),
     "tied": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "tie_embeddings": True}),
 }
-WORK = Work(
+WORK = MemoryInputs(
     microbatch_tokens=256,
     accumulation=1,
     bytes_per_number=4,
@@ -37,12 +37,12 @@ WORK = Work(
 )
 
 
-def kept_between_layers(shape: ModelShape, recompute: str, selection: str) -> int:
+def kept_between_layers(shape: ModelSpec, recompute: str, selection: str) -> int:
     """Bytes of all tensors, other than parameters, that a model keeps for its backward pass: 4 sequences of 64."""
     model = build_model(shape)
     model.init_weights(0)
-    mesh = Mesh(Ranks(0, 1, torch.device("cpu")), Layout(), Layout().place(0), 0, None, None)
-    parallelise(model, mesh, Techniques(torch.float32, recompute=recompute, selection=selection))
+    mesh = Mesh(ProcessInfo(0, 1, torch.device("cpu")), ParallelDims(), ParallelDims().place(0), 0, None, None)
+    parallelize(model, mesh, ParallelOptions(torch.float32, recompute=recompute, selection=selection))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -60,12 +60,12 @@ def kept_between_layers(shape: ModelShape, recompute: str, selection: str) -> in
 
 @pytest.mark.parametrize(("recompute", "selection"), [("none", "op"), ("full", "op"), ("selective", "2")])
 @pytest.mark.parametrize("shape", [SHAPE, *LLAMAS.values()], ids=["gpt_neox", *LLAMAS])
-def test_activations_are_what_autograd_saves(shape: ModelShape, recompute: str, selection: str) -> None:
+def test_activations_are_what_autograd_saves(shape: ModelSpec, recompute: str, selection: str) -> None:
     """Two depths apart, so that embedding and head cancel out: within 15 %, the promise of the plan."""
     deep = dataclasses.replace(shape, layers=8)
     saved = kept_between_layers(deep, recompute, selection) - kept_between_layers(shape, recompute, selection)
     work = dataclasses.replace(WORK, recompute=recompute, selection=selection)
-    planned, _ = layer_activation_bytes(shape, Layout(), work)
+    planned, _ = layer_activation_bytes(shape, ParallelDims(), work)
 
     assert saved / 4 == pytest.approx(planned, rel=0.15)
 
@@ -73,13 +73,13 @@ def test_activations_are_what_autograd_saves(shape: ModelShape, recompute: str, 
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(dp_shard=3),
-        Layout(dp_shard=5, tp=2),
-        Layout(dp_shard=2, cp=2, tp=4, pp=2, schedule="1F1B"),
-        Layout(dp_shard=3, pp=2, schedule="ZBVZeroBubble"),
+        ParallelDims(dp_shard=3),
+        ParallelDims(dp_shard=5, tp=2),
+        ParallelDims(dp_shard=2, cp=2, tp=4, pp=2, schedule="1F1B"),
+        ParallelDims(dp_shard=3, pp=2, schedule="ZBVZeroBubble"),
     ],
 )
-def test_the_ranks_hold_every_parameter_once(layout: Layout) -> None:
+def test_the_ranks_hold_every_parameter_once(layout: ParallelDims) -> None:
     """Over all ranks of one copy the pieces add up to the model, what tensor-parallel ranks hold in common aside."""
     total = common = 0
     for rank in range(layout.world_size):
@@ -94,8 +94,8 @@ def test_the_ranks_hold_every_parameter_once(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp_shard=5), Layout(dp_shard=3, tp=2)])
-def test_the_ranks_hold_every_parameter_of_a_llama_once(name: str, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [ParallelDims(), ParallelDims(dp_shard=5), ParallelDims(dp_shard=3, tp=2)])
+def test_the_ranks_hold_every_parameter_of_a_llama_once(name: str, layout: ParallelDims) -> None:
     """By the built model's names and shapes; norms are held by every tensor-parallel rank, all else is cut."""
     shape = LLAMAS[name]
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def test_the_ranks_hold_every_parameter_of_a_llama_once(name: str, layout: Layou
 
 def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:
     """float32 weights, gradients and two moments: 16 bytes a parameter."""
-    costs = footprint(SHAPE, Layout(), WORK)
+    costs = footprint(SHAPE, ParallelDims(), WORK)
 
     assert costs.parameters + costs.gradients + costs.optimizer == 16 * SHAPE.parameters
     assert costs.sent == 0
@@ -121,10 +121,10 @@ def test_what_is_held_at_once_by_hand() -> None:
 
     Where a batch before has left gradients, all of them lie beside all activations.
     """
-    once = footprint(SHAPE, Layout(), WORK)
-    again = footprint(SHAPE, Layout(), dataclasses.replace(WORK, accumulation=2))
+    once = footprint(SHAPE, ParallelDims(), WORK)
+    again = footprint(SHAPE, ParallelDims(), dataclasses.replace(WORK, accumulation=2))
     fixed = once.parameters + once.optimizer + once.working
-    layer, _ = layer_activation_bytes(SHAPE, Layout(), WORK)
+    layer, _ = layer_activation_bytes(SHAPE, ParallelDims(), WORK)
 
     assert once.working == 256 * 4 * (2 * 512 + 2 * 128)
     assert once.memory - fixed == max(once.activations + once.logits, once.gradients + round(layer))
@@ -133,7 +133,7 @@ def test_what_is_held_at_once_by_hand() -> None:
 
 def test_fsdp_sends_what_a_ring_sends() -> None:
     """Over 4 ranks 3/4 of the model in float32: gathered twice and summed once, the head and its norm gathered once."""
-    costs = footprint(SHAPE, Layout(dp_shard=4), WORK)
+    costs = footprint(SHAPE, ParallelDims(dp_shard=4), WORK)
     head = SHAPE.vocab_size * SHAPE.width + 2 * SHAPE.width
 
     assert costs.sent_fsdp == round(0.75 * 4 * (3 * SHAPE.parameters - head))
@@ -141,12 +141,12 @@ def test_fsdp_sends_what_a_ring_sends() -> None:
 
 def test_place_and_rank_follow_each_other() -> None:
     """Tensor places run fastest, pipeline places slowest; tensor and context ranks share their data."""
-    layout = Layout(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2, schedule="1F1B")
+    layout = ParallelDims(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2, schedule="1F1B")
 
-    assert layout.place(0) == Place(0, 0, 0, 0, 0)
-    assert layout.place(1) == Place(0, 0, 0, 0, 1)
-    assert layout.place(2) == Place(0, 0, 0, 1, 0)
-    assert layout.place(4) == Place(0, 0, 1, 0, 0)
-    assert layout.place(12) == Place(0, 1, 0, 0, 0)
-    assert layout.place(24) == Place(1, 0, 0, 0, 0)
+    assert layout.place(0) == RankCoordinates(0, 0, 0, 0, 0)
+    assert layout.place(1) == RankCoordinates(0, 0, 0, 0, 1)
+    assert layout.place(2) == RankCoordinates(0, 0, 0, 1, 0)
+    assert layout.place(4) == RankCoordinates(0, 0, 1, 0, 0)
+    assert layout.place(12) == RankCoordinates(0, 1, 0, 0, 0)
+    assert layout.place(24) == RankCoordinates(1, 0, 0, 0, 0)
     assert [layout.data_rank(rank) for rank in (0, 3, 4, 12, 23, 24)] == [0, 0, 1, 3, 5, 0]

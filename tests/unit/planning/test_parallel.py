@@ -15,7 +15,7 @@ import torch
 from titan_cpt.common.numbers import parse_bytes
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.distributed.parallelize import Techniques
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
 from titan_cpt.planning.planner import make_plan
@@ -62,7 +62,7 @@ def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[
     settings |= {"training.global_batch_size": "48", "training.local_batch_size": "8"}
     config = load_config(toml, list(settings.items()))
     plan = make_plan(config, take_inventory(config), world_size)
-    lines = list(check_layout(plan, Techniques(torch.bfloat16)))
+    lines = list(check_layout(plan, ParallelOptions(torch.bfloat16)))
 
     assert sum(line.endswith("as planned") for line in lines) == 2 * plan.layout.pp
 

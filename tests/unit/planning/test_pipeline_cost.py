@@ -10,13 +10,13 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _Action, _ComputationType, get_schedule_class
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_cpt.distributed.parallel_dims import SCHEDULES, Layout
+from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.planning.pipeline_cost import bubble, in_flight
 
 SLOTS = {"FORWARD": 1, "FULL_BACKWARD": 2, "BACKWARD_INPUT": 1, "BACKWARD_WEIGHT": 1}
 
 
-def table(layout: Layout) -> dict[int, list[list[_Action]]]:
+def table(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
     """What every rank does, in order; an action is a list, of two where torch runs two passes together."""
     if layout.schedule == "1F1B":
         return one_forward_one_backward(layout)
@@ -35,7 +35,7 @@ def table(layout: Layout) -> dict[int, list[list[_Action]]]:
     }
 
 
-def one_forward_one_backward(layout: Layout) -> dict[int, list[list[_Action]]]:
+def one_forward_one_backward(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
     """As many forward passes as ranks are left, then in turn; torch's own listing of it names one that is not there."""
     order = {}
     for rank in range(layout.pp):
@@ -53,7 +53,7 @@ def works(action: _Action) -> bool:
     return bool(action.sub_actions) or action.computation_type.name in SLOTS
 
 
-def played(layout: Layout) -> tuple[float, list[int]]:
+def played(layout: ParallelDims) -> tuple[float, list[int]]:
     """The idle share of the whole time, and the most stages x micro-batches that each rank holds activations of."""
     todo = table(layout)
     clock, ended, busy = dict.fromkeys(todo, 0), {}, dict.fromkeys(todo, 0)
@@ -78,7 +78,7 @@ def played(layout: Layout) -> tuple[float, list[int]]:
     return 1 - max(busy.values()) / end, [most[rank] for rank in sorted(most)]
 
 
-def needs(action: _Action, layout: Layout) -> list[tuple[str, int, int]]:
+def needs(action: _Action, layout: ParallelDims) -> list[tuple[str, int, int]]:
     """What must have ended before an action can begin."""
     stage, part = action.stage_index, action.microbatch_index
     if action.computation_type.name == "FORWARD":
@@ -89,14 +89,14 @@ def needs(action: _Action, layout: Layout) -> list[tuple[str, int, int]]:
     return [("FORWARD", stage, part), *later]
 
 
-def layouts(schedule: str) -> list[Layout]:
+def layouts(schedule: str) -> list[ParallelDims]:
     """Two to five ranks, from the fewest micro-batches that the schedule allows to more than it needs."""
     found = []
     for p in (2, 3, 4, 5):
         fewest = {"1F1B": p, "DualPipeV": 2 * p}.get(schedule, 1)
         for m in range(fewest, 3 * p + 1):
             if not schedule.startswith("Interleaved") or m % max(1, m // p) == 0:
-                found.append(Layout(pp=p, schedule=schedule, microbatches=m))
+                found.append(ParallelDims(pp=p, schedule=schedule, microbatches=m))
     return found
 
 
@@ -128,5 +128,5 @@ def test_the_idle_share_by_hand() -> None:
     shares = {"1F1B": 3 / 7, "Interleaved1F1B": 3 / 11, "ZBVZeroBubble": 6 / 30}
 
     for schedule, share in shares.items():
-        assert bubble(Layout(pp=4, schedule=schedule, microbatches=4)) == pytest.approx(share)
-    assert bubble(Layout(dp_shard=4)) == 0
+        assert bubble(ParallelDims(pp=4, schedule=schedule, microbatches=4)) == pytest.approx(share)
+    assert bubble(ParallelDims(dp_shard=4)) == 0

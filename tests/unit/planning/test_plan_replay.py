@@ -7,7 +7,7 @@ import pytest
 from plans import COSINE, INFINITE, SPLITS, datasets, drawn, ordinals, stage
 
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.plan import Point
+from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.plan_json import plan_as_json
 
 
@@ -366,7 +366,7 @@ def test_a_stage_goes_on_from_the_right_point(head, make, lr, init, steps_done):
     plan = make(head + stage("a", "pile", 100, lr) + stage("b", "pile", 10, **more))
     second = plan.stage("b")
 
-    assert second.init == Point("a", steps_done)
+    assert second.init == StageCheckpoint("a", steps_done)
     assert second.before.steps == steps_done
     assert second.before.trained == {"pile": 20 * steps_done}
     assert second.before.exposure == {"pile": 20 * steps_done}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from titan_cpt.cli import main
 from titan_cpt.errors import DataError
-from titan_cpt.reporting.summary import print_summary, summarise
+from titan_cpt.reporting.summary import print_summary, summarize
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -46,7 +46,7 @@ def run(tmp_path):
 def shown(folder):
     """The printed report of a run."""
     console = Console(width=140, record=True, file=io.StringIO())
-    print_summary(summarise(folder), console)
+    print_summary(summarize(folder), console)
     return console.export_text()
 
 
@@ -60,7 +60,7 @@ def test_the_final_loss_is_the_mean_of_ten_samples_over_the_last_hundred_steps(r
     """Of 400 steps sampled at 310, 320, ..., 400, at other steps too; losses are step / 100, so that it is 3.55."""
     window = list(range(310, 401, 10))
     lines = [validation_line("a", step, "x", step / 100) for step in range(0, 401, 5)]
-    summary = summarise(run([stage_of("a", 400, "x", window=window)], lines))
+    summary = summarize(run([stage_of("a", 400, "x", window=window)], lines))
 
     assert summary["stages"][0]["final_loss"] == {"x": pytest.approx(3.55, rel=1e-12)}
 
@@ -68,8 +68,8 @@ def test_the_final_loss_is_the_mean_of_ten_samples_over_the_last_hundred_steps(r
 def test_there_is_no_final_loss_before_its_window_is_full_or_where_none_was_asked_for(run):
     """Nine samples of ten; and a stage without a window."""
     lines = [validation_line("a", step, "x", 1.0) for step in range(310, 400, 10)]
-    going = summarise(run([stage_of("a", 400, "x", window=range(310, 401, 10))], lines))
-    without = summarise(run([stage_of("a", 400, "x")], lines))
+    going = summarize(run([stage_of("a", 400, "x", window=range(310, 401, 10))], lines))
+    without = summarize(run([stage_of("a", 400, "x")], lines))
 
     assert going["stages"][0]["final_loss"] == without["stages"][0]["final_loss"] == {}
 
@@ -84,7 +84,7 @@ def test_of_what_was_written_twice_the_last_counts(run):
         train_line("a", 20, 32.0),
         validation_line("a", 20, "x", 4.0, 0.25),
     ]
-    stage = summarise(run([stage_of("a", 20, "y")], lines))["stages"][0]
+    stage = summarize(run([stage_of("a", 20, "y")], lines))["stages"][0]
 
     assert stage["before"] == {"x": 6.0}
     assert stage["after"] == {"x": 4.0}
@@ -95,7 +95,7 @@ def test_of_what_was_written_twice_the_last_counts(run):
 def test_seconds_are_the_steps_tokens_over_their_speed(run):
     """Two steps at 64 and one at 16 tokens/s: 1 + 1 + 4 seconds; a step without a speed is left out."""
     lines = [train_line("a", 1, 64.0), train_line("a", 2, 64.0), train_line("a", 3, 16.0), train_line("a", 4, None)]
-    stages = summarise(run([stage_of("a", 4, "x"), stage_of("b", 4, "x")], lines))["stages"]
+    stages = summarize(run([stage_of("a", 4, "x"), stage_of("b", 4, "x")], lines))["stages"]
 
     assert [stage["seconds"] for stage in stages] == [6.0, 0]
 
@@ -107,7 +107,7 @@ def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
         validation_line("b", 9, "new", 2.0),
         validation_line("b", 9, "old", 3.0, 0.1),
     ]
-    stage = summarise(run([stage_of("b", 9, "new")], lines))["stages"][0]
+    stage = summarize(run([stage_of("b", 9, "new")], lines))["stages"][0]
 
     assert stage["adaptation"] == {"new.wiki": 1.0, "new": 2.0}
     assert stage["forgetting"] == {"old": 0.1}
@@ -116,7 +116,7 @@ def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
 def test_a_run_that_has_just_begun_has_a_report(run):
     """No line at all, or the beginning of the first."""
     for tail, said in ("", 0), ('{"kind": "ev', 1):
-        summary = summarise(run([stage_of("a", 4, "x")], [], tail))
+        summary = summarize(run([stage_of("a", 4, "x")], [], tail))
         stage = summary["stages"][0]
 
         assert (stage["steps_done"], stage["before"], stage["after"], stage["seconds"]) == (0, {}, {}, 0)
@@ -147,7 +147,7 @@ def test_a_stopped_run_shows_the_steps_that_were_taken_and_no_stage_that_was_not
     lines = [validation_line("a", 0, "x", 9.0), validation_line("a", 100, "x", 4.0)]
     steps = [train_line("a", step, 6.4) for step in range(1, 152)]
     folder = run([stage_of("a", 200, "x"), stage_of("b", 77, "y")], [*steps, *lines])
-    text, stages = shown(folder), summarise(folder)["stages"]
+    text, stages = shown(folder), summarize(folder)["stages"]
 
     assert "stage a (200 steps, 151 done, losses after step 100, 1510 s)" in text
     assert "planned tokens" in text
@@ -180,10 +180,10 @@ def test_losses_of_different_validation_data_are_marked_and_never_averaged(run):
         *(validation_line("a", step, "y", 2.0, None) | {"validation_id": "A"} for step in (0, 10, 20)),
         validation_line("a", 20, "x", 2.5) | {"validation_id": "B"},
     ]
-    marked = summarise(run([window], lines))["stages"][0]
+    marked = summarize(run([window], lines))["stages"][0]
     text = shown(run([window], lines))
     again = validation_line("a", 0, "x", 3.5) | {"validation_id": "B", "measured_again": True}
-    renewed = summarise(run([window], [*lines, again]))["stages"][0]
+    renewed = summarize(run([window], [*lines, again]))["stages"][0]
 
     assert (marked["not_comparable"], marked["before"], marked["after"]["x"]) == (["x"], {"x": 3.0, "y": 2.0}, 2.5)
     assert marked["final_loss"] == {"y": 2.0}
@@ -198,16 +198,16 @@ def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recor
     lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 4, "x", 2.5) | {"validation_id": "B"}]
     event = {"kind": "event", "name": "validation_changed", "stage": "a", "step": 2, "datasets": ["x"]}
 
-    assert summarise(run([stage_of("a", 4, "z")], lines))["stages"][0]["not_comparable"] == []
-    assert summarise(run([stage_of("a", 4, "z")], [*lines, event]))["stages"][0]["not_comparable"] == ["x"]
+    assert summarize(run([stage_of("a", 4, "z")], lines))["stages"][0]["not_comparable"] == []
+    assert summarize(run([stage_of("a", 4, "z")], [*lines, event]))["stages"][0]["not_comparable"] == ["x"]
     both_old = [lines[0], validation_line("a", 4, "x", 2.5)]
-    assert summarise(run([stage_of("a", 4, "z")], [*both_old, event]))["stages"][0]["not_comparable"] == []
+    assert summarize(run([stage_of("a", 4, "z")], [*both_old, event]))["stages"][0]["not_comparable"] == []
 
 
 def test_a_loss_that_is_not_finite_is_left_out(run):
     """The record holds null for it; the measurement before it counts, and the report says so."""
     lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 5, "x", None)]
-    summary = summarise(run([stage_of("a", 5, "x")], lines))
+    summary = summarize(run([stage_of("a", 5, "x")], lines))
     stage = summary["stages"][0]
 
     assert summary["problems"] == ["r: the validation loss of x after step 5 of a is not finite"]
@@ -219,7 +219,7 @@ def test_a_damaged_plan_is_an_error(tmp_path, content):
     """Empty, cut, or JSON that is not a plan."""
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
-        summarise(tmp_path)
+        summarize(tmp_path)
 
 
 def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
@@ -235,7 +235,7 @@ def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
 
     def said(path):
         with pytest.raises(DataError) as error:
-            summarise(path)
+            summarize(path)
         return str(error.value).removeprefix(f"{path}: ")
 
     assert said(tmp_path / "nowhere").startswith("no such file or folder")

@@ -8,7 +8,7 @@ import training
 from training import Fault, train
 
 from titan_cpt.checkpoint.hf_export import export
-from titan_cpt.reporting.summary import summarise
+from titan_cpt.reporting.summary import summarize
 from titan_cpt.runs.anneal import branch_off
 from titan_cpt.training.forgetting import changed_datasets
 
@@ -166,7 +166,7 @@ def test_other_windows_than_an_older_version_measured_are_marked(resumed):
     """Its lines do not say how many there were, its config.toml does: losses before and after are not comparable."""
     run, _ = resumed(*FEWER, before=as_before)
     (event,) = training.events_of(run, "validation_changed")
-    stages = summarise(run)["stages"]
+    stages = summarize(run)["stages"]
 
     assert event["datasets"] == ["de", "en"]
     assert [stage["not_comparable"] for stage in stages] == [[], []], "German's first weights were measured again"

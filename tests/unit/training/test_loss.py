@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.training import loss
-from titan_cpt.training.loss import head_and_loss, summed_cross_entropy
+from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
 
 def example(dtype, *, sequences=2, length=7, vocabulary=50):
@@ -123,7 +123,7 @@ def test_head_and_loss_are_the_loss_of_the_heads_logits(dtype, tolerance, chunk_
     exact = [tensor.detach().double().requires_grad_() for tensor in (x_BLD, weight_VD)]
     expected = F.cross_entropy(F.linear(*exact).flatten(0, 1), targets_BL.flatten(), reduction="sum") / 14
     (3 * expected).backward()
-    share = head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1 / 14)
+    share = fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL, scale=1 / 14)
     (3 * share).backward()
 
     assert share.dtype is torch.float32
@@ -158,6 +158,6 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_CHUNK", 100)
     x_BLD, weight_VD, targets_BL = head_example(torch.bfloat16)
     with Watch():
-        head_and_loss(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
+        fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
 
     assert max(sizes) == 300

@@ -12,16 +12,16 @@ from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.distributed.device_mesh import build_mesh
-from titan_cpt.distributed.parallel_dims import Layout
-from titan_cpt.distributed.process_group import Ranks
+from titan_cpt.distributed.parallel_dims import ParallelDims
+from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import DataError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.registry import named_size
-from titan_cpt.training.forward_backward import WholeModel
+from titan_cpt.training.forward_backward import SingleStageRunner
 from titan_cpt.training.validation import Validator, fixed_windows
 
 SEQ_LEN, WINDOWS = 8, 23
-ONE = build_mesh(Ranks(0, 1, torch.device("cpu")), Layout())
+ONE = build_mesh(ProcessInfo(0, 1, torch.device("cpu")), ParallelDims())
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
     with torch.no_grad():
         mean = F.cross_entropy(model(inputs).double().flatten(0, 1), targets.flatten()).item()
     target_bytes = int((targets != 256).sum())
-    found = validator_of(stream).measure(WholeModel(model, ONE))["x"]
+    found = validator_of(stream).measure(SingleStageRunner(model, ONE))["x"]
 
     assert target_bytes < 56
     assert found.nats_per_token == pytest.approx(mean, rel=1e-6)
@@ -97,8 +97,8 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
 @pytest.mark.parametrize("local_batch", [1, 2, 3, 7, 64])
 def test_the_size_of_a_pass_does_not_change_the_loss(model, stream, local_batch):
     """Of seven windows, in passes of which the last is often smaller."""
-    alone = validator_of(stream, local_batch=1).measure(WholeModel(model, ONE))["x"]
-    found = validator_of(stream, local_batch=local_batch).measure(WholeModel(model, ONE))["x"]
+    alone = validator_of(stream, local_batch=1).measure(SingleStageRunner(model, ONE))["x"]
+    found = validator_of(stream, local_batch=local_batch).measure(SingleStageRunner(model, ONE))["x"]
 
     assert found.nats_per_token == pytest.approx(alone.nats_per_token, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
@@ -108,7 +108,7 @@ def test_measuring_twice_gives_the_same_bits_and_leaves_no_trace(model, stream):
     """No gradient, no change of a weight, no change of the random numbers."""
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     random = torch.get_rng_state()
-    first, second = (validator_of(stream).measure(WholeModel(model, ONE))["x"] for _ in range(2))
+    first, second = (validator_of(stream).measure(SingleStageRunner(model, ONE))["x"] for _ in range(2))
 
     assert first == second
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -123,7 +123,7 @@ def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(stream):
         def forward(self, tokens):
             return torch.zeros(*tokens.shape, 384)
 
-    assert validator_of(stream).measure(WholeModel(Nothing(), ONE))["x"].nats_per_token == pytest.approx(
+    assert validator_of(stream).measure(SingleStageRunner(Nothing(), ONE))["x"].nats_per_token == pytest.approx(
         math.log(384), rel=1e-6
     )
 
@@ -132,7 +132,7 @@ def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
     """Nothing but ends of documents."""
     with IndexedWriter(tmp_path / "empty", 257) as writer:
         writer.add_document(np.full(33, 256))
-    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(WholeModel(model, ONE))["x"]
+    found = validator_of(TokenStream([tmp_path / "empty"], 257)).measure(SingleStageRunner(model, ONE))["x"]
 
     assert math.isfinite(found.nats_per_token)
     assert math.isnan(found.bits_per_byte)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from titan_cpt.common.signals import StopRequest
 
 
-def materialise(
+def prepare_missing_data(
     config: Config, *, workers: int = os.cpu_count() or 1, force: bool = False, say: Callable[[str], None] = print
 ) -> bool:
     """Make the tokens of every dataset that has a `source` and whose tokens are missing; returns whether any were.
@@ -61,14 +61,14 @@ def materialise(
     return bool(lacking)
 
 
-def materialise_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:
-    """As `materialise`, on rank 0 of a run: a signal ends it at once, and the next attempt resumes where it was."""
+def prepare_missing_data_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:
+    """Like `prepare_missing_data`, on rank 0 of a run: a signal stops it at once, and the next run resumes it."""
     if rank != 0:
         return
     told = ""
     try:
         with stop.interrupting():
-            materialise(config)
+            prepare_missing_data(config)
     except KeyboardInterrupt as interrupt:
         told = f"{interrupt}; " if str(interrupt) else ""
     if stop.name:
@@ -88,7 +88,7 @@ def train_tokenizer(inputs: Sequence[str], text_field: str, vocab_size: int, out
 
 
 def is_complete(config: Config) -> bool:
-    """Whether the tokens of every dataset and the tokenizer are there, so that `materialise` has nothing to do."""
+    """Whether every dataset's tokens and the tokenizer exist, so that `prepare_missing_data` has nothing to do."""
     tokens = all(not _lacks(dataset, force=False) for dataset in config.datasets.values())
     return tokens and (config.tokenizer.train is None or is_there(Path(config.tokenizer.path)))
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from titan_cpt.data.tokenizer.bpe import CannotConvertError, Conversion, convert
-from titan_cpt.data.tokenizer.library_backend import Encoded, HuggingFaceEngine
+from titan_cpt.data.tokenizer.library_backend import Encoded, HuggingFaceBackend
 from titan_cpt.data.tokenizer.special_tokens import Guarded, literals
 from titan_cpt.errors import DataError
 
 MOST_LITERALS = 64  # special tokens whose names are tried when a tokenizer is opened; every text is checked anyway
 LONGEST_SPACE = 50_000  # tiktoken's regular expressions run out of stack between 400,000 and 1,000,000 white spaces
-BATTERY = (
+TOKENIZER_TEST_STRINGS = (
     *("", " ", "  ", "   ", "a", " a", "  a", "a ", "a  ", "a\nb", "a\n\nb", "a \n b", "a\n  b", "\n\n\n", "\t\tx\t "),
     *(
         "\r\n",
@@ -51,7 +51,7 @@ BATTERY = (
 )
 
 
-class Engine(Protocol):
+class TokenizerBackend(Protocol):
     """Texts to ids and back."""
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -61,7 +61,7 @@ class Engine(Protocol):
         """The text; bytes that are no UTF-8 become U+FFFD."""
 
 
-class BytesEngine:
+class BytesBackend:
     """Ids are the bytes of UTF-8."""
 
     def __init__(self, table: Sequence[bytes]) -> None:
@@ -69,23 +69,23 @@ class BytesEngine:
         self._table = table
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """See Engine."""
+        """See TokenizerBackend."""
         encoded = [text.encode() for text in texts]
         ids = np.frombuffer(b"".join(encoded), dtype=np.uint8).astype(np.int64)
         return Encoded(ids, np.array([len(text) for text in encoded], dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Engine."""
+        """See TokenizerBackend."""
         return _join(self._table, ids)
 
 
-class TiktokenEngine:
+class TiktokenBackend:
     """A converted byte-level BPE. A text that tiktoken cannot stomach goes to the `tokenizers` library.
 
     Inside, a number below the count of ranks is a rank of tiktoken's; a larger one is an id, shifted by that count.
     """
 
-    def __init__(self, conversion: Conversion, table: Sequence[bytes], exact: Callable[[], Engine]) -> None:
+    def __init__(self, conversion: Conversion, table: Sequence[bytes], exact: Callable[[], TokenizerBackend]) -> None:
         """Args: the conversion; the bytes of every id; a way to the engine that can do everything, slowly.
 
         Raises:
@@ -109,7 +109,7 @@ class TiktokenEngine:
         self._exact = exact
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """See Engine.
+        """See TokenizerBackend.
 
         Raises:
             DataError: a text cannot be done by tiktoken, and `tokenizers` is not installed.
@@ -130,7 +130,7 @@ class TiktokenEngine:
         return Encoded(self._id_of[array], np.array(lengths, dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Engine."""
+        """See TokenizerBackend."""
         return _join(self._table, ids)
 
     def _append(self, text: str, numbers: list[int]) -> int:
@@ -154,7 +154,9 @@ class TiktokenEngine:
         return unicodedata.normalize("NFC", text)
 
 
-def best_engine(spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]) -> tuple[Engine, str | None]:
+def best_backend(
+    spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]
+) -> tuple[TokenizerBackend, str | None]:
     """Return tiktoken where it gives the file's own tokens, otherwise the `tokenizers` library and a note that says so.
 
     Where the library is installed, it is compared with the file, token by token, and with tiktoken on a battery of
@@ -172,8 +174,8 @@ def best_engine(spec: dict[str, Any], name: str, guarded: Guarded, table: Sequen
     """
 
     @functools.cache
-    def exact() -> HuggingFaceEngine:
-        return HuggingFaceEngine(spec, name, guarded, table)
+    def exact() -> HuggingFaceBackend:
+        return HuggingFaceBackend(spec, name, guarded, table)
 
     engine, note = _best(guarded, name, table, exact)
     _check_literals(engine, guarded, name)
@@ -181,11 +183,11 @@ def best_engine(spec: dict[str, Any], name: str, guarded: Guarded, table: Sequen
 
 
 def _best(
-    guarded: Guarded, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceEngine]
-) -> tuple[Engine, str | None]:
+    guarded: Guarded, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
+) -> tuple[TokenizerBackend, str | None]:
     """tiktoken if it can be used, otherwise the exact engine and the reason."""
     try:
-        engine = TiktokenEngine(convert(guarded.spec), table, exact)
+        engine = TiktokenBackend(convert(guarded.spec), table, exact)
         if importlib.util.find_spec("tokenizers"):
             _compare(engine, exact(), guarded)
     except CannotConvertError as reason:
@@ -193,15 +195,15 @@ def _best(
     return engine, None
 
 
-def _compare(engine: Engine, exact: Engine, guarded: Guarded) -> None:
+def _compare(engine: TokenizerBackend, exact: TokenizerBackend, guarded: Guarded) -> None:
     """Raise CannotConvertError at the first text of the battery on which two engines differ."""
-    for text in (*BATTERY, *literals([*guarded.names][:MOST_LITERALS])):
+    for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MOST_LITERALS])):
         found, expected = engine.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
         if found != expected:
             raise CannotConvertError(f"tiktoken gives {found} for {text!r}, and the file means {expected}")
 
 
-def _check_literals(engine: Engine, guarded: Guarded, name: str) -> None:
+def _check_literals(engine: TokenizerBackend, guarded: Guarded, name: str) -> None:
     """Raise DataError if the name of a special token in a text becomes the token."""
     forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
     for text in literals([*guarded.names][:MOST_LITERALS]):

@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
     """Number of a text to the characters of it that became the unknown token or no token at all."""
 
 
-class HuggingFaceEngine:
+class HuggingFaceBackend:
     """The `tokenizers` library itself: does everything a tokenizer.json can ask for, about half as fast."""
 
     def __init__(self, spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]) -> None:

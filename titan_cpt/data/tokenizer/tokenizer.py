@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from titan_cpt.common.files import require_writable, write_whole
-from titan_cpt.data.tokenizer.backends import BytesEngine, Engine, best_engine
+from titan_cpt.data.tokenizer.backends import BytesBackend, TokenizerBackend, best_backend
 from titan_cpt.data.tokenizer.bpe import token_bytes
 from titan_cpt.data.tokenizer.library_backend import Encoded, Ids
 from titan_cpt.data.tokenizer.special_tokens import (
@@ -155,11 +155,11 @@ class Tokenizer:
         return lengths
 
     @functools.cached_property
-    def _engine(self) -> tuple[Engine, str | None]:
+    def _engine(self) -> tuple[TokenizerBackend, str | None]:
         if self._spec is None or self._guarded is None:
-            return BytesEngine(self._table), None
+            return BytesBackend(self._table), None
         with _understood(self.name):
-            return best_engine(self._spec, self.name, self._guarded, self._table)
+            return best_backend(self._spec, self.name, self._guarded, self._table)
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
         try:

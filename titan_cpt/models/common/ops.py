@@ -105,7 +105,7 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def with_gradient_apart(x: Tensor) -> Tensor:
+def copy_for_separate_grad(x: Tensor) -> Tensor:
     """The same numbers; compiled for a CPU in bf16, a copy, whose gradient is a tensor of its own.
 
     Where attention and MLP are added to one stream, their last biases have one and the same gradient, and Inductor's

@@ -13,8 +13,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
-from titan_cpt.models.common.ops import Linear, gelu, linear, with_gradient_apart
-from titan_cpt.models.spec import GPTNeoXShape
+from titan_cpt.models.common.ops import Linear, copy_for_separate_grad, gelu, linear
+from titan_cpt.models.spec import GPTNeoXSpec
 
 
 class GPTNeoX(nn.Module):
@@ -25,7 +25,7 @@ class GPTNeoX(nn.Module):
     Weights are meaningless until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
     """
 
-    def __init__(self, shape: GPTNeoXShape) -> None:
+    def __init__(self, shape: GPTNeoXSpec) -> None:
         super().__init__()
         self.shape = shape
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
@@ -74,7 +74,7 @@ class Block(nn.Module):
     y + mlp(norm'(y))           otherwise
     """
 
-    def __init__(self, shape: GPTNeoXShape) -> None:
+    def __init__(self, shape: GPTNeoXSpec) -> None:
         super().__init__()
         self.shape = shape
         self.attention_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
@@ -87,7 +87,7 @@ class Block(nn.Module):
         attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD))
         after_attention_BLD = x_BLD + attended_BLD
         fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.shape.parallel_residual else after_attention_BLD))
-        return after_attention_BLD + with_gradient_apart(fed_BLD)
+        return after_attention_BLD + copy_for_separate_grad(fed_BLD)
 
     def init_weights(self, *, seed: int, name: str) -> None:
         """The block's part of `GPTNeoX.init_weights`; `name` is the block's in the whole model."""
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     them, as tensor parallelism cuts it, holds whole heads; `forward` finds out how many it holds.
     """
 
-    def __init__(self, shape: GPTNeoXShape) -> None:
+    def __init__(self, shape: GPTNeoXSpec) -> None:
         super().__init__()
         self.head_width = shape.head_width
         self.qkv = Linear(shape.width, 3 * shape.width)
@@ -126,7 +126,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward: up, exact GELU, down."""
 
-    def __init__(self, shape: GPTNeoXShape) -> None:
+    def __init__(self, shape: GPTNeoXSpec) -> None:
         super().__init__()
         self.up = Linear(shape.width, shape.mlp_width)
         self.down = Linear(shape.mlp_width, shape.width)

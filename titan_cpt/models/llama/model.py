@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
 from titan_cpt.models.common.ops import Linear, linear
-from titan_cpt.models.spec import LlamaShape
+from titan_cpt.models.spec import LlamaSpec
 
 INITIAL_STD = 0.02
 """Spread of the first weights, as in the releases' configurations (initializer_range)."""
@@ -32,7 +32,7 @@ class Llama(nn.Module):
     until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
     """
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaSpec) -> None:
         super().__init__()
         self.shape = shape
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
@@ -113,7 +113,7 @@ class Block(nn.Module):
     y + mlp(norm'(y))
     """
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaSpec) -> None:
         super().__init__()
         self.layers = shape.layers
         self.attention_norm = RMSNorm(shape.width, eps=shape.norm_eps)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
     whole heads; `forward` finds out how many it holds.
     """
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaSpec) -> None:
         super().__init__()
         self.head_width = shape.head_width
         self.q = Linear(shape.width, shape.attention_width, bias=shape.qkv_bias)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaSpec) -> None:
         super().__init__()
         self.gate = Linear(shape.width, shape.mlp_width, bias=False)
         self.up = Linear(shape.width, shape.mlp_width, bias=False)

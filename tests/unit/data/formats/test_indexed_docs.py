@@ -5,7 +5,7 @@ from pathlib import Path
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.planning.plan import Point
+from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.planner import make_plan
 
 DOCS = Path(__file__).parents[4] / "docs"
@@ -33,6 +33,6 @@ def test_the_scenarios_are_one_file_that_grows(write):
 
     assert make_plan(before, take_inventory(before), 8).stages[0].recipe == german.recipe
     assert german.steps == 4769  # 10e9 / (1024 x 2048), rounded up: the checkpoint that is exported
-    assert news.init == Point("german", german.pre_anneal_step)
+    assert news.init == StageCheckpoint("german", german.pre_anneal_step)
     assert (news.lr_at(0), news.keep_optimizer) == (german.lr_at(german.pre_anneal_step - 1), True)
     assert {name for name, use in news.use.items() if use.replayed_tokens} == {"pile", "german"}

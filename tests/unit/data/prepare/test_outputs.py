@@ -13,7 +13,7 @@ import pytest
 from prepared import documents_of, jsonl, run, words
 
 from titan_cpt.config.load import load_config
-from titan_cpt.data.prepare.missing import materialise, train_tokenizer
+from titan_cpt.data.prepare.missing import prepare_missing_data, train_tokenizer
 from titan_cpt.data.prepare.progress import progress
 from titan_cpt.data.tokenizer.tokenizer import train_bpe
 from titan_cpt.errors import DataError
@@ -117,7 +117,7 @@ def test_an_input_at_the_place_of_the_record_stays(tmp_path, how, force):
     with pytest.raises(DataError, match=r"is an input, and at the same time the output's file .*german\.json"):
         run([name], tmp_path / "german", force=force)
     with pytest.raises(DataError, match="is an input"):
-        materialise(config, workers=1, force=force, say=lambda line: None)
+        prepare_missing_data(config, workers=1, force=force, say=lambda line: None)
     assert snapshot(tmp_path) == before
 
 
@@ -145,7 +145,7 @@ def test_an_independent_validation_pair_stays(data):
     own = {name: content for name, content in snapshot(data).items() if "validation" in name}
     assert len(own) == 3
     config = config_of(data, str(data / "german"), str(data / "a.jsonl"), validation=str(data / "german-validation"))
-    materialise(config, workers=1, say=lambda line: None)
+    prepare_missing_data(config, workers=1, say=lambda line: None)
     run([data / "a.jsonl"], data / "german", force=True)
     for force in (False, True):
         with pytest.raises(
@@ -321,7 +321,7 @@ def test_a_source_prepares_the_pair_that_training_reads(data, train):
             validation=str(data / "x-validation.bin"),
             source="holdout = 0.2",
         )
-        assert materialise(config, workers=1, say=lines.append) == is_first
+        assert prepare_missing_data(config, workers=1, say=lines.append) == is_first
 
     assert len(lines) == 2, "the second time there was nothing to prepare"
     assert {path.name for path in data.iterdir()} - {"a.jsonl", "config.toml"} == {

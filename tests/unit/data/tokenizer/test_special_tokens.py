@@ -151,7 +151,7 @@ def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monke
 def test_the_self_check_sees_it_of_any_engine():
     """Not only of the `tokenizers` library: whatever is used is asked."""
     guarded = Guarded({}, {"<|endoftext|>": 256}, None, ())
-    wrong = backends.BytesEngine([bytes([byte]) for byte in range(256)])
+    wrong = backends.BytesBackend([bytes([byte]) for byte in range(256)])
     wrong.encode = lambda texts: library_backend.Encoded(np.array([256]), np.array([1]), {})
 
     with pytest.raises(DataError, match="becomes the special token"):

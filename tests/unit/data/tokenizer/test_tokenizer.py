@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from titan_cpt.data.tokenizer.backends import TiktokenEngine
+from titan_cpt.data.tokenizer.backends import TiktokenBackend
 from titan_cpt.data.tokenizer.bpe import CannotConvertError, convert
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe, vocab_size_of
 from titan_cpt.errors import DataError
@@ -241,7 +241,7 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
     words = [f"{number:b}"[1:].replace("0", "a").replace("1", "b") for number in range(2, 2**8)]
 
     try:
-        engine = TiktokenEngine(
+        engine = TiktokenBackend(
             convert(json.loads(library.to_str())), [b"?"] * len(vocab), lambda: pytest.fail("unused")
         )
     except CannotConvertError:
@@ -291,7 +291,7 @@ def test_what_tiktoken_cannot_do_is_done_by_the_library_and_said(tmp_path, chang
 
 def test_text_that_the_pattern_leaves_out_is_not_lost(tmp_path, monkeypatch):
     """tiktoken drops what a pattern does not match, `tokenizers` keeps it; no battery can try every pattern."""
-    monkeypatch.setattr("titan_cpt.data.tokenizer.backends.BATTERY", ())
+    monkeypatch.setattr("titan_cpt.data.tokenizer.backends.TOKENIZER_TEST_STRINGS", ())
     split = {"type": "Split", "pattern": {"Regex": r"[^7]+"}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     both = {"type": "Sequence", "pretokenizers": [split, byte_level]}

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables
-from titan_cpt.models.huggingface_config import config_from_shape, shape_from_config
+from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
 from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
 from titan_cpt.models.llama.model import Llama
 from titan_cpt.models.registry import SIZES, as_config_table, named_size
-from titan_cpt.models.spec import shape_from_recipe
+from titan_cpt.models.spec import spec_from_recipe
 
 TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
 
@@ -70,7 +70,7 @@ def with_all_weights_drawn(model):
 
 def in_transformers(model, folder):
     """The model as transformers reads it from the files of an export."""
-    config = config_from_shape(model.shape, max_positions=64, dtype="float32")
+    config = config_from_spec(model.shape, max_positions=64, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
     weights = to_huggingface(model.state_dict(), model.shape)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -103,8 +103,8 @@ def test_a_shape_comes_back_from_every_form_that_it_is_written_in(overrides, tmp
     in_transformers(model, tmp_path).config.save_pretrained(tmp_path / "again")
     texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
 
-    assert [shape_from_config(json.loads(text), "config.json") for text in texts] == [shape, shape]
-    assert shape_from_recipe(json.loads(json.dumps(shape.as_recipe() | {"other": 1}))) == shape
+    assert [spec_from_config(json.loads(text), "config.json") for text in texts] == [shape, shape]
+    assert spec_from_recipe(json.loads(json.dumps(shape.as_recipe() | {"other": 1}))) == shape
 
 
 def test_each_variant_differs_from_the_plain_model():
@@ -308,7 +308,7 @@ LLAMA2_7B = """{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hi
 )
 def test_a_released_configuration_is_the_named_size(text, size):
     """The keys as the releases' config.json have them; the size is found by its numbers, and nothing more is to set."""
-    shape = shape_from_config(json.loads(text), "config.json")
+    shape = spec_from_config(json.loads(text), "config.json")
 
     assert shape == named_size("llama", size, 257)
     assert as_config_table(shape).splitlines() == ["[model]", 'family = "llama"', f'size = "{size}"']

@@ -1,0 +1,93 @@
+"""The language of the package: the field's terms in docstrings, messages and names, none of the old dialect."""
+
+import ast
+import re
+
+import pytest
+from unit.test_architecture import FILES, TREES, package
+
+NOT_YET = {
+    "errors",
+    "common",
+    "config",
+    "models",
+    "distributed",
+    "data",
+    "planning",
+    "checkpoint",
+    "evaluation",
+    "reporting",
+    "training",
+    "train",
+    "runs",
+    "commands",
+    "cli",
+}
+BANNED = {  # what is never written: what is written instead
+    r"told|tells? of": "logged, printed, passed, given",
+    r"asked|asks for": "requested, configured",
+    r"kept[ -]out|left[ -]out": "excluded, omitted",
+    r"held[ -]out": "validation",
+    r"held against|holds? .{0,30} against": "compared with",
+    r"go(es)? on": "resumes, continues",
+    r"so many": "N, the number itself",
+    r"pass(ed|es)? over": "skipped",
+    r"(can|could)(not| not)? be had|is had": "(not) available",
+    r"lies?": "is stored, is",
+    r"alone": "only, by itself",
+    r"arms?": "sweep run",
+    r"left behind|lived through": "forgotten, training history",
+    r"comes? to": "is, gives",
+    r"whoever": "the caller, the user",
+    r"is said": "(an actor who says it)",
+}
+BANNED_IN_NAMES = {"told", "asked", "arm", "arms", "parallelise", "materialise", "summarise", "initialise"}
+PATTERN = re.compile(r"\b(" + "|".join(BANNED) + r")\b", re.IGNORECASE)
+
+
+def texts(tree):
+    """(line, text) of every string and the parts of f-strings: docstrings, messages, help texts, keys."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def names(tree):
+    """(line, name) of every definition, parameter, field and variable."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+
+
+def words_of(name):
+    """The words of an identifier in snake_case or CamelCase."""
+    return {word.lower() for part in name.split("_") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if package(name) not in NOT_YET])
+def test_texts_are_in_the_language_of_the_field(name):
+    """Docstrings, messages, help texts and comments; BANNED says what to write instead."""
+    comments = [
+        (number, line.partition("#")[2])
+        for number, line in enumerate(FILES[name].read_text(encoding="utf-8").splitlines(), 1)
+        if "#" in line
+    ]
+    found = [
+        f"{FILES[name]}:{line}: {match[0]!r}"
+        for line, text in [*texts(TREES[name]), *comments]
+        for match in PATTERN.finditer(text)
+    ]
+
+    assert found == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if package(name) not in NOT_YET])
+def test_identifiers_are_spelt_as_in_torch_and_say_what_they_are(name):
+    """No told, no asked, no arm; American spelling, as `parallelize_module` has it."""
+    found = [f"{line}: {one}" for line, one in names(TREES[name]) if words_of(one) & BANNED_IN_NAMES]
+
+    assert found == []
