@@ -20,7 +20,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from titan_cpt.data.prepare import text_sources
-from titan_cpt.data.prepare import prepare
+from titan_cpt.data.prepare.prepare import prepare
 text_sources.SMALLEST_CHUNK_BYTES = text_sources.LARGEST_CHUNK_BYTES = 2000
 if __name__ == "__main__":
     prepare(inputs=sys.argv[3:], output=Path(sys.argv[1]), tokenizer="bytes", holdout=0.2, workers=int(sys.argv[2]))

@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+
 from unit.test_architecture import FILES, TREES, package
 
 NOT_YET = {

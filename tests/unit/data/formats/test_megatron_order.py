@@ -9,8 +9,9 @@ import training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from titan_cpt.data.formats import megatron_order
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.formats.open import TokenFiles, absent, count, megatron_order, open_source
+from titan_cpt.data.formats.open import TokenFiles, absent, count, open_source
 from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import Draw

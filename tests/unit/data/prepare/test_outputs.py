@@ -14,7 +14,7 @@ from prepared import documents_of, jsonl, run, words
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.prepare.missing import prepare_missing_data, train_tokenizer
-from titan_cpt.data.prepare.progress import progress
+from titan_cpt.data.prepare import progress
 from titan_cpt.data.tokenizer.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 
@@ -412,8 +412,8 @@ def test_ctrl_c_ends_prepare_in_a_line_and_the_same_command_resumes(tmp_path, wo
     (tmp_path / "a.jsonl").write_text(jsonl(words(1500)))
     script = tmp_path / "titan.py"
     script.write_text(
-        "import sys\nfrom titan_cpt import cli\nfrom titan_cpt.data import texts\n"
-        "texts.SMALLEST_CHUNK_BYTES = texts.LARGEST_CHUNK_BYTES = 2000\n"
+        "import sys\nfrom titan_cpt import cli\nfrom titan_cpt.data.prepare import text_sources\n"
+        "text_sources.SMALLEST_CHUNK_BYTES = text_sources.LARGEST_CHUNK_BYTES = 2000\n"
         'if __name__ == "__main__":\n    cli.main(sys.argv[1:])\n'
     )
     command = [
