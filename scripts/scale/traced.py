@@ -20,14 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.parallelize import ParallelOptions
-from titan_cpt.distributed.pipeline_parallel import build_model
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.registry import named_size
 from titan_cpt.planning.memory import footprint
 from titan_cpt.planning.parallel import MemoryInputs
+from titan_cpt.training.forward_backward import make_runner
 
 SEQ_LEN, SEQUENCES, ACCUMULATION = 256, 2, 2
 LAYOUTS = (
@@ -88,7 +89,9 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
         shape = named_size(family, "mini", 8000, layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
-        model, engine = build_model(shape, mesh, ParallelOptions(precision=torch.bfloat16))
+        options = ParallelOptions(precision=torch.bfloat16)
+        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
+        engine = make_runner(stages, compute_copy, mesh, options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.01)

@@ -17,14 +17,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.parallelize import ParallelOptions
-from titan_cpt.distributed.pipeline_parallel import build_model
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
 from titan_cpt.train import train_step
+from titan_cpt.training.forward_backward import make_runner
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 
 pytestmark = [
@@ -81,7 +82,9 @@ def one_step(family, precision, layout, *, accumulation=1):
         shape = named_size(family, "debug", 257, layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
-        model, engine = build_model(shape, mesh, ParallelOptions(precision=precision))
+        options = ParallelOptions(precision=precision)
+        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
+        engine = make_runner(stages, compute_copy, mesh, options)
         model.init_weights(0)
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         tokens = torch.arange(34).view(2, 17)

@@ -22,10 +22,10 @@ from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.checkpoint.provenance import longest_sequence, origin, precision_of, tokenizer_of
 from titan_cpt.checkpoint.storage import alone
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
+from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.parallelize import ParallelOptions
-from titan_cpt.distributed.pipeline_parallel import build_model
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.models import build
@@ -99,7 +99,7 @@ def open_checkpoint(
     sharded = sharded and ranks.world_size > 1
     if sharded:
         mesh = build_mesh(ranks, ParallelDims(dp_shard=ranks.world_size))
-        model, _ = build_model(shape, mesh, ParallelOptions(PRECISIONS[precision]))
+        model, _, _ = build_parallel_model(shape, mesh, ParallelOptions(PRECISIONS[precision]))
     else:
         with torch.device("meta"):
             model = build.build_model(shape)

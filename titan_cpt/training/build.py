@@ -29,10 +29,10 @@ from titan_cpt.data.inventory import open_streams, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import Float8, require_float8
 from titan_cpt.distributed.parallelize import ParallelOptions
-from titan_cpt.distributed.pipeline_parallel import build_model
 from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16, multiplied_in_float32
@@ -41,7 +41,7 @@ from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.planning.view import print_plan
-from titan_cpt.training.forward_backward import require_compiler
+from titan_cpt.training.forward_backward import make_runner, require_compiler
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.profiler import Profiler
@@ -85,7 +85,9 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
 
     mesh = build_mesh(ranks, plan.layout)
     set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
-    model, engine = build_model(plan.shape, mesh, parallel_options(config))
+    options = parallel_options(config)
+    model, pipeline_stages, compute_copy = build_parallel_model(plan.shape, mesh, options)
+    engine = make_runner(pipeline_stages, compute_copy, mesh, options)
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 

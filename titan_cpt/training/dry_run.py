@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
-from titan_cpt.distributed.pipeline_parallel import cut
+from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import local_parameters
@@ -62,7 +62,7 @@ def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str,
     try:
         mesh = build_mesh(ProcessInfo(rank, layout.world_size, torch.device("cpu")), layout)
         for stage in layout.stages_of(mesh.place.pipeline):
-            model = cut(plan.shape, mesh, stage)
+            model = build_pipeline_stage(plan.shape, mesh, stage)
             parallelize(model, mesh, parallel_options)
             for name, parameter in model.named_parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

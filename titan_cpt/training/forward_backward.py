@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -22,7 +23,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from titan_cpt.distributed.context_parallel import own_positions
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.master_weights import ComputeCopy
+from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.errors import ConfigError
+from titan_cpt.models.build import LanguageModel
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
 
@@ -122,7 +125,7 @@ class PipelineRunner:
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """As `SingleStageRunner.nats`. Stage after stage, by micro-batches, without overlap.
+        """As `SingleStageRunner.per_sequence_loss`. Stage after stage, by micro-batches, without overlap.
 
         `schedule.eval` fails for the V schedules (torch 2.13), and after it the next step finds out all shapes anew.
         """
@@ -161,6 +164,16 @@ class PipelineRunner:
 
 
 ModelRunner = SingleStageRunner | PipelineRunner
+
+
+def make_runner(
+    stages: Mapping[int, LanguageModel], compute_copy: ComputeCopy | None, mesh: Mesh, options: ParallelOptions
+) -> ModelRunner:
+    """The runner of this rank's pipeline stages; see `build_parallel_model` for stages and compute_copy."""
+    if mesh.layout.pp > 1:
+        width = next(iter(stages.values())).shape.width
+        return PipelineRunner(dict(stages), mesh, options.precision, width=width)
+    return SingleStageRunner(stages[0], mesh, compute_copy, compiled=options.compiled)
 
 
 def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:

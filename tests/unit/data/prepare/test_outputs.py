@@ -13,8 +13,8 @@ import pytest
 from prepared import documents_of, jsonl, run, words
 
 from titan_cpt.config.load import load_config
-from titan_cpt.data.prepare.missing import prepare_missing_data, train_tokenizer
 from titan_cpt.data.prepare import progress
+from titan_cpt.data.prepare.missing import prepare_missing_data, train_tokenizer
 from titan_cpt.data.tokenizer.tokenizer import train_bpe
 from titan_cpt.errors import DataError
 

@@ -1,0 +1,37 @@
+"""From a model spec to this rank's parallelized model."""
+
+from __future__ import annotations
+
+import torch
+
+from titan_cpt.distributed.device_mesh import Mesh
+from titan_cpt.distributed.float8 import require_float8
+from titan_cpt.distributed.master_weights import ComputeCopy
+from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
+from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage, merge_pipeline_stages
+from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.spec import ModelSpec
+
+
+def build_parallel_model(
+    spec: ModelSpec, mesh: Mesh, options: ParallelOptions
+) -> tuple[LanguageModel, dict[int, LanguageModel], ComputeCopy | None]:
+    """Build, parallelize and materialize the pipeline stages of this rank; their weights are not initialized yet.
+
+    Returns:
+        model: the float32 weights to initialize, train and save. It holds all pipeline stages of this rank under the
+            parameter names of the whole model, so that optimizer and checkpoints do not depend on the pipeline degree.
+        stages: the modules to run, by pipeline stage; a single stage 0 without pipeline parallelism.
+        compute_copy: updates stage 0 from `model` where they are two modules: in a single process with mixed precision.
+    """
+    if options.float8 is not None:
+        require_float8(mesh.ranks.device)
+    stages = {number: build_pipeline_stage(spec, mesh, number) for number in mesh.layout.stages_of(mesh.place.pipeline)}
+    for stage in stages.values():
+        parallelize(stage, mesh, options)
+        stage.to_empty(device="cpu" if options.offloaded else mesh.ranks.device)
+    if mesh.dims is not None or options.precision == torch.float32:
+        return merge_pipeline_stages(list(stages.values())), stages, None
+    model = build_pipeline_stage(spec, mesh, 0)
+    model.to_empty(device=mesh.ranks.device)
+    return model, stages, ComputeCopy(model, stages[0].to(options.precision))
