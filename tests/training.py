@@ -168,7 +168,7 @@ def loader_of(parts: Parts, stage: StagePlan) -> StageLoader:
         lambda step: parts.plan.batch(stage, step),
         steps=stage.steps,
         first_step=0,
-        accumulation=parts.plan.accumulation,
+        accumulation=parts.plan.gradient_accumulation_steps,
         local_batch=parts.plan.local_batch_size,
         rank=0,
         workers=0,

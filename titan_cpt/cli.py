@@ -210,29 +210,28 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.common.numbers import parse_bytes
     from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.planning.parallel import fewest_ranks
+    from titan_cpt.planning.parallel import min_world_size
     from titan_cpt.planning.planner import make_plan
 
     config = load_config(options.config, overrides)
     device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
-    world_size = options.world_size or fewest_ranks(config)
+    world_size = options.world_size or min_world_size(config)
     if options.suggest:
         return _suggest(config, options, world_size, device_bytes)
     inventory = take_inventory(config)
     plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *check_planned(config))), world_size)
     if options.json or options.lr_at or options.recipe:
-        from titan_cpt.planning.plan_json import plan_as_json
-        from titan_cpt.planning.view import lr_as_json, recipe_as_json
+        from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 
         answer = plan_as_json(plan, device_bytes)
         if options.lr_at:
             answer["lr_at"] = lr_as_json(plan, options.lr_at)
         if options.recipe:
-            answer["recipe"] = recipe_as_json(plan, *options.recipe)
+            answer["recipe"] = batch_as_json(plan, *options.recipe)
         print(json.dumps(answer))
     else:
         from titan_cpt.common.console import make_console
-        from titan_cpt.planning.view import print_plan
+        from titan_cpt.planning.plan_text import print_plan
 
         print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
@@ -260,7 +259,8 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
     for place, suggestion in enumerate(found[:5], 1):
         words = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
         print(
-            f"{place}. {suggestion.plan.layout.described()}: {suggestion.step_s:.2f} s a step\n   {suggestion.reason}"
+            f"{place}. {suggestion.plan.parallel_dims.described()}: {suggestion.step_s:.2f} s a step\n"
+            f"   {suggestion.reason}"
         )
         print(f"   {words}")
     return 0
@@ -282,23 +282,23 @@ def _train(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 def _sweep(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if options.plan:
         from titan_cpt.common.console import make_console
-        from titan_cpt.runs.sweep import print_arms
+        from titan_cpt.runs.sweep import print_sweep_plan
 
-        print_arms(options.files, overrides, make_console())
+        print_sweep_plan(options.files, overrides, make_console())
         return 0
     arm = options.arm
     if arm is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         arm = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    return _run_arms(options.files, overrides, options.launch, only=arm, train=not options.prepare_only)
+    return _train_sweep_runs(options.files, overrides, options.launch, only=arm, train=not options.prepare_only)
 
 
-def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: str | None, **how: Any) -> int:
+def _train_sweep_runs(files: Sequence[Path], overrides: list[tuple[str, str]], launch: str | None, **how: Any) -> int:
     from titan_cpt.common.console import make_console
-    from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, run_arms
+    from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, train_sweep_runs
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise PlanError("a sweep under torchrun: start it without; --launch ./run_train.sh starts each run's processes")
-    outcomes = run_arms(files, overrides, launch=shlex.split(launch) if launch else TRAIN, **how)
+    outcomes = train_sweep_runs(files, overrides, launch=shlex.split(launch) if launch else TRAIN, **how)
     print_outcomes(outcomes, make_console())
     return exit_status(outcomes)
 
@@ -306,15 +306,15 @@ def _run_arms(files: Sequence[Path], overrides: list[tuple[str, str]], launch: s
 def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.config.load import load_run
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.planning.parallel import fewest_ranks
+    from titan_cpt.planning.parallel import min_world_size
     from titan_cpt.planning.planner import make_plan
     from titan_cpt.runs.baselines import write_baselines
 
     config = load_run(options.config, overrides)
-    plan = make_plan(config, take_inventory(config), fewest_ranks(config))
+    plan = make_plan(config, take_inventory(config), min_world_size(config))
     paths = write_baselines(config, plan, options.output)
     if options.train:
-        return _run_arms(paths, [], options.launch)
+        return _train_sweep_runs(paths, [], options.launch)
     print(f"titan-cpt sweep {paths[0].parent}/*.toml   # trains the run itself and them, what they share once")
     return 0
 

@@ -165,7 +165,7 @@ def transition(parts: Parts, stage: StagePlan) -> int:
         "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
         "lr": f"{stage.lr_at(0):.4g} at the first step",
     }
-    used = {"data": dict(sorted(stage.before.trained.items())), "replay": dict(sorted(stage.before.replayed.items()))}
+    used = {"data": dict(sorted(stage.history.trained.items())), "replay": dict(sorted(stage.history.replayed.items()))}
     parts.log.event("transition", stage=stage.name, step=0, **carried, **used)
     parts.log.rewind(parts.plan.steps_before(stage))
     parts.display.transition(stage, carried)
@@ -227,7 +227,7 @@ def open_loader(parts: Parts, stage: StagePlan, first_step: int) -> StageLoader:
         partial(parts.plan.batch, stage),  # no lambda: where reading processes are not forked, it is pickled
         steps=stage.steps,
         first_step=first_step,
-        accumulation=parts.plan.accumulation,
+        accumulation=parts.plan.gradient_accumulation_steps,
         local_batch=parts.plan.local_batch_size,
         rank=parts.mesh.data_rank,
         workers=parts.config.training.num_workers,
@@ -238,7 +238,7 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
     """One optimizer step: accumulate, reduce, clip, update. A loss or gradient that is not finite changes no weight."""
     plan, model, optimizer = parts.plan, parts.model, parts.optimizer
     loss = torch.zeros((), device=parts.ranks.device)
-    for micro in range(plan.accumulation):
+    for micro in range(plan.gradient_accumulation_steps):
         inputs_BL, targets_BL = loader.batch(step, micro)
         loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
     loss = parts.mesh.summed_shares(loss)
@@ -255,7 +255,7 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
 
 def pass_over(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
     """A step whose batch is read and not used: the schedule and the data go on, weights and moments stay."""
-    for micro in range(parts.plan.accumulation):
+    for micro in range(parts.plan.gradient_accumulation_steps):
         loader.batch(step, micro)
     set_lr(parts.optimizer, stage.lr_at(step))
     nothing = torch.full((), torch.nan, device=parts.ranks.device)

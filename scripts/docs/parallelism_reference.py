@@ -12,7 +12,7 @@ from typing import Any
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.parallel_dims import SCHEDULES
 from titan_cpt.models.registry import named_size
-from titan_cpt.planning.parallel_rules import CPU_RULES, RULES, layout_faults
+from titan_cpt.planning.parallel_rules import CPU_RULES, RULES, parallel_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "distributed"))
 from parity_layouts import CASES, FLOAT8, LLAMAS, Case
@@ -205,7 +205,7 @@ def _faults(wanted: dict[str, Any]) -> list[str]:
         tables.setdefault(table, {})[key] = value
     config = Config.model_validate(tables)
     shape = named_size("gpt_neox", "debug", 257, 2, config.model.model_dump(include={"layers", "width", "heads"}))
-    return list(layout_faults(config, shape, 16))
+    return list(parallel_problems(config, shape, 16))
 
 
 def _refused() -> list[str]:

@@ -25,7 +25,7 @@ from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
 from titan_cpt.reporting.comparison import compare
 from titan_cpt.reporting.summary import Record, read_run
-from titan_cpt.runs.sweep_runs import Arm, read_arms
+from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -101,14 +101,14 @@ def first_lines(path: Path, most_bytes: int) -> str:
 def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, launch: str | None) -> int:
     """Train the arms that have no result yet, `jobs` at once, and keep what each one measured; how many failed."""
     files = [HERE / "configs" / f"{name}.toml" for name in sweeps]
-    arms = read_arms(files)
-    broken = [arm for arm in arms if not isinstance(arm, Arm)]
+    arms = read_sweep_runs(files)
+    broken = [arm for arm in arms if not isinstance(arm, SweepRun)]
     if broken:
         raise SystemExit(f"{broken[0].name}: {broken[0].fault}")
     waiting = in_turn([(number, arm) for number, arm in enumerate(arms) if not has_result(arm, results)])
     print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them done", flush=True)
 
-    def one(number: int, arm: Arm) -> bool:
+    def one(number: int, arm: SweepRun) -> bool:
         words = [*_TITAN, "sweep", *map(str, files), "--arm", str(number)]
         words += ["--launch", launch or shlex.join([*_TITAN, "train"])]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -124,17 +124,17 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
         return sum(not good for good in pool.map(lambda each: one(*each), waiting[:most]))
 
 
-def in_turn(arms: list[tuple[int, Arm]]) -> list[tuple[int, Arm]]:
+def in_turn(arms: list[tuple[int, SweepRun]]) -> list[tuple[int, SweepRun]]:
     """The first seed of every arm, then the second of every arm ...: a set stopped early has as much on every claim."""
     return sorted(arms, key=lambda each: each[1].config.job.seed)
 
 
-def result_folder(arm: Arm, results: Path) -> Path:
+def result_folder(arm: SweepRun, results: Path) -> Path:
     """Where an arm's result lies: SWEEP/ARM."""
     return results / arm.folder.parent.name / arm.folder.name
 
 
-def has_result(arm: Arm, results: Path) -> bool:
+def has_result(arm: SweepRun, results: Path) -> bool:
     """Whether there is a result of this very plan."""
     path = result_folder(arm, results) / "plan.json"
     return path.exists() and json.loads(path.read_text())["fingerprint"] == arm.plan.fingerprint

@@ -37,7 +37,7 @@ TORCHLESS = (
     "reporting.summary",
     "reporting.comparison",
     "planning.planner",
-    "planning.view",
+    "planning.plan_text",
     "planning.suggest",
     "data.inventory",
     "checkpoint.weights_tokenizer",

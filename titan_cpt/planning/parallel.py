@@ -8,15 +8,15 @@ from titan_cpt.config.schema import Config
 from titan_cpt.distributed.parallel_dims import ParallelDims
 
 
-def fewest_ranks(config: Config) -> int:
+def min_world_size(config: Config) -> int:
     """The smallest number of ranks that the config's degrees can be laid over."""
     asked = config.parallelism
     model = asked.tensor_parallel_degree * asked.pipeline_parallel_degree * asked.context_parallel_degree
     return model * asked.data_parallel_replicate_degree * (asked.data_parallel_shard_degree or 1)
 
 
-def layout_of(config: Config, world_size: int) -> ParallelDims:
-    """The layout that the config asks for on so many ranks; whether it can be is `layout_faults`' to say."""
+def parallel_dims_of(config: Config, world_size: int) -> ParallelDims:
+    """The layout that the config asks for on so many ranks; whether it can be is `parallel_problems`' to say."""
     asked = config.parallelism
     pp, tp, cp = asked.pipeline_parallel_degree, asked.tensor_parallel_degree, asked.context_parallel_degree
     replicate = asked.data_parallel_replicate_degree

@@ -1,7 +1,7 @@
 """Every combination of layout, model and batch that is refused, with the reason and the nearest valid choice.
 
-The plan asks `layout_faults`; docs/parallelism.md is made from the same `RULES`. A rule is here because torch cannot do
-it, or because torch does it and gives wrong numbers without a word.
+`make_plan` calls `parallel_problems`; docs/parallelism.md is generated from the same `RULES`. Each rule excludes what
+torch cannot do, or what it computes wrongly without an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import LlamaSpec, ModelSpec
 from titan_cpt.planning.memory import block_parameters
-from titan_cpt.planning.parallel import layout_of
+from titan_cpt.planning.parallel import parallel_dims_of
 
 _PARALLELISM = "parallelism."
 
@@ -32,7 +32,7 @@ class RuleInput:
     @property
     def layout(self) -> ParallelDims:
         """The layout asked for, possible or not."""
-        return layout_of(self.config, self.world_size)
+        return parallel_dims_of(self.config, self.world_size)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def check_device(config: Config, device: str) -> None:
         raise PlanError("\n".join(["not on a CPU:", *(f"  - {fault}" for fault in found)]))
 
 
-def layout_faults(config: Config, shape: ModelSpec, world_size: int) -> Iterator[str]:
+def parallel_problems(config: Config, shape: ModelSpec, world_size: int) -> Iterator[str]:
     """A message for every rule that the config breaks on so many ranks."""
     asked = RuleInput(config, shape, world_size)
     if config.parallelism.pipeline_parallel_degree > 1:

@@ -47,7 +47,7 @@ class TrainingHistory:
 
 
 @dataclass(frozen=True)
-class AdamWNumbers:
+class AdamWHyperparameters:
     """The optimizer's numbers in one stage."""
 
     betas: tuple[float, float]
@@ -72,7 +72,7 @@ class StagePlan:
         datasets: the names of those that are new here.
         init: `previous` and `stage:` as the Point they mean; `random`, `checkpoint:PATH` and `hf:NAME` as text.
         pre_anneal_step: steps done when the constant phase of an infinite or wsd schedule ends; None without one.
-        before: the history of the weights that the stage begins with.
+        history: the history of the weights that the stage begins with.
         tree: which sequence comes when.
         shares: exact share of each dataset in the stage's sequences, replay included.
         final_window: steps done at which the paper's final loss is sampled; empty when it is not asked for.
@@ -85,13 +85,13 @@ class StagePlan:
     schedule: lr_schedules.Schedule
     init: StageCheckpoint | str
     keep_optimizer: bool
-    optimizer: AdamWNumbers
+    optimizer: AdamWHyperparameters
     pre_anneal_step: int | None
-    before: TrainingHistory
+    history: TrainingHistory
     tree: Tree
     shares: Mapping[str, Fraction]
-    use: Mapping[str, DatasetUse]
-    domain_use: Mapping[str, DatasetUse]
+    use_by_dataset: Mapping[str, DatasetUse]
+    use_by_source: Mapping[str, DatasetUse]
     final_window: tuple[int, ...]
     recipe: Mapping[str, Any]
 
@@ -105,9 +105,9 @@ class Plan:
     """The whole run on a given number of ranks.
 
     Attributes:
-        layout: how the ranks share the work.
+        parallel_dims: how the ranks share the work.
         footprint: what that costs each of them.
-        accumulation: local batches of one data-parallel rank in one step.
+        gradient_accumulation_steps: local batches of one data-parallel rank in one step.
         sequences: of every source; None where the data is not there yet.
         base_recipe: what must never change in a run, by dotted key.
         notes: doubts a user should hear before any money is spent.
@@ -120,9 +120,9 @@ class Plan:
     seq_len: int
     global_batch_size: int
     local_batch_size: int
-    layout: ParallelDims
+    parallel_dims: ParallelDims
     footprint: Footprint
-    accumulation: int
+    gradient_accumulation_steps: int
     sequences: Mapping[str, int | None]
     base_recipe: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -130,12 +130,12 @@ class Plan:
     @property
     def world_size(self) -> int:
         """All ranks."""
-        return self.layout.world_size
+        return self.parallel_dims.world_size
 
     @property
     def data_parallel(self) -> int:
         """Ranks that read different sequences."""
-        return self.layout.data_parallel
+        return self.parallel_dims.data_parallel
 
     @property
     def step_tokens(self) -> int:

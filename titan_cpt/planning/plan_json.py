@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from titan_cpt.planning.parallel_view import layout_as_json
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.lr_schedules import lr_at
+from titan_cpt.planning.parallel_text import parallel_as_json
 from titan_cpt.planning.plan import Plan, StagePlan
 
 
@@ -17,9 +20,9 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
         "name": plan.name,
         "fingerprint": plan.fingerprint,
         "world_size": plan.world_size,
-        "accumulation": plan.accumulation,
+        "accumulation": plan.gradient_accumulation_steps,
         "step_tokens": plan.step_tokens,
-        "layout": layout_as_json(plan, device_bytes),
+        "layout": parallel_as_json(plan, device_bytes),
         "model": {
             "family": plan.shape.family,
             "parameters": plan.shape.parameters,
@@ -37,8 +40,8 @@ def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
     """One entry of `stages`: steps, tokens, data, learning rates and where the stage's weights come from."""
     tokens = stage.steps * plan.step_tokens
     lrs = [stage.lr_at(step) for step in _turning_steps(stage)]
-    use = {name: vars(use) for name, use in stage.use.items()}
-    domains = {name: vars(use) for name, use in stage.domain_use.items() if "." in name}
+    use = {name: vars(use) for name, use in stage.use_by_dataset.items()}
+    domains = {name: vars(use) for name, use in stage.use_by_source.items() if "." in name}
     return {
         "name": stage.name,
         "steps": stage.steps,
@@ -61,3 +64,19 @@ def _turning_steps(stage: StagePlan) -> list[int]:
     """Steps among which the stage's highest LR is found: its ends, and both sides of every phase's border."""
     borders = {math.floor(phase.end) + side for phase in stage.schedule for side in (-1, 0)}
     return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
+
+
+def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+    """{stage: {"t": LR}} for t as METHOD counts it: the first step of a stage is t = 1, past the end the LR stays."""
+    return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
+
+
+def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
+    """[[source, ordinal], ...] of one global batch, in batch order.
+
+    Raises:
+        PlanError: there is no such stage or step.
+    """
+    if not step.isdecimal():
+        raise PlanError(f"--recipe: a 0-based step is a whole number, got {step!r}")
+    return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]

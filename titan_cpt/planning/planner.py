@@ -31,12 +31,12 @@ from titan_cpt.errors import PlanError
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
-from titan_cpt.planning.advice import advice
+from titan_cpt.planning.input_notes import input_notes
 from titan_cpt.planning.memory import footprint
-from titan_cpt.planning.notes import plan_notes
-from titan_cpt.planning.parallel import MemoryInputs, layout_of
-from titan_cpt.planning.parallel_rules import layout_faults
-from titan_cpt.planning.plan import AdamWNumbers, DatasetUse, Plan, StageCheckpoint, StagePlan, TrainingHistory
+from titan_cpt.planning.parallel import MemoryInputs, parallel_dims_of
+from titan_cpt.planning.parallel_rules import parallel_problems
+from titan_cpt.planning.plan import AdamWHyperparameters, DatasetUse, Plan, StageCheckpoint, StagePlan, TrainingHistory
+from titan_cpt.planning.stage_notes import stage_notes
 
 DEFAULT_MIN_DIVISOR = 10  # the paper's eta_min = 0.1 * eta_max
 
@@ -55,9 +55,11 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         config.parallelism.tensor_parallel_degree,
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
-    faults: list[str] = list(layout_faults(config, shape, world_size))
-    notes = list(plan_notes(config, inventory, shape))
-    layout = ParallelDims() if faults else layout_of(config, world_size)  # a layout that cannot be has no accumulation
+    faults: list[str] = list(parallel_problems(config, shape, world_size))
+    notes = list(input_notes(config, inventory, shape))
+    layout = (
+        ParallelDims() if faults else parallel_dims_of(config, world_size)
+    )  # a layout that cannot be has no accumulation
     per_step = layout.data_parallel * config.training.local_batch_size
     if config.training.global_batch_size % per_step:
         faults.append(
@@ -67,7 +69,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         )
     planner = _Planner(config, inventory, faults, notes)
     stages = planner.stages()
-    notes += [] if faults else advice(stages)
+    notes += [] if faults else stage_notes(stages)
     if faults:
         raise PlanError(
             "\n".join(
@@ -85,9 +87,9 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
-        layout=layout,
+        parallel_dims=layout,
         footprint=footprint(shape, layout, _work(config, layout, config.training.global_batch_size // per_step)),
-        accumulation=config.training.global_batch_size // per_step,
+        gradient_accumulation_steps=config.training.global_batch_size // per_step,
         sequences=planner.sequences,
         base_recipe=_base_recipe(config, shape),
         notes=tuple(notes),
@@ -186,11 +188,11 @@ class _Planner:
             keep_optimizer=stage.optimizer_state == "keep",
             optimizer=_adamw_numbers(self.config, stage),
             pre_anneal_step=_pre_anneal_step(stage, steps, end_points),
-            before=before,
+            history=before,
             tree=tree,
             shares=shares,
-            use=self._use(tree, steps, by_dataset=True),
-            domain_use=self._use(tree, steps, by_dataset=False),
+            use_by_dataset=self._use(tree, steps, by_dataset=True),
+            use_by_source=self._use(tree, steps, by_dataset=False),
             final_window=final_window(
                 steps, self.config.validation.final_window_steps, self.config.validation.final_window_every
             ),
@@ -235,13 +237,13 @@ class _Planner:
             return TrainingHistory(0, {}, {}, {})
         stage = self.done[init.stage]
         items = init.steps_done * self.batch
-        trained, replayed = dict(stage.before.trained), dict(stage.before.replayed)
+        trained, replayed = dict(stage.history.trained), dict(stage.history.replayed)
         for leaf, count in counts(stage.tree, items).items():
             (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
-        exposure = dict(stage.before.exposure)
+        exposure = dict(stage.history.exposure)
         for name, share in stage.shares.items():
             exposure[name] = bounded(exposure.get(name, Fraction(0)) + share * items)
-        return TrainingHistory(stage.before.steps + init.steps_done, trained, replayed, exposure)
+        return TrainingHistory(stage.history.steps + init.steps_done, trained, replayed, exposure)
 
     def _spread(
         self, weights: Mapping[str, Fraction], *, replayed: bool, before: TrainingHistory, stage: Stage
@@ -448,10 +450,10 @@ def final_window(steps: int, span: int, every: int) -> tuple[int, ...]:
     return tuple(sorted(steps - back for back in range(0, span, every) if steps - back > 0))
 
 
-def _adamw_numbers(config: Config, stage: Stage) -> AdamWNumbers:
+def _adamw_numbers(config: Config, stage: Stage) -> AdamWHyperparameters:
     numbers = config.optimizer.model_dump(exclude={"name"})
     numbers |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
-    return AdamWNumbers((numbers["beta1"], numbers["beta2"]), numbers["eps"], numbers["weight_decay"])
+    return AdamWHyperparameters((numbers["beta1"], numbers["beta2"]), numbers["eps"], numbers["weight_decay"])
 
 
 def _stage_recipe(

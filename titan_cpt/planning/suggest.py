@@ -92,7 +92,7 @@ def suggestions(config: Config, inventory: DataInventory, world_size: int, devic
             continue
         if fits(plan.footprint, device_bytes):
             found = _estimated(plan, overrides, device)
-            layout = plan.layout
+            layout = plan.parallel_dims
             degrees = (layout.tp, layout.pp, layout.cp)
             if degrees not in best or found.step_s < best[degrees].step_s:
                 best[degrees] = found
@@ -135,7 +135,7 @@ def _with(config: Config, overrides: dict[str, str]) -> Config:
 
 
 def _estimated(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
-    layout, costs = plan.layout, plan.footprint
+    layout, costs = plan.parallel_dims, plan.footprint
     again = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
     products = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
     computing = products * (1 + again) / (1 - costs.bubble)

@@ -45,7 +45,7 @@ def write_baselines(config: Config, plan: Plan, folder: Path | None, say: Callab
         ConfigError: there is nothing to compare with (the config has one stage that begins at random weights), or a
             file would be replaced that this command did not write for this job.
     """
-    found = list(derive(config, plan))
+    found = list(derive_baselines(config, plan))
     if not found:
         raise ConfigError(
             f"{config.job.name}: one stage from random weights has no baselines; there must be a stage that goes on"
@@ -112,7 +112,7 @@ def _require_own(texts: Mapping[Path, str], job_name: str) -> None:
         )
 
 
-def derive(config: Config, plan: Plan) -> Iterator[Baseline]:
+def derive_baselines(config: Config, plan: Plan) -> Iterator[Baseline]:
     """Every comparison run that makes sense for the config, each once."""
     tables: _Tables = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     tables["job"]["output_dir"] = str(_runs_folder(config))

@@ -31,7 +31,14 @@ from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.reporting.comparison import compare, print_comparison
 from titan_cpt.reporting.summary import labelled, read_runs
-from titan_cpt.runs.sweep_runs import Arm, BrokenArm, adopt, read_arms, shared_stages, without_sweep
+from titan_cpt.runs.sweep_runs import (
+    InvalidSweepRun,
+    SweepRun,
+    adopt_shared_stages,
+    read_sweep_runs,
+    shared_stages,
+    without_sweep,
+)
 
 CONFIG_NAME = "arm.toml"  # config.toml is the run's own record of what it was trained under
 CONSOLE_NAME = "console.txt"
@@ -58,7 +65,7 @@ class Outcome:
     message: str = ""
 
 
-def run_arms(
+def train_sweep_runs(
     paths: Sequence[Path],
     overrides: Sequence[tuple[str, str]],
     *,
@@ -75,9 +82,9 @@ def run_arms(
         train: False writes the configs, adopts what is there, and leaves the training to others.
 
     Raises:
-        ConfigError: as `read_arms`, or there is no arm of that number.
+        ConfigError: as `read_sweep_runs`, or there is no arm of that number.
     """
-    count = len(read_arms(paths, overrides))
+    count = len(read_sweep_runs(paths, overrides))
     if (single := without_sweep(paths)) is not None:
         say(_SINGLE_RUN.format(path=single))
     if only is not None and not 0 <= only < count:
@@ -85,7 +92,7 @@ def run_arms(
     outcomes: list[Outcome] = []
     with _Stop() as stop:
         for number in range(count) if only is None else [only]:
-            arms = read_arms(paths, overrides)  # again: data and tokenizer may have come to be
+            arms = read_sweep_runs(paths, overrides)  # again: data and tokenizer may have come to be
             if any(outcome.state == "stopped" for outcome in outcomes):
                 outcomes.append(Outcome(arms[number].name, "not run", None))
             else:
@@ -95,16 +102,16 @@ def run_arms(
 
 
 def _one(
-    arm: Arm | BrokenArm,
-    arms: Sequence[Arm | BrokenArm],
+    arm: SweepRun | InvalidSweepRun,
+    arms: Sequence[SweepRun | InvalidSweepRun],
     launch: Sequence[str],
     stop: _Stop,
     say: Callable[[str], None],
 ) -> Outcome:
-    if isinstance(arm, BrokenArm):
+    if isinstance(arm, InvalidSweepRun):
         say(f"  cannot be: {arm.fault}")
         return Outcome(arm.name, "failed", None, arm.fault)
-    others = [other for other in arms if isinstance(other, Arm)]
+    others = [other for other in arms if isinstance(other, SweepRun)]
     begin = time.monotonic()
     try:
         if arm.is_done():
@@ -112,7 +119,7 @@ def _one(
             return Outcome(arm.name, "skipped", arm.folder)
         with _turn(arm, others, stop, say) as has_shared_stages:
             require_own_run(arm.folder, arm.config)
-            adopted = adopt(arm, others)
+            adopted = adopt_shared_stages(arm, others)
             if adopted:
                 say(f"  adopted {adopted}")
             config = arm.folder / CONFIG_NAME
@@ -140,7 +147,9 @@ def _one(
 
 
 @contextmanager
-def _turn(arm: Arm, others: Sequence[Arm], stop: _Stop, say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def _turn(
+    arm: SweepRun, others: Sequence[SweepRun], stop: _Stop, say: Callable[[str], None]
+) -> Iterator[Callable[[], bool]]:
     """One arm at a time trains what is shared; yields what lets go of the turn once that is there.
 
     What is yielded is called now and then, and answers whether the turn is over.
@@ -252,15 +261,15 @@ def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     print_comparison(compare(records), console, failed)
 
 
-def print_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]], console: Console) -> None:
+def print_sweep_plan(paths: Sequence[Path], overrides: Sequence[tuple[str, str]], console: Console) -> None:
     """Number, name, budget and cost of every arm, and which of its stages others share."""
-    arms = read_arms(paths, overrides)
-    sound = [arm for arm in arms if isinstance(arm, Arm)]
+    arms = read_sweep_runs(paths, overrides)
+    sound = [arm for arm in arms if isinstance(arm, SweepRun)]
     table = Table(header_style="bold")
     for column in ("arm", "name", "plan", "steps", "tokens", "FLOPs", "shared stages", "state"):
         table.add_column(column, justify="right" if column in ("arm", "steps", "tokens", "FLOPs") else "left")
     for number, arm in enumerate(arms):
-        if isinstance(arm, BrokenArm):
+        if isinstance(arm, InvalidSweepRun):
             table.add_row(str(number), escape(arm.name), *[""] * 5, "cannot be")
             continue
         steps = sum(stage.steps for stage in arm.plan.stages)
@@ -273,5 +282,5 @@ def print_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]], cons
     if (single := without_sweep(paths)) is not None:
         console.print(_SINGLE_RUN.format(path=single), highlight=False, markup=False, soft_wrap=True)
     for arm in arms:
-        if isinstance(arm, BrokenArm):
+        if isinstance(arm, InvalidSweepRun):
             console.print(f"[bold]{escape(arm.name)}[/]: {escape(arm.fault)}", highlight=False)

@@ -27,7 +27,7 @@ from titan_cpt.config.sweep import point_names, points
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.mixture import leaves
 from titan_cpt.errors import CheckpointError, ConfigError
-from titan_cpt.planning.parallel import fewest_ranks
+from titan_cpt.planning.parallel import min_world_size
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
@@ -39,7 +39,7 @@ _OF_VALIDATION = {"validation", "validation_format"}
 
 
 @dataclass(frozen=True)
-class Arm:
+class SweepRun:
     """One run of a comparison: its config, and the plan on the fewest ranks of its layout."""
 
     name: str
@@ -62,27 +62,29 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class BrokenArm:
+class InvalidSweepRun:
     """A run that cannot be: its name, and what is wrong with it."""
 
     name: str
     fault: str
 
 
-def read_arms(paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()) -> list[Arm | BrokenArm]:
+def read_sweep_runs(
+    paths: Sequence[Path], overrides: Sequence[tuple[str, str]] = ()
+) -> list[SweepRun | InvalidSweepRun]:
     """The arms of every file: of its [sweep], in `<output_dir>/<job.name>/<arm>`, or the file itself as one run.
 
     Raises:
         ConfigError: a file that cannot be read, none of whose arms can be, or two arms of one folder.
     """
-    found: list[Arm | BrokenArm] = []
+    found: list[SweepRun | InvalidSweepRun] = []
     for path in paths:
         arms = [_arm(raw, path) for raw in _tables_of_arms(path, overrides)]
-        broken = [arm for arm in arms if isinstance(arm, BrokenArm)]
+        broken = [arm for arm in arms if isinstance(arm, InvalidSweepRun)]
         if len(broken) == len(arms):
             raise ConfigError(broken[0].fault)
         found += arms
-    folders = [arm.folder for arm in found if isinstance(arm, Arm)]
+    folders = [arm.folder for arm in found if isinstance(arm, SweepRun)]
     for folder in folders:
         if folders.count(folder) > 1:
             raise ConfigError(f"{folder}: two arms would be trained in this folder; give their files other job.names")
@@ -112,21 +114,21 @@ def _tables_of_arms(path: Path, overrides: Sequence[tuple[str, str]]) -> list[di
     return arms or [raw]
 
 
-def _arm(raw: dict[str, Any], path: Path) -> Arm | BrokenArm:
+def _arm(raw: dict[str, Any], path: Path) -> SweepRun | InvalidSweepRun:
     name = str(raw["job"]["name"])
     try:
         config = check_config(raw, path)
-        return Arm(name, config, make_plan(config, take_inventory(config), fewest_ranks(config)))
+        return SweepRun(name, config, make_plan(config, take_inventory(config), min_world_size(config)))
     except ConfigError as error:  # a plan's faults too
-        return BrokenArm(name, str(error))
+        return InvalidSweepRun(name, str(error))
 
 
-def shared_stages(arm: Arm, others: Sequence[Arm]) -> int:
+def shared_stages(arm: SweepRun, others: Sequence[SweepRun]) -> int:
     """How many of its first stages some other arm begins with too."""
     return max((_alike(arm, other) for other in others if other.folder != arm.folder), default=0)
 
 
-def _alike(arm: Arm, other: Arm) -> int:
+def _alike(arm: SweepRun, other: SweepRun) -> int:
     if not _measured_alike(arm, other) or not _computed_alike(arm, other):
         return 0
     count = 0
@@ -139,7 +141,7 @@ def _alike(arm: Arm, other: Arm) -> int:
     return count
 
 
-def _measured_alike(arm: Arm, other: Arm) -> bool:
+def _measured_alike(arm: SweepRun, other: SweepRun) -> bool:
     """Whether what was measured on the way counts for the arm too: the same held-out windows, at the same steps."""
     ours, theirs = arm.config, other.config
     held_out = {name: table.validation for name, table in theirs.datasets.items() if table.validation}
@@ -147,7 +149,7 @@ def _measured_alike(arm: Arm, other: Arm) -> bool:
     return same and ours.validation == theirs.validation and ours.tokenizer.path == theirs.tokenizer.path
 
 
-def _computed_alike(arm: Arm, other: Arm) -> bool:
+def _computed_alike(arm: SweepRun, other: SweepRun) -> bool:
     """Whether the same recipe gives both the same bits: rounding and skipped batches depend on more than the recipe."""
     ours, theirs = arm.config, other.config
     same = all(
@@ -158,14 +160,14 @@ def _computed_alike(arm: Arm, other: Arm) -> bool:
     return same and ours.job.deterministic == theirs.job.deterministic
 
 
-def _trained_on(arm: Arm, index: int) -> dict[str, Any]:
+def _trained_on(arm: SweepRun, index: int) -> dict[str, Any]:
     """The tables of the datasets that a stage trains on, replay included, without what only validation reads."""
     names = {leaf.source.partition(".")[0] for leaf in leaves(arm.plan.stages[index].tree)}
     exclude: dict[str, Any] = dict.fromkeys(_OF_VALIDATION, True) | {"domains": {"__all__": _OF_VALIDATION}}
     return {name: arm.config.datasets[name].model_dump(exclude=exclude) for name in sorted(names)}
 
 
-def adopt(arm: Arm, others: Sequence[Arm]) -> str:
+def adopt_shared_stages(arm: SweepRun, others: Sequence[SweepRun]) -> str:
     """Make the arm's folder begin where the furthest of the others has come on stages that are its own too.
 
     Says what was adopted, or nothing: the arm has checkpoints already, or nobody is ahead of it.
@@ -195,7 +197,7 @@ def adopt(arm: Arm, others: Sequence[Arm]) -> str:
     return f"{names} from {best.folder} (recipe {fingerprint(arm.plan.recipe_until(count - 1))})"
 
 
-def _kept_points(donor: Arm, plan: Plan, index: int) -> list[Path]:
+def _kept_points(donor: SweepRun, plan: Plan, index: int) -> list[Path]:
     folders = matching(donor.folder / plan.stages[index].name, "step-*")
     return [folder for folder in folders if _is_of(folder, plan, index, kinds=_KEPT)]
 
@@ -210,7 +212,7 @@ def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = ("sta
     return in_place and record["kind"] in kinds and not differences(record["recipe"], plan.recipe_until(index))
 
 
-def _write_past(donor: Arm, arm: Arm, count: int) -> None:
+def _write_past(donor: SweepRun, arm: SweepRun, count: int) -> None:
     """metrics.jsonl of what was adopted, from which forgetting is computed."""
     stages = [stage.name for stage in arm.plan.stages[:count]]
     found = read_metrics(donor.folder, [stage.name for stage in donor.plan.stages])

@@ -39,8 +39,8 @@ from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16, multiplied_in_float32
 from titan_cpt.planning.parallel_rules import check_device
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import plan_as_json
+from titan_cpt.planning.plan_text import print_plan
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.view import print_plan
 from titan_cpt.training.forward_backward import make_runner, require_compiler
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
@@ -83,7 +83,7 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
                 'training.mixed_precision_param = "float32" is faster here and more exact'
             )
 
-    mesh = build_mesh(ranks, plan.layout)
+    mesh = build_mesh(ranks, plan.parallel_dims)
     set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
     options = parallel_options(config)
     model, pipeline_stages, compute_copy = build_parallel_model(plan.shape, mesh, options)

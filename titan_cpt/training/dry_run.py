@@ -35,7 +35,7 @@ def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]
     """
     if parallel_options.float8 is not None:
         require_float8(torch.device("cpu"))
-    began, layout = time.perf_counter(), plan.layout
+    began, layout = time.perf_counter(), plan.parallel_dims
     group = layout.world_size // layout.pp
     for pipeline in range(layout.pp):
         for rank in sorted({pipeline * group, (pipeline + 1) * group - 1}):
@@ -55,7 +55,7 @@ def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]
 
 def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str, int]:
     """Numbers of each parameter that a rank would keep, by the whole model's names."""
-    layout = plan.layout
+    layout = plan.parallel_dims
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     held = {}

@@ -6,9 +6,9 @@ import pytest
 
 from titan_cpt.config.load import read_with_bases
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.planning.parallel import fewest_ranks
+from titan_cpt.planning.parallel import min_world_size
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.runs.sweep_runs import Arm, read_arms
+from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
 CONFIGS = Path(__file__).resolve().parents[3] / "train_configs"
 RUNS = sorted(CONFIGS.glob("*.toml"))
@@ -49,8 +49,8 @@ SHARES_OF_THE_SPLITS = {  # METHOD section 3, in per cent of the stage
 
 def arms_of(path):
     """The arms of a file, all of them sound."""
-    arms = read_arms([path])
-    assert all(isinstance(arm, Arm) for arm in arms), arms
+    arms = read_sweep_runs([path])
+    assert all(isinstance(arm, SweepRun) for arm in arms), arms
     return arms
 
 
@@ -73,7 +73,7 @@ def test_every_shipped_config_loads_and_plans(path):
 
     assert read_with_bases(path)["job"]["name"] == path.stem
     for arm in arms:
-        plan = make_plan(arm.config, take_inventory(arm.config), fewest_ranks(arm.config))
+        plan = make_plan(arm.config, take_inventory(arm.config), min_world_size(arm.config))
         assert plan.fingerprint == arm.plan.fingerprint
 
 
@@ -162,8 +162,8 @@ def test_replay_takes_its_share_of_the_same_budget(name, stage, fractions):
     """Of the Pile, in sequences: within one of the asked per cent of the stage's, in every arm."""
     for plan, percent in zip(plans_of(CONFIGS / f"{name}.toml"), fractions, strict=True):
         last = plan.stage(stage)
-        replayed = sum(use.replayed_tokens for use in last.use.values())
-        budget = sum(use.tokens for use in last.use.values())
+        replayed = sum(use.replayed_tokens for use in last.use_by_dataset.values())
+        budget = sum(use.tokens for use in last.use_by_dataset.values())
 
         assert abs(replayed - percent / 100 * budget) < 2048
         assert budget == last.steps * STEP_TOKENS
@@ -186,7 +186,7 @@ def test_the_sweeps_of_peak_warm_up_and_constant_lr(dataset):
     assert firsts[1:] == pytest.approx([3e-4 / (share * steps) for share in (0.005, 0.01, 0.02)])
     assert ends == pytest.approx([3e-5, 3e-4])
     for stage in [*last_of("lr"), *last_of("warmup"), *last_of("constant")]:
-        assert sum(use.replayed_tokens for use in stage.use.values()) == 0
+        assert sum(use.replayed_tokens for use in stage.use_by_dataset.values()) == 0
 
 
 @pytest.mark.parametrize("size", ["405m", "10b"])
@@ -211,7 +211,7 @@ def test_four_datasets_in_a_row_are_replayed_as_the_paper_did():
 def test_slimpajamas_domains_have_the_papers_weights():
     """In per cent of the sequences; the largest is Common Crawl with 52.09."""
     (plan,) = plans_of(CONFIGS / "405m_slimpajama.toml")
-    use = {name.partition(".")[2]: use.tokens for name, use in plan.stages[0].domain_use.items()}
+    use = {name.partition(".")[2]: use.tokens for name, use in plan.stages[0].use_by_source.items()}
     percent = {name: 100 * tokens / (T300 * STEP_TOKENS) for name, tokens in use.items()}
 
     assert percent == pytest.approx(

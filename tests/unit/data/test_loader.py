@@ -57,7 +57,7 @@ def loader_of(reader, plan, stage, *, rank=0, first_step=0, workers=0):
         lambda step: plan.batch(stage, step),
         steps=stage.steps,
         first_step=first_step,
-        accumulation=plan.accumulation,
+        accumulation=plan.gradient_accumulation_steps,
         local_batch=plan.local_batch_size,
         rank=rank,
         workers=workers,
@@ -68,7 +68,7 @@ def steps_of(loader, plan, steps):
     """The batches of a rank by step, its micro-batches one under another, each [B, L + 1]."""
     batches = []
     for step in steps:
-        parts = [loader.batch(step, micro) for micro in range(plan.accumulation)]
+        parts = [loader.batch(step, micro) for micro in range(plan.gradient_accumulation_steps)]
         batches.append(torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in parts]))
     return batches
 
@@ -120,7 +120,7 @@ def test_the_global_batch_is_the_same_under_every_layout(planned, world_size, lo
         expected = steps_of(loader_of(reader, alone, one), alone, range(4))
         ranks = [steps_of(loader_of(reader, plan, stage, rank=rank), plan, range(4)) for rank in range(world_size)]
 
-        assert plan.accumulation == 4 // (world_size * local_batch)
+        assert plan.gradient_accumulation_steps == 4 // (world_size * local_batch)
         assert all(torch.equal(torch.cat(parts), batch) for batch, *parts in zip(expected, *ranks, strict=True))
 
 

@@ -64,7 +64,7 @@ def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[
     plan = make_plan(config, take_inventory(config), world_size)
     lines = list(check_layout(plan, ParallelOptions(torch.bfloat16)))
 
-    assert sum(line.endswith("as planned") for line in lines) == 2 * plan.layout.pp
+    assert sum(line.endswith("as planned") for line in lines) == 2 * plan.parallel_dims.pp
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_ste
     assert plan.step_tokens == 2_260_992
     assert [stage.steps for stage in plan.stages] == [132_366, 86_000]
     assert plan.local_batch_size == per_step
-    assert plan.accumulation == 1
+    assert plan.gradient_accumulation_steps == 1
     assert max(plan.stages[0].lr_at(step) for step in (1322, 1323, 1324)) == pytest.approx(
         {"10b": 1.2e-4, "405m": 3e-4}[config.model.size], rel=1e-6
     )

@@ -7,10 +7,9 @@ import pytest
 from plans import COSINE, INFINITE, SLIMPAJAMA, drawn, ordinals, stage
 
 from titan_cpt.errors import ConfigError, PlanError
-from titan_cpt.planning.plan import AdamWNumbers
-from titan_cpt.planning.plan_json import plan_as_json
+from titan_cpt.planning.plan import AdamWHyperparameters
+from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 from titan_cpt.planning.planner import final_window
-from titan_cpt.planning.view import lr_as_json, recipe_as_json
 
 PAPER = {"= 20\n": "= 1104\n", "local_batch_size = 2": "local_batch_size = 4", "= 16\n": "= 2048\n"}
 
@@ -115,8 +114,8 @@ def test_the_optimizers_numbers_can_change_in_a_stage(two_stages, make):
     )
 
     assert [stage.optimizer for stage in plan.stages] == [
-        AdamWNumbers((0.9, 0.95), 1e-6, 0.1),
-        AdamWNumbers((0.9, 0.99), 1e-6, 0.0),
+        AdamWHyperparameters((0.9, 0.95), 1e-6, 0.1),
+        AdamWHyperparameters((0.9, 0.99), 1e-6, 0.0),
     ]
     assert [stage.keep_optimizer for stage in plan.stages] == [False, True]
 
@@ -146,7 +145,7 @@ def test_the_batches_do_not_depend_on_the_ranks(two_stages, make, world_size, ac
     """The same global batches, LRs and fingerprint on 1, 2, 5 and 10 ranks; only the accumulation follows."""
     alone, plan = make(two_stages), make(two_stages, world_size=world_size)
 
-    assert (plan.data_parallel, plan.accumulation) == (world_size, accumulation)
+    assert (plan.data_parallel, plan.gradient_accumulation_steps) == (world_size, accumulation)
     assert plan.fingerprint == alone.fingerprint
     assert plan.stages == alone.stages
     assert drawn(plan, "second") == drawn(alone, "second")
@@ -239,8 +238,8 @@ def test_domains_are_replayed_by_their_weights_from_their_own_cursors(domains, m
     assert crawl == list(range(len(crawl)))
     assert abs(len(crawl) - 52.09) < 2
     assert plan_as_json(plan)["stages"][1]["datasets"]["slim"]["tokens"] == 100 * 16
-    assert plan.stages[0].use["slim"].epochs == pytest.approx(10_000 / 7000, rel=1e-3)
-    assert make(text, tokens=tokens | {"slim.book": None}).stages[0].use["slim"].epochs is None
+    assert plan.stages[0].use_by_dataset["slim"].epochs == pytest.approx(10_000 / 7000, rel=1e-3)
+    assert make(text, tokens=tokens | {"slim.book": None}).stages[0].use_by_dataset["slim"].epochs is None
 
 
 def test_the_union_baseline_mixes_as_it_says(head, make):
@@ -296,7 +295,7 @@ def test_flops_are_counted_per_token(one_stage, make):
 def test_the_recipe_of_a_batch_is_its_draws(two_stages, make):
     """[[source, ordinal], ...] in batch order: a quarter of the 20 replayed, the first at the second place."""
     plan = make(two_stages)
-    batches = [recipe_as_json(plan, "second", str(step)) for step in range(2)]
+    batches = [batch_as_json(plan, "second", str(step)) for step in range(2)]
 
     assert batches[0][:4] == [("german", 0), ("pile", 0), ("german", 1), ("german", 2)]
     assert batches[1][0] == ("german", 15)
@@ -315,7 +314,7 @@ def test_the_recipe_of_a_batch_is_its_draws(two_stages, make):
 def test_a_batch_that_is_not_there_is_refused(two_stages, make, stage_name, step, expected):
     """Unknown stages and steps past the end."""
     with pytest.raises(PlanError) as refusal:
-        recipe_as_json(make(two_stages), stage_name, step)
+        batch_as_json(make(two_stages), stage_name, step)
 
     assert expected in str(refusal.value)
 

@@ -86,7 +86,7 @@ def test_the_next_replay_goes_on_where_the_last_one_ended(two_stages, make):
     assert german == list(range(len(german)))
     assert len(pile) + len(german) == 250
     assert len(pile) == pytest.approx(250 * 2250 / 3000, abs=1)  # 2000 + 250 of 3000 sequences so far
-    assert plan.stage("third").before.replayed == {"pile": 250}
+    assert plan.stage("third").history.replayed == {"pile": 250}
 
 
 def test_new_data_goes_on_where_it_was_left(head, make):
@@ -119,8 +119,8 @@ def test_cursors_add_up_over_all_stages(head, make):
     assert [ordinals(plan, name, "pile", replayed=False)[0] for name in "ace"] == [0, 200, 400]
     assert [ordinals(plan, name, "german", replayed=False)[0] for name in "bdf"] == [0, 160, 320]
     assert ordinals(plan, "f", "pile", replayed=True) == list(range(80, 100))
-    assert plan.stage("f").before.steps == 45
-    assert plan.stage("f").before.exposure == {"pile": 200 + 40 + 200 + 40 + 100, "german": 160 + 160}
+    assert plan.stage("f").history.steps == 45
+    assert plan.stage("f").history.exposure == {"pile": 200 + 40 + 200 + 40 + 100, "german": 160 + 160}
 
 
 def test_replay_that_runs_out_is_refused(head, make):
@@ -227,7 +227,7 @@ def test_datasets_that_recur_are_replayed_by_their_exact_shares(head, make):
         old = {name: count for name, count in seen.items() if name != new and count}
         exact = {name: Fraction(1, 10) * items * count / sum(old.values()) for name, count in old.items()}
         exact[new] = items - sum(exact.values())
-        assert {name: use.tokens // 16 for name, use in each.use.items()} == pytest.approx(exact, abs=2)
+        assert {name: use.tokens // 16 for name, use in each.use_by_dataset.items()} == pytest.approx(exact, abs=2)
         for name, count in exact.items():
             seen[name] += count
         if i < 8:
@@ -245,11 +245,11 @@ def test_two_hundred_stages_on_fifty_recurring_datasets_are_planned_in_two_secon
 
     assert taken < 2 + 1  # a second for reading 200 stages of TOML, and a loaded machine
     last = plan.stages[-1]
-    assert len(last.use) == 50
+    assert len(last.use_by_dataset) == 50
     assert sum(last.shares.values()) == 1
-    assert sum(use.tokens for use in last.use.values()) == 229 * 20 * 16
+    assert sum(use.tokens for use in last.use_by_dataset.values()) == 229 * 20 * 16
     trained = 20 * sum(30 + i for i in range(199))
-    assert abs(sum(last.before.exposure.values()) - trained) < Fraction(1, 2**400)
+    assert abs(sum(last.history.exposure.values()) - trained) < Fraction(1, 2**400)
 
 
 def test_a_foreign_checkpoints_data_is_replayed_as_if_seen_once(head, make):
@@ -367,9 +367,9 @@ def test_a_stage_goes_on_from_the_right_point(head, make, lr, init, steps_done):
     second = plan.stage("b")
 
     assert second.init == StageCheckpoint("a", steps_done)
-    assert second.before.steps == steps_done
-    assert second.before.trained == {"pile": 20 * steps_done}
-    assert second.before.exposure == {"pile": 20 * steps_done}
+    assert second.history.steps == steps_done
+    assert second.history.trained == {"pile": 20 * steps_done}
+    assert second.history.exposure == {"pile": 20 * steps_done}
     assert plan.batch(second, 0)[0].ordinal == 20 * steps_done
 
 
@@ -396,7 +396,7 @@ def test_a_branch_does_not_see_its_sisters_data(head, make):
 
     assert dict(plan.stage("c").shares) == {"books": Fraction(19, 20), "pile": Fraction(1, 20)}
     assert ordinals(plan, "c", "pile", replayed=True) == list(range(100))
-    assert plan.stage("d").before.steps == 0
+    assert plan.stage("d").history.steps == 0
     assert ordinals(plan, "d", "pile", replayed=False) == list(range(200))
 
 

@@ -7,8 +7,8 @@ from titan_cpt.cli import main
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.runs.baselines import derive
-from titan_cpt.runs.sweep_runs import Arm, read_arms, shared_stages
+from titan_cpt.runs.baselines import derive_baselines
+from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs, shared_stages
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -29,7 +29,7 @@ def plans_of(raw, tmp_path):
     """The plan of every baseline, by name."""
     config = load_config(training.write_config(raw, tmp_path / "c.toml"))
     plan = make_plan(config, take_inventory(config))
-    found = list(derive(config, plan))
+    found = list(derive_baselines(config, plan))
     assert len({baseline.name for baseline in found}) == len(found)
     return {baseline.name: make_plan(baseline.config, take_inventory(baseline.config)) for baseline in found}
 
@@ -52,7 +52,7 @@ def test_every_baseline_differs_in_what_its_name_says(raw, tmp_path):
     assert lrs(union[0])[-1] == pytest.approx(3e-4)
     assert [(stage.steps, stage.init, stage.datasets) for stage in alone] == [(10, "random", ("de",))]
     assert [stage.name for stage in plans["alone-english"].stages] == ["english"]
-    assert {use.replayed_tokens for use in bare[1].use.values()} == {0}
+    assert {use.replayed_tokens for use in bare[1].use_by_dataset.values()} == {0}
 
 
 def test_the_constant_baselines_stay_at_the_lr_before_and_at_the_peak(raw, tmp_path):
@@ -107,7 +107,7 @@ def test_the_command_writes_files_that_a_sweep_trains_with_english_once(raw, tmp
     status = status_of("baselines", "--config", path, "--job.seed", "5")
     said = capsys.readouterr().out
     files = sorted((tmp_path / "out" / "run-baselines" / "configs").glob("*.toml"))
-    arms = [arm for arm in read_arms(files) if isinstance(arm, Arm)]
+    arms = [arm for arm in read_sweep_runs(files) if isinstance(arm, SweepRun)]
     shared = {arm.name: shared_stages(arm, arms) for arm in arms}
     trained = status_of("sweep", files[0], files[4])  # alone-english and constant-min
 

@@ -14,7 +14,7 @@ from titan_cpt.cli import main
 from titan_cpt.config.sweep import point_names, points, sweep_faults
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.runs import sweep
-from titan_cpt.runs.sweep_runs import Arm, adopt, read_arms, shared_stages
+from titan_cpt.runs.sweep_runs import SweepRun, adopt_shared_stages, read_sweep_runs, shared_stages
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -105,9 +105,9 @@ def test_a_key_that_leads_nowhere_is_refused_before_anything_is_trained(swept):
     with pytest.raises(
         ConfigError, match=r"sweep.stages.germn.steps: there is no stage 'germn'; did you mean 'german'"
     ):
-        read_arms([swept({"stages.germn.steps": [1, 2]})])
+        read_sweep_runs([swept({"stages.germn.steps": [1, 2]})])
     with pytest.raises(ConfigError, match=r"stages.german.replay.fractoin: unknown key; did you mean 'fraction'"):
-        read_arms([swept({"stages.german.replay.fractoin": [0.1, 0.2]})])
+        read_sweep_runs([swept({"stages.german.replay.fractoin": [0.1, 0.2]})])
 
 
 def test_a_sweep_is_not_trained_as_if_it_were_one_run(swept, capsys):
@@ -125,8 +125,8 @@ def test_a_sweep_is_not_trained_as_if_it_were_one_run(swept, capsys):
 
 def test_arms_know_which_stages_they_share(swept):
     """All English where German's replay is swept; none where the seed is."""
-    ratios = [arm for arm in read_arms([swept({FRACTION: [0.0, 0.25]})]) if isinstance(arm, Arm)]
-    seeds = read_arms([swept({"job.seed": [0, 1]})])
+    ratios = [arm for arm in read_sweep_runs([swept({FRACTION: [0.0, 0.25]})]) if isinstance(arm, SweepRun)]
+    seeds = read_sweep_runs([swept({"job.seed": [0, 1]})])
 
     assert [shared_stages(arm, ratios) for arm in ratios] == [1, 1]
     assert [shared_stages(arm, seeds) for arm in seeds] == [0, 0]
@@ -135,7 +135,7 @@ def test_arms_know_which_stages_they_share(swept):
 
 def test_arms_measured_on_other_windows_share_nothing(swept):
     """What was measured on the way would not be what the arm would have measured."""
-    arms = read_arms([swept({"validation.sequences": [6, 7]})])
+    arms = read_sweep_runs([swept({"validation.sequences": [6, 7]})])
 
     assert [shared_stages(arm, arms) for arm in arms] == [0, 0]
 
@@ -151,8 +151,8 @@ def test_arms_that_compute_otherwise_share_nothing(swept, key):
         "compile.enable": [False, True],
         "activation_checkpoint.mode": ["none", "full"],
     }
-    arms = read_arms([swept({key: values[key]})])
-    readers = read_arms([swept({"training.num_workers": [0, 1]})])
+    arms = read_sweep_runs([swept({key: values[key]})])
+    readers = read_sweep_runs([swept({"training.num_workers": [0, 1]})])
 
     assert [shared_stages(arm, arms) for arm in arms] == [0, 0]
     assert [shared_stages(arm, readers) for arm in readers] == [2, 2]  # changes no number
@@ -161,8 +161,8 @@ def test_arms_that_compute_otherwise_share_nothing(swept, key):
 def test_arms_share_the_stages_before_the_first_on_other_data(swept, tmp_path):
     """No recipe holds files: English is shared where German's are swept, nothing where its own are."""
     other = str(training.write_tokens(tmp_path / "other", language=2, tokens=4000, seed=5))
-    german = read_arms([swept({"datasets.de.train": [str(tmp_path / "de"), other]})])
-    english = read_arms([swept({"datasets.en.train": [str(tmp_path / "en"), other]})])
+    german = read_sweep_runs([swept({"datasets.de.train": [str(tmp_path / "de"), other]})])
+    english = read_sweep_runs([swept({"datasets.en.train": [str(tmp_path / "en"), other]})])
 
     assert [shared_stages(arm, german) for arm in german] == [1, 1]
     assert [shared_stages(arm, english) for arm in english] == [0, 0]
@@ -271,7 +271,7 @@ def test_a_signal_stops_the_arm_under_way_and_begins_no_other(swept, tmp_path):
 def test_a_signal_ends_the_wait_for_another_arm(swept, tmp_path):
     """An arm that waits while another process has the turn leaves with 75 and has begun nothing."""
     path = swept({FRACTION: [0.0, 0.25]})
-    first, second = read_arms([path])
+    first, second = read_sweep_runs([path])
     command = [sys.executable, "-m", "titan_cpt", "sweep", str(path), "--arm", "1", "--launch", "true"]
     with sweep._Stop() as stop, sweep._turn(first, [first, second], stop, lambda _: None):
         process = subprocess.Popen(
@@ -302,7 +302,7 @@ def test_a_damaged_checkpoint_is_not_adopted(swept, tmp_path):
     """The arm fails with the file's name rather than begin from other weights."""
     path = swept({FRACTION: [0.0, 0.25]})
     assert training.train(_only_config(path)).status == 0
-    first, second = read_arms([path])
+    first, second = read_sweep_runs([path])
     files = (first.folder / "english" / "step-00000012").rglob("*")
     victim = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
     content = bytearray(victim.read_bytes())
@@ -310,14 +310,14 @@ def test_a_damaged_checkpoint_is_not_adopted(swept, tmp_path):
     victim.write_bytes(content)
 
     with pytest.raises(CheckpointError, match="its content changed since it was saved"):
-        adopt(second, [first, second])
+        adopt_shared_stages(second, [first, second])
     assert not list(second.folder.glob("*/step-00000012/manifest.json"))
 
 
 def _only_config(path):
     """The config of a sweep's first arm."""
-    sweep.run_arms([path], (), only=0, train=False, say=lambda _: None)
-    return read_arms([path])[0].folder / "arm.toml"
+    sweep.train_sweep_runs([path], (), only=0, train=False, say=lambda _: None)
+    return read_sweep_runs([path])[0].folder / "arm.toml"
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path, monkeypatch, capsys):

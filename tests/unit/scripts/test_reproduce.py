@@ -16,7 +16,7 @@ import fetch_novels  # noqa: E402
 import reproduce  # noqa: E402
 from verdicts import End, Part, claims, judge, verdict_of, verdict_on  # noqa: E402
 
-from titan_cpt.runs.sweep_runs import read_arms, shared_stages  # noqa: E402
+from titan_cpt.runs.sweep_runs import read_sweep_runs, shared_stages  # noqa: E402
 
 TOKENS_PER_SECOND = 16_000  # of one core, as docs/reproduction.md has it
 
@@ -91,7 +91,7 @@ def test_a_claim_is_as_good_as_its_worst_part():
 @pytest.mark.parametrize(("prefix", "sweeps"), [("", reproduce.FULL), ("quick_", reproduce.QUICK)])
 def test_every_arm_that_a_claim_names_is_trained(prefix, sweeps):
     """Under the very name that its results are found by; C1 to C10 in the full set, three of them in the short one."""
-    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
     names = {f"{arm.folder.parent.name}/{arm.folder.name.rpartition('seed-')[0].rstrip('_')}" for arm in arms}
     names |= {f"{arm.folder.parent.name}/{arm.folder.name}" for arm in arms}
     names = {name if not name.endswith("/") else name + name[:-1] for name in names} | {"english/english"}
@@ -105,7 +105,7 @@ def test_every_arm_that_a_claim_names_is_trained(prefix, sweeps):
 @pytest.mark.parametrize(("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25)])
 def test_the_arms_fit_their_budget(sweeps, hours):
     """On two cores at the measured speed, what is shared counted once; no arm over 20 minutes."""
-    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
     own, shared = 0, {}
     for arm in arms:
         count = shared_stages(arm, arms)
@@ -120,7 +120,7 @@ def test_the_arms_fit_their_budget(sweeps, hours):
 
 def test_every_claim_gets_a_seed_before_any_gets_one_more():
     """25 arms of seed 0, on which every claim has a verdict, then those of seed 1; the headline's first in each."""
-    arms = read_arms([SCRIPTS / "configs" / f"{name}.toml" for name in reproduce.FULL])
+    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in reproduce.FULL])
     order = [arm for _, arm in reproduce.in_turn(list(enumerate(arms)))]
 
     assert [arm.config.job.seed for arm in order] == [0] * 25 + [1] * 25 + [2] * 25

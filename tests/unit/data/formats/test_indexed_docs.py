@@ -35,4 +35,4 @@ def test_the_scenarios_are_one_file_that_grows(write):
     assert german.steps == 4769  # 10e9 / (1024 x 2048), rounded up: the checkpoint that is exported
     assert news.init == StageCheckpoint("german", german.pre_anneal_step)
     assert (news.lr_at(0), news.keep_optimizer) == (german.lr_at(german.pre_anneal_step - 1), True)
-    assert {name for name, use in news.use.items() if use.replayed_tokens} == {"pile", "german"}
+    assert {name for name, use in news.use_by_dataset.items() if use.replayed_tokens} == {"pile", "german"}

@@ -12,14 +12,14 @@ from titan_cpt.planning.memory import RESERVE, Footprint, fits
 from titan_cpt.planning.plan import Plan
 
 
-def layout_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
+def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
     """Degrees, who holds what, and the costs; `fits` is null where no device was named."""
-    layout, costs = plan.layout, plan.footprint
+    layout, costs = plan.parallel_dims, plan.footprint
     return {
         **{name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")},
         "schedule": layout.schedule if layout.pp > 1 else None,
         "microbatches": layout.microbatches,
-        "accumulation": plan.accumulation,
+        "accumulation": plan.gradient_accumulation_steps,
         "bubble": costs.bubble,
         "pipeline_ranks": [vars_of(held) for held in holdings(layout, plan.shape.layers)],
         "local_parameters": list(costs.local_parameters),
@@ -56,13 +56,13 @@ def vars_of(holding: tuple[int, range, list[str]]) -> dict[str, Any]:
 
 def print_layout(plan: Plan, console: Console, device_bytes: int | None = None) -> None:
     """Where each rank stands, what it holds, what that costs, and whether it fits."""
-    for line in layout_lines(plan, device_bytes):
+    for line in parallel_lines(plan, device_bytes):
         console.print(line, highlight=False)
 
 
-def layout_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
+def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]:
     """The lines of `print_layout`."""
-    layout, costs = plan.layout, plan.footprint
+    layout, costs = plan.parallel_dims, plan.footprint
     if layout.world_size > 1:
         yield (
             f"layout: pp {layout.pp} x dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x "

@@ -18,7 +18,7 @@ _DIVERGES = 0.1  # ten times the highest peak that recipes for AdamW use, small 
 _DECAYED = 0.5  # below half its peak an LR has decayed
 
 
-def advice(stages: Sequence[StagePlan]) -> Iterator[str]:
+def stage_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
     """A note for every departure, in the order of the stages."""
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
@@ -42,7 +42,7 @@ def _far_too_high(stage: StagePlan) -> Iterator[str]:
 
 def _many_epochs(stage: StagePlan) -> Iterator[str]:
     forgotten = "" if stage.init == "random" else ", and the old data is forgotten still"
-    for name, use in stage.use.items():
+    for name, use in stage.use_by_dataset.items():
         new = use.epochs * (use.tokens - use.replayed_tokens) / use.tokens if use.epochs else 0.0
         if new > MOST_EPOCHS:
             yield (
@@ -54,7 +54,7 @@ def _many_epochs(stage: StagePlan) -> Iterator[str]:
 def _no_replay(stage: StagePlan, by_name: Mapping[str, StagePlan]) -> Iterator[str]:
     seen = {name for earlier in _lineage(stage, by_name) for name in earlier.datasets}
     new = [name for name in stage.datasets if name not in seen]
-    if new and not any(use.replayed_tokens for use in stage.use.values()):
+    if new and not any(use.replayed_tokens for use in stage.use_by_dataset.values()):
         yield (
             f"stages.{stage.name}: {', '.join(new)} is new to these weights and nothing is replayed, so that much of "
             "what they know will be forgotten (in the paper 0.27 nats on the Pile for more English, 1.39 for German): "

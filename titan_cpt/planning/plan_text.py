@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.errors import PlanError
-from titan_cpt.planning.lr_schedules import lr_at
-from titan_cpt.planning.parallel_view import layout_lines
+from titan_cpt.planning.parallel_text import parallel_lines
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals and files that are not in UTF-8
 _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
-
-
-def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-    """{stage: {"t": LR}} for t as METHOD counts it: the first step of a stage is t = 1, past the end the LR stays."""
-    return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
-
-
-def recipe_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
-    """[[source, ordinal], ...] of one global batch, in batch order.
-
-    Raises:
-        PlanError: there is no such stage or step.
-    """
-    if not step.isdecimal():
-        raise PlanError(f"--recipe: a 0-based step is a whole number, got {step!r}")
-    return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
 
 
 def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
@@ -46,14 +26,14 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes
     console.print(
         f"step: {plan.global_batch_size} sequences x {plan.seq_len} = {plan.step_tokens:,} tokens; "
         f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel x "
-        f"{plan.local_batch_size} sequences x {plan.accumulation} accumulated",
+        f"{plan.local_batch_size} sequences x {plan.gradient_accumulation_steps} accumulated",
         highlight=False,
     )
     console.print(_stage_table(plan))
     for line in _lr_drawing(plan):
         console.print(line.translate(_ASCII) if console.options.ascii_only else line, highlight=False, markup=False)
     console.print()
-    for line in [*layout_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
+    for line in [*parallel_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
         console.print(line, highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
@@ -70,7 +50,7 @@ def _stage_table(plan: Plan) -> Table:
             f"{name} {_count(use.tokens)}"
             + (f" ({_count(use.replayed_tokens)})" if use.replayed_tokens else "")
             + (", ? ep" if use.epochs is None else f", {use.epochs:.2f} ep")
-            for name, use in stage.use.items()
+            for name, use in stage.use_by_dataset.items()
         ]
         lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
         table.add_row(

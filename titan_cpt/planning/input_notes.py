@@ -10,7 +10,7 @@ from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 
 
-def plan_notes(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
+def input_notes(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
     """A sentence for each."""
     yield from _of_files(config, inventory)
     if config.sweep:
