@@ -1,4 +1,4 @@
-"""The documentation says what the code does: generated pages are up to date, and what they name is there."""
+"""The documentation says what the code does: generated pages are up to date, and the files that it names exist."""
 
 import re
 import subprocess
@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from unit.test_architecture import PACKAGES
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+MODULE = re.compile(r"\btitan_cpt/[\w/]+\.py\b")
 
 
 def test_the_page_of_all_keys_is_what_the_schema_says():
@@ -20,9 +24,40 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
     assert (ROOT / "docs" / "config.md").read_text() == made.stdout
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+def test_the_page_of_the_architecture_shows_the_imports_of_the_code():
+    """Run `python scripts/docs/architecture_diagram.py` after a package has gained or lost an import of another one."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    made = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "docs" / "architecture_diagram.py", "--print"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert page == made.stdout
+
+
+def test_contributing_lists_the_packages_in_the_order_of_the_architecture_test():
+    """The first word of each line of the block below "The packages" is an entry of PACKAGES."""
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The packages")[2].partition("\n## ")[0]
+    )
+    listed = re.findall(r"^    (\w+)", section, flags=re.MULTILINE)
+
+    assert tuple(listed) == PACKAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_that_a_page_names_exists(page):
+    """A path such as titan_cpt/train.py, in a link or not, is a file of the package."""
+    named = set(MODULE.findall(page.read_text(encoding="utf-8")))
+
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page):
-    """A page links to files that are there."""
+    """A page links to files that exist."""
     broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
 
     assert broken == []
