@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from titan_cpt.cli import main as titan_cpt
+from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.data.formats.indexed import TokenStream
-from titan_cpt.training.validation import fixed_windows
 
 WORDS = ("der", "die", "das", "Hund", "Katze", "Straße", "über", "läuft", "größer", "und", "oder", "nicht", "heute")
 ROWS = 300  # more than the byte tokenizer's 257 ids, as released vocabularies are padded
@@ -117,7 +117,7 @@ def there_and_back(folder: Path, family: str, init: str) -> None:
 def loss_in_transformers(model: torch.nn.Module, folder: Path) -> float:
     """Mean loss in nats per token on the windows that the run was measured on, by transformers alone."""
     stream = TokenStream([folder / "german-validation"], 257)
-    starts = [window * 64 for window in fixed_windows((stream.tokens - 1) // 64, 8)]
+    starts = [window * 64 for window in evenly_spaced((stream.tokens - 1) // 64, 8)]
     windows_BL = torch.stack([torch.from_numpy(stream.read(start, 64 + 1)) for start in starts])
     with torch.no_grad():
         logits_BLV = model(windows_BL[:, :-1]).logits

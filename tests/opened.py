@@ -42,7 +42,7 @@ def released_and_imported(folder: Path, name: str) -> Path:
     }
     theirs.load_state_dict(state, strict=False)
     theirs.save_pretrained(released)
-    import_released(str(released), folder / "imported", tell=lambda line: None)
+    import_released(str(released), folder / "imported", log=lambda line: None)
     return folder / "imported"
 
 

@@ -22,7 +22,7 @@ from titan_cpt.data.prepare.prepared_record import made_by, read_record
 from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
-from titan_cpt.evaluation.scores import average, difference, read_score
+from titan_cpt.evaluation.scores import average_score, read_score, score_change
 from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.reporting.summary import read_run, summary_of
 
@@ -212,8 +212,8 @@ def _metrics(folder: Path) -> None:
 
 def _score(folder: Path) -> None:
     score = read_score(folder / "t-0shot.json")
-    difference(score, score)
-    average([score])
+    score_change(score, score)
+    average_score([score])
 
 
 def _index(folder: Path) -> None:

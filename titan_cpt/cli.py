@@ -206,7 +206,7 @@ def _add_opening(command: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from dataclasses import replace
 
-    from titan_cpt.checkpoint.weights_tokenizer import check_planned
+    from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
     from titan_cpt.common.numbers import parse_bytes
     from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import take_inventory
@@ -214,12 +214,14 @@ def _plan(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.planning.planner import make_plan
 
     config = load_config(options.config, overrides)
-    device_bytes = parse_bytes(options.device_memory) if options.device_memory else None
+    device_bytes = parse_bytes(options.device_memory, option="--device-memory") if options.device_memory else None
     world_size = options.world_size or min_world_size(config)
     if options.suggest:
         return _suggest(config, options, world_size, device_bytes)
     inventory = take_inventory(config)
-    plan = make_plan(config, replace(inventory, notes=(*inventory.notes, *check_planned(config))), world_size)
+    plan = make_plan(
+        config, replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config))), world_size
+    )
     if options.json or options.lr_at or options.recipe:
         from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 
@@ -394,21 +396,22 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
 def _import(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from titan_cpt.checkpoint.hf_import import import_released
 
-    import_released(options.source, options.output, vocab_size=options.vocab_size, tell=print)
+    import_released(options.source, options.output, vocab_size=options.vocab_size, log=print)
     return 0
 
 
 def _export(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from titan_cpt.checkpoint.hf_export import export, parse_bytes
+    from titan_cpt.checkpoint.hf_export import export
+    from titan_cpt.common.numbers import parse_bytes
 
     export(
         options.checkpoint,
         options.output,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
-        max_shard_bytes=parse_bytes(options.max_shard_size),
+        max_shard_bytes=parse_bytes(options.max_shard_size, option="--max-shard-size"),
         max_positions=options.max_positions,
-        tell=print,
+        log=print,
     )
     return 0
 
@@ -433,7 +436,7 @@ def _eval(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     tell = partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
     ranks = init_process_group()
     try:
-        columns, lacking = evaluate_all(options.checkpoints, ranks, asked, tell=tell)
+        columns, lacking = evaluate_all(options.checkpoints, ranks, asked, log=tell)
     finally:
         destroy_process_group()
     if ranks.rank == 0:
@@ -466,8 +469,8 @@ def _generate(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
             sampling=sampling,
             tokens=options.tokens,
             examples=options.examples,
-            opening=_opening(options),
-            tell=print,
+            open_options=_opening(options),
+            log=print,
         )
     finally:
         destroy_process_group()

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from titan_cpt.checkpoint.manager import Found, load_state
+from titan_cpt.checkpoint.manager import FoundCheckpoint, load_state
 from titan_cpt.common.console import make_console
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, locked
@@ -98,7 +98,7 @@ def run_among(ranks: ProcessInfo, config: Config) -> int:
             parts.log.close()
 
 
-def train(parts: Parts, found: Found | None) -> int:
+def train(parts: Parts, found: FoundCheckpoint | None) -> int:
     """Every stage that is not done yet, in order."""
     first = done = 0
     if found is not None:
@@ -139,7 +139,7 @@ def _stopped(parts: Parts, stage: StagePlan, done: int) -> int:
     return STOPPED_EARLY
 
 
-def resume(parts: Parts, found: Found) -> int:
+def resume(parts: Parts, found: FoundCheckpoint) -> int:
     """Take a stage up where a checkpoint left it; returns the steps done."""
     stage, done = parts.plan.stage(found.manifest["stage"]), int(found.manifest["steps_done"])
     load_state(found.folder, parts.model, parts.optimizer)
@@ -288,7 +288,7 @@ def mend(parts: Parts, stage: StagePlan, bad: dict[str, Any]) -> int:
         parts.log.rewind(int(bad["run_step"]) - 1)
         return int(bad["step"]) - 1
     parts.checkpoints.wait()
-    found = parts.checkpoints.newest_good(parts.display.say)
+    found = parts.checkpoints.newest_valid(parts.display.say)
     here = found is not None and found.manifest["stage"] == stage.name
     return resume(parts, found) if found is not None and here else transition(parts, stage)
 

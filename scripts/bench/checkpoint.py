@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from titan_cpt.checkpoint import storage
-from titan_cpt.checkpoint.manager import Checkpoints
+from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
@@ -57,7 +57,7 @@ class Bench:
         self.model = build_model(named_size(family, size, 50_304, 1, {}))
         self.optimizer = build_adamw(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.run = run
-        self.checkpoints = Checkpoints(run, keep_latest=1, asynchronous=True, on_saved=lambda folder: None)
+        self.checkpoints = CheckpointManager(run, keep_latest=1, async_save=True, on_saved=lambda folder: None)
         self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
 
     def timed(self, kind: str, number: int) -> tuple[float, float, int]:

@@ -9,7 +9,7 @@ from prepared import jsonl, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from titan_cpt.checkpoint.hf_export import export
-from titan_cpt.checkpoint.provenance import tokenizer_of
+from titan_cpt.checkpoint.provenance import find_tokenizer
 from titan_cpt.cli import main
 from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.inventory import take_inventory
@@ -224,7 +224,7 @@ def test_prompts_begin_as_the_training_documents_did(tmp_path):
     recipe = {"model.vocab_size": 384}
 
     def prompt(record):
-        return tokenizer_of({"data": {}, **record}, tmp_path / "x" / "y", path, None).encode_prompt("b")
+        return find_tokenizer({"data": {}, **record}, tmp_path / "x" / "y", path, None).encode_prompt("b")
 
     b = library.token_to_id("b")
     assert prompt({"recipe": recipe}) == [b]
@@ -266,7 +266,7 @@ def test_scores_are_those_of_the_harness_own_model_with_its_token(imported, tmp_
     from titan_cpt.evaluation.lm_eval import CheckpointLM
 
     lines: list[str] = []
-    export(imported, tmp_path / "out", dtype="float32", tell=lines.append)
+    export(imported, tmp_path / "out", dtype="float32", log=lines.append)
     how = {"pretrained": str(tmp_path / "out"), "dtype": "float32", "batch_size": 3, "device": "cpu"}
     theirs, theirs_without = HFLM(**how), HFLM(**how, add_bos_token=False)
     ours = CheckpointLM(open_checkpoint(imported, init_process_group()))

@@ -20,11 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import Fault, Process, train
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import Checkpoints
+from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.config.load import dump_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError
-from titan_cpt.evaluation.checkpoints import stage_ends
+from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.reporting.summary import summarize
 from titan_cpt.training.build import find_checkpoint
@@ -429,7 +429,7 @@ def test_layers_left_out_of_float8_are_compared_with_an_older_versions_run_too(e
     identities = json.loads((newest / "manifest.json").read_text())["data"]
     plan = make_plan(settings, take_inventory(settings))
     (ended / "config.toml").write_text(dump_config(settings))
-    checkpoints = Checkpoints(ended, keep_latest=2, asynchronous=False, on_saved=print, on_failed=print)
+    checkpoints = CheckpointManager(ended, keep_latest=2, async_save=False, on_saved=print, on_failed=print)
     quiet = Console(quiet=True)
 
     assert find_checkpoint(plan, checkpoints, identities, quiet).folder == newest

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import Found
+from titan_cpt.checkpoint.manager import FoundCheckpoint
 from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
@@ -97,7 +97,7 @@ def _built(folder: Path, ranks: ProcessInfo, name: str, overrides: dict[str, str
 
 
 def _resume(parts: Parts, checkpoint: Path) -> None:
-    resume(parts, Found(checkpoint, manifest.read(checkpoint)))
+    resume(parts, FoundCheckpoint(checkpoint, manifest.read(checkpoint)))
 
 
 def _tensors(parts: Parts) -> Iterator[torch.Tensor]:

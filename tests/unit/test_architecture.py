@@ -40,7 +40,7 @@ TORCHLESS = (
     "planning.plan_text",
     "planning.suggest",
     "data.inventory",
-    "checkpoint.weights_tokenizer",
+    "checkpoint.tokenizer_check",
     "models.registry",
 )
 OPTIONAL = {

@@ -6,7 +6,6 @@ The weights go through one shard at a time, and each shard is read back and comp
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import open_released, weight_shapes
 from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
 from titan_cpt.checkpoint.model_card import bos_in_words, model_card
-from titan_cpt.checkpoint.provenance import Origin, legs, longest_sequence, origin, tokenizer_of
-from titan_cpt.checkpoint.storage import ShardReader, alone
+from titan_cpt.checkpoint.provenance import Origin, find_tokenizer, legs, longest_sequence, origin
+from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.common.files import partial_folder
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -41,7 +40,7 @@ def export(
     tokenizer: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     max_positions: int | None = None,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Write a checkpoint's weights, and what belongs to them, into a new folder.
 
@@ -67,7 +66,7 @@ def export(
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
     came_from = origin(record)
-    words = tokenizer_of(record, checkpoint, tokenizer, came_from)
+    words = find_tokenizer(record, checkpoint, tokenizer, came_from)
     positions = max_positions or longest_sequence(record, came_from)
     with partial_folder(out) as partial:
         files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
@@ -81,28 +80,13 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         if open_released(str(partial)).shape != shape:
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
-    tell(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
-    tell(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
+    log(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
+    log(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
     if words is not None and words.add_bos != words.adds_bos_itself:
-        tell(f"note: {bos_in_words(words)}")
+        log(f"note: {bos_in_words(words)}")
     if warning is not None:
-        tell(f"note: {warning}")
-    tell(
-        f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH"
-    )
-
-
-def parse_bytes(text: str) -> int:
-    """The number of bytes that "5GB", "300MB" or "1000000" names.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None or not int(match[1]):
-        raise ConfigError(f'command line: a size in bytes must be such as "5GB" or "300MB", got {text!r}')
-    unit: int = 1000 ** " KMGT".index(match[2].upper() or " ")
-    return int(match[1]) * unit
+        log(f"note: {warning}")
+    log(f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH")
 
 
 def _write_weights(checkpoint: Path, out: Path, shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
@@ -147,7 +131,7 @@ def _groups(shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[di
 def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     weights = {name: torch.empty(*lengths, dtype=torch.float32) for name, lengths in group.items()}
     try:
-        with alone():
+        with without_dist_warning():
             load({"model": weights}, storage_reader=ShardReader(checkpoint), no_dist=True)
     except Exception as error:  # whatever went wrong
         raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None

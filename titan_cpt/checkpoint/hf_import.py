@@ -23,9 +23,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_release import Released, open_released, weight_shapes
-from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, alone
+from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, without_dist_warning
+from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
-from titan_cpt.checkpoint.weights_tokenizer import of_release
 from titan_cpt.common.files import partial_folder
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.errors import CheckpointError
@@ -95,7 +95,7 @@ def fill(model: nn.Module, released: Released, shape: ModelSpec) -> None:
     set_model_state_dict(model, state)
 
 
-def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell: Callable[[str], None]) -> None:
+def import_released(name: str, out: Path, *, vocab_size: int | None = None, log: Callable[[str], None]) -> None:
     """Write a release as a checkpoint for `init = "checkpoint:OUT"`, in float32, one tensor in memory at a time.
 
     Args:
@@ -111,15 +111,15 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
     require_free(out)
     released = open_released(name)
     shape = released.resized(vocab_size)
-    tell(f"{released.described(shape)}: {shape.family}, {shape.parameters:,} parameters")
+    log(f"{released.described(shape)}: {shape.family}, {shape.parameters:,} parameters")
     with partial_folder(out) as partial:
         checksums = _stream(released, shape, partial)
-        tell(verify_against_transformers(released, shape, lambda model: _load_plain(partial, model)))
+        log(verify_against_transformers(released, shape, lambda model: _load_plain(partial, model)))
         for note in released.notes:
-            tell(f"note: {note}")
-        words = of_release(released.files.folder)
+            log(f"note: {note}")
+        words = tokenizer_of_release(released.files.folder)
         if words is None:
-            tell("note: it brings no tokenizer.json: stages that begin with it cannot check that theirs is its own")
+            log("note: it brings no tokenizer.json: stages that begin with it cannot check that theirs is its own")
         recipe = shape.as_recipe()
         record = {
             "stage": IMPORTED,
@@ -135,7 +135,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, tell
         }
         manifest.write(partial, record, checksums)
     table = "\n  ".join(as_config_table(shape).splitlines())
-    tell(f'{out}: written; a stage begins with it by init = "checkpoint:{out}", under\n  {table}')
+    log(f'{out}: written; a stage begins with it by init = "checkpoint:{out}", under\n  {table}')
 
 
 def require_free(out: Path) -> None:
@@ -170,12 +170,12 @@ def _stream(released: Released, shape: ModelSpec, folder: Path) -> dict[str, dic
     }
     planner = _ReadWhenWritten(lambda name: released.read(name, shape))
     writer = ShardWriter(folder, threads=1)
-    with alone():
+    with without_dist_warning():
         save(state, storage_writer=writer, planner=planner, no_dist=True)
     return writer.checksums
 
 
 def _load_plain(folder: Path, model: nn.Module) -> None:
     """Read back what was written, into a whole model, in place."""
-    with alone():
+    with without_dist_warning():
         load({"model": model.state_dict()}, storage_reader=ShardReader(folder), no_dist=True)

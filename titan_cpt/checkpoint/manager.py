@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
 from titan_cpt.checkpoint import manifest
@@ -43,14 +43,14 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A good checkpoint on disk."""
 
     folder: Path
     manifest: dict[str, Any]
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run: at most one is being written while training goes on.
 
     Args:
@@ -68,14 +68,14 @@ class Checkpoints:
         run: Path,
         *,
         keep_latest: int,
-        asynchronous: bool,
+        async_save: bool,
         on_saved: Callable[[Path], None],
         keep_every: int | None = None,
-        before: Callable[[], None] = lambda: None,
+        before_save: Callable[[], None] = lambda: None,
         on_failed: Callable[[CheckpointError], None] = lambda error: None,
     ) -> None:
-        self.run, self.keep_latest, self.keep_every, self.asynchronous = run, keep_latest, keep_every, asynchronous
-        self.before, self.on_saved, self.on_failed = before, on_saved, on_failed
+        self.run, self.keep_latest, self.keep_every, self.async_save = run, keep_latest, keep_every, async_save
+        self.before_save, self.on_saved, self.on_failed = before_save, on_saved, on_failed
         self.waited_s = 0.0
         """How long the last `save` waited for the one before it."""
         self.distributed = dist.is_initialized()
@@ -121,10 +121,10 @@ class Checkpoints:
         }
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = ShardWriter(folder)
-        written = async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
+        written = dcp_async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
         assert isinstance(written, Future), "async_save with a stager that blocks answers with a future"
         self._writing = _Writing(folder, written, record, writer, self.group)
-        if not self.asynchronous:
+        if not self.async_save:
             self._end()
 
     def poll(self, *, until_done: bool = False) -> None:
@@ -147,7 +147,7 @@ class Checkpoints:
     def _make_room(self, folder: Path) -> None:
         """The empty folder of a new checkpoint. The run's own is not made again: it may be mounted again later."""
         try:
-            self.before()
+            self.before_save()
             folder.parent.mkdir(exist_ok=True)
             _require_no_other(folder)
             manifest.make_room(folder)
@@ -197,14 +197,14 @@ class Checkpoints:
             "is a new attempt, and after a run that ended the same command goes on from what is whole"
         )
 
-    def listed(self) -> list[Found]:
+    def listed(self) -> list[FoundCheckpoint]:
         """Every checkpoint whose manifest can be read, newest first. Their files are not checked."""
         try:
             return self._listed(lambda error: None)
         except AccessError:
             return []  # for messages and pruning, which never touch what they do not see
 
-    def _listed(self, on_fault: Callable[[TitanError], None]) -> list[Found]:
+    def _listed(self, on_fault: Callable[[TitanError], None]) -> list[FoundCheckpoint]:
         found = []
         for path in matching(self.run, "*", "step-*", manifest.NAME):
             try:
@@ -213,12 +213,12 @@ class Checkpoints:
                 on_fault(error)
                 continue
             if manifest.is_in_place(path.parent, record):
-                found.append(Found(path.parent, record))
+                found.append(FoundCheckpoint(path.parent, record))
             else:
                 self.misplaced.add(path.parent)
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
-    def newest_good(self, on_damaged: Callable[[str], None]) -> Found | None:
+    def newest_valid(self, on_damaged: Callable[[str], None]) -> FoundCheckpoint | None:
         """The newest checkpoint whose files are all as they were saved; collective, the same answer on every rank.
 
         Args:

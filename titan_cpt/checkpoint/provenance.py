@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import read_config
-from titan_cpt.checkpoint.weights_tokenizer import allowed_mismatch, of_manifest
+from titan_cpt.checkpoint.tokenizer_check import allowed_mismatch, tokenizer_of_manifest
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
@@ -142,7 +142,7 @@ def longest_sequence(record: Mapping[str, Any], came_from: Origin | None) -> int
     return max([n for n in (released, trained) if isinstance(n, int)], default=2048)
 
 
-def tokenizer_of(
+def find_tokenizer(
     record: Mapping[str, Any], checkpoint: Path, asked: str | None, came_from: Origin | None
 ) -> Tokenizer | None:
     """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known.
@@ -158,7 +158,7 @@ def tokenizer_of(
     if path is None:
         return None
     words = load_tokenizer(path)
-    trained_with = of_manifest(record, checkpoint)
+    trained_with = tokenizer_of_manifest(record, checkpoint)
     if trained_with is not None and not trained_with.is_that_of(path):
         raise DataError(
             f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "

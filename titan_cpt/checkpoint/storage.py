@@ -319,7 +319,7 @@ def _header(parts: Sequence[tuple[WriteItem, _Part]]) -> bytes:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def without_dist_warning() -> Iterator[None]:
     """For DCP in a process without peers: no warning that there are none, and errors without DCP's wrapping."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

@@ -1,27 +1,30 @@
-"""Numbers with a suffix, as users write them: tokens ("300B"), steps ("12.5%") and bytes ("80GiB")."""
+"""Numbers as users write them: tokens ("300B"), steps ("12.5 steps"), bytes ("80GiB"); evenly spaced indices."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-from titan_cpt.errors import PlanError
+from titan_cpt.errors import ConfigError
 
 _TOKEN_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from "80GiB", "40GB" or a plain number.
+def parse_bytes(text: str, *, option: str) -> int:
+    """Bytes from "80GiB" (powers of 1024), "40GB" or "40G" (powers of 1000), "1.5 KiB" or a plain number.
+
+    Args:
+        option: the command-line option that the size was given with, for the message.
 
     Raises:
-        PlanError: it is none of these.
+        ConfigError: it is none of these, or zero.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(B|[KMGT]i?B)?", text.strip())
-    if not match or float(match[1]) == 0:
-        raise PlanError(f'--device-memory: must be a size such as "80GiB" or "40GB", got {text!r}')
-    unit = match[2] or "B"
-    base = 1024 if "i" in unit else 1000
-    return int(float(match[1]) * base ** "BKMGT".index(unit[0]))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0 or (match[3] and not match[2]):
+        raise ConfigError(f'{option}: must be a size in bytes such as "5GB" or "80GiB", got {text!r}')
+    base = 1024 if match[3] else 1000
+    exponent = " KMGT".index(match[2].upper() or " ")
+    return int(Fraction(match[1]) * base**exponent)
 
 
 def parse_tokens(text: str) -> int:
@@ -49,3 +52,9 @@ def parse_steps(text: str) -> Fraction:
     if match is None:
         raise ValueError(f'must be a number of steps such as "1323.66 steps", got {text!r}')
     return Fraction(match[1])
+
+
+def evenly_spaced(available: int, wanted: int) -> list[int]:
+    """Indices of evenly spaced items: the middles of `wanted` equal parts; all indices where fewer are available."""
+    count = min(available, wanted)
+    return [(2 * part + 1) * available // (2 * count) for part in range(count)]

@@ -10,6 +10,8 @@ from titan_cpt.common.file_lock import exclusive
 from titan_cpt.errors import CheckpointError
 
 CONFIG_NAME = "config.toml"
+EVALUATIONS_FOLDER = "evaluations"  # benchmark scores: <stage>/step-<8 digits>/<task>.json
+GENERATIONS_NAME = "generations.json"  # beside them: continuations of the example prompts
 
 
 INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,

@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.provenance import origin, precision_of, tokenizer_of
+from titan_cpt.checkpoint.provenance import find_tokenizer, origin, precision_of
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.config.suites import Task
 from titan_cpt.distributed.process_group import ProcessInfo, barrier
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
-from titan_cpt.evaluation.checkpoints import run_of, scores_folder, stage_ends
+from titan_cpt.evaluation.checkpoint_paths import run_of, scores_folder, stage_ends
 from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
-from titan_cpt.evaluation.prompts import has_examples, keep_examples
-from titan_cpt.evaluation.scores import FORMAT, Score, average, file_name, read_score
+from titan_cpt.evaluation.prompts import has_example_generations, save_example_generations
+from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score
 
 if TYPE_CHECKING:
     from titan_cpt.evaluation.lm_eval import Answers, CheckpointLM, Tasks
@@ -87,10 +87,10 @@ def evaluate(
     ranks: ProcessInfo,
     asked: EvalRequest,
     *,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     examples: bool = False,
-    checked: bool = True,
-    interrupted: Callable[[], bool] = lambda: False,
+    verify_checksums: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Score], list[str]]:
     """Scores of one checkpoint, those that were kept and those that were still missing; collective.
 
@@ -106,8 +106,8 @@ def evaluate(
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
     """
-    say = tell if ranks.rank == 0 else _nothing
-    bench = _Bench(checkpoint, ranks, asked, checked)
+    say = log if ranks.rank == 0 else _nothing
+    bench = _Bench(checkpoint, ranks, asked, verify_checksums)
     scores, missing, asked_now = list[Score](), list[str](), list[Score]()
     with _undisturbed():
         for task in asked.tasks:
@@ -121,7 +121,7 @@ def evaluate(
                 say(f"  {task.name}: {_said(kept)}, kept from before")
                 scores.append(kept)
                 continue
-            if interrupted():
+            if should_stop():
                 break
             try:
                 tasks = open_tasks(asked.tasks, asked.folder)
@@ -133,8 +133,8 @@ def evaluate(
                 missing.append(task.name)
                 continue
             say(f"  {task.name}: {_said(scores[-1])}, {scores[-1].samples:,} samples, {scores[-1].seconds:.1f} s")
-        if examples and not interrupted() and not _everywhere(has_examples(checkpoint, bench.record), ranks):
-            keep_examples(bench.opened())
+        if examples and not should_stop() and not _everywhere(has_example_generations(checkpoint, bench.record), ranks):
+            save_example_generations(bench.opened())
         bench.close()
     if ranks.rank == 0 and asked_now:
         _chart(bench, asked, scores, asked_now, whole=len(scores) == len(asked.tasks))
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def evaluate_all(
-    paths: Sequence[Path], ranks: ProcessInfo, asked: EvalRequest, *, tell: Callable[[str], None]
+    paths: Sequence[Path], ranks: ProcessInfo, asked: EvalRequest, *, log: Callable[[str], None]
 ) -> tuple[dict[str, list[Score]], list[str]]:
     """Scores of several checkpoints by their names, and the tasks that some of them lack; collective.
 
@@ -159,8 +159,8 @@ def evaluate_all(
     found, lacking = {}, set[str]()
     for checkpoint in checkpoints:
         if ranks.rank == 0:
-            tell(f"{checkpoint}")
-        scores, missing = evaluate(checkpoint, ranks, asked, tell=tell)
+            log(f"{checkpoint}")
+        scores, missing = evaluate(checkpoint, ranks, asked, log=log)
         found[str(checkpoint)] = scores
         lacking.update(missing)
     columns = {name: [score for score in scores if score.task not in lacking] for name, scores in found.items()}
@@ -170,8 +170,8 @@ def evaluate_all(
 class _Bench:
     """A checkpoint under examination; its weights are loaded when the first question is put to them."""
 
-    def __init__(self, checkpoint: Path, ranks: ProcessInfo, asked: EvalRequest, checked: bool) -> None:
-        self.checkpoint, self.ranks, self.asked, self._checked = checkpoint, ranks, asked, checked
+    def __init__(self, checkpoint: Path, ranks: ProcessInfo, asked: EvalRequest, verify_checksums: bool) -> None:
+        self.checkpoint, self.ranks, self.asked, self._verify_checksums = checkpoint, ranks, asked, verify_checksums
         self.record = manifest.read(checkpoint)
         self.run = run_of(checkpoint)
         self.folder = scores_folder(checkpoint, self.record)
@@ -195,7 +195,7 @@ class _Bench:
         if "released" not in self.record:
             return self.record["recipe"].get("tokenizer.add_bos", False) is True
         try:
-            words = tokenizer_of(self.record, self.checkpoint, self.asked.tokenizer, origin(self.record))
+            words = find_tokenizer(self.record, self.checkpoint, self.asked.tokenizer, origin(self.record))
         except DataError:  # which is raised again when the checkpoint is opened
             return False
         return words is not None and words.add_bos
@@ -212,7 +212,7 @@ class _Bench:
                 max_length=asked.max_length,
                 sharded=asked.sharded,
                 batch_tokens=asked.batch_tokens,
-                checked=self._checked,
+                verify_checksums=self._verify_checksums,
             )
         return self._opened
 
@@ -287,7 +287,7 @@ def _kept(path: Path, bench: _Bench, task: Task) -> tuple[Score | None, str]:
 
 def _chart(bench: _Bench, asked: EvalRequest, scores: Sequence[Score], new: Sequence[Score], *, whole: bool) -> None:
     """The suite's average on disk; it and the new scores in the run's TensorBoard, if it has one."""
-    mean, error = average(scores)
+    mean, error = average_score(scores)
     if asked.suite and whole:
         values = {
             score.task: {"metric": score.metric, "value": score.value, "stderr": score.stderr} for score in scores

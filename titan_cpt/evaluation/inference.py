@@ -19,8 +19,8 @@ from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.manager import load_state
-from titan_cpt.checkpoint.provenance import longest_sequence, origin, precision_of, tokenizer_of
-from titan_cpt.checkpoint.storage import alone
+from titan_cpt.checkpoint.provenance import find_tokenizer, longest_sequence, origin, precision_of
+from titan_cpt.checkpoint.storage import without_dist_warning
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
@@ -70,7 +70,7 @@ def open_checkpoint(
     max_length: int | None = None,
     sharded: bool = False,
     batch_tokens: int = 8192,
-    checked: bool = True,
+    verify_checksums: bool = True,
 ) -> LoadedModel:
     """Build the checkpoint's model and load its weights; collective.
 
@@ -86,13 +86,13 @@ def open_checkpoint(
         CheckpointError: the folder is not a whole checkpoint.
         DataError: its tokenizer is not known, or not the one that is given.
     """
-    record = manifest.verify(folder) if checked and ranks.rank == 0 else manifest.read(folder)
+    record = manifest.verify(folder) if verify_checksums and ranks.rank == 0 else manifest.read(folder)
     try:
         shape = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / manifest.NAME}: {error}") from None
     came_from = origin(record)
-    words = tokenizer_of(record, folder, tokenizer, came_from)
+    words = find_tokenizer(record, folder, tokenizer, came_from)
     if words is None:
         raise DataError(f"{folder}: no tokenizer is known for these weights; give --tokenizer PATH")
     precision = precision or precision_of(folder)
@@ -104,7 +104,7 @@ def open_checkpoint(
         with torch.device("meta"):
             model = build.build_model(shape)
         model.to_empty(device=ranks.device)
-    with alone():
+    with without_dist_warning():
         load_state(folder, model, None)
     if not sharded:
         model.to(PRECISIONS[precision])

@@ -32,6 +32,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.config.suites import FETCHED, Task
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.generate import Sampling, generate
@@ -308,7 +309,7 @@ def ask(model: CheckpointLM, loaded: Any, task: Task, limit: int | None) -> Answ
         few = (
             None
             if limit is None
-            else {name: Places(spread(len(part.eval_docs), limit)) for name, part in loaded["tasks"].items()}
+            else {name: Places(evenly_spaced(len(part.eval_docs), limit)) for name, part in loaded["tasks"].items()}
         )
         found: Any = evaluate(model, loaded, samples=few, bootstrap_iters=_BOOTSTRAPS, log_samples=True)
     parts = sorted(found["samples"])
@@ -350,12 +351,6 @@ class Places(list[int]):
     def __contains__(self, place: object) -> bool:
         """Without a search."""
         return place in self._known
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """Evenly spread places, the same ones for ever: the middles of `wanted` equal parts; all where there are fewer."""
-    count = min(available, wanted)
-    return [(2 * part + 1) * available // (2 * count) for part in range(count)]
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common import reading
 from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.run_folder import GENERATIONS_NAME
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import ConfigError
-from titan_cpt.evaluation.checkpoints import scores_folder, stage_ends
+from titan_cpt.evaluation.checkpoint_paths import scores_folder, stage_ends
 from titan_cpt.evaluation.generate import Sampling, generate
 from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
-from titan_cpt.evaluation.scores import GENERATIONS
 
 EXAMPLES: tuple[str, ...] = (
     "Der Hund lief über die Straße, weil",
@@ -43,8 +43,8 @@ def continue_prompts(
     sampling: Sampling,
     tokens: int,
     examples: bool,
-    opening: Mapping[str, Any],
-    tell: Callable[[str], None],
+    open_options: Mapping[str, Any],
+    log: Callable[[str], None],
 ) -> None:
     """Tell what each checkpoint makes of each prompt; collective.
 
@@ -61,14 +61,14 @@ def continue_prompts(
     if not all(prompts):
         raise ConfigError("command line: --prompt is empty; give the beginning of a text")
     for checkpoint in [checkpoint for path in paths for checkpoint in stage_ends(path)]:
-        opened = open_checkpoint(checkpoint, ranks, **opening)
+        opened = open_checkpoint(checkpoint, ranks, **open_options)
         told = list(zip(prompts, continued(opened, prompts, tokens, sampling), strict=True))
         if examples:
-            told += [(text["prompt"], text["continuation"]) for text in keep_examples(opened)]
+            told += [(text["prompt"], text["continuation"]) for text in save_example_generations(opened)]
         if ranks.rank == 0:
-            tell(f"{checkpoint}")
+            log(f"{checkpoint}")
             for prompt, text in told:
-                tell(f"  {prompt} |{text}")
+                log(f"  {prompt} |{text}")
 
 
 def continued(opened: LoadedModel, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
@@ -79,16 +79,16 @@ def continued(opened: LoadedModel, prompts: Sequence[str], tokens: int, sampling
     return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
 
 
-def has_examples(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+def has_example_generations(checkpoint: Path, record: Mapping[str, Any]) -> bool:
     """Whether the example prompts were continued by these very weights."""
     try:
-        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS))
+        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_NAME))
     except (FileNotFoundError, ValueError):  # none yet, or damaged: they are continued again
         return False
     return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
 
 
-def keep_examples(opened: LoadedModel) -> list[dict[str, str]]:
+def save_example_generations(opened: LoadedModel) -> list[dict[str, str]]:
     """Continue the example prompts and keep what comes of it beside the checkpoint's scores; collective."""
     texts = continued(opened, EXAMPLES, min(EXAMPLE_TOKENS, opened.max_length // 2), EXAMPLE_SAMPLING)
     pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]
@@ -102,5 +102,5 @@ def keep_examples(opened: LoadedModel) -> list[dict[str, str]]:
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,
         }
-        write_text_atomically(folder / GENERATIONS, json.dumps(kept, indent=1, ensure_ascii=False))
+        write_text_atomically(folder / GENERATIONS_NAME, json.dumps(kept, indent=1, ensure_ascii=False))
     return pairs

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from titan_cpt.evaluation.scores import Difference, Score, average, difference
+from titan_cpt.evaluation.scores import Score, ScoreChange, average_score, score_change
 
 
 def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None:
@@ -32,11 +32,11 @@ def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None
         cells = [row[0].task, str(row[0].shots), row[0].metric, f"{row[0].samples:,}"]
         cells += [in_words(score.value, score.stderr) for score in row]
         if len(columns) > 1:
-            change = difference(row[0], row[-1])
+            change = score_change(row[0], row[-1])
             cells += [in_words(change.value, change.stderr, signed=True), probability(change)]
         table.add_row(*cells)
     if len(columns[0]) > 1:
-        means = [average(scores) for scores in columns]
+        means = [average_score(scores) for scores in columns]
         cells = ["average", "", "", "", *(in_words(*mean) for mean in means)]
         table.add_row(*cells, *([f"{means[-1][0] - means[0][0]:+.4f}", ""] if len(columns) > 1 else []), style="bold")
     console.print(table)
@@ -55,7 +55,7 @@ def in_words(value: float, stderr: float | None, *, signed: bool = False) -> str
     return f"{value:{'+' if signed else ''}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def probability(change: Difference) -> str:
+def probability(change: ScoreChange) -> str:
     """p with a star where the samples are not the same ones."""
     if change.p is None:
         return ""
@@ -67,7 +67,7 @@ def scores_as_json(found: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
     answer: dict[str, Any] = {"checkpoints": {}, "changes": {}}
     columns = list(found.values())
     for title, scores in found.items():
-        mean, error = average(scores) if scores else (None, None)
+        mean, error = average_score(scores) if scores else (None, None)
         answer["checkpoints"][title] = {
             "average": {"value": mean, "stderr": error},
             "tasks": {
@@ -83,7 +83,7 @@ def scores_as_json(found: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
             },
         }
     for first, last in zip(columns[0], columns[-1], strict=True):
-        change = difference(first, last)
+        change = score_change(first, last)
         answer["changes"][first.task] = {
             "value": change.value,
             "stderr": change.stderr,

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.reading import read_text
+from titan_cpt.common.run_folder import EVALUATIONS_FOLDER
 from titan_cpt.errors import DataError, TitanError
 
-FOLDER = "evaluations"
-GENERATIONS = "generations.json"
 FORMAT = 1
 _LARGEST = 1e100  # squares and sums of scores stay finite
 
@@ -67,7 +66,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreChange:
     """A later score minus an earlier one.
 
     Attributes:
@@ -83,7 +82,7 @@ class Difference:
     paired: bool
 
 
-def difference(before: Score, after: Score, metric: str | None = None) -> Difference:
+def score_change(before: Score, after: Score, metric: str | None = None) -> ScoreChange:
     """What changed in a metric, `after`'s own if none is named, and whether it may be chance.
 
         d_i = after_i - before_i        stderr = sqrt(sum (d_i - mean d)^2 / (n (n - 1)))        z = mean d / stderr
@@ -102,7 +101,7 @@ def difference(before: Score, after: Score, metric: str | None = None) -> Differ
     else:
         errors = (before.metrics[metric][1], after.metrics[metric][1])
         stderr = None if None in errors else math.hypot(*(error for error in errors if error is not None))
-    return Difference(value, stderr, None if stderr is None else _two_sided(value, stderr), paired)
+    return ScoreChange(value, stderr, None if stderr is None else _two_sided(value, stderr), paired)
 
 
 def _two_sided(value: float, stderr: float) -> float:
@@ -111,7 +110,7 @@ def _two_sided(value: float, stderr: float) -> float:
     return math.erfc(abs(value / stderr) / math.sqrt(2))
 
 
-def average(scores: Sequence[Score]) -> tuple[float, float | None]:
+def average_score(scores: Sequence[Score]) -> tuple[float, float | None]:
     """The plain mean of several tasks' metrics and its standard error, the tasks independent of each other."""
     values = [score.value for score in scores]
     value = (math.fsum if all(map(math.isfinite, values)) else sum)(values) / len(scores)
@@ -157,7 +156,7 @@ def read_scores(run: Path, complain: Callable[[str], None] | None = None) -> lis
         DataError, AccessError: a file is damaged or cannot be read, and nobody is told of it.
     """
     found = []
-    for path in sorted((run / FOLDER).glob("**/*shot*.json")):
+    for path in sorted((run / EVALUATIONS_FOLDER).glob("**/*shot*.json")):
         try:
             found.append(read_score(path))
         except TitanError as error:

@@ -9,8 +9,9 @@ from itertools import pairwise
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import read_text
+from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_NAME
 from titan_cpt.errors import TitanError
-from titan_cpt.evaluation.scores import FOLDER, GENERATIONS, Score, difference, read_scores
+from titan_cpt.evaluation.scores import Score, read_scores, score_change
 from titan_cpt.reporting.summary import Record
 
 
@@ -64,7 +65,7 @@ def continuations(record: Record, complain: Callable[[str], None]) -> list[tuple
         complain: called with a sentence for each file that cannot be read.
     """
     kept: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}
-    for path in sorted((record.folder / FOLDER).glob(f"**/{GENERATIONS}")):
+    for path in sorted((record.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_NAME}")):
         try:
             found = json.loads(read_text(path))
             place = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
@@ -112,7 +113,7 @@ def _value(score: Score | None) -> str:
 def _change(by_stage: Mapping[str, Score], earlier: str, later: str, metric: str) -> str:
     if earlier not in by_stage or later not in by_stage or metric not in by_stage[later].metrics:
         return ""
-    change = difference(by_stage[earlier], by_stage[later], metric)
+    change = score_change(by_stage[earlier], by_stage[later], metric)
     if change.stderr is None or change.p is None:
         return f"{change.value:+.4f}"
     p = "< 0.0001" if change.p < 1e-4 else f"= {change.p:.4f}"

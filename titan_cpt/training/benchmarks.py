@@ -15,7 +15,7 @@ from titan_cpt.config.schema import Config, Evaluation
 from titan_cpt.config.suites import require_folder, suite_of
 from titan_cpt.distributed.process_group import any_rank_stops, barrier
 from titan_cpt.evaluation.evaluate import EvalRequest, evaluate, open_tasks
-from titan_cpt.evaluation.scores import average
+from titan_cpt.evaluation.scores import average_score
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.state import Parts
 
@@ -75,14 +75,14 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
             limit=asked.limit,
             sharded=True,
         ),
-        tell=parts.display.say,
+        log=parts.display.say,
         examples=True,
-        checked=False,
-        interrupted=partial(any_rank_stops, parts.stop),
+        verify_checksums=False,
+        should_stop=partial(any_rank_stops, parts.stop),
     )
     told = {score.task: score.value for score in scores}
     if len(scores) == len(suite_of(asked.suite)):
-        told["average"] = average(scores)[0]
+        told["average"] = average_score(scores)[0]
     parts.log.event("evaluation", stage=stage.name, step=done, suite=asked.suite, scores=told, missing=missing)
     parts.log.restart_clock()
     return not any_rank_stops(parts.stop)

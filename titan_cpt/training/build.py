@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from titan_cpt.checkpoint.manager import Checkpoints, Found
+from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.manifest import digest_of_files
 from titan_cpt.checkpoint.manifest import read as read_manifest
-from titan_cpt.checkpoint.weights_tokenizer import check_first_weights
+from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import make_console
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.recipe import differences, fingerprint
@@ -53,7 +53,7 @@ from titan_cpt.training.validation import Validator
 _FILTER = "float8.filter_fqns"
 
 
-def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -> tuple[Parts, Found | None]:
+def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -> tuple[Parts, FoundCheckpoint | None]:
     """Plan, data, model, optimizer, in this order; and the checkpoint to go on from, if there is one."""
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console()
@@ -91,12 +91,12 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
 
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
-        asynchronous=config.checkpoint.async_mode == "async",
+        async_save=config.checkpoint.async_mode == "async",
         keep_every=config.checkpoint.keep_every,
-        before=lambda: log.secure(),
+        before_save=lambda: log.secure(),
         on_saved=lambda path: note_saved(log, display, path),
         on_failed=lambda error: tell_failure(log, display, error),
     )
@@ -105,7 +105,7 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
         if found is not None and config.job.deterministic:
             check_same_machine(found, ranks)
         begun = 0 if found is None else found.manifest["stage_index"] + 1
-        notes = list(check_first_weights(config, [stage.name for stage in plan.stages[begun:]]))
+        notes = list(check_init_tokenizers(config, [stage.name for stage in plan.stages[begun:]]))
     if checkpoints.misplaced and ranks.rank == 0:
         where = ", ".join(sorted({str(path) for path in checkpoints.misplaced}))
         notes.append(f"{where}: was copied, renamed or moved here, so training neither uses nor removes it")
@@ -180,7 +180,9 @@ def parallel_options(config: Config) -> ParallelOptions:
     )
 
 
-def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, str], console: Console) -> Found | None:
+def find_checkpoint(
+    plan: Plan, checkpoints: CheckpointManager, identities: dict[str, str], console: Console
+) -> FoundCheckpoint | None:
     """The newest good checkpoint, if its past is the config's past.
 
     Raises:
@@ -188,7 +190,7 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
             are checkpoints and every one of them is damaged.
     """
     damaged: list[str] = []
-    found = checkpoints.newest_good(damaged.append)
+    found = checkpoints.newest_valid(damaged.append)
     for message in damaged:
         console.print(f"skipping damaged checkpoint: {message}", highlight=False, markup=False)
     if found is None and damaged:
@@ -212,14 +214,14 @@ def find_checkpoint(plan: Plan, checkpoints: Checkpoints, identities: dict[str, 
     return found
 
 
-def _what_differs(found: Found, planned: dict[str, Any]) -> str:
+def _what_differs(found: FoundCheckpoint, planned: dict[str, Any]) -> str:
     old, new = found.manifest["fingerprint"], fingerprint(planned)
     if old == new:
         return f"{found.folder}: was trained with other data than the config names now:"
     return f"{found.folder}: written under plan {old}, this config makes plan {new}:"
 
 
-def _remedy(found: Found, plan: Plan, changed: Sequence[str]) -> str:
+def _remedy(found: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> str:
     name = str(found.manifest["stage"])
     remedy = "Restore these, or begin a new run under another name (--job.name NAME)."
     if plan.stages[-1].name != name and found.manifest["stage_index"] < len(plan.stages) - 1:
@@ -266,7 +268,7 @@ def _machine(ranks: ProcessInfo) -> dict[str, Any]:
     }
 
 
-def check_same_machine(found: Found, ranks: ProcessInfo) -> None:
+def check_same_machine(found: FoundCheckpoint, ranks: ProcessInfo) -> None:
     """Refuse to go on where `job.deterministic` promises bits that another layout, torch or machine would not give.
 
     Raises:

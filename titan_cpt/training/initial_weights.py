@@ -7,7 +7,7 @@ from pathlib import Path
 
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
 from titan_cpt.checkpoint.manager import load_state
-from titan_cpt.checkpoint.weights_tokenizer import of_manifest, of_release, require_same
+from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.errors import CheckpointError
@@ -35,7 +35,7 @@ def load_initial(parts: Parts, stage: StagePlan) -> str:
 
 def _accept(parts: Parts, stage: StagePlan, folder: Path) -> str | None:
     """What is to be said of the tokenizer of a released model's folder; refuses another one than the run's."""
-    return require_same(stage.name, str(stage.init), of_release(folder), parts.config)
+    return require_same_tokenizer(stage.name, str(stage.init), tokenizer_of_release(folder), parts.config)
 
 
 def _source(parts: Parts, stage: StagePlan) -> tuple[Path, str | None]:
@@ -56,4 +56,4 @@ def _source(parts: Parts, stage: StagePlan) -> tuple[Path, str | None]:
     if changed:
         raise CheckpointError(f"{folder}: holds another model than the config's: {'; '.join(changed)}")
     init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}"
-    return folder, require_same(stage.name, init, of_manifest(found, folder), parts.config)
+    return folder, require_same_tokenizer(stage.name, init, tokenizer_of_manifest(found, folder), parts.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch.optim import AdamW
 
-from titan_cpt.checkpoint.manager import Checkpoints
+from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import SequenceReader
@@ -40,7 +40,7 @@ class Parts:
     skips: Skips
     reader: SequenceReader
     validator: Validator
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     identities: dict[str, str]
     log: MetricsLog
     display: Display

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.data.formats.base import TokenSource
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.errors import DataError
@@ -107,7 +108,7 @@ class Validator:
         return losses
 
     def _loss(self, engine: ModelRunner, stream: TokenSource) -> ValidationLoss:
-        windows = fixed_windows(stream.windows(self.seq_len), self.sequences)
+        windows = evenly_spaced(stream.windows(self.seq_len), self.sequences)
         device, rows = self.mesh.ranks.device, self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for start in range(0, len(windows), self.mesh.layout.data_parallel * rows):
@@ -125,9 +126,3 @@ class Validator:
             dist.all_reduce(sums)  # ranks that share their sequences count them alike, which the ratios below undo
         nats, counted, length = sums.tolist()
         return ValidationLoss(nats / counted, nats / math.log(2) / length if length else math.nan)
-
-
-def fixed_windows(available: int, wanted: int) -> list[int]:
-    """Evenly spread window numbers, the same ones for ever: the middles of `wanted` equal parts."""
-    count = min(available, wanted)
-    return [(2 * part + 1) * available // (2 * count) for part in range(count)]

@@ -140,14 +140,14 @@ def test_files_of_imports_and_exports_have_the_mode_of_the_umask(mask, mode, tmp
     """Weights too: colleagues on a shared file system read what they may read of the other files."""
     write_release(tmp_path / "released", "llama")
     with umask(mask):
-        import_released(str(tmp_path / "released"), tmp_path / "imported", tell=print)
+        import_released(str(tmp_path / "released"), tmp_path / "imported", log=print)
         export(
             tmp_path / "imported",
             tmp_path / "exported",
             dtype="bfloat16",
             tokenizer="bytes",
             max_shard_bytes=200_000,
-            tell=print,
+            log=print,
         )
     files = [path for name in ("imported", "exported") for path in (tmp_path / name).rglob("*") if path.is_file()]
 
@@ -158,9 +158,9 @@ def test_files_of_imports_and_exports_have_the_mode_of_the_umask(mask, mode, tmp
 def test_an_export_says_what_its_tokenizer_needs_in_its_lines_and_on_its_card(vocabularies, tmp_path):
     """A qkv_bias model is a qwen2 to transformers."""
     write_release(tmp_path / "released", "qwen2")
-    import_released(str(tmp_path / "released"), tmp_path / "imported", tell=print)
+    import_released(str(tmp_path / "released"), tmp_path / "imported", log=print)
     said = []
-    export(tmp_path / "imported", tmp_path / "out", dtype="float32", tokenizer=vocabularies["bpe"], tell=said.append)
+    export(tmp_path / "imported", tmp_path / "out", dtype="float32", tokenizer=vocabularies["bpe"], log=said.append)
     (warning,) = [line.removeprefix("note: ") for line in said if line.startswith("note: ")]
 
     assert "PreTrainedTokenizerFast.from_pretrained" in warning
@@ -180,7 +180,7 @@ def test_the_card_of_a_run_that_was_called_again_has_its_losses(tmp_path):
         entry = json.loads(line)
         if entry["kind"] == "validation":
             losses[entry["stage"], entry["dataset"], entry["step"]] = entry["loss_nats_per_token"]
-    export(tmp_path / "run" / "german" / "step-00000004", tmp_path / "out", dtype="float32", tell=print)
+    export(tmp_path / "run" / "german" / "step-00000004", tmp_path / "out", dtype="float32", log=print)
     card = (tmp_path / "out" / "README.md").read_text()
 
     assert "Unknown" not in card

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.hf_export import export, parse_bytes
+from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import (
     fill,
     import_released,
@@ -29,7 +29,7 @@ from titan_cpt.checkpoint.hf_import import (
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
-from titan_cpt.errors import CheckpointError, ConfigError, DataError
+from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_weights import from_huggingface, hub_names
 from titan_cpt.models.registry import named_size
@@ -49,7 +49,7 @@ def test_an_import_holds_the_releases_bits(name, dtype, tmp_path):
     """A checkpoint whose manifest is good, whose recipe is the shape, and whose weights are the file's, in float32."""
     released = release(tmp_path / "released", SHAPES[name], dtype)
     said = []
-    import_released(str(tmp_path / "released"), tmp_path / "out", tell=said.append)
+    import_released(str(tmp_path / "released"), tmp_path / "out", log=said.append)
     record = manifest.verify(tmp_path / "out")
     expected = {name: tensor.to(dtype).float() for name, tensor in released.state_dict().items()}
 
@@ -145,7 +145,7 @@ def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
     """Shrunk and grown, by an import and into a model; the logits of the rows that both have are still compared."""
     whole = release(tmp_path / "released", SHAPES["gpt_neox"]).state_dict()
     lines = []
-    import_released(str(tmp_path / "released"), tmp_path / "out", vocab_size=rows, tell=lines.append)
+    import_released(str(tmp_path / "released"), tmp_path / "out", vocab_size=rows, log=lines.append)
     shape = open_released(str(tmp_path / "released")).resized(rows)
     imported = state_of(shape, lambda model: load_state(tmp_path / "out", model, None))
     loaded = state_of(shape, lambda model: load_released(model, str(tmp_path / "released"), shape))
@@ -217,7 +217,7 @@ def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, m
     name = "model.layers.1.mlp.up_proj.weight"
     folder = changed_release(tmp_path / "released", SHAPES["llama"], edit)
     with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
-        import_released(folder, tmp_path / "imported", tell=print)
+        import_released(folder, tmp_path / "imported", log=print)
     with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
         fill(build_model(SHAPES["llama"]), open_released(folder), SHAPES["llama"])
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
@@ -277,9 +277,9 @@ def test_a_folder_that_is_there_is_never_written_into(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(CheckpointError, match="is there already; remove it, or name another folder"):
-        import_released(str(tmp_path / "released"), tmp_path / "out", tell=print)
+        import_released(str(tmp_path / "released"), tmp_path / "out", log=print)
     with pytest.raises(CheckpointError, match="is there already"):
-        export(tmp_path / "released", tmp_path / "out", dtype="float32", tell=print)
+        export(tmp_path / "released", tmp_path / "out", dtype="float32", log=print)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "released"]
 
@@ -351,7 +351,7 @@ def test_export_and_import_again_give_the_same_bits(family, round_trip, tmp_path
     """The run's checkpoint, its export in float32 and the import of that hold the same weights."""
     folder, _ = round_trip
     source = folder / "outputs" / family / "german" / "step-00000030"
-    import_released(str(folder / f"{family}-exported"), tmp_path / "again", tell=print)
+    import_released(str(folder / f"{family}-exported"), tmp_path / "again", log=print)
     shape = SHAPES[family]
     first, again = (
         state_of(shape, lambda model, at=at: load_state(at, model, None)) for at in (source, tmp_path / "again")
@@ -424,7 +424,7 @@ def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="its content changed since it was saved"):
-        export(copy, tmp_path / "out", dtype="float32", tell=print)
+        export(copy, tmp_path / "out", dtype="float32", log=print)
 
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -435,9 +435,9 @@ def test_another_tokenizer_than_the_runs_is_refused(round_trip, tmp_path):
     other = folder / "llama-exported" / "tokenizer.json"
     run = folder / "outputs" / "llama" / "german" / "step-00000030"
     with pytest.raises(DataError, match="is not the tokenizer of the run"):
-        export(run, tmp_path / "out", dtype="float32", tokenizer=str(other), tell=print)
+        export(run, tmp_path / "out", dtype="float32", tokenizer=str(other), log=print)
     said = []
-    export(folder / "gpt_neox-imported", tmp_path / "out", dtype="float32", tokenizer=str(other), tell=said.append)
+    export(folder / "gpt_neox-imported", tmp_path / "out", dtype="float32", tokenizer=str(other), log=said.append)
 
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == other.read_bytes()
     assert said[-1] == f"tokenizer: {other}"
@@ -472,21 +472,6 @@ def test_an_import_has_no_optimizer_state_to_keep(round_trip, tmp_path):
     assert (
         "is an import, which has no optimizer state to keep: set stages.german.optimizer_state to reset" in done.stderr
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("5GB", 5 * 10**9), ("300 mb", 3 * 10**8), ("7", 7), ("2T", 2 * 10**12)]
-)
-def test_sizes_in_bytes_are_read(text, expected):
-    """Powers of 1000, as Hugging Face counts."""
-    assert parse_bytes(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1", "1.5GB", "5 GiB"])
-def test_what_is_no_size_in_bytes_is_refused(text):
-    """With an example of what is."""
-    with pytest.raises(ConfigError, match='such as "5GB" or "300MB"'):
-        parse_bytes(text)
 
 
 def test_the_command_line_answers_without_torch():

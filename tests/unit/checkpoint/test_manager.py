@@ -9,7 +9,7 @@ import training
 from torch import nn
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import Checkpoints, load_state
+from titan_cpt.checkpoint.manager import CheckpointManager, load_state
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, checkpoint_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.training.optimizer import build_adamw
@@ -58,8 +58,8 @@ def record_of(stage_index=0, kind=INTERVAL):
     return {"stage_index": stage_index, "kind": kind, "run_step": 0, "recipe": recipe, "fingerprint": "00", "data": {}}
 
 
-def checkpoints_in(run, *, keep=2, asynchronous=True, on_saved=lambda folder: None):
-    return Checkpoints(run, keep_latest=keep, asynchronous=asynchronous, on_saved=on_saved)
+def checkpoints_in(run, *, keep=2, async_save=True, on_saved=lambda folder: None):
+    return CheckpointManager(run, keep_latest=keep, async_save=async_save, on_saved=on_saved)
 
 
 def save_all(checkpoints, *moments):
@@ -77,10 +77,10 @@ def damage(folder):
     shard.write_bytes(content)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path, asynchronous):
+@pytest.mark.parametrize("async_save", [True, False])
+def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path, async_save):
     """Weights, both moments and step counts, into a model and an optimizer that hold others."""
-    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    checkpoints = checkpoints_in(tmp_path, async_save=async_save)
     model, optimizer = trained(3)
     saved = everything(model, optimizer)
     checkpoints.save(model, optimizer, stage="a", steps_done=3, record=record_of())
@@ -190,7 +190,7 @@ def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_later_step(tmp_
     damage(tmp_path / "a" / "step-00000030")
     checkpoints = checkpoints_in(tmp_path, keep=1)
     save_all(checkpoints, ("a", 0, 25, INTERVAL))
-    found = checkpoints.newest_good(lambda message: None)
+    found = checkpoints.newest_valid(lambda message: None)
 
     assert found is not None
     assert found.folder == tmp_path / "a" / "step-00000025"
@@ -212,8 +212,8 @@ def test_listed_is_newest_first_over_stages(tmp_path):
 def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
     """A stage and its folder renamed together: what is in the way of a save stays, and is named."""
     failures = []
-    checkpoints = Checkpoints(
-        tmp_path, keep_latest=2, asynchronous=False, on_saved=lambda path: None, on_failed=failures.append
+    checkpoints = CheckpointManager(
+        tmp_path, keep_latest=2, async_save=False, on_saved=lambda path: None, on_failed=failures.append
     )
     checkpoints.save(*trained(1), stage="old", steps_done=1, record=record_of())
     (tmp_path / "old").rename(tmp_path / "new")
@@ -232,7 +232,7 @@ def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
     (tmp_path / "a" / "step-00000002" / "manifest.json").write_text("{")
     (tmp_path / "a" / "step-00000004" / "manifest.json").unlink()
     told = []
-    found = checkpoints.newest_good(told.append)
+    found = checkpoints.newest_valid(told.append)
 
     assert found is not None
     assert found.folder.name == "step-00000001"
@@ -244,12 +244,12 @@ def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
 def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
     """An empty folder, and one with nothing but a damaged one."""
     checkpoints = checkpoints_in(tmp_path)
-    empty = checkpoints.newest_good(lambda message: None)
+    empty = checkpoints.newest_valid(lambda message: None)
     save_all(checkpoints, ("a", 0, 1, INTERVAL))
     damage(tmp_path / "a" / "step-00000001")
 
     assert empty is None
-    assert checkpoints.newest_good(lambda message: None) is None
+    assert checkpoints.newest_valid(lambda message: None) is None
 
 
 def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
@@ -263,10 +263,10 @@ def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
     assert "rank-00007-0.safetensors" not in manifest.verify(folder)["files"]
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path, asynchronous):
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path, async_save):
     """A file stands where the second stage's folder should be; what was there before verifies."""
-    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    checkpoints = checkpoints_in(tmp_path, async_save=async_save)
     save_all(checkpoints, ("a", 0, 4, STAGE_END))
     (tmp_path / "b").write_text("in the way")
 
@@ -275,8 +275,8 @@ def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path,
     assert manifest.verify(tmp_path / "a" / "step-00000004")["steps_done"] == 4
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeypatch, asynchronous):
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeypatch, async_save):
     """The operating system's error, from the writing thread, reaches whoever waits; and the next save works."""
     fsync, full = os.fsync, [True]
 
@@ -285,7 +285,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    checkpoints = checkpoints_in(tmp_path, asynchronous=asynchronous)
+    checkpoints = checkpoints_in(tmp_path, async_save=async_save)
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(CheckpointError, match=r"No space left on device.*there is no earlier checkpoint"):
         save_all(checkpoints, ("a", 0, 1, INTERVAL))

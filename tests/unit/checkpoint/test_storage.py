@@ -20,7 +20,7 @@ from torch import nn
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.manager import Checkpoints, load_state
+from titan_cpt.checkpoint.manager import CheckpointManager, load_state
 from titan_cpt.checkpoint.storage import read_index
 from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.errors import CheckpointError
@@ -50,7 +50,7 @@ def model_and_optimizer():
 
 
 def saved(run):
-    checkpoints = Checkpoints(run, keep_latest=1, asynchronous=False, on_saved=lambda folder: None)
+    checkpoints = CheckpointManager(run, keep_latest=1, async_save=False, on_saved=lambda folder: None)
     model, optimizer = model_and_optimizer()
     checkpoints.save(model, optimizer, stage="a", steps_done=1, record=RECORD)
     checkpoints.wait()
@@ -163,7 +163,7 @@ def test_code_in_a_released_pytorch_model_is_not_run_by_an_import(tmp_path):
     (tmp_path / "release" / "config.json").write_text(json.dumps(config))
     torch.save({"embed_in.weight": Code(tmp_path / "ran")}, tmp_path / "release" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="which is never executed"):
-        import_released(str(tmp_path / "release"), tmp_path / "out", tell=print)
+        import_released(str(tmp_path / "release"), tmp_path / "out", log=print)
 
     assert not (tmp_path / "ran").exists()
 

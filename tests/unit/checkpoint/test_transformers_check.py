@@ -36,7 +36,7 @@ def changed_config(folder, **keys):
 def imported(folder):
     """What an import of the folder says; the checkpoint is good."""
     said = []
-    import_released(str(folder), folder.parent / "out", tell=said.append)
+    import_released(str(folder), folder.parent / "out", log=said.append)
     manifest.verify(folder.parent / "out")
     return said
 

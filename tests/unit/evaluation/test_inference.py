@@ -13,7 +13,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.cli import main
 from titan_cpt.errors import CheckpointError, DataError
-from titan_cpt.evaluation.checkpoints import stage_ends
+from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.evaluation.generate import Sampling, _choose, generate
 from titan_cpt.evaluation.inference import score
 from titan_cpt.models.build import build_model

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation import lm_eval
 from titan_cpt.evaluation.evaluate import open_tasks
-from titan_cpt.evaluation.lm_eval import CheckpointLM, Tasks, ask, spread
+from titan_cpt.evaluation.lm_eval import CheckpointLM, Tasks, ask
 
 CONTEXTS = ("The dog", "The dog ran over the", "", "a" * 100, "Ünïcode und ein Satz ", "x\ny ")
 CONTINUATIONS = (" ran", " over the street because it was late", "b", "\n", " it.", "ü")
@@ -32,7 +32,7 @@ def pair(request, tmp_path_factory):
     """(our model, the harness's own on the export) of the same weights in float32, for each family."""
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = opened.released_and_imported(folder, request.param)
-    export(checkpoint, folder / "exported", dtype="float32", tokenizer="bytes", tell=lambda line: None)
+    export(checkpoint, folder / "exported", dtype="float32", tokenizer="bytes", log=lambda line: None)
     theirs = HFLM(pretrained=str(folder / "exported"), dtype="float32", batch_size=3, device="cpu")
     return CheckpointLM(opened.opened(checkpoint, batch_tokens=150)), theirs
 
@@ -92,12 +92,6 @@ def test_a_task_is_scored_the_same(pair, tasks, task):
     assert found[0] == found[1]
     assert found[0].samples == 7
     assert found[0].shots == task.shots
-
-
-def test_a_limit_spreads_over_all_samples():
-    """The middles of equal parts; all of them where there are fewer."""
-    assert spread(100, 4) == [12, 37, 62, 87]
-    assert spread(3, 10) == [0, 1, 2]
 
 
 def test_an_unknown_task_is_refused_with_its_neighbours(all_tasks):

@@ -13,7 +13,7 @@ from rich.console import Console
 from titan_cpt.config.suites import SUITES, Task, chosen_tasks, suite_of
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.score_table import print_scores, scores_as_json
-from titan_cpt.evaluation.scores import FORMAT, Score, average, difference, file_name, read_score, read_scores
+from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
 from titan_cpt.reporting.benchmark_table import benchmark_table, continuations
 from titan_cpt.reporting.summary import read_run
 
@@ -47,7 +47,7 @@ def scored(values, documents="same", task="piqa", **changes):
 
 def test_a_paired_difference_by_hand():
     """Of five samples two get right and none gets wrong: d = (1, 1, 0, 0, 0), mean 0.4, error sqrt(1.2 / 20)."""
-    change = difference(scored([0, 0, 1, 1, 0]), scored([1, 1, 1, 1, 0]))
+    change = score_change(scored([0, 0, 1, 1, 0]), scored([1, 1, 1, 1, 0]))
 
     assert change.paired
     assert change.value == pytest.approx(0.4)
@@ -59,7 +59,7 @@ def test_an_unpaired_difference_by_hand():
     """Other samples: both errors together, 0.2 and 0.1 to sqrt(0.05)."""
     one = scored([0.0, 1.0], documents="some", metrics={"acc": (0.5, 0.2)})
     other = scored([0.0, 1.0], documents="others", metrics={"acc": (0.9, 0.1)})
-    change = difference(one, other)
+    change = score_change(one, other)
 
     assert not change.paired
     assert (change.value, change.stderr) == pytest.approx((0.4, math.sqrt(0.05)))
@@ -67,15 +67,15 @@ def test_an_unpaired_difference_by_hand():
 
 def test_no_change_at_all_is_chance():
     """p is 1 where every sample came out as before, and 0 where all of them changed alike."""
-    assert difference(scored([0, 1, 1]), scored([0, 1, 1])).p == 1.0
-    assert difference(scored([0, 0, 0]), scored([1, 1, 1])).p == 0.0
+    assert score_change(scored([0, 1, 1]), scored([0, 1, 1])).p == 1.0
+    assert score_change(scored([0, 0, 0]), scored([1, 1, 1])).p == 0.0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
 def test_a_difference_changes_its_sign_with_the_order(pairs):
     """Before and after swapped: the same error and the same p."""
     one, other = scored([float(a) for a, _ in pairs]), scored([float(b) for _, b in pairs])
-    forth, back = difference(one, other), difference(other, one)
+    forth, back = score_change(one, other), score_change(other, one)
 
     assert forth.value == pytest.approx(-back.value)
     assert (forth.stderr, forth.p) == pytest.approx((back.stderr, back.p))
@@ -86,8 +86,8 @@ def test_an_average_is_the_plain_mean():
     small = scored([1.0, 0.0], metrics={"acc": (0.5, 0.3)})
     large = scored([1.0] * 50, metrics={"acc": (1.0, 0.4)})
 
-    assert average([small, large]) == pytest.approx((0.75, 0.25))
-    assert average([small, replace(large, metrics={"acc": (1.0, None)})]) == (0.75, None)
+    assert average_score([small, large]) == pytest.approx((0.75, 0.25))
+    assert average_score([small, replace(large, metrics={"acc": (1.0, None)})]) == (0.75, None)
 
 
 def test_scores_are_found_in_the_order_of_training(tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_cpt.common.numbers import parse_bytes
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.distributed.parallelize import ParallelOptions
@@ -120,7 +119,7 @@ def test_suggestions_fit_and_come_fastest_first() -> None:
     """Each one is a layout of all ranks that keeps the rules; too small a device is refused with the reason."""
     config = load_config(TEN_BILLION)
     inventory = take_inventory(config)
-    found = suggestions(config, inventory, 64, parse_bytes("80GiB"))
+    found = suggestions(config, inventory, 64, 80 * 2**30)
 
     assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
     assert all(suggestion.plan.world_size == 64 for suggestion in found)
@@ -138,24 +137,11 @@ def test_suggestions_say_what_device_they_assume() -> None:
     assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
     assert refused.returncode == 2
     assert "--device-memory" in refused.stderr
-    assert [device_of(parse_bytes(size)).name for size in ("40GB", "140GiB", "16GB")] == [
+    assert [device_of(size).name for size in (40 * 10**9, 140 * 2**30, 16 * 10**9)] == [
         "A100 40 GB",
         "H200",
         "RTX 4090",
     ]
-
-
-@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("40GB", 40 * 10**9), ("1.5 KiB", 1536), ("7", 7)])
-def test_sizes_of_memory(text: str, size: int) -> None:
-    """Powers of 1024 with an i, of 1000 without."""
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "80 gigs", "0GiB"])
-def test_no_size_of_memory(text: str) -> None:
-    """A mistake is told."""
-    with pytest.raises(PlanError, match="--device-memory"):
-        parse_bytes(text)
 
 
 def test_the_page_on_parallelism_is_made_from_the_rules() -> None:

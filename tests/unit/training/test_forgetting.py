@@ -91,7 +91,7 @@ def test_windows_changed_in_mid_run_give_the_forgetting_of_a_run_that_always_had
         ("german", 0, "de"),
     ]
     assert "what validation measures has changed for de, en" in output
-    export(run / "german" / "step-00000010", tmp_path / "out", dtype="float32", tell=print)
+    export(run / "german" / "step-00000010", tmp_path / "out", dtype="float32", log=print)
     before, after = (measured(reference, after=0)[step, "en"][0] for step in (0, 10))
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| german | en | {before:.4f} | {after:.4f} | 10 |" in card

@@ -18,7 +18,7 @@ from titan_cpt.errors import DataError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.registry import named_size
 from titan_cpt.training.forward_backward import SingleStageRunner
-from titan_cpt.training.validation import Validator, fixed_windows
+from titan_cpt.training.validation import Validator
 
 SEQ_LEN, WINDOWS = 8, 23
 ONE = build_mesh(ProcessInfo(0, 1, torch.device("cpu")), ParallelDims())
@@ -58,25 +58,6 @@ def validator_of(stream, *, sequences=7, local_batch=2, seq_len=SEQ_LEN):
         local_batch=local_batch,
         mesh=ONE,
     )
-
-
-@pytest.mark.parametrize(
-    ("available", "wanted", "windows"),
-    [(10, 5, [1, 3, 5, 7, 9]), (7, 3, [1, 3, 5]), (100, 1, [50]), (3, 64, [0, 1, 2]), (4, 4, [0, 1, 2, 3])],
-)
-def test_windows_are_the_middles_of_equal_parts(available, wanted, windows):
-    """By hand; all of them where fewer are there than wanted."""
-    assert fixed_windows(available, wanted) == windows
-
-
-def test_windows_are_evenly_spread_and_differ():
-    """Over many sizes: distinct, in range, and the gaps between neighbours differ by one at most."""
-    for available in (64, 65, 127, 1000, 10**9 + 7):
-        gaps = np.diff(fixed_windows(available, 64))
-
-        assert gaps.min() >= 1
-        assert gaps.max() - gaps.min() <= 1
-        assert 0 <= fixed_windows(available, 64)[0] < fixed_windows(available, 64)[-1] < available
 
 
 def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):

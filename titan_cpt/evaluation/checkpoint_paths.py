@@ -8,9 +8,8 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import is_there, matching
-from titan_cpt.common.run_folder import STAGE_END
+from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, STAGE_END
 from titan_cpt.errors import CheckpointError
-from titan_cpt.evaluation.scores import FOLDER
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -23,8 +22,8 @@ def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
     """Where the scores of a checkpoint are kept: in its run's folder, else beside it."""
     run = run_of(checkpoint)
     if run is None:
-        return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{FOLDER}")
-    return run / FOLDER / str(record["stage"]) / f"step-{record['steps_done']:08d}"
+        return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{EVALUATIONS_FOLDER}")
+    return run / EVALUATIONS_FOLDER / str(record["stage"]) / f"step-{record['steps_done']:08d}"
 
 
 def stage_ends(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from training import two_stages as two_stages_of
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.weights_tokenizer import of_manifest
+from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_manifest
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer.ids import byte_tokenizer_json, ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
@@ -62,7 +62,7 @@ def there(tmp_path_factory):
     save_file(to_huggingface(model.state_dict(), shape), folder / "release" / "model.safetensors")
     config = config_from_spec(shape, max_positions=16, dtype="float32")
     (folder / "release" / "config.json").write_text(json.dumps(config))
-    import_released(str(folder / "release"), folder / "imported", tell=print)
+    import_released(str(folder / "release"), folder / "imported", log=print)
     return folder
 
 
@@ -135,7 +135,7 @@ def test_the_model_card_tells_of_an_allowed_mismatch(there, tmp_path):
         there / "run" / "english" / "step-00000004",
     ):
         out = tmp_path / f"out-{len(cards)}"
-        export(checkpoint, out, dtype="float32", tell=print)
+        export(checkpoint, out, dtype="float32", log=print)
         cards.append((out / "README.md").read_text())
     note = (
         f"- **Trained on tokens of another tokenizer**: the weights of hf:{there}/release were trained with another "
@@ -218,8 +218,8 @@ def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, cap
 
 def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
     """The byte tokenizer that an export wrote as a file, and a file that another library wrote again."""
-    export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", tell=print)
-    import_released(str(tmp_path / "exported"), tmp_path / "imported", tell=print)
+    export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", log=print)
+    import_released(str(tmp_path / "exported"), tmp_path / "imported", log=print)
     for init in (f"hf:{tmp_path}/exported", f"checkpoint:{tmp_path}/imported"):
         with cast(config_of(one_stage(there / "data", tmp_path, init=init))) as parts:
             said = load_initial(parts, parts.plan.stages[0])
@@ -227,7 +227,7 @@ def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
     again = tmp_path / "again.json"
     tokenizers.Tokenizer.from_file(str(there / "other.json")).save(str(again))
 
-    assert of_manifest(manifest.read(tmp_path / "imported"), tmp_path).is_that_of("bytes")
+    assert tokenizer_of_manifest(manifest.read(tmp_path / "imported"), tmp_path).is_that_of("bytes")
     assert fingerprint_of(str(again)) != fingerprint_of(str(there / "other.json"))
     assert ids_fingerprint(str(again)) == ids_fingerprint(str(there / "other.json")) != ids_fingerprint("bytes")
 
@@ -254,9 +254,9 @@ def test_whatever_decides_ids_makes_another_tokenizer(change, tmp_path):
 def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
     """The release's own is taken, and another one is refused."""
     said = []
-    export(there / "imported", tmp_path / "out", dtype="float32", tell=said.append)
+    export(there / "imported", tmp_path / "out", dtype="float32", log=said.append)
     with pytest.raises(DataError, match="is not the tokenizer of the run"):
-        export(there / "imported", tmp_path / "other", dtype="float32", tokenizer="bytes", tell=print)
+        export(there / "imported", tmp_path / "other", dtype="float32", tokenizer="bytes", log=print)
 
     assert said[-1] == f"tokenizer: {there}/release"
 
@@ -265,6 +265,6 @@ def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
 def test_a_damaged_record_of_the_tokenizer_is_an_error_in_words(released, tmp_path):
     """No traceback; and a manifest without any is not damaged."""
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: its released\.tokenizer is"):
-        of_manifest({"data": {}, "released": released}, tmp_path)
+        tokenizer_of_manifest({"data": {}, "released": released}, tmp_path)
 
-    assert of_manifest({"data": {}, "released": {"name": "x", "config": {}}}, tmp_path) is None
+    assert tokenizer_of_manifest({"data": {}, "released": {"name": "x", "config": {}}}, tmp_path) is None

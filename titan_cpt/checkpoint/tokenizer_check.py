@@ -26,7 +26,7 @@ _ALLOWED = "as tokenizer.allow_mismatch allows"
 
 
 @dataclass(frozen=True)
-class TrainedWith:
+class TrainingTokenizer:
     """The tokenizer that weights were trained with.
 
     Attributes:
@@ -48,18 +48,18 @@ class TrainedWith:
         return {key: getattr(self, key) for key in _RECORDED}
 
 
-def of_release(folder: Path) -> TrainedWith | None:
+def tokenizer_of_release(folder: Path) -> TrainingTokenizer | None:
     """The tokenizer of a released model's folder; None where it brings no tokenizer.json that can be read."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
     try:
-        return TrainedWith(str(file), fingerprint_of(str(file)), ids_fingerprint(str(file)))
+        return TrainingTokenizer(str(file), fingerprint_of(str(file)), ids_fingerprint(str(file)))
     except DataError:
         return None
 
 
-def of_manifest(record: Mapping[str, Any], folder: Path) -> TrainedWith | None:
+def tokenizer_of_manifest(record: Mapping[str, Any], folder: Path) -> TrainingTokenizer | None:
     """The tokenizer of a checkpoint's run or of an import; None where its manifest does not say.
 
     Raises:
@@ -68,15 +68,15 @@ def of_manifest(record: Mapping[str, Any], folder: Path) -> TrainedWith | None:
     where = str(folder / manifest.NAME)
     found = record["data"].get("tokenizer")
     if isinstance(found, str):
-        return TrainedWith(where, found)
+        return TrainingTokenizer(where, found)
     released = record.get("released", {})
     told = released.get("tokenizer", {}) if isinstance(released, Mapping) else None
     if not isinstance(told, Mapping) or (told and not all(isinstance(told.get(key), str) for key in _RECORDED)):
         raise CheckpointError(f"{where}: damaged: its released.tokenizer is {told!r}")
-    return TrainedWith(where, told["fingerprint"], told["ids"]) if told else None
+    return TrainingTokenizer(where, told["fingerprint"], told["ids"]) if told else None
 
 
-def require_same(stage: str, init: str, weights: TrainedWith | None, config: Config) -> str | None:
+def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | None, config: Config) -> str | None:
     """Refuse weights of another tokenizer than the run's.
 
     Args:
@@ -114,7 +114,7 @@ def allowed_mismatch(told: str) -> str | None:
     return found[0] if found else None
 
 
-def check_first_weights(config: Config, stages: Iterable[str]) -> Iterator[str]:
+def check_init_tokenizers(config: Config, stages: Iterable[str]) -> Iterator[str]:
     """Compare the tokenizers of the weights that these stages begin with, as far as they are on this machine.
 
     Args:
@@ -136,13 +136,13 @@ def check_first_weights(config: Config, stages: Iterable[str]) -> Iterator[str]:
             yield f"stages.{stage}.init: {note}"
 
 
-def check_planned(config: Config) -> Iterator[str]:
+def check_planned_tokenizers(config: Config) -> Iterator[str]:
     """`check_first_weights` of all stages; of those that have begun, which training resumes, a mismatch is a note."""
     names = [stage.name for stage in config.stages]
     begun = _stages_begun(Path(config.job.output_dir) / config.job.name)
     for place, stage in enumerate(names):
         try:
-            yield from check_first_weights(config, [stage])
+            yield from check_init_tokenizers(config, [stage])
         except (CheckpointError, AccessError) as error:
             if place >= begun:
                 raise
@@ -152,12 +152,12 @@ def check_planned(config: Config) -> Iterator[str]:
 def _check(config: Config, stage: str, init: str) -> str | None:
     folder = Path(init.partition(":")[2])
     if init.startswith(_HUB) and folder.is_dir():
-        weights = of_release(folder)
+        weights = tokenizer_of_release(folder)
     elif init.startswith(_CHECKPOINT) and (folder / manifest.NAME).is_file():
-        weights = of_manifest(manifest.read(folder), folder)
+        weights = tokenizer_of_manifest(manifest.read(folder), folder)
     else:
         return None
-    return require_same(stage, init, weights, config)
+    return require_same_tokenizer(stage, init, weights, config)
 
 
 def _stages_begun(run: Path) -> int:
