@@ -2,10 +2,17 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
 from unit.test_architecture import FILES, TREES, package
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    str(page.relative_to(ROOT)): page
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+}
 
 NOT_YET = {
     "errors",
@@ -23,6 +30,27 @@ NOT_YET = {
     "runs",
     "commands",
     "cli",
+}
+NOT_YET_PAGES = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/config.md",
+    "docs/decisions/0001-toml.md",
+    "docs/decisions/0002-state-is-the-step.md",
+    "docs/decisions/0003-mixture-as-a-tree.md",
+    "docs/decisions/0004-forgetting.md",
+    "docs/decisions/0005-layouts-from-outside.md",
+    "docs/decisions/0006-checkpoint-files.md",
+    "docs/glossary.md",
+    "docs/parallelism.md",
+    "docs/performance.md",
+    "docs/quickstart.md",
+    "docs/reading_order.md",
+    "docs/reliability.md",
+    "docs/reproduction.md",
+    "docs/reproduction/full.md",
+    "docs/reproduction/quick.md",
+    "docs/slurm.md",
 }
 BANNED = {  # what is never written: what is written instead
     r"told|tells? of": "logged, printed, passed, given",
@@ -51,6 +79,20 @@ def texts(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+
+
+def prose(page):
+    """(line, text) of a Markdown page's prose: no code blocks, no `code`, no addresses of links."""
+    fenced = indented = False
+    before = ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        deep = re.match(r" {4,}(?![-*] |[0-9]+[.] )", line) is not None
+        indented = deep and (indented or not before.strip())
+        before = line
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not indented:
+            yield number, re.sub(r"`[^`]*`|\]\([^)]*\)", "", line)
 
 
 def names(tree):
@@ -92,3 +134,19 @@ def test_identifiers_are_spelt_as_in_torch_and_say_what_they_are(name):
     found = [f"{line}: {one}" for line, one in names(TREES[name]) if words_of(one) & BANNED_IN_NAMES]
 
     assert found == []
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in NOT_YET_PAGES])
+def test_pages_are_in_the_language_of_the_field(name):
+    """README, CONTRIBUTING and docs, outside of code; BANNED says what to write instead."""
+    found = [f"{name}:{line}: {match[0]!r}" for line, text in prose(PAGES[name]) for match in PATTERN.finditer(text)]
+
+    assert found == []
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in NOT_YET_PAGES])
+def test_lines_of_prose_are_at_most_120_characters(name):
+    """Tables and code are as wide as they need to be."""
+    too_long = [line for line, text in prose(PAGES[name]) if len(text) > 120 and not text.lstrip().startswith("|")]
+
+    assert too_long == []
