@@ -16,7 +16,7 @@ from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 
-SHAPES = {
+SPECS = {
     "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),
     "llama": named_size("llama", "debug", 257, overrides={"vocab_size": 300, "kv_heads": 1}),
     "window": named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 7}),
@@ -26,8 +26,8 @@ POSITIONS = 64
 
 def released_and_imported(folder: Path, name: str) -> Path:
     """A release of a model with far from even logits, in `folder`/released, and its import, which is returned."""
-    shape = SHAPES[name]
-    model = build_model(shape)
+    spec = SPECS[name]
+    model = build_model(spec)
     model.init_weights(1)
     with torch.no_grad():
         for weight in model.parameters():
@@ -35,10 +35,10 @@ def released_and_imported(folder: Path, name: str) -> Path:
                 weight *= 4
     released = folder / "released"
     released.mkdir(parents=True)
-    (released / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=POSITIONS, dtype="float32")))
+    (released / "config.json").write_text(json.dumps(config_from_spec(spec, max_positions=POSITIONS, dtype="float32")))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(released))
     state = {
-        key.replace("embed_out", "lm_head"): tensor for key, tensor in to_huggingface(model.state_dict(), shape).items()
+        key.replace("embed_out", "lm_head"): tensor for key, tensor in to_huggingface(model.state_dict(), spec).items()
     }
     theirs.load_state_dict(state, strict=False)
     theirs.save_pretrained(released)

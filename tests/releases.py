@@ -16,7 +16,7 @@ from titan_cpt.models.registry import named_size
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SHAPES = {
+SPECS = {
     "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),
     "llama": named_size("llama", "debug", 257, overrides={"vocab_size": 300}),
     "tied qwen3": named_size(
@@ -25,14 +25,14 @@ SHAPES = {
 }
 
 
-def release(folder, shape, dtype=torch.float32, seed=1, shard="20KB"):
+def release(folder, spec, dtype=torch.float32, seed=1, shard="20KB"):
     """A model as transformers itself saves it, in shards; returns it."""
-    model = build_model(shape)
+    model = build_model(spec)
     model.init_weights(seed)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=64, dtype="float32")))
+    (folder / "config.json").write_text(json.dumps(config_from_spec(spec, max_positions=64, dtype="float32")))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    state = to_huggingface(model.state_dict(), shape)
+    state = to_huggingface(model.state_dict(), spec)
     theirs.load_state_dict(
         {name.replace("embed_out", "lm_head"): tensor for name, tensor in state.items()}, strict=False
     )
@@ -40,8 +40,8 @@ def release(folder, shape, dtype=torch.float32, seed=1, shard="20KB"):
     return model
 
 
-def state_of(shape, load):
-    model = build_model(shape)
+def state_of(spec, load):
+    model = build_model(spec)
     load(model)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

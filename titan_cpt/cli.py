@@ -261,7 +261,7 @@ def _suggest(config: Any, options: argparse.Namespace, world_size: int, device_b
     for place, suggestion in enumerate(found[:5], 1):
         words = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
         print(
-            f"{place}. {suggestion.plan.parallel_dims.described()}: {suggestion.step_s:.2f} s a step\n"
+            f"{place}. {suggestion.plan.parallel_dims.describe()}: {suggestion.step_s:.2f} s a step\n"
             f"   {suggestion.reason}"
         )
         print(f"   {words}")

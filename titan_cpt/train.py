@@ -241,7 +241,7 @@ def train_step(parts: Parts, loader: StageLoader, stage: StagePlan, step: int) -
     for micro in range(plan.gradient_accumulation_steps):
         inputs_BL, targets_BL = loader.batch(step, micro)
         loss += parts.engine.backward(inputs_BL, targets_BL, plan.step_tokens)  # a share of the global batch's mean
-    loss = parts.mesh.summed_shares(loss)
+    loss = parts.mesh.sum_loss(loss)
     grad_norm = clip_grad_norm(model, parts.config.training.max_norm, parts.mesh.pipeline)
     loss = loss.to(grad_norm.device)  # the host's, where parameters are offloaded to it
     health = parts.guard.observe(loss, grad_norm)

@@ -204,8 +204,8 @@ def _faults(wanted: dict[str, Any]) -> list[str]:
         table, key = dotted.split(".")
         tables.setdefault(table, {})[key] = value
     config = Config.model_validate(tables)
-    shape = named_size("gpt_neox", "debug", 257, 2, config.model.model_dump(include={"layers", "width", "heads"}))
-    return list(parallel_problems(config, shape, 16))
+    spec = named_size("gpt_neox", "debug", 257, 2, config.model.model_dump(include={"layers", "width", "heads"}))
+    return list(parallel_problems(config, spec, 16))
 
 
 def _refused() -> list[str]:

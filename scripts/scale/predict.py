@@ -58,7 +58,7 @@ class Run:
     """A model on a machine."""
 
     title: str
-    shape: ModelSpec
+    spec: ModelSpec
     machine: Machine
     layout: ParallelDims
     seq_len: int
@@ -71,7 +71,7 @@ class Run:
 
 def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
     """Seconds of a step and what they are made of, `compute` taking `stretch` times as long; tokens/s of one GPU."""
-    shape, layout, machine = run.shape, run.layout, run.machine
+    spec, layout, machine = run.spec, run.layout, run.machine
     work = MemoryInputs(
         microbatch_tokens=run.local_batch * run.seq_len // layout.cp // layout.microbatches,
         accumulation=run.accumulation,
@@ -80,14 +80,14 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
         selection="op",
         memory_budget=0.5,
     )
-    costs = footprint(shape, layout, work)
+    costs = footprint(spec, layout, work)
     tokens = run.local_batch * run.seq_len * run.accumulation / (layout.tp * layout.pp * layout.cp)  # of one GPU
-    width = shape.attention_width if isinstance(shape, LlamaSpec) else shape.width
-    attention = 6 * shape.layers * width * run.seq_len * tokens  # causal: half of 12 L D S
-    products = shape.flops_per_token(run.seq_len) * tokens - 2 * attention
+    width = spec.attention_width if isinstance(spec, LlamaSpec) else spec.width
+    attention = 6 * spec.layers * width * run.seq_len * tokens  # causal: half of 12 L D S
+    products = spec.flops_per_token(run.seq_len) * tokens - 2 * attention
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}[run.recompute]
     passes = ASSUMED[f"passes over the residual stream a layer, {'compiled' if run.compiled else 'plain'}"]
-    moved = passes * 2 * shape.width * shape.layers * tokens * (1 + again)
+    moved = passes * 2 * spec.width * spec.layers * tokens * (1 + again)
     times = {
         "products": products * (1 + again) / (machine.peak_flops * ASSUMED["gemm share of the peak"]),
         "attention": attention / (machine.peak_flops * ASSUMED["attention share of the peak"]),
@@ -117,18 +117,18 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
         "open": open_s,
         "step": step,
         "tokens_per_s": tokens / step,
-        "mfu": shape.flops_per_token(run.seq_len) * tokens / step / machine.peak_flops,
+        "mfu": spec.flops_per_token(run.seq_len) * tokens / step / machine.peak_flops,
     }
 
 
 def published() -> list[Run]:
     """torchtitan's figures (docs of torchtitan, Llama 3 8B on H100s, tokens/s of one GPU)."""
-    shape, machine = named_size("llama", "llama3-8b", 128_256), MACHINES["H100"]
+    spec, machine = named_size("llama", "llama3-8b", 128_256), MACHINES["H100"]
     rows = ((8, False, 5762.0), (8, True, 6667.0), (128, False, 5605.0), (128, True, 6514.0))
     return [
         Run(
             f"Llama 3 8B, {ranks} GPUs" + (", compiled" if compiled else ""),
-            shape,
+            spec,
             machine,
             ParallelDims(dp_shard=ranks),
             8192,

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallel_dims import ParallelDims
-from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.registry import named_size
 from titan_cpt.planning.memory import footprint
@@ -86,11 +86,11 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
     """One step's bytes as counted, and as worked out."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
-        shape = named_size(family, "mini", 8000, layout.tp)
+        spec = named_size(family, "mini", 8000, layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
         options = ParallelOptions(precision=torch.bfloat16)
-        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
+        model, stages, compute_copy = build_parallel_model(spec, mesh, options)
         engine = make_runner(stages, compute_copy, mesh, options)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -109,7 +109,7 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
         selection="op",
         memory_budget=0.5,
     )
-    return sent, footprint(shape, layout, work)
+    return sent, footprint(spec, layout, work)
 
 
 def main() -> int:

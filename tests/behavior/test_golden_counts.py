@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallel_dims import ParallelDims
-from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
@@ -79,11 +79,11 @@ def one_step(family, precision, layout, *, accumulation=1):
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
-        shape = named_size(family, "debug", 257, layout.tp)
+        spec = named_size(family, "debug", 257, layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
         options = ParallelOptions(precision=precision)
-        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
+        model, stages, compute_copy = build_parallel_model(spec, mesh, options)
         engine = make_runner(stages, compute_copy, mesh, options)
         model.init_weights(0)
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -105,7 +105,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
         for step in range(5):
             result = train_step(parts, loader, stage, step)
             ours.append((result.loss.item(), result.grad_norm.item(), {g["lr"] for g in parts.optimizer.param_groups}))
-        model = GPTNeoX(parts.plan.shape)
+        model = GPTNeoX(parts.plan.spec)
         model.init_weights(parts.plan.seed)
         optimizer = torch.optim.AdamW(plain_groups(model), betas=(0.9, 0.95), eps=1e-8)
         for step, (loss, norm, lrs) in enumerate(ours):

@@ -62,25 +62,25 @@ def export(
     require_free(out)
     record = manifest.verify(checkpoint)
     try:
-        shape = spec_from_recipe(record["recipe"])
+        spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
     came_from = origin(record)
     words = find_tokenizer(record, checkpoint, tokenizer, came_from)
     positions = max_positions or longest_sequence(record, came_from)
     with partial_folder(out) as partial:
-        files = _write_weights(checkpoint, partial, shape, DTYPES[dtype], max_shard_bytes)
-        _write_settings(partial, shape, words, positions=positions, dtype=dtype, came_from=came_from)
+        files = _write_weights(checkpoint, partial, spec, DTYPES[dtype], max_shard_bytes)
+        _write_settings(partial, spec, words, positions=positions, dtype=dtype, came_from=came_from)
         warning = None
         if words is not None:
             write_tokenizer(words, partial, positions)
             warning = warning_for_readers(partial, words, read_config(partial)["model_type"])
         line = legs(record)
-        card = model_card(record, checkpoint, line, came_from, shape, dtype=dtype, tokenizer=words, warning=warning)
+        card = model_card(record, checkpoint, line, came_from, spec, dtype=dtype, tokenizer=words, warning=warning)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if open_released(str(partial)).shape != shape:
+        if open_released(str(partial)).spec != spec:
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
-    log(f"{out}: {shape.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
+    log(f"{out}: {spec.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     log(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
     if words is not None and words.add_bos != words.adds_bos_itself:
         log(f"note: {bos_in_words(words)}")
@@ -89,9 +89,9 @@ def export(
     log(f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH")
 
 
-def _write_weights(checkpoint: Path, out: Path, shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
+def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
     """Write the shards one after another, each read back at once; returns how many."""
-    names, groups = hub_names(shape), list(_groups(shape, dtype, max_bytes))
+    names, groups = hub_names(spec), list(_groups(spec, dtype, max_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, group in enumerate(groups, 1):
@@ -115,11 +115,11 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def _groups(shape: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def _groups(spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
     """Weights in the model's order, packed into shards."""
     group: dict[str, tuple[int, ...]] = {}
     size = 0
-    for name, lengths in weight_shapes(shape).items():
+    for name, lengths in weight_shapes(spec).items():
         needed = torch.Size(lengths).numel() * dtype.itemsize
         if group and size + needed > max_bytes:
             yield group
@@ -147,10 +147,10 @@ def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_settings(
-    out: Path, shape: ModelSpec, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
+    out: Path, spec: ModelSpec, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
 ) -> None:
     """config.json and generation_config.json; without a begin-of-document id, the end-of-document id stands for it."""
-    config = config_from_spec(shape, max_positions=positions, dtype=dtype)
+    config = config_from_spec(spec, max_positions=positions, dtype=dtype)
     released = came_from.config if came_from else {}
     marks = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
     if words is not None:

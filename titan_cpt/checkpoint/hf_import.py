@@ -37,14 +37,14 @@ IMPORTED = "imported"
 
 
 def load_released(
-    model: nn.Module, name: str, shape: ModelSpec, *, accept: Callable[[Path], str | None] = lambda folder: None
+    model: nn.Module, name: str, spec: ModelSpec, *, accept: Callable[[Path], str | None] = lambda folder: None
 ) -> str:
     """Fill a model, sharded or not, with released weights; each rank reads its own part. Collective.
 
     Args:
-        model: ours, of `shape`, in any layout.
+        model: ours, of `spec`, in any layout.
         name: a folder or a hub name.
-        shape: the config's; its number of rows may differ from the release's.
+        spec: the config's; its number of rows may differ from the release's.
         accept: called on every rank with the release's folder before weights are read: it says something or refuses.
 
     Returns:
@@ -59,26 +59,26 @@ def load_released(
     released = open_released(name, compare_sets=first)
     if first and dist.is_initialized():
         dist.barrier()
-    _require_same_model(released, shape)
+    _require_same_model(released, spec)
     note = accept(released.files.folder)
-    fill(model, released, shape)
+    fill(model, released, spec)
     if not first:
-        return released.described(shape)
-    result = verify_against_transformers(released, shape, lambda model: fill(model, released, shape), in_a_run=True)
-    return "; ".join([released.described(shape), *released.notes, *filter(None, [note]), result])
+        return released.described(spec)
+    result = verify_against_transformers(released, spec, lambda model: fill(model, released, spec), in_a_run=True)
+    return "; ".join([released.described(spec), *released.notes, *filter(None, [note]), result])
 
 
 def _require_same_model(released: Released, ours: ModelSpec) -> None:
     changed = differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
     if changed:
-        table = "\n    ".join(as_config_table(released.shape).splitlines())
+        table = "\n    ".join(as_config_table(released.spec).splitlines())
         raise CheckpointError(
             "\n  ".join([f"{released.name}: holds another model than the config's:", *changed, f"It is\n    {table}"])
         )
 
 
 @torch.no_grad()
-def fill(model: nn.Module, released: Released, shape: ModelSpec) -> None:
+def fill(model: nn.Module, released: Released, spec: ModelSpec) -> None:
     """Copy the part of every weight that this rank holds from the files into the model."""
     state = get_model_state_dict(model)
     for name, weight in state.items():
@@ -91,7 +91,7 @@ def fill(model: nn.Module, released: Released, shape: ModelSpec) -> None:
             local = weight.to_local()
             slices = [slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)]
         if local.numel():
-            local.copy_(released.read(name, shape, slices))
+            local.copy_(released.read(name, spec, slices))
     set_model_state_dict(model, state)
 
 
@@ -110,17 +110,17 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
     """
     require_free(out)
     released = open_released(name)
-    shape = released.resized(vocab_size)
-    log(f"{released.described(shape)}: {shape.family}, {shape.parameters:,} parameters")
+    spec = released.resized(vocab_size)
+    log(f"{released.described(spec)}: {spec.family}, {spec.parameters:,} parameters")
     with partial_folder(out) as partial:
-        checksums = _stream(released, shape, partial)
-        log(verify_against_transformers(released, shape, lambda model: _load_plain(partial, model)))
+        checksums = _stream(released, spec, partial)
+        log(verify_against_transformers(released, spec, lambda model: _load_plain(partial, model)))
         for note in released.notes:
             log(f"note: {note}")
         words = tokenizer_of_release(released.files.folder)
         if words is None:
             log("note: it brings no tokenizer.json: stages that begin with it cannot check that theirs is its own")
-        recipe = shape.as_recipe()
+        recipe = spec.as_recipe()
         record = {
             "stage": IMPORTED,
             "stage_index": 0,
@@ -134,7 +134,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
             "torch": torch.__version__,
         }
         manifest.write(partial, record, checksums)
-    table = "\n  ".join(as_config_table(shape).splitlines())
+    table = "\n  ".join(as_config_table(spec).splitlines())
     log(f'{out}: written; a stage begins with it by init = "checkpoint:{out}", under\n  {table}')
 
 
@@ -160,15 +160,15 @@ class _ReadWhenWritten(DefaultSavePlanner):
         return self._read(index.fqn.removeprefix("model.")).float()
 
 
-def _stream(released: Released, shape: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
+def _stream(released: Released, spec: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
     """Write the weights one after another; returns what `manifest.write` wants to know of the files."""
     state = {
         "model": {
             name: torch.empty(lengths, dtype=torch.float32, device="meta")
-            for name, lengths in weight_shapes(shape).items()
+            for name, lengths in weight_shapes(spec).items()
         }
     }
-    planner = _ReadWhenWritten(lambda name: released.read(name, shape))
+    planner = _ReadWhenWritten(lambda name: released.read(name, spec))
     writer = ShardWriter(folder, threads=1)
     with without_dist_warning():
         save(state, storage_writer=writer, planner=planner, no_dist=True)

@@ -24,29 +24,29 @@ class Released:
 
     Attributes:
         name: as the user gave it.
-        shape: of the release; `resized` changes its vocabulary alone.
+        spec: of the release; `resized` changes its vocabulary alone.
         notes: what of the folder was not read.
     """
 
     name: str
     config: dict[str, Any]
-    shape: ModelSpec
+    spec: ModelSpec
     files: WeightFiles
     notes: tuple[str, ...] = ()
 
     def resized(self, vocab_size: int | None) -> ModelSpec:
-        """The release's shape with another number of rows, if one is asked for."""
-        return self.shape if vocab_size is None else replace(self.shape, vocab_size=vocab_size)
+        """The release's spec with another number of rows, if one is asked for."""
+        return self.spec if vocab_size is None else replace(self.spec, vocab_size=vocab_size)
 
-    def read(self, name: str, shape: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
-        """One of our weights, or a part of it, in the dtype of the file; embeddings with `shape`'s number of rows.
+    def read(self, name: str, spec: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
+        """One of our weights, or a part of it, in the dtype of the file; embeddings with `spec`'s number of rows.
 
         Raises:
             CheckpointError: the file cannot be read any more, or the weight has integers, NaN or infinite numbers.
         """
-        theirs = hub_names(shape)[name]
+        theirs = hub_names(spec)[name]
         if name in VOCABULARY_WEIGHTS:
-            weight = self.files.read_rows(theirs, shape.vocab_size, slices)
+            weight = self.files.read_rows(theirs, spec.vocab_size, slices)
         else:
             weight = self.files.read(theirs, slices)
         if not weight.is_floating_point():
@@ -62,9 +62,9 @@ class Released:
             )
         return weight
 
-    def described(self, shape: ModelSpec) -> str:
+    def described(self, spec: ModelSpec) -> str:
         """The release, and what became of its vocabulary."""
-        old, new = self.shape.vocab_size, shape.vocab_size
+        old, new = self.spec.vocab_size, spec.vocab_size
         if new < old:
             return f"{self.name}, vocabulary {old:,} -> {new:,} rows: rows from {new:,} on dropped"
         grown = f", vocabulary {old:,} -> {new:,} rows: new rows are the mean of the old" if new > old else ""
@@ -84,32 +84,32 @@ def open_released(name: str, *, compare_sets: bool = True) -> Released:
     """
     folder = released_folder(name)
     config = read_config(folder)
-    shape = spec_from_config(config, str(folder / "config.json"))
+    spec = spec_from_config(config, str(folder / "config.json"))
     files = WeightFiles(folder)
-    foreign, missing = foreign_and_missing(files.shapes, shape)
+    foreign, missing = foreign_and_missing(files.shapes, spec)
     faults = [f"{theirs}: missing" for theirs in missing]
     faults += [f"{theirs}: not a weight of the model that config.json describes" for theirs in foreign]
     if not missing:  # else the model may be one that nobody could build
-        faults += _wrong_shapes(files, shape)
+        faults += _wrong_shapes(files, spec)
     if faults:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {in_lines(faults)}")
-    _require_the_tied_head(files, shape)
-    notes = [*_other_sets(files, shape), *files.unread()] if compare_sets else ()
-    return Released(name, config, shape, files, tuple(notes))
+    _require_the_tied_head(files, spec)
+    notes = [*_other_sets(files, spec), *files.unread()] if compare_sets else ()
+    return Released(name, config, spec, files, tuple(notes))
 
 
-def _wrong_shapes(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
-    names = hub_names(shape)
-    for ours, wanted in weight_shapes(shape).items():
+def _wrong_shapes(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
+    names = hub_names(spec)
+    for ours, wanted in weight_shapes(spec).items():
         found = files.shapes.get(names[ours], wanted)
         if found != wanted:
             yield f"{names[ours]}: is {list(found)}, by config.json it must be {list(wanted)}"
 
 
-def _require_the_tied_head(files: WeightFiles, shape: ModelSpec) -> None:
+def _require_the_tied_head(files: WeightFiles, spec: ModelSpec) -> None:
     """Raise CheckpointError where a file of a tied model has a head that is not its embedding: one would be lost."""
-    head, embedding = "lm_head.weight", hub_names(shape)["embedding.weight"]
-    if not shape.tied or head not in files.shapes:
+    head, embedding = "lm_head.weight", hub_names(spec)["embedding.weight"]
+    if not spec.tied or head not in files.shapes:
         return
     if files.shapes[head] != files.shapes[embedding] or not torch.equal(files.read(head), files.read(embedding)):
         raise CheckpointError(
@@ -119,7 +119,7 @@ def _require_the_tied_head(files: WeightFiles, shape: ModelSpec) -> None:
         )
 
 
-def _other_sets(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
+def _other_sets(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
     """A note on each further set of weights in the folder.
 
     Raises:
@@ -131,7 +131,7 @@ def _other_sets(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
         except CheckpointError:
             yield f"{entry.name} was ignored, as it is not whole; {files.entry.name} was read"
             continue
-        names = list(hub_names(shape).values())
+        names = list(hub_names(spec).values())
         if any(name not in other.shapes for name in names):
             yield f"{entry.name} was ignored, as weights are missing in it; {files.entry.name} was read"
         elif (different := files.first_difference(other, names)) is not None:
@@ -143,8 +143,8 @@ def _other_sets(files: WeightFiles, shape: ModelSpec) -> Iterator[str]:
             yield f"{entry.name} was ignored, as its weights are the same; {files.entry.name} was read"
 
 
-def weight_shapes(shape: ModelSpec) -> dict[str, tuple[int, ...]]:
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Our name of every weight of such a model -> its shape."""
     with torch.device("meta"):
-        model = build_model(shape)
+        model = build_model(spec)
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

@@ -22,7 +22,7 @@ def model_card(
     checkpoint: Path,
     line: Sequence[Leg],
     came_from: Origin | None,
-    shape: ModelSpec,
+    spec: ModelSpec,
     *,
     dtype: str,
     tokenizer: Tokenizer | None,
@@ -51,7 +51,7 @@ def model_card(
             words += f". **{warning[0].upper()}{warning[1:]}.**"
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
-        f"- Model: {shape.family}, {shape.parameters:,} parameters, {shape.vocab_size:,} vocabulary rows, in {dtype}",
+        f"- Model: {spec.family}, {spec.parameters:,} parameters, {spec.vocab_size:,} vocabulary rows, in {dtype}",
         f"- Began as: {began}",
         f"- Tokenizer: {words}",
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),

@@ -40,13 +40,13 @@ _LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
 
 
 def verify_against_transformers(
-    released: Released, shape: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
+    released: Released, spec: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
 ) -> str:
     """Run our model and transformers' on the same tokens; the result in words.
 
     Args:
         released: what transformers reads.
-        shape: ours; of the vocabularies, the rows are compared that both have.
+        spec: ours; of the vocabularies, the rows are compared that both have.
         load: fills our model, which is whole and of this process alone.
         in_a_run: leave the logits out where they would hold up the other ranks.
 
@@ -67,28 +67,28 @@ def verify_against_transformers(
             return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
         _require_same_settings(released, theirs, transformers)
         settings = f"settings are those of {name}; logits are not compared: "
-        length = _length(shape, released.shape)
-        if in_a_run and shape.parameters > _RUN_PARAMETERS:
+        length = _length(spec, released.spec)
+        if in_a_run and spec.parameters > _RUN_PARAMETERS:
             return f"{settings}the model is large; `titan-cpt import` compares them"
-        if in_a_run and shape.parameters * length > _RUN_WORK:
+        if in_a_run and spec.parameters * length > _RUN_WORK:
             return f"{settings}its sliding window is long; `titan-cpt import` compares them"
-        if short := _short_of_memory(shape, length):
+        if short := _short_of_memory(spec, length):
             return f"{settings}{short}"
         try:
             model: Any = _their_model(released.files.folder, theirs, transformers)
         except Exception as error:  # a backend that is not installed, a value that its modules do not like
             return f"{settings}it cannot load the model: {reason_of(error)}"
-        return _same_logits(released, shape, load, model, length, name)
+        return _same_logits(released, spec, load, model, length, name)
 
 
 def _same_logits(
-    released: Released, shape: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
+    released: Released, spec: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
 ) -> str:
     with torch.device("meta"):
-        model = build_model(shape)
+        model = build_model(spec)
     model.to_empty(device="cpu")
     load(model)
-    rows = min(shape.vocab_size, released.shape.vocab_size)
+    rows = min(spec.vocab_size, released.spec.vocab_size)
     sequences = 2 if length == _FEW_TOKENS else 1
     tokens_BL = torch.randint(0, rows, (sequences, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -119,20 +119,20 @@ def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
 
 def _require_same_settings(released: Released, theirs: Any, transformers: Any) -> None:
     """Compare what transformers understood of config.json with what we did, rotary frequencies included."""
-    shape = released.shape
-    keys = _KEYS | (_LLAMA_KEYS if isinstance(shape, LlamaSpec) else _GPT_NEOX_KEYS)
-    found = {key: (getattr(shape, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
-    if isinstance(shape, LlamaSpec):
+    spec = released.spec
+    keys = _KEYS | (_LLAMA_KEYS if isinstance(spec, LlamaSpec) else _GPT_NEOX_KEYS)
+    found = {key: (getattr(spec, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
+    if isinstance(spec, LlamaSpec):
         head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        found["head_dim"] = shape.head_width, head
+        found["head_dim"] = spec.head_width, head
         if theirs.model_type in ("llama", "mistral") or hasattr(
             theirs, "layer_types"
         ):  # Qwen's since transformers 4.53
-            found["sliding_window"] = shape.sliding_window, _their_window(theirs)
+            found["sliding_window"] = spec.sliding_window, _their_window(theirs)
     faults = [f"{key}: {yours!r} there, {ours!r} here" for key, (ours, yours) in found.items() if ours != yours]
     rotary = _their_rotary(theirs, transformers)
     if rotary is not None:
-        faults += _rotary_faults(shape, *rotary)
+        faults += _rotary_faults(spec, *rotary)
     if faults:
         raise CheckpointError(
             f"{released.name}: transformers {transformers.__version__} reads config.json otherwise: {'; '.join(faults)}"
@@ -159,10 +159,10 @@ def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None
         return None
 
 
-def _rotary_faults(shape: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
-    width = shape.rotary_width if isinstance(shape, GPTNeoXSpec) else getattr(shape, "head_width", 0)
-    scaling = getattr(shape, "rope_scaling", None)
-    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
+def _rotary_faults(spec: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
+    width = spec.rotary_width if isinstance(spec, GPTNeoXSpec) else getattr(spec, "head_width", 0)
+    scaling = getattr(spec, "rope_scaling", None)
+    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=spec.rope_base, scaling=scaling)
     ours_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
     if ours_R.shape != theirs_R.shape:
         yield f"rotary frequencies: {len(theirs_R)} there, {len(ours_R)} here"
@@ -175,12 +175,12 @@ def _rotary_faults(shape: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iter
 
 def _length(*shapes: ModelSpec) -> int:
     """Tokens of a sequence: beyond the end of any sliding window."""
-    windows = [shape.attention_span for shape in shapes if shape.attention_span is not None]
+    windows = [spec.sliding_window for spec in shapes if spec.sliding_window is not None]
     return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
 
 
-def _short_of_memory(shape: ModelSpec, length: int) -> str | None:
-    needed, free = 8 * shape.parameters + 16 * length * shape.vocab_size + 2 * length**2, _free_bytes()
+def _short_of_memory(spec: ModelSpec, length: int) -> str | None:
+    needed, free = 8 * spec.parameters + 16 * length * spec.vocab_size + 2 * length**2, _free_bytes()
     if free is None or needed <= 0.8 * free:
         return None
     return f"that needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"

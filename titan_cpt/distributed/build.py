@@ -7,7 +7,8 @@ import torch
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.master_weights import ComputeCopy
-from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
+from titan_cpt.distributed.options import ParallelOptions
+from titan_cpt.distributed.parallelize import parallelize
 from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage, merge_pipeline_stages
 from titan_cpt.models.build import LanguageModel
 from titan_cpt.models.spec import ModelSpec
@@ -25,13 +26,16 @@ def build_parallel_model(
         compute_copy: updates stage 0 from `model` where they are two modules: in a single process with mixed precision.
     """
     if options.float8 is not None:
-        require_float8(mesh.ranks.device)
-    stages = {number: build_pipeline_stage(spec, mesh, number) for number in mesh.layout.stages_of(mesh.place.pipeline)}
+        require_float8(mesh.process.device)
+    stages = {
+        number: build_pipeline_stage(spec, mesh, number)
+        for number in mesh.parallel_dims.stages_of(mesh.coordinates.pipeline)
+    }
     for stage in stages.values():
         parallelize(stage, mesh, options)
-        stage.to_empty(device="cpu" if options.offloaded else mesh.ranks.device)
-    if mesh.dims is not None or options.precision == torch.float32:
+        stage.to_empty(device="cpu" if options.offloaded else mesh.process.device)
+    if mesh.device_mesh is not None or options.precision == torch.float32:
         return merge_pipeline_stages(list(stages.values())), stages, None
     model = build_pipeline_stage(spec, mesh, 0)
-    model.to_empty(device=mesh.ranks.device)
+    model.to_empty(device=mesh.process.device)
     return model, stages, ComputeCopy(model, stages[0].to(options.precision))

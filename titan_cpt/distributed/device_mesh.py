@@ -1,4 +1,4 @@
-"""Which ranks there are, what they compute on, in which precision, and where each stands in the layout."""
+"""The torch device meshes and process groups of all parallelism dimensions, seen from one rank."""
 
 from __future__ import annotations
 
@@ -15,71 +15,72 @@ from titan_cpt.distributed.process_group import ProcessInfo
 
 @dataclass(frozen=True)
 class Mesh:
-    """The layout with process groups in it, seen from one rank.
+    """Parallelism degrees and device meshes, seen from one rank.
 
     Attributes:
-        place: this rank's coordinates.
-        data_rank: its share of every global batch.
-        dims: the torch meshes of the model's dimensions: `pp` and `tp` where their degree is above 1, and `fsdp`, over
-            which weights are sharded: dp_shard and cp as one, after dp_replicate where there are copies (HSDP). None
-            for a single process, which needs no process group.
-        context: the ranks that share this rank's sequences; None without context parallelism.
+        coordinates: of this rank in every dimension.
+        data_rank: index of this rank's share of each global batch.
+        device_mesh: dimensions `pp` and `tp` where their degree is above 1, and `fsdp`, over which parameters are
+            sharded: dp_shard and cp flattened into one, behind `dp_replicate` with HSDP. None in a single process,
+            which has no process group.
+        context: process group of the ranks that share this rank's sequences; None without context parallelism.
     """
 
-    ranks: ProcessInfo
-    layout: ParallelDims
-    place: RankCoordinates
+    process: ProcessInfo
+    parallel_dims: ParallelDims
+    coordinates: RankCoordinates
     data_rank: int
-    dims: DeviceMesh | None
+    device_mesh: DeviceMesh | None
     context: dist.ProcessGroup | None
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """What FSDP2 shards over; two dimensions, copies first, under HSDP."""
-        assert self.dims is not None, "a single process is not sharded"
-        return self.dims["dp_replicate", "fsdp"] if self.layout.dp_replicate > 1 else self.dims["fsdp"]
+        """The mesh of FSDP2: one dimension to shard over, and before it one of replicas with HSDP."""
+        assert self.device_mesh is not None, "a single process is not sharded"
+        replicated = self.parallel_dims.dp_replicate > 1
+        return self.device_mesh["dp_replicate", "fsdp"] if replicated else self.device_mesh["fsdp"]
 
     @property
     def tensor(self) -> DeviceMesh:
-        """The ranks among which matrices are split."""
-        assert self.dims is not None, "a single process splits no matrix"
-        return self.dims["tp"]
+        """The mesh of tensor parallelism."""
+        assert self.device_mesh is not None, "a single process has no tensor parallelism"
+        return self.device_mesh["tp"]
 
     @property
     def pipeline(self) -> dist.ProcessGroup | None:
-        """The ranks among which layers are split; None without a pipeline."""
-        return self.dims["pp"].get_group() if self.dims is not None and self.layout.pp > 1 else None
+        """The process group of this rank's pipeline; None without pipeline parallelism."""
+        if self.device_mesh is None or self.parallel_dims.pp == 1:
+            return None
+        return self.device_mesh["pp"].get_group()
 
-    def summed_shares(self, loss: Tensor) -> Tensor:
-        """The sum over all ranks of their shares of a loss, in place; tensor-parallel ranks hold the same share."""
-        if self.dims is None:
+    def sum_loss(self, loss: Tensor) -> Tensor:
+        """Sum over all ranks of each rank's share of a loss; in place, collective."""
+        if self.device_mesh is None:
             return loss
-        loss *= float(self.place.tensor == 0)
+        loss *= float(self.coordinates.tensor == 0)  # tensor-parallel ranks hold identical losses: count each once
         dist.all_reduce(loss)
         return loss
 
 
-def build_mesh(ranks: ProcessInfo, layout: ParallelDims) -> Mesh:
-    """Give every rank its place and make the process groups; collective.
-
-    Args:
-        layout: of exactly as many ranks as there are.
-    """
-    assert layout.world_size == ranks.world_size, f"{layout} is not a layout of {ranks.world_size} ranks"
-    # It tells at every step that a norm over two mesh dimensions is reduced one after the other, as is meant here.
+def build_mesh(process: ProcessInfo, parallel_dims: ParallelDims) -> Mesh:
+    """Create the device mesh and process groups of `parallel_dims`, whose product is the world size; collective."""
+    dims = parallel_dims
+    assert dims.world_size == process.world_size, f"{dims} is not for {process.world_size} ranks"
+    # Otherwise torch warns at each step that a norm over two mesh dimensions is reduced one after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    dims = context = None
-    if ranks.world_size > 1:
-        degrees = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
+    device_mesh = context = None
+    if process.world_size > 1:
+        degrees = {"pp": dims.pp, "dp_replicate": dims.dp_replicate}
         degrees = {name: degree for name, degree in degrees.items() if degree > 1}
-        degrees["fsdp"] = layout.dp_shard * layout.cp  # always there: it casts to the precision, even over one rank
-        degrees |= {"tp": layout.tp} if layout.tp > 1 else {}
-        dims = init_device_mesh(ranks.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
-        context = _context_group(ranks.device.type, layout) if layout.cp > 1 else None
-    return Mesh(ranks, layout, layout.place(ranks.rank), layout.data_rank(ranks.rank), dims, context)
+        degrees["fsdp"] = dims.dp_shard * dims.cp  # even of size 1: FSDP2 does the mixed precision
+        degrees |= {"tp": dims.tp} if dims.tp > 1 else {}
+        device_mesh = init_device_mesh(process.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+        context = _context_group(process.device.type, dims) if dims.cp > 1 else None
+    coordinates, data_rank = dims.coordinates(process.rank), dims.data_rank(process.rank)
+    return Mesh(process, dims, coordinates, data_rank, device_mesh, context)
 
 
-def _context_group(device: str, layout: ParallelDims) -> dist.ProcessGroup:
-    outer = layout.world_size // (layout.cp * layout.tp)
-    mesh = init_device_mesh(device, (outer, layout.cp, layout.tp), mesh_dim_names=("others", "cp", "tp"))
+def _context_group(device: str, dims: ParallelDims) -> dist.ProcessGroup:
+    others = dims.world_size // (dims.cp * dims.tp)
+    mesh = init_device_mesh(device, (others, dims.cp, dims.tp), mesh_dim_names=("others", "cp", "tp"))
     return mesh["cp"].get_group()

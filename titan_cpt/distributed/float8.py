@@ -8,7 +8,7 @@ of float8, without its speed. Source: Micikevicius et al. 2022, arXiv:2209.05433
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,24 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.distributed.float8_filter import in_float8
+from titan_cpt.distributed.options import Float8Options
 from titan_cpt.errors import ConfigError, how_to_install
 
 LEAST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply in float8
-
-
-@dataclass(frozen=True)
-class Float8:
-    """What is asked of float8.
-
-    Attributes:
-        recipe: torchao's: "tensorwise", "rowwise" or "rowwise_with_gw_hp".
-        gather: weights are cast before FSDP2 gathers them, a byte a number; tensorwise alone.
-        kept_out: layers whose name holds one of these stay in higher precision.
-    """
-
-    recipe: str
-    gather: bool
-    kept_out: tuple[str, ...]
 
 
 def require_float8(device: torch.device) -> None:
@@ -55,7 +41,7 @@ def require_float8(device: torch.device) -> None:
         )
 
 
-def convert_layers(model: nn.Module, float8: Float8, *, tp: int, sharded: bool, emulated: bool) -> None:
+def convert_layers(model: nn.Module, float8: Float8Options, *, tp: int, sharded: bool, emulated: bool) -> None:
     """Put torchao's float8 layers in the place of the linear layers that `in_float8` names; the weights stay.
 
     Args:
@@ -67,11 +53,11 @@ def convert_layers(model: nn.Module, float8: Float8, *, tp: int, sharded: bool, 
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an optional package, and a slow one
 
     recipe = Float8LinearConfig.from_recipe_name(float8.recipe)
-    config = replace(recipe, emulate=emulated, enable_fsdp_float8_all_gather=float8.gather and sharded)
+    config = replace(recipe, emulate=emulated, enable_fsdp_float8_all_gather=float8.fsdp_all_gather and sharded)
 
     def wanted(layer: nn.Module, name: str) -> bool:
         assert isinstance(layer, nn.Linear), f"torchao asks about linear layers only, not {type(layer).__name__}"
-        return in_float8(name, tuple(layer.weight.shape), tp=tp, kept_out=float8.kept_out)
+        return in_float8(name, tuple(layer.weight.shape), tp=tp, filter_fqns=float8.filter_fqns)
 
     convert_to_float8_training(model, module_filter_fn=wanted, config=config)
 

@@ -87,16 +87,16 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     @property
-    def kind(self) -> ScheduleKind:
+    def schedule_kind(self) -> ScheduleKind:
         """The pipeline schedule's kind."""
         return SCHEDULES[self.schedule] if self.pp > 1 else ScheduleKind(1, "loop", False)
 
     @property
-    def stages(self) -> int:
+    def pipeline_stages(self) -> int:
         """Cuts of the model over all pipeline ranks."""
-        return self.pp * self.kind.stages_per_rank
+        return self.pp * self.schedule_kind.stages_per_rank
 
-    def place(self, rank: int) -> RankCoordinates:
+    def coordinates(self, rank: int) -> RankCoordinates:
         """Where a rank stands."""
         rank, tensor = divmod(rank, self.tp)
         rank, context = divmod(rank, self.cp)
@@ -106,21 +106,21 @@ class ParallelDims:
 
     def data_rank(self, rank: int) -> int:
         """Which share of a global batch a rank reads, 0 to data_parallel - 1."""
-        place = self.place(rank)
+        place = self.coordinates(rank)
         return place.replica * self.dp_shard + place.shard
 
     def stages_of(self, pipeline: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds, in the order of the model."""
-        if self.kind.placement == "v":
-            return (pipeline, self.stages - 1 - pipeline)
-        return tuple(range(pipeline, self.stages, self.pp))
+        if self.schedule_kind.placement == "v":
+            return (pipeline, self.pipeline_stages - 1 - pipeline)
+        return tuple(range(pipeline, self.pipeline_stages, self.pp))
 
     def layers_of(self, stage: int, layers: int) -> range:
         """The layers of a stage of a model of so many; equal shares, which the rules see to."""
-        each = layers // self.stages
+        each = layers // self.pipeline_stages
         return range(stage * each, (stage + 1) * each)
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Degrees above 1 in words, such as "dp 69 x tp 6 x pp 4 (1F1B)"."""
         names = ("dp_replicate", "dp_shard", "cp", "tp")
         degrees = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]

@@ -5,7 +5,6 @@ Shape letters: B sequences, L positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -28,7 +27,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from titan_cpt.distributed.context_parallel import ContextParallelAttention, RingAttention
 from titan_cpt.distributed.device_mesh import Mesh
-from titan_cpt.distributed.float8 import Float8, convert_layers
+from titan_cpt.distributed.float8 import convert_layers
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.build import LanguageModel
 from titan_cpt.models.gpt_neox import model as gpt_neox
 from titan_cpt.models.llama import model as llama
@@ -48,33 +48,6 @@ _KEPT_OPERATORS = (
 _RECOMPUTED_PRODUCTS = 2  # of the products, every second one is computed again: half the memory for a sixth of the work
 
 
-@dataclass(frozen=True)
-class ParallelOptions:
-    """What is done to every block beside splitting it over ranks.
-
-    Attributes:
-        precision: what parameters are gathered and multiplied in; gradients are reduced in float32.
-        recompute: "none", "full", "selective" or "memory_budget": what the backward pass computes again.
-        selection: under "selective": "op", or n for every n-th block.
-        memory_budget: share of the activations kept under "memory_budget".
-        compiled: torch.compile, block by block.
-        ring_attention: context-parallel ranks pass keys and values round instead of gathering them.
-        asynchronous: tensor-parallel traffic overlaps with the products beside it.
-        offloaded: parameters, gradients and the optimizer stay in host memory.
-        float8: how matrices are multiplied in 8 bits, if they are.
-    """
-
-    precision: torch.dtype
-    recompute: str = "none"
-    selection: str = "op"
-    memory_budget: float = 0.5
-    compiled: bool = False
-    ring_attention: bool = False
-    asynchronous: bool = False
-    offloaded: bool = False
-    float8: Float8 | None = None
-
-
 def parallelize(model: LanguageModel, mesh: Mesh, parallel_options: ParallelOptions) -> None:
     """Lay a model, or the stage of a pipeline, over the ranks; in place, its parameters keep their names.
 
@@ -82,19 +55,19 @@ def parallelize(model: LanguageModel, mesh: Mesh, parallel_options: ParallelOpti
     wrappers that checkpointing and compiling put around blocks.
     """
     if parallel_options.float8 is not None:
-        emulated, sharded = mesh.ranks.device.type == "cpu", mesh.dims is not None
-        convert_layers(model, parallel_options.float8, tp=mesh.layout.tp, sharded=sharded, emulated=emulated)
-    if mesh.layout.tp > 1:
-        apply_tp(model, mesh.tensor, loss_parallel=mesh.layout.loss_parallel)
+        emulated, sharded = mesh.process.device.type == "cpu", mesh.device_mesh is not None
+        convert_layers(model, parallel_options.float8, tp=mesh.parallel_dims.tp, sharded=sharded, emulated=emulated)
+    if mesh.parallel_dims.tp > 1:
+        apply_tp(model, mesh.tensor, loss_parallel=mesh.parallel_dims.loss_parallel)
     if mesh.context is not None:
         apply_cp(model, mesh.context, ring=parallel_options.ring_attention)
     if parallel_options.recompute != "none":
         apply_ac(model, parallel_options)
     if parallel_options.compiled:
         apply_compile(model)
-    if parallel_options.asynchronous:
+    if parallel_options.async_tp:
         enable_async_tp(mesh.tensor)
-    if mesh.dims is not None:
+    if mesh.device_mesh is not None:
         apply_fsdp(model, mesh, parallel_options.precision, offloaded=parallel_options.offloaded)
 
 
@@ -240,7 +213,7 @@ def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offl
     # Pinned memory is CUDA's; on a CPU the parameters are where they would be anyway.
     kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=policy, offload_policy=kept)
-    reshard = mesh.layout.reshard_after_forward
+    reshard = mesh.parallel_dims.reshard_after_forward
     tied = isinstance(model.head, TiedHead)
     if model.embedding is not None and not tied:
         shard(model.embedding, reshard_after_forward=reshard)
@@ -254,5 +227,5 @@ def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offl
         if isinstance(module, FSDPModule):
             # The loss is already a share of the global batch's mean: sum gradients over ranks, do not average them.
             module.set_gradient_divide_factor(1.0)
-            if mesh.ranks.device.type == "cpu":
+            if mesh.process.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM

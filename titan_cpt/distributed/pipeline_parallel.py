@@ -14,13 +14,13 @@ def build_pipeline_stage(spec: ModelSpec, mesh: Mesh, stage: int) -> LanguageMod
     """One pipeline stage on the meta device: the first holds the embedding, the last the final norm and the head."""
     with torch.device("meta"):
         model = build_model(spec)
-    own = {str(layer) for layer in mesh.layout.layers_of(stage, spec.layers)}
+    own = {str(layer) for layer in mesh.parallel_dims.layers_of(stage, spec.layers)}
     for layer in list(model.blocks):
         if layer not in own:
             del model.blocks[layer]
     if stage > 0:
         model.embedding = None
-    if stage < mesh.layout.stages - 1:
+    if stage < mesh.parallel_dims.pipeline_stages - 1:
         model.final_norm = model.head = None
     return model
 
@@ -33,7 +33,7 @@ def merge_pipeline_stages(stages: list[LanguageModel]) -> LanguageModel:
     if len(stages) == 1:
         return stages[0]
     with torch.device("meta"):
-        model = build_model(stages[0].shape)
+        model = build_model(stages[0].spec)
     model.blocks = nn.ModuleDict({layer: block for stage in stages for layer, block in stage.blocks.items()})
     model.embedding = next((stage.embedding for stage in stages if stage.embedding is not None), None)
     model.final_norm = next((stage.final_norm for stage in stages if stage.final_norm is not None), None)

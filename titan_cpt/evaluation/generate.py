@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titan_cpt.errors import DataError
 from titan_cpt.evaluation.inference import LoadedModel, batches, logits_at, padded, shard_batches, summed
-from titan_cpt.models.common.kv_cache import kept
+from titan_cpt.models.common.kv_cache import kv_cache
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _continue(
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens_BL = padded(prompts, device)
     capacity = tokens_BL.shape[1] + max_new_tokens
-    with kept(opened.model, sequences=len(prompts), capacity=capacity, device=device) as cache:
+    with kv_cache(opened.model, sequences=len(prompts), capacity=capacity, device=device) as cache:
         for taken in range(max_new_tokens):
             rows_B = torch.arange(len(lengths_B), device=device)
             logits_BV = logits_at(opened.model, tokens_BL, rows_B, lengths_B - 1).float()

@@ -24,8 +24,8 @@ from titan_cpt.checkpoint.storage import without_dist_warning
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallel_dims import ParallelDims
-from titan_cpt.distributed.parallelize import ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.models import build
@@ -88,7 +88,7 @@ def open_checkpoint(
     """
     record = manifest.verify(folder) if verify_checksums and ranks.rank == 0 else manifest.read(folder)
     try:
-        shape = spec_from_recipe(record["recipe"])
+        spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / manifest.NAME}: {error}") from None
     came_from = origin(record)
@@ -99,10 +99,10 @@ def open_checkpoint(
     sharded = sharded and ranks.world_size > 1
     if sharded:
         mesh = build_mesh(ranks, ParallelDims(dp_shard=ranks.world_size))
-        model, _, _ = build_parallel_model(shape, mesh, ParallelOptions(PRECISIONS[precision]))
+        model, _, _ = build_parallel_model(spec, mesh, ParallelOptions(PRECISIONS[precision]))
     else:
         with torch.device("meta"):
-            model = build.build_model(shape)
+            model = build.build_model(spec)
         model.to_empty(device=ranks.device)
     with without_dist_warning():
         load_state(folder, model, None)

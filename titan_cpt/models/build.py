@@ -9,14 +9,14 @@ LanguageModel = GPTNeoX | Llama
 """A model of any family: `shape`, `embedding`, `blocks`, `final_norm`, `head` and `init_weights`."""
 
 
-def build_model(shape: ModelSpec) -> LanguageModel:
+def build_model(spec: ModelSpec) -> LanguageModel:
     """The model, its weights still meaningless.
 
     Raises:
         ConfigError: its family has no model here.
     """
-    if isinstance(shape, GPTNeoXSpec):
-        return GPTNeoX(shape)
-    if isinstance(shape, LlamaSpec):
-        return Llama(shape)
-    raise ConfigError(f"model.family: {shape.family!r} has no model: build_model in models/families.py would build it")
+    if isinstance(spec, GPTNeoXSpec):
+        return GPTNeoX(spec)
+    if isinstance(spec, LlamaSpec):
+        return Llama(spec)
+    raise ConfigError(f"model.family: {spec.family!r} has no model: build_model in models/families.py would build it")

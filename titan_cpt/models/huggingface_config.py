@@ -159,7 +159,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     kind = str(config.get("model_type"))
     if kind not in _KINDS:
         raise CheckpointError(f"{where}: model_type: must be one of {', '.join(_KINDS)}, got {kind!r}")
-    shape, own = _KINDS[kind]
+    spec, own = _KINDS[kind]
     keys = Keys(config, DEFAULTS[kind])
     layers = keys.number(int, "num_hidden_layers")
     if layers > _MOST_LAYERS:
@@ -176,7 +176,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     faults = list(dict.fromkeys(keys.faults))
     try:
         if not faults:
-            return shape(**numbers)
+            return spec(**numbers)
     except ConfigError as error:
         faults = str(error).splitlines()
         if missing := dict.fromkeys(keys.defaulted):
@@ -184,7 +184,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     raise CheckpointError("\n  - ".join([f"{where}: describes no model that can be taken in:", *faults]))
 
 
-def config_from_spec(shape: ModelSpec, *, max_positions: int, dtype: str) -> dict[str, Any]:
+def config_from_spec(spec: ModelSpec, *, max_positions: int, dtype: str) -> dict[str, Any]:
     """The config.json of a model, of the plainest architecture of transformers that computes it.
 
     Args:
@@ -195,69 +195,69 @@ def config_from_spec(shape: ModelSpec, *, max_positions: int, dtype: str) -> dic
     Raises:
         CheckpointError: the family has no counterpart in transformers.
     """
-    if isinstance(shape, GPTNeoXSpec):
-        kind, own = "GPTNeoXForCausalLM", _gpt_neox_config(shape)
-    elif not isinstance(shape, LlamaSpec):
+    if isinstance(spec, GPTNeoXSpec):
+        kind, own = "GPTNeoXForCausalLM", _gpt_neox_config(spec)
+    elif not isinstance(spec, LlamaSpec):
         raise CheckpointError(
-            f"models of the family {shape.family!r} have no config.json of Hugging Face's yet: _KINDS and "
+            f"models of the family {spec.family!r} have no config.json of Hugging Face's yet: _KINDS and "
             "config_from_shape in models/huggingface_config.py would describe it"
         )
     else:
-        kind, own = _llama_config(shape)
+        kind, own = _llama_config(spec)
     return {
         "architectures": [kind],
         **own,
-        "hidden_size": shape.width,
-        "intermediate_size": shape.mlp_width,
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "vocab_size": shape.vocab_size,
+        "hidden_size": spec.width,
+        "intermediate_size": spec.mlp_width,
+        "num_attention_heads": spec.heads,
+        "num_hidden_layers": spec.layers,
+        "vocab_size": spec.vocab_size,
         "max_position_embeddings": max_positions,
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": spec.tied,
         "torch_dtype": dtype,
         "use_cache": True,
     }
 
 
-def _gpt_neox_config(shape: GPTNeoXSpec) -> dict[str, Any]:
+def _gpt_neox_config(spec: GPTNeoXSpec) -> dict[str, Any]:
     return {
         "model_type": "gpt_neox",
         "hidden_act": "gelu",
-        "layer_norm_eps": shape.norm_eps,
-        "use_parallel_residual": shape.parallel_residual,
-        "rotary_pct": shape.rotary_fraction,
-        "rotary_emb_base": shape.rope_base,
+        "layer_norm_eps": spec.norm_eps,
+        "use_parallel_residual": spec.parallel_residual,
+        "rotary_pct": spec.rotary_fraction,
+        "rotary_emb_base": spec.rope_base,
         "attention_bias": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
 
 
-def _llama_config(shape: LlamaSpec) -> tuple[str, dict[str, Any]]:
-    if shape.qk_norm:
+def _llama_config(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
+    if spec.qk_norm:
         kind, name = "qwen3", "Qwen3ForCausalLM"
-    elif shape.qkv_bias:
+    elif spec.qkv_bias:
         kind, name = "qwen2", "Qwen2ForCausalLM"
-    elif shape.sliding_window is not None:
+    elif spec.sliding_window is not None:
         kind, name = "mistral", "MistralForCausalLM"
     else:
         kind, name = "llama", "LlamaForCausalLM"
     config: dict[str, Any] = {
         "model_type": kind,
         "hidden_act": "silu",
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_width,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_base,
-        "rope_scaling": _scaling_config(shape.rope_scaling),
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_width,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope_base,
+        "rope_scaling": _scaling_config(spec.rope_scaling),
         "attention_dropout": 0.0,
     }
     if kind == "mistral":
-        config["sliding_window"] = shape.sliding_window
+        config["sliding_window"] = spec.sliding_window
     elif kind != "llama":
-        slides = shape.sliding_window is not None
-        config |= {"use_sliding_window": slides, "sliding_window": shape.sliding_window}
-        config["max_window_layers"] = 0 if slides else shape.layers
+        slides = spec.sliding_window is not None
+        config |= {"use_sliding_window": slides, "sliding_window": spec.sliding_window}
+        config["max_window_layers"] = 0 if slides else spec.layers
     if kind in ("llama", "qwen3"):
         config["attention_bias"] = False
     if kind == "llama":

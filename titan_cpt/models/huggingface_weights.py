@@ -45,25 +45,25 @@ _CONSTANTS = re.compile(
 rotary_emb of each layer (transformers before 4.31) and the one of the whole model (4.43 on) in a state dict."""
 
 
-def hub_names(shape: ModelSpec) -> dict[str, str]:
+def hub_names(spec: ModelSpec) -> dict[str, str]:
     """Our name of every weight of such a model -> its name in a file of transformers'.
 
     Raises:
         CheckpointError: the family has no counterpart in transformers.
     """
-    if isinstance(shape, GPTNeoXSpec):
-        return _gpt_neox_names(shape)
-    if isinstance(shape, LlamaSpec):
-        return _llama_names(shape)
+    if isinstance(spec, GPTNeoXSpec):
+        return _gpt_neox_names(spec)
+    if isinstance(spec, LlamaSpec):
+        return _llama_names(spec)
     raise CheckpointError(
-        f"weights of the family {shape.family!r} have no names of Hugging Face's yet, so that they can be neither "
+        f"weights of the family {spec.family!r} have no names of Hugging Face's yet, so that they can be neither "
         "imported nor exported: hub_names in models/huggingface.py would map them"
     )
 
 
-def _gpt_neox_names(shape: GPTNeoXSpec) -> dict[str, str]:
+def _gpt_neox_names(spec: GPTNeoXSpec) -> dict[str, str]:
     names = {"embedding.weight": "gpt_neox.embed_in.weight"}
-    for layer in range(shape.layers):
+    for layer in range(spec.layers):
         for ours, theirs in _GPT_NEOX_BLOCK.items():
             for kind in ("weight", "bias"):
                 names[f"blocks.{layer}.{ours}.{kind}"] = f"gpt_neox.layers.{layer}.{theirs}.{kind}"
@@ -73,25 +73,25 @@ def _gpt_neox_names(shape: GPTNeoXSpec) -> dict[str, str]:
     return names
 
 
-def _llama_names(shape: LlamaSpec) -> dict[str, str]:
-    block = _LLAMA_BLOCK | (_QKV_BIAS if shape.qkv_bias else {}) | (_QK_NORM if shape.qk_norm else {})
+def _llama_names(spec: LlamaSpec) -> dict[str, str]:
+    block = _LLAMA_BLOCK | (_QKV_BIAS if spec.qkv_bias else {}) | (_QK_NORM if spec.qk_norm else {})
     names = {"embedding.weight": "model.embed_tokens.weight"}
-    for layer in range(shape.layers):
+    for layer in range(spec.layers):
         names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in block.items()}
     names["final_norm.weight"] = "model.norm.weight"
-    if not shape.tie_embeddings:
+    if not spec.tie_embeddings:
         names["head.weight"] = "lm_head.weight"
     return names
 
 
-def foreign_and_missing(names: Iterable[str], shape: ModelSpec) -> tuple[list[str], list[str]]:
+def foreign_and_missing(names: Iterable[str], spec: ModelSpec) -> tuple[list[str], list[str]]:
     """Names in a file of transformers' that are no weight of such a model, and the model's that the file lacks.
 
     Constants of older releases are no weights; nor is the head that some files of tied models repeat.
     """
-    known = set(hub_names(shape).values())
+    known = set(hub_names(spec).values())
     found = {name for name in names if not is_constant(name)}
-    if shape.tied:
+    if spec.tied:
         found.discard("lm_head.weight")
     return sorted(found - known), sorted(known - found)
 
@@ -101,25 +101,25 @@ def is_constant(name: str) -> bool:
     return _CONSTANTS.search(name) is not None
 
 
-def to_huggingface(state: Mapping[str, Tensor], shape: ModelSpec) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """The state dict of our model under the names of a file of transformers'.
 
     Raises:
         CheckpointError: a weight is missing, or one is there that the model does not have.
     """
-    names = hub_names(shape)
+    names = hub_names(spec)
     _refuse(sorted(set(state) - set(names)), sorted(set(names) - set(state)))
     return {theirs: state[ours] for ours, theirs in names.items()}
 
 
-def from_huggingface(state: Mapping[str, Tensor], shape: ModelSpec) -> dict[str, Tensor]:
+def from_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """The weights of a file of transformers' under our names; constants of older releases left out.
 
     Raises:
         CheckpointError: a weight is missing, or one is there that the model does not have.
     """
-    _refuse(*foreign_and_missing(state, shape))
-    return {ours: state[theirs] for ours, theirs in hub_names(shape).items()}
+    _refuse(*foreign_and_missing(state, spec))
+    return {ours: state[theirs] for ours, theirs in hub_names(spec).items()}
 
 
 def _refuse(foreign: list[str], missing: list[str]) -> None:

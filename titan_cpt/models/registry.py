@@ -125,31 +125,31 @@ def named_size(
 
     released_vocab, chosen = _gpt_neox(size, overrides) if family == "gpt_neox" else _llama(size, overrides)
     vocab_size = _padded(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE * tensor_parallel)
-    shape = FAMILIES[family](**{"family": family, "vocab_size": vocab_size, **chosen, **overrides})
+    spec = FAMILIES[family](**{"family": family, "vocab_size": vocab_size, **chosen, **overrides})
 
-    if shape.vocab_size < tokenizer_vocab or shape.vocab_size % tensor_parallel:
+    if spec.vocab_size < tokenizer_vocab or spec.vocab_size % tensor_parallel:
         raise ConfigError(
             f"model.vocab_size: must hold the tokenizer's {tokenizer_vocab:,} tokens and be a multiple of the "
-            f"tensor-parallel degree {tensor_parallel}, got {shape.vocab_size:,}; leave it out to have {vocab_size:,}"
+            f"tensor-parallel degree {tensor_parallel}, got {spec.vocab_size:,}; leave it out to have {vocab_size:,}"
         )
-    return shape
+    return spec
 
 
-def as_config_table(shape: ModelSpec) -> str:
+def as_config_table(spec: ModelSpec) -> str:
     """A [model] table that makes this shape: the size that is nearest to it, and what must be set besides."""
-    candidates = {size: _overrides_to(shape, size) for size in SIZES[shape.family]}
+    candidates = {size: _overrides_to(spec, size) for size in SIZES[spec.family]}
     size, overrides = min(
         ((size, numbers) for size, numbers in candidates.items() if numbers is not None), key=lambda pair: len(pair[1])
     )
-    lines = ["[model]", f'family = "{shape.family}"', f'size = "{size}"']
+    lines = ["[model]", f'family = "{spec.family}"', f'size = "{size}"']
     return "\n".join([*lines, *(f"{name} = {_as_toml(value)}" for name, value in overrides.items())])
 
 
-def _overrides_to(shape: ModelSpec, size: str) -> dict[str, Any] | None:
+def _overrides_to(spec: ModelSpec, size: str) -> dict[str, Any] | None:
     """What must be set beside a size's name to have this shape; None where the size has what cannot be taken away."""
     ours, named = (
         {name.removeprefix("model."): value for name, value in each.as_recipe().items()}
-        for each in (shape, named_size(shape.family, size, 1))
+        for each in (spec, named_size(spec.family, size, 1))
     )
     wanted = {name: value for name, value in ours.items() if value != named[name]}
     if None in wanted.values():

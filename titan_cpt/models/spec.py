@@ -94,7 +94,7 @@ class ModelSpec(abc.ABC):
         return False
 
     @property
-    def attention_span(self) -> int | None:
+    def sliding_window(self) -> int | None:
         """Positions that one attends to at most; None for all before it."""
         return None
 
@@ -124,7 +124,7 @@ class ModelSpec(abc.ABC):
         Source: PaLM, arXiv:2204.02311, appendix B; torchtitan counts alike.
         """
         products = self.parameters_without_embeddings + self.embedding_parameters
-        span = min(seq_len, self.attention_span or seq_len)
+        span = min(seq_len, self.sliding_window or seq_len)
         return 6 * products + 12 * self.layers * self.attention_width * span
 
     def as_recipe(self) -> dict[str, Any]:
@@ -212,11 +212,6 @@ class LlamaSpec(ModelSpec):
         return self.tie_embeddings
 
     @property
-    def attention_span(self) -> int | None:
-        """Positions that one attends to at most: the sliding window."""
-        return self.sliding_window
-
-    @property
     def parameters_without_embeddings(self) -> int:
         """Every weight and bias but those of the two embeddings."""
         projections = self.width * (self.attention_width + 2 * self.kv_width) + self.attention_width * self.width
@@ -257,10 +252,10 @@ FAMILIES: Mapping[str, type[ModelSpec]] = {"gpt_neox": GPTNeoXSpec, "llama": Lla
 """The families and their shapes."""
 
 
-def _type_faults(shape: ModelSpec | RopeScaling, prefix: str = "model.") -> list[str]:
+def _type_faults(spec: ModelSpec | RopeScaling, prefix: str = "model.") -> list[str]:
     faults = []
-    for field in dataclasses.fields(shape):
-        kind, value = field.type, getattr(shape, field.name)
+    for field in dataclasses.fields(spec):
+        kind, value = field.type, getattr(spec, field.name)
         number = value is not None and "float" in str(kind)
         fits = isinstance(value, int | float if number else kind)  # type: ignore[arg-type]  # a type or a union of them
         if not fits or (kind is not bool and isinstance(value, bool)):
@@ -269,9 +264,9 @@ def _type_faults(shape: ModelSpec | RopeScaling, prefix: str = "model.") -> list
     return faults
 
 
-def _positive_faults(shape: ModelSpec) -> list[str]:
+def _positive_faults(spec: ModelSpec) -> list[str]:
     """Every number is above 0, but for the booleans; rotary_fraction has a message of its own."""
-    values = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)}
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return [
         f"model.{name}: must be above 0, got {value}"
         for name, value in values.items()

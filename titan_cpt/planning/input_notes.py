@@ -10,13 +10,13 @@ from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 
 
-def input_notes(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
+def input_notes(config: Config, inventory: DataInventory, spec: ModelSpec) -> Iterator[str]:
     """A sentence for each."""
     yield from _of_files(config, inventory)
     if config.sweep:
         yield "this file is a sweep: what is planned here is the run that its arms differ from; titan-cpt sweep --plan"
     yield from _unmeasured(config)
-    yield from _padding(config, inventory, shape)
+    yield from _padding(config, inventory, spec)
 
 
 def _of_files(config: Config, inventory: DataInventory) -> Iterator[str]:
@@ -51,13 +51,13 @@ def _unmeasured(config: Config) -> Iterator[str]:
             yield f"datasets.{name}: has no validation tokens, so what is learnt and forgotten of it is not measured"
 
 
-def _padding(config: Config, inventory: DataInventory, shape: ModelSpec) -> Iterator[str]:
+def _padding(config: Config, inventory: DataInventory, spec: ModelSpec) -> Iterator[str]:
     """Another tensor-parallel degree would make another model, which a resume refuses; better known at the start."""
     degree = config.parallelism.tensor_parallel_degree
     chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
     unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, 1, chosen).vocab_size
-    if shape.vocab_size != unsplit:
+    if spec.vocab_size != unsplit:
         yield (
-            f"model.vocab_size: {shape.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} (one rank "
+            f"model.vocab_size: {spec.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} (one rank "
             f"would have {unsplit:,}): to resume under another degree later, write it into the config now"
         )

@@ -48,7 +48,7 @@ class MemoryInputs:
         selection: "op", or n for every n-th block.
         memory_budget: share of the activations kept under "memory_budget".
         offloaded: parameters, gradients and the optimizer lie in the host's memory.
-        float8_kept_out: where weights are gathered in float8, parts of the names of those that are not.
+        float8_filter_fqns: where weights are gathered in float8, parts of the names of those that are not.
     """
 
     microbatch_tokens: int
@@ -58,4 +58,4 @@ class MemoryInputs:
     selection: str
     memory_budget: float
     offloaded: bool = False
-    float8_kept_out: tuple[str, ...] | None = None
+    float8_filter_fqns: tuple[str, ...] | None = None

@@ -26,7 +26,7 @@ class RuleInput:
     """What the rules look at."""
 
     config: Config
-    shape: ModelSpec
+    spec: ModelSpec
     world_size: int
 
     @property
@@ -71,9 +71,9 @@ def check_device(config: Config, device: str) -> None:
         raise PlanError("\n".join(["not on a CPU:", *(f"  - {fault}" for fault in found)]))
 
 
-def parallel_problems(config: Config, shape: ModelSpec, world_size: int) -> Iterator[str]:
+def parallel_problems(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
     """A message for every rule that the config breaks on so many ranks."""
-    asked = RuleInput(config, shape, world_size)
+    asked = RuleInput(config, spec, world_size)
     if config.parallelism.pipeline_parallel_degree > 1:
         unknown = _unknown_schedule(asked)
         if unknown:
@@ -117,19 +117,19 @@ def _shard_degree(asked: RuleInput) -> str | None:
 
 
 def _heads(asked: RuleInput) -> str | None:
-    heads, tp = asked.shape.heads, asked.layout.tp
+    heads, tp = asked.spec.heads, asked.layout.tp
     return None if heads % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, heads, "attention heads")
 
 
 def _kv_heads(asked: RuleInput) -> str | None:
-    shape, tp = asked.shape, asked.layout.tp
-    if not isinstance(shape, LlamaSpec) or shape.kv_heads % tp == 0 or shape.heads % tp:
+    spec, tp = asked.spec, asked.layout.tp
+    if not isinstance(spec, LlamaSpec) or spec.kv_heads % tp == 0 or spec.heads % tp:
         return None
-    return _not_a_divisor("tensor_parallel_degree", tp, shape.kv_heads, "key/value heads")
+    return _not_a_divisor("tensor_parallel_degree", tp, spec.kv_heads, "key/value heads")
 
 
 def _tied(asked: RuleInput) -> str | None:
-    if not asked.shape.tied or asked.layout.pp == 1:
+    if not asked.spec.tied or asked.layout.pp == 1:
         return None
     return (
         "model.tie_embeddings: a head that is the embedding cannot be cut off from it into another pipeline stage: "
@@ -138,7 +138,7 @@ def _tied(asked: RuleInput) -> str | None:
 
 
 def _mlp_width(asked: RuleInput) -> str | None:
-    width, tp = asked.shape.mlp_width, asked.layout.tp
+    width, tp = asked.spec.mlp_width, asked.layout.tp
     return None if width % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, width, "features of the MLP")
 
 
@@ -157,22 +157,22 @@ def _sequence(asked: RuleInput) -> str | None:
 
 def _ring_window(asked: RuleInput) -> str | None:
     ring = asked.config.parallelism.context_parallel_method == "ring" and asked.layout.cp > 1
-    if not ring or not isinstance(asked.shape, LlamaSpec) or asked.shape.sliding_window is None:
+    if not ring or not isinstance(asked.spec, LlamaSpec) or asked.spec.sliding_window is None:
         return None
     return (
         f"{_PARALLELISM}context_parallel_method: torch's ring attention knows no sliding window "
-        f'({asked.shape.sliding_window} positions here): use "gather"'
+        f'({asked.spec.sliding_window} positions here): use "gather"'
     )
 
 
 def _layers(asked: RuleInput) -> str | None:
-    layout, layers = asked.layout, asked.shape.layers
-    if layout.pp == 1 or layers % layout.stages == 0:
+    layout, layers = asked.layout, asked.spec.layers
+    if layout.pp == 1 or layers % layout.pipeline_stages == 0:
         return None
-    each = layout.kind.stages_per_rank
+    each = layout.schedule_kind.stages_per_rank
     valid = [degree for degree in _divisors(layers) if layers % (degree * each) == 0]
     return (
-        f"{_PARALLELISM}pipeline_parallel_degree: {layers} layers do not divide into {layout.stages} stages "
+        f"{_PARALLELISM}pipeline_parallel_degree: {layers} layers do not divide into {layout.pipeline_stages} stages "
         f"({layout.pp} ranks x {each} of {layout.schedule}): {_nearest(layout.pp, valid)}"
     )
 
@@ -191,7 +191,7 @@ def _microbatches(asked: RuleInput) -> str | None:
     layout, config = asked.layout, asked.config
     if layout.pp == 1 or config.training.local_batch_size % config.parallelism.pipeline_parallel_microbatch_size:
         return None
-    fewest = {"1F1B": layout.pp, "DualPipeV": layout.stages}.get(layout.schedule, 1)
+    fewest = {"1F1B": layout.pp, "DualPipeV": layout.pipeline_stages}.get(layout.schedule, 1)
     rounds = max(1, layout.microbatches // layout.pp)
     uneven = layout.schedule.startswith("Interleaved") and layout.microbatches % rounds != 0
     if layout.microbatches >= fewest and not uneven:
@@ -207,7 +207,7 @@ def _microbatches(asked: RuleInput) -> str | None:
 
 def _split_backward_resharding(asked: RuleInput) -> str | None:
     reshard = asked.config.parallelism.fsdp_reshard_after_forward
-    if not asked.layout.kind.splits_backward or reshard != "always":
+    if not asked.layout.schedule_kind.splits_backward or reshard != "always":
         return None
     return (
         f'{_PARALLELISM}fsdp_reshard_after_forward: "always" gives wrong gradients without an error under '
@@ -216,7 +216,7 @@ def _split_backward_resharding(asked: RuleInput) -> str | None:
 
 
 def _split_backward_compiled(asked: RuleInput) -> str | None:
-    if not asked.layout.kind.splits_backward or not asked.config.compile.enable:
+    if not asked.layout.schedule_kind.splits_backward or not asked.config.compile.enable:
         return None
     return (
         f"compile.enable: torch.compile cannot split a backward pass as {asked.layout.schedule} does: set it to false, "
@@ -246,11 +246,11 @@ def _float8_gather(asked: RuleInput) -> str | None:
 
 
 def _float8_nothing(asked: RuleInput) -> str | None:
-    float8, shape = asked.config.float8, asked.shape
-    if float8.recipe_name is None or asked.shape.heads % asked.layout.tp:
+    float8, spec = asked.config.float8, asked.spec
+    if float8.recipe_name is None or asked.spec.heads % asked.layout.tp:
         return None
-    matrices = [(f"blocks.0.{name}", size) for name, size, _ in block_parameters(shape) if len(size) == 2]
-    if any(in_float8(name, size, tp=asked.layout.tp, kept_out=float8.filter_fqns) for name, size in matrices):
+    matrices = [(f"blocks.0.{name}", size) for name, size, _ in block_parameters(spec) if len(size) == 2]
+    if any(in_float8(name, size, tp=asked.layout.tp, filter_fqns=float8.filter_fqns) for name, size in matrices):
         return None
     return (
         f"float8.recipe_name: no layer of a block is left to convert: both sides of a weight must divide by "
@@ -280,7 +280,7 @@ def _asynchronous(asked: RuleInput) -> str | None:
 
 def _split_backward_selective(asked: RuleInput) -> str | None:
     kept = asked.config.activation_checkpoint
-    if not asked.layout.kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
+    if not asked.layout.schedule_kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
         return None
     return (
         f'activation_checkpoint.selective_ac_option: what "op" keeps is used up once, and {asked.layout.schedule} '

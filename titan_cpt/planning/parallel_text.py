@@ -21,7 +21,7 @@ def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, A
         "microbatches": layout.microbatches,
         "accumulation": plan.gradient_accumulation_steps,
         "bubble": costs.bubble,
-        "pipeline_ranks": [vars_of(held) for held in holdings(layout, plan.shape.layers)],
+        "pipeline_ranks": [vars_of(held) for held in holdings(layout, plan.spec.layers)],
         "local_parameters": list(costs.local_parameters),
         "bytes_per_rank": {
             **_memory(costs),
@@ -44,7 +44,7 @@ def holdings(layout: ParallelDims, layers: int) -> Iterator[tuple[int, range, li
             part = layout.layers_of(stage, layers)
             held += ["embedding"] if stage == 0 else []
             held.append(f"layers {part[0]} to {part[-1]}" if len(part) > 1 else f"layer {part[0]}")
-            held += ["final norm and head"] if stage == layout.stages - 1 else []
+            held += ["final norm and head"] if stage == layout.pipeline_stages - 1 else []
         yield rank, range(rank * group, (rank + 1) * group), held
 
 
@@ -70,10 +70,10 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
         )
     if layout.pp > 1:
         yield (
-            f"pipeline: {layout.schedule}, {layout.stages} stages, {layout.microbatches} micro-batches of "
+            f"pipeline: {layout.schedule}, {layout.pipeline_stages} stages, {layout.microbatches} micro-batches of "
             f"{plan.local_batch_size // layout.microbatches}; idle {costs.bubble:.1%} of the time"
         )
-        for rank, ranks, held in holdings(layout, plan.shape.layers):
+        for rank, ranks, held in holdings(layout, plan.spec.layers):
             yield f"  pipeline rank {rank}: ranks {ranks[0]:,} to {ranks[-1]:,} hold {', '.join(held)}"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in _memory(costs).items() if size)
     parts += f"; {_gib(costs.never_at_once)} GiB of these do not overlap in time" if costs.never_at_once else ""

@@ -27,7 +27,7 @@ def bubble(layout: ParallelDims) -> float:
     Source of the first three for m >= p: Narayanan et al. 2021, arXiv:2104.04473, section 2.2; Qi et al. 2024,
     arXiv:2401.10241. The others, and fewer micro-batches, from the tables of torch 2.13.
     """
-    p, m, v = layout.pp, layout.microbatches, layout.kind.stages_per_rank
+    p, m, v = layout.pp, layout.microbatches, layout.schedule_kind.stages_per_rank
     if p == 1:
         return 0.0
     missing = max(0, p - m)
@@ -49,7 +49,7 @@ def in_flight(layout: ParallelDims, rank: int) -> int:
     A stage's activations count until the gradients of its weights are there. With fewer than 2 p - 1 micro-batches the
     first ranks of ZBVZeroBubble hold less than is said here, the last one as much.
     """
-    p, v = layout.pp, layout.kind.stages_per_rank
+    p, v = layout.pp, layout.schedule_kind.stages_per_rank
     all_of_them = layout.microbatches * v
     of_a_round = layout.microbatches // max(1, layout.microbatches // p)  # before an Interleaved schedule's next stage
     match layout.schedule if p > 1 else "":

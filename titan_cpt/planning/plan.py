@@ -114,7 +114,7 @@ class Plan:
     """
 
     name: str
-    shape: ModelSpec
+    spec: ModelSpec
     stages: tuple[StagePlan, ...]
     seed: int
     seq_len: int
@@ -204,4 +204,4 @@ class Plan:
     def disk_bytes(self, kept_checkpoints: int) -> int:
         """Most bytes of checkpoints that lie on disk at once: kept ones, ends, pre-anneal points, one being written."""
         points = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
-        return (kept_checkpoints + points + 1) * self.shape.parameters * BYTES_PER_SAVED_PARAMETER
+        return (kept_checkpoints + points + 1) * self.spec.parameters * BYTES_PER_SAVED_PARAMETER

@@ -17,10 +17,10 @@ _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
 
 def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
     """A line per stage, what it takes of each dataset, the LR as a drawing, the layout, and what the whole costs."""
-    shape = plan.shape
+    spec = plan.spec
     console.print(
-        f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {shape.family}, {shape.parameters:,} parameters "
-        f"({shape.parameters_without_embeddings:,} without embeddings)",
+        f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {spec.family}, {spec.parameters:,} parameters "
+        f"({spec.parameters_without_embeddings:,} without embeddings)",
         highlight=False,
     )
     console.print(
@@ -83,7 +83,7 @@ def _bar(height: float, level: int) -> str:
 
 
 def _costs(plan: Plan, kept_checkpoints: int) -> list[str]:
-    flops = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens
+    flops = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens
     total = sum(stage.steps for stage in plan.stages)
     lines = [f"in all {_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
     if len(plan.stages) > 1:

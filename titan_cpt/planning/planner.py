@@ -48,15 +48,15 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         ConfigError: a model that cannot be.
         PlanError: every stage or batch that cannot be carried out as asked, all at once.
     """
-    shape = named_size(
+    spec = named_size(
         config.model.family,
         config.model.size,
         inventory.vocab_size or 1,
         config.parallelism.tensor_parallel_degree,
         config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
-    faults: list[str] = list(parallel_problems(config, shape, world_size))
-    notes = list(input_notes(config, inventory, shape))
+    faults: list[str] = list(parallel_problems(config, spec, world_size))
+    notes = list(input_notes(config, inventory, spec))
     layout = (
         ParallelDims() if faults else parallel_dims_of(config, world_size)
     )  # a layout that cannot be has no accumulation
@@ -81,17 +81,17 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         )
     return Plan(
         name=config.job.name,
-        shape=shape,
+        spec=spec,
         stages=stages,
         seed=config.job.seed,
         seq_len=config.training.seq_len,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
         parallel_dims=layout,
-        footprint=footprint(shape, layout, _work(config, layout, config.training.global_batch_size // per_step)),
+        footprint=footprint(spec, layout, _work(config, layout, config.training.global_batch_size // per_step)),
         gradient_accumulation_steps=config.training.global_batch_size // per_step,
         sequences=planner.sequences,
-        base_recipe=_base_recipe(config, shape),
+        base_recipe=_base_recipe(config, spec),
         notes=tuple(notes),
     )
 
@@ -107,14 +107,14 @@ def _work(config: Config, layout: ParallelDims, accumulation: int) -> MemoryInpu
         selection=kept.selective_ac_option,
         memory_budget=kept.memory_budget,
         offloaded=config.training.enable_cpu_offload,
-        float8_kept_out=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
+        float8_filter_fqns=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
     )
 
 
-def _base_recipe(config: Config, shape: ModelSpec) -> dict[str, Any]:
+def _base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
     kept_out = sorted({*config.float8.filter_fqns})
     return {
-        **shape.as_recipe(),
+        **spec.as_recipe(),
         "job.seed": config.job.seed,
         "training.global_batch_size": config.training.global_batch_size,
         "training.seq_len": config.training.seq_len,

@@ -137,7 +137,7 @@ def _with(config: Config, overrides: dict[str, str]) -> Config:
 def _estimated(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
     layout, costs = plan.parallel_dims, plan.footprint
     again = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
-    products = plan.shape.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
+    products = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
     computing = products * (1 + again) / (1 - costs.bubble)
     tensor = costs.sent_tensor / (device.node_bytes_per_s * REACHED)
     network = device.node_bytes_per_s if plan.world_size <= RANKS_OF_A_NODE else NETWORK_BYTES_PER_S

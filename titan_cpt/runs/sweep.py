@@ -275,7 +275,7 @@ def print_sweep_plan(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]
         steps = sum(stage.steps for stage in arm.plan.stages)
         tokens = steps * arm.plan.step_tokens
         shared = [stage.name for stage in arm.plan.stages[: shared_stages(arm, sound)]]
-        flops = arm.plan.shape.flops_per_token(arm.plan.seq_len) * tokens
+        flops = arm.plan.spec.flops_per_token(arm.plan.seq_len) * tokens
         cells = (str(number), escape(arm.name), arm.plan.fingerprint, f"{steps:,}", f"{tokens:,}", f"{flops:.2e}")
         table.add_row(*cells, ", ".join(shared), "done" if arm.is_done() else "")
     console.print(table)

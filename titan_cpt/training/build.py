@@ -31,8 +31,8 @@ from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
-from titan_cpt.distributed.float8 import Float8, require_float8
-from titan_cpt.distributed.parallelize import ParallelOptions
+from titan_cpt.distributed.float8 import require_float8
+from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16, multiplied_in_float32
@@ -86,7 +86,7 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
     mesh = build_mesh(ranks, plan.parallel_dims)
     set_timeouts(config.comm.init_timeout_seconds)  # its process groups begin with torch's own
     options = parallel_options(config)
-    model, pipeline_stages, compute_copy = build_parallel_model(plan.shape, mesh, options)
+    model, pipeline_stages, compute_copy = build_parallel_model(plan.spec, mesh, options)
     engine = make_runner(pipeline_stages, compute_copy, mesh, options)
     numbers = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=numbers.betas, eps=numbers.eps, weight_decay=numbers.weight_decay)
@@ -172,11 +172,11 @@ def parallel_options(config: Config) -> ParallelOptions:
         compiled=config.compile.enable,
         ring_attention=config.parallelism.context_parallel_method == "ring"
         and config.parallelism.context_parallel_degree > 1,
-        asynchronous=config.parallelism.enable_async_tensor_parallel,
+        async_tp=config.parallelism.enable_async_tensor_parallel,
         offloaded=config.training.enable_cpu_offload,
         float8=None
         if recipe is None
-        else Float8(recipe, config.float8.enable_fsdp_float8_all_gather, config.float8.filter_fqns),
+        else Float8Options(recipe, config.float8.enable_fsdp_float8_all_gather, config.float8.filter_fqns),
     )
 
 
@@ -320,7 +320,7 @@ def _open_log(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> M
         folder,
         writing=ranks.rank == 0,
         tensorboard=writer,
-        flops_per_token=plan.shape.flops_per_token(plan.seq_len),
+        flops_per_token=plan.spec.flops_per_token(plan.seq_len),
         peak_flops=peak_flops(ranks.device) * ranks.world_size,
         stages=[stage.name for stage in plan.stages],
     )

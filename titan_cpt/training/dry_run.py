@@ -18,7 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import require_float8
-from titan_cpt.distributed.parallelize import ParallelOptions, parallelize
+from titan_cpt.distributed.options import ParallelOptions
+from titan_cpt.distributed.parallelize import parallelize
 from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import PlanError
@@ -40,7 +41,7 @@ def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]
     for pipeline in range(layout.pp):
         for rank in sorted({pipeline * group, (pipeline + 1) * group - 1}):
             held = _held(plan, parallel_options, rank)
-            planned = dict(local_parameters(plan.shape, layout, layout.place(rank)))
+            planned = dict(local_parameters(plan.spec, layout, layout.coordinates(rank)))
             if held != planned:
                 name = next(name for name in sorted({*held, *planned}) if held.get(name) != planned.get(name))
                 raise PlanError(
@@ -61,8 +62,8 @@ def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str,
     held = {}
     try:
         mesh = build_mesh(ProcessInfo(rank, layout.world_size, torch.device("cpu")), layout)
-        for stage in layout.stages_of(mesh.place.pipeline):
-            model = build_pipeline_stage(plan.shape, mesh, stage)
+        for stage in layout.stages_of(mesh.coordinates.pipeline):
+            model = build_pipeline_stage(plan.spec, mesh, stage)
             parallelize(model, mesh, parallel_options)
             for name, parameter in model.named_parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

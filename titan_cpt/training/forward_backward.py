@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from titan_cpt.distributed.context_parallel import own_positions
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.master_weights import ComputeCopy
-from titan_cpt.distributed.parallelize import ParallelOptions
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.build import LanguageModel
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
@@ -53,7 +53,7 @@ class SingleStageRunner:
             self.copy.refresh()
             self.copy.take_gradients()
         with sharded_loss(self.mesh):
-            if self.mesh.layout.tp > 1:  # the head's rows lie on several ranks
+            if self.mesh.parallel_dims.tp > 1:  # the head's rows lie on several ranks
                 part = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
             else:
                 loss = partial(
@@ -90,14 +90,14 @@ class PipelineRunner:
         assert mesh.pipeline is not None, "a pipeline needs several ranks"
         self.stages, self.mesh, self.precision, self.width = stages, mesh, precision, width
         self.group, self._step_tokens = mesh.pipeline, 1
-        layout = mesh.layout
+        layout = mesh.parallel_dims
         self.owners = {
             stage: dist.get_global_rank(self.group, rank)
             for rank in range(layout.pp)
             for stage in layout.stages_of(rank)
         }
         parts = [
-            PipelineStage(module, number, layout.stages, mesh.ranks.device, group=self.group)
+            PipelineStage(module, number, layout.pipeline_stages, mesh.process.device, group=self.group)
             for number, module in stages.items()
         ]
         schedule = get_schedule_class(layout.schedule)
@@ -111,7 +111,7 @@ class PipelineRunner:
     @property
     def last(self) -> nn.Module | None:
         """The stage that ends in the logits, on the rank that holds it."""
-        return self.stages.get(self.mesh.layout.stages - 1)
+        return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
         """As `SingleStageRunner.backward`, for batches of one size; the share is 0 on ranks without the last stage."""
@@ -121,7 +121,7 @@ class PipelineRunner:
         losses: list[Tensor] | None = [] if self.last is not None else None
         with sharded_loss(self.mesh):
             self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
-        return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.mesh.ranks.device)
+        return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.mesh.process.device)
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class PipelineRunner:
 
         `schedule.eval` fails for the V schedules (torch 2.13), and after it the next step finds out all shapes anew.
         """
-        pieces = max(1, min(self.mesh.layout.microbatches, len(inputs_BL)))
+        pieces = max(1, min(self.mesh.parallel_dims.microbatches, len(inputs_BL)))
         nats = []
         for inputs, targets in zip(inputs_BL.chunk(pieces), targets_BL.chunk(pieces), strict=True):
             logits = self._forward(own_inputs(inputs, self.mesh))
@@ -145,7 +145,10 @@ class PipelineRunner:
 
     def _forward(self, tokens_BL: Tensor) -> Tensor | None:
         """The logits, on the rank with the last stage."""
-        me, length = self.mesh.ranks.rank, tokens_BL.shape[1] // self.mesh.layout.tp  # sequence parallel in between
+        me, length = (
+            self.mesh.process.rank,
+            tokens_BL.shape[1] // self.mesh.parallel_dims.tp,
+        )
         x: Tensor | None = None
         for number, module in self.stages.items():
             before, after = self.owners.get(number - 1), self.owners.get(number + 1)
@@ -170,18 +173,18 @@ def make_runner(
     stages: Mapping[int, LanguageModel], compute_copy: ComputeCopy | None, mesh: Mesh, options: ParallelOptions
 ) -> ModelRunner:
     """The runner of this rank's pipeline stages; see `build_parallel_model` for stages and compute_copy."""
-    if mesh.layout.pp > 1:
-        width = next(iter(stages.values())).shape.width
+    if mesh.parallel_dims.pp > 1:
+        width = next(iter(stages.values())).spec.width
         return PipelineRunner(dict(stages), mesh, options.precision, width=width)
     return SingleStageRunner(stages[0], mesh, compute_copy, compiled=options.compiled)
 
 
 def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     """The positions of a batch that this rank holds, on its device: all, but under context parallelism."""
-    tokens_BL = tokens_BL.to(mesh.ranks.device, non_blocking=True)
-    if mesh.layout.cp == 1:
+    tokens_BL = tokens_BL.to(mesh.process.device, non_blocking=True)
+    if mesh.parallel_dims.cp == 1:
         return tokens_BL
-    positions = own_positions(tokens_BL.shape[1], mesh.place.context, mesh.layout.cp)
+    positions = own_positions(tokens_BL.shape[1], mesh.coordinates.context, mesh.parallel_dims.cp)
     return tokens_BL[:, positions.to(tokens_BL.device)]
 
 
@@ -191,7 +194,7 @@ def own_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     Causal attention never looks at what was filled in, and `unpadded` takes it from the logits: no number changes.
     """
     tokens_BL = own_part(tokens_BL, mesh)
-    return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.layout.tp))
+    return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp))
 
 
 def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -201,7 +204,7 @@ def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
 
 def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
     """Within it the cross-entropy of logits sharded over the vocabulary is known to torch, forward and backward."""
-    return loss_parallel() if mesh.layout.tp > 1 and mesh.layout.loss_parallel else nullcontext()
+    return loss_parallel() if mesh.parallel_dims.tp > 1 and mesh.parallel_dims.loss_parallel else nullcontext()
 
 
 def losses_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def load_initial(parts: Parts, stage: StagePlan) -> str:
     if isinstance(stage.init, str) and stage.init.startswith("hf:"):
         name = stage.init.removeprefix("hf:")
         accept = partial(_accept, parts, stage)
-        return f"from {load_released(parts.model, name, parts.plan.shape, accept=accept)}"
+        return f"from {load_released(parts.model, name, parts.plan.spec, accept=accept)}"
     source, note = _source(parts, stage)
     load_state(source, parts.model, parts.optimizer if stage.keep_optimizer else None)
     return f"from {source}" if note is None else f"from {source}; {note}"

@@ -78,7 +78,7 @@ class Validator:
                     f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
                     f"sequence of {seq_len} + 1; give it more, or leave it out"
                 )
-        self.token_bytes = torch.from_numpy(token_bytes).to(mesh.ranks.device)
+        self.token_bytes = torch.from_numpy(token_bytes).to(mesh.process.device)
         self.identities = {name: self._identity(stream, token_bytes) for name, stream in streams.items()}
 
     def _identity(self, stream: TokenSource, token_bytes: NDArray[np.int64]) -> str:
@@ -109,9 +109,9 @@ class Validator:
 
     def _loss(self, engine: ModelRunner, stream: TokenSource) -> ValidationLoss:
         windows = evenly_spaced(stream.windows(self.seq_len), self.sequences)
-        device, rows = self.mesh.ranks.device, self.local_batch
+        device, rows = self.mesh.process.device, self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-        for start in range(0, len(windows), self.mesh.layout.data_parallel * rows):
+        for start in range(0, len(windows), self.mesh.parallel_dims.data_parallel * rows):
             # Every rank runs every pass with a whole batch, since a sharded forward is collective and a pipeline's
             # shapes are fixed; windows that stand in for missing ones count nothing.
             first = start + self.mesh.data_rank * rows

@@ -75,14 +75,14 @@ with StopRequest() as stop:
     stage = parts.plan.stages[0]
     transition(parts, stage)
     if wanted["name"] == "prepare":
-        names = hub_names(parts.plan.shape)
+        names = hub_names(parts.plan.spec)
         weights = {names[name]: value.detach().clone() for name, value in parts.model.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
         np.save(
             folder / "batches.npy",
             np.stack([parts.reader.read(parts.plan.batch(stage, step)) for step in range(wanted["steps"])]),
         )
-        serve.say(flops_per_token=parts.plan.shape.flops_per_token(wanted["seq_len"]))
+        serve.say(flops_per_token=parts.plan.spec.flops_per_token(wanted["seq_len"]))
     else:
         loader = open_loader(parts, stage, 0)
         serve.serve(lambda step: train_step(parts, loader, stage, step).loss)

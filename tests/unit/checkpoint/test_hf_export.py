@@ -40,13 +40,13 @@ def shape_of(model_type):
 
 def write_release(folder, model_type):
     """A debug model as a release without tokenizer."""
-    shape = shape_of(model_type)
-    model = build_model(shape)
+    spec = shape_of(model_type)
+    model = build_model(spec)
     model.init_weights(1)
     folder.mkdir(parents=True)
-    config = config_from_spec(shape, max_positions=64, dtype="float32")
+    config = config_from_spec(spec, max_positions=64, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(to_huggingface(model.state_dict(), shape), folder / "model.safetensors")
+    save_file(to_huggingface(model.state_dict(), spec), folder / "model.safetensors")
     return folder
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from releases import ROOT, SHAPES, python, release, state_of
+from releases import ROOT, SPECS, python, release, state_of
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,29 +43,29 @@ def equal(one, other):
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_import_holds_the_releases_bits(name, dtype, tmp_path):
     """A checkpoint whose manifest is good, whose recipe is the shape, and whose weights are the file's, in float32."""
-    released = release(tmp_path / "released", SHAPES[name], dtype)
+    released = release(tmp_path / "released", SPECS[name], dtype)
     said = []
     import_released(str(tmp_path / "released"), tmp_path / "out", log=said.append)
     record = manifest.verify(tmp_path / "out")
     expected = {name: tensor.to(dtype).float() for name, tensor in released.state_dict().items()}
 
     assert len(list((tmp_path / "released").glob("*.safetensors"))) > 2
-    assert equal(state_of(SHAPES[name], lambda model: load_state(tmp_path / "out", model, None)), expected)
-    assert record["recipe"] == json.loads(json.dumps(SHAPES[name].as_recipe()))
+    assert equal(state_of(SPECS[name], lambda model: load_state(tmp_path / "out", model, None)), expected)
+    assert record["recipe"] == json.loads(json.dumps(SPECS[name].as_recipe()))
     assert "logits are those of transformers" in said[1]
-    assert sum(file["bytes"] for file in record["files"].values()) > 4 * SHAPES[name].parameters
+    assert sum(file["bytes"] for file in record["files"].values()) > 4 * SPECS[name].parameters
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SPECS)
 def test_loading_into_a_model_gives_the_same_bits_as_an_import(name, tmp_path):
     """`hf:` without a checkpoint in between, and the comparison is told."""
-    released = release(tmp_path / "released", SHAPES[name])
-    model = build_model(SHAPES[name])
-    told = load_released(model, str(tmp_path / "released"), SHAPES[name])
+    released = release(tmp_path / "released", SPECS[name])
+    model = build_model(SPECS[name])
+    told = load_released(model, str(tmp_path / "released"), SPECS[name])
 
     assert equal(model.state_dict(), released.state_dict())
     assert "logits are those of transformers" in told
@@ -87,22 +87,22 @@ def share(length, ranks, rank):
     return slice(min(rank * each, length), min((rank + 1) * each, length))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_sharded_model_reads_the_share_of_its_rank(name, tmp_path):
     """FSDP2 over 8 ranks: rank 5 holds its rows of every weight, 300 + 20 rows of the vocabulary among them."""
-    whole = release(tmp_path / "released", SHAPES[name]).state_dict()
+    whole = release(tmp_path / "released", SPECS[name]).state_dict()
     released = open_released(str(tmp_path / "released"))
-    shape = released.resized(320)
+    spec = released.resized(320)
     grown = {}
     for key, tensor in whole.items():
         mean = tensor.double().mean(0).float()
         grown[key] = torch.cat((tensor, mean.expand(20, -1))) if tensor.shape[0] == 300 else tensor
-    model = build_model(shape)
+    model = build_model(spec)
     with rank_5_of_8():
         for block in model.blocks.values():
             fully_shard(block)
         fully_shard(model)
-        fill(model, released, shape)
+        fill(model, released, spec)
         held = {key: parameter.to_local().clone() for key, parameter in model.named_parameters()}
 
     for key, part in held.items():
@@ -111,15 +111,15 @@ def test_a_sharded_model_reads_the_share_of_its_rank(name, tmp_path):
 
 def test_a_layout_of_two_dimensions_reads_the_share_of_its_rank(tmp_path):
     """Tensor parallel over 2 and FSDP2 over 4: rank 5 is at (2, 1) and has the third quarter of the second half."""
-    whole = release(tmp_path / "released", SHAPES["llama"]).state_dict()
+    whole = release(tmp_path / "released", SPECS["llama"]).state_dict()
     released = open_released(str(tmp_path / "released"))
-    model = build_model(released.shape)
+    model = build_model(released.spec)
     with rank_5_of_8():
         mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
         plan = {"blocks.*.mlp.up": ColwiseParallel(), "blocks.*.mlp.down": RowwiseParallel()}
         parallelize_module(model, mesh["tp"], plan)
         fully_shard(model, mesh=mesh["dp"])
-        fill(model, released, released.shape)
+        fill(model, released, released.spec)
         mlp = model.blocks["1"].mlp
         up, down = mlp.up.weight.to_local().clone(), mlp.down.weight.to_local().clone()
 
@@ -129,11 +129,11 @@ def test_a_layout_of_two_dimensions_reads_the_share_of_its_rank(tmp_path):
 
 def test_a_pipeline_stage_reads_what_it_holds(tmp_path):
     """A model without embedding and first block is filled as it is."""
-    whole = release(tmp_path / "released", SHAPES["llama"])
-    stage = build_model(SHAPES["llama"])
+    whole = release(tmp_path / "released", SPECS["llama"])
+    stage = build_model(SPECS["llama"])
     stage.embedding = None
     del stage.blocks["0"]
-    fill(stage, open_released(str(tmp_path / "released")), SHAPES["llama"])
+    fill(stage, open_released(str(tmp_path / "released")), SPECS["llama"])
 
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in stage.state_dict().items())
 
@@ -143,12 +143,12 @@ def test_a_pipeline_stage_reads_what_it_holds(tmp_path):
 )
 def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
     """Shrunk and grown, by an import and into a model; the logits of the rows that both have are still compared."""
-    whole = release(tmp_path / "released", SHAPES["gpt_neox"]).state_dict()
+    whole = release(tmp_path / "released", SPECS["gpt_neox"]).state_dict()
     lines = []
     import_released(str(tmp_path / "released"), tmp_path / "out", vocab_size=rows, log=lines.append)
-    shape = open_released(str(tmp_path / "released")).resized(rows)
-    imported = state_of(shape, lambda model: load_state(tmp_path / "out", model, None))
-    loaded = state_of(shape, lambda model: load_released(model, str(tmp_path / "released"), shape))
+    spec = open_released(str(tmp_path / "released")).resized(rows)
+    imported = state_of(spec, lambda model: load_state(tmp_path / "out", model, None))
+    loaded = state_of(spec, lambda model: load_released(model, str(tmp_path / "released"), spec))
 
     assert said in lines[0]
     assert equal(imported, loaded)
@@ -161,7 +161,7 @@ def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
 
 def test_another_model_is_refused_with_both_numbers(tmp_path):
     """What the release has and what the config wants, by the keys of [model], and the table that would fit."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     wanted = named_size("llama", "debug", 257, overrides={"layers": 3, "rope_base": 500.0})
     with pytest.raises(CheckpointError) as refusal:
         load_released(build_model(wanted), str(tmp_path / "released"), wanted)
@@ -174,7 +174,7 @@ def test_another_model_is_refused_with_both_numbers(tmp_path):
 
 def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
     """A weight of another shape, one too few and one too many: all are told."""
-    release(tmp_path / "released", SHAPES["llama"], shard="5GB")
+    release(tmp_path / "released", SPECS["llama"], shard="5GB")
     config = json.loads((tmp_path / "released" / "config.json").read_text())
     changed = config | {"intermediate_size": 100}
     (tmp_path / "released" / "config.json").write_text(json.dumps(changed))
@@ -190,9 +190,9 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
         open_released(str(tmp_path / "released"))
 
 
-def changed_release(folder, shape, change):
+def changed_release(folder, spec, change):
     """A release in one file whose weights `change` has edited."""
-    release(folder, shape, shard="5GB")
+    release(folder, spec, shard="5GB")
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -215,11 +215,11 @@ def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, m
         weights[name] = change(weights[name])
 
     name = "model.layers.1.mlp.up_proj.weight"
-    folder = changed_release(tmp_path / "released", SHAPES["llama"], edit)
+    folder = changed_release(tmp_path / "released", SPECS["llama"], edit)
     with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
         import_released(folder, tmp_path / "imported", log=print)
     with pytest.raises(CheckpointError, match=re.escape(f"{name} {message}")):
-        fill(build_model(SHAPES["llama"]), open_released(folder), SHAPES["llama"])
+        fill(build_model(SPECS["llama"]), open_released(folder), SPECS["llama"])
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
@@ -231,9 +231,9 @@ def test_weights_in_float8_without_scales_are_read_as_the_numbers_they_are(tmp_p
         weights[name] = weights[name].view(wanted)
 
     name = "model.layers.1.mlp.up_proj.weight"
-    wanted = (SHAPES["llama"].mlp_width, SHAPES["llama"].width)
-    released = open_released(changed_release(tmp_path / "released", SHAPES["llama"], edit))
-    assert set(released.read("blocks.1.mlp.up.weight", SHAPES["llama"]).float().unique().tolist()) == {0.5, -448.0}
+    wanted = (SPECS["llama"].mlp_width, SPECS["llama"].width)
+    released = open_released(changed_release(tmp_path / "released", SPECS["llama"], edit))
+    assert set(released.read("blocks.1.mlp.up.weight", SPECS["llama"]).float().unique().tolist()) == {0.5, -448.0}
 
 
 def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
@@ -242,18 +242,18 @@ def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
     def repeat(weights, factor):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * factor
 
-    shape = SHAPES["tied qwen3"]
-    changed_release(tmp_path / "copy", shape, lambda weights: repeat(weights, 1))
-    changed_release(tmp_path / "other", shape, lambda weights: repeat(weights, 2))
+    spec = SPECS["tied qwen3"]
+    changed_release(tmp_path / "copy", spec, lambda weights: repeat(weights, 1))
+    changed_release(tmp_path / "other", spec, lambda weights: repeat(weights, 2))
 
-    assert open_released(str(tmp_path / "copy")).shape == shape
+    assert open_released(str(tmp_path / "copy")).spec == spec
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings = true, and lm_head.weight is not model.embed_tok"):
         open_released(str(tmp_path / "other"))
 
 
 def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
     """The index lists one of them; which one is right nobody can tell."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     first, second = sorted((tmp_path / "released").glob("*.safetensors"))[:2]
     weights = load_file(first)
     name = next(iter(weights))
@@ -265,15 +265,15 @@ def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
 
 def test_logits_that_differ_from_transformers_are_refused(tmp_path):
     """Our model filled with other weights than the release's: no checkpoint may come of it."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     released = open_released(str(tmp_path / "released"))
     with pytest.raises(CheckpointError, match="computes other logits"):
-        verify_against_transformers(released, released.shape, lambda model: model.init_weights(2))
+        verify_against_transformers(released, released.spec, lambda model: model.init_weights(2))
 
 
 def test_a_folder_that_is_there_is_never_written_into(tmp_path):
     """Neither by an import nor by an export; what is in it stays, and no half-written folder beside it either."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(CheckpointError, match="is there already; remove it, or name another folder"):
@@ -352,16 +352,16 @@ def test_export_and_import_again_give_the_same_bits(family, round_trip, tmp_path
     folder, _ = round_trip
     source = folder / "outputs" / family / "german" / "step-00000030"
     import_released(str(folder / f"{family}-exported"), tmp_path / "again", log=print)
-    shape = SHAPES[family]
+    spec = SPECS[family]
     first, again = (
-        state_of(shape, lambda model, at=at: load_state(at, model, None)) for at in (source, tmp_path / "again")
+        state_of(spec, lambda model, at=at: load_state(at, model, None)) for at in (source, tmp_path / "again")
     )
     exported = {}
     for file in (folder / f"{family}-exported").glob("*.safetensors"):
         exported |= load_file(file)
 
     assert equal(first, again)
-    assert equal(from_huggingface(exported, shape), first)
+    assert equal(from_huggingface(exported, spec), first)
     assert manifest.read(tmp_path / "again")["recipe"].items() <= manifest.read(source)["recipe"].items()
 
 
@@ -371,8 +371,8 @@ def test_an_export_in_bfloat16_is_the_rounded_weights_in_one_file(round_trip, tm
     source = folder / "outputs" / "llama" / "german" / "step-00000030"
     with pytest.raises(SystemExit) as end:
         main(["export", str(source), str(tmp_path / "out")])
-    exact = state_of(SHAPES["llama"], lambda model: load_state(source, model, None))
-    written = from_huggingface(load_file(tmp_path / "out" / "model.safetensors"), SHAPES["llama"])
+    exact = state_of(SPECS["llama"], lambda model: load_state(source, model, None))
+    written = from_huggingface(load_file(tmp_path / "out" / "model.safetensors"), SPECS["llama"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
 
     assert end.value.code == 0
@@ -493,5 +493,5 @@ print([name for name in ("torch", "transformers", "huggingface_hub") if name in 
 
 def test_hub_names_cover_every_weight():
     """Of each family's debug model, and no other."""
-    for shape in SHAPES.values():
-        assert set(hub_names(shape)) == set(build_model(shape).state_dict())
+    for spec in SPECS.values():
+        assert set(hub_names(spec)) == set(build_model(spec).state_dict())

@@ -55,12 +55,12 @@ def there(tmp_path_factory):
     write_tokenizer(folder / "other.json", swapped=True)
     outcome = train(write_config(one_stage(folder / "data", folder), folder / "run.toml"))
     assert outcome.status == 0, outcome.output
-    shape = named_size("gpt_neox", "debug", 257)
-    model = build_model(shape)
+    spec = named_size("gpt_neox", "debug", 257)
+    model = build_model(spec)
     model.init_weights(1)
     write_tokenizer(folder / "release" / "tokenizer.json", swapped=True)
-    save_file(to_huggingface(model.state_dict(), shape), folder / "release" / "model.safetensors")
-    config = config_from_spec(shape, max_positions=16, dtype="float32")
+    save_file(to_huggingface(model.state_dict(), spec), folder / "release" / "model.safetensors")
+    config = config_from_spec(spec, max_positions=16, dtype="float32")
     (folder / "release" / "config.json").write_text(json.dumps(config))
     import_released(str(folder / "release"), folder / "imported", log=print)
     return folder

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from releases import SHAPES, python, release, state_of
+from releases import SPECS, python, release, state_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +52,7 @@ def imported(folder):
 )
 def test_a_setting_that_has_no_part_in_the_logits_does_not_prevent_the_comparison(keys, tmp_path):
     """An attention backend that is not installed, a pad id beyond the rows, a dtype that is not the file's."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     changed_config(tmp_path / "released", **keys)
 
     assert imported(tmp_path / "released")[1].startswith("logits are those of transformers")
@@ -67,7 +67,7 @@ def test_a_setting_that_has_no_part_in_the_logits_does_not_prevent_the_compariso
 )
 def test_a_folder_that_transformers_cannot_load_is_imported_and_not_compared(keys, why, tmp_path):
     """One line says that nothing was compared, and why; no traceback."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     config = json.loads((tmp_path / "released" / "config.json").read_text())
     config.pop("dtype", None)
     (tmp_path / "released" / "config.json").write_text(json.dumps(config | keys))
@@ -79,39 +79,39 @@ def test_a_folder_that_transformers_cannot_load_is_imported_and_not_compared(key
 
 def test_logits_are_compared_beyond_the_end_of_a_sliding_window(tmp_path):
     """A window of 40, which the 32 positions of a model without one would not reach: 41 is found out."""
-    shape = named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 40})
-    release(tmp_path / "released", shape)
+    spec = named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 40})
+    release(tmp_path / "released", spec)
     released = open_released(str(tmp_path / "released"))
-    result = verify_against_transformers(released, shape, lambda model: fill(model, released, shape))
+    result = verify_against_transformers(released, spec, lambda model: fill(model, released, spec))
 
     assert result.endswith("on 72 positions")
     with pytest.raises(CheckpointError, match="computes other logits"):
         verify_against_transformers(
-            released, replace(shape, sliding_window=41), lambda model: fill(model, released, shape)
+            released, replace(spec, sliding_window=41), lambda model: fill(model, released, spec)
         )
 
 
 @pytest.mark.parametrize("limit", ["_RUN_PARAMETERS", "_RUN_WORK"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(name, limit, tmp_path, monkeypatch):
     """Every number and rotary frequency of config.json against transformers' reading of it, which needs no weights."""
     monkeypatch.setattr(transformers_check, limit, 10)
-    shape = SHAPES[name]
-    release(tmp_path / "released", shape)
-    told = load_released(build_model(shape), str(tmp_path / "released"), shape)
+    spec = SPECS[name]
+    release(tmp_path / "released", spec)
+    told = load_released(build_model(spec), str(tmp_path / "released"), spec)
 
     assert "settings are those of transformers" in told
     assert "`titan-cpt import` compares them" in told
     released = open_released(str(tmp_path / "released"))
     for wrong in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"heads": 1}):
-        other = replace(released, shape=replace(shape, **wrong))
+        other = replace(released, spec=replace(spec, **wrong))
         with pytest.raises(CheckpointError, match=r"reads config\.json otherwise: "):
-            verify_against_transformers(other, other.shape, print, in_a_run=True)
+            verify_against_transformers(other, other.spec, print, in_a_run=True)
 
 
 def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
     """Nothing of the warnings and log lines of what transformers imports, such as torchao's."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     done = python("-m", "titan_cpt", "import", tmp_path / "released", tmp_path / "out")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -128,13 +128,13 @@ def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
 
 def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_path):
     """transformers deletes the shards and leaves their index; the single file is whole, and the index is named."""
-    release(tmp_path / "released", SHAPES["llama"])
+    release(tmp_path / "released", SPECS["llama"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "released")
     with torch.no_grad():
         theirs.lm_head.weight.add_(1)
     theirs.save_pretrained(tmp_path / "released")
     said = imported(tmp_path / "released")
-    out = state_of(SHAPES["llama"], lambda model: load_state(tmp_path / "out", model, None))
+    out = state_of(SPECS["llama"], lambda model: load_state(tmp_path / "out", model, None))
 
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
     assert torch.equal(out["head.weight"], theirs.lm_head.weight)
@@ -144,7 +144,7 @@ def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_pa
 def test_two_whole_sets_of_weights_that_differ_are_refused_by_name(tmp_path):
     """A single file and older shards, safetensors and pytorch_model.bin: equal ones are read, others are not."""
     folder = tmp_path / "released"
-    release(folder, SHAPES["llama"])
+    release(folder, SPECS["llama"])
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)

@@ -99,7 +99,7 @@ def test_the_papers_model_and_batch_of_every_config(paper):
     size, _, path = paper
 
     for plan in plans_of(path):
-        assert plan.shape.parameters == PARAMETERS[size]
+        assert plan.spec.parameters == PARAMETERS[size]
         assert plan.step_tokens == STEP_TOKENS == 2_260_992
 
 

@@ -17,7 +17,7 @@ from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.evaluation.generate import Sampling, _choose, generate
 from titan_cpt.evaluation.inference import score
 from titan_cpt.models.build import build_model
-from titan_cpt.models.common.kv_cache import CachedAttention, kept
+from titan_cpt.models.common.kv_cache import CachedAttention, kv_cache
 
 PROMPTS = [list(text.encode()) for text in ("The dog", "a", "An answer is", "The dog", "x" * 50)]
 
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory):
 
 def plain(checkpoint, name):
     """The model by itself, its weights read in the ordinary way."""
-    model = build_model(opened.SHAPES[name])
+    model = build_model(opened.SPECS[name])
     load_state(checkpoint, model, None)
     return model
 
@@ -51,7 +51,7 @@ def greedily(model, prompt, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("name", opened.SHAPES)
+@pytest.mark.parametrize("name", opened.SPECS)
 def test_the_cache_changes_no_token(name, checkpoints):
     """Prompts of 1 to 50 tokens in one batch, each continued as if it were alone and nothing were kept."""
     model = plain(checkpoints(name), name)
@@ -61,13 +61,13 @@ def test_the_cache_changes_no_token(name, checkpoints):
     assert ours == [tokens[: tokens.index(256)] if 256 in tokens else tokens for tokens in slow]
 
 
-@pytest.mark.parametrize("name", opened.SHAPES)
+@pytest.mark.parametrize("name", opened.SPECS)
 def test_cached_logits_are_the_plain_ones(name, checkpoints):
     """Two sequences of different lengths, three tokens at once and then one: every logit within 1e-4."""
     opening = opened.opened(checkpoints(name))
     model, tokens = opening.model, torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([5, 8])
-    with torch.no_grad(), kept(model, sequences=2, capacity=12, device=torch.device("cpu")) as cache:
+    with torch.no_grad(), kv_cache(model, sequences=2, capacity=12, device=torch.device("cpu")) as cache:
         model(tokens[:, :8])
         cache.advance(lengths)
         three = model(torch.stack([tokens[row, start : start + 3] for row, start in enumerate(lengths.tolist())]))
@@ -87,7 +87,7 @@ def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
     within = []
 
     def fail():
-        with kept(model, sequences=1, capacity=2, device=torch.device("cpu")):
+        with kv_cache(model, sequences=1, capacity=2, device=torch.device("cpu")):
             within.extend(module for module in model.modules() if isinstance(module, CachedAttention))
             raise ZeroDivisionError
 

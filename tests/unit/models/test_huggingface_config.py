@@ -54,17 +54,17 @@ def rotary_of(theirs):
     return rotary.inv_freq, float(rotary.attention_scaling)
 
 
-def ours_of(shape):
+def ours_of(spec):
     """Frequencies and amplitude that our models compute with: the tables at position 1, where the angle is one."""
-    width = shape.rotary_width if isinstance(shape, GPTNeoXSpec) else shape.head_width
-    scaling = None if isinstance(shape, GPTNeoXSpec) else shape.rope_scaling
-    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=shape.rope_base, scaling=scaling)
+    width = spec.rotary_width if isinstance(spec, GPTNeoXSpec) else spec.head_width
+    scaling = None if isinstance(spec, GPTNeoXSpec) else spec.rope_scaling
+    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=spec.rope_base, scaling=scaling)
     return torch.atan2(sin_LR[1], cos_LR[1]), float(cos_LR[0, 0])
 
 
 def assert_same_rotary(config):
-    shape = spec_from_config(config, "config.json")
-    (mine, amplitude), (yours, their_amplitude) = ours_of(shape), rotary_of(theirs_of(config))
+    spec = spec_from_config(config, "config.json")
+    (mine, amplitude), (yours, their_amplitude) = ours_of(spec), rotary_of(theirs_of(config))
     torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-9)
     assert amplitude == pytest.approx(their_amplitude, rel=1e-6)
 
@@ -98,17 +98,17 @@ def test_a_missing_key_means_what_transformers_takes_it_to_mean(kind, key):
     full |= {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8}
     full |= {"sliding_window": 9} if "sliding_window" in DEFAULTS[kind] else {}
     config = {one: value for one, value in full.items() if one != key}
-    theirs, shape = theirs_of(config), spec_from_config(config, "config.json")
+    theirs, spec = theirs_of(config), spec_from_config(config, "config.json")
     window = getattr(theirs, "sliding_window", None)
     if kind.startswith("qwen") and set(theirs.layer_types) == {"full_attention"}:
         window = None
-    assert shape.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
-    if isinstance(shape, GPTNeoXSpec):
-        assert shape.parallel_residual == theirs.use_parallel_residual
+    assert spec.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
+    if isinstance(spec, GPTNeoXSpec):
+        assert spec.parallel_residual == theirs.use_parallel_residual
     else:
         head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        assert (shape.kv_heads, shape.head_width) == (theirs.num_key_value_heads, head)
-        assert (shape.sliding_window, shape.tie_embeddings) == (window, theirs.tie_word_embeddings)
+        assert (spec.kv_heads, spec.head_width) == (theirs.num_key_value_heads, head)
+        assert (spec.sliding_window, spec.tie_embeddings) == (window, theirs.tie_word_embeddings)
     assert_same_rotary(config)
 
 
@@ -268,22 +268,22 @@ def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
     for key in sorted({*DEFAULTS[kind]} - {"max_position_embeddings"}):
         config = config_of(kind, **{key: None})
         try:
-            shape = spec_from_config(config, "config.json")
+            spec = spec_from_config(config, "config.json")
             theirs = theirs_of(config)
         except Exception:  # theirs raise whatever they meet
             continue
         same.append(key)
         head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        assert (shape.kv_heads, shape.head_width) == (theirs.num_key_value_heads, head)
-        if shape.sliding_window is not None:
-            assert shape.sliding_window == theirs.sliding_window
+        assert (spec.kv_heads, spec.head_width) == (theirs.num_key_value_heads, head)
+        if spec.sliding_window is not None:
+            assert spec.sliding_window == theirs.sliding_window
         assert_same_rotary(config)
 
     assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types"}
     assert kind == "gpt_neox" or "num_key_value_heads" in same or kind == "mistral"
 
 
-class NewShape(ModelSpec):
+class NewSpec(ModelSpec):
     """A family that nobody has mapped to transformers."""
 
     attention_width = property(lambda self: self.width)
@@ -295,10 +295,10 @@ class NewShape(ModelSpec):
 
 def test_a_family_without_a_counterpart_in_transformers_is_refused_in_words():
     """By an export's config and names, and by what builds models: no AssertionError."""
-    shape = NewShape(family="new", layers=1, width=8, heads=1, mlp_width=8, vocab_size=8)
+    spec = NewSpec(family="new", layers=1, width=8, heads=1, mlp_width=8, vocab_size=8)
     with pytest.raises(CheckpointError, match=r"family 'new' have no config\.json of Hugging Face's yet"):
-        config_from_spec(shape, max_positions=8, dtype="float32")
+        config_from_spec(spec, max_positions=8, dtype="float32")
     with pytest.raises(CheckpointError, match="family 'new' have no names of Hugging Face's yet"):
-        hub_names(shape)
+        hub_names(spec)
     with pytest.raises(ConfigError, match=r"model\.family: 'new' has no model"):
-        build_model(shape)
+        build_model(spec)

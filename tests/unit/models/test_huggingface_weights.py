@@ -97,7 +97,7 @@ def test_the_spellings_of_transformers_4_and_5_mean_the_same(base, old, new, fie
     """The same number under a key of its own, as the releases have it, and in rope_parameters."""
     shapes = [spec_from_config({**base, **keys}, "config.json") for keys in (old, new)]
 
-    assert [getattr(shape, field) for shape in shapes] == [value, value]
+    assert [getattr(spec, field) for spec in shapes] == [value, value]
     assert shapes[0] == shapes[1]
 
 
@@ -111,12 +111,12 @@ def test_defaults_are_those_of_transformers():
 
 def saved(folder, shards=1):
     """A debug GPT-NeoX with 300 rows, as transformers would save it; returns its weights under hub names."""
-    shape = named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300})
-    model = GPTNeoX(shape)
+    spec = named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300})
+    model = GPTNeoX(spec)
     model.init_weights(1)
-    weights = {name: weight.detach().clone() for name, weight in to_huggingface(model.state_dict(), shape).items()}
+    weights = {name: weight.detach().clone() for name, weight in to_huggingface(model.state_dict(), spec).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config_from_spec(shape, max_positions=64, dtype="float32")))
+    (folder / "config.json").write_text(json.dumps(config_from_spec(spec, max_positions=64, dtype="float32")))
     if shards == 1:
         save_file(weights, folder / "model.safetensors")
         return weights

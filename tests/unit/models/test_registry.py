@@ -31,12 +31,12 @@ PYTHIA = {  # size: (parameters, without embeddings, layers, width, heads), from
 @pytest.mark.parametrize(("size", "expected"), PYTHIA.items())
 def test_pythia_has_the_published_parameter_counts(size, expected):
     """Counts are those of the model cards, and heads too: a wrong number of them would change no count."""
-    shape = named_size("gpt_neox", size, NEOX_TOKENS)
-    counts = (shape.parameters, shape.parameters_without_embeddings)
+    spec = named_size("gpt_neox", size, NEOX_TOKENS)
+    counts = (spec.parameters, spec.parameters_without_embeddings)
 
-    assert (*counts, shape.layers, shape.width, shape.heads) == expected
-    assert (shape.rotary_fraction, shape.rope_base, shape.norm_eps) == (0.25, 10_000.0, 1e-5)
-    assert shape.parallel_residual
+    assert (*counts, spec.layers, spec.width, spec.heads) == expected
+    assert (spec.rotary_fraction, spec.rope_base, spec.norm_eps) == (0.25, 10_000.0, 1e-5)
+    assert spec.parallel_residual
 
 
 def test_the_papers_models_have_the_papers_parameter_counts():
@@ -53,14 +53,14 @@ def test_the_papers_models_have_the_papers_parameter_counts():
 @pytest.mark.parametrize("size", SIZES["gpt_neox"])
 def test_a_built_model_has_the_parameters_that_its_shape_says(size):
     """The formula and the modules count alike, to the last bias."""
-    shape = named_size("gpt_neox", size, 257)
+    spec = named_size("gpt_neox", size, 257)
     with torch.device("meta"):
-        model = GPTNeoX(shape)
+        model = GPTNeoX(spec)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embeddings = counts["embedding.weight"] + counts["head.weight"]
 
-    assert sum(counts.values()) == shape.parameters
-    assert sum(counts.values()) - embeddings == shape.parameters_without_embeddings
+    assert sum(counts.values()) == spec.parameters
+    assert sum(counts.values()) - embeddings == spec.parameters_without_embeddings
 
 
 @pytest.mark.parametrize(
@@ -82,37 +82,37 @@ def test_a_built_model_has_the_parameters_that_its_shape_says(size):
 )
 def test_the_vocabulary_is_padded_for_every_rank(size, tokenizer_vocab, tensor_parallel, expected):
     """CPU sizes pad the tokenizer's, released sizes the larger of both, to 128 rows on each tensor-parallel rank."""
-    shape = named_size("gpt_neox", size, tokenizer_vocab, tensor_parallel)
+    spec = named_size("gpt_neox", size, tokenizer_vocab, tensor_parallel)
 
-    assert shape.vocab_size == expected
+    assert spec.vocab_size == expected
 
 
 def test_single_fields_can_be_overridden():
     """The rest stays the size's, but the feed-forward follows the width until it is given itself."""
-    shape = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "parallel_residual": False})
+    spec = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "parallel_residual": False})
     narrow = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "mlp_width": 100})
 
-    assert (shape.layers, shape.width, shape.heads, shape.mlp_width) == (2, 96, 3, 384)
-    assert not shape.parallel_residual
+    assert (spec.layers, spec.width, spec.heads, spec.mlp_width) == (2, 96, 3, 384)
+    assert not spec.parallel_residual
     assert narrow.mlp_width == 100
 
 
 def test_training_flops_by_hand():
     """debug, 384 tokens, length 16: head 24,576 + blocks 99,968 + last norm 128 = 124,672 parameters that multiply."""
-    shape = named_size("gpt_neox", "debug", 257)
+    spec = named_size("gpt_neox", "debug", 257)
 
-    assert shape.flops_per_token(16) == 6 * 124_672 + 12 * 2 * 64 * 16
+    assert spec.flops_per_token(16) == 6 * 124_672 + 12 * 2 * 64 * 16
 
 
 def test_training_flops_agree_with_torchs_counter():
     """Within 1 %: the formula counts biases and norms as products, torch counts neither."""
-    shape = named_size("gpt_neox", "mini", 257)
-    model = GPTNeoX(shape)
+    spec = named_size("gpt_neox", "mini", 257)
+    model = GPTNeoX(spec)
     tokens_BL = torch.zeros(1, 128, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens_BL).sum().backward()
 
-    assert shape.flops_per_token(128) * 128 == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert spec.flops_per_token(128) * 128 == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.distributed.parallelize import ParallelOptions
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
 from titan_cpt.planning.planner import make_plan
@@ -75,7 +75,7 @@ def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_ste
     config = load_config(ROOT / "train_configs" / f"{name}.toml")
     plan = make_plan(config, take_inventory(config), world_size)
 
-    assert plan.shape.parameters == parameters
+    assert plan.spec.parameters == parameters
     assert plan.step_tokens == 2_260_992
     assert [stage.steps for stage in plan.stages] == [132_366, 86_000]
     assert plan.local_batch_size == per_step

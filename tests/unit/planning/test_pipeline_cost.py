@@ -22,7 +22,9 @@ def table(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
         return one_forward_one_backward(layout)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.pp)
     try:
-        stages = [PipelineStage(nn.Linear(1, 1), n, layout.stages, torch.device("cpu")) for n in layout.stages_of(0)]
+        stages = [
+            PipelineStage(nn.Linear(1, 1), n, layout.pipeline_stages, torch.device("cpu")) for n in layout.stages_of(0)
+        ]
         kind = get_schedule_class(layout.schedule)
         single = issubclass(kind, PipelineScheduleSingle)
         schedule = kind(stages[0] if single else stages, n_microbatches=layout.microbatches, loss_fn=torch.sum)
@@ -85,7 +87,7 @@ def needs(action: _Action, layout: ParallelDims) -> list[tuple[str, int, int]]:
         return [("FORWARD", stage - 1, part)] if stage else []
     if action.computation_type.name == "BACKWARD_WEIGHT":
         return [("BACKWARD_INPUT", stage, part)]
-    later = [("BACKWARD_INPUT", stage + 1, part)] if stage + 1 < layout.stages else []
+    later = [("BACKWARD_INPUT", stage + 1, part)] if stage + 1 < layout.pipeline_stages else []
     return [("FORWARD", stage, part), *later]
 
 

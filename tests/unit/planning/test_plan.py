@@ -332,7 +332,7 @@ def test_run_steps_and_disk_are_counted_over_the_stages(head, make):
     plan = make(head + stage("a", "pile", 100, INFINITE) + stage("b", "german", 50))
 
     assert [plan.steps_before(stage) for stage in plan.stages] == [0, 100]
-    assert plan.disk_bytes(2) == 6 * plan.shape.parameters * 12
+    assert plan.disk_bytes(2) == 6 * plan.spec.parameters * 12
 
 
 def test_a_plan_for_trillions_of_tokens_answers_at_once(head, make):

@@ -22,7 +22,7 @@ from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables,
 from titan_cpt.models.common.ops import attention
 
 
-class Progress:
+class CachePositions:
     """How far each sequence of a batch has come; one for all layers.
 
     Attributes:
@@ -37,7 +37,7 @@ class Progress:
 class CachedAttention(nn.Module):
     """Takes the place of `RotaryCausalAttention` while a batch is continued; no weights."""
 
-    def __init__(self, plain: RotaryCausalAttention, progress: Progress) -> None:
+    def __init__(self, plain: RotaryCausalAttention, progress: CachePositions) -> None:
         super().__init__()
         self.plain, self.progress = plain, progress
         self.k_BNSH: Tensor | None = None
@@ -72,7 +72,7 @@ class CachedAttention(nn.Module):
 class Cache:
     """What is kept of one batch, in all layers."""
 
-    def __init__(self, cores: list[CachedAttention], progress: Progress) -> None:
+    def __init__(self, cores: list[CachedAttention], progress: CachePositions) -> None:
         self._cores, self._progress = cores, progress
 
     def advance(self, lengths_B: Tensor) -> None:
@@ -88,7 +88,7 @@ class Cache:
 
 
 @contextmanager
-def kept(model: LanguageModel, *, sequences: int, capacity: int, device: torch.device) -> Iterator[Cache]:
+def kv_cache(model: LanguageModel, *, sequences: int, capacity: int, device: torch.device) -> Iterator[Cache]:
     """Within it the model takes the tokens that follow those of the calls before; after it, it is as it was.
 
     Args:
@@ -96,7 +96,7 @@ def kept(model: LanguageModel, *, sequences: int, capacity: int, device: torch.d
         sequences: B of the first call.
         capacity: the longest that prompt and continuation together may become.
     """
-    progress = Progress(sequences, capacity, device)
+    progress = CachePositions(sequences, capacity, device)
     attentions = [cast(nn.Module, block.attention) for block in model.blocks.values()]
     plain = [cast(RotaryCausalAttention, attention.core) for attention in attentions]
     cores = [CachedAttention(core, progress) for core in plain]

@@ -25,13 +25,13 @@ class GPTNeoX(nn.Module):
     Weights are meaningless until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
     """
 
-    def __init__(self, shape: GPTNeoXSpec) -> None:
+    def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
-        self.shape = shape
-        self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
-        self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
-        self.final_norm: nn.LayerNorm | None = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.head: Head | None = Head(shape.width, shape.vocab_size, bias=False)
+        self.spec = spec
+        self.embedding: nn.Embedding | None = nn.Embedding(spec.vocab_size, spec.width)
+        self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.layers)})
+        self.final_norm: nn.LayerNorm | None = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.head: Head | None = Head(spec.width, spec.vocab_size, bias=False)
 
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
@@ -55,7 +55,7 @@ class GPTNeoX(nn.Module):
 
         Source: GPT-NeoX's `small_init` (Nguyen and Salazar 2019, arXiv:1910.05895) and `wang_init`.
         """
-        std = math.sqrt(2 / (5 * self.shape.width))
+        std = math.sqrt(2 / (5 * self.spec.width))
         if self.embedding is not None:
             fill_normal(self.embedding.weight, std=std, seed=seed, name="embedding.weight")
         for layer, block in self.blocks.items():
@@ -74,25 +74,25 @@ class Block(nn.Module):
     y + mlp(norm'(y))           otherwise
     """
 
-    def __init__(self, shape: GPTNeoXSpec) -> None:
+    def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
-        self.shape = shape
-        self.attention_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.attention = Attention(shape)
-        self.mlp_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = MLP(shape)
+        self.spec = spec
+        self.attention_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.attention = Attention(spec)
+        self.mlp_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        self.mlp = MLP(spec)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The residual stream after the block, x_BLD."""
         attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD))
         after_attention_BLD = x_BLD + attended_BLD
-        fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.shape.parallel_residual else after_attention_BLD))
+        fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.spec.parallel_residual else after_attention_BLD))
         return after_attention_BLD + copy_for_separate_grad(fed_BLD)
 
     def init_weights(self, *, seed: int, name: str) -> None:
         """The block's part of `GPTNeoX.init_weights`; `name` is the block's in the whole model."""
-        std = math.sqrt(2 / (5 * self.shape.width))
-        residual_std = 2 / (self.shape.layers * math.sqrt(self.shape.width))
+        std = math.sqrt(2 / (5 * self.spec.width))
+        residual_std = 2 / (self.spec.layers * math.sqrt(self.spec.width))
         self.attention_norm.reset_parameters()
         self.mlp_norm.reset_parameters()
         init_linear(self.attention.qkv, std=std, seed=seed, name=f"{name}.attention.qkv")
@@ -108,12 +108,12 @@ class Attention(nn.Module):
     them, as tensor parallelism cuts it, holds whole heads; `forward` finds out how many it holds.
     """
 
-    def __init__(self, shape: GPTNeoXSpec) -> None:
+    def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
-        self.head_width = shape.head_width
-        self.qkv = Linear(shape.width, 3 * shape.width)
-        self.core = RotaryCausalAttention(rotary_width=shape.rotary_width, rope_base=shape.rope_base)
-        self.out = Linear(shape.width, shape.width)
+        self.head_width = spec.head_width
+        self.qkv = Linear(spec.width, 3 * spec.width)
+        self.core = RotaryCausalAttention(rotary_width=spec.rotary_width, rope_base=spec.rope_base)
+        self.out = Linear(spec.width, spec.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What each position draws from itself and those before it, out_BLD."""
@@ -126,10 +126,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward: up, exact GELU, down."""
 
-    def __init__(self, shape: GPTNeoXSpec) -> None:
+    def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
-        self.up = Linear(shape.width, shape.mlp_width)
-        self.down = Linear(shape.mlp_width, shape.width)
+        self.up = Linear(spec.width, spec.mlp_width)
+        self.down = Linear(spec.mlp_width, spec.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The same function of every position, out_BLD."""

@@ -32,14 +32,14 @@ class Llama(nn.Module):
     until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
     """
 
-    def __init__(self, shape: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec) -> None:
         super().__init__()
-        self.shape = shape
-        self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab_size, shape.width)
-        self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
-        self.final_norm: RMSNorm | None = RMSNorm(shape.width, eps=shape.norm_eps)
+        self.spec = spec
+        self.embedding: nn.Embedding | None = nn.Embedding(spec.vocab_size, spec.width)
+        self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.layers)})
+        self.final_norm: RMSNorm | None = RMSNorm(spec.width, eps=spec.norm_eps)
         self.head: Head | TiedHead | None = (
-            TiedHead() if shape.tie_embeddings else Head(shape.width, shape.vocab_size, bias=False)
+            TiedHead() if spec.tie_embeddings else Head(spec.width, spec.vocab_size, bias=False)
         )
 
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
@@ -113,13 +113,13 @@ class Block(nn.Module):
     y + mlp(norm'(y))
     """
 
-    def __init__(self, shape: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec) -> None:
         super().__init__()
-        self.layers = shape.layers
-        self.attention_norm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.attention = Attention(shape)
-        self.mlp_norm = RMSNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = MLP(shape)
+        self.layers = spec.layers
+        self.attention_norm = RMSNorm(spec.width, eps=spec.norm_eps)
+        self.attention = Attention(spec)
+        self.mlp_norm = RMSNorm(spec.width, eps=spec.norm_eps)
+        self.mlp = MLP(spec)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The residual stream after the block, x_BLD."""
@@ -149,21 +149,21 @@ class Attention(nn.Module):
     whole heads; `forward` finds out how many it holds.
     """
 
-    def __init__(self, shape: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec) -> None:
         super().__init__()
-        self.head_width = shape.head_width
-        self.q = Linear(shape.width, shape.attention_width, bias=shape.qkv_bias)
-        self.k = Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
-        self.v = Linear(shape.width, shape.kv_width, bias=shape.qkv_bias)
-        self.q_norm = RMSNorm(shape.head_width, eps=shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = RMSNorm(shape.head_width, eps=shape.norm_eps) if shape.qk_norm else None
+        self.head_width = spec.head_width
+        self.q = Linear(spec.width, spec.attention_width, bias=spec.qkv_bias)
+        self.k = Linear(spec.width, spec.kv_width, bias=spec.qkv_bias)
+        self.v = Linear(spec.width, spec.kv_width, bias=spec.qkv_bias)
+        self.q_norm = RMSNorm(spec.head_width, eps=spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_width, eps=spec.norm_eps) if spec.qk_norm else None
         self.core = RotaryCausalAttention(
-            rotary_width=shape.head_width,
-            rope_base=shape.rope_base,
-            scaling=shape.rope_scaling,
-            window=shape.sliding_window,
+            rotary_width=spec.head_width,
+            rope_base=spec.rope_base,
+            scaling=spec.rope_scaling,
+            window=spec.sliding_window,
         )
-        self.out = Linear(shape.attention_width, shape.width, bias=False)
+        self.out = Linear(spec.attention_width, spec.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What each position draws from itself and those before it, out_BLD."""
@@ -179,11 +179,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
 
-    def __init__(self, shape: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec) -> None:
         super().__init__()
-        self.gate = Linear(shape.width, shape.mlp_width, bias=False)
-        self.up = Linear(shape.width, shape.mlp_width, bias=False)
-        self.down = Linear(shape.mlp_width, shape.width, bias=False)
+        self.gate = Linear(spec.width, spec.mlp_width, bias=False)
+        self.up = Linear(spec.width, spec.mlp_width, bias=False)
+        self.down = Linear(spec.mlp_width, spec.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """The same function of every position, out_BLD."""

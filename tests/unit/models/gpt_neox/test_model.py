@@ -35,30 +35,30 @@ def with_all_weights_drawn(model):
     return model
 
 
-def transformers_config(shape):
+def transformers_config(spec):
     return GPTNeoXConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.mlp_width,
-        layer_norm_eps=shape.norm_eps,
-        use_parallel_residual=shape.parallel_residual,
-        rotary_pct=shape.rotary_fraction,
-        rotary_emb_base=shape.rope_base,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.width,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        intermediate_size=spec.mlp_width,
+        layer_norm_eps=spec.norm_eps,
+        use_parallel_residual=spec.parallel_residual,
+        rotary_pct=spec.rotary_fraction,
+        rotary_emb_base=spec.rope_base,
     )
 
 
 def in_transformers(model, folder):
     """The model as transformers reads it from the files of an export."""
-    transformers_config(model.shape).save_pretrained(folder)
-    save_file(to_huggingface(model.state_dict(), model.shape), folder / "model.safetensors")
+    transformers_config(model.spec).save_pretrained(folder)
+    save_file(to_huggingface(model.state_dict(), model.spec), folder / "model.safetensors")
     return GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def transformers_file(shape, folder):
+def transformers_file(spec, folder):
     """The weights in a file that transformers wrote."""
-    theirs = GPTNeoXForCausalLM(transformers_config(shape))
+    theirs = GPTNeoXForCausalLM(transformers_config(spec))
     theirs.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
@@ -79,27 +79,27 @@ def test_logits_and_gradients_are_those_of_transformers(parallel_residual, rotar
     their_grads = {name.replace("lm_head", "embed_out"): p.grad for name, p in theirs.named_parameters()}
 
     torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in from_huggingface(their_grads, model.shape).items():
+    for name, grad in from_huggingface(their_grads, model.spec).items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
 
 
 def test_weights_go_to_hugging_face_and_back_unchanged(tmp_path):
     """Either round trip gives back every name and every bit, and our model loads what transformers wrote."""
     model = with_all_weights_drawn(built())
-    ours, theirs = model.state_dict(), transformers_file(model.shape, tmp_path)
-    ours_again = from_huggingface(to_huggingface(ours, model.shape), model.shape)
-    theirs_again = to_huggingface(from_huggingface(theirs, model.shape), model.shape)
+    ours, theirs = model.state_dict(), transformers_file(model.spec, tmp_path)
+    ours_again = from_huggingface(to_huggingface(ours, model.spec), model.spec)
+    theirs_again = to_huggingface(from_huggingface(theirs, model.spec), model.spec)
 
     assert list(ours_again) == list(ours)
     assert set(theirs_again) == set(theirs)
     assert all(torch.equal(ours_again[name], ours[name]) for name in ours)
     assert all(torch.equal(theirs_again[name], theirs[name]) for name in theirs)
-    model.load_state_dict(from_huggingface(theirs, model.shape))
+    model.load_state_dict(from_huggingface(theirs, model.spec))
 
 
 def test_constants_that_older_releases_saved_are_left_out(tmp_path):
     """Pythia's files hold causal masks and wavelengths beside the weights; other releases one for the whole model."""
-    state = transformers_file(built().shape, tmp_path)
+    state = transformers_file(built().spec, tmp_path)
     names = [f"layers.1.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
     names += [
         "layers.0.attn.masked_bias",
@@ -111,19 +111,19 @@ def test_constants_that_older_releases_saved_are_left_out(tmp_path):
     constants = {f"gpt_neox.{name}": torch.zeros(1) for name in names}
     constants["model.rotary_emb.inv_freq"] = torch.zeros(1)
 
-    assert from_huggingface(state | constants, built().shape).keys() == built().state_dict().keys()
+    assert from_huggingface(state | constants, built().spec).keys() == built().state_dict().keys()
     for weight in ("gpt_neox.layers.1.attention.dense.extra.bias", "gpt_neox.layers.0.rotary_emb.weight"):
         with pytest.raises(CheckpointError, match="not a weight of this model"):
-            from_huggingface(state | {weight: torch.zeros(1)}, built().shape)
+            from_huggingface(state | {weight: torch.zeros(1)}, built().spec)
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     """One missing and one foreign weight: both are told."""
-    state = transformers_file(built().shape, tmp_path)
+    state = transformers_file(built().spec, tmp_path)
     del state["gpt_neox.layers.1.attention.dense.bias"]
     state["gpt_neox.layers.2.attention.dense.bias"] = torch.zeros(64)
     with pytest.raises(CheckpointError) as refusal:
-        from_huggingface(state, built().shape)
+        from_huggingface(state, built().spec)
 
     assert "2 problems" in str(refusal.value)
     assert "gpt_neox.layers.1.attention.dense.bias: missing" in str(refusal.value)
@@ -154,7 +154,7 @@ def test_first_weights_follow_the_seed_and_no_two_are_alike():
 def test_first_weights_come_out_right_after_the_meta_device():
     """Built on meta, emptied onto memory full of rubbish, initialised: weights and logits as if built directly."""
     with torch.device("meta"):
-        model = GPTNeoX(built().shape)
+        model = GPTNeoX(built().spec)
     model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(math.nan)

@@ -70,9 +70,9 @@ def with_all_weights_drawn(model):
 
 def in_transformers(model, folder):
     """The model as transformers reads it from the files of an export."""
-    config = config_from_spec(model.shape, max_positions=64, dtype="float32")
+    config = config_from_spec(model.spec, max_positions=64, dtype="float32")
     (folder / "config.json").write_text(json.dumps(config))
-    weights = to_huggingface(model.state_dict(), model.shape)
+    weights = to_huggingface(model.state_dict(), model.spec)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -91,7 +91,7 @@ def test_logits_and_gradients_are_those_of_transformers(architecture, overrides,
 
     assert theirs.config.model_type == architecture
     torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in from_huggingface(their_grads, model.shape).items():
+    for name, grad in from_huggingface(their_grads, model.spec).items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
 
 
@@ -99,12 +99,12 @@ def test_logits_and_gradients_are_those_of_transformers(architecture, overrides,
 def test_a_shape_comes_back_from_every_form_that_it_is_written_in(overrides, tmp_path):
     """config.json as we write it, as transformers writes it again, the recipe through JSON, and a [model] table."""
     model = built(**overrides)
-    shape = model.shape
+    spec = model.spec
     in_transformers(model, tmp_path).config.save_pretrained(tmp_path / "again")
     texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
 
-    assert [spec_from_config(json.loads(text), "config.json") for text in texts] == [shape, shape]
-    assert spec_from_recipe(json.loads(json.dumps(shape.as_recipe() | {"other": 1}))) == shape
+    assert [spec_from_config(json.loads(text), "config.json") for text in texts] == [spec, spec]
+    assert spec_from_recipe(json.loads(json.dumps(spec.as_recipe() | {"other": 1}))) == spec
 
 
 def test_each_variant_differs_from_the_plain_model():
@@ -113,7 +113,7 @@ def test_each_variant_differs_from_the_plain_model():
     options = {"rope_scaling": [LLAMA3, YARN], "sliding_window": [7], "rope_base": [500.0], "norm_eps": [1e-3]}
     for name, values in options.items():
         for value in values:
-            other = Llama(built(**{name: value}).shape)
+            other = Llama(built(**{name: value}).spec)
             other.load_state_dict(plain.state_dict())
 
             assert (other(TOKENS_BL) - plain(TOKENS_BL)).abs().max() > 1e-3, name
@@ -122,14 +122,14 @@ def test_each_variant_differs_from_the_plain_model():
 def test_a_built_model_has_the_parameters_that_its_shape_says():
     """The formula and the modules count alike, to the last bias, in every size."""
     for size in SIZES["llama"]:
-        shape = named_size("llama", size, 257)
+        spec = named_size("llama", size, 257)
         with torch.device("meta"):
-            model = Llama(shape)
+            model = Llama(spec)
         counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
         embeddings = sum(count for name, count in counts.items() if name in ("embedding.weight", "head.weight"))
 
-        assert sum(counts.values()) == shape.parameters, size
-        assert sum(counts.values()) - embeddings == shape.parameters_without_embeddings, size
+        assert sum(counts.values()) == spec.parameters, size
+        assert sum(counts.values()) - embeddings == spec.parameters_without_embeddings, size
 
 
 def test_first_weights_have_the_stated_spread():
@@ -157,7 +157,7 @@ def test_first_weights_come_out_right_after_the_meta_device():
     """Built on meta, emptied onto memory full of rubbish, initialised: weights and logits as if built directly."""
     for overrides in ({"tie_embeddings": True, "qk_norm": True}, {"qkv_bias": True, "rope_scaling": YARN}):
         with torch.device("meta"):
-            model = Llama(built(**overrides).shape)
+            model = Llama(built(**overrides).spec)
         model.to_empty(device="cpu")
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.fill_(math.nan)
@@ -218,7 +218,7 @@ def test_llama3_frequencies_by_hand():
 
 def test_yarn_multiplies_both_tables():
     """cos^2 + sin^2 is the square of 0.1 ln 4 + 1."""
-    scaling = built(rope_scaling=YARN).shape.rope_scaling
+    scaling = built(rope_scaling=YARN).spec.rope_scaling
     cos_LR, sin_LR = rotary_tables(torch.arange(9), rotary_width=8, base=100.0, scaling=scaling)
 
     torch.testing.assert_close(cos_LR**2 + sin_LR**2, torch.full((9, 4), (0.1 * math.log(4) + 1) ** 2))
@@ -308,10 +308,10 @@ LLAMA2_7B = """{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hi
 )
 def test_a_released_configuration_is_the_named_size(text, size):
     """The keys as the releases' config.json have them; the size is found by its numbers, and nothing more is to set."""
-    shape = spec_from_config(json.loads(text), "config.json")
+    spec = spec_from_config(json.loads(text), "config.json")
 
-    assert shape == named_size("llama", size, 257)
-    assert as_config_table(shape).splitlines() == ["[model]", 'family = "llama"', f'size = "{size}"']
+    assert spec == named_size("llama", size, 257)
+    assert as_config_table(spec).splitlines() == ["[model]", 'family = "llama"', f'size = "{size}"']
 
 
 def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
@@ -320,15 +320,15 @@ def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
     wanted = [
         dataclasses.replace(mistral, sliding_window=None, vocab_size=32_064),
         dataclasses.replace(mistral, sliding_window=None),
-        dataclasses.replace(mistral, width=2048, rope_scaling=built(rope_scaling=YARN).shape.rope_scaling),
-        built(qk_norm=True, heads=4, vocab_size=300).shape,
+        dataclasses.replace(mistral, width=2048, rope_scaling=built(rope_scaling=YARN).spec.rope_scaling),
+        built(qk_norm=True, heads=4, vocab_size=300).spec,
         named_size("gpt_neox", "160m", 257, overrides={"width": 512, "heads": 4, "parallel_residual": False}),
     ]
-    for shape in wanted:
-        table = tomllib.loads(as_config_table(shape))["model"]
+    for spec in wanted:
+        table = tomllib.loads(as_config_table(spec))["model"]
         family, size = table.pop("family"), table.pop("size")
 
-        assert named_size(family, size, 1, overrides=table) == shape
+        assert named_size(family, size, 1, overrides=table) == spec
 
 
 @pytest.mark.parametrize(
