@@ -89,7 +89,7 @@ def one_step(family, precision, layout, *, accumulation=1):
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         tokens = torch.arange(34).view(2, 17)
         parts = SimpleNamespace(
-            plan=SimpleNamespace(accumulation=accumulation, step_tokens=32 * accumulation),
+            plan=SimpleNamespace(gradient_accumulation_steps=accumulation, step_tokens=32 * accumulation),
             config=SimpleNamespace(
                 training=SimpleNamespace(max_norm=1.0), float8=SimpleNamespace(enable_fsdp_float8_all_gather=False)
             ),
