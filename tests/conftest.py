@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import DataInventory
-from titan_cpt.data.prepare import text_sources
+from titan_cpt.data.prepare import chunks
 from titan_cpt.planning.planner import make_plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
@@ -112,5 +112,5 @@ def make(write):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of two kilobytes, so that small inputs have many."""
-    monkeypatch.setattr(text_sources, "SMALLEST_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(text_sources, "LARGEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK_BYTES", 2000)

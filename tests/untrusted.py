@@ -18,8 +18,8 @@ from titan_cpt.checkpoint.storage import read_index
 from titan_cpt.common.metrics_file import losses_before, open_record, read_metrics
 from titan_cpt.config.load import load_config
 from titan_cpt.data.formats.indexed import IndexedTokens
-from titan_cpt.data.prepare.prepared_record import made_by, read_record
-from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
+from titan_cpt.data.prepare.provenance import read_record, tokenizer_provenance
+from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import average_score, read_score, score_change
@@ -199,7 +199,7 @@ def _released_config(folder: Path) -> None:
 
 
 def _record(folder: Path) -> None:
-    made_by(folder / "data")
+    tokenizer_provenance(folder / "data")
     read_record(folder / "data.json")
 
 

@@ -348,7 +348,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         )
     if options.config is not None:
         from titan_cpt.config.load import load_config
-        from titan_cpt.data.prepare.missing import prepare_missing_data
+        from titan_cpt.data.prepare.prepare_missing import prepare_missing_data
 
         if not prepare_missing_data(
             load_config(options.config, overrides), workers=options.workers, force=options.force
@@ -361,7 +361,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     if options.train_tokenizer and options.output.endswith(os.sep):
         raise ConfigError(f"command line: --output {options.output} is a folder: name the file, such as tokenizer.json")
     if options.train_tokenizer:
-        from titan_cpt.data.prepare.missing import train_tokenizer
+        from titan_cpt.data.prepare.prepare_missing import train_tokenizer
 
         asked = options.input, options.text_field, options.train_tokenizer
         written = train_tokenizer(*asked, Path(options.output), force=options.force)
@@ -389,7 +389,7 @@ def _prepare(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         force=options.force,
         add_bos=options.add_bos,
     )
-    print(result.in_words)
+    print(result.summary)
     return 0
 
 

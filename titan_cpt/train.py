@@ -25,7 +25,7 @@ from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import StageLoader
-from titan_cpt.data.prepare.missing import prepare_missing_data_unless_stopped
+from titan_cpt.data.prepare.prepare_missing import prepare_missing_data_unless_stopped
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import (
     ProcessInfo,

@@ -60,14 +60,14 @@ PLACES = (0.0, 0.5, 0.999)
 def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
     """The loader of a config's second stage from that share of its steps on, and the step where it begins."""
     from titan_cpt.config.load import load_config
-    from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+    from titan_cpt.data.inventory import open_sources, take_inventory, training_files
     from titan_cpt.data.loader import SequenceReader
     from titan_cpt.planning.planner import make_plan
     from titan_cpt.train import open_loader
 
     config = load_config(path, [("training.num_workers", str(workers))])
     plan = make_plan(config, take_inventory(config))
-    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=plan.seq_len, seed=plan.seed)
+    reader = SequenceReader(open_sources(training_files(config), 257), seq_len=plan.seq_len, seed=plan.seed)
     stage = plan.stages[1]
     step = int(place * (stage.steps - 1))
     parts = SimpleNamespace(reader=reader, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))

@@ -12,7 +12,7 @@ from pathlib import Path
 from titan_cpt.config.load import load_config
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.data.prepare.text_sources import find_inputs
+from titan_cpt.data.prepare.text_inputs import find_inputs
 
 CONFIG = """
 [job]

@@ -69,9 +69,9 @@ def tiktoken_alone(text: Path, tokenizer: Path) -> float:
     """MB/s of the library's own call over the first documents: no reading, no writing, no checks."""
     import tiktoken
 
-    from titan_cpt.data.tokenizer.bpe import convert
+    from titan_cpt.data.tokenizer.tiktoken_bpe import to_tiktoken
 
-    conversion = convert(json.loads(tokenizer.read_text()))
+    conversion = to_tiktoken(json.loads(tokenizer.read_text()))
     encoding = tiktoken.Encoding(
         "alone", pat_str=conversion.pattern, mergeable_ranks=conversion.ranks, special_tokens={}
     )

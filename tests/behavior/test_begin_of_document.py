@@ -95,8 +95,8 @@ def test_without_the_key_documents_begin_with_their_text_and_prepare_says_so(tmp
     (tmp_path / "a.jsonl").write_text(jsonl(["ab", "b"]))
     result = run([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=saved(library, tmp_path / "t"))
 
-    assert f"its post-processor puts {bos} before every text" in result.in_words
-    assert "--add-bos (in a config, tokenizer.add_bos = true) adds it" in result.in_words
+    assert f"its post-processor puts {bos} before every text" in result.summary
+    assert "--add-bos (in a config, tokenizer.add_bos = true) adds it" in result.summary
     assert library.token_to_id(bos) not in TokenStream([tmp_path / "out"]).read(0, result.counts.tokens)
     assert "add_bos" not in json.loads((tmp_path / "out.json").read_text())
 

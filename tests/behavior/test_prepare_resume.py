@@ -13,15 +13,15 @@ import pytest
 from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 
 from titan_cpt.data.formats.indexed import IndexedTokens
-from titan_cpt.data.tokenizer.tokenizer import train_bpe
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
 KILLED = """
 import sys
 from pathlib import Path
-from titan_cpt.data.prepare import text_sources
+from titan_cpt.data.prepare import chunks
 from titan_cpt.data.prepare.prepare import prepare
-text_sources.SMALLEST_CHUNK_BYTES = text_sources.LARGEST_CHUNK_BYTES = 2000
+chunks.SMALLEST_CHUNK_BYTES = chunks.LARGEST_CHUNK_BYTES = 2000
 if __name__ == "__main__":
     prepare(inputs=sys.argv[3:], output=Path(sys.argv[1]), tokenizer="bytes", holdout=0.2, workers=int(sys.argv[2]))
 """

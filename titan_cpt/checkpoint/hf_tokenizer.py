@@ -9,7 +9,7 @@ from typing import Any
 
 from titan_cpt.checkpoint.transformers_check import quiet, reason_of
 from titan_cpt.data.tokenizer.backends import TOKENIZER_TEST_STRINGS
-from titan_cpt.data.tokenizer.ids import byte_tokenizer_json
+from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.data.tokenizer.special_tokens import model_vocab
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer
 

@@ -66,7 +66,7 @@ def model_card(
 
 def bos_in_words(tokenizer: Tokenizer) -> str:
     """Whether documents in training began with a token, and what transformers has to be given for the same."""
-    name = tokenizer.begin.name if tokenizer.begin is not None else ""
+    name = tokenizer.bos.name if tokenizer.bos is not None else ""
     if tokenizer.add_bos and tokenizer.adds_bos_itself:
         return f"documents in training began with {name}, which the tokenizer puts before each text"
     if tokenizer.add_bos:

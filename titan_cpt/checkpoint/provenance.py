@@ -175,7 +175,7 @@ def find_tokenizer(
 def _documents_begin_with_bos(record: Mapping[str, Any], words: Tokenizer) -> bool:
     """What the run's recipe says of its training data; of a release, that its tokenizer was used as it is."""
     if "released" in record:
-        return words.begin is not None and words.begin.added and len(words.begin.ids) == 1
+        return words.bos is not None and words.bos.added and len(words.bos.ids) == 1
     return record["recipe"].get("tokenizer.add_bos", False) is True
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import matching
 from titan_cpt.config.schema import Config
-from titan_cpt.data.tokenizer.ids import ids_fingerprint
+from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 

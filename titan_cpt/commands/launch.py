@@ -34,7 +34,7 @@ from titan_cpt.commands.arguments import overrides_in
 from titan_cpt.common.exit_status import leave
 from titan_cpt.config.load import load_run
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.data.prepare.missing import is_complete
+from titan_cpt.data.prepare.prepare_missing import is_complete
 from titan_cpt.errors import PlanError, TitanError
 from titan_cpt.planning.planner import make_plan
 

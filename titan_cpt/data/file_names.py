@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from titan_cpt.data.prepare.decompress import PACKED
+from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES
 from titan_cpt.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -14,7 +14,7 @@ FileIdentity = tuple[int, int, int, int]
 """Device, inode, size and time of change: equal for one file under all its names, links included."""
 
 
-def matches(pattern: str) -> list[str]:
+def expand_glob(pattern: str) -> list[str]:
     """The names that a glob matches, sorted; [] for a name without glob characters.
 
     Where a glob matches nothing, the folders at its beginning that exist as they are written are taken literally: a
@@ -25,14 +25,14 @@ def matches(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True) or glob.glob(_with_literal_folders(pattern), recursive=True))
 
 
-def escape_hint(entry: str) -> str:
+def glob_escape_hint(entry: str) -> str:
     """How to write a character that means something in a glob; empty for an entry without such characters."""
     if not glob.has_magic(entry):
         return ""
     return ". In a glob *, ? and [ have a meaning: write [*], [?] and [[] for the characters themselves"
 
 
-def identity_of(path: str | Path) -> FileIdentity | None:
+def file_identity(path: str | Path) -> FileIdentity | None:
     """What tells whether two names are of one file; None where there is no such file."""
     try:
         status = os.stat(path)
@@ -41,7 +41,7 @@ def identity_of(path: str | Path) -> FileIdentity | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class Once:
+class UniqueFiles:
     """Refuses a file that is named a second time, whatever the second name is: another spelling, a link, a glob."""
 
     def __init__(self, what: str) -> None:
@@ -54,7 +54,7 @@ class Once:
         Raises:
             DataError: the file was named before.
         """
-        identity = identity_of(path)
+        identity = file_identity(path)
         if identity is None:
             return  # missing files are reported by whoever opens them
         before = self._names.get(identity)
@@ -66,13 +66,13 @@ class Once:
         self._names[identity] = str(name)
 
 
-def text_file(entries: Iterable[str]) -> str | None:
+def first_text_file(entries: Iterable[str]) -> str | None:
     """The first entry that is a file of text rather than of tokens, judged by its name."""
-    endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in ("", *PACKED))
+    endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES))
     return next((entry for entry in entries if entry.endswith(endings) and Path(entry).is_file()), None)
 
 
-def entries_of(spec: str | Sequence[str]) -> list[str]:
+def as_entries(spec: str | Sequence[str]) -> list[str]:
     """A list of entries, also where one stands alone."""
     return [spec] if isinstance(spec, str) else list(spec)
 

@@ -12,10 +12,17 @@ from pathlib import Path
 
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
-from titan_cpt.data.file_names import FileIdentity, identity_of, text_file
-from titan_cpt.data.formats.base import TokenSource
-from titan_cpt.data.formats.open import Counted, TokenFiles, absent, count, open_source, paths_of
-from titan_cpt.data.prepare.prepared_record import MadeBy, made_by
+from titan_cpt.data.file_names import FileIdentity, file_identity, first_text_file
+from titan_cpt.data.formats.token_files import (
+    TokenCounts,
+    TokenFiles,
+    count_source,
+    missing_entries,
+    open_source,
+    resolve_paths,
+)
+from titan_cpt.data.formats.token_source import TokenSource
+from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
 
@@ -49,7 +56,7 @@ class _Present:
     def token_files(self) -> list[tuple[FileIdentity | None, str]]:
         """The files that hold the ids, of a pair its .bin: what identifies each of them, and its name."""
         names = [f"{path}.bin" if self.files.paired else str(path) for path in self.paths]
-        return [(identity_of(name), name) for name in names]
+        return [(file_identity(name), name) for name in names]
 
 
 def take_inventory(config: Config) -> DataInventory:
@@ -97,9 +104,9 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
     found = {}
     for source, files in training_files(config) if key == "train" else validation_files(config):
         _refuse_what_is_not_tokens(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))
-        if not absent(files):
+        if not missing_entries(files):
             try:
-                found[source] = _Present(source, key, files, paths_of(files))
+                found[source] = _Present(source, key, files, resolve_paths(files))
                 _require_readable(name for _, name in found[source].token_files)
             except DataError as error:
                 raise DataError(f"{_table(source)}.{key}: {error}") from None
@@ -115,9 +122,9 @@ def _require_readable(names: Iterable[str]) -> None:
             raise DataError(f"{name}: cannot be read: {error.strerror}") from None
 
 
-def _counted(each: _Present, seq_len: int) -> Counted:
+def _counted(each: _Present, seq_len: int) -> TokenCounts:
     try:
-        return count(each.files, seq_len, each.paths)
+        return count_source(each.files, seq_len, each.paths)
     except DataError as error:
         raise DataError(f"{each.where}: {error}") from None
 
@@ -138,7 +145,7 @@ def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
             yield source, TokenFiles(table.validation, table.held_out_format, dtype)
 
 
-def open_streams(files: Iterable[tuple[str, TokenFiles]], vocab_size: int) -> dict[str, TokenSource]:
+def open_sources(files: Iterable[tuple[str, TokenFiles]], vocab_size: int) -> dict[str, TokenSource]:
     """Open and check every source, by name.
 
     Raises:
@@ -166,13 +173,13 @@ def _refuse_what_is_not_tokens(where: str, files: TokenFiles, *, has_source: boo
     """Text and folders are no tokens, and will not become any: a plan that waits for them would wait for ever."""
     if has_source:
         return  # `train` is then the name of what will be written
-    if (text := text_file(files.spec)) is not None:
+    if (text := first_text_file(files.spec)) is not None:
         raise DataError(
             f"{where}: {text} is text, not tokens: prepare it with `titan-cpt prepare --input {text} --output PREFIX` "
             f"and name PREFIX here, or write source = {{ text = {text!r} }} and let {where.rpartition('.')[2]} name "
             "the pair to make"
         )
-    for entry in absent(files):
+    for entry in missing_entries(files):
         if Path(entry).is_dir():
             ending = ".idx" if files.paired else files.suffix
             inside = next((path for path in Path(entry).glob(f"*{ending}") if path.is_file()), None)
@@ -233,7 +240,7 @@ def _absent_weights(config: Config) -> Iterator[str]:
             yield f"stages.{stage.name}.init: {where} is not a folder here; it is looked for on the Hugging Face hub"
 
 
-def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str], list[MadeBy | None]]:
+def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str], list[TokenizerProvenance | None]]:
     """By (source, key), which tokenizer made each pair; None for a pair without a record and for other formats.
 
     Raises:
@@ -241,9 +248,11 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
             or with a begin-of-document token where the config has none, or the other way round.
     """
     expected, whose = _fingerprint(config), f"tokenizer.path = {config.tokenizer.path!r}"
-    records: dict[tuple[str, str], list[MadeBy | None]] = {}
+    records: dict[tuple[str, str], list[TokenizerProvenance | None]] = {}
     for each in present:
-        records[each.source, each.key] = [made_by(prefix) for prefix in each.paths] if each.files.paired else [None]
+        records[each.source, each.key] = (
+            [tokenizer_provenance(prefix) for prefix in each.paths] if each.files.paired else [None]
+        )
         for made in records[each.source, each.key]:
             if made is None:
                 continue

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_cpt.data.formats.base import TokenSource
+from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.permutation import permuted
 

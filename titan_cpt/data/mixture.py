@@ -66,7 +66,7 @@ class Draw:
     replayed: bool
 
 
-def bounded(number: Fraction) -> Fraction:
+def round_fraction(number: Fraction) -> Fraction:
     """The number itself, or, where its denominator has more than 512 bits, the nearest multiple of 2**-512.
 
     Fractions that are made of fractions stage after stage double their digits each time. An error of 2**-512 moves no
@@ -97,7 +97,7 @@ def huffman_tree(weights: Mapping[Leaf, Fraction]) -> Tree:
 
 
 def _rank(weight: Fraction, total: Fraction | int) -> int:
-    """Integers in the order of the weights; equal for weights that differ by no more than an error of `bounded`."""
+    """Integers in the order of the weights; weights that differ only by an error of `round_fraction` are equal."""
     share = weight / total
     return ((share.numerator << 301) + share.denominator) // (2 * share.denominator)
 
@@ -110,12 +110,12 @@ def _simple(share: Fraction) -> Fraction:
     return ratio if abs(share - ratio) * (1 << 300) < 1 else share
 
 
-def counts(tree: Tree, items: int) -> dict[Leaf, int]:
+def leaf_counts(tree: Tree, items: int) -> dict[Leaf, int]:
     """How many of the first `items` each leaf gets; they add up to `items`."""
     if isinstance(tree, Leaf):
         return {tree: items}
     left = _to_the_left(tree.share, items)
-    return counts(tree.left, left) | counts(tree.right, items - left)
+    return leaf_counts(tree.left, left) | leaf_counts(tree.right, items - left)
 
 
 def leaves(tree: Tree) -> list[Leaf]:

@@ -25,7 +25,7 @@ from titan_cpt.config.schema import (
     WsdLR,
 )
 from titan_cpt.data.inventory import DataInventory
-from titan_cpt.data.mixture import Fork, Leaf, Tree, bounded, counts, huffman_tree
+from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree, leaf_counts, round_fraction
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.registry import named_size
@@ -152,7 +152,7 @@ class _Planner:
 
     def _note_orders_that_end(self, stage: StagePlan) -> None:
         """An order that somebody trained in is followed once; what comes behind its end is our own repetition."""
-        for leaf, count in counts(stage.tree, stage.steps * self.batch).items():
+        for leaf, count in leaf_counts(stage.tree, stage.steps * self.batch).items():
             sequences = self.own_sequences.get(leaf.source, 0)
             if not leaf.replayed and leaf.first < sequences < leaf.first + count:
                 self.notes.append(
@@ -238,11 +238,11 @@ class _Planner:
         stage = self.done[init.stage]
         items = init.steps_done * self.batch
         trained, replayed = dict(stage.history.trained), dict(stage.history.replayed)
-        for leaf, count in counts(stage.tree, items).items():
+        for leaf, count in leaf_counts(stage.tree, items).items():
             (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
         exposure = dict(stage.history.exposure)
         for name, share in stage.shares.items():
-            exposure[name] = bounded(exposure.get(name, Fraction(0)) + share * items)
+            exposure[name] = round_fraction(exposure.get(name, Fraction(0)) + share * items)
         return TrainingHistory(stage.history.steps + init.steps_done, trained, replayed, exposure)
 
     def _spread(
@@ -322,7 +322,7 @@ class _Planner:
                 )
 
     def _check_replay_lasts(self, plan: StagePlan, stage: Stage) -> None:
-        for leaf, count in counts(plan.tree, plan.steps * self.batch).items():
+        for leaf, count in leaf_counts(plan.tree, plan.steps * self.batch).items():
             if not leaf.replayed or leaf.seen is None or leaf.first + count <= leaf.seen:
                 continue
             assert stage.replay is not None, "a replayed leaf needs a replay table"
@@ -339,7 +339,7 @@ class _Planner:
         new: dict[str, int] = {}
         old: dict[str, int] = {}
         known: dict[str, int | None] = {}
-        for leaf, count in counts(tree, steps * self.batch).items():
+        for leaf, count in leaf_counts(tree, steps * self.batch).items():
             name = leaf.source.partition(".")[0] if by_dataset else leaf.source
             into = old if leaf.replayed else new
             into[name] = into.get(name, 0) + count * self.seq_len

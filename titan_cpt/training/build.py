@@ -25,7 +25,7 @@ from titan_cpt.common.run_folder import CONFIG_NAME
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
 from titan_cpt.config.schema import Config
-from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
+from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
@@ -60,8 +60,8 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
     with agreed():  # before anything collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), ranks.world_size)
-        streams = open_streams(training_files(config), tokenizer.vocab_size)
-        held_out = open_streams(validation_files(config), tokenizer.vocab_size)
+        streams = open_sources(training_files(config), tokenizer.vocab_size)
+        held_out = open_sources(validation_files(config), tokenizer.vocab_size)
         identities = {
             "tokenizer": tokenizer.fingerprint,
             **{f"datasets.{name}.train": stream.fingerprint() for name, stream in streams.items()},

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from titan_cpt.common.numbers import evenly_spaced
-from titan_cpt.data.formats.base import TokenSource
+from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.errors import DataError
 from titan_cpt.training.forward_backward import ModelRunner

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
-from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface

@@ -13,7 +13,7 @@ from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_manifest
 from titan_cpt.cli import main
-from titan_cpt.data.tokenizer.ids import byte_tokenizer_json, ids_fingerprint
+from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json, ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
 from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.models.build import build_model

@@ -10,7 +10,7 @@ import pytest
 from permissions import modes_count
 
 from titan_cpt.common.reading import is_there, matching, read_text
-from titan_cpt.data.prepare.prepared_record import made_by
+from titan_cpt.data.prepare.provenance import tokenizer_provenance
 from titan_cpt.data.prepare.shards import finished_counts
 from titan_cpt.errors import AccessError, DataError
 from titan_cpt.evaluation.scores import read_score
@@ -95,7 +95,7 @@ def test_paths_are_found_as_glob_finds_them(tmp_path):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda folder: made_by(folder / "data"),
+        lambda folder: tokenizer_provenance(folder / "data"),
         lambda folder: finished_counts(folder / "data"),
         lambda folder: read_score(folder / "data.json"),
     ],

@@ -8,13 +8,13 @@ import pytest
 import training
 from permissions import modes_count
 
-from titan_cpt.data.file_names import matches
+from titan_cpt.data.file_names import expand_glob
 from titan_cpt.data.formats.indexed import find_prefixes
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.formats.open import TokenFiles, absent, paths_of
 from titan_cpt.data.formats.raw import find_files
+from titan_cpt.data.formats.token_files import TokenFiles, missing_entries, resolve_paths
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.data.prepare.text_sources import find_inputs
+from titan_cpt.data.prepare.text_inputs import find_inputs
 from titan_cpt.errors import DataError
 
 KINDS = {
@@ -101,7 +101,7 @@ def test_a_name_without_glob_characters_matches_nothing_as_a_glob(tmp_path):
     """A literal name is looked for as it stands, by whoever asks."""
     put("files", tmp_path / "a.txt")
 
-    assert matches(f"{tmp_path}/a.txt") == []
+    assert expand_glob(f"{tmp_path}/a.txt") == []
     with pytest.raises(DataError) as refusal:
         find_files([f"{tmp_path}/b.txt"])
     assert "In a glob" not in str(refusal.value)
@@ -279,7 +279,7 @@ def test_files_are_looked_for_once_each(tmp_path):
     pair(tmp_path / "a")
     files = TokenFiles((f"{tmp_path}/*",))
 
-    assert (absent(files), paths_of(files)) == ([], [tmp_path / "a"])
+    assert (missing_entries(files), resolve_paths(files)) == ([], [tmp_path / "a"])
 
 
 def test_weights_that_are_not_there_are_noted(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import training
 
 from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader
 from titan_cpt.data.mixture import Draw
 from titan_cpt.planning.planner import make_plan
@@ -37,7 +37,7 @@ def counting(tmp_path):
 def planned(tmp_path):
     """A reader over made-up languages, and the plan of two stages on so many ranks."""
     config = training.config_of(training.two_stages(training.write_languages(tmp_path), tmp_path))
-    streams = open_streams(training_files(config), 257)
+    streams = open_sources(training_files(config), 257)
 
     def plan(world_size=1, local_batch=2):
         training_table = config.training.model_copy(update={"local_batch_size": local_batch})
@@ -237,7 +237,7 @@ def test_a_third_stage_replays_what_the_second_did_not_and_what_the_second_was_n
     raw["datasets"]["fr"] = {"train": str(tmp_path / "fr")}
     config = training.config_of(training.changed(raw, stages=[*raw["stages"], third]))
     plan = make_plan(config, take_inventory(config))
-    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=16, seed=0)
+    reader = SequenceReader(open_sources(training_files(config), 257), seq_len=16, seed=0)
     rows = {
         stage.name: [(d.source, tuple(reader.read([d])[0])) for s in range(stage.steps) for d in plan.batch(stage, s)]
         for stage in plan.stages
@@ -257,7 +257,7 @@ def test_a_stage_that_comes_back_to_a_dataset_goes_on_where_its_weights_left_it(
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     config = training.config_of(training.changed(raw, stages=[*raw["stages"], training.third_stage()]))
     plan = make_plan(config, take_inventory(config))
-    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=16, seed=0)
+    reader = SequenceReader(open_sources(training_files(config), 257), seq_len=16, seed=0)
     english, _, again = (
         reader.windows([draw for step in range(stage.steps) for draw in plan.batch(stage, step)]).tolist()
         for stage in plan.stages

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.data.mixture import Draw, Fork, Leaf, bounded, counts, draws, huffman_tree, leaves
+from titan_cpt.data.mixture import Draw, Fork, Leaf, draws, huffman_tree, leaf_counts, leaves, round_fraction
 
 BATCH = 1104
 
@@ -61,16 +61,16 @@ def test_a_fraction_is_kept_exactly_up_to_512_bits():
     """Beyond that it is the nearest multiple of 2**-512."""
     short, long = Fraction(2, 3**300), Fraction(2, 3**330)
 
-    assert bounded(short) == short
-    assert bounded(long).denominator <= 2**512
-    assert 0 < abs(bounded(long) - long) <= Fraction(1, 2**513)
+    assert round_fraction(short) == short
+    assert round_fraction(long).denominator <= 2**512
+    assert 0 < abs(round_fraction(long) - long) <= Fraction(1, 2**513)
 
 
 @given(mixtures(), st.integers(0, 10**15))
 def test_far_prefixes_have_their_shares_too(mixture, items):
     """10^15 sequences on, the counts still miss their exact shares by less than one and two."""
     tree, shares, fraction = mixture
-    got = counts(tree, items)
+    got = leaf_counts(tree, items)
 
     assert sum(got.values()) == items
     assert abs(sum(count for leaf, count in got.items() if leaf.replayed) - items * fraction) < 1
@@ -84,7 +84,7 @@ def test_a_long_chain_of_domains_keeps_every_share():
     worst = max(
         abs(count - items * weights[leaf] / total)
         for items in range(0, 9000, 7)
-        for leaf, count in counts(tree, items).items()
+        for leaf, count in leaf_counts(tree, items).items()
     )
 
     assert worst < 2
@@ -97,7 +97,7 @@ def test_one_large_domain_beside_many_small_ones_keeps_its_share():
     worst = max(
         abs(count - items * weights[leaf] / 1000)
         for items in range(3000)
-        for leaf, count in counts(tree, items).items()
+        for leaf, count in leaf_counts(tree, items).items()
     )
 
     assert worst < 2
@@ -116,7 +116,7 @@ def test_seeking_gives_what_walking_gives(mixture, one, other):
 def test_far_draws_are_what_the_counts_grow_by(mixture, start, number):
     """Far out too: what a window draws of each source is the difference of the counts at its ends."""
     tree, _, _ = mixture
-    before, after = counts(tree, start), counts(tree, start + number)
+    before, after = leaf_counts(tree, start), leaf_counts(tree, start + number)
     drawn = draws(tree, start, start + number)
 
     assert len(drawn) == number
@@ -131,7 +131,7 @@ def test_counts_are_the_tally_of_the_draws(mixture, items):
     tree, _, _ = mixture
     drawn = draws(tree, 0, items)
 
-    for leaf, count in counts(tree, items).items():
+    for leaf, count in leaf_counts(tree, items).items():
         ordinals = [draw.ordinal for draw in drawn if draw.source == leaf.source]
 
         assert ordinals == list(range(count))

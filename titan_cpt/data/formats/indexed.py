@@ -1,7 +1,7 @@
 """Megatron's .bin/.idx pairs, read: the tokens of many documents one behind another, as one stream.
 
 A training run needs the token stream alone, never the sequence borders: the index is checked on open and not kept. The
-format stands in indexed_format.py, reading in number_file.py, writing in indexed_writer.py.
+format is in indexed_layout.py, reading in array_file.py, writing in indexed_writer.py.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from titan_cpt.data.file_names import Once, entries_of, escape_hint, matches
+from titan_cpt.data.file_names import UniqueFiles, as_entries, expand_glob, glob_escape_hint
+from titan_cpt.data.formats.array_file import TokenFile
 from titan_cpt.data.formats.indexed_layout import (
     check_index,
     check_pointers,
@@ -25,7 +26,6 @@ from titan_cpt.data.formats.indexed_layout import (
     read_header,
     size_and_mtime,
 )
-from titan_cpt.data.formats.number_file import TokenFile
 from titan_cpt.errors import DataError
 
 FULL_SCAN_TOKENS = 64_000_000  # up to this every token is compared with the vocabulary on open
@@ -163,14 +163,14 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
             together with the PREFIX-validation that `prepare` holds out of it.
     """
     found: list[Path] = []
-    once = Once("tokens")
-    for entry in entries_of(spec):
+    once = UniqueFiles("tokens")
+    for entry in as_entries(spec):
         matched = _match(entry)
         if not matched:
             raise DataError(
                 f"{entry}: no .bin/.idx pair of that name. Allowed are a prefix (the path without .bin and .idx), a "
                 "glob over prefixes, or a list of these; `titan-cpt prepare` makes a pair from text"
-                + escape_hint(entry)
+                + glob_escape_hint(entry)
             )
         names = set(matched)
         for name in matched:
@@ -188,10 +188,10 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def missing(spec: str | Sequence[str]) -> list[str]:
+def missing_prefixes(spec: str | Sequence[str]) -> list[str]:
     """Return those entries of a spec (see find_prefixes) for which a file is not there yet; [] if all are."""
     absent = []
-    for entry in entries_of(spec):
+    for entry in as_entries(spec):
         matched = _match(entry)
         if not matched or not all(os.path.exists(f"{name}.bin") for name in matched):
             absent.append(entry)
@@ -203,4 +203,4 @@ def _match(entry: str) -> list[str]:
     prefix = entry.removesuffix(".idx").removesuffix(".bin")
     if os.path.exists(f"{prefix}.idx"):
         return [prefix]
-    return [idx.removesuffix(".idx") for idx in matches(f"{prefix}.idx")]
+    return [idx.removesuffix(".idx") for idx in expand_glob(f"{prefix}.idx")]

@@ -1,7 +1,7 @@
 """Megatron's .bin/.idx pairs, written: whole or not at all.
 
 Both files are written under temporary names, flushed to the disk and renamed, .bin first and .idx last: whoever finds
-an .idx finds the whole pair, whenever the power failed. The format stands in indexed_format.py.
+an .idx finds the whole pair, whenever the power failed. The format is in indexed_layout.py.
 """
 
 import os

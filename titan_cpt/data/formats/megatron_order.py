@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from titan_cpt.data.formats.array_file import ArrayFile, npy_header
 from titan_cpt.data.formats.indexed import FULL_SCAN_TOKENS, IndexedTokens, count_tokens
 from titan_cpt.data.formats.indexed_layout import pair_paths, read_header, spans
-from titan_cpt.data.formats.number_file import NumberFile, npy_header
 from titan_cpt.errors import DataError
 
 # Document, sample and shuffle index, as GPT-NeoX and old Megatron-LM name them, and as Megatron core does.
@@ -110,8 +110,8 @@ class _Order:
         self._header = read_header(idx)
         self._idx = idx
         sequences, at = self._header.sequences, self._header
-        self._sizes = NumberFile(idx, np.dtype("<i4"), offset_bytes=at.sizes_at(0), count=sequences)
-        self._pointers = NumberFile(idx, np.dtype("<i8"), offset_bytes=at.pointer_at(0), count=sequences)
+        self._sizes = ArrayFile(idx, np.dtype("<i4"), offset_bytes=at.sizes_at(0), count=sequences)
+        self._pointers = ArrayFile(idx, np.dtype("<i8"), offset_bytes=at.pointer_at(0), count=sequences)
         endings = next((each for each in ENDINGS if Path(f"{index_prefix}{each[0]}").exists()), ENDINGS[0])
         paths = [Path(f"{index_prefix}{ending}") for ending in endings]
         self.documents, self.samples, self.shuffle = (
@@ -179,7 +179,7 @@ class _Order:
         begins_bytes = int(self._pointers.read(document, 1)[0])
         return int(self._sizes.read(document, 1)[0]), begins_bytes // self._header.dtype.itemsize
 
-    def _check_range(self, index: NumberFile, size: int, what: str) -> None:
+    def _check_range(self, index: ArrayFile, size: int, what: str) -> None:
         for start, stop in spans(index.count, block=65_536, limit=FULL_CHECK_NUMBERS):
             numbers = index.read(start, stop - start)
             wrong = np.flatnonzero((numbers < 0) | (numbers >= size))
@@ -191,7 +191,7 @@ class _Order:
                 )
 
 
-def _index_file(path: Path, columns: int) -> NumberFile:
+def _index_file(path: Path, columns: int) -> ArrayFile:
     """A .npy of `columns` columns, read as one run of numbers."""
     if not path.exists():
         names = " or ".join(", ".join(f"PREFIX{ending}" for ending in endings) for endings in ENDINGS)
@@ -203,4 +203,4 @@ def _index_file(path: Path, columns: int) -> NumberFile:
     if len(shape) != columns or shape[1:] != (2,) * (columns - 1) or dtype.itemsize not in (4, 8):
         wanted = "[samples + 1, 2]" if columns == 2 else "[n]"
         raise DataError(f"{path}: {dtype.name} of shape {list(shape)}; allowed are int32, int64 or uint32 of {wanted}")
-    return NumberFile(path, dtype, offset_bytes=offset_bytes, count=int(np.prod(shape, dtype=np.int64)))
+    return ArrayFile(path, dtype, offset_bytes=offset_bytes, count=int(np.prod(shape, dtype=np.int64)))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from titan_cpt.data.formats.array_file import TokenFile
 from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream
 from titan_cpt.data.formats.indexed_layout import (
     FULL_CHECK_SEQUENCES,
@@ -23,7 +24,6 @@ from titan_cpt.data.formats.indexed_layout import (
     read_header,
     spans,
 )
-from titan_cpt.data.formats.number_file import TokenFile
 from titan_cpt.errors import DataError
 
 

@@ -10,7 +10,7 @@ from typing import IO
 
 from titan_cpt.errors import DataError
 
-PACKED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 2**20
 PACKED_BLOCK_BYTES = 2**17
 
@@ -23,12 +23,12 @@ def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
     """
     try:
         with open(path, "rb") as file:
-            yield from unpacked_blocks(file, str(path))
+            yield from decompressed_blocks(file, str(path))
     except OSError as fault:
         raise DataError(f"{path}: cannot be read: {fault.strerror or fault}") from fault
 
 
-def unpacked_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]:
+def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]:
     """The same of an open file; the suffix of its name tells how it is packed.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Data sets of the `datasets` library: which files a split consists of, and rows of formats that are not read here.
+"""Hugging Face datasets (`hub:NAME`): the files of a split, and rows of the formats that chunks.py does not read.
 
-JSON and parquet files are read by texts.py itself, from the addresses that `datasets` finds. The library's own JSON
-reader (5.2) infers a type for each piece of a file: where one text of a piece is a number, all strings of that piece
-come back in JSON's quotation marks, and where all of them look like dates, they come back as times; nothing tells.
+chunks.py reads JSON and parquet files itself, from the addresses that `datasets` finds. The JSON reader of `datasets`
+(5.2) infers a type per block of a file and changes texts silently: if one text of a block is a number, every string of
+the block comes back with its quotation marks; if all of them look like dates, they come back as timestamps.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from titan_cpt.data.prepare.decompress import PACKED, unpacked_blocks
+from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES, decompressed_blocks
 from titan_cpt.errors import DataError
 
 HUB = "hub:"
@@ -113,11 +113,11 @@ def values(spec: str, split: Split, text_field: str) -> Iterator[Any]:
 
 def _check_packed(name: str) -> None:
     """Refuse a file that ends too early: the library takes a .zst that does for a whole one, and an empty .gz too."""
-    if not name.endswith(PACKED):
+    if not name.endswith(COMPRESSED_SUFFIXES):
         return
     try:
         with open_file(name) as file:
-            for _ in unpacked_blocks(file, name):
+            for _ in decompressed_blocks(file, name):
                 if not name.endswith(".zst"):
                     return
     except OSError as fault:

@@ -17,7 +17,7 @@ import numpy as np
 from titan_cpt.common.files import identity
 from titan_cpt.data.formats.indexed_layout import DTYPES, pair_paths, read_header
 from titan_cpt.data.formats.indexed_writer import dtype_code
-from titan_cpt.data.prepare.prepared_record import HELD_OUT, read_record, record_path
+from titan_cpt.data.prepare.provenance import VALIDATION_SUFFIX, read_record, record_path
 from titan_cpt.errors import DataError
 
 RECORD = "record.json"  # of an attempt, in its partial folder, from the moment at which it puts its files in place
@@ -45,9 +45,9 @@ def prefix_to_write(name: str) -> Path:
     return Path(prefix)
 
 
-def held_out_prefix(prefix: Path) -> Path:
+def validation_prefix(prefix: Path) -> Path:
     """Where the held-out documents of an output are stored."""
-    return Path(f"{prefix}{HELD_OUT}")
+    return Path(f"{prefix}{VALIDATION_SUFFIX}")
 
 
 def partial_folder(output: Path) -> Path:
@@ -61,7 +61,7 @@ def refuse_inputs_in_the_way(output: Path, inputs: Sequence[Path]) -> None:
     Raises:
         DataError: names the input and the file of the output.
     """
-    paths = [*_files(output), *_files(held_out_prefix(output))[:2]]
+    paths = [*_files(output), *_files(validation_prefix(output))[:2]]
     with_partial = [*paths, *(partial_folder(output).iterdir() if partial_folder(output).is_dir() else ())]
     places = {identity(path): path for path in with_partial}
     places.pop(None, None)
@@ -96,9 +96,9 @@ def replaceable(output: Path, recipe: Mapping[str, Any], *, force: bool) -> list
     held_out = _held_out_files(output, needed=bool(recipe["holdout"]))
     own_pair = any(_is_pair(output, each["counts"]["tokens"], each) for each in records)
     own_held_out = any(
-        each["holdout"] and _is_pair(held_out_prefix(output), each["counts"]["held_out_tokens"], each)
+        each["holdout"] and _is_pair(validation_prefix(output), each["counts"]["held_out_tokens"], each)
         for each in records
-    ) and not read_record(record_path(held_out_prefix(output)))
+    ) and not read_record(record_path(validation_prefix(output)))
     foreign = [] if own_pair else pair
     foreign = foreign + (held_out if recipe["holdout"] and not own_held_out else [])
     foreign += [record_file] if _exists(record_file) and record is None else []
@@ -171,7 +171,7 @@ def _files(prefix: Path) -> tuple[Path, Path, Path]:
 def _held_out_files(output: Path, *, needed: bool) -> list[Path]:
     """The files of PREFIX-validation that exist, the .idx first."""
     try:
-        return [path for path in pair_paths(held_out_prefix(output))[::-1] if _exists(path)]
+        return [path for path in pair_paths(validation_prefix(output))[::-1] if _exists(path)]
     except OSError:  # such as a name that is too long, of a file that is not going to be written
         if needed:
             raise
@@ -179,9 +179,9 @@ def _held_out_files(output: Path, *, needed: bool) -> list[Path]:
 
 
 def _refuse_the_held_out_part_of_another(output: Path) -> None:
-    if not output.name.endswith(HELD_OUT) or output.name == HELD_OUT:
+    if not output.name.endswith(VALIDATION_SUFFIX) or output.name == VALIDATION_SUFFIX:
         return
-    whole = Path(str(output).removesuffix(HELD_OUT))
+    whole = Path(str(output).removesuffix(VALIDATION_SUFFIX))
     record = read_record(record_path(whole))
     if record is not None and record["holdout"]:
         raise DataError(

@@ -1,8 +1,9 @@
-"""Text to Megatron's .bin/.idx: in parallel, the same bytes from any number of processes, resumed where it stopped.
+"""Tokenize text into a Megatron .bin/.idx pair: parallel, deterministic and resumable.
 
-Inputs are cut into chunks (texts.py), each chunk becomes a shard of its own in PREFIX.partial (shards.py), and the
-shards are joined in the order of the text. The pair, and a PREFIX.json that says how it was made, appear together or
-not at all; a run that is killed and started again finds its finished shards by the digest of their text.
+chunks.py cuts the inputs into chunks of documents, shards.py tokenizes each chunk into a shard in PREFIX.partial, and
+the shards are concatenated in the order of the text, so the output does not depend on the number of processes. The pair
+and PREFIX.json, which records how it was made, appear together or not at all. A run that was killed finds its finished
+shards by the digest of their text.
 """
 
 import json
@@ -24,26 +25,25 @@ from titan_cpt.common.reading import is_there
 from titan_cpt.data.formats.indexed import count_tokens
 from titan_cpt.data.formats.indexed_layout import pair_paths
 from titan_cpt.data.formats.indexed_writer import concatenate, flush_folder, rename_pair
+from titan_cpt.data.prepare.chunks import Chunk, read_chunks
 from titan_cpt.data.prepare.outputs import (
     RECORD,
     has_finished_parts,
-    held_out_prefix,
     partial_folder,
     recipe_of,
     refuse_inputs_in_the_way,
     remove_partial,
     replaceable,
     require_own_partial,
+    validation_prefix,
 )
-from titan_cpt.data.prepare.prepared_record import read_record, record_path
 from titan_cpt.data.prepare.progress import progress
-from titan_cpt.data.prepare.shards import Counts, Job, encode_chunk, finished_counts, start_worker
-from titan_cpt.data.prepare.text_sources import Chunk, Source, find_inputs, iterate_texts, missing_inputs, read_chunks
-from titan_cpt.data.tokenizer.notes import tokenizer_notes
+from titan_cpt.data.prepare.provenance import read_record, record_path
+from titan_cpt.data.prepare.shards import Counts, TokenizeJob, encode_chunk, finished_counts, start_worker
+from titan_cpt.data.prepare.text_inputs import TextInput, find_inputs
+from titan_cpt.data.tokenizer.diagnostics import tokenizer_notes
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
-
-__all__ = ["PrepareResult", "iterate_texts", "missing_inputs", "prepare"]
 
 CHUNKS_AHEAD = 2  # chunks in memory for each worker
 RECIPE_VERSION = 1
@@ -68,13 +68,13 @@ class PrepareResult:
     """What the user should know about the tokenizer, if anything."""
 
     @property
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """What was done, in a line; the note on a second one."""
         counts = self.counts
         parts = [f"{self.output}: {counts.documents:,} documents, {counts.tokens:,} tokens"]
         if counts.held_out_documents:
             held_out = f"{counts.held_out_documents:,} documents, {counts.held_out_tokens:,} tokens"
-            parts.append(f"{held_out_prefix(self.output)}: {held_out}")
+            parts.append(f"{validation_prefix(self.output)}: {held_out}")
         if counts.empty_documents:
             parts.append(f"{counts.empty_documents:,} empty documents left out")
         if self.reused_chunks:
@@ -103,7 +103,7 @@ def prepare(
     white space are left out and counted. Whether a document is held out follows from its text alone.
 
     Args:
-        inputs: files, globs, hub:NAME[:CONFIG[:SPLIT]]; see texts.py.
+        inputs: files, globs, hub:NAME[:CONFIG[:SPLIT]]; see text_inputs.py.
         output: the path without .bin and .idx.
         tokenizer: "bytes", a tokenizer.json, or a folder that holds one.
         text_field: field or column of the text, where the format has fields.
@@ -138,7 +138,7 @@ def prepare(
     replaceable(output, recipe, force=force)
     note = "\nnote: ".join(tokenizer_notes(vocabulary)) or None
     with _only_writer(output), _resumable(output):
-        job = Job(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output), add_bos)
+        job = TokenizeJob(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output), add_bos)
         shards, reused = _encode_all(sources, job, output, workers, show_progress=show_progress)
         counts = sum((part for _, part in shards), Counts())
         _check_sides(counts, holdout)
@@ -148,7 +148,7 @@ def prepare(
     return PrepareResult(output, words, counts, already_done=False, reused_chunks=reused, chunks=len(shards), note=note)
 
 
-def _without_own_record(sources: Sequence[Source], inputs: Sequence[str], output: Path) -> list[Source]:
+def _without_own_record(sources: Sequence[TextInput], inputs: Sequence[str], output: Path) -> list[TextInput]:
     """Leave out PREFIX.json where a glob such as data/*.json matches the record of this very output."""
     own, written_out = os.path.normpath(record_path(output)), set(inputs)
     return [
@@ -185,7 +185,7 @@ def _check_options(holdout: float, workers: int, text_field: str) -> None:
         raise ConfigError("--text-field: must name a field, got an empty name")
 
 
-def _recipe(sources: Sequence[Source], tokenizer: Tokenizer, text_field: str, holdout: float) -> dict[str, Any]:
+def _recipe(sources: Sequence[TextInput], tokenizer: Tokenizer, text_field: str, holdout: float) -> dict[str, Any]:
     """All that the output depends on, as PREFIX.json records it."""
     return {
         "version": RECIPE_VERSION,
@@ -204,7 +204,7 @@ def _finished(output: Path, recipe: dict[str, Any]) -> Counts | None:
         DataError: the output is damaged, or was changed after it was made.
     """
     record = read_record(record_path(output))
-    needed = [*pair_paths(output), *(pair_paths(held_out_prefix(output)) if recipe["holdout"] else ())]
+    needed = [*pair_paths(output), *(pair_paths(validation_prefix(output)) if recipe["holdout"] else ())]
     if record is None or recipe_of(record) != recipe or not all(is_there(path) for path in needed):
         return None  # what is missing is made again, with the rest
     known = {field.name for field in fields(Counts)}  # a record of an earlier version may lack some
@@ -212,7 +212,7 @@ def _finished(output: Path, recipe: dict[str, Any]) -> Counts | None:
     try:
         _check_length(output, counts.tokens)
         if recipe["holdout"]:
-            _check_length(held_out_prefix(output), counts.held_out_tokens)
+            _check_length(validation_prefix(output), counts.held_out_tokens)
     except DataError as fault:
         if isinstance(fault.__cause__, OSError):  # not damage
             raise
@@ -266,7 +266,7 @@ class _NothingToPrepare(DataError):
 
 
 def _encode_all(
-    sources: Sequence[Source], job: Job, output: Path, workers: int, *, show_progress: bool
+    sources: Sequence[TextInput], job: TokenizeJob, output: Path, workers: int, *, show_progress: bool
 ) -> tuple[list[tuple[Path, Counts]], int]:
     """Make the shards that are not there yet; return all of them in the order of the text, and how many were there."""
     shards: list[tuple[Path, Counts]] = []
@@ -292,7 +292,7 @@ def _encode_all(
     return shards, reused
 
 
-def _submit(pool: Executor | None, chunk: Chunk, job: Job, finished: Counts | None) -> Future[Counts]:
+def _submit(pool: Executor | None, chunk: Chunk, job: TokenizeJob, finished: Counts | None) -> Future[Counts]:
     """What a chunk will have come to; without a pool, or where it is finished, that is known at once."""
     if pool is not None and finished is None:
         # A worker that starts may not yet see Ctrl-C, which Python would answer with a traceback of its imports.
@@ -344,13 +344,13 @@ def _check_sides(counts: Counts, holdout: float) -> None:
 
 
 def _publish(
-    shards: list[Path], output: Path, job: Job, vocab_size: int, record: dict[str, Any], *, force: bool
+    shards: list[Path], output: Path, job: TokenizeJob, vocab_size: int, record: dict[str, Any], *, force: bool
 ) -> None:
     """Join the shards, then put everything in its place, OUTPUT.idx last: where that is, all of it is."""
     joined = job.folder / "joined"
     concatenate(shards, joined, vocab_size)
     if job.holdout:
-        concatenate([held_out_prefix(shard) for shard in shards], held_out_prefix(joined), vocab_size)
+        concatenate([validation_prefix(shard) for shard in shards], validation_prefix(joined), vocab_size)
     old = replaceable(output, recipe_of(record), force=force)  # again: tokenizing may have taken hours
     written = job.folder / RECORD
     write_whole(written, (json.dumps(record, indent=2) + "\n").encode())
@@ -358,6 +358,6 @@ def _publish(
         path.unlink(missing_ok=True)  # an .idx first: until the new one is whole there is none
     flush_folder(output.parent)
     if job.holdout:
-        rename_pair(held_out_prefix(joined), held_out_prefix(output))
+        rename_pair(validation_prefix(joined), validation_prefix(output))
     os.replace(written, record_path(output))
     rename_pair(joined, output)

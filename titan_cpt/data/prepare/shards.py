@@ -24,8 +24,8 @@ import numpy.typing as npt
 from titan_cpt.common.reading import is_absent, read_text
 from titan_cpt.data.formats.indexed import count_tokens
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.prepare.outputs import held_out_prefix
-from titan_cpt.data.prepare.text_sources import Chunk
+from titan_cpt.data.prepare.chunks import Chunk
+from titan_cpt.data.prepare.outputs import validation_prefix
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
 
@@ -35,7 +35,7 @@ LAYOUT = 2  # goes up when shards of the same text and options would hold other 
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizeJob:
     """How text becomes tokens; all that a shard depends on besides its text."""
 
     tokenizer: str
@@ -92,7 +92,7 @@ def finished_counts(shard: Path) -> Counts | None:
         counts = Counts(**json.loads(read_text(Path(f"{shard}.json"))))
         whole = count_tokens(shard) == counts.tokens
         if counts.held_out_documents:
-            whole = whole and count_tokens(held_out_prefix(shard)) == counts.held_out_tokens
+            whole = whole and count_tokens(validation_prefix(shard)) == counts.held_out_tokens
     except (FileNotFoundError, ValueError, TypeError):
         return None
     except DataError as error:
@@ -102,7 +102,7 @@ def finished_counts(shard: Path) -> Counts | None:
     return counts if whole else None
 
 
-def encode_chunk(chunk: Chunk, job: Job) -> Counts:
+def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
     """Write the shard of a chunk.
 
     Raises:
@@ -113,7 +113,7 @@ def encode_chunk(chunk: Chunk, job: Job) -> Counts:
     counts = Counts()
     with IndexedWriter(shard, tokenizer.vocab_size) as train:
         if job.holdout:
-            with IndexedWriter(held_out_prefix(shard), tokenizer.vocab_size) as held_out:
+            with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size) as held_out:
                 for texts, encoded in _batches(chunk, job.text_field):
                     counts += _write(texts, encoded, tokenizer, job.holdout, train, held_out)
         else:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from titan_cpt.data.tokenizer.bpe import CannotConvertError, Conversion, convert
-from titan_cpt.data.tokenizer.library_backend import Encoded, HuggingFaceBackend
-from titan_cpt.data.tokenizer.special_tokens import Guarded, literals
+from titan_cpt.data.tokenizer.huggingface_backend import Encoded, HuggingFaceBackend
+from titan_cpt.data.tokenizer.special_tokens import GuardedSpec, literals
+from titan_cpt.data.tokenizer.tiktoken_bpe import CannotConvertError, TiktokenSpec, to_tiktoken
 from titan_cpt.errors import DataError
 
 MOST_LITERALS = 64  # special tokens whose names are tried when a tokenizer is opened; every text is checked anyway
@@ -85,7 +85,7 @@ class TiktokenBackend:
     Inside, a number below the count of ranks is a rank of tiktoken's; a larger one is an id, shifted by that count.
     """
 
-    def __init__(self, conversion: Conversion, table: Sequence[bytes], exact: Callable[[], TokenizerBackend]) -> None:
+    def __init__(self, conversion: TiktokenSpec, table: Sequence[bytes], exact: Callable[[], TokenizerBackend]) -> None:
         """Args: the conversion; the bytes of every id; a way to the engine that can do everything, slowly.
 
         Raises:
@@ -155,7 +155,7 @@ class TiktokenBackend:
 
 
 def best_backend(
-    spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]
+    spec: dict[str, Any], name: str, guarded: GuardedSpec, table: Sequence[bytes]
 ) -> tuple[TokenizerBackend, str | None]:
     """Return tiktoken where it gives the file's own tokens, otherwise the `tokenizers` library and a note that says so.
 
@@ -183,11 +183,11 @@ def best_backend(
 
 
 def _best(
-    guarded: Guarded, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
+    guarded: GuardedSpec, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
 ) -> tuple[TokenizerBackend, str | None]:
     """tiktoken if it can be used, otherwise the exact engine and the reason."""
     try:
-        engine = TiktokenBackend(convert(guarded.spec), table, exact)
+        engine = TiktokenBackend(to_tiktoken(guarded.spec), table, exact)
         if importlib.util.find_spec("tokenizers"):
             _compare(engine, exact(), guarded)
     except CannotConvertError as reason:
@@ -195,7 +195,7 @@ def _best(
     return engine, None
 
 
-def _compare(engine: TokenizerBackend, exact: TokenizerBackend, guarded: Guarded) -> None:
+def _compare(engine: TokenizerBackend, exact: TokenizerBackend, guarded: GuardedSpec) -> None:
     """Raise CannotConvertError at the first text of the battery on which two engines differ."""
     for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MOST_LITERALS])):
         found, expected = engine.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
@@ -203,7 +203,7 @@ def _compare(engine: TokenizerBackend, exact: TokenizerBackend, guarded: Guarded
             raise CannotConvertError(f"tiktoken gives {found} for {text!r}, and the file means {expected}")
 
 
-def _check_literals(engine: TokenizerBackend, guarded: Guarded, name: str) -> None:
+def _check_literals(engine: TokenizerBackend, guarded: GuardedSpec, name: str) -> None:
     """Raise DataError if the name of a special token in a text becomes the token."""
     forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
     for text in literals([*guarded.names][:MOST_LITERALS]):

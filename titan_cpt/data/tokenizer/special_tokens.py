@@ -28,7 +28,7 @@ BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
-class Guarded(NamedTuple):
+class GuardedSpec(NamedTuple):
     """A tokenizer.json whose special tokens no text can become."""
 
     spec: dict[str, Any]
@@ -41,7 +41,7 @@ class Guarded(NamedTuple):
     """Ids of <0x00> to <0xFF> where both the fallback to bytes and a text may give them, otherwise ()."""
 
 
-class Begin(NamedTuple):
+class BosToken(NamedTuple):
     """What stands before a text."""
 
     ids: tuple[int, ...]
@@ -90,7 +90,7 @@ def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
         )
 
 
-def begin_of_document(spec: dict[str, Any], numbers: dict[str, int]) -> Begin | None:
+def find_bos_token(spec: dict[str, Any], numbers: dict[str, int]) -> BosToken | None:
     """The begin-of-document token: what the post-processor puts before a text, otherwise the first usual name.
 
     Args:
@@ -100,9 +100,9 @@ def begin_of_document(spec: dict[str, Any], numbers: dict[str, int]) -> Begin | 
     for part in _post_processors(spec):
         ids, names = _before_text(part)
         if ids:
-            return Begin(ids, " ".join(names), added=True)
+            return BosToken(ids, " ".join(names), added=True)
     name = usual_name(BEGIN_NAMES, spec, numbers)
-    return None if name is None else Begin((numbers[name],), name, added=False)
+    return None if name is None else BosToken((numbers[name],), name, added=False)
 
 
 def usual_name(names: Iterable[str], spec: dict[str, Any], numbers: Mapping[str, int]) -> str | None:
@@ -112,7 +112,7 @@ def usual_name(names: Iterable[str], spec: dict[str, Any], numbers: Mapping[str,
     return next((name for name in there if name in declared), there[0] if there else None)
 
 
-def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:
+def keep_text_as_text(spec: dict[str, Any], eod: str) -> GuardedSpec:
     """Rename what the model would otherwise make of a special token's name, and drop merges that lead to it.
 
     Ids stay as they are. Names that no text reaches are left alone, so that most byte-level BPEs come back unchanged.
@@ -141,7 +141,7 @@ def keep_text_as_text(spec: dict[str, Any], eod: str) -> Guarded:
     if bytes_known and not fallback:
         hidden |= {name for name in BYTE_NAMES if reachable(name)}
     unmerged = hidden | ({*BYTE_NAMES} & merged if bytes_known else set())
-    return Guarded(
+    return GuardedSpec(
         _hide(spec, hidden, unmerged) if hidden | unmerged else spec,
         names,
         vocab.get(unknown) if unknown is not None else None,

@@ -11,7 +11,7 @@ the `tokenizers` library, whose tables are older.
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,23 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from titan_cpt.common.files import require_writable, write_whole
 from titan_cpt.data.tokenizer.backends import BytesBackend, TokenizerBackend, best_backend
-from titan_cpt.data.tokenizer.bpe import token_bytes
-from titan_cpt.data.tokenizer.library_backend import Encoded, Ids
+from titan_cpt.data.tokenizer.huggingface_backend import Encoded, Ids
 from titan_cpt.data.tokenizer.special_tokens import (
     BEGIN_NAMES,
     END_NAMES,
-    Begin,
-    Guarded,
-    begin_of_document,
+    BosToken,
+    GuardedSpec,
     check_added_tokens,
+    find_bos_token,
     is_byte_level,
     keep_text_as_text,
     model_vocab,
     usual_name,
 )
-from titan_cpt.errors import DataError, how_to_install
+from titan_cpt.data.tokenizer.tiktoken_bpe import token_bytes
+from titan_cpt.errors import DataError
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -54,12 +53,12 @@ class Tokenizer:
     """Ids lie in [0, vocab_size); some of them may be unused."""
     eod_id: int
     """Stands at the end of every document."""
-    begin: Begin | None
+    bos: BosToken | None
     """What may stand at the begin of every document; None where the vocabulary has no such token."""
     _table: tuple[bytes, ...]
     _special_ids: frozenset[int]
     _spec: dict[str, Any] | None
-    _guarded: Guarded | None
+    _guarded: GuardedSpec | None
     add_bos: bool = False
     """Documents and prompts begin with the begin-of-document token."""
 
@@ -71,12 +70,12 @@ class Tokenizer:
     @property
     def adds_bos_itself(self) -> bool:
         """Whether the file's post-processor, and so transformers, puts a token before each text."""
-        return self.begin is not None and self.begin.added
+        return self.bos is not None and self.bos.added
 
     @property
     def bos_id(self) -> int | None:
         """The begin-of-document id, if documents begin with one."""
-        return self.begin.ids[0] if self.begin is not None and self.add_bos else None
+        return self.bos.ids[0] if self.bos is not None and self.add_bos else None
 
     def with_bos(self, add_bos: bool) -> "Tokenizer":
         """The same tokenizer, whose documents and prompts begin with the begin-of-document token, or do not.
@@ -86,21 +85,21 @@ class Tokenizer:
         """
         if add_bos == self.add_bos:
             return self
-        if add_bos and self.begin is None:
+        if add_bos and self.bos is None:
             raise DataError(
                 f"{self.name}: has no begin-of-document token: its post-processor adds none, and its vocabulary has "
                 f"none of {', '.join(BEGIN_NAMES)}. Leave --add-bos and tokenizer.add_bos out"
             )
-        if add_bos and self.begin is not None and len(self.begin.ids) > 1:
+        if add_bos and self.bos is not None and len(self.bos.ids) > 1:
             raise DataError(
-                f"{self.name}: its post-processor puts {len(self.begin.ids)} tokens before a text ({self.begin.name}); "
+                f"{self.name}: its post-processor puts {len(self.bos.ids)} tokens before a text ({self.bos.name}); "
                 "one can be added here. Leave --add-bos and tokenizer.add_bos out"
             )
-        if add_bos and self.begin is not None:
-            (number,) = self.begin.ids
-            if number not in range(self.vocab_size) or self._table[number] != self.begin.name.encode():
+        if add_bos and self.bos is not None:
+            (number,) = self.bos.ids
+            if number not in range(self.vocab_size) or self._table[number] != self.bos.name.encode():
                 raise DataError(
-                    f"{self.name}: its post-processor gives {self.begin.name} the id {number}, which its vocabulary "
+                    f"{self.name}: its post-processor gives {self.bos.name} the id {number}, which its vocabulary "
                     "does not: get the file again"
                 )
         return replace(self, add_bos=add_bos)
@@ -187,9 +186,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         added = spec.get("added_tokens") or []
         numbers = _numbers(path, spec)
         eod = _end_of_document(path, spec, numbers)
-        begin = begin_of_document(spec, numbers)
+        bos = find_bos_token(spec, numbers)
         # A token that ends or begins documents is not made from its name in a text, whatever the file calls it.
-        marks = {eod, begin.name if begin else eod}
+        marks = {eod, bos.name if bos else eod}
         safe = [{**token, "special": True} if token["content"] in marks else token for token in added]
         spec = {**spec, "added_tokens": safe}
         if spec["model"].get("dropout"):  # meant for the training of other models: a text has other ids at each try
@@ -200,7 +199,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             fingerprint=hashlib.sha256(content).hexdigest(),
             vocab_size=max(numbers.values()) + 1,
             eod_id=numbers[eod],
-            begin=begin,
+            bos=bos,
             _table=_byte_table(spec, numbers),
             _special_ids=frozenset(guarded.names.values()),
             _spec=spec,
@@ -227,80 +226,6 @@ def fingerprint_of(path: str) -> str:
         DataError: the file is missing or is no tokenizer.json.
     """
     return hashlib.sha256(b"titan_cpt bytes 1" if path == BYTES else _read(path)[0]).hexdigest()
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: bool = False) -> bool:
-    """Train a byte-level BPE with GPT-2's pattern and write it as a tokenizer.json, whole or not at all.
-
-    Args:
-        texts: what it is trained on.
-        vocab_size: entries in all: 256 bytes, <|endoftext|>, and the merges.
-        output: the file to write.
-        force: replace another tokenizer.json.
-
-    Returns:
-        Whether the file was written; it is not where the same tokenizer is there already.
-
-    Raises:
-        DataError: the `tokenizers` library is not installed, the texts do not yield that many entries, or the file
-            exists and is another tokenizer, or no tokenizer at all, which `force` does not replace either.
-    """
-    try:
-        import tokenizers
-    except ImportError as fault:
-        raise DataError(
-            f"training a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
-        ) from fault
-    if vocab_size < 257:
-        raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
-    _require_replaceable(output, vocab_size, force=force)
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if (size := tokenizer.get_vocab_size()) != vocab_size:
-        raise DataError(
-            f"{output}: the texts yield {size} entries, asked for were {vocab_size}: ask for {size} at most"
-        )
-    content = tokenizer.to_str(pretty=True).encode()
-    if output.exists() and output.read_bytes() == content:
-        return False
-    if output.exists() and not force:
-        raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
-    write_whole(output, content)
-    return True
-
-
-def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
-    """Refuse a file that is not a tokenizer.json, and without `force` one that the training cannot give again."""
-    if output.is_dir():
-        raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'tokenizer.json'}")
-    require_writable(output)
-    if not output.exists():
-        return
-    try:
-        entries = vocab_size_of(str(output))
-    except DataError as fault:
-        raise DataError(
-            f"{output}: exists and is not a tokenizer that could be replaced; choose another --output, or rename or "
-            f"remove it ({fault})"
-        ) from None
-    if entries != vocab_size and not force:
-        raise _another_tokenizer(output, f"it has {entries:,} entries and not {vocab_size:,}")
-
-
-def _another_tokenizer(output: Path, difference: str) -> DataError:
-    return DataError(
-        f"{output}: exists and is another tokenizer, fingerprint {fingerprint_of(str(output))[:12]}: {difference}. All "
-        "data made with it would be refused afterwards. Choose another --output, or replace it with --force"
-    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_cpt.data.formats import indexed, indexed_layout
-from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream, count_tokens, find_prefixes, missing
+from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream, count_tokens, find_prefixes, missing_prefixes
 from titan_cpt.data.formats.indexed_writer import IndexedWriter, concatenate
 from titan_cpt.errors import DataError
 
@@ -304,7 +304,7 @@ def test_an_open_writer_shows_no_pair(tmp_path):
     """A killed process cannot clean up: what it leaves must not look like data."""
     writer = IndexedWriter(tmp_path / "x", 300)
     writer.add_document([1, 2])
-    assert missing(str(tmp_path / "*")) == [str(tmp_path / "*")]
+    assert missing_prefixes(str(tmp_path / "*")) == [str(tmp_path / "*")]
     writer.close()
 
     assert find_prefixes(str(tmp_path / "*")) == [tmp_path / "x"]
@@ -335,7 +335,7 @@ def test_specs_name_prefixes_globs_and_lists(tmp_path):
     assert find_prefixes([f"{at}/b", f"{at}/a"]) == [tmp_path / "b", tmp_path / "a"]
     assert find_prefixes(f"{at}/v1.5") == [tmp_path / "v1.5"]
     assert find_prefixes(f"{at}/odd[1]") == [tmp_path / "odd[1]"]
-    assert missing([f"{at}/a", f"{at}/c", f"{at}/d*"]) == [f"{at}/c", f"{at}/d*"]
+    assert missing_prefixes([f"{at}/a", f"{at}/c", f"{at}/d*"]) == [f"{at}/c", f"{at}/d*"]
 
 
 def test_specs_that_would_mislead_are_refused(tmp_path):
@@ -354,4 +354,4 @@ def test_specs_that_would_mislead_are_refused(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             find_prefixes(spec)
-    assert missing(f"{at}/half") == [f"{at}/half"]
+    assert missing_prefixes(f"{at}/half") == [f"{at}/half"]

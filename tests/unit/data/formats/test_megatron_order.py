@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from titan_cpt.data.formats import megatron_order
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.formats.open import TokenFiles, absent, count, open_source
-from titan_cpt.data.inventory import open_streams, take_inventory, training_files, validation_files
+from titan_cpt.data.formats.token_files import TokenFiles, count_source, missing_entries, open_source
+from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import Draw
 from titan_cpt.errors import DataError
@@ -104,7 +104,7 @@ def test_every_sample_is_a_window_of_the_documents_laid_end_to_end_in_their_orde
     expected = [joined[s * seq_len : s * seq_len + seq_len + 1].tolist() for s in shuffle]
 
     assert rows(source, seq_len, range(len(shuffle))).tolist() == expected
-    assert count(files, seq_len) == (sum(sizes), len(shuffle))
+    assert count_source(files, seq_len) == (sum(sizes), len(shuffle))
 
 
 def test_a_subset_of_documents_twice_over_with_a_last_epoch_of_its_own_is_replayed(tmp_path):
@@ -153,7 +153,7 @@ def test_an_index_file_cut_short_anywhere_is_refused(tmp_path, ending):
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        for opened in (lambda: count(files, 3), lambda: open_source(files, 300)):
+        for opened in (lambda: count_source(files, 3), lambda: open_source(files, 300)):
             with pytest.raises(DataError, match=ending):
                 opened()
 
@@ -163,7 +163,7 @@ def test_an_order_of_another_length_is_refused_by_the_plan(tmp_path):
     files = hand(tmp_path)
 
     with pytest.raises(DataError, match=r"sample 0 has 4 tokens; allowed is training.seq_len \+ 1 = 5"):
-        count(files, 4)
+        count_source(files, 4)
     with pytest.raises(DataError, match=r"set training.seq_len to what the order was made for"):
         SequenceReader({"x": open_source(files, 300)}, seq_len=4, seed=0)
 
@@ -192,7 +192,7 @@ def test_missing_index_files_are_told_with_the_names_that_are_possible(tmp_path)
     """None of them leaves the data unknown to the plan; opening names both namings."""
     files = hand(tmp_path)
     (tmp_path / "order_shuffle_idx.npy").unlink()
-    assert absent(files) == [str(tmp_path / "order_shuffle_idx.npy")]
+    assert missing_entries(files) == [str(tmp_path / "order_shuffle_idx.npy")]
 
     with pytest.raises(
         DataError, match=r"order_shuffle_idx.npy: is missing.*PREFIX_doc_idx.npy.*PREFIX-document_index.npy"
@@ -230,7 +230,7 @@ def test_a_large_order_is_counted_and_opened_at_once(tmp_path):
     save(tmp_path / "order", np.arange(2_000_001), [], np.arange(2_000_000))
     np.save(tmp_path / "order_sample_idx.npy", np.stack([np.arange(2_000_001), np.zeros(2_000_001)], 1).astype("int64"))
     began = time.perf_counter()
-    counted = count(files_at(tmp_path), 4)
+    counted = count_source(files_at(tmp_path), 4)
     planned = time.perf_counter() - began
     source = open_source(files_at(tmp_path), 300)
 
@@ -253,7 +253,7 @@ def test_a_stage_replays_the_order_and_a_later_step_is_reached_without_walking(t
     raw["datasets"]["en"] = table | validation
     config = training.config_of(raw)
     plan = make_plan(config, take_inventory(config))
-    reader = SequenceReader(open_streams(training_files(config), 257), seq_len=16, seed=5)
+    reader = SequenceReader(open_sources(training_files(config), 257), seq_len=16, seed=5)
     joined = np.array([token for number in order for token in documents[number]])
     found = reader.read(plan.batch(plan.stages[0], 7))
 

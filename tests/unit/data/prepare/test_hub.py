@@ -14,7 +14,7 @@ import zstandard
 from prepared import jsonl
 
 from titan_cpt.data.prepare import hub
-from titan_cpt.data.prepare.text_sources import iterate_texts
+from titan_cpt.data.prepare.chunks import iterate_texts
 from titan_cpt.errors import DataError
 
 TEXTS = ["2024-01-01", "2024-01-02", "007", "1.50", "null", '"quoted"']

@@ -14,8 +14,8 @@ from prepared import documents_of, jsonl, run, words
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.prepare import progress
-from titan_cpt.data.prepare.missing import prepare_missing_data, train_tokenizer
-from titan_cpt.data.tokenizer.tokenizer import train_bpe
+from titan_cpt.data.prepare.prepare_missing import prepare_missing_data, train_tokenizer
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
 RECORD_OF_987A5CD = """{
@@ -356,7 +356,7 @@ def test_without_a_terminal_a_line_tells_now_and_then_how_far_it_is(data, small_
 
     assert len(lines) == result.chunks > 1
     assert lines[-1].startswith(f"{data / 'out'}: 100% of the input, 60 documents, ")
-    assert result.in_words == (
+    assert result.summary == (
         f"{data / 'out'}: {counts.documents} documents, {counts.tokens:,} tokens; {data / 'out-validation'}: "
         f"{counts.held_out_documents} documents, {counts.held_out_tokens:,} tokens; tokenizer: bytes (257 ids)"
     )
@@ -412,8 +412,8 @@ def test_ctrl_c_ends_prepare_in_a_line_and_the_same_command_resumes(tmp_path, wo
     (tmp_path / "a.jsonl").write_text(jsonl(words(1500)))
     script = tmp_path / "titan.py"
     script.write_text(
-        "import sys\nfrom titan_cpt import cli\nfrom titan_cpt.data.prepare import text_sources\n"
-        "text_sources.SMALLEST_CHUNK_BYTES = text_sources.LARGEST_CHUNK_BYTES = 2000\n"
+        "import sys\nfrom titan_cpt import cli\nfrom titan_cpt.data.prepare import chunks\n"
+        "chunks.SMALLEST_CHUNK_BYTES = chunks.LARGEST_CHUNK_BYTES = 2000\n"
         'if __name__ == "__main__":\n    cli.main(sys.argv[1:])\n'
     )
     command = [

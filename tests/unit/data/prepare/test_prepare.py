@@ -17,10 +17,11 @@ from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from titan_cpt.data.formats.indexed import TokenStream
-from titan_cpt.data.prepare import shards, text_sources
-from titan_cpt.data.prepare.prepare import iterate_texts, missing_inputs
-from titan_cpt.data.prepare.text_sources import find_inputs, read_chunks
-from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe
+from titan_cpt.data.prepare import chunks, shards
+from titan_cpt.data.prepare.chunks import iterate_texts, read_chunks
+from titan_cpt.data.prepare.text_inputs import find_inputs, missing_inputs
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import ConfigError, DataError
 
 DOCUMENTS = ["first", "zweiter Text: äöü", "third\nwith lines", "4"]
@@ -226,21 +227,21 @@ def test_where_chunks_end_depends_on_the_content_and_not_on_how_it_is_read(lines
         blocks.append((content[start : start + cut], start))
         start += cut
 
-    chunks = list(text_sources._cut_lines("x", iter(blocks), target))
-    again = list(text_sources._cut_lines("x", iter([(content, len(content))]), target))
-    contents = [bytes(chunk.content) for chunk in chunks]
-    assert chunks == again
+    cut_once = list(chunks._cut_lines("x", iter(blocks), target))
+    again = list(chunks._cut_lines("x", iter([(content, len(content))]), target))
+    contents = [bytes(chunk.content) for chunk in cut_once]
+    assert cut_once == again
     assert b"".join(contents).removeprefix(b"\xef\xbb\xbf") == content.removeprefix(b"\xef\xbb\xbf")
     assert all(part.endswith(b"\n") for part in contents[:-1])
     assert all(len(part) <= target or b"\n" not in part[:-1] for part in contents)
-    assert [chunk.first for chunk in chunks] == [
-        1 + b"".join(contents[:number]).count(b"\n") for number in range(len(chunks))
+    assert [chunk.first for chunk in cut_once] == [
+        1 + b"".join(contents[:number]).count(b"\n") for number in range(len(cut_once))
     ]
 
 
 def test_chunks_follow_the_size_of_the_file(tmp_path, monkeypatch):
     """About 64 a file between the bounds, however many workers there are."""
-    monkeypatch.setattr(text_sources, "SMALLEST_CHUNK_BYTES", 100)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(jsonl(words(2000)))
 
     assert 60 <= len(list(read_chunks(find_inputs([str(tmp_path / "a.jsonl")]), "text"))) <= 70
@@ -266,8 +267,8 @@ def test_chunks_do_not_show_in_the_output(tmp_path, monkeypatch):
     """One chunk a file and many: the same bytes, in the order of the inputs."""
     inputs = make_inputs(tmp_path)
     whole = run(inputs, tmp_path / "whole")
-    monkeypatch.setattr(text_sources, "SMALLEST_CHUNK_BYTES", 1500)
-    monkeypatch.setattr(text_sources, "LARGEST_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 1500)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK_BYTES", 1500)
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 50)
     cut = run(inputs, tmp_path / "cut")
 
@@ -323,10 +324,10 @@ def test_a_tokenizer_file_that_changed_is_read_again(tmp_path):
 def test_a_tokenizer_file_that_changes_during_a_run_is_refused(tmp_path):
     """A shard is never made with another tokenizer than the record names."""
     train_bpe(words(300), 262, tmp_path / "tokenizer.json")
-    job = shards.Job(str(tmp_path / "tokenizer.json"), "0" * 64, "text", 0.0, tmp_path)
+    job = shards.TokenizeJob(str(tmp_path / "tokenizer.json"), "0" * 64, "text", 0.0, tmp_path)
 
     with pytest.raises(DataError, match="changed since this run began"):
-        shards.encode_chunk(text_sources.Chunk("x", "row", 1, ("a",)), job)
+        shards.encode_chunk(chunks.Chunk("x", "row", 1, ("a",)), job)
 
 
 def word_level(folder: Path) -> str:
@@ -350,8 +351,8 @@ def test_what_becomes_the_unknown_token_is_counted_and_said(tmp_path, small_chun
     assert results[0].counts == results[1].counts
     assert (counts.lost_documents, counts.lost_characters) == (2, 6)
     assert counts.lost == {"x": 4, "y": 1, "\u00e9": 1}
-    assert "6 characters in 2 documents have no token" in results[0].in_words
-    assert "'x' 4, 'y' 1, '\u00e9' 1 times" in results[0].in_words
+    assert "6 characters in 2 documents have no token" in results[0].summary
+    assert "'x' 4, 'y' 1, '\u00e9' 1 times" in results[0].summary
     again = run([tmp_path / "a.jsonl"], tmp_path / "1", tokenizer=word_level(tmp_path))
     assert again.already_done
     assert again.counts == counts
@@ -378,7 +379,7 @@ def test_nothing_is_lost_with_bytes_and_byte_level_tokenizers(tmp_path):
         result = run([tmp_path / "a.jsonl"], tmp_path / tokenizer[-5:], tokenizer=tokenizer)
 
         assert (result.counts.lost_documents, result.counts.lost_characters, result.counts.lost) == (0, 0, {})
-        assert "no token" not in result.in_words
+        assert "no token" not in result.summary
 
 
 def test_a_record_without_counts_of_losses_stays_valid(tmp_path):

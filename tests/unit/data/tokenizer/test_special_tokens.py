@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from titan_cpt.data.tokenizer import backends, library_backend
-from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES, Guarded, check_added_tokens
+from titan_cpt.data.tokenizer import backends, huggingface_backend
+from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES, GuardedSpec, check_added_tokens
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
 
@@ -141,7 +141,7 @@ def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monke
     """Were the names not hidden from the model, opening the tokenizer would say so."""
     monkeypatch.setattr(
         "titan_cpt.data.tokenizer.tokenizer.keep_text_as_text",
-        lambda spec, eod: Guarded(spec, {"</s>": 2}, 0, ()),
+        lambda spec, eod: GuardedSpec(spec, {"</s>": 2}, 0, ()),
     )
 
     with pytest.raises(DataError, match="becomes the special token '</s>'"):
@@ -150,9 +150,9 @@ def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monke
 
 def test_the_self_check_sees_it_of_any_engine():
     """Not only of the `tokenizers` library: whatever is used is asked."""
-    guarded = Guarded({}, {"<|endoftext|>": 256}, None, ())
+    guarded = GuardedSpec({}, {"<|endoftext|>": 256}, None, ())
     wrong = backends.BytesBackend([bytes([byte]) for byte in range(256)])
-    wrong.encode = lambda texts: library_backend.Encoded(np.array([256]), np.array([1]), {})
+    wrong.encode = lambda texts: huggingface_backend.Encoded(np.array([256]), np.array([1]), {})
 
     with pytest.raises(DataError, match="becomes the special token"):
         backends._check_literals(wrong, guarded, "x.json")

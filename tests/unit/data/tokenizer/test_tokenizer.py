@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from titan_cpt.data.tokenizer.backends import TiktokenBackend
-from titan_cpt.data.tokenizer.bpe import CannotConvertError, convert
-from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, train_bpe, vocab_size_of
+from titan_cpt.data.tokenizer.tiktoken_bpe import CannotConvertError, to_tiktoken
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
 LLAMA3_SPLIT = (
@@ -242,7 +243,7 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
 
     try:
         engine = TiktokenBackend(
-            convert(json.loads(library.to_str())), [b"?"] * len(vocab), lambda: pytest.fail("unused")
+            to_tiktoken(json.loads(library.to_str())), [b"?"] * len(vocab), lambda: pytest.fail("unused")
         )
     except CannotConvertError:
         return
@@ -256,7 +257,7 @@ def test_every_merge_list_that_training_gives_is_converted(pair):
     _, library = pair
     spec = json.loads(library.to_str())
 
-    assert len(convert(spec).ranks) >= len(spec["model"]["merges"]) + 256
+    assert len(to_tiktoken(spec).ranks) >= len(spec["model"]["merges"]) + 256
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_text_that_the_pattern_leaves_out_is_not_lost(tmp_path, monkeypatch):
 def test_a_conversion_that_differs_on_the_battery_is_not_used(tmp_path, monkeypatch):
     """The last net: whatever the reason, other tokens than the library's are never given."""
     path = trained(tmp_path, "gpt2")
-    monkeypatch.setattr("titan_cpt.data.tokenizer.bpe.GPT2_PATTERN", r"\p{L}+|[^\p{L}]")
+    monkeypatch.setattr("titan_cpt.data.tokenizer.tiktoken_bpe.GPT2_PATTERN", r"\p{L}+|[^\p{L}]")
     ours = load_tokenizer(str(path))
 
     assert ours.encode("It's  so") == reference(path).encode("It's  so").ids

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.prepare.prepare import prepare
-from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, train_bpe
+from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError, TitanError
 from titan_cpt.planning.planner import make_plan
 

@@ -13,11 +13,12 @@ from titan_cpt.common.files import same_file
 from titan_cpt.common.reading import is_there
 from titan_cpt.config.datasets import Dataset, Source
 from titan_cpt.config.schema import Config
-from titan_cpt.data.formats.indexed import missing
+from titan_cpt.data.formats.indexed import missing_prefixes
+from titan_cpt.data.prepare.chunks import iterate_texts
 from titan_cpt.data.prepare.outputs import prefix_to_write
 from titan_cpt.data.prepare.prepare import prepare
-from titan_cpt.data.prepare.text_sources import find_inputs, iterate_texts, missing_inputs
-from titan_cpt.data.tokenizer.tokenizer import train_bpe
+from titan_cpt.data.prepare.text_inputs import find_inputs, missing_inputs
+from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def prepare_missing_data(
             force=force,
             add_bos=config.tokenizer.add_bos,
         )
-        say(f"dataset {name}: {result.in_words}")
+        say(f"dataset {name}: {result.summary}")
     return bool(lacking)
 
 
@@ -94,7 +95,7 @@ def is_complete(config: Config) -> bool:
 
 
 def _lacks(dataset: Dataset, force: bool) -> bool:
-    return force or bool(missing(dataset.train or ())) or bool(missing(dataset.validation or ()))
+    return force or bool(missing_prefixes(dataset.train or ())) or bool(missing_prefixes(dataset.validation or ()))
 
 
 def _fetch(name: str, source: Source, say: Callable[[str], None]) -> None:

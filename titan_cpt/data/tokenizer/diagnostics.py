@@ -28,10 +28,10 @@ def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
 
 def _bos(tokenizer: Tokenizer) -> str | None:
     """Where transformers would begin each document with a token and these documents begin without."""
-    if tokenizer.add_bos or tokenizer.begin is None or not tokenizer.begin.added:
+    if tokenizer.add_bos or tokenizer.bos is None or not tokenizer.bos.added:
         return None
     return (
-        f"{tokenizer.name}: its post-processor puts {tokenizer.begin.name} before every text, which these documents do "
+        f"{tokenizer.name}: its post-processor puts {tokenizer.bos.name} before every text, which these documents do "
         "not have; --add-bos (in a config, tokenizer.add_bos = true) adds it"
     )
 

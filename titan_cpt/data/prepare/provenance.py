@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from titan_cpt.common.reading import read_text
 
-HELD_OUT = "-validation"
+VALIDATION_SUFFIX = "-validation"
 
 
-class MadeBy(NamedTuple):
+class TokenizerProvenance(NamedTuple):
     """A tokenizer as PREFIX.json names it."""
 
     record: Path
@@ -19,7 +19,7 @@ class MadeBy(NamedTuple):
     """Documents begin with the begin-of-document token; records without the key say no."""
 
 
-def made_by(prefix: Path) -> MadeBy | None:
+def tokenizer_provenance(prefix: Path) -> TokenizerProvenance | None:
     """The tokenizer that a pair's record names; None where there is no record, or one that `prepare` did not write.
 
     A held-out PREFIX-validation has no record of its own: it is part of what PREFIX.json tells.
@@ -27,12 +27,12 @@ def made_by(prefix: Path) -> MadeBy | None:
     Raises:
         AccessError: a record is there and the system does not let it be read.
     """
-    whole = str(prefix).removesuffix(HELD_OUT)
+    whole = str(prefix).removesuffix(VALIDATION_SUFFIX)
     for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
         try:
             record = json.loads(read_text(Path(name)))
             tokenizer, add_bos = record["tokenizer"], record.get("add_bos", False) is True
-            return MadeBy(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]), add_bos)
+            return TokenizerProvenance(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]), add_bos)
         except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
             continue
     return None

@@ -9,8 +9,8 @@ import pytest
 import training
 
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
-from titan_cpt.data.formats.open import TokenFiles, count, open_source
-from titan_cpt.data.inventory import open_streams, take_inventory, training_files
+from titan_cpt.data.formats.token_files import TokenFiles, count_source, open_source
+from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader
 from titan_cpt.data.mixture import Draw
 from titan_cpt.errors import ConfigError, DataError
@@ -122,7 +122,7 @@ def test_presequenced_data_may_be_shuffled_all_the_same(files):
 @pytest.mark.parametrize("name", ["pair", *STREAMS, *CUT])
 def test_what_the_plan_counts_from_headers_is_what_is_there(files, name):
     """Tokens, and sequences where they are not windows of a stream."""
-    counted, source = count(files[name], SEQ_LEN), open_source(files[name], VOCAB)
+    counted, source = count_source(files[name], SEQ_LEN), open_source(files[name], VOCAB)
 
     assert counted.tokens == source.tokens
     assert counted.sequences in (None, source.windows(SEQ_LEN))
@@ -164,7 +164,7 @@ def test_a_file_cut_short_is_refused(files, name):
         if name == "even-shards" and length % 34 == 0:
             continue  # a whole sequence less is a file of its own
         with pytest.raises(DataError, match=r"damaged|no whole number|cannot be read"):
-            count(files[name], SEQ_LEN)
+            count_source(files[name], SEQ_LEN)
         with pytest.raises(DataError, match=r"damaged|no whole number|cannot be read"):
             open_source(files[name], VOCAB).windows(SEQ_LEN)
 
@@ -239,15 +239,15 @@ def test_a_ds_index_is_needed_and_its_length_checked(tmp_path):
     write_ds(tmp_path / "x.ds")
     write_ds(tmp_path / "empty.ds", tokens=(), ends=())
     both = TokenFiles((str(tmp_path / "*"),), "ds")
-    assert open_source(both, VOCAB).tokens == count(both, SEQ_LEN).tokens == len(TOKENS)
+    assert open_source(both, VOCAB).tokens == count_source(both, SEQ_LEN).tokens == len(TOKENS)
     index = tmp_path / "x.ds.index"
     index.write_bytes(index.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"x\.ds\.index: 31 bytes, no whole number of document ends"):
-        count(both, SEQ_LEN)
+        count_source(both, SEQ_LEN)
     index.unlink()
 
     with pytest.raises(DataError, match=r"x\.ds\.index: is missing.*save_index.*format = \"raw\""):
-        count(both, SEQ_LEN)
+        count_source(both, SEQ_LEN)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_sequences_of_another_length_than_the_runs_are_refused_by_the_plan(files
     """seq_len 2048 for sequences of 17: told from the first entry, and for bare files from the length."""
     for name in CUT:
         with pytest.raises(DataError, match=r"training\.seq_len"):
-            count(files[name], 2048)
+            count_source(files[name], 2048)
 
 
 def test_files_that_are_not_there_or_named_twice_are_told(tmp_path):
@@ -303,7 +303,7 @@ def test_huge_files_are_counted_and_opened_at_once(tmp_path, format_):
     np.array([tokens], dtype="<u8").tofile(tmp_path / "x.ds.index")
     files = TokenFiles((str(tmp_path / "x.ds"),), format_, None if format_ == "ds" else "uint16", True)
     began = time.perf_counter()
-    counted = count(files, SEQ_LEN)
+    counted = count_source(files, SEQ_LEN)
     planned = time.perf_counter() - began
     source = open_source(files, VOCAB)
     source.window(source.windows(SEQ_LEN) - 1, SEQ_LEN)
@@ -334,7 +334,7 @@ def test_a_stage_on_presequenced_data_sees_them_in_their_order_and_seeks(tmp_pat
     raw = config_with(tmp_path, table | {"validation": str(tmp_path / "en-validation")})
     config = training.config_of(raw)
     plan = make_plan(config, take_inventory(config))
-    reader = SequenceReader(open_streams(training_files(config), VOCAB), seq_len=SEQ_LEN, seed=0)
+    reader = SequenceReader(open_sources(training_files(config), VOCAB), seq_len=SEQ_LEN, seed=0)
     english = plan.stages[0]
     loader = StageLoader(
         reader,

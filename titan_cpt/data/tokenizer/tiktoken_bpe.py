@@ -27,7 +27,7 @@ class CannotConvertError(Exception):
 
 
 @dataclass(frozen=True)
-class Conversion:
+class TiktokenSpec:
     """All that tiktoken needs, and what has to be done around it."""
 
     ranks: dict[bytes, int]
@@ -44,7 +44,7 @@ class Conversion:
     """The same, matched in normalised text."""
 
 
-def convert(spec: dict[str, Any]) -> Conversion:
+def to_tiktoken(spec: dict[str, Any]) -> TiktokenSpec:
     """Convert the content of a tokenizer.json.
 
     Raises:
@@ -67,7 +67,7 @@ def convert(spec: dict[str, Any]) -> Conversion:
         pattern = _pattern_with_runs(runs)
     if runs or all(number is None for number in (raw | normal).values()):
         raw, normal = {}, {}
-    return Conversion(ranks, np.array(ids, dtype=np.int64), pattern, nfc, raw, normal)
+    return TiktokenSpec(ranks, np.array(ids, dtype=np.int64), pattern, nfc, raw, normal)
 
 
 def token_bytes(token: str) -> bytes:

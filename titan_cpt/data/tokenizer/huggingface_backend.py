@@ -1,4 +1,4 @@
-"""The `tokenizers` library behind the interface of engines.py: any tokenizer.json, text kept as text, losses counted.
+"""The `tokenizers` library behind the interface of backends.py: any tokenizer.json, text kept as text, losses counted.
 
 tokenizers is imported where it is used: a plan asks for a vocabulary alone and must answer at once.
 """
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from titan_cpt.data.tokenizer.bpe import BYTE_OF
 from titan_cpt.data.tokenizer.special_tokens import (
     BYTE_NAME,
-    Guarded,
+    GuardedSpec,
     is_byte_level,
     kind_of,
     model_vocab,
     without_byte_fallback,
 )
+from titan_cpt.data.tokenizer.tiktoken_bpe import BYTE_OF
 from titan_cpt.errors import DataError, how_to_install
 
 Ids = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
 class HuggingFaceBackend:
     """The `tokenizers` library itself: does everything a tokenizer.json can ask for, about half as fast."""
 
-    def __init__(self, spec: dict[str, Any], name: str, guarded: Guarded, table: Sequence[bytes]) -> None:
+    def __init__(self, spec: dict[str, Any], name: str, guarded: GuardedSpec, table: Sequence[bytes]) -> None:
         """Open a tokenizer.
 
         Args:

@@ -1,64 +1,30 @@
-"""Text files and data sets, read as chunks of documents that are cut alike on every machine.
+"""Read text inputs as chunks of documents. The chunk borders follow from the inputs alone, on every machine.
 
-    .txt                one document a file
-    .jsonl  .json       one object a line; a .json may also be one array of objects; the text is in one field
-    .parquet            one document a row; the text is in one column
-    hub:NAME[:CONFIG[:SPLIT]]   a data set of the `datasets` library, streamed (hub.py); the split is train if not given
-
-The first three may be packed as .gz, .zst, .bz2 or .xz. JSON lines stay bytes until a worker parses them, because
-parsing is as slow as reading is fast. JSON and parquet files of the hub are read like local ones.
+JSON lines stay bytes until a worker parses them: parsing is the slow part, so it runs in parallel. JSON and parquet
+files of a Hugging Face dataset are read like local ones.
 """
 
-import glob
+from __future__ import annotations
+
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from titan_cpt.data.file_names import Once, escape_hint, matches
 from titan_cpt.data.prepare import hub
-from titan_cpt.data.prepare.decompress import PACKED, read_blocks, unpacked_blocks
-from titan_cpt.data.prepare.hub import HUB
+from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES, decompressed_blocks, read_blocks
+from titan_cpt.data.prepare.text_inputs import TextInput, file_kind, find_inputs
 from titan_cpt.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".json")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(PACKED)}), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
-
 CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
-
-CHUNKS_A_FILE = 64  # a large file is cut into about this many, each of which is kept when a run is interrupted
+CHUNKS_PER_FILE = 64  # about, of a large file; an interrupted run keeps the chunks that are finished
 SMALLEST_CHUNK_BYTES = 2 * 2**20
 LARGEST_CHUNK_BYTES = 32 * 2**20
 PARQUET_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input: a file, or a data set of the hub."""
-
-    spec: str
-
-    @property
-    def is_hub(self) -> bool:
-        """Whether it is read through the `datasets` library."""
-        return self.spec.startswith(HUB)
-
-    @property
-    def disk_bytes(self) -> int:
-        """Length of the file, packed as it is; 0 for a data set of the hub."""
-        return 0 if self.is_hub else Path(self.spec).stat().st_size
-
-    def identity(self) -> dict[str, Any]:
-        """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
-        if self.is_hub:
-            return {"name": self.spec, "hash": hub.version_of(self.spec)}
-        status = Path(self.spec).stat()
-        return {"name": Path(self.spec).name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
 @dataclass(frozen=True)
@@ -112,42 +78,6 @@ class Chunk:
                 yield number, _field(_parsed(line, f"{self.where}:{number}"), text_field, f"{self.where}:{number}")
 
 
-def find_inputs(inputs: Sequence[str]) -> list[Source]:
-    """Return what file names, globs (sorted) and hub names stand for, in the order given.
-
-    Raises:
-        DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
-    """
-    found: list[Source] = []
-    hubs: set[str] = set()
-    once = Once("text")
-    for entry in inputs:
-        names = [entry] if entry.startswith(HUB) else _match(entry)
-        if not names and Path(entry).is_dir():
-            raise DataError(f"{entry}: is a folder: {_how_to_name_files(entry)}")
-        if not names:
-            why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
-            raise DataError(f"{entry}: {why}{escape_hint(entry)}")
-        for name in names:
-            if not name.startswith(HUB) and _kind(name) is None:
-                raise DataError(f"{name}: unsupported file type; allowed are {ALLOWED}")
-            if name in hubs:
-                raise DataError(f"{entry}: names {name} a second time: its text would be read twice; name it once")
-            if name.startswith(HUB):
-                hubs.add(name)
-            else:
-                once.add(entry, name, name)
-            found.append(Source(name))
-    if not found:
-        raise DataError(f"no input was given; allowed are {ALLOWED}")
-    return found
-
-
-def missing_inputs(inputs: Sequence[str]) -> list[str]:
-    """Return those names and globs that find no file; a data set of the hub counts as there."""
-    return [entry for entry in inputs if not entry.startswith(HUB) and not _match(entry)]
-
-
 def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[str]:
     """Yield the text of every document that holds more than white space, in order.
 
@@ -158,7 +88,7 @@ def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[s
         yield from (text for text, _ in chunk.texts(text_field) if text.strip())
 
 
-def read_chunks(sources: Sequence[Source], text_field: str) -> Iterator[Chunk]:
+def read_chunks(sources: Sequence[TextInput], text_field: str) -> Iterator[Chunk]:
     """Yield all documents in order. Where chunks end follows from the inputs alone.
 
     Raises:
@@ -167,47 +97,20 @@ def read_chunks(sources: Sequence[Source], text_field: str) -> Iterator[Chunk]:
     texts: list[str] = []  # documents of small files, which share chunks
     size = 0
     for source in sources:
-        if _kind(source.spec) == ".txt":
+        if file_kind(source.spec) == ".txt":
             text, length = _read_text(Path(source.spec))
             texts.append(text)
             size += length
-        if texts and (size >= SMALLEST_CHUNK_BYTES or _kind(source.spec) != ".txt"):
+        if texts and (size >= SMALLEST_CHUNK_BYTES or file_kind(source.spec) != ".txt"):
             yield Chunk("text files", "file", 1, tuple(texts), size)
             texts, size = [], 0
-        if _kind(source.spec) != ".txt":
+        if file_kind(source.spec) != ".txt":
             yield from _read_source(source, text_field)
     if texts:
         yield Chunk("text files", "file", 1, tuple(texts), size)
 
 
-def _match(entry: str) -> list[str]:
-    if os.path.isfile(entry):
-        return [entry]
-    return [name for name in matches(entry) if os.path.isfile(name)]
-
-
-def _how_to_name_files(folder: str) -> str:
-    """Globs for the kinds of files that a folder holds, at its top or one level down."""
-    folder = folder.rstrip("/")
-    readable = [*(kind + packing for kind in SUFFIXES for packing in ("", *PACKED)), ".parquet"]
-    for below in ("*", "*/*"):
-        names = [path.name for path in Path(folder).glob(below) if path.is_file()]
-        patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
-        if patterns:
-            return f"name its files, such as {' '.join(repr(f'{glob.escape(folder)}/{each}') for each in patterns)}"
-    return f"name files and not folders; it holds none that can be read; allowed are {ALLOWED}"
-
-
-def _kind(name: str) -> str | None:
-    """The suffix that tells the format, packing left off; None if it is unknown."""
-    if name.startswith(HUB):
-        return HUB
-    if name.endswith(".parquet"):
-        return ".parquet"
-    return next((kind for kind in SUFFIXES for packing in ("", *PACKED) if name.endswith(kind + packing)), None)
-
-
-def _read_source(source: Source, text_field: str) -> Iterator[Chunk]:
+def _read_source(source: TextInput, text_field: str) -> Iterator[Chunk]:
     if source.is_hub:
         return _read_hub(source.spec, text_field)
     path = Path(source.spec)
@@ -231,14 +134,14 @@ def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
                 if split.format == "parquet":
                     yield from _cut_values(name, _parquet_values(file, name, text_field), LARGEST_CHUNK_BYTES, 0)
                 else:
-                    blocks = unpacked_blocks(file, hub.file_name(name))
+                    blocks = decompressed_blocks(file, hub.file_name(name))
                     yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, split.field)
         except OSError as fault:
             raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault
 
 
 def _chunk_bytes(disk_bytes: int) -> int:
-    return min(max(disk_bytes // CHUNKS_A_FILE, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+    return min(max(disk_bytes // CHUNKS_PER_FILE, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
 
 
 def _read_text(path: Path) -> tuple[str, int]:
@@ -275,7 +178,7 @@ def _read_json(
     head = list(_take_until_content(blocks))
     begin = b"".join(block for block, _ in head).removeprefix(BYTE_ORDER_MARK).lstrip()
     _refuse_utf16(begin[:100], where)
-    may_be_array = not where.endswith(tuple(f".jsonl{packing}" for packing in ("", *PACKED)))
+    may_be_array = not where.endswith(tuple(f".jsonl{packing}" for packing in ("", *COMPRESSED_SUFFIXES)))
     if list_field is not None or (may_be_array and begin.startswith(b"[")):
         records = _parsed(b"".join(block for block, _ in (*head, *blocks)), where)
         if list_field is not None:

@@ -18,7 +18,7 @@ from titan_cpt.errors import DataError
 NPY_MAGIC = b"\x93NUMPY"
 
 
-class NumberFile:
+class ArrayFile:
     """Numbers in a file, the file as it was when it was opened.
 
     Attributes:
@@ -123,7 +123,7 @@ class NumberFile:
         return digest.hexdigest()
 
 
-class TokenFile(NumberFile):
+class TokenFile(ArrayFile):
     """Token ids in a file, each compared with the vocabulary when it is read, and many of them before.
 
     Attributes:

@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from titan_cpt.data.tokenizer.notes import tokenizer_notes
+from titan_cpt.data.tokenizer.diagnostics import tokenizer_notes
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from titan_cpt.data.formats.base import TokenSource
-from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream, count_tokens, find_prefixes, missing
+from titan_cpt.data.formats.array_file import TokenFile
+from titan_cpt.data.formats.datatrove import DS_SUFFIX, DsTokens, count_ds
+from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream, count_tokens, find_prefixes, missing_prefixes
 from titan_cpt.data.formats.megatron_order import MegatronOrder, count_order, missing_index_files
-from titan_cpt.data.formats.number_file import TokenFile
 from titan_cpt.data.formats.presequenced import Presequenced, count_presequenced
-from titan_cpt.data.formats.raw import DS_SUFFIX, DsTokens, RawTokens, count_ds, count_raw, find_files, missing_files
+from titan_cpt.data.formats.raw import RawTokens, count_raw, find_files, missing_files
+from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.errors import DataError
 
 
@@ -47,7 +48,7 @@ class TokenFiles:
         return DS_SUFFIX if self.format == "ds" else ""
 
 
-class Counted(NamedTuple):
+class TokenCounts(NamedTuple):
     """What headers tell.
 
     Attributes:
@@ -59,13 +60,13 @@ class Counted(NamedTuple):
     sequences: int | None
 
 
-def absent(files: TokenFiles) -> list[str]:
+def missing_entries(files: TokenFiles) -> list[str]:
     """The entries of the spec, and the index files, that are not there yet; [] if all are."""
-    names = missing(files.spec) if files.paired else missing_files(files.spec, suffix=files.suffix)
+    names = missing_prefixes(files.spec) if files.paired else missing_files(files.spec, suffix=files.suffix)
     return names + (missing_index_files(files.index_prefix) if files.index_prefix is not None else [])
 
 
-def paths_of(files: TokenFiles) -> list[Path]:
+def resolve_paths(files: TokenFiles) -> list[Path]:
     """The prefixes or files that the spec names, in order.
 
     Raises:
@@ -79,24 +80,24 @@ def paths_of(files: TokenFiles) -> list[Path]:
     return prefixes
 
 
-def count(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) -> Counted:
+def count_source(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) -> TokenCounts:
     """Tokens and sequences, from headers alone.
 
     Args:
-        paths: what `paths_of` returned for these files, where the caller has it.
+        paths: what `resolve_paths` returned for these files, where the caller has it.
 
     Raises:
         DataError: a file is damaged, or its sequences are of another length.
     """
-    paths = paths or paths_of(files)
+    paths = paths or resolve_paths(files)
     if files.index_prefix is not None:
-        return Counted(*count_order(paths[0], files.index_prefix, seq_len))
+        return TokenCounts(*count_order(paths[0], files.index_prefix, seq_len))
     if files.format == "ds":
-        return Counted(sum(map(count_ds, paths)), None)
+        return TokenCounts(sum(map(count_ds, paths)), None)
     tokens = sum(count_tokens(path) if files.dtype is None else count_raw(path, files.dtype) for path in paths)
     if files.format == "presequenced":
-        return Counted(tokens, count_presequenced(paths, tokens, seq_len, paired=files.paired))
-    return Counted(tokens, None)
+        return TokenCounts(tokens, count_presequenced(paths, tokens, seq_len, paired=files.paired))
+    return TokenCounts(tokens, None)
 
 
 def open_source(files: TokenFiles, vocab_size: int) -> TokenSource:
@@ -105,7 +106,7 @@ def open_source(files: TokenFiles, vocab_size: int) -> TokenSource:
     Raises:
         DataError: a file is missing or damaged, or holds an id that the tokenizer does not know.
     """
-    paths = paths_of(files)
+    paths = resolve_paths(files)
     if files.index_prefix is not None:
         return MegatronOrder(paths[0], files.index_prefix, vocab_size)
     open_file: Callable[..., TokenFile] = IndexedTokens

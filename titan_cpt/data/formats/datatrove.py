@@ -1,0 +1,92 @@
+"""datatrove's .ds files: token ids without a header, and NAME.ds.index beside them.
+
+The index holds the end of each document in tokens, as little-endian u64. The last end and the length of the .ds give
+the bytes per id, 2 or 4.
+
+Source: datatrove's TokenizedFile.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_cpt.data.formats.array_file import TokenFile
+from titan_cpt.data.formats.indexed_layout import DAMAGED, open_binary, read_exactly, size_and_mtime, spans
+from titan_cpt.errors import DataError
+
+DS_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+DS_SUFFIX = ".ds"
+FULL_CHECK_DOCUMENTS = 16_000_000  # an index of more documents is checked in evenly spread blocks
+
+
+class DsTokens(TokenFile):
+    """A datatrove .ds with its .ds.index."""
+
+    def __init__(self, path: Path, *, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
+        """Open and check the pair; see TokenFile.
+
+        Raises:
+            DataError: a file is missing or damaged, the two do not belong together, or an id is not in the vocabulary.
+        """
+        stored = _ds_dtype(path)
+        _check_ends(path)
+        super().__init__(path, stored, vocab_size=vocab_size, scan_tokens=scan_tokens, described_by=index_path(path))
+
+
+def count_ds(path: Path) -> int:
+    """Tokens of a .ds from its length and the last entry of its index.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    return size_and_mtime(path)[0] // _ds_dtype(path).itemsize
+
+
+def index_path(path: Path) -> Path:
+    """The index beside a .ds."""
+    return Path(f"{path}.index")
+
+
+def _ds_dtype(path: Path) -> np.dtype[Any]:
+    """Number type of a .ds, from its length and the last entry of its index."""
+    index = index_path(path)
+    if not index.exists():
+        raise DataError(
+            f"{index}: is missing; datatrove writes it beside {path.name} (save_index). Copy both; without it, read "
+            'the file with format = "raw" and its dtype'
+        )
+    size_bytes, (index_bytes, _) = size_and_mtime(path)[0], size_and_mtime(index)
+    if index_bytes % 8:
+        raise DataError(f"{index}: {index_bytes} bytes, no whole number of document ends of 8 bytes: {DAMAGED}")
+    with open_binary(index) as file:
+        last = read_exactly(file.fileno(), 8, index_bytes - 8) if index_bytes else bytes(8)
+    tokens = int.from_bytes(last, "little")
+    if not tokens and not size_bytes:
+        return DS_DTYPES[2]
+    width, left = divmod(size_bytes, tokens) if tokens else (0, 0)
+    if left or width not in DS_DTYPES:
+        raise DataError(
+            f"{path}: {size_bytes} bytes; its index ends after {tokens} tokens, which take {2 * tokens} bytes as "
+            f"uint16 and {4 * tokens} as uint32: {DAMAGED}"
+        )
+    return DS_DTYPES[width]
+
+
+def _check_ends(path: Path) -> None:
+    """Raise DataError unless the ends of documents never fall."""
+    index = index_path(path)
+    documents = size_and_mtime(index)[0] // 8
+    with open_binary(index) as file:
+        for start, stop in spans(documents, block=65_536, limit=FULL_CHECK_DOCUMENTS):
+            upto = min(stop + 1, documents)  # one more, so that blocks are compared with each other too
+            ends = np.frombuffer(read_exactly(file.fileno(), 8 * (upto - start), 8 * start), "<u8")
+            wrong = np.flatnonzero(ends[1:] < ends[:-1])
+            if len(wrong):
+                first = int(wrong[0])
+                raise DataError(
+                    f"{index}: document {start + first} ends after token {ends[first]}, and the next one after "
+                    f"{ends[first + 1]}: {DAMAGED}"
+                )

@@ -1,0 +1,114 @@
+"""The inputs of `prepare`: from file names, globs and `hub:` names to a list of TextInput. chunks.py reads them.
+
+    .txt                        one document per file
+    .jsonl  .json               one JSON object per line, or in a .json one array of objects; one field holds the text
+    .parquet                    one document per row; one column holds the text
+    hub:NAME[:CONFIG[:SPLIT]]   a Hugging Face dataset, streamed (hub.py); SPLIT is train unless given
+
+.txt, .jsonl and .json may be compressed as .gz, .zst, .bz2 or .xz.
+"""
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.data.file_names import UniqueFiles, expand_glob, glob_escape_hint
+from titan_cpt.data.prepare import hub
+from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES
+from titan_cpt.data.prepare.hub import HUB
+from titan_cpt.errors import DataError
+
+SUFFIXES = (".txt", ".jsonl", ".json")
+ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(COMPRESSED_SUFFIXES)}), .parquet, {HUB}NAME[:CONFIG[:SPLIT]]"
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """One input: a file, or a data set of the hub."""
+
+    spec: str
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether it is read through the `datasets` library."""
+        return self.spec.startswith(HUB)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Length of the file, packed as it is; 0 for a data set of the hub."""
+        return 0 if self.is_hub else Path(self.spec).stat().st_size
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
+        if self.is_hub:
+            return {"name": self.spec, "hash": hub.version_of(self.spec)}
+        status = Path(self.spec).stat()
+        return {"name": Path(self.spec).name, "bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def find_inputs(inputs: Sequence[str]) -> list[TextInput]:
+    """Return what file names, globs (sorted) and hub names stand for, in the order given.
+
+    Raises:
+        DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
+    """
+    found: list[TextInput] = []
+    hubs: set[str] = set()
+    once = UniqueFiles("text")
+    for entry in inputs:
+        names = [entry] if entry.startswith(HUB) else _match(entry)
+        if not names and Path(entry).is_dir():
+            raise DataError(f"{entry}: is a folder: {_how_to_name_files(entry)}")
+        if not names:
+            why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
+            raise DataError(f"{entry}: {why}{glob_escape_hint(entry)}")
+        for name in names:
+            if not name.startswith(HUB) and file_kind(name) is None:
+                raise DataError(f"{name}: unsupported file type; allowed are {ALLOWED}")
+            if name in hubs:
+                raise DataError(f"{entry}: names {name} a second time: its text would be read twice; name it once")
+            if name.startswith(HUB):
+                hubs.add(name)
+            else:
+                once.add(entry, name, name)
+            found.append(TextInput(name))
+    if not found:
+        raise DataError(f"no input was given; allowed are {ALLOWED}")
+    return found
+
+
+def missing_inputs(inputs: Sequence[str]) -> list[str]:
+    """Return those names and globs that find no file; a data set of the hub counts as there."""
+    return [entry for entry in inputs if not entry.startswith(HUB) and not _match(entry)]
+
+
+def _match(entry: str) -> list[str]:
+    if os.path.isfile(entry):
+        return [entry]
+    return [name for name in expand_glob(entry) if os.path.isfile(name)]
+
+
+def _how_to_name_files(folder: str) -> str:
+    """Globs for the kinds of files that a folder holds, at its top or one level down."""
+    folder = folder.rstrip("/")
+    readable = [*(kind + packing for kind in SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES)), ".parquet"]
+    for below in ("*", "*/*"):
+        names = [path.name for path in Path(folder).glob(below) if path.is_file()]
+        patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
+        if patterns:
+            return f"name its files, such as {' '.join(repr(f'{glob.escape(folder)}/{each}') for each in patterns)}"
+    return f"name files and not folders; it holds none that can be read; allowed are {ALLOWED}"
+
+
+def file_kind(name: str) -> str | None:
+    """The suffix that tells the format, packing left off; None if it is unknown."""
+    if name.startswith(HUB):
+        return HUB
+    if name.endswith(".parquet"):
+        return ".parquet"
+    return next(
+        (kind for kind in SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES) if name.endswith(kind + packing)), None
+    )

@@ -1,0 +1,85 @@
+"""Train a byte-level BPE tokenizer on text, with the `tokenizers` library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from titan_cpt.common.files import require_writable, write_whole
+from titan_cpt.data.tokenizer.tokenizer import END_OF_DOCUMENT, fingerprint_of, vocab_size_of
+from titan_cpt.errors import DataError, how_to_install
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: bool = False) -> bool:
+    """Train a byte-level BPE with GPT-2's pattern and write it as a tokenizer.json, whole or not at all.
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: entries in all: 256 bytes, <|endoftext|>, and the merges.
+        output: the file to write.
+        force: replace another tokenizer.json.
+
+    Returns:
+        Whether the file was written; it is not where the same tokenizer is there already.
+
+    Raises:
+        DataError: the `tokenizers` library is not installed, the texts do not yield that many entries, or the file
+            exists and is another tokenizer, or no tokenizer at all, which `force` does not replace either.
+    """
+    try:
+        import tokenizers
+    except ImportError as fault:
+        raise DataError(
+            f"training a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
+        ) from fault
+    if vocab_size < 257:
+        raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
+    _require_replaceable(output, vocab_size, force=force)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise DataError(
+            f"{output}: the texts yield {size} entries, asked for were {vocab_size}: ask for {size} at most"
+        )
+    content = tokenizer.to_str(pretty=True).encode()
+    if output.exists() and output.read_bytes() == content:
+        return False
+    if output.exists() and not force:
+        raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
+    write_whole(output, content)
+    return True
+
+
+def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
+    """Refuse a file that is not a tokenizer.json, and without `force` one that the training cannot give again."""
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'tokenizer.json'}")
+    require_writable(output)
+    if not output.exists():
+        return
+    try:
+        entries = vocab_size_of(str(output))
+    except DataError as fault:
+        raise DataError(
+            f"{output}: exists and is not a tokenizer that could be replaced; choose another --output, or rename or "
+            f"remove it ({fault})"
+        ) from None
+    if entries != vocab_size and not force:
+        raise _another_tokenizer(output, f"it has {entries:,} entries and not {vocab_size:,}")
+
+
+def _another_tokenizer(output: Path, difference: str) -> DataError:
+    return DataError(
+        f"{output}: exists and is another tokenizer, fingerprint {fingerprint_of(str(output))[:12]}: {difference}. All "
+        "data made with it would be refused afterwards. Choose another --output, or replace it with --force"
+    )
