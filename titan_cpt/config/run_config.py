@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,12 +19,8 @@ from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import CONFIG_NAME
 from titan_cpt.config.load import check_config, dump_config
 from titan_cpt.config.schema import Config
+from titan_cpt.config.toml_files import parse_toml
 from titan_cpt.errors import CheckpointError, ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _METRICS_BEGIN = '{"kind": "'
 _LINES_LOOKED_AT = 100
@@ -61,7 +56,7 @@ def write_run_config(path: Path, config: Config) -> None:
     if not _is_own(path, lambda there: _is_resolved_config(there, config)):
         raise _foreign([path])
     with suppress(FileNotFoundError):
-        if tomllib.loads(read_text(path)) == tomllib.loads(text):
+        if parse_toml(read_text(path)) == parse_toml(text):
             return
     write_text_atomically(path, text)
 
@@ -69,7 +64,7 @@ def write_run_config(path: Path, config: Config) -> None:
 def last_setting(path: Path, table: str, key: str) -> Any:
     """What the config that a run was last started with has under `table.key`; None where it does not say."""
     try:
-        return tomllib.loads(read_text(path)).get(table, {}).get(key)
+        return parse_toml(read_text(path)).get(table, {}).get(key)
     except (FileNotFoundError, ValueError, AttributeError):
         return None
 
@@ -81,7 +76,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     `stages`. Nothing, where the file is missing or is not a config that this version reads.
     """
     try:
-        old = check_config(tomllib.loads(read_text(path)), path)
+        old = check_config(parse_toml(read_text(path)), path)
     except (FileNotFoundError, ValueError, RecursionError, ConfigError):
         return []
     before, now = _settings(old), _settings(config)
@@ -131,8 +126,8 @@ def _is_resolved_config(text: str, config: Config) -> bool:
 
     Its job.name may be another: a run's folder may be copied, and the copy trained under the name of its folder.
     """
-    raw: dict[str, Any] = tomllib.loads(text)
-    if raw == tomllib.loads(dump_config(config)):
+    raw: dict[str, Any] = parse_toml(text)
+    if raw == parse_toml(dump_config(config)):
         return True
     commented = any(line.lstrip().startswith("#") for line in text.splitlines())
     full = all(isinstance(raw.get(table), dict) and key in raw[table] for table, key in _SPELLED_OUT.items())

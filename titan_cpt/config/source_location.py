@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from titan_cpt.config.toml_files import TomlFile
 
 _HEADER = re.compile(r"\s*\[(\[)?([^\[\]]+)\]\]?\s*(?:#.*)?$")
 
 
-class Source(NamedTuple):
-    """A file as it was read, without what it extends."""
-
-    path: Path
-    text: str
-    tables: dict[str, Any]
-
-
-def located(fault: str, files: Sequence[Source]) -> str:
+def located(fault: str, files: Sequence[TomlFile]) -> str:
     """A fault `dotted.key: what is wrong`, with the file that the key stands in, and the line where it is plain.
 
     Args:

@@ -13,17 +13,8 @@ from typing import Any
 
 from titan_cpt.common.numbers import parse_steps, parse_tokens
 from titan_cpt.config.datasets import OWN_ORDER, Dataset
-from titan_cpt.config.schema import (
-    Config,
-    ConstantLR,
-    CosineLR,
-    InfiniteCosineLR,
-    InfiniteInvSqrtLR,
-    InvSqrtLR,
-    LinearLR,
-    Stage,
-    WsdLR,
-)
+from titan_cpt.config.lr import ConstantLR, CosineLR, InfiniteCosineLR, InfiniteInvSqrtLR, InvSqrtLR, LinearLR, WsdLR
+from titan_cpt.config.schema import Config, Stage
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree, leaf_counts, round_fraction
 from titan_cpt.distributed.parallel_dims import ParallelDims

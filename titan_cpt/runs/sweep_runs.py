@@ -20,10 +20,11 @@ from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
 from titan_cpt.common.reading import matching
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import locked
-from titan_cpt.config.load import check_config, read_with_bases, set_key
+from titan_cpt.config.load import check_config
+from titan_cpt.config.overrides import set_key
 from titan_cpt.config.schema import Config
-from titan_cpt.config.source_location import Source
 from titan_cpt.config.sweep import point_names, points
+from titan_cpt.config.toml_files import TomlFile, read_with_bases
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.mixture import leaves
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -97,7 +98,7 @@ def without_sweep(paths: Sequence[Path]) -> Path | None:
 
 
 def _tables_of_arms(path: Path, overrides: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    files: list[Source] = []
+    files: list[TomlFile] = []
     raw = read_with_bases(path, files=files)
     table = check_config(raw, path, overrides, files).sweep  # the overrides are in raw now, and the base is sound
     raw.pop("sweep", None)

@@ -12,7 +12,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_cpt.config.load import dump_config, load_config, read_with_bases
+from titan_cpt.config.load import dump_config, load_config
+from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.planning.planner import make_plan

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_cpt.config.load import read_with_bases
+from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.planning.parallel import min_world_size
 from titan_cpt.planning.planner import make_plan

@@ -1,0 +1,134 @@
+"""TOML files: reading one safely, and merging it over the files that it `extends`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_cpt.config.references import tables
+from titan_cpt.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_LARGEST_BYTES = 1 << 20
+
+
+_ENDLESS_KEY = re.compile(rb"(?:[\w\"' \t-]{1,40}\.){100}")  # tomllib's time grows with the square of such a key
+
+
+def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[TomlFile] | None = None) -> dict[str, Any]:
+    """The file's tables laid over those that it extends; stages are merged by name, other lists replaced.
+
+    Args:
+        files: gets every file that was read, those that lie below others first.
+    """
+    here = Path(os.path.realpath(path))  # not resolve(), to which a loop of links is a RuntimeError before Python 3.13
+    if here in _seen:
+        raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*_seen, here))}")
+    raw, text = _read_toml(path)
+    bases = raw.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
+        raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
+    anchor_fetch_scripts(raw, path.parent, os.path.relpath)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here), files=files))
+    if files is not None:
+        files.append(TomlFile(path, text, raw))
+    return _merge(merged, raw)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: the text is not valid TOML.
+        RecursionError: tables or lists are nested too deeply.
+    """
+    return tomllib.loads(text)
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
+    """The file's tables and its text."""
+    try:
+        if path.is_char_device() or path.is_fifo():
+            raise ConfigError(f"{path}: is a device, which may never end. Give --config the path of a TOML file")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_BYTES + 1)
+        if len(content) > _LARGEST_BYTES or _ENDLESS_KEY.search(content):
+            raise ConfigError(f"{path}: not valid TOML: more than {_LARGEST_BYTES:,} bytes, or a key of 100 names")
+        text = content.decode()
+        raw = parse_toml(text)
+        beyond = exceeds_64_bits(raw)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
+    if beyond:
+        raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
+    return raw, text
+
+
+def exceeds_64_bits(value: Any) -> bool:
+    """Whether an integer in there is larger than TOML allows and arithmetic here expects."""
+    if isinstance(value, dict | list):
+        return any(exceeds_64_bits(inner) for inner in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
+
+
+def anchor_fetch_scripts(raw: dict[str, Any], folder: Path, written: Callable[[Path], str]) -> None:
+    """A fetch script is named relative to the file that names it, so that it is found from any working directory."""
+    for dataset in tables(raw.get("datasets")).values():
+        source = dataset.get("source")
+        if isinstance(source, dict) and isinstance(source.get("fetch"), str):
+            source["fetch"] = written(folder / source["fetch"])
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if key == "stages" and isinstance(old, list) and isinstance(value, list):
+            merged[key] = _merge_stages(old, value)
+        elif isinstance(old, dict) and isinstance(value, dict) and not _is_choice(old, value):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _is_choice(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """An LR table with another schedule replaces the base's whole: its keys mean something else."""
+    return "schedule" in new and new["schedule"] != old.get("schedule")
+
+
+def _merge_stages(base: list[Any], over: list[Any]) -> list[Any]:
+    merged = list(base)
+    for stage in over:
+        name = stage.get("name") if isinstance(stage, dict) else None
+        places = [
+            i for i, old in enumerate(merged) if isinstance(old, dict) and name is not None and old.get("name") == name
+        ]
+        if places:
+            merged[places[0]] = _merge(merged[places[0]], stage)
+        else:
+            merged.append(stage)
+    return merged
+
+
+class TomlFile(NamedTuple):
+    """A file as it was read, without what it extends."""
+
+    path: Path
+    text: str
+    tables: dict[str, Any]
