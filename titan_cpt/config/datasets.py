@@ -18,7 +18,7 @@ def _prefix(name: str) -> str:
     return name.removesuffix(".idx").removesuffix(".bin")
 
 
-class Source(Table):
+class TextSourceConfig(Table):
     """[datasets.NAME.source]: the text that `train` and `validation` are prepared from when they are missing."""
 
     text: Strings
@@ -82,7 +82,7 @@ class TokenTable(Table):
         return self
 
 
-class Domain(TokenTable):
+class DomainConfig(TokenTable):
     """[datasets.NAME.domains.DOMAIN]: one weighted part of a dataset."""
 
     train: Strings
@@ -91,16 +91,16 @@ class Domain(TokenTable):
     """Share of the dataset's sequences, relative to the other domains' weights."""
 
 
-class Dataset(TokenTable):
+class DatasetConfig(TokenTable):
     """[datasets.NAME]: tokens to train on and to measure on."""
 
-    domains: dict[Name, Domain] = Field(default_factory=dict)
+    domains: dict[Name, DomainConfig] = Field(default_factory=dict)
     """Weighted parts in place of `train`."""
-    source: Source | None = None
+    source: TextSourceConfig | None = None
     """Where the text comes from when the tokens are missing."""
 
     @model_validator(mode="after")
-    def _tokens_come_from_one_place(self) -> Dataset:
+    def _tokens_come_from_one_place(self) -> DatasetConfig:
         if self.train and self.domains:
             raise fault("give either train or domains, not both")
         if not (self.train or self.domains or self.validation):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from titan_cpt.config.types import PositiveFloat, PositiveInt, Table, fault
 
 
-class RopeScaling(Table):
+class RopeScalingConfig(Table):
     """[model.rope_scaling]: wavelengths stretched to read beyond the length of the first training (Llama)."""
 
     kind: Literal["llama3", "yarn"]
@@ -30,7 +30,7 @@ class RopeScaling(Table):
     """yarn: multiplies cosine and sine; left out, 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
-    def _numbers_of_its_kind(self) -> RopeScaling:
+    def _numbers_of_its_kind(self) -> RopeScalingConfig:
         llama3, yarn = ("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow", "attention_factor")
         own, foreign = (llama3, yarn) if self.kind == "llama3" else (yarn, llama3)
         given = [name for name in foreign if getattr(self, name) is not None]
@@ -39,7 +39,7 @@ class RopeScaling(Table):
         return self
 
 
-class Model(Table):
+class ModelConfig(Table):
     """[model]: a named size, single numbers of which may be overridden."""
 
     family: Literal["gpt_neox", "llama"]
@@ -64,7 +64,7 @@ class Model(Table):
     """Share of each head that is rotated (GPT-NeoX), in place of the size's."""
     rope_base: PositiveFloat | None = None
     """Base of the rotary frequencies, in place of the size's."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScalingConfig | None = None
     """How the rotary wavelengths are stretched (Llama), in place of the size's."""
     norm_eps: PositiveFloat | None = None
     """Epsilon of the norms, in place of the size's."""

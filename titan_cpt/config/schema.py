@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from titan_cpt.config.datasets import Dataset
+from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.lr import LR
-from titan_cpt.config.model import Model
+from titan_cpt.config.model import ModelConfig
 from titan_cpt.config.suites import SUITES
 from titan_cpt.config.types import (
     FileName,
@@ -28,7 +28,7 @@ from titan_cpt.config.types import (
 )
 
 
-class Job(Table):
+class JobConfig(Table):
     """[job]: which run this is."""
 
     name: FileName
@@ -43,7 +43,7 @@ class Job(Table):
     """Ask torch for deterministic kernels, and stop where it has none."""
 
 
-class TokenizerTraining(Table):
+class TokenizerTrainingConfig(Table):
     """[tokenizer.train]: make tokenizer.path from a dataset's text when it is not there yet."""
 
     dataset: Name
@@ -52,7 +52,7 @@ class TokenizerTraining(Table):
     """Entries of the byte-level BPE, the end-of-document token included."""
 
 
-class Tokenizer(Table):
+class TokenizerConfig(Table):
     """[tokenizer]: what turns text into ids and ids into bytes."""
 
     path: str = "bytes"
@@ -64,11 +64,11 @@ class Tokenizer(Table):
     allow_mismatch: bool = False
     """Begin stages with weights that were trained with another tokenizer (`init` = hf:, checkpoint:), which is refused
     otherwise: the ids that they know mean other tokens."""
-    train: TokenizerTraining | None = None
+    train: TokenizerTrainingConfig | None = None
     """How to make the file at `path` when it is missing."""
 
 
-class Optimizer(Table):
+class OptimizerConfig(Table):
     """[optimizer]: AdamW's numbers; the learning rate belongs to the stages."""
 
     name: Literal["AdamW"] = "AdamW"
@@ -83,7 +83,7 @@ class Optimizer(Table):
     """Decoupled decay of matrices; norms and biases have none."""
 
 
-class StageOptimizer(Table):
+class StageOptimizerConfig(Table):
     """[stages.optimizer]: numbers of [optimizer] that this stage sets anew."""
 
     beta1: Fraction01 | None = None
@@ -96,7 +96,7 @@ class StageOptimizer(Table):
     """In place of optimizer.weight_decay."""
 
 
-class Training(Table):
+class TrainingConfig(Table):
     """[training]: the batch and the arithmetic."""
 
     global_batch_size: PositiveInt
@@ -130,7 +130,7 @@ class Training(Table):
     """Steps between Python garbage collections, so that ranks do not stop at different times."""
 
 
-class Parallelism(Table):
+class ParallelismConfig(Table):
     """[parallelism]: how the model is laid over the ranks."""
 
     data_parallel_replicate_degree: PositiveInt = 1
@@ -157,7 +157,7 @@ class Parallelism(Table):
     """Keys and values are gathered from the other ranks, or pass round them (torch's ring attention, CUDA)."""
 
 
-class Checkpoint(Table):
+class CheckpointConfig(Table):
     """[checkpoint]: what is saved and kept."""
 
     interval: PositiveInt = 500
@@ -170,13 +170,13 @@ class Checkpoint(Table):
     """Write while training goes on, or stop for it."""
 
     @model_validator(mode="after")
-    def _kept_ones_are_saved(self) -> Checkpoint:
+    def _kept_ones_are_saved(self) -> CheckpointConfig:
         if self.keep_every is not None and self.keep_every % self.interval:
             raise fault(f"keep_every must be a multiple of interval ({self.interval}), got {self.keep_every}")
         return self
 
 
-class Comm(Table):
+class CommConfig(Table):
     """[comm]: how long processes wait for each other before a hang counts as a failure."""
 
     init_timeout_seconds: PositiveInt = 600
@@ -187,7 +187,7 @@ class Comm(Table):
     for which the others wait."""
 
 
-class ActivationCheckpoint(Table):
+class ActivationCheckpointConfig(Table):
     """[activation_checkpoint]: what is computed again in the backward pass."""
 
     mode: Literal["none", "full", "selective", "memory_budget"] = "none"
@@ -198,14 +198,14 @@ class ActivationCheckpoint(Table):
     """Share of the activations kept under mode "memory_budget"."""
 
 
-class Compile(Table):
+class CompileConfig(Table):
     """[compile]: torch.compile, block by block."""
 
     enable: bool = False
     """Compile each block."""
 
 
-class Float8(Table):
+class Float8Config(Table):
     """[float8]: matrix products in 8 bits through torchao."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
@@ -216,7 +216,7 @@ class Float8(Table):
     """Linear layers of the blocks whose name holds one of these stay in higher precision, as the head does anyway."""
 
 
-class Metrics(Table):
+class MetricsConfig(Table):
     """[metrics]: what is shown and written."""
 
     log_freq: PositiveInt = 10
@@ -225,7 +225,7 @@ class Metrics(Table):
     """Write TensorBoard events into the run's folder."""
 
 
-class Profiling(Table):
+class ProfilingConfig(Table):
     """[profiling]: traces of torch.profiler, `<run>/profile/<stage>-step-<8 digits>/rank-<5 digits>.json.gz`."""
 
     enable_profiling: bool = False
@@ -234,7 +234,7 @@ class Profiling(Table):
     """Steps from one trace to the next; a trace holds one step."""
 
 
-class Validation(Table):
+class ValidationConfig(Table):
     """[validation]: what every dataset's loss is measured on, and when."""
 
     interval: PositiveInt = 100
@@ -249,7 +249,7 @@ class Validation(Table):
     """Steps between the samples of that mean."""
 
 
-class Evaluation(Table):
+class EvaluationConfig(Table):
     """[evaluation]: benchmarks inside training."""
 
     suite: str | None = None
@@ -264,7 +264,7 @@ class Evaluation(Table):
     """Only so many samples of each task, evenly spread."""
 
     @model_validator(mode="after")
-    def _suite_is_known(self) -> Evaluation:
+    def _suite_is_known(self) -> EvaluationConfig:
         if self.suite is not None and self.suite not in SUITES:
             raise fault(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
         if self.suite is None and self.every is not None:
@@ -272,7 +272,7 @@ class Evaluation(Table):
         return self
 
 
-class Replay(Table):
+class ReplayConfig(Table):
     """[stages.replay]: old sequences in the place of new ones; the stage's budget stays the same."""
 
     fraction: Fraction01
@@ -285,7 +285,7 @@ class Replay(Table):
     """What the plan does where a dataset has fewer seen sequences than the replay would take."""
 
 
-class Stage(Table):
+class StageConfig(Table):
     """[[stages]]: one leg of the run."""
 
     name: Name
@@ -301,34 +301,34 @@ class Stage(Table):
     left out, random for the first stage and previous for the others."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether AdamW's moments and step count come along with the weights."""
-    optimizer: StageOptimizer | None = None
+    optimizer: StageOptimizerConfig | None = None
     """Numbers of [optimizer] that change here."""
     lr: LR
     """The learning-rate schedule."""
-    replay: Replay | None = None
+    replay: ReplayConfig | None = None
     """Old data in the mix."""
 
 
 class Config(Table):
     """The whole file."""
 
-    job: Job
-    model: Model
-    tokenizer: Tokenizer = Tokenizer()
-    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
-    optimizer: Optimizer = Optimizer()
-    training: Training
-    parallelism: Parallelism = Parallelism()
-    comm: Comm = Comm()
-    checkpoint: Checkpoint = Checkpoint()
-    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
-    compile: Compile = Compile()
-    float8: Float8 = Float8()
-    metrics: Metrics = Metrics()
-    profiling: Profiling = Profiling()
-    validation: Validation = Validation()
-    evaluation: Evaluation = Evaluation()
+    job: JobConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    datasets: Annotated[dict[Name, DatasetConfig], Field(min_length=1)]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    parallelism: ParallelismConfig = ParallelismConfig()
+    comm: CommConfig = CommConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
+    float8: Float8Config = Float8Config()
+    metrics: MetricsConfig = MetricsConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sweep: dict[str, Any] = Field(default_factory=dict)
     """[sweep]: dotted keys to lists of values, which are crossed; those in [sweep.zip] go in step. `titan-cpt sweep`
     trains an arm for each choice."""
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1, strict=False)]
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]

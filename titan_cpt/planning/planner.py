@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.common.numbers import parse_steps, parse_tokens
-from titan_cpt.config.datasets import OWN_ORDER, Dataset
+from titan_cpt.config.datasets import OWN_ORDER, DatasetConfig
 from titan_cpt.config.lr import ConstantLR, CosineLR, InfiniteCosineLR, InfiniteInvSqrtLR, InvSqrtLR, LinearLR, WsdLR
-from titan_cpt.config.schema import Config, Stage
+from titan_cpt.config.schema import Config, StageConfig
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree, leaf_counts, round_fraction
 from titan_cpt.distributed.parallel_dims import ParallelDims
@@ -161,7 +161,7 @@ class _Planner:
             return None
         return None if tokens is None else (tokens - 1) // self.seq_len
 
-    def _stage(self, stage: Stage) -> StagePlan:
+    def _stage(self, stage: StageConfig) -> StagePlan:
         steps = stage.steps or math.ceil(Fraction(stage.tokens or 0, self.batch * self.seq_len))
         end_points = _end_points(stage, steps, self.batch * self.seq_len)
         schedule = self._schedule(stage, steps, end_points)
@@ -192,14 +192,14 @@ class _Planner:
         self._check_replay_lasts(plan, stage)
         return plan
 
-    def _schedule(self, stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> lr_schedules.Schedule:
+    def _schedule(self, stage: StageConfig, steps: int, end_points: Mapping[str, Fraction]) -> lr_schedules.Schedule:
         try:
             return _schedule(stage, steps, end_points)
         except ValueError as error:
             self.faults.append(f"stages.{stage.name}.lr: {error}")
             return lr_schedules.constant(warmup_until=0, end=steps, peak=1.0)
 
-    def _init(self, stage: Stage) -> StageCheckpoint | str:
+    def _init(self, stage: StageConfig) -> StageCheckpoint | str:
         """Where the stage's weights come from; references were checked with the config."""
         earlier = list(self.done.values())
         init = stage.init or ("previous" if earlier else "random")
@@ -237,7 +237,7 @@ class _Planner:
         return TrainingHistory(stage.history.steps + init.steps_done, trained, replayed, exposure)
 
     def _spread(
-        self, weights: Mapping[str, Fraction], *, replayed: bool, before: TrainingHistory, stage: Stage
+        self, weights: Mapping[str, Fraction], *, replayed: bool, before: TrainingHistory, stage: StageConfig
     ) -> dict[Leaf, Fraction]:
         """Leaves of the datasets, those with domains spread over them; the weights' sum is kept."""
         leaves: dict[Leaf, Fraction] = {}
@@ -246,7 +246,7 @@ class _Planner:
                 leaves[self._leaf(source, replayed, before, stage)] = weights[name] * share
         return leaves
 
-    def _leaf(self, source: str, replayed: bool, before: TrainingHistory, stage: Stage) -> Leaf:
+    def _leaf(self, source: str, replayed: bool, before: TrainingHistory, stage: StageConfig) -> Leaf:
         if not replayed:
             return Leaf(source, False, first=before.trained.get(source, 0))
         assert stage.replay is not None, "a replayed leaf needs a replay table"
@@ -255,14 +255,14 @@ class _Planner:
         seen = before.trained[source] if source in before.trained else self.sequences.get(source)
         return Leaf(source, True, first=before.replayed.get(source, 0), seen=seen, reshuffle_key=key)
 
-    def _replay(self, stage: Stage, before: TrainingHistory, init: StageCheckpoint | str) -> dict[Leaf, Fraction]:
+    def _replay(self, stage: StageConfig, before: TrainingHistory, init: StageCheckpoint | str) -> dict[Leaf, Fraction]:
         if stage.replay is None or stage.replay.fraction == 0:
             return {}
         self._check_was_seen(stage, before, init)
         weights = self._replay_weights(stage, before)
         return self._spread(weights, replayed=True, before=before, stage=stage) if weights else {}
 
-    def _replay_weights(self, stage: Stage, before: TrainingHistory) -> dict[str, Fraction]:
+    def _replay_weights(self, stage: StageConfig, before: TrainingHistory) -> dict[str, Fraction]:
         """Relative weights of the replayed datasets: tokens of each trained on so far, replay included."""
         assert stage.replay is not None, "asked for a replay's weights where there is none"
         asked = stage.replay.from_
@@ -289,7 +289,7 @@ class _Planner:
             return {}
         return weights
 
-    def _check_was_seen(self, stage: Stage, before: TrainingHistory, init: StageCheckpoint | str) -> None:
+    def _check_was_seen(self, stage: StageConfig, before: TrainingHistory, init: StageCheckpoint | str) -> None:
         """Data of a later stage cannot be replayed by weights that began at random; other unseen data is a note."""
         assert stage.replay is not None, "asked about a replay where there is none"
         while isinstance(init, StageCheckpoint):
@@ -357,7 +357,7 @@ def _mix(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _domain_shares(name: str, dataset: Dataset) -> dict[str, Fraction]:
+def _domain_shares(name: str, dataset: DatasetConfig) -> dict[str, Fraction]:
     if not dataset.domains:
         return {name: Fraction(1)}
     shares = _mix({domain: table.weight for domain, table in dataset.domains.items()})
@@ -365,7 +365,7 @@ def _domain_shares(name: str, dataset: Dataset) -> dict[str, Fraction]:
 
 
 def _tree(
-    stage: Stage, new: Mapping[Leaf, Fraction], replay: Mapping[Leaf, Fraction]
+    stage: StageConfig, new: Mapping[Leaf, Fraction], replay: Mapping[Leaf, Fraction]
 ) -> tuple[Tree, dict[str, Fraction]]:
     """The stage's tree, and each dataset's exact share of its sequences."""
     fraction = Fraction(str(stage.replay.fraction)) if stage.replay and replay else Fraction(0)
@@ -379,7 +379,7 @@ def _tree(
     return tree, shares
 
 
-def _end_points(stage: Stage, steps: int, step_tokens: int) -> dict[str, Fraction]:
+def _end_points(stage: StageConfig, steps: int, step_tokens: int) -> dict[str, Fraction]:
     """The schedule's end points in steps, exact: 0.29 of 100 steps is step 29 and not 28.999..."""
     names = ("warmup_until", "cooldown_until", "constant_until", "decay_from", "timescale")
     found = {name: getattr(stage.lr, name) for name in names if hasattr(stage.lr, name)}
@@ -393,7 +393,7 @@ def _end_points(stage: Stage, steps: int, step_tokens: int) -> dict[str, Fractio
     return points
 
 
-def _final_lr(stage: Stage) -> float:
+def _final_lr(stage: StageConfig) -> float:
     lr = stage.lr
     if isinstance(lr, ConstantLR):
         return lr.max
@@ -402,7 +402,7 @@ def _final_lr(stage: Stage) -> float:
     return top / DEFAULT_MIN_DIVISOR if lr.min is None else lr.min
 
 
-def _schedule(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> lr_schedules.Schedule:
+def _schedule(stage: StageConfig, steps: int, end_points: Mapping[str, Fraction]) -> lr_schedules.Schedule:
     lr, final = stage.lr, _final_lr(stage)
     at = {name: float(point) for name, point in end_points.items()}
     match lr:
@@ -428,7 +428,7 @@ def _schedule(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> l
             return lr_schedules.inv_sqrt(**at, end=steps, peak=lr.max, floor=final)
 
 
-def _pre_anneal_step(stage: Stage, steps: int, end_points: Mapping[str, Fraction]) -> int | None:
+def _pre_anneal_step(stage: StageConfig, steps: int, end_points: Mapping[str, Fraction]) -> int | None:
     point = end_points.get("constant_until", end_points.get("decay_from"))
     return None if point is None or point >= steps else math.floor(point)
 
@@ -441,14 +441,14 @@ def final_window(steps: int, span: int, every: int) -> tuple[int, ...]:
     return tuple(sorted(steps - back for back in range(0, span, every) if steps - back > 0))
 
 
-def _adamw_numbers(config: Config, stage: Stage) -> AdamWHyperparameters:
+def _adamw_numbers(config: Config, stage: StageConfig) -> AdamWHyperparameters:
     numbers = config.optimizer.model_dump(exclude={"name"})
     numbers |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
     return AdamWHyperparameters((numbers["beta1"], numbers["beta2"]), numbers["eps"], numbers["weight_decay"])
 
 
 def _stage_recipe(
-    stage: Stage, config: Config, steps: int, end_points: Mapping[str, Fraction], init: StageCheckpoint | str
+    stage: StageConfig, config: Config, steps: int, end_points: Mapping[str, Fraction], init: StageCheckpoint | str
 ) -> dict[str, Any]:
     """Listed by hand, so that renaming a key or adding one does not orphan checkpoints. Paths of data are not in it."""
     numbers = _adamw_numbers(config, stage)

@@ -11,7 +11,7 @@ from pathlib import Path
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import checkpoint_folder
-from titan_cpt.config.schema import Config, Evaluation
+from titan_cpt.config.schema import Config, EvaluationConfig
 from titan_cpt.config.suites import require_folder, suite_of
 from titan_cpt.distributed.process_group import any_rank_stops, barrier
 from titan_cpt.evaluation.evaluate import EvalRequest, evaluate, open_tasks
@@ -88,5 +88,5 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
     return not any_rank_stops(parts.stop)
 
 
-def _folder(asked: Evaluation) -> Path | None:
+def _folder(asked: EvaluationConfig) -> Path | None:
     return None if asked.tasks_dir is None else Path(asked.tasks_dir)

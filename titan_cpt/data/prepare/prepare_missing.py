@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from titan_cpt.common.files import same_file
 from titan_cpt.common.reading import is_there
-from titan_cpt.config.datasets import Dataset, Source
+from titan_cpt.config.datasets import DatasetConfig, TextSourceConfig
 from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.indexed import missing_prefixes
 from titan_cpt.data.prepare.chunks import iterate_texts
@@ -98,7 +98,7 @@ def _lacks(dataset: Dataset, force: bool) -> bool:
     return force or bool(missing_prefixes(dataset.train or ())) or bool(missing_prefixes(dataset.validation or ()))
 
 
-def _fetch(name: str, source: Source, say: Callable[[str], None]) -> None:
+def _fetch(name: str, source: TextSourceConfig, say: Callable[[str], None]) -> None:
     if source.fetch is None or not missing_inputs(source.text):
         return
     command = [sys.executable, source.fetch]
