@@ -23,6 +23,7 @@ from faulty import BadNumbers
 from training import Fault
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.errors import CheckpointError
 
 KILLED, TERMINATED, STOPPED, DONE = -9, -15, 75, 0
@@ -180,7 +181,7 @@ class Matrix:
         return int(process.exitcode)
 
     def _check_what_looks_alive(self, run: Path) -> None:
-        for path in run.glob(f"*/step-*/{manifest.NAME}"):
+        for path in run.glob(f"*/step-*/{MANIFEST_FILE}"):
             try:
                 manifest.verify(path.parent)
             except CheckpointError as error:

@@ -322,6 +322,7 @@ def _baselines(options: argparse.Namespace, overrides: list[tuple[str, str]]) ->
 
 
 def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from titan_cpt.common.run_folder import CONFIG_FILE
     from titan_cpt.runs.anneal import branch_off
 
     rank = int(os.environ.get("RANK", "0"))
@@ -330,7 +331,7 @@ def _anneal(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
     folder = Path(config.job.output_dir) / config.job.name
     if rank == 0:
         what = "branched off" if is_new else "there already"
-        print(f"{folder}: {what}; ./run_train.sh --config {folder / 'config.toml'} trains it")
+        print(f"{folder}: {what}; ./run_train.sh --config {folder / CONFIG_FILE} trains it")
     if options.prepare_only:
         return 0
     from titan_cpt.train import run

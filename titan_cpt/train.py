@@ -20,7 +20,7 @@ import torch
 from titan_cpt.checkpoint.manager import FoundCheckpoint, load_state
 from titan_cpt.common.console import make_console
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, locked
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, SUMMARY_FILE, locked
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
@@ -339,7 +339,7 @@ def _use_numbers(parts: Parts, stage: StagePlan) -> None:
 def write_summary(parts: Parts) -> None:
     """summary.json of all stages so far."""
     if parts.ranks.rank == 0:
-        write_text_atomically(parts.folder / "summary.json", json.dumps(summarize(parts.folder), indent=1))
+        write_text_atomically(parts.folder / SUMMARY_FILE, json.dumps(summarize(parts.folder), indent=1))
 
 
 def _tell_the_end(parts: Parts) -> None:

@@ -23,6 +23,7 @@ from titan_cpt.checkpoint.model_card import bos_in_words, model_card
 from titan_cpt.checkpoint.provenance import Origin, find_tokenizer, legs, longest_sequence, origin
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.common.files import partial_folder
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.huggingface_config import config_from_spec
@@ -64,7 +65,7 @@ def export(
     try:
         spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / manifest.NAME}: {error}") from None
+        raise CheckpointError(f"{checkpoint / MANIFEST_FILE}: {error}") from None
     came_from = origin(record)
     words = find_tokenizer(record, checkpoint, tokenizer, came_from)
     positions = max_positions or longest_sequence(record, came_from)

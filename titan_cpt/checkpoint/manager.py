@@ -34,8 +34,7 @@ from torch.optim import Optimizer
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter
-from titan_cpt.common.reading import matching
-from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder
+from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder, checkpoint_folders
 from titan_cpt.distributed.float8 import in_high_precision
 from titan_cpt.errors import AccessError, CheckpointError, TitanError
 
@@ -206,16 +205,16 @@ class CheckpointManager:
 
     def _listed(self, on_fault: Callable[[TitanError], None]) -> list[FoundCheckpoint]:
         found = []
-        for path in matching(self.run, "*", "step-*", manifest.NAME):
+        for folder in checkpoint_folders(self.run):
             try:
-                record = manifest.read(path.parent)
+                record = manifest.read(folder)
             except (CheckpointError, AccessError) as error:
                 on_fault(error)
                 continue
-            if manifest.is_in_place(path.parent, record):
-                found.append(FoundCheckpoint(path.parent, record))
+            if manifest.is_in_place(folder, record):
+                found.append(FoundCheckpoint(folder, record))
             else:
-                self.misplaced.add(path.parent)
+                self.misplaced.add(folder)
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
     def newest_valid(self, on_damaged: Callable[[str], None]) -> FoundCheckpoint | None:

@@ -20,9 +20,9 @@ import xxhash
 
 from titan_cpt.common.files import fsync, write_text_atomically
 from titan_cpt.common.reading import is_there, read_text, readable
+from titan_cpt.common.run_folder import MANIFEST_FILE, step_name
 from titan_cpt.errors import CheckpointError
 
-NAME = "manifest.json"
 FORMAT = 2  # 1 was of pickled files, or hashed by SHA-256
 _NAMES_SHOWN = 5
 _OWN = re.compile(
@@ -56,7 +56,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != NAME:
+        if path.is_file() and path.name != MANIFEST_FILE:
             name, size = path.relative_to(folder).as_posix(), path.stat().st_size
             known = (checksums or {}).get(name)
             if known is None:
@@ -65,7 +65,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
             if known["bytes"] != size:
                 raise CheckpointError(f"{path}: has {size} bytes, and {known['bytes']} were written")
             files[name] = dict(known)
-    write_text_atomically(folder / NAME, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
+    write_text_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
     fsync(folder.parent)
 
 
@@ -84,7 +84,7 @@ def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -
         except OSError:  # another file system, or one without links
             shutil.copyfile(checkpoint / name, target)
             fsync(target)
-    write_text_atomically(folder / NAME, json.dumps(dict(record), indent=1))
+    write_text_atomically(folder / MANIFEST_FILE, json.dumps(dict(record), indent=1))
     fsync(folder.parent)
 
 
@@ -95,7 +95,7 @@ def read(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged.
         AccessError: it is there and the system does not let it be read.
     """
-    path = folder / NAME
+    path = folder / MANIFEST_FILE
     try:
         manifest: dict[str, Any] = json.loads(read_text(path))
     except FileNotFoundError:
@@ -114,21 +114,21 @@ def read(folder: Path) -> dict[str, Any]:
 
 def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether a checkpoint lies where its run saved it; one that somebody copied, renamed or moved does not."""
-    return (folder.parent.name, folder.name) == (record["stage"], f"step-{record['steps_done']:08d}")
+    return (folder.parent.name, folder.name) == (record["stage"], step_name(record["steps_done"]))
 
 
 def _without_manifest(folder: Path) -> str:
     """What a path is that has no manifest, and where the checkpoints are if it is a run or a stage."""
     if not is_there(folder):
-        return f"no such folder, so there is no {NAME} to read"
+        return f"no such folder, so there is no {MANIFEST_FILE} to read"
     if folder.is_file():
-        return f"is a file, not a checkpoint: a checkpoint is a folder with a {NAME}"
+        return f"is a file, not a checkpoint: a checkpoint is a folder with a {MANIFEST_FILE}"
     for kind, pattern in (("a stage of a run", "step-*"), ("a run", "*/step-*")):
-        found = sorted(path.parent for path in folder.glob(f"{pattern}/{NAME}"))
+        found = sorted(path.parent for path in folder.glob(f"{pattern}/{MANIFEST_FILE}"))
         if found:
             shown = ", ".join(str(path) for path in found[-3:])
             return f"is {kind}, not a checkpoint; its checkpoints are {'..., ' if found[3:] else ''}{shown}"
-    why = f"has no {NAME}, so it is not a checkpoint"
+    why = f"has no {MANIFEST_FILE}, so it is not a checkpoint"
     if folder.name.startswith("step-"):
         return f"{why}: its save was interrupted; an earlier one beside it may be whole"
     if (folder / "config.json").is_file():
@@ -151,7 +151,7 @@ def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:
     for name, file in list(manifest["files"].items())[share::of]:
         path = folder / name
         if not isinstance(file, dict) or not _is_within(path, folder):
-            raise CheckpointError(f"{folder / NAME}: damaged: its entry {name!r} is not a file of this folder")
+            raise CheckpointError(f"{folder / MANIFEST_FILE}: damaged: its entry {name!r} is not a file of this folder")
         try:
             _compare(path, file)
         except (FileNotFoundError, ValueError):
@@ -184,7 +184,7 @@ def remove(folder: Path) -> None:
     around them.
     """
     named = _named_in(folder)
-    (folder / NAME).unlink(missing_ok=True)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     if not folder.exists():
         return
     fsync(folder)
@@ -215,7 +215,7 @@ def make_room(folder: Path) -> None:
 def _named_in(folder: Path) -> set[Path]:
     """The files that a manifest names, as far as it can be read."""
     try:
-        files = json.loads((folder / NAME).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         return {folder / name for name in files}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()

@@ -12,6 +12,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import read_config
 from titan_cpt.checkpoint.tokenizer_check import allowed_mismatch, tokenizer_of_manifest
 from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.common.run_folder import CONFIG_FILE
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 
@@ -192,7 +193,7 @@ def _runs_tokenizer(checkpoint: Path) -> str | None:
 
 
 def _config_beside(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint.absolute().parent.parent / "config.toml"
+    path = checkpoint.absolute().parent.parent / CONFIG_FILE
     if not path.exists():
         return None
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.common.reading import matching
+from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folders
 from titan_cpt.config.schema import Config
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of
@@ -65,7 +65,7 @@ def tokenizer_of_manifest(record: Mapping[str, Any], folder: Path) -> TrainingTo
     Raises:
         CheckpointError: what the manifest says is damaged.
     """
-    where = str(folder / manifest.NAME)
+    where = str(folder / MANIFEST_FILE)
     found = record["data"].get("tokenizer")
     if isinstance(found, str):
         return TrainingTokenizer(where, found)
@@ -153,7 +153,7 @@ def _check(config: Config, stage: str, init: str) -> str | None:
     folder = Path(init.partition(":")[2])
     if init.startswith(_HUB) and folder.is_dir():
         weights = tokenizer_of_release(folder)
-    elif init.startswith(_CHECKPOINT) and (folder / manifest.NAME).is_file():
+    elif init.startswith(_CHECKPOINT) and (folder / MANIFEST_FILE).is_file():
         weights = tokenizer_of_manifest(manifest.read(folder), folder)
     else:
         return None
@@ -164,9 +164,9 @@ def _stages_begun(run: Path) -> int:
     """How many stages of a run have begun, by its newest checkpoint; manifests that cannot be read are left out."""
     indexes = [-1]
     try:
-        for path in matching(run, "*", "step-*", manifest.NAME):
+        for folder in checkpoint_folders(run):
             with suppress(CheckpointError, AccessError):
-                indexes.append(manifest.read(path.parent)["stage_index"])
+                indexes.append(manifest.read(folder)["stage_index"])
     except AccessError:
         return 0
     return max(indexes) + 1

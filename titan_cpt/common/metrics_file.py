@@ -14,9 +14,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.errors import DataError
 
-FILE_NAME = "metrics.jsonl"
 Line = dict[str, Any]
 
 _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -71,7 +71,7 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     """
     found, damaged = Metrics(), list[int]()
     history = _History(stages)
-    path = run / FILE_NAME
+    path = run / METRICS_FILE
     number = 0
     for number, line in _parsed(path):
         if line is None:

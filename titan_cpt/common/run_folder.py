@@ -1,4 +1,19 @@
-"""What guards a run from outside: one process at a time in its folder, and signals that ask it to stop."""
+"""The folder of a run: names of its files and folders, its checkpoints, and the lock of the process that trains.
+
+<job.output_dir>/<job.name>/
+    config.toml                   resolved config of the last start
+    plan.json                     the training plan
+    metrics.jsonl                 losses, learning rates, throughput and events, one JSON object per line
+    summary.json                  losses and forgetting of every trained stage
+    .lock                         held by the process that trains
+    STAGE/step-00000500/          a checkpoint; it is valid only once its manifest.json is written
+    STAGE/skipped.json            batches of the stage that training skips
+    evaluations/STAGE/step-.../   benchmark scores, and the texts that the example prompts gave (generations.json)
+    profile/STAGE-step-.../       traces of torch.profiler, one for each rank
+    tb/                           TensorBoard events
+    report/                       the HTML report
+    logs/                         output of each process, written by run_train.sh
+"""
 
 from __future__ import annotations
 
@@ -7,25 +22,58 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from titan_cpt.common.file_lock import exclusive
+from titan_cpt.common.reading import matching
 from titan_cpt.errors import CheckpointError
 
-CONFIG_NAME = "config.toml"
-EVALUATIONS_FOLDER = "evaluations"  # benchmark scores: <stage>/step-<8 digits>/<task>.json
-GENERATIONS_NAME = "generations.json"  # beside them: continuations of the example prompts
+CONFIG_FILE = "config.toml"
+PLAN_FILE = "plan.json"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+MANIFEST_FILE = "manifest.json"  # in a checkpoint
+SKIPPED_FILE = "skipped.json"  # in a stage's folder
+GENERATIONS_FILE = "generations.json"  # beside a checkpoint's scores
 
+EVALUATIONS_FOLDER = "evaluations"
+PROFILE_FOLDER = "profile"
+TENSORBOARD_FOLDER = "tb"
+REPORT_FOLDER = "report"
+LOGS_FOLDER = "logs"  # run_train.sh makes it
+RESERVED_STAGE_NAMES = (TENSORBOARD_FOLDER, EVALUATIONS_FOLDER, PROFILE_FOLDER, REPORT_FOLDER, LOGS_FOLDER)
 
 INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,
 STAGE_END = "stage_end"  # at the end of a stage,
 PRE_ANNEAL = "pre_anneal"  # and on the last step before a schedule anneals
 
 
-@contextmanager
-def locked(folder: Path, *, rank: int) -> Iterator[None]:
-    """Hold the run's folder, which is made if need be; the kernel lets go of it however the process ends.
+def step_name(steps_done: int) -> str:
+    """The name of a checkpoint's folder after `steps_done` steps of its stage, such as step-00000500."""
+    return f"step-{steps_done:08d}"
+
+
+def checkpoint_folder(run: Path, stage: str, steps_done: int) -> Path:
+    """The folder of the checkpoint of a stage after `steps_done` of its steps."""
+    return run / stage / step_name(steps_done)
+
+
+def checkpoint_folders(run: Path, stage: str = "*") -> list[Path]:
+    """Folders of a run's checkpoints that have a manifest, sorted by path; those of one stage if it is given.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be created.
-        AccessError: the lock cannot be taken for another reason than that.
+        AccessError: a folder cannot be read.
+    """
+    return [path.parent for path in matching(run, stage, "step-*", MANIFEST_FILE)]
+
+
+@contextmanager
+def locked(folder: Path, *, rank: int) -> Iterator[None]:
+    """Hold the lock of a run's folder on rank 0, and create the folder if it is missing.
+
+    The kernel releases the lock however the process ends.
+
+    Raises:
+        CheckpointError: another process holds the lock, or the folder cannot be created.
+        AccessError: the lock cannot be taken for another reason.
     """
     if rank != 0:
         yield
@@ -39,15 +87,10 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(folder / ".lock", held=held))
+            stack.enter_context(exclusive(folder / LOCK_FILE, held=held))
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or change the "
                 "folder's permissions"
             ) from None
         yield
-
-
-def checkpoint_folder(run: Path, stage: str, steps_done: int) -> Path:
-    """Where the checkpoint of a stage after so many steps lies."""
-    return run / stage / f"step-{steps_done:08d}"

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from titan_cpt.common.run_folder import RESERVED_STAGE_NAMES
 from titan_cpt.common.text import listed, nearest
-
-# The run's folder holds these folders beside those of the stages.
-RESERVED_STAGE_NAMES = ("tb", "evaluations", "profile", "report", "logs")
 
 
 def tables(value: Any) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import read_text
 from titan_cpt.common.recipe import differences
-from titan_cpt.common.run_folder import CONFIG_NAME
+from titan_cpt.common.run_folder import CONFIG_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, SUMMARY_FILE
 from titan_cpt.config.load import check_config, dump_config
 from titan_cpt.config.schema import Config
 from titan_cpt.config.toml_files import parse_toml
@@ -35,11 +35,11 @@ def require_own_run(folder: Path, config: Config) -> None:
         AccessError: a file cannot be read.
     """
     tests: dict[str, Callable[[str], bool]] = {
-        CONFIG_NAME: lambda text: _is_resolved_config(text, config),
-        "plan.json": lambda text: _has_keys(text, "fingerprint", "stages"),
-        "summary.json": lambda text: _has_keys(text, "stages"),
-        ".lock": lambda text: not text or text.startswith('{"pid": '),
-        "metrics.jsonl": _is_metrics,
+        CONFIG_FILE: lambda text: _is_resolved_config(text, config),
+        PLAN_FILE: lambda text: _has_keys(text, "fingerprint", "stages"),
+        SUMMARY_FILE: lambda text: _has_keys(text, "stages"),
+        LOCK_FILE: lambda text: not text or text.startswith('{"pid": '),
+        METRICS_FILE: _is_metrics,
     }
     foreign = [folder / name for name, is_own in tests.items() if not _is_own(folder / name, is_own)]
     if foreign:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
 from titan_cpt.data.file_names import FileIdentity, file_identity, first_text_file
@@ -232,7 +233,7 @@ def _absent_weights(config: Config) -> Iterator[str]:
     """A note for every stage that begins with weights which are not on this machine."""
     for stage in config.stages:
         kind, _, where = (stage.init or "").partition(":")
-        if kind == "checkpoint" and not (Path(where) / "manifest.json").exists():
+        if kind == "checkpoint" and not (Path(where) / MANIFEST_FILE).exists():
             missing = "has no manifest.json, so it is not a checkpoint" if Path(where).exists() else "is not there yet"
             then = "training stops before this stage if it is still missing"
             yield f"stages.{stage.name}.init: {where} {missing}; {then}"

@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.common.reading import is_there, matching
-from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, STAGE_END
+from titan_cpt.common.reading import is_there
+from titan_cpt.common.run_folder import (
+    CONFIG_FILE,
+    EVALUATIONS_FOLDER,
+    MANIFEST_FILE,
+    PLAN_FILE,
+    STAGE_END,
+    checkpoint_folders,
+    step_name,
+)
 from titan_cpt.errors import CheckpointError
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint belongs to; None for one outside of runs, such as an import."""
     run = checkpoint.absolute().parent.parent
-    return run if is_there(run / "config.toml") else None
+    return run if is_there(run / CONFIG_FILE) else None
 
 
 def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
@@ -23,7 +31,7 @@ def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
     run = run_of(checkpoint)
     if run is None:
         return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{EVALUATIONS_FOLDER}")
-    return run / EVALUATIONS_FOLDER / str(record["stage"]) / f"step-{record['steps_done']:08d}"
+    return run / EVALUATIONS_FOLDER / str(record["stage"]) / step_name(record["steps_done"])
 
 
 def stage_ends(path: Path) -> list[Path]:
@@ -32,10 +40,10 @@ def stage_ends(path: Path) -> list[Path]:
     Raises:
         CheckpointError: the folder is neither, or the run has not come to the end of a stage.
     """
-    if is_there(path / manifest.NAME) or not is_there(path / "plan.json"):
+    if is_there(path / MANIFEST_FILE) or not is_there(path / PLAN_FILE):
         manifest.read(path)
         return [path]
-    found = [(manifest.read(file.parent), file.parent) for file in matching(path, "*", "step-*", manifest.NAME)]
+    found = [(manifest.read(folder), folder) for folder in checkpoint_folders(path)]
     ends = sorted(
         (record["run_step"], folder)
         for record, folder in found

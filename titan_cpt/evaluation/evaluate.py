@@ -26,6 +26,7 @@ import torch.distributed as dist
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.provenance import find_tokenizer, origin, precision_of
 from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.run_folder import TENSORBOARD_FOLDER
 from titan_cpt.config.suites import Task
 from titan_cpt.distributed.process_group import ProcessInfo, barrier
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
@@ -295,11 +296,11 @@ def _chart(bench: _Bench, asked: EvalRequest, scores: Sequence[Score], new: Sequ
         summary = {"suite": asked.suite, "limit": asked.limit, "average": mean, "stderr": error, "tasks": values}
         name = f"{asked.suite}{'' if asked.limit is None else f'-limit{asked.limit}'}.json"
         write_text_atomically(bench.folder / name, json.dumps(summary, indent=1))
-    if bench.run is None or not (bench.run / "tb").is_dir():
+    if bench.run is None or not (bench.run / TENSORBOARD_FOLDER).is_dir():
         return
     from torch.utils.tensorboard import SummaryWriter  # half a second
 
-    writer = SummaryWriter(str(bench.run / "tb"))
+    writer = SummaryWriter(str(bench.run / TENSORBOARD_FOLDER))
     step = int(bench.record["run_step"])
     for score in new:
         writer.add_scalar(f"evaluation/{score.task}/{score.metric}", score.value, step)

@@ -21,6 +21,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.checkpoint.provenance import find_tokenizer, longest_sequence, origin, precision_of
 from titan_cpt.checkpoint.storage import without_dist_warning
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
@@ -90,7 +91,7 @@ def open_checkpoint(
     try:
         spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder / manifest.NAME}: {error}") from None
+        raise CheckpointError(f"{folder / MANIFEST_FILE}: {error}") from None
     came_from = origin(record)
     words = find_tokenizer(record, folder, tokenizer, came_from)
     if words is None:

@@ -11,7 +11,7 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common import reading
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.run_folder import GENERATIONS_NAME
+from titan_cpt.common.run_folder import GENERATIONS_FILE
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import ConfigError
 from titan_cpt.evaluation.checkpoint_paths import scores_folder, stage_ends
@@ -82,7 +82,7 @@ def continued(opened: LoadedModel, prompts: Sequence[str], tokens: int, sampling
 def has_example_generations(checkpoint: Path, record: Mapping[str, Any]) -> bool:
     """Whether the example prompts were continued by these very weights."""
     try:
-        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_NAME))
+        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_FILE))
     except (FileNotFoundError, ValueError):  # none yet, or damaged: they are continued again
         return False
     return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
@@ -102,5 +102,5 @@ def save_example_generations(opened: LoadedModel) -> list[dict[str, str]]:
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,
         }
-        write_text_atomically(folder / GENERATIONS_NAME, json.dumps(kept, indent=1, ensure_ascii=False))
+        write_text_atomically(folder / GENERATIONS_FILE, json.dumps(kept, indent=1, ensure_ascii=False))
     return pairs

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import read_text
-from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_NAME
+from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_FILE, checkpoint_folder
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import Score, read_scores, score_change
 from titan_cpt.reporting.summary import Record
@@ -65,7 +65,7 @@ def continuations(record: Record, complain: Callable[[str], None]) -> list[tuple
         complain: called with a sentence for each file that cannot be read.
     """
     kept: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}
-    for path in sorted((record.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_NAME}")):
+    for path in sorted((record.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_FILE}")):
         try:
             found = json.loads(read_text(path))
             place = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
@@ -96,7 +96,7 @@ def _is_of_present_weights(record: Record, stage: str, step: int, files: str | N
     saved = [event.get("files") for event in record.checkpoints if (event["stage"], event["step"]) == (stage, step)]
     if files is not None:
         try:
-            return manifest.digest_of_files(manifest.read(record.folder / stage / f"step-{step:08d}")) == files
+            return manifest.digest_of_files(manifest.read(checkpoint_folder(record.folder, stage, step))) == files
         except TitanError:  # pruned, or unreadable: the record knows which one it was
             if any(saved):
                 return files in saved

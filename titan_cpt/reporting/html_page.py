@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_cpt.common.files import make_folder, write_whole
 from titan_cpt.common.reading import is_there, readable
+from titan_cpt.common.run_folder import CONFIG_FILE, REPORT_FOLDER
 from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.reporting.benchmark_table import benchmark_table, continuations
 from titan_cpt.reporting.comparison import Row, compare, not_comparable
@@ -127,7 +128,8 @@ def _content(path: Path) -> bytes:
 def default_folder(runs: Sequence[Path]) -> Path:
     """`report` in the run's folder, or in the one that holds all of them."""
     folders = [run if run.is_dir() else run.parent for run in runs]
-    return (folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))) / "report"
+    common = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    return common / REPORT_FOLDER
 
 
 def sections(records: Sequence[Record]) -> Iterator[Section]:
@@ -299,7 +301,7 @@ def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
         told = "".join(f"{name:<40} {value}\n" for name, value in start.get("data", {}).items())
         if told:
             details.append((f"{record.name}: fingerprints of the data", told))
-        config = record.folder / "config.toml"
+        config = record.folder / CONFIG_FILE
         if config.exists():
             text = config.read_text(encoding="utf-8", errors="replace")
             details.append((f"{record.name}: config, every default spelt out", text))

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
+from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.errors import DataError, TitanError
 
 _RUNS_LISTED = 10
@@ -77,13 +78,13 @@ def read_run(path: Path) -> Record:
         DataError: it is neither, or its plan cannot be read. Damaged lines of metrics.jsonl are skipped, and named in
             the record's `problems`.
     """
-    run = path.parent if path.name == FILE_NAME else path
-    has_plan, has_metrics = (run / "plan.json").exists(), (run / FILE_NAME).exists()
+    run = path.parent if path.name == METRICS_FILE else path
+    has_plan, has_metrics = (run / PLAN_FILE).exists(), (run / METRICS_FILE).exists()
     if not has_plan and not has_metrics:
         raise DataError(_what_is_there(path))
     plan = _read_plan(run) if has_plan else {}
     if not has_metrics:
-        return Record(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {FILE_NAME}: nothing is recorded"])
+        return Record(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {METRICS_FILE}"])
     found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
     plan = plan or _told_by_lines(run.name, found.trains, found.validations)
     names = {stage["name"] for stage in plan["stages"]}
@@ -131,15 +132,13 @@ def _what_is_there(path: Path) -> str:
     if not path.exists():
         return f"{path}: no such file or folder. Name the folder of a run, such as outputs/quickstart"
     if not path.is_dir():
-        return f"{path}: is a file. Name the folder of a run, or its {FILE_NAME}"
+        return f"{path}: is a file. Name the folder of a run, or its {METRICS_FILE}"
     for above, what in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
-        if (above / "plan.json").exists():
+        if (above / PLAN_FILE).exists():
             return f"{path}: is {what} of the run {above}: titan-cpt report {above}"
     runs = sorted({file.parent for pattern in ("*/plan.json", "*/*/plan.json") for file in path.glob(pattern)})
     if not runs:
-        return (
-            f"{path}: is not the folder of a run: it has neither plan.json nor {FILE_NAME}, nor has a folder below it"
-        )
+        return f"{path}: is not a run's folder: neither it nor a folder below it has a {PLAN_FILE} or {METRICS_FILE}"
     more = f", and {len(runs) - _RUNS_LISTED} more" if len(runs) > _RUNS_LISTED else ""
     listed = " ".join(str(run) for run in runs[:_RUNS_LISTED])
     which = "the run" if len(runs) == 1 else f"one or several of the {len(runs)} runs"
@@ -147,7 +146,7 @@ def _what_is_there(path: Path) -> str:
 
 
 def _read_plan(run: Path) -> dict[str, Any]:
-    path = run / "plan.json"
+    path = run / PLAN_FILE
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]

@@ -17,10 +17,16 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
-from titan_cpt.common.reading import matching
+from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.recipe import differences, fingerprint
-from titan_cpt.common.run_folder import locked
+from titan_cpt.common.run_folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PRE_ANNEAL,
+    checkpoint_folder,
+    checkpoint_folders,
+    locked,
+)
 from titan_cpt.config.load import check_config, load_config
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.config.schema import Config
@@ -51,26 +57,26 @@ def branch_off(
     """
     record = manifest.verify(checkpoint)
     run = checkpoint.resolve().parents[1]
-    old = load_config(run / "config.toml")
+    old = load_config(run / CONFIG_FILE)
     inventory = take_inventory(old)
     raw = _branch_tables(old, _checked_plan(checkpoint, record, make_plan(old, inventory)), record, tokens, min_lr)
-    config = check_config(raw, run / "config.toml", overrides)
+    config = check_config(raw, run / CONFIG_FILE, overrides)
     plan = make_plan(config, inventory)
     folder = Path(config.job.output_dir) / config.job.name
     if os.path.realpath(folder) == str(run):
         raise PlanError(f"job.name: {config.job.name!r} is the run that is branched off; choose another name")
-    trained = matching(folder, "*", "step-*", manifest.NAME)
-    for path in matching(folder, record["stage"], "step-*", manifest.NAME)[:1]:
-        _require_same_branch(path.parent, plan.recipe_until(record["stage_index"]))
+    trained = checkpoint_folders(folder)
+    for existing in checkpoint_folders(folder, record["stage"])[:1]:
+        _require_same_branch(existing, plan.recipe_until(record["stage_index"]))
     if rank == 0 and not trained:
         require_own_run(folder, config)
         with locked(folder, rank=0):
-            write_run_config(folder / "config.toml", config)
+            write_run_config(folder / CONFIG_FILE, config)
             _write_past(run, folder, plan, record, checkpoint)
             recipe = plan.recipe_until(record["stage_index"])
             branched = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
-            planted = folder / record["stage"] / f"step-{record['steps_done']:08d}"
-            manifest.link_checkpoint(checkpoint, planted, {**record, **branched, "kind": "pre_anneal"})
+            planted = checkpoint_folder(folder, record["stage"], record["steps_done"])
+            manifest.link_checkpoint(checkpoint, planted, {**record, **branched, "kind": PRE_ANNEAL})
     return config, not trained
 
 
@@ -142,4 +148,4 @@ def _write_past(run: Path, folder: Path, plan: Plan, record: dict[str, Any], che
         if line["stage"] in earlier or (line["stage"] == name and line["step"] <= done)
     ]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, told])
-    write_text_atomically(folder / FILE_NAME, text)
+    write_text_atomically(folder / METRICS_FILE, text)

@@ -24,9 +24,9 @@ from rich.table import Table
 
 from titan_cpt.common.file_lock import FileLock
 from titan_cpt.common.files import make_folder
-from titan_cpt.common.metrics_file import FILE_NAME
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.recipe import fingerprint
+from titan_cpt.common.run_folder import MANIFEST_FILE, METRICS_FILE
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import AccessError, ConfigError, TitanError
 from titan_cpt.reporting.comparison import compare, print_comparison
@@ -166,7 +166,7 @@ def _turn(
     def let_go() -> bool:
         nonlocal held
         with suppress(AccessError):  # not known yet: the lock stays until the run ends
-            if held and is_there(arm.checkpoint(shared - 1) / "manifest.json"):
+            if held and is_there(arm.checkpoint(shared - 1) / MANIFEST_FILE):
                 lock.release()
                 held = False
         return not held
@@ -250,7 +250,7 @@ def exit_status(outcomes: Sequence[Outcome]) -> int:
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """A table of all arms with the losses they have come to, and why any failed."""
-    begun = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / FILE_NAME).exists()]
+    begun = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / METRICS_FILE).exists()]
     records = labelled(read_runs(begun, lambda message: console.print(escape(message), highlight=False)))
     names = {record.folder: record.name for record in records}
     failed = {

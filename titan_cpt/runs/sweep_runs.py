@@ -16,10 +16,18 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.metrics_file import FILE_NAME, read_metrics
+from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.reading import matching
 from titan_cpt.common.recipe import differences, fingerprint
-from titan_cpt.common.run_folder import locked
+from titan_cpt.common.run_folder import (
+    METRICS_FILE,
+    PLAN_FILE,
+    PRE_ANNEAL,
+    STAGE_END,
+    checkpoint_folder,
+    checkpoint_folders,
+    locked,
+)
 from titan_cpt.config.load import check_config
 from titan_cpt.config.overrides import set_key
 from titan_cpt.config.schema import Config
@@ -33,7 +41,7 @@ from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
 
-_KEPT = ("stage_end", "pre_anneal")
+_KEPT = (STAGE_END, PRE_ANNEAL)
 _COMPUTED_UNDER = ("training", "parallelism", "activation_checkpoint", "compile", "float8")
 _WITHOUT_EFFECT = {"num_workers", "gc_freq"}  # of [training], on any number
 _OF_VALIDATION = {"validation", "validation_format"}
@@ -55,7 +63,7 @@ class SweepRun:
     def checkpoint(self, index: int) -> Path:
         """Where the checkpoint of a stage's end lies."""
         stage = self.plan.stages[index]
-        return self.folder / stage.name / f"step-{stage.steps:08d}"
+        return checkpoint_folder(self.folder, stage.name, stage.steps)
 
     def is_done(self) -> bool:
         """Whether the last stage has come to its end under this recipe; its data is compared when it is trained on."""
@@ -176,7 +184,7 @@ def adopt_shared_stages(arm: SweepRun, others: Sequence[SweepRun]) -> str:
     Raises:
         CheckpointError: the checkpoint to adopt is damaged.
     """
-    if matching(arm.folder, "*", "step-*", manifest.NAME):
+    if checkpoint_folders(arm.folder):
         return ""
     best, count = None, 0
     for other in others:
@@ -188,7 +196,7 @@ def adopt_shared_stages(arm: SweepRun, others: Sequence[SweepRun]) -> str:
     if best is None:
         return ""
     with locked(arm.folder, rank=0):
-        write_text_atomically(arm.folder / "plan.json", json.dumps(plan_as_json(arm.plan), indent=1))
+        write_text_atomically(arm.folder / PLAN_FILE, json.dumps(plan_as_json(arm.plan), indent=1))
         _write_past(best, arm, count)
         for index in range(count):  # the last one's end is planted last: an arm that was cut short here begins again
             for folder in _kept_points(best, arm.plan, index):
@@ -203,7 +211,7 @@ def _kept_points(donor: SweepRun, plan: Plan, index: int) -> list[Path]:
     return [folder for folder in folders if _is_of(folder, plan, index, kinds=_KEPT)]
 
 
-def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = ("stage_end",)) -> bool:
+def _is_of(folder: Path, plan: Plan, index: int, *, kinds: Sequence[str] = (STAGE_END,)) -> bool:
     """Whether a checkpoint is there, of one of these kinds, written under the plan's recipe up to that stage."""
     try:
         record = manifest.read(folder)
@@ -219,4 +227,4 @@ def _write_past(donor: SweepRun, arm: SweepRun, count: int) -> None:
     found = read_metrics(donor.folder, [stage.name for stage in donor.plan.stages])
     lines = [line for line in [*found.trains, *found.validations, *found.renewed] if line["stage"] in stages]
     told = {"kind": "event", "name": "adopt", "stages": stages, "folder": str(donor.folder)}
-    write_text_atomically(arm.folder / FILE_NAME, "".join(json.dumps(line) + "\n" for line in [*lines, told]))
+    write_text_atomically(arm.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in [*lines, told]))

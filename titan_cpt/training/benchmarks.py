@@ -8,9 +8,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import is_there
-from titan_cpt.common.run_folder import checkpoint_folder
+from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
 from titan_cpt.config.schema import Config, EvaluationConfig
 from titan_cpt.config.suites import require_folder, suite_of
 from titan_cpt.distributed.process_group import any_rank_stops, barrier
@@ -61,7 +60,7 @@ def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
     folder = checkpoint_folder(parts.folder, stage.name, done)
     parts.checkpoints.poll(until_done=True)
     barrier()  # rank 0 writes the manifest, which every rank is about to read
-    if not is_there(folder / manifest.NAME):
+    if not is_there(folder / MANIFEST_FILE):
         parts.display.say(f"  {asked.suite} cannot be asked: {folder} was not saved, or is gone")
         return True
     parts.display.say(f"  {asked.suite} after step {done:,} of {stage.name}")

@@ -21,7 +21,7 @@ from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import make_console
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.recipe import differences, fingerprint
-from titan_cpt.common.run_folder import CONFIG_NAME
+from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
 from titan_cpt.config.schema import Config
@@ -115,9 +115,9 @@ def build(config: Config, ranks: ProcessInfo, folder: Path, stop: StopRequest) -
     for problem in log.problems:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
     if log.last_start and "validation" not in log.last_start:  # an older version's: only its config tells the windows
-        log.last_start["validation_sequences"] = last_setting(folder / CONFIG_NAME, "validation", "sequences")
+        log.last_start["validation_sequences"] = last_setting(folder / CONFIG_FILE, "validation", "sequences")
     if found is not None and ranks.rank == 0:
-        note_changed_settings(log, console, changed_settings(folder / CONFIG_NAME, config))
+        note_changed_settings(log, console, changed_settings(folder / CONFIG_FILE, config))
     _write_record(config, plan, ranks, folder)
     validator = Validator(
         held_out,
@@ -203,7 +203,7 @@ def find_checkpoint(
     index = min(found.manifest["stage_index"], len(plan.stages) - 1)
     planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
     if _FILTER not in recorded and "float8.recipe_name" in recorded:  # it had none, or an older version wrote it
-        before = last_setting(checkpoints.run / CONFIG_NAME, *_FILTER.split("."))
+        before = last_setting(checkpoints.run / CONFIG_FILE, *_FILTER.split("."))
         recorded = {**recorded, **({_FILTER: sorted({*before})} if before else {})}
     begun = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
     # Validation data changes no weight: forgetting.py deals with another one.
@@ -315,7 +315,8 @@ def _open_log(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> M
     if ranks.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # half a second that runs without it need not pay
 
-        writer = partial(SummaryWriter, str(folder / "tb"), "")  # the second is a comment; purge_step follows
+        events = str(folder / TENSORBOARD_FOLDER)
+        writer = partial(SummaryWriter, events, "")  # the second is a comment; purge_step follows
     return MetricsLog(
         folder,
         writing=ranks.rank == 0,
@@ -328,5 +329,5 @@ def _open_log(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> M
 
 def _write_record(config: Config, plan: Plan, ranks: ProcessInfo, folder: Path) -> None:
     if ranks.rank == 0:
-        write_run_config(folder / CONFIG_NAME, config)
-        write_text_atomically(folder / "plan.json", json.dumps(plan_as_json(plan), indent=1))
+        write_run_config(folder / CONFIG_FILE, config)
+        write_text_atomically(folder / PLAN_FILE, json.dumps(plan_as_json(plan), indent=1))

@@ -16,8 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.common.reading import matching
-from titan_cpt.common.run_folder import checkpoint_folder
+from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder, checkpoint_folders
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.errors import TitanError
@@ -144,16 +143,16 @@ def _first_weights(parts: Parts, stage: StagePlan) -> str:
     for _ in range(_BRANCHES_FOLLOWED):
         if run is None:
             break
-        if (found := checkpoint_folder(run, stage.init.stage, stage.init.steps_done) / manifest.NAME).exists():
+        if (found := checkpoint_folder(run, stage.init.stage, stage.init.steps_done) / MANIFEST_FILE).exists():
             return f"checkpoint:{found.parent}"
         run = _branched_from(run)
     return f"checkpoint:{folder}"
 
 
 def _branched_from(run: Path) -> Path | None:
-    for path in matching(run, "*", "step-*", manifest.NAME):
+    for folder in checkpoint_folders(run):
         try:
-            checkpoint = manifest.read(path.parent).get("branched_from")
+            checkpoint = manifest.read(folder).get("branched_from")
         except TitanError:
             continue  # damaged: whoever resumes from it reports that
         if isinstance(checkpoint, str):

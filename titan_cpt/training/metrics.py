@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from titan_cpt.common.metrics_file import FILE_NAME, Metrics, losses_before, open_record, read_metrics
+from titan_cpt.common.metrics_file import Metrics, losses_before, open_record, read_metrics
+from titan_cpt.common.run_folder import METRICS_FILE
 
 # Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
 _CUDA_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -69,7 +70,7 @@ class MetricsLog:
         peak_flops: float,
         stages: Sequence[str] = (),
     ) -> None:
-        self._record = open_record(run / FILE_NAME) if writing else None
+        self._record = open_record(run / METRICS_FILE) if writing else None
         self._unwritten = b""
         self.trouble = ""
         """Why lines wait in memory for room on the disk; empty while all is well."""
@@ -186,7 +187,7 @@ class MetricsLog:
             self.secure()
         except OSError as error:
             self.trouble = (
-                f"{FILE_NAME} cannot be written: {error.strerror}; {len(self._unwritten)} bytes wait in memory"
+                f"{METRICS_FILE} cannot be written: {error.strerror}; {len(self._unwritten)} bytes wait in memory"
             )
 
     def secure(self) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from titan_cpt.common.run_folder import PROFILE_FOLDER, step_name
+
 _WARMUP_STEPS = 2  # the profiler's own first steps are slow; these are recorded and thrown away
 
 
@@ -44,7 +46,7 @@ class Profiler:
     def step(self, stage: str, steps_done: int) -> None:
         """Say that a step of the stage has ended."""
         if self._profile is not None:
-            self._of = f"{stage}-step-{steps_done:08d}"
+            self._of = f"{stage}-{step_name(steps_done)}"
             self._profile.step()
 
     def close(self) -> None:
@@ -55,7 +57,7 @@ class Profiler:
             self._profile = None
 
     def _write(self, recorded: profile) -> None:
-        path = self._run / "profile" / self._of / f"rank-{self._rank:05d}.json.gz"
+        path = self._run / PROFILE_FOLDER / self._of / f"rank-{self._rank:05d}.json.gz"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))

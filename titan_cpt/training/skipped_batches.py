@@ -14,9 +14,8 @@ from typing import Any
 
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import matching, read_text
+from titan_cpt.common.run_folder import SKIPPED_FILE
 from titan_cpt.errors import CheckpointError
-
-NAME = "skipped.json"
 
 
 class Skips:
@@ -34,7 +33,7 @@ class Skips:
     def __init__(self, run: Path, *, writing: bool) -> None:
         self._run, self._writing = run, writing
         self._known: dict[str, dict[int, Any]] = {}
-        for path in matching(run, "*", NAME):
+        for path in matching(run, "*", SKIPPED_FILE):
             self._known[path.parent.name] = _read(path)
 
     def recall(self, recorded: Any) -> None:
@@ -51,7 +50,9 @@ class Skips:
         if self._writing:
             folder = self._run / stage
             folder.mkdir(exist_ok=True)
-            write_text_atomically(folder / NAME, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1))
+            write_text_atomically(
+                folder / SKIPPED_FILE, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1)
+            )
 
     def holds(self, stage: str, step: int) -> bool:
         """Whether the batch is passed over."""

@@ -22,7 +22,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.checkpoint.manager import CheckpointManager, load_state
 from titan_cpt.checkpoint.storage import read_index
-from titan_cpt.common.run_folder import INTERVAL
+from titan_cpt.common.run_folder import INTERVAL, MANIFEST_FILE
 from titan_cpt.errors import CheckpointError
 from titan_cpt.training.optimizer import build_adamw
 
@@ -59,7 +59,7 @@ def saved(run):
 
 def seal_again(folder):
     """A manifest that fits the files as they are now: its maker is not to be trusted."""
-    record = json.loads((folder / manifest.NAME).read_text())
+    record = json.loads((folder / MANIFEST_FILE).read_text())
     manifest.write(folder, {key: value for key, value in record.items() if key not in ("files", "format")})
 
 
@@ -82,7 +82,7 @@ def test_checksums_made_while_writing_are_those_of_the_files(tmp_path):
     """And no file is there that the manifest does not list."""
     folder, _ = saved(tmp_path)
     listed = manifest.read(folder)["files"]
-    there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != manifest.NAME}
+    there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST_FILE}
 
     assert {name: file["xxh3_128"] for name, file in listed.items()} == {
         name: xxhash.xxh3_128(content).hexdigest() for name, content in there.items()

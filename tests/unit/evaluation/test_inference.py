@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.cli import main
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.evaluation.generate import Sampling, _choose, generate
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
 
     with pytest.raises(CheckpointError, match="changed since it was saved"):
         opened.opened(checkpoint)
-    with pytest.raises(CheckpointError, match=manifest.NAME):
+    with pytest.raises(CheckpointError, match=MANIFEST_FILE):
         stage_ends(tmp_path)
     with pytest.raises(SystemExit) as left:
         main(["generate", str(tmp_path), "--prompt", "a"])
