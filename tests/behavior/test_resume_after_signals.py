@@ -12,7 +12,7 @@ import training
 from training import Process, train
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.config.load import tomllib
+from titan_cpt.config.toml_files import parse_toml
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -89,7 +89,7 @@ def test_a_signal_while_data_is_prepared_stops_the_run_at_once_and_keeps_the_par
     """It came between two steps only, which a preparation of hours does not have; Slurm then killed it without a 75."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"text {number} " * 9}) + "\n" for number in range(300)))
-    raw = tomllib.loads(config.read_text())
+    raw = parse_toml(config.read_text())
     language = list(raw["datasets"])[1]
     table = {**raw["datasets"][language], "train": str(tmp_path / "prepared"), "source": {"text": str(text)}}
     training.write_config(training.changed(raw, datasets={**raw["datasets"], language: table}), config)
