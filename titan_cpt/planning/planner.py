@@ -312,7 +312,7 @@ class _Planner:
                     f"{where}: {name!r} was never trained on by these weights: it is new data, not replay"
                 )
 
-    def _check_replay_lasts(self, plan: StagePlan, stage: Stage) -> None:
+    def _check_replay_lasts(self, plan: StagePlan, stage: StageConfig) -> None:
         for leaf, count in leaf_counts(plan.tree, plan.steps * self.batch).items():
             if not leaf.replayed or leaf.seen is None or leaf.first + count <= leaf.seen:
                 continue

@@ -94,7 +94,7 @@ def is_complete(config: Config) -> bool:
     return tokens and (config.tokenizer.train is None or is_there(Path(config.tokenizer.path)))
 
 
-def _lacks(dataset: Dataset, force: bool) -> bool:
+def _lacks(dataset: DatasetConfig, force: bool) -> bool:
     return force or bool(missing_prefixes(dataset.train or ())) or bool(missing_prefixes(dataset.validation or ()))
 
 
