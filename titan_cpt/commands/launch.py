@@ -29,8 +29,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
-from titan_cpt.cli import make_parser
-from titan_cpt.commands.arguments import overrides_in
+from titan_cpt.commands.arguments import parse_overrides
+from titan_cpt.commands.train import add_train
 from titan_cpt.common.exit_status import leave
 from titan_cpt.config.load import load_run
 from titan_cpt.data.inventory import take_inventory
@@ -135,8 +135,10 @@ def check_training(arguments: Sequence[str], *, world_size: int) -> None:
     Raises:
         TitanError: the user's mistake.
     """
-    options, rest = make_parser().parse_known_args(arguments)
-    config = load_run(options.config, overrides_in(rest))
+    parser = argparse.ArgumentParser(prog="titan-cpt")
+    add_train(parser.add_subparsers(required=True, metavar="COMMAND"))
+    options, unknown = parser.parse_known_args(arguments)
+    config = load_run(options.config, parse_overrides(unknown))
     if is_complete(config):
         make_plan(config, take_inventory(config), world_size)
 

@@ -168,7 +168,7 @@ def test_lr_at_is_asked_by_t(plan, one_stage):
 
 def test_recipe_is_asked_by_stage_and_step(plan, two_stages):
     """[[source, ordinal], ...] of the 0-based batch: the fourth has the 15 to 19th replayed of five a batch."""
-    recipe = plan(two_stages, "--recipe", "second", "3")["recipe"]
+    recipe = plan(two_stages, "--batch", "second", "3")["batch"]
 
     assert len(recipe) == 20
     assert [ordinal for source, ordinal in recipe if source == "pile"] == [15, 16, 17, 18, 19]
@@ -216,7 +216,7 @@ def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
         (("--recipe", "second", "x"), "a 0-based step is a whole number, got 'x'"),
         (("--world-size", "0"), "must be 1 or more, got 0"),
         (("--world-size", "many"), "--world-size"),
-        (("--lr-at", "1,-2"), "steps are not negative, got 1,-2"),
+        (("--lr-at", "1,-2"), "steps must be 0 or more, got 1,-2"),
         (("--lr-at", "x"), "--lr-at"),
         (("--model.size", "huge"), "model.size: unknown size 'huge'"),
         (("--tokenizer.path", "data"), "data"),

@@ -149,7 +149,7 @@ def test_the_page_holds_everything_and_fetches_nothing(write_run, capsys):
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", text)
 
     assert status == 0
-    assert f"the page: {page}" in capsys.readouterr().out
+    assert f"HTML page: {page}" in capsys.readouterr().out
     assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:|#)""", text)
     assert not re.findall(r"https?://", re.sub(r"base64,[A-Za-z0-9+/=]*", "", text))
     for number in ("5.1000", "3.2000", "4.1500", "+1.1000", "0.50x", "1.00x", "500 (5.0%)", "0.50", "torch 2.13.0"):

@@ -1,0 +1,37 @@
+"""`titan-cpt baselines`: write the configs of the runs to compare a config with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option
+from titan_cpt.commands.sweep import add_launch_option, run_sweep
+
+
+def add_baselines(subparsers: Subparsers) -> None:
+    """The options of `baselines`."""
+    summary = "write baseline configs to compare with: joint training, no replay, constant LR, ..."
+    baselines = add_command(subparsers, "baselines", _run, summary, takes_overrides=True)
+    add_config_option(baselines)
+    baselines.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for the TOML files (default: below job.output_dir)"
+    )
+    baselines.add_argument("--run", action="store_true", dest="train", help="train the config and all baselines")
+    add_launch_option(baselines)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from titan_cpt.config.load import load_run
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.planning.parallel import min_world_size
+    from titan_cpt.planning.planner import make_plan
+    from titan_cpt.runs.baselines import write_baselines
+
+    config = load_run(options.config, options.overrides)
+    plan = make_plan(config, take_inventory(config), min_world_size(config))
+    paths = write_baselines(config, plan, options.output)
+    if options.train:
+        return run_sweep(paths, [], launch=options.launch)
+    print(f"titan-cpt sweep {paths[0].parent}/*.toml   # trains the config and its baselines, shared stages once")
+    return 0

@@ -1,0 +1,103 @@
+"""`titan-cpt plan`: print what a config will train, before any device is used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, positive_int, step_list
+from titan_cpt.errors import PlanError
+
+if TYPE_CHECKING:
+    from titan_cpt.config.schema import Config
+    from titan_cpt.planning.plan import Plan
+
+
+def add_plan(subparsers: Subparsers) -> None:
+    """The options of `plan`."""
+    summary = "print steps, tokens, LR, memory and compute of a config; needs no device"
+    plan = add_command(subparsers, "plan", _run, summary, takes_overrides=True)
+    add_config_option(plan)
+    plan.add_argument("--device-memory", metavar="SIZE", help="check that a rank's memory fits, such as 80GiB")
+    plan.add_argument(
+        "--check-layout", action="store_true", help="build the sharded model on the meta device, compare its size"
+    )
+    plan.add_argument("--suggest", action="store_true", help="list layouts for --world-size and --device-memory")
+    plan.add_argument(
+        "--world-size", type=positive_int, metavar="N", help="number of ranks (default: the fewest possible)"
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--lr-at", type=step_list, default=(), metavar="T,...", help="add the LR of 1-based steps (JSON)")
+    batch_help = "add the sequences of the global batch of a 0-based step (JSON)"
+    plan.add_argument("--batch", nargs=2, metavar=("STAGE", "STEP"), help=batch_help)
+    plan.add_argument("--recipe", nargs=2, help=argparse.SUPPRESS)  # old name of --batch
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
+    from titan_cpt.common.numbers import parse_bytes
+    from titan_cpt.config.load import load_config
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.planning.parallel import min_world_size
+    from titan_cpt.planning.planner import make_plan
+
+    config = load_config(options.config, options.overrides)
+    device_bytes = parse_bytes(options.device_memory, option="--device-memory") if options.device_memory else None
+    world_size = options.world_size or min_world_size(config)
+    if options.suggest:
+        return _suggest(config, world_size, device_bytes, as_json=options.json)
+    inventory = take_inventory(config)
+    plan = make_plan(
+        config, replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config))), world_size
+    )
+    if options.json or options.lr_at or options.batch or options.recipe:
+        print(json.dumps(_as_json(plan, options, device_bytes)))
+    else:
+        from titan_cpt.common.console import make_console
+        from titan_cpt.planning.plan_text import print_plan
+
+        print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
+    if options.check_layout:
+        from titan_cpt.training.build import parallel_options
+        from titan_cpt.training.dry_run import check_layout  # imports torch; the plan itself does not
+
+        for line in check_layout(plan, parallel_options(config)):
+            print(line, file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _as_json(plan: Plan, options: argparse.Namespace, device_bytes: int | None) -> dict[str, object]:
+    from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
+
+    answer: dict[str, object] = plan_as_json(plan, device_bytes)
+    if options.lr_at:
+        answer["lr_at"] = lr_as_json(plan, options.lr_at)
+    for key, stage_and_step in (("batch", options.batch), ("recipe", options.recipe)):
+        if stage_and_step:
+            answer[key] = batch_as_json(plan, *stage_and_step)
+    return answer
+
+
+def _suggest(config: Config, world_size: int, device_bytes: int | None, *, as_json: bool) -> int:
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.planning.suggest import assumed, device_of, suggestions
+
+    if device_bytes is None:
+        raise PlanError("--suggest needs the memory of the device: add --device-memory, such as 80GiB")
+    found = suggestions(config, take_inventory(config), world_size, device_bytes)
+    if as_json:
+        lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
+        print(json.dumps({"assumed": assumed(device_of(device_bytes)), "suggestions": lines}))
+        return 0
+    print(f"{len(found)} layouts of {world_size} ranks fit, fastest estimated step first")
+    print(assumed(device_of(device_bytes)))
+    for place, suggestion in enumerate(found[:5], 1):
+        overrides = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
+        print(f"{place}. {suggestion.plan.parallel_dims.describe()}: {suggestion.step_s:.2f} s a step")
+        print(f"   {suggestion.reason}")
+        print(f"   {overrides}")
+    return 0

@@ -1,0 +1,111 @@
+"""`titan-cpt prepare`: tokenize text into token files, and train tokenizers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from titan_cpt.commands.arguments import Subparsers, add_command, positive_int, refuse_unknown
+from titan_cpt.errors import ConfigError
+
+_BYTES_NOTE = (
+    "note: no --tokenizer was given: every byte becomes a token (bytes, 257 ids), several times as many as with a "
+    "trained tokenizer; `--tokenizer bytes` states that this is meant"
+)
+
+
+def add_prepare(subparsers: Subparsers) -> None:
+    """The options of `prepare`."""
+    summary = "tokenize text into token files (.bin and .idx), or train a tokenizer"
+    prepare = add_command(subparsers, "prepare", _run, summary, takes_overrides=True)
+    prepare.add_argument(
+        "--config", type=Path, metavar="FILE", help="prepare the datasets of this config that are missing"
+    )
+    prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
+    prepare.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    prepare.add_argument("--tokenizer", metavar="bytes|PATH", help="default: bytes, one token per byte")
+    prepare.add_argument(
+        "--text-field", default="text", metavar="NAME", help="field that holds a document's text (default: text)"
+    )
+    prepare.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="fraction of the documents written to PREFIX-validation (default: 0)",
+    )
+    prepare.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+    )
+    prepare.add_argument("--force", action="store_true", help="replace an output that was made with other options")
+    prepare.add_argument(
+        "--add-bos", action="store_true", help="begin each document with the begin-of-document token (BOS)"
+    )
+    prepare.add_argument(
+        "--train-tokenizer",
+        type=positive_int,
+        metavar="ENTRIES",
+        help="train a byte-level BPE of this vocabulary size on --input and write it to --output",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    if (options.config is None) == (options.input is None):
+        raise ConfigError("command line: prepare takes either --config FILE or --input FILE... --output PREFIX")
+    if options.add_bos and (options.config is not None or options.train_tokenizer):
+        raise ConfigError(
+            "command line: --add-bos goes with --input FILE... --output PREFIX; with --config write tokenizer.add_bos "
+            "= true into the file, or give --tokenizer.add_bos true"
+        )
+    if options.config is not None:
+        return _prepare_datasets_of_config(options)
+    refuse_unknown([f"--{key}" for key, _ in options.overrides])
+    if options.output is None:
+        raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
+    return _train_tokenizer(options) if options.train_tokenizer else _prepare_files(options)
+
+
+def _prepare_datasets_of_config(options: argparse.Namespace) -> int:
+    from titan_cpt.config.load import load_config
+    from titan_cpt.data.prepare.prepare_missing import prepare_missing_data
+
+    config = load_config(options.config, options.overrides)
+    if not prepare_missing_data(config, workers=options.workers, force=options.force):
+        print(f"{options.config}: every dataset with a source is already prepared; nothing was changed")
+    return 0
+
+
+def _train_tokenizer(options: argparse.Namespace) -> int:
+    from titan_cpt.data.prepare.prepare_missing import train_tokenizer
+
+    if options.output.endswith(os.sep):
+        raise ConfigError(f"command line: --output {options.output} is a folder: name the file, such as tokenizer.json")
+    written = train_tokenizer(
+        options.input, options.text_field, options.train_tokenizer, Path(options.output), force=options.force
+    )
+    unchanged = "" if written else "exists already, nothing was changed: "
+    print(f"{options.output}: {unchanged}a byte-level BPE of {options.train_tokenizer:,} entries")
+    return 0
+
+
+def _prepare_files(options: argparse.Namespace) -> int:
+    from titan_cpt.data.prepare.outputs import prefix_to_write
+    from titan_cpt.data.prepare.prepare import prepare
+
+    output = prefix_to_write(options.output)
+    if options.tokenizer is None:
+        print(_BYTES_NOTE, file=sys.stderr, flush=True)
+    result = prepare(
+        inputs=options.input,
+        output=output,
+        tokenizer=options.tokenizer or "bytes",
+        text_field=options.text_field,
+        holdout=options.holdout,
+        workers=options.workers,
+        force=options.force,
+        add_bos=options.add_bos,
+    )
+    print(result.summary)
+    return 0

@@ -1,0 +1,42 @@
+"""`titan-cpt report`: compare the losses, forgetting and adaptation of runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from titan_cpt.commands.arguments import Subparsers, add_command
+from titan_cpt.errors import DataError
+
+
+def add_report(subparsers: Subparsers) -> None:
+    """The options of `report`."""
+    summary = "print validation losses, forgetting and adaptation of runs, as tables or as an HTML page"
+    report = add_command(subparsers, "report", _run, summary)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
+    report.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FOLDER",
+        help="write index.html and its figures (PNG) into this folder (default: report/ in or beside the run folders)",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from titan_cpt.common.console import make_console
+    from titan_cpt.reporting.comparison import print_runs
+    from titan_cpt.reporting.summary import read_runs
+
+    unread: list[str] = []
+    records = read_runs(options.runs, unread.append)
+    print_runs(records, make_console())
+    if options.html is not None and records:
+        from titan_cpt.reporting.html_page import default_folder, write_page
+
+        out = default_folder([record.folder for record in records]) if options.html == Path() else options.html
+        print(f"HTML page: {write_page(records, out)}")
+    if unread:
+        raise DataError("\n  ".join(unread))
+    return 0

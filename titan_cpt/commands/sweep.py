@@ -1,0 +1,86 @@
+"""`titan-cpt sweep`: train the runs of `[sweep]` files, one after another or as a Slurm array."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from titan_cpt.commands.arguments import Subparsers, add_command
+from titan_cpt.errors import PlanError
+
+
+def add_sweep(subparsers: Subparsers) -> None:
+    """The options of `sweep`."""
+    summary = "train the runs of [sweep] files; stages that several runs share are trained once"
+    sweep = add_command(subparsers, "sweep", _run, summary, takes_overrides=True)
+    sweep.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="TOML files; one without [sweep] is a single run"
+    )
+    sweep.add_argument(
+        "--index",
+        type=int,
+        metavar="N",
+        help="train only run N, counted from 0 (default: SLURM_ARRAY_TASK_ID, else all runs)",
+    )
+    sweep.add_argument("--arm", type=int, dest="index", help=argparse.SUPPRESS)  # old name of --index
+    sweep.add_argument("--plan", action="store_true", help="list the runs with their steps, tokens and compute")
+    sweep.add_argument("--prepare-only", action="store_true", help="write the run folders; does not train")
+    add_launch_option(sweep)
+
+
+def add_launch_option(parser: argparse.ArgumentParser) -> None:
+    """`--launch COMMAND`, for each run's processes."""
+    parser.add_argument(
+        "--launch",
+        metavar="COMMAND",
+        help="command that trains each run, such as ./run_train.sh (default: one process)",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.plan:
+        from titan_cpt.common.console import make_console
+        from titan_cpt.runs.sweep import print_sweep_plan
+
+        print_sweep_plan(options.files, options.overrides, make_console())
+        return 0
+    index = options.index
+    if index is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        index = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    return run_sweep(
+        options.files, options.overrides, launch=options.launch, only=index, train=not options.prepare_only
+    )
+
+
+def run_sweep(
+    files: Sequence[Path],
+    overrides: Sequence[tuple[str, str]],
+    *,
+    launch: str | None,
+    only: int | None = None,
+    train: bool = True,
+) -> int:
+    """Train the runs of the files and print a table of how each ended; returns the exit status.
+
+    Args:
+        launch: shell words of the command that trains a run; None for one process.
+        only: index of the one run to train; None for all.
+        train: False writes the run folders only.
+
+    Raises:
+        PlanError: this process was started by torchrun.
+    """
+    from titan_cpt.common.console import make_console
+    from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, train_sweep_runs
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise PlanError(
+            "sweep was started by torchrun: start it without; --launch ./run_train.sh starts each run's processes"
+        )
+    command = shlex.split(launch) if launch else TRAIN
+    outcomes = train_sweep_runs(files, overrides, only=only, launch=command, train=train)
+    print_outcomes(outcomes, make_console())
+    return exit_status(outcomes)

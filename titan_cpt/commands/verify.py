@@ -1,0 +1,23 @@
+"""`titan-cpt verify`: check a checkpoint's files against its manifest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from titan_cpt.commands.arguments import Subparsers, add_command
+
+
+def add_verify(subparsers: Subparsers) -> None:
+    """The options of `verify`."""
+    verify = add_command(subparsers, "verify", _run, "check a checkpoint's manifest, file sizes and checksums")
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from titan_cpt.checkpoint.manifest import verify
+
+    manifest = verify(options.checkpoint)
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    print(f"{options.checkpoint}: good, {len(manifest['files'])} files, {size:,} bytes, plan {manifest['fingerprint']}")
+    return 0
