@@ -44,14 +44,11 @@ NOT_YET_PAGES = {
     "docs/decisions/0006-checkpoint-files.md",
     "docs/glossary.md",
     "docs/parallelism.md",
-    "docs/performance.md",
     "docs/quickstart.md",
     "docs/reading_order.md",
-    "docs/reliability.md",
     "docs/reproduction.md",
     "docs/reproduction/full.md",
     "docs/reproduction/quick.md",
-    "docs/slurm.md",
 }
 BANNED = {  # what is never written: what is written instead
     r"told|tells? of": "logged, printed, passed, given",
