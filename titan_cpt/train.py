@@ -19,6 +19,7 @@ import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint, load_state
 from titan_cpt.common.console import make_console
+from titan_cpt.common.exit_status import STOPPED_EARLY
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, SUMMARY_FILE, locked
 from titan_cpt.common.signals import StopRequest
@@ -56,7 +57,6 @@ _THEIR_WARNINGS = (
     "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that go on in place, which ours do not
 )
 
-STOPPED_EARLY = 75  # a queue may start the same command again
 SLOW_SAVE_S = 10.0
 
 

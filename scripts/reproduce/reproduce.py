@@ -104,7 +104,7 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
     arms = read_sweep_runs(files)
     broken = [arm for arm in arms if not isinstance(arm, SweepRun)]
     if broken:
-        raise SystemExit(f"{broken[0].name}: {broken[0].fault}")
+        raise SystemExit(f"{broken[0].name}: {broken[0].problem}")
     waiting = in_turn([(number, arm) for number, arm in enumerate(arms) if not has_result(arm, results)])
     print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them done", flush=True)
 

@@ -27,7 +27,6 @@ NOT_YET = {
     "reporting",
     "training",
     "train",
-    "runs",
     "commands",
     "cli",
 }
@@ -68,6 +67,7 @@ BANNED = {  # what is never written: what is written instead
     r"whoever": "the caller, the user",
     r"is said": "(an actor who says it)",
 }
+PUBLIC = ("--arm", "arm.toml", "alone-")  # flags and file names that users have, and that keep their spelling
 BANNED_IN_NAMES = {"told", "asked", "arm", "arms", "parallelise", "materialise", "summarise", "initialise"}
 PATTERN = re.compile(r"\b(" + "|".join(BANNED) + r")\b", re.IGNORECASE)
 
@@ -109,6 +109,11 @@ def words_of(name):
     return {word.lower() for part in name.split("_") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", part)}
 
 
+def without_public_names(text):
+    """The text without the names in PUBLIC."""
+    return re.sub("|".join(map(re.escape, PUBLIC)), "", text)
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if package(name) not in NOT_YET])
 def test_texts_are_in_the_language_of_the_field(name):
     """Docstrings, messages, help texts and comments; BANNED says what to write instead."""
@@ -120,7 +125,7 @@ def test_texts_are_in_the_language_of_the_field(name):
     found = [
         f"{FILES[name]}:{line}: {match[0]!r}"
         for line, text in [*texts(TREES[name]), *comments]
-        for match in PATTERN.finditer(text)
+        for match in PATTERN.finditer(without_public_names(text))
     ]
 
     assert found == []

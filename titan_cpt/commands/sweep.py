@@ -43,7 +43,7 @@ def add_launch_option(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.plan:
         from titan_cpt.common.console import make_console
-        from titan_cpt.runs.sweep import print_sweep_plan
+        from titan_cpt.runs.sweep_table import print_sweep_plan
 
         print_sweep_plan(options.files, options.overrides, make_console())
         return 0
@@ -74,7 +74,8 @@ def run_sweep(
         PlanError: this process was started by torchrun.
     """
     from titan_cpt.common.console import make_console
-    from titan_cpt.runs.sweep import TRAIN, exit_status, print_outcomes, train_sweep_runs
+    from titan_cpt.runs.sweep import TRAIN, exit_status, train_sweep_runs
+    from titan_cpt.runs.sweep_table import print_outcomes
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise PlanError(

@@ -1,7 +1,8 @@
-"""The comparison runs of a config, derived from it alone: what the paper holds continual pre-training against.
+"""Baseline runs to compare a config with, derived from the config: joint training, no replay, constant LR, and more.
 
-Each differs from the config in the one thing that its name says, and has its compute: the union the sum of all stages,
-every other run the steps of the stages that it keeps. Source: Ibrahim et al. 2024, sections 5 and 6.
+Each baseline changes one thing, named by its name, and has the same compute: the union trains for the sum of all
+stages, every other baseline for the steps of the stages that it keeps. Source: Ibrahim et al. 2024, arXiv:2403.08763,
+sections 5 and 6.
 """
 
 from __future__ import annotations
@@ -23,60 +24,66 @@ from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
-_SEAL = "# SHA-256 of what follows: "
+_CHECKSUM = "# SHA-256 of what follows: "
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One comparison run: its name, what it differs in, and its config."""
+    """One baseline run: its name, a description of what it changes, and its config."""
 
     name: str
-    what: str
+    description: str
     config: Config
 
 
-def write_baselines(config: Config, plan: Plan, folder: Path | None, say: Callable[[str], None] = print) -> list[Path]:
-    """Write the config itself, resolved, and a TOML for every comparison run that it allows; says what each is.
+def write_baselines(config: Config, plan: Plan, folder: Path | None, log: Callable[[str], None] = print) -> list[Path]:
+    """Write the resolved config and one TOML for each of its baselines, and log a line for each; returns their paths.
 
     Args:
-        folder: where they go; None for `<output_dir>/<job.name>-baselines/configs`.
+        folder: folder to write to; None for `<output_dir>/<job.name>-baselines/configs`.
 
     Raises:
-        ConfigError: there is nothing to compare with (the config has one stage that begins at random weights), or a
-            file would be replaced that this command did not write for this job.
+        ConfigError: there is no baseline (the config has a single stage, from random weights), or a file exists that
+            this command did not write for this job.
     """
     found = list(derive_baselines(config, plan))
     if not found:
         raise ConfigError(
-            f"{config.job.name}: one stage from random weights has no baselines; there must be a stage that goes on"
+            f"{config.job.name}: a single stage from random weights has no baselines; add a stage that continues it"
         )
     folder = folder or _runs_folder(config) / "configs"
-    texts, whats = dict[Path, str](), dict[Path, str]()
+    texts = dict[Path, str]()
+    descriptions = dict[Path, str]()
     for baseline in [Baseline("configured", "the run that the others are compared with", config), *found]:
-        about = f"# {config.job.name}, {baseline.what}; derived from its config by `titan-cpt baselines`.\n"
+        header = f"# {config.job.name}, {baseline.description}; derived from its config by `titan-cpt baselines`.\n"
         path = folder / f"{baseline.name}.toml"
-        whats[path] = baseline.what
-        texts[path] = _sealed(about, dump_config(baseline.config))
+        descriptions[path] = baseline.description
+        texts[path] = _with_checksum(header, dump_config(baseline.config))
     _require_own(texts, config.job.name)
     make_folder(folder)
     for path, text in texts.items():
         write_text_atomically(path, text)
-        say(f"{path}: {whats[path]}")
+        log(f"{path}: {descriptions[path]}")
     return list(texts)
 
 
-def _sealed(about: str, tables: str) -> str:
-    """A TOML that says what it is and holds its own checksum, so that one that was edited is recognized."""
-    return f"{about}{_SEAL}{hashlib.sha256(tables.encode()).hexdigest()[:32]}\n\n{tables}"
+def _with_checksum(header: str, tables: str) -> str:
+    """The TOML with a checksum of its tables in the header; an edited file no longer matches it."""
+    return f"{header}{_CHECKSUM}{hashlib.sha256(tables.encode()).hexdigest()[:32]}\n\n{tables}"
 
 
-def _is_same_config(path: Path, there: str, text: str) -> bool:
-    """Whether a file of a version without checksums, which may lack newer keys, means what would be written now."""
+def _is_same_config(path: Path, found: str, text: str) -> bool:
+    """Whether a file without a checksum, from an older version that had fewer keys, is the config to be written.
+
+    Args:
+        found: the file's content.
+        text: the content to be written.
+    """
     tables = text.partition("\n\n")[2]
-    if there.partition("\n\n")[2] == tables:
+    if found.partition("\n\n")[2] == tables:
         return True
-    if _SEAL in there or "\n#" in there:
-        return False  # a comment is someone's own
+    if _CHECKSUM in found or "\n#" in found:
+        return False  # a comment: somebody edited it
     try:
         return dump_config(load_config(path)) == tables
     except TitanError:
@@ -84,43 +91,47 @@ def _is_same_config(path: Path, there: str, text: str) -> bool:
 
 
 def _require_own(texts: Mapping[Path, str], job_name: str) -> None:
-    """Refuse to replace a file that `titan-cpt baselines` did not write for this job, or that was edited since.
+    """Check that every file to be written is absent, or was written by `titan-cpt baselines` for this job.
 
     Raises:
-        ConfigError: names every such file.
+        ConfigError: with the names of other files, and of those that were edited.
     """
     foreign = []
     for path, text in texts.items():
         try:
-            there = read_text(path)
+            found = read_text(path)
         except FileNotFoundError:
             continue
         except ValueError:
             if not os.path.lexists(path):
-                continue  # a name that cannot exist, such as one too long: writing it says why
-            there = ""
-        about, _, rest = there.partition("\n")
-        seal, _, tables = rest.partition("\n\n")
-        ours = about.startswith(f"# {job_name}, ") and seal.startswith(_SEAL) and there == _sealed(f"{about}\n", tables)
-        if not ours and not _is_same_config(path, there, text):
+                continue  # an impossible file name, such as one too long: the error comes when it is written
+            found = ""
+        header, _, rest = found.partition("\n")
+        checksum, _, tables = rest.partition("\n\n")
+        is_ours = (
+            header.startswith(f"# {job_name}, ")
+            and checksum.startswith(_CHECKSUM)
+            and found == _with_checksum(f"{header}\n", tables)
+        )
+        if not is_ours and not _is_same_config(path, found, text):
             foreign.append(path)
     if foreign:
         raise ConfigError(
             f"{', '.join(map(str, foreign))}: {'is' if len(foreign) == 1 else 'are'} not what `titan-cpt baselines` "
-            f"wrote for {job_name}, or edited since. Nothing was changed: rename or remove what is there, or give "
-            "another --output"
+            f"wrote for {job_name}, or edited since. Nothing was changed: rename or remove "
+            f"{'that file' if len(foreign) == 1 else 'those files'}, or choose another --output"
         )
 
 
 def derive_baselines(config: Config, plan: Plan) -> Iterator[Baseline]:
-    """Every comparison run that makes sense for the config, each once."""
+    """The baselines of a config; none if it is a single stage from random weights."""
     tables: _Tables = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     tables["job"]["output_dir"] = str(_runs_folder(config))
-    for name, what, stages, datasets in _runs(tables, plan):
+    for name, description, stages, datasets in _runs(tables, plan):
         raw = copy.deepcopy(tables)
         raw["job"]["name"] = name
         raw["stages"], raw["datasets"] = stages, {**raw["datasets"], **datasets}
-        yield Baseline(name, what, check_config(raw, Path(f"{name} of {config.job.name}")))
+        yield Baseline(name, description, check_config(raw, Path(f"{name} of {config.job.name}")))
 
 
 def _runs_folder(config: Config) -> Path:
@@ -128,35 +139,40 @@ def _runs_folder(config: Config) -> Path:
 
 
 def _runs(tables: _Tables, plan: Plan) -> Iterator[tuple[str, str, list[_Tables], _Tables]]:
-    """(name, what, stages, further datasets) of each run."""
+    """(name, description, [[stages]] tables, additional [datasets] tables) of each baseline."""
     stages: list[_Tables] = tables["stages"]
     later = [index for index, stage in enumerate(plan.stages) if stage.init != "random"]
     if not later:
         return
-    if plan.stages[0].init == "random":  # else nobody knows what the first weights were trained on
-        yield "union", "one model from scratch on all its data, for the sum of all steps", [_union(tables, plan)], {}
+    if plan.stages[0].init == "random":  # the data of released weights is not known
+        yield (
+            "union",
+            "joint training on all data from scratch, for the sum of all steps",
+            [_union(tables, plan)],
+            {},
+        )
         for index, stage in enumerate(plan.stages):
-            what = f"the data of stage {stage.name!r} alone, from scratch"
-            yield f"alone-{stage.name}", what, [_alone(tables, plan, index)], {}
+            description = f"only the data of stage {stage.name!r}, from scratch"
+            yield f"alone-{stage.name}", description, [_only_stage(tables, plan, index)], {}
     if any(stage.get("replay", {}).get("fraction") for stage in stages):
         without = [{key: value for key, value in stage.items() if key != "replay"} for stage in stages]
         yield "no-replay", "without replay", without, {}
-    for name, what, lr in (
-        ("constant-min", "staying at the LR that the stage before ended with", _lr_to_stay_at),
-        ("constant-max", "re-warmed to the stage's peak LR, and no decay", _lr_to_go_up_to),
+    for name, description, lr in (
+        ("constant-min", "constant LR, at the last value of the stage before", _constant_min),
+        ("constant-max", "re-warmed to the stage's peak LR, then constant", _constant_max),
     ):
         changed = [
             {**stage, "lr": lr(plan, index, stage["lr"])} if index in later else stage
             for index, stage in enumerate(stages)
         ]
-        yield name, what, changed, {}
+        yield name, description, changed, {}
     sequences, datasets = _domain_after_domain(tables, plan, later)
     if datasets:
         yield "domain-after-domain", "domains one after another instead of mixed", sequences, datasets
 
 
 def _union(tables: _Tables, plan: Plan) -> _Tables:
-    """Weights are the steps in which a dataset is new: its tokens, were nothing replayed."""
+    """One stage on all datasets, each weighted by the steps in which it is new (its tokens, if nothing is replayed)."""
     weights: dict[str, float] = {}
     for stage, planned in zip(tables["stages"], plan.stages, strict=True):
         mix = stage["dataset"] if isinstance(stage["dataset"], dict) else {stage["dataset"]: 1.0}
@@ -167,8 +183,8 @@ def _union(tables: _Tables, plan: Plan) -> _Tables:
     return {**_from_scratch(tables["stages"][0]), "name": "union", "dataset": dataset, "steps": steps}
 
 
-def _alone(tables: _Tables, plan: Plan, index: int) -> _Tables:
-    """The first stage's schedule, which is one for random weights, over this stage's data and steps."""
+def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
+    """This stage's data and steps from random weights, with the first stage's schedule, which is meant for them."""
     stage = tables["stages"][index]
     if index == 0:
         return dict(stage)
@@ -184,24 +200,27 @@ def _from_scratch(first: _Tables) -> _Tables:
     return {key: value for key, value in first.items() if key not in ("tokens", "steps", "replay")}
 
 
-def _lr_to_stay_at(plan: Plan, index: int, _lr: _Tables) -> _Tables:
+def _constant_min(plan: Plan, index: int, _lr: _Tables) -> _Tables:
     return {"schedule": "constant", "max": _lr_before(plan, plan.stages[index])}
 
 
 def _lr_before(plan: Plan, stage: StagePlan) -> float:
-    """The LR at which the stage's weights were left; its own last one where they come from elsewhere."""
+    """The last LR of the step before the stage; the stage's own last LR if its weights were not trained in this run."""
     if isinstance(stage.init, StageCheckpoint):
         return plan.stage(stage.init.stage).lr_at(max(stage.init.steps_done - 1, 0))
     return stage.lr_at(stage.steps - 1)
 
 
-def _lr_to_go_up_to(plan: Plan, index: int, lr: _Tables) -> _Tables:
+def _constant_max(plan: Plan, index: int, lr: _Tables) -> _Tables:
     peak = lr["constant"] if lr.get("max") is None else lr["max"]
     return {"schedule": "constant", "max": peak, "warmup_until": lr.get("warmup_until", 0.01)}
 
 
 def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple[list[_Tables], _Tables]:
-    """Stages, and the domains as datasets of their own; the dataset stays, to be measured on and not trained on."""
+    """[[stages]] that train one domain after another, and the [datasets] of these domains.
+
+    The dataset with all its domains stays in the config for validation.
+    """
     stages: list[_Tables] = []
     datasets: _Tables = {}
     for index, stage in enumerate(tables["stages"]):
@@ -217,7 +236,10 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
             ends.append(round(plan.stages[index].steps * done / total))
         for (domain, table), (begin, end) in zip(domains.items(), pairwise(ends), strict=True):
             if end == begin:
-                raise ConfigError(f"datasets.{name}.domains.{domain}: its weight comes to less than a step of its own")
+                raise ConfigError(
+                    f"datasets.{name}.domains.{domain}: its weight gives less than one step: raise the weight or the "
+                    "stage's steps"
+                )
             datasets[f"{name}-{domain}"] = {key: value for key, value in table.items() if key != "weight"}
             own = {key: value for key, value in stage.items() if key not in ("tokens", "init")}
             stages.append({**own, "name": f"{stage['name']}-{domain}", "dataset": f"{name}-{domain}"})

@@ -1,14 +1,15 @@
-"""Baselines: each differs from the config in one thing, has its compute, and shares what the others have trained."""
+"""Baselines: each changes one thing of the config, has its compute, and shares stages with the others."""
 
 import pytest
 import training
+from sweeps import stages_trained_in, status_of
 
-from titan_cpt.cli import main
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.runs.baselines import derive_baselines
-from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs, shared_stages
+from titan_cpt.runs.shared_stages import count_shared_stages
+from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -17,12 +18,6 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 def raw(tmp_path):
     """English with an infinite schedule for 12 steps, then German for 10 with 25 % replay."""
     return training.two_stages(training.write_languages(tmp_path), tmp_path / "out")
-
-
-def status_of(*words):
-    with pytest.raises(SystemExit) as leaving:
-        main([str(word) for word in words])
-    return leaving.value.code
 
 
 def plans_of(raw, tmp_path):
@@ -55,7 +50,7 @@ def test_every_baseline_differs_in_what_its_name_says(raw, tmp_path):
     assert {use.replayed_tokens for use in bare[1].use_by_dataset.values()} == {0}
 
 
-def test_the_constant_baselines_stay_at_the_lr_before_and_at_the_peak(raw, tmp_path):
+def test_the_constant_baselines_have_the_last_lr_of_the_stage_before_and_the_peak(raw, tmp_path):
     """German begins before the annealing, at the constant 2e-3; after a cosine it would begin at its minimum, 3e-4."""
     infinite = plans_of(raw, tmp_path)
     raw["stages"][0]["lr"] = {"schedule": "cosine", "max": 3e-3}
@@ -69,7 +64,7 @@ def test_the_constant_baselines_stay_at_the_lr_before_and_at_the_peak(raw, tmp_p
 
 
 def test_domains_come_one_after_another_in_the_same_number_of_steps(raw, tmp_path):
-    """Weights 1 : 2 of 10 steps are 3 and 7; the mixed dataset is measured still; replay stays."""
+    """Weights 1 : 2 of 10 steps are 3 and 7; the mixed dataset is still validated on; replay stays."""
     parts = {name: {"train": str(tmp_path / "de"), "weight": weight} for name, weight in (("a", 1.0), ("b", 2.0))}
     raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
     plan = plans_of(raw, tmp_path)["domain-after-domain"]
@@ -80,7 +75,7 @@ def test_domains_come_one_after_another_in_the_same_number_of_steps(raw, tmp_pat
 
 
 def test_a_start_from_released_weights_has_no_union(raw, tmp_path):
-    """Nobody knows what to mix; what is left are the runs that start from the same weights."""
+    """Its data is not known; the other baselines start from the same weights."""
     raw["stages"] = [raw["stages"][1] | {"init": "hf:somewhere", "optimizer_state": "reset"}]
     raw["stages"][0]["replay"]["from"] = ["en"]
     plans = plans_of(raw, tmp_path)
@@ -89,8 +84,8 @@ def test_a_start_from_released_weights_has_no_union(raw, tmp_path):
     assert lrs(plans["constant-min"].stages[0]) == pytest.approx([2e-4] * 10)
 
 
-def test_one_stage_from_scratch_has_nothing_to_be_compared_with(raw, tmp_path, capsys):
-    """It is told, with status 2."""
+def test_a_single_stage_from_scratch_has_no_baselines(raw, tmp_path, capsys):
+    """The command says so, with status 2."""
     raw["stages"] = raw["stages"][:1]
     path = training.write_config(raw, tmp_path / "c.toml")
 
@@ -99,21 +94,21 @@ def test_one_stage_from_scratch_has_nothing_to_be_compared_with(raw, tmp_path, c
 
 
 def test_the_command_writes_files_that_a_sweep_trains_with_english_once(raw, tmp_path, capsys):
-    """Seven TOMLs; every run that begins with English shares it, the union and German alone share nothing.
+    """Seven TOMLs; every run that begins with English shares it, the union and German from scratch share nothing.
 
-    Trained, of two of them: the second adopts English from the first.
+    Of two of them that are trained, the second links the first one's English.
     """
     path = training.write_config(raw, tmp_path / "c.toml")
     status = status_of("baselines", "--config", path, "--job.seed", "5")
     said = capsys.readouterr().out
     files = sorted((tmp_path / "out" / "run-baselines" / "configs").glob("*.toml"))
-    arms = [arm for arm in read_sweep_runs(files) if isinstance(arm, SweepRun)]
-    shared = {arm.name: shared_stages(arm, arms) for arm in arms}
+    runs = [run for run in read_sweep_runs(files) if isinstance(run, SweepRun)]
+    shared = {run.name: count_shared_stages(run, runs) for run in runs}
     trained = status_of("sweep", files[0], files[4])  # alone-english and constant-min
 
     assert status == 0
     assert f"titan-cpt sweep {files[0].parent}/*.toml" in said
-    assert {arm.config.job.seed for arm in arms} == {5}
+    assert {run.config.job.seed for run in runs} == {5}
     assert shared == {
         "run": 1,
         "alone-english": 1,
@@ -124,11 +119,11 @@ def test_the_command_writes_files_that_a_sweep_trains_with_english_once(raw, tmp
         "union": 0,
     }
     assert trained == 0
-    assert [event["stage"] for event in training.events_of(arms[4].folder, "transition")] == ["german"]
+    assert stages_trained_in(runs[4].folder) == ["german"]
 
 
 def test_the_command_trains_all_of_them(raw, tmp_path, capsys):
-    """--run goes through the run itself and its six baselines, each with the command that --launch names."""
+    """--run trains the run itself and its six baselines, each with the --launch command."""
     path = training.write_config(raw, tmp_path / "c.toml")
     status = status_of("baselines", "--config", path, "--run", "--launch", "true")
     said = capsys.readouterr().out
@@ -139,7 +134,7 @@ def test_the_command_trains_all_of_them(raw, tmp_path, capsys):
 
 
 def test_the_command_replaces_only_what_it_wrote_for_this_job(raw, tmp_path, capsys):
-    """Its own file under another config is; one that was edited, of another job or of the user's is named and stays."""
+    """It replaces its own file of another config; an edited one, another job's and the user's are named and stay."""
     path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
     words = ("baselines", "--config", path, "--output", out)
     assert status_of(*words) == 0
@@ -164,7 +159,7 @@ def test_the_command_replaces_only_what_it_wrote_for_this_job(raw, tmp_path, cap
 
 
 def test_files_of_a_version_without_checksums_and_with_fewer_keys_are_its_own(raw, tmp_path, capsys):
-    """As commit 987a5cd wrote them: keys that are missing have their defaults. A comment in one is someone's own."""
+    """As commit 987a5cd wrote them: missing keys have their defaults. A comment shows that somebody edited the file."""
     path, out = training.write_config(raw, tmp_path / "c.toml"), tmp_path / "configs"
     words = ("baselines", "--config", path, "--output", out)
     assert status_of(*words) == 0

@@ -16,7 +16,8 @@ import fetch_novels  # noqa: E402
 import reproduce  # noqa: E402
 from verdicts import End, Part, claims, judge, verdict_of, verdict_on  # noqa: E402
 
-from titan_cpt.runs.sweep_runs import read_sweep_runs, shared_stages  # noqa: E402
+from titan_cpt.runs.shared_stages import count_shared_stages  # noqa: E402
+from titan_cpt.runs.sweep_runs import read_sweep_runs  # noqa: E402
 
 TOKENS_PER_SECOND = 16_000  # of one core, as docs/reproduction.md has it
 
@@ -108,7 +109,7 @@ def test_the_arms_fit_their_budget(sweeps, hours):
     arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
     own, shared = 0, {}
     for arm in arms:
-        count = shared_stages(arm, arms)
+        count = count_shared_stages(arm, arms)
         seconds = [stage.steps * arm.plan.step_tokens / TOKENS_PER_SECOND for stage in arm.plan.stages]
         own += sum(seconds[count:])
         if count:

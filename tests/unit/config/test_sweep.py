@@ -1,0 +1,60 @@
+"""The [sweep] table: its combinations of values, their names, and what is refused."""
+
+import pytest
+from sweeps import FRACTION
+
+from titan_cpt.config.sweep import point_names, points, sweep_faults
+
+
+def test_keys_are_crossed_and_the_last_one_changes_fastest():
+    """Two fractions by two seeds are four runs, however the keys are written."""
+    table = {"stages": {"german": {"replay": {"fraction": [0.0, 0.05]}}}, "job.seed": [1, 2]}
+
+    assert points(table) == [
+        {FRACTION: 0.0, "job.seed": 1},
+        {FRACTION: 0.0, "job.seed": 2},
+        {FRACTION: 0.05, "job.seed": 1},
+        {FRACTION: 0.05, "job.seed": 2},
+    ]
+    assert point_names(points(table)) == ["fraction-0_seed-1", "fraction-0_seed-2"] + [
+        f"fraction-0.05_seed-{seed}" for seed in (1, 2)
+    ]
+
+
+def test_zipped_keys_change_together_and_are_crossed_with_the_rest():
+    """Two seeds by two pairs of (max, min)."""
+    table = {"job.seed": [1, 2], "zip": {"stages.a.lr.max": [1e-3, 2e-3], "stages.a.lr.min": [1e-4, 3e-5]}}
+    found = [tuple(point.values()) for point in points(table)]
+
+    assert found == [(1, 1e-3, 1e-4), (1, 2e-3, 3e-5), (2, 1e-3, 1e-4), (2, 2e-3, 3e-5)]
+    assert point_names(points(table))[1] == "seed-1_max-0.002_min-3e-5"
+
+
+def test_names_distinguish_keys_of_two_stages_and_tables():
+    """A name has the shortest unique end of each key, and of tables the entries that differ; all names are unique."""
+    same_end = points({"stages.a.lr.max": [1e-3], "stages.b.lr.max": [1e-4, 2e-4]})
+    curves = [{"schedule": "constant", "max": 3e-5}, {"schedule": "cosine", "max": 3e-5, "min": 0.0}]
+    hidden = points({"job.description": ["a b", "a-b"]})
+
+    assert point_names(same_end)[0] == "a.lr.max-0.001_b.lr.max-0.0001"
+    assert point_names(points({"stages.a.lr": curves})) == ["lr-constant", "lr-cosine-0"]
+    assert point_names(hidden) == ["description-a-b", "description-a-b_1"]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"seed": [1]}, "sweep.seed: must be a dotted key"),
+        ({"job.seed": 1}, "sweep.job.seed: must be a list of values, not empty, got 1"),
+        ({"job.seed": []}, "sweep.job.seed: must be a list of values, not empty, got []"),
+        ({"job.seed": [1, 1]}, "sweep.job.seed: holds a value twice"),
+        ({"job.name": ["a"]}, "sweep.job.name: cannot be swept"),
+        ({"zip": {"a.b": [1, 2], "c.d": [1]}}, "sweep.zip: its lists go in step and must be equally long"),
+        ({"zip": {"a.b": [1, 1], "c.d": [1, 1]}}, "sweep.zip: two of its steps are the same"),
+        ({"zip": [1]}, "sweep.zip: must be a dotted key"),
+        ({"job.seed": [1], "job": {"seed": [2]}}, "sweep.job.seed: is given twice"),
+    ],
+)
+def test_an_invalid_sweep_table_is_refused(table, expected):
+    """The message has the key, what was found and what is allowed."""
+    assert [fault for fault in sweep_faults(table) if fault.startswith(expected)]
