@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from titan_cpt.checkpoint.manager import FoundCheckpoint, load_state
+from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.common.console import make_console
 from titan_cpt.common.exit_status import STOPPED_EARLY
 from titan_cpt.common.files import write_text_atomically

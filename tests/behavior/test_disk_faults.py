@@ -120,7 +120,7 @@ def test_a_point_that_later_stages_begin_from_and_cannot_be_saved_ends_the_run(
     last = training.train(config)
 
     assert stopped.status == 2, stopped.output
-    assert f"step-{before:08d} is whole" in " ".join(stopped.output.split())
+    assert f"step-{before:08d} is the newest complete checkpoint" in " ".join(stopped.output.split())
     assert "Traceback" not in stopped.output
     assert whole["steps_done"] == before
     assert there[-1] == f"english/step-{before:08d}"

@@ -137,7 +137,7 @@ KILLS = (
     Fault("titan_cpt.checkpoint.storage:ShardWriter.write_data", 1),  # in the first save, before a byte
     Fault("titan_cpt.checkpoint.manifest:write", 1),  # shards there, manifest not
     Fault("titan_cpt.training.validation:Validator._loss", 4),  # between the datasets of a measurement
-    Fault("titan_cpt.common.files:write_text_atomically", 3),  # all is hashed, the manifest has no name yet
+    Fault("titan_cpt.checkpoint.manifest:write_text_atomically", 3),  # all is hashed, the manifest has no name yet
     Fault("titan_cpt.train:write_summary", 1),  # the stage's end is reached, the next stage not begun
     Fault("titan_cpt.train:load_state", 1),  # on resume, or in the transition if the stage's end was sealed in time
     Fault("titan_cpt.train:train_step", 3),
@@ -464,7 +464,7 @@ def test_a_disk_that_is_full_ends_with_2_and_the_last_good_checkpoint_is_whole(e
 
     assert outcome.status == 2
     assert "german/step-00000008: cannot be written: " in outcome.output
-    assert f"{ended / 'german' / 'step-00000004'} is whole" in outcome.output
+    assert f"{ended / 'german' / 'step-00000004'} is the newest complete checkpoint" in outcome.output
     assert "Traceback" not in outcome.output
     assert whole["steps_done"] == 4
     assert "german/step-00000008" not in left

@@ -1,8 +1,9 @@
-"""Saving and loading weights and optimizer with torch.distributed.checkpoint (DCP), while training goes on.
+"""Saving and finding the checkpoints of a run: asynchronous checkpointing with torch.distributed.checkpoint (DCP).
 
-A checkpoint is the folder `<stage>/step-<8 digits>` with a manifest written last (manifest.py). DCP names tensors by
-the model's parameter names, so that a checkpoint is read under any layout of ranks. It holds tensors alone: every other
-number of the optimizer is the plan's.
+`CheckpointManager.save` writes a checkpoint: DCP's planner decides which rank writes which shard, storage.py writes the
+shards as safetensors, and the manifest is written last (manifest.py). A checkpoint is the folder
+`<stage>/step-<8 digits>`; without a manifest it does not exist. `load_state` in state_dict.py reads it back, under any
+parallelism degrees.
 """
 
 from __future__ import annotations
@@ -18,48 +19,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.optim import Optimizer
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.storage import ShardReader, ShardWriter
+from titan_cpt.checkpoint.state_dict import reason_of_failure, state_to_save
+from titan_cpt.checkpoint.storage import ShardWriter
 from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder, checkpoint_folders
-from titan_cpt.distributed.float8 import in_high_precision
 from titan_cpt.errors import AccessError, CheckpointError, TitanError
-
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A good checkpoint on disk."""
+    """A checkpoint on disk: its folder and its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
 
 
 class CheckpointManager:
-    """The checkpoints of one run: at most one is being written while training goes on.
+    """Writes, prunes and finds the checkpoints of one run. At most one is written at a time, in the background.
 
     Args:
         run: the run's folder.
-        keep_latest: interval checkpoints that are kept; stage ends and pre-anneal points always are.
-        keep_every: so are interval checkpoints at a multiple of so many steps of their stage.
-        asynchronous: write in a thread.
-        before: called on rank 0 before anything is written; an OSError from it is a save that failed.
-        on_saved: called from `poll` on rank 0 with the folder of each checkpoint that has come to exist.
-        on_failed: called with what is to be told of a save that failed.
+        keep_latest: number of interval checkpoints to keep; those at a stage's end or before annealing are always kept.
+        keep_every: also keep interval checkpoints whose step is a multiple of this number.
+        async_save: write in a background thread (asynchronous checkpointing); else `save` returns when all is written.
+        before_save: called on rank 0 before anything is written; an OSError from it makes the save fail.
+        on_saved: called from `poll` on rank 0 with the folder of each checkpoint that has been written.
+        on_failed: called with the error of a save that failed.
     """
 
     def __init__(
@@ -73,135 +63,147 @@ class CheckpointManager:
         before_save: Callable[[], None] = lambda: None,
         on_failed: Callable[[CheckpointError], None] = lambda error: None,
     ) -> None:
-        self.run, self.keep_latest, self.keep_every, self.async_save = run, keep_latest, keep_every, async_save
-        self.before_save, self.on_saved, self.on_failed = before_save, on_saved, on_failed
+        self.run = run
+        self.keep_latest = keep_latest
+        self.keep_every = keep_every
+        self.async_save = async_save
+        self.before_save = before_save
+        self.on_saved = on_saved
+        self.on_failed = on_failed
         self.waited_s = 0.0
-        """How long the last `save` waited for the one before it."""
+        """Seconds for which the last `save` waited for the save before it."""
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         # Collectives of the writing thread must not meet those of the training thread.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
-        # The copy that is written while training changes the state; its memory is asked for once, by the first save.
+        # Staging copies the state to host memory, from which it is written while training changes the original. The
+        # first save allocates that memory; later saves reuse it.
         self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
         self.misplaced: set[Path] = set()
-        """Checkpoints that `listed` and `newest_good` passed over: somebody copied, renamed or moved them."""
-        self._writing: _Writing | None = None
-        self._failed: CheckpointError | None = None  # of the last save, if it failed
-        self._needed = False  # whether the last save was of a point that later stages begin from
+        """Checkpoints that `listed` and `newest_valid` ignored because someone copied, renamed or moved them."""
+        self._pending: _PendingSave | None = None
+        self._failure: CheckpointError | None = None  # of the last save
+        self._must_succeed = False  # the last save was a stage's end or a pre-anneal point, which later stages load
 
     def save(
         self, model: nn.Module, optimizer: Optimizer, *, stage: str, steps_done: int, record: Mapping[str, Any]
     ) -> None:
-        """Begin a save of the state as it is now; an earlier one is waited for first.
+        """Start to save the current state, after any earlier save has ended; collective.
 
-        One that fails, now or in the background, is told, and the next one is a new attempt; but no run goes on past a
-        stage's end or a pre-anneal point that it could not save.
+        A save that fails, now or in the background, is reported through `on_failed`, and the next save tries again. A
+        failed save of a stage's end or a pre-anneal point stops the run: the next call raises.
 
         Args:
-            record: what the manifest holds beside the files: stage_index, kind, recipe, fingerprint, data, ...
+            record: the manifest without its list of files: stage_index, kind, recipe, fingerprint, data, ...
 
         Raises:
-            CheckpointError: the save before was one of those, and has failed.
+            CheckpointError: the previous save was at a stage's end or a pre-anneal point, and has failed.
         """
         began = time.perf_counter()
-        if self._needed:
+        if self._must_succeed:
             self.wait()
-        self._end()
-        self.waited_s, self._failed = time.perf_counter() - began, None
-        self._needed = record["kind"] != INTERVAL
+        self._finish_pending()
+        self.waited_s = time.perf_counter() - began
+        self._failure = None
+        self._must_succeed = record["kind"] != INTERVAL
         folder = checkpoint_folder(self.run, stage, steps_done)
         if self.rank == 0:
-            self._make_room(folder)
-        if self._has_failed():
+            self._prepare_folder(folder)
+        if self._failed_on_any_rank():
             return
-        state = {
-            "model": in_high_precision(get_model_state_dict(model)),
-            "optimizer": _tensors(_optimizer_state(model, optimizer)),
-        }
+        state = state_to_save(model, optimizer)
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = ShardWriter(folder)
         written = dcp_async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
-        assert isinstance(written, Future), "async_save with a stager that blocks answers with a future"
-        self._writing = _Writing(folder, written, record, writer, self.group)
+        assert isinstance(written, Future), "DCP's async_save returns a future when its stager blocks"
+        self._pending = _PendingSave(folder, written, record, writer, self.group)
         if not self.async_save:
-            self._end()
+            self._finish_pending()
 
     def poll(self, *, until_done: bool = False) -> None:
-        """Notice a save that has come to its end, well or not; call it now and then, or wait for that end."""
-        if self._writing is not None and (until_done or self._writing.done()):
-            self._end()
+        """Call `on_saved` or `on_failed` if a save has ended since the last call; `until_done` waits for its end."""
+        if self._pending is not None and (until_done or self._pending.done()):
+            self._finish_pending()
 
     def wait(self) -> None:
-        """Wait until nothing is being written; collective.
+        """Wait until the last save has been written; collective.
 
         Raises:
             CheckpointError: the last save has failed, on any rank.
         """
-        self._end()
-        if self._has_failed():
-            failed = self._failed or CheckpointError(f"{self.run}: rank 0 could not write the last checkpoint")
-            failed.on_every_rank = self.distributed
-            raise failed
+        self._finish_pending()
+        if self._failed_on_any_rank():
+            failure = self._failure or CheckpointError(f"{self.run}: rank 0 could not write the last checkpoint")
+            failure.on_every_rank = self.distributed
+            raise failure
 
-    def _make_room(self, folder: Path) -> None:
-        """The empty folder of a new checkpoint. The run's own is not made again: it may be mounted again later."""
+    def _prepare_folder(self, folder: Path) -> None:
+        """Create the empty folder of a new checkpoint.
+
+        The run's folder itself is not created again: it may be on a file system that is mounted again later.
+        """
         try:
             self.before_save()
             folder.parent.mkdir(exist_ok=True)
-            _require_no_other(folder)
+            _require_no_foreign_checkpoint(folder)
             manifest.make_room(folder)
         except OSError as error:
-            self._fail(folder, error)
+            self._report_failure(folder, error)
 
-    def _end(self) -> None:
-        """Wait for the save under way, and take note of how it went."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+    def _finish_pending(self) -> None:
+        """Wait for the pending save, report its result, and prune old checkpoints."""
+        pending = self._pending
+        self._pending = None
+        if pending is None:
             return
-        error = writing.join()
+        error = pending.join()
         if error is not None:
-            self._fail(writing.folder, error)
+            self._report_failure(pending.folder, error)
         elif self.rank == 0:
-            self.on_saved(writing.folder)
-            self._prune(writing.folder)
+            self.on_saved(pending.folder)
+            self._prune(pending.folder)
 
-    def _fail(self, folder: Path, error: BaseException) -> None:
-        self._failed = self._cannot_write(folder, error)
-        self.on_failed(self._failed)
+    def _report_failure(self, folder: Path, error: BaseException) -> None:
+        self._failure = self._write_error(folder, error)
+        self.on_failed(self._failure)
 
-    def _has_failed(self) -> bool:
-        """Whether the last save failed, as rank 0 has it, which knows of every rank's failure; collective."""
+    def _failed_on_any_rank(self) -> bool:
+        """Whether the last save failed on any rank; collective."""
         if not self.distributed:
-            return self._failed is not None
-        failed = torch.tensor(int(self._failed is not None))
+            return self._failure is not None
+        failed = torch.tensor(int(self._failure is not None))
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         return bool(failed.item())
 
     def _prune(self, written: Path) -> None:
-        """Keep the newest interval checkpoints and the one just written, which a damaged one may seem to follow."""
-        kept = [found for found in self.listed() if found.manifest["kind"] == INTERVAL]
-        for found in kept[self.keep_latest :]:
-            for_good = self.keep_every is not None and found.manifest["steps_done"] % self.keep_every == 0
-            if found.folder != written and not for_good:
+        """Remove interval checkpoints beyond keep_latest, except the one just written.
+
+        After a rollback behind a damaged checkpoint, the one just written is not the newest by step.
+        """
+        intervals = [found for found in self.listed() if found.manifest["kind"] == INTERVAL]
+        for found in intervals[self.keep_latest :]:
+            permanent = self.keep_every is not None and found.manifest["steps_done"] % self.keep_every == 0
+            if found.folder != written and not permanent:
                 try:
                     manifest.remove(found.folder)
                 except OSError as error:
-                    self.on_failed(CheckpointError(f"{found.folder}: cannot be removed, and stays: {_reason(error)}"))
+                    reason = reason_of_failure(error)
+                    self.on_failed(CheckpointError(f"{found.folder}: cannot be removed, and is kept: {reason}"))
 
-    def _cannot_write(self, folder: Path, error: BaseException) -> CheckpointError:
+    def _write_error(self, folder: Path, error: BaseException) -> CheckpointError:
         newest = next((found.folder for found in self.listed() if found.folder != folder), None)
-        intact = f"{newest} is whole" if newest else "there is no earlier checkpoint"
+        earlier = f"{newest} is the newest complete checkpoint" if newest else "there is no earlier checkpoint"
         return CheckpointError(
-            f"{folder}: cannot be written: {_reason(error)}; {intact}. Make room there: the next save "
-            "is a new attempt, and after a run that ended the same command goes on from what is whole"
+            f"{folder}: cannot be written: {reason_of_failure(error)}; {earlier}. Make room there: the next save "
+            "tries again, and after a run has ended the same command resumes from the newest complete checkpoint"
         )
 
     def listed(self) -> list[FoundCheckpoint]:
-        """Every checkpoint whose manifest can be read, newest first. Their files are not checked."""
+        """All checkpoints with a readable manifest, newest first. Their other files are not checked."""
         try:
             return self._listed(lambda error: None)
         except AccessError:
-            return []  # for messages and pruning, which never touch what they do not see
+            return []  # only messages and pruning use this list, and pruning removes nothing that is not listed
 
     def _listed(self, on_fault: Callable[[TitanError], None]) -> list[FoundCheckpoint]:
         found = []
@@ -218,14 +220,14 @@ class CheckpointManager:
         return sorted(found, key=lambda f: (f.manifest["stage_index"], f.manifest["steps_done"]), reverse=True)
 
     def newest_valid(self, on_damaged: Callable[[str], None]) -> FoundCheckpoint | None:
-        """The newest checkpoint whose files are all as they were saved; collective, the same answer on every rank.
+        """The newest checkpoint whose files match their checksums, the same on every rank, or None; collective.
 
         Args:
-            on_damaged: told of each that is skipped.
+            on_damaged: called with a message for each damaged checkpoint that is skipped.
 
         Raises:
-            AccessError: the system does not let a manifest, a folder or a file be read. The checkpoint may be whole, so
-                no older one is taken in its place: its steps would be trained and written again.
+            AccessError: the system refuses to read a manifest, a folder or a file. The checkpoint may be intact, so no
+                older one is used instead: the run would train its steps again and overwrite it.
         """
         faults: list[TitanError] = []
         candidates: list[Any] = [[], faults]
@@ -250,10 +252,10 @@ class CheckpointManager:
         return None
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """The manifest of a checkpoint that is as it was saved; collective, each rank looks at its share of the files.
+        """Compare a checkpoint's files with their checksums and return its manifest; collective, ranks share the files.
 
         Raises:
-            CheckpointError, AccessError: on every rank, what any of them found.
+            CheckpointError, AccessError: raised on every rank if any rank found a fault.
         """
         ranks = dist.get_world_size() if self.distributed else 1
         record: dict[str, Any] = {}
@@ -275,8 +277,8 @@ def _raise_first(faults: Sequence[TitanError | None], kind: type[TitanError]) ->
             raise fault
 
 
-class _Writing:
-    """A save under way: waits for DCP in a thread of its own, then rank 0 seals the folder with its manifest."""
+class _PendingSave:
+    """A save in progress: a thread waits until DCP has written the shards, then rank 0 writes the manifest."""
 
     def __init__(
         self,
@@ -286,9 +288,13 @@ class _Writing:
         writer: ShardWriter,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.folder, self._written, self._record, self._writer, self._group = folder, written, record, writer, group
+        self.folder = folder
+        self._written = written
+        self._record = record
+        self._writer = writer
+        self._group = group
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._finish, name=f"seal {folder.name}")
+        self._thread = threading.Thread(target=self._finish, name=f"checkpoint {folder.name}")
         self._thread.start()
 
     def _finish(self) -> None:
@@ -301,7 +307,7 @@ class _Writing:
                 checksums = {name: file for of_rank in gathered for name, file in of_rank.items()}
             if self._group is None or dist.get_rank() == 0:
                 manifest.write(self.folder, self._record, checksums)
-        except BaseException as error:  # handed to the training thread, which tells the user
+        except BaseException as error:  # raised or reported by the training thread
             self._error = error
 
     def done(self) -> bool:
@@ -312,51 +318,14 @@ class _Writing:
         return self._error
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Read weights, and the optimizer's state if one is given, into what is there.
-
-    Raises:
-        CheckpointError: the folder cannot be read, or holds other tensors than the model has.
-    """
-    state: dict[str, Any] = {"model": in_high_precision(get_model_state_dict(model))}
-    numbers: dict[str, Any] = {}
-    if optimizer is not None:
-        numbers = _optimizer_state(model, optimizer)
-        state["optimizer"] = _tensors(numbers)
-    try:
-        load(state, storage_reader=ShardReader(folder))
-    except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException
-        raise CheckpointError(f"{folder}: cannot be loaded into this model: {_reason(error)}") from None
-    set_model_state_dict(model, state["model"])
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, {**numbers, **state["optimizer"]}, options=_FLAT)
-
-
-def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The optimizer's state under the parameters' names, of this rank's shards."""
-    return get_optimizer_state_dict(model, optimizer, options=_FLAT)
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Moments and step counts: what is left when betas, weight decay and their like are not counted as state."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _require_no_other(folder: Path) -> None:
-    """Refuse to save over a checkpoint that somebody put here from elsewhere."""
+def _require_no_foreign_checkpoint(folder: Path) -> None:
+    """Raise FileExistsError if the folder holds a checkpoint of another stage or step, which someone moved here."""
     try:
         record = manifest.read(folder)
     except CheckpointError:
-        return  # none, or damaged: a save makes room there
+        return  # there is none, or a damaged one, which the new save replaces
     if not manifest.is_in_place(folder, record):
-        of = (
+        reason = (
             f"holds the checkpoint of {record['stage']!r} after {record['steps_done']} steps; move it to another folder"
         )
-        raise FileExistsError(errno.EEXIST, of, str(folder))
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, without the ranks' tracebacks that DCP puts into its message."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return str(error).rstrip(".")
+        raise FileExistsError(errno.EEXIST, reason, str(folder))

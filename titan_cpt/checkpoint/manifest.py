@@ -1,6 +1,7 @@
-"""The manifest that makes a folder a checkpoint: files, sizes, checksums, and what its weights have lived through.
+"""manifest.json of a checkpoint: its files with sizes and checksums, its stage and step, and the training recipe.
 
-It is written last, by an atomic rename after everything it names has reached the disk. No manifest: no checkpoint.
+The manifest is written last, by an atomic rename, after all files that it lists have been fsynced. A folder without a
+manifest is not a checkpoint. Does not import torch: the report and the plan read manifests too.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from titan_cpt.common.reading import is_there, read_text, readable
 from titan_cpt.common.run_folder import MANIFEST_FILE, step_name
 from titan_cpt.errors import CheckpointError
 
-FORMAT = 2  # 1 was of pickled files, or hashed by SHA-256
+FORMAT = 2  # format 1 had pickled files, or SHA-256 checksums
 _NAMES_SHOWN = 5
 _OWN = re.compile(
     r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
-    r"|__\d+_\d+\.distcp|\.metadata"  # of format 1
-    r"|\.nfs[0-9a-f]+"  # what NFS makes of a file that is removed while it is open
+    r"|__\d+_\d+\.distcp|\.metadata"  # format 1
+    r"|\.nfs[0-9a-f]+"  # NFS renames a file that is removed while it is open
 )
 _KINDS: dict[str, type] = {
     "format": int,
@@ -45,14 +46,15 @@ _KINDS: dict[str, type] = {
 
 
 def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """List every file of the folder in its manifest: the moment at which the checkpoint begins to exist.
+    """Write the manifest with all files of the folder. From then on the folder is a checkpoint.
 
     Args:
-        checksums: {"bytes", "xxh3_128"} of files that were hashed while they were written, and synced; the others are
-            read again here.
+        record: the manifest's other keys; see _KINDS for those that are required.
+        checksums: file name -> {"bytes", "xxh3_128"} of files that were hashed and fsynced while they were written;
+            other files are fsynced and read here.
 
     Raises:
-        CheckpointError: a file does not have the length that was written.
+        CheckpointError: a file does not have the size that was written.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -63,16 +65,21 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
                 fsync(path)
                 known = {"bytes": size, "xxh3_128": _digest(path)}
             if known["bytes"] != size:
-                raise CheckpointError(f"{path}: has {size} bytes, and {known['bytes']} were written")
+                raise CheckpointError(f"{path}: has {size} bytes, but {known['bytes']} were written")
             files[name] = dict(known)
     write_text_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, **record, "files": files}, indent=1))
     fsync(folder.parent)
 
 
 def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """A checkpoint that was just verified, there a second time under another record; its files are shared if they can.
+    """Make a second checkpoint with the same files under another manifest, by hard links where possible.
 
-    Links and not copies, where the file system has them: nothing here ever writes into a file of a checkpoint.
+    The files of a checkpoint are never changed after it is saved, so sharing them is safe.
+
+    Args:
+        checkpoint: the existing checkpoint, already verified.
+        folder: the new one.
+        record: the new manifest, complete.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     make_room(folder)
@@ -81,7 +88,7 @@ def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(checkpoint / name, target)
-        except OSError:  # another file system, or one without links
+        except OSError:  # another file system, or one without hard links
             shutil.copyfile(checkpoint / name, target)
             fsync(target)
     write_text_atomically(folder / MANIFEST_FILE, json.dumps(dict(record), indent=1))
@@ -89,11 +96,11 @@ def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked for shape but not against the files.
+    """Read a checkpoint's manifest and check its keys and types, but not the files that it lists.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        AccessError: it is there and the system does not let it be read.
+        CheckpointError: there is no manifest, or it is damaged.
+        AccessError: it exists, and the system refuses to read it.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -106,21 +113,21 @@ def read(folder: Path) -> dict[str, Any]:
         key for key, kind in _KINDS.items() if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind)
     ]
     if wrong:
-        raise CheckpointError(f"{path}: damaged: {', '.join(wrong)}: missing or of another kind")
+        raise CheckpointError(f"{path}: damaged: {', '.join(wrong)}: missing or of the wrong type")
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path}: is of format {manifest['format']!r}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path}: has format {manifest['format']!r}; this version reads format {FORMAT}")
     return manifest
 
 
 def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint lies where its run saved it; one that somebody copied, renamed or moved does not."""
+    """Whether the folder's name is the one that the run saved it under: False if it was copied, renamed or moved."""
     return (folder.parent.name, folder.name) == (record["stage"], step_name(record["steps_done"]))
 
 
 def _without_manifest(folder: Path) -> str:
-    """What a path is that has no manifest, and where the checkpoints are if it is a run or a stage."""
+    """Why a path is not a checkpoint; if it is a run or a stage, which checkpoints it holds."""
     if not is_there(folder):
-        return f"no such folder, so there is no {MANIFEST_FILE} to read"
+        return f"no such folder; a checkpoint is a folder with a {MANIFEST_FILE}"
     if folder.is_file():
         return f"is a file, not a checkpoint: a checkpoint is a folder with a {MANIFEST_FILE}"
     for kind, pattern in (("a stage of a run", "step-*"), ("a run", "*/step-*")):
@@ -130,22 +137,22 @@ def _without_manifest(folder: Path) -> str:
             return f"is {kind}, not a checkpoint; its checkpoints are {'..., ' if found[3:] else ''}{shown}"
     why = f"has no {MANIFEST_FILE}, so it is not a checkpoint"
     if folder.name.startswith("step-"):
-        return f"{why}: its save was interrupted; an earlier one beside it may be whole"
+        return f"{why}: its save was interrupted; an earlier checkpoint beside it may be complete"
     if (folder / "config.json").is_file():
-        return f"{why} but a released model: `titan-cpt import` makes a checkpoint of it"
+        return f"{why} but a Hugging Face model: `titan-cpt import` converts it to one"
     return why
 
 
 def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:
-    """The manifest, after every file was found with its size and checksum.
+    """Compare every file with its size and checksum, and return the manifest.
 
     Args:
-        share: look at these files alone: every `of`-th, from this one on.
-        of: among how many ranks they are shared out.
+        share: index of the caller among `of` ranks; it checks every `of`-th file, starting with this one.
+        of: number of ranks that share the files.
 
     Raises:
-        CheckpointError: names the first file that is missing, of another size or changed.
-        AccessError: the system does not let one of the files be read.
+        CheckpointError: names the first file that is missing, or whose size or checksum differs.
+        AccessError: the system refuses to read one of the files.
     """
     manifest = read(folder)
     for name, file in list(manifest["files"].items())[share::of]:
@@ -173,15 +180,15 @@ def _compare(path: Path, file: Mapping[str, Any]) -> None:
 def _is_within(path: Path, folder: Path) -> bool:
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError):  # a name that no file system holds
+    except (OSError, ValueError):  # a name that is not possible on this file system
         return False
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first: a crash half-way leaves nothing that looks alive.
+    """Remove a checkpoint, its manifest first, so that a crash half-way leaves nothing that looks complete.
 
-    Files that are not the checkpoint's, such as an export or notes that someone put there, stay, and so does the folder
-    around them.
+    Files that do not belong to the checkpoint, such as an export or notes that someone put there, are kept, and so is
+    the folder.
     """
     named = _named_in(folder)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -198,22 +205,22 @@ def remove(folder: Path) -> None:
 
 
 def make_room(folder: Path) -> None:
-    """Remove what a save left here that was interrupted, or a damaged checkpoint, and make the folder anew, empty.
+    """Remove an interrupted save or a damaged checkpoint, and create the folder anew, empty.
 
     Raises:
-        OSError: the folder cannot be made, or it holds files that are not of a checkpoint, which stay.
+        OSError: the folder cannot be created, or it holds files that do not belong to a checkpoint, which are kept.
     """
     remove(folder)
     if folder.exists():
-        left = sorted(path.relative_to(folder).as_posix() for path in _foreign(folder, set()))
-        names = ", ".join(left[:_NAMES_SHOWN]) + ", ..." * (len(left) > _NAMES_SHOWN)
-        reason = f"holds files that are not of a checkpoint ({names}); move them to another folder"
+        foreign = sorted(path.relative_to(folder).as_posix() for path in _foreign(folder, set()))
+        names = ", ".join(foreign[:_NAMES_SHOWN]) + ", ..." * (len(foreign) > _NAMES_SHOWN)
+        reason = f"holds files that do not belong to a checkpoint ({names}); move them to another folder"
         raise FileExistsError(errno.EEXIST, reason, str(folder))
     folder.mkdir()
 
 
 def _named_in(folder: Path) -> set[Path]:
-    """The files that a manifest names, as far as it can be read."""
+    """The files that the manifest lists; an empty set if it cannot be read."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
         return {folder / name for name in files}
@@ -222,13 +229,13 @@ def _named_in(folder: Path) -> set[Path]:
 
 
 def _foreign(folder: Path, named: set[Path]) -> set[Path]:
-    """The files in a folder that are not a checkpoint's: not in its manifest, nor called as a save calls its own."""
+    """Files that do not belong to the checkpoint: not in its manifest, and not named as a save names its files."""
     files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     return {path for path in files - named if path.parent != folder or not _OWN.fullmatch(path.name)}
 
 
 def digest_of_files(record: Mapping[str, Any]) -> str:
-    """SHA-256 over a manifest's list of files with their checksums: equal for equal weights and moments."""
+    """SHA-256 over the manifest's list of files and checksums: equal for equal weights and optimizer state."""
     return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""The files of a checkpoint: safetensors and an index in JSON. No code is in them, and none is ever run.
+"""Checkpoint files: safetensors shards and a JSON index, as storage backend of torch.distributed.checkpoint (DCP).
 
-torch's distributed checkpoint (DCP) plans which rank writes and reads which part of which tensor. Its own files are
-pickles, which run whatever they hold, and a checkpoint may come from anywhere (`init = "checkpoint:PATH"`). So its
-plans are carried out here: each rank writes a few safetensors files, hashed on the way, and rank 0 lists in
-`index.json` which file holds which part. Any safetensors reader opens them.
+DCP's planner decides which rank writes and reads which shard of which tensor, so that a checkpoint is resharded on
+load. DCP's own file format is pickle, which executes code on load, and a checkpoint may come from an untrusted source
+(`init = "checkpoint:PATH"`). `ShardWriter` therefore writes safetensors files, hashed while they are written, and rank
+0 lists in `index.json` which file holds which shard. Any safetensors library opens the files.
 """
 
 from __future__ import annotations
@@ -52,33 +52,34 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK_BYTES = 4 << 20
-new_hash = xxhash.xxh3_128  # scripts/bench/checkpoint.py measures what it costs by leaving it out
+new_hash = xxhash.xxh3_128  # scripts/bench/checkpoint.py replaces it to measure the cost of hashing
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A box of a tensor in a file: where it begins in the tensor, its lengths, the file's name."""
+class _Shard:
+    """A rectangular block of a tensor in a file: its offset in the tensor, its shape, the file's name."""
 
-    at: tuple[int, ...]
+    offset: tuple[int, ...]
     shape: tuple[int, ...]
     file: str
 
 
 class ShardWriter(StorageWriter):
-    """Carries out DCP's plan of a save; knows the sizes and checksums of this rank's files when it is done.
+    """Writes the shards of DCP's save plan as safetensors files, and records their sizes and checksums.
 
     Args:
-        folder: empty, and there.
-        threads: files that this rank writes at a time, one thread each.
+        folder: the checkpoint's folder, which exists and is empty.
+        threads: number of files that this rank writes concurrently.
     """
 
     def __init__(self, folder: Path, *, threads: int = 2) -> None:
-        self._folder, self._threads = folder, threads
+        self._folder = folder
+        self._threads = threads
         self.checksums: dict[str, dict[str, Any]] = {}
-        """{"bytes", "xxh3_128"} of every file that this rank wrote, by name."""
+        """File name -> {"bytes", "xxh3_128"}, of every file that this rank wrote."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's parts and bring them to the disk."""
+        """Write this rank's shards and fsync them."""
         shares = _even_shares(plan.items, self._threads)
         names = [f"{plan.storage_data}-{number}.safetensors" for number in range(len(shares))]
         with ThreadPoolExecutor(self._threads, thread_name_prefix="checkpoint") as threads:
@@ -88,26 +89,26 @@ class ShardWriter(StorageWriter):
         return future
 
     def _write_file(self, name: str, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-        parts = [(item, _part(item, name)) for item in items]
+        shards = [(item, _shard_of(item, name)) for item in items]
         with _HashedFile(self._folder / name) as file:
-            file.write(_header(parts))
-            for item, _ in parts:
+            file.write(_header(shards))
+            for item, _ in shards:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, Tensor), f"{item.index.fqn} is a tensor"
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.checksums[name] = file.checksum
-        return [WriteResult(item.index, math.prod(part.shape), part) for item, part in parts]
+        return [WriteResult(item.index, math.prod(shard.shape), shard) for item, shard in shards]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index; on rank 0, when every rank has written."""
-        parts: dict[str, list[_Part]] = {}
+        """Write the index. DCP calls this on rank 0 after every rank has written."""
+        shards: dict[str, list[_Shard]] = {}
         for result in (one for of_rank in results for one in of_rank):
-            parts.setdefault(result.index.fqn, []).append(result.storage_data)
+            shards.setdefault(result.index.fqn, []).append(result.storage_data)
         tensors = {
             name: {
                 "dtype": _NAMES[stored.properties.dtype],
                 "shape": list(stored.size),
-                "parts": [{"at": part.at, "shape": part.shape, "file": part.file} for part in parts[name]],
+                "parts": [{"at": shard.offset, "shape": shard.shape, "file": shard.file} for shard in shards[name]],
             }
             for name, stored in metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
@@ -117,61 +118,61 @@ class ShardWriter(StorageWriter):
         self.checksums[INDEX] = file.checksum
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to prepare; tensors are all there is to save."""
+        """Check that the plan holds only tensors."""
         others = [item.index.fqn for item in plan.items if item.tensor_data is None]
-        assert not others, f"{others} are no tensors"
+        assert not others, f"{others} are not tensors"
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank the beginning of its files' names."""
+        """Give each rank the prefix of its file names."""
         return [SavePlan(plan.items, f"rank-{rank:05d}", plan.planner_data) for rank, plan in enumerate(plans)]
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A writer writes one checkpoint."""
+        """Not used: a writer writes one checkpoint."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a folder's name."""
+        """Whether the ID is a path and not a URL."""
         return "://" not in str(checkpoint_id)
 
 
 class ShardReader(StorageReader):
-    """Carries out DCP's plan of a load.
+    """Reads the slices of DCP's load plan from a checkpoint's safetensors files.
 
     Raises:
-        CheckpointError: the index is damaged, or a file does not hold what it says.
+        CheckpointError: the index is damaged, or a file does not match it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._tensors: dict[str, dict[tuple[int, ...], _Part]] = {}
+        self._tensors: dict[str, dict[tuple[int, ...], _Shard]] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index, as DCP wants it."""
+        """The index as DCP metadata."""
         stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for name, dtype, shape, parts in read_index(self._folder):
-            chunks = [ChunkStorageMetadata(torch.Size(part.at), torch.Size(part.shape)) for part in parts]
+        for name, dtype, shape, shards in read_index(self._folder):
+            chunks = [ChunkStorageMetadata(torch.Size(shard.offset), torch.Size(shard.shape)) for shard in shards]
             stored[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
-            self._tensors[name] = {part.at: part for part in parts}
+            self._tensors[name] = {shard.offset: shard for shard in shards}
         return Metadata(stored)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the boxes that this rank wants, each from the file that holds it."""
-        wanted: dict[str, list[tuple[Any, _Part]]] = {}
+        """Read the slices that this rank needs, file by file."""
+        wanted: dict[str, list[tuple[Any, _Shard]]] = {}
         for item in plan.items:
-            assert item.type == LoadItemType.TENSOR, "the index lists tensors alone"
-            part = self._part(item.storage_index)
-            wanted.setdefault(part.file, []).append((item, part))
+            assert item.type == LoadItemType.TENSOR, "the index lists only tensors"
+            shard = self._shard(item.storage_index)
+            wanted.setdefault(shard.file, []).append((item, shard))
         for name, items in wanted.items():
             with safe_open(str(self._folder / name), framework="pt") as file:
-                for item, part in items:
+                for item, shard in items:
                     target = planner.resolve_tensor(item).detach()
                     boxes = zip(item.storage_offsets, item.lengths, strict=True)
                     box = tuple(slice(first, first + length) for first, length in boxes)
-                    key = _key(item.storage_index.fqn, part.at)
+                    key = _key(item.storage_index.fqn, shard.offset)
                     found = file.get_slice(key)[box] if box else file.get_tensor(key)
                     if (found.dtype, found.shape) != (target.dtype, target.shape):
                         is_one, wanted_one = (f"{t.dtype} of {list(t.shape)}" for t in (found, target))
@@ -182,12 +183,12 @@ class ShardReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _part(self, index: MetadataIndex) -> _Part:
-        assert index.offset is not None, "DCP asks for parts"
+    def _shard(self, index: MetadataIndex) -> _Shard:
+        assert index.offset is not None, "DCP plans reads of shards, which have an offset"
         return self._tensors[index.fqn][tuple(index.offset)]
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The plan is made on every rank from the index that it read; DCP hands it out where it was not."""
+        """Nothing to set up: every rank has read the index."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to prepare."""
@@ -198,73 +199,76 @@ class ShardReader(StorageReader):
         return plans
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A reader reads one checkpoint."""
+        """Not used: a reader reads one checkpoint."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a folder's name."""
+        """Whether the ID is a path and not a URL."""
         return "://" not in str(checkpoint_id)
 
 
-def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[_Part]]]:
-    """Name, dtype, shape and parts of every tensor.
+def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[_Shard]]]:
+    """Name, dtype, shape and shards of every tensor.
 
     Raises:
         CheckpointError: the index is missing or damaged, names a file outside the folder, or a tensor has gaps.
-        AccessError: the system does not let it be read.
+        AccessError: the system refuses to read it.
     """
     path = folder / INDEX
     try:
         tensors = json.loads(read_text(path))["tensors"].items()
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; it says which file holds which tensor") from None
+        raise CheckpointError(f"{path}: is missing; it lists which file holds which tensor") from None
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    for name, told in tensors:
+    for name, entry in tensors:
         try:
-            shape = _lengths(told["shape"])
-            parts = [_Part(_lengths(part["at"]), _lengths(part["shape"]), part["file"]) for part in told["parts"]]
-            dtype = _DTYPES[told["dtype"]]
+            shape = _lengths(entry["shape"])
+            shards = [
+                _Shard(_lengths(shard["at"]), _lengths(shard["shape"]), shard["file"]) for shard in entry["parts"]
+            ]
+            dtype = _DTYPES[entry["dtype"]]
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{path}: damaged: what it says of {name!r} is not of a tensor") from None
-        for part in parts:
-            if not isinstance(part.file, str) or Path(part.file).name != part.file:
-                raise CheckpointError(f"{path}: names a file outside its folder: {part.file!r}")
-        if not all(_lies_in(part, shape) for part in parts):
-            raise CheckpointError(f"{path}: damaged: a part of {name!r} lies outside it")
-        if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
-            raise CheckpointError(f"{path}: damaged: the parts of {name!r} are not the whole of it")
-        yield name, dtype, shape, parts
+            raise CheckpointError(f"{path}: damaged: its entry {name!r} does not describe a tensor") from None
+        for shard in shards:
+            if not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
+                raise CheckpointError(f"{path}: names a file outside its folder: {shard.file!r}")
+        if not all(_is_inside(shard, shape) for shard in shards):
+            raise CheckpointError(f"{path}: damaged: a shard of {name!r} is outside the tensor")
+        if sum(math.prod(shard.shape) for shard in shards) != math.prod(shape):
+            raise CheckpointError(f"{path}: damaged: the shards of {name!r} do not add up to the tensor")
+        yield name, dtype, shape, shards
 
 
-def _lies_in(part: _Part, shape: Sequence[int]) -> bool:
-    if not len(part.at) == len(part.shape) == len(shape):
+def _is_inside(shard: _Shard, shape: Sequence[int]) -> bool:
+    if not len(shard.offset) == len(shard.shape) == len(shape):
         return False
-    return all(at + length <= whole for at, length, whole in zip(part.at, part.shape, shape, strict=True))
+    return all(at + length <= whole for at, length, whole in zip(shard.offset, shard.shape, shape, strict=True))
 
 
-def _lengths(told: Any) -> tuple[int, ...]:
-    if not isinstance(told, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in told):
-        raise ValueError(told)
-    return tuple(told)
+def _lengths(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        raise ValueError(value)
+    return tuple(value)
 
 
 class _HashedFile:
-    """A new file, hashed as it is written, on the disk when it is closed; `checksum` then tells of it."""
+    """A new file, hashed while it is written and fsynced on exit; `checksum` then holds its size and hash."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._bytes, self._digest = 0, new_hash()
+        self._bytes = 0
+        self._digest = new_hash()
 
     def __enter__(self) -> _HashedFile:
         return self
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write all of it."""
+        """Write all bytes, in blocks."""
         whole = memoryview(data)
         for start in range(0, len(whole), _BLOCK_BYTES):
             block = whole[start : start + _BLOCK_BYTES]
-            self._digest.update(block)  # while it is in the cache, or about to be
+            self._digest.update(block)  # while the block is in the CPU cache
             while block:
                 block = block[os.write(self._descriptor, block) :]
         self._bytes += len(whole)
@@ -279,7 +283,7 @@ class _HashedFile:
 
 
 def _even_shares(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]]:
-    """The items in so many lists, or fewer, of about the same number of bytes."""
+    """Split the items into at most `count` lists of about the same number of bytes."""
     shares: list[list[WriteItem]] = [[] for _ in range(count)]
     sizes = [0] * count
     for item in sorted(items, key=_bytes_of, reverse=True):
@@ -290,29 +294,29 @@ def _even_shares(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]
 
 
 def _bytes_of(item: WriteItem) -> int:
-    assert item.tensor_data is not None, "prepare_local_plan has seen to it"
+    assert item.tensor_data is not None, "prepare_local_plan checks this"
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _part(item: WriteItem, file: str) -> _Part:
-    assert item.tensor_data is not None, "prepare_local_plan has seen to it"
-    return _Part(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes), file)
+def _shard_of(item: WriteItem, file: str) -> _Shard:
+    assert item.tensor_data is not None, "prepare_local_plan checks this"
+    return _Shard(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes), file)
 
 
 def _key(name: str, at: Sequence[int]) -> str:
-    """A part's name in its file: the tensor's, and where the part begins unless that is the tensor's beginning."""
+    """A shard's key in its file: the tensor's name, with the shard's offset unless that is zero."""
     return f"{name}@{','.join(map(str, at))}" if any(at) else name
 
 
-def _header(parts: Sequence[tuple[WriteItem, _Part]]) -> bytes:
-    """The beginning of a safetensors file: the length of the table, and the table, padded for alignment."""
+def _header(shards: Sequence[tuple[WriteItem, _Shard]]) -> bytes:
+    """The header of a safetensors file: its length in 8 bytes, then the JSON table, padded for alignment."""
     table: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for item, part in parts:
-        assert item.tensor_data is not None, "prepare_local_plan has seen to it"
+    for item, shard in shards:
+        assert item.tensor_data is not None, "prepare_local_plan checks this"
         begin, end = end, end + _bytes_of(item)
         dtype = _NAMES[item.tensor_data.properties.dtype]
-        table[_key(item.index.fqn, part.at)] = {"dtype": dtype, "shape": part.shape, "data_offsets": [begin, end]}
+        table[_key(item.index.fqn, shard.offset)] = {"dtype": dtype, "shape": shard.shape, "data_offsets": [begin, end]}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -320,7 +324,7 @@ def _header(parts: Sequence[tuple[WriteItem, _Part]]) -> bytes:
 
 @contextmanager
 def without_dist_warning() -> Iterator[None]:
-    """For DCP in a process without peers: no warning that there are none, and errors without DCP's wrapping."""
+    """Suppress DCP's warning about an uninitialized process group, and unwrap its CheckpointException."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         try:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import load_state
 from titan_cpt.checkpoint.provenance import find_tokenizer, longest_sequence, origin, precision_of
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import without_dist_warning
 from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
-from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folder

@@ -26,7 +26,7 @@ from titan_cpt.checkpoint.hf_import import (
     open_released,
     verify_against_transformers,
 )
-from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import CheckpointError, DataError

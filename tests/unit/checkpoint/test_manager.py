@@ -9,7 +9,8 @@ import training
 from torch import nn
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import CheckpointManager, load_state
+from titan_cpt.checkpoint.manager import CheckpointManager
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, checkpoint_folder
 from titan_cpt.errors import CheckpointError
 from titan_cpt.training.optimizer import build_adamw
@@ -270,7 +271,7 @@ def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path,
     save_all(checkpoints, ("a", 0, 4, STAGE_END))
     (tmp_path / "b").write_text("in the way")
 
-    with pytest.raises(CheckpointError, match=r"b/step-00000002: cannot be written: .*a/step-00000004 is whole"):
+    with pytest.raises(CheckpointError, match=r"b/step-00000002: cannot be written: .*step-00000004 is the newest"):
         save_all(checkpoints, ("b", 1, 2, INTERVAL))
     assert manifest.verify(tmp_path / "a" / "step-00000004")["steps_done"] == 4
 

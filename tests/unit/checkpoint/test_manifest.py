@@ -133,11 +133,11 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint):
     (checkpoint / "file").write_text("")
 
     verified(checkpoint, str(checkpoint), "no manifest.json", "not a checkpoint")
-    verified(checkpoint / "nowhere", "no such folder, so there is no manifest.json to read")
+    verified(checkpoint / "nowhere", "no such folder; a checkpoint is a folder with a manifest.json")
     verified(checkpoint / "file" / "below", "no such folder")
     verified(checkpoint / "file", "is a file, not a checkpoint")
     verified(interrupted, "not a checkpoint: its save was interrupted")
-    verified(release, "not a checkpoint but a released model: `titan-cpt import`")
+    verified(release, "not a checkpoint but a Hugging Face model: `titan-cpt import`")
     newest = ", ".join(f"{stage}/step-0000000{step}" for step in (2, 3, 4))
     verified(stage, f"is a stage of a run, not a checkpoint; its checkpoints are ..., {newest}")
     verified(stage.parent, f"is a run, not a checkpoint; its checkpoints are ..., {newest}")
@@ -147,11 +147,11 @@ def test_a_manifest_of_another_format_is_named(checkpoint):
     """A later version's."""
     edit(checkpoint, format=3)
 
-    verified(checkpoint, "format 3", "reads 2")
+    verified(checkpoint, "format 3", "reads format 2")
 
 
 @pytest.mark.parametrize("key", [*RECORD, "files", "format"])
-@pytest.mark.parametrize("fault", ["missing", "of another kind"])
+@pytest.mark.parametrize("fault", ["missing", "of the wrong type"])
 def test_every_key_that_is_relied_on_is_asked_for(checkpoint, key, fault):
     """Each taken away or turned into a list of one null, which none of them is."""
     path = checkpoint / "manifest.json"
@@ -159,7 +159,7 @@ def test_every_key_that_is_relied_on_is_asked_for(checkpoint, key, fault):
     content.pop(key)
     path.write_text(json.dumps(content if fault == "missing" else {**content, key: [None]}))
 
-    verified(checkpoint, "manifest.json", "format" if (key, fault) == ("format", "of another kind") else key)
+    verified(checkpoint, "manifest.json", "format" if (key, fault) == ("format", "of the wrong type") else key)
 
 
 JSON = st.recursive(
@@ -234,7 +234,7 @@ def test_removing_leaves_what_is_not_of_the_checkpoint(checkpoint):
     (checkpoint / "link").symlink_to("/nowhere")
     for name in ("rank-00000-0.safetensors", ".manifest.json.7-0.tmp", "index.json"):
         (checkpoint / name).write_text("left by a save that was killed")
-    with pytest.raises(FileExistsError, match=r"not of a checkpoint \(hf/model\.safetensors, link, notes\.txt, rank-0"):
+    with pytest.raises(FileExistsError, match=r"to a checkpoint \(hf/model\.safetensors, link, notes\.txt, rank-0"):
         manifest.make_room(checkpoint)
 
     left = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()}

@@ -20,7 +20,8 @@ from torch import nn
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.manager import CheckpointManager, load_state
+from titan_cpt.checkpoint.manager import CheckpointManager
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import read_index
 from titan_cpt.common.run_folder import INTERVAL, MANIFEST_FILE
 from titan_cpt.errors import CheckpointError
@@ -177,19 +178,19 @@ def edited(folder, edit):
 
 
 FAULTS = {
-    "a gap": (lambda t: t["model.weight"]["parts"][0].update(shape=[3, 6]), "are not the whole of it"),
-    "a part twice": (lambda t: t["model.weight"]["parts"].append(t["model.weight"]["parts"][0]), "not the whole of it"),
-    "a part outside": (lambda t: t["model.weight"]["parts"][0].update(at=[1, 0]), "lies outside it"),
-    "another number of dimensions": (lambda t: t["model.weight"]["parts"][0].update(at=[0]), "lies outside it"),
+    "a gap": (lambda t: t["model.weight"]["parts"][0].update(shape=[3, 6]), "do not add up to the tensor"),
+    "a part twice": (lambda t: t["model.weight"]["parts"].append(t["model.weight"]["parts"][0]), "do not add up to"),
+    "a part outside": (lambda t: t["model.weight"]["parts"][0].update(at=[1, 0]), "is outside the tensor"),
+    "another number of dimensions": (lambda t: t["model.weight"]["parts"][0].update(at=[0]), "is outside the tensor"),
     "a file elsewhere": (
         lambda t: t["model.weight"]["parts"][0].update(file="../x"),
         "names a file outside its folder",
     ),
     "an absolute file": (lambda t: t["model.weight"]["parts"][0].update(file="/etc/hosts"), "outside its folder"),
     "no file": (lambda t: t["model.weight"]["parts"][0].update(file=7), "outside its folder"),
-    "a negative length": (lambda t: t["model.weight"].update(shape=[-4, -6]), "is not of a tensor"),
-    "a length that is no number": (lambda t: t["model.weight"].update(shape=[True, 6]), "is not of a tensor"),
-    "a dtype that runs": (lambda t: t["model.weight"].update(dtype="os.system"), "is not of a tensor"),
+    "a negative length": (lambda t: t["model.weight"].update(shape=[-4, -6]), "does not describe a tensor"),
+    "a length that is no number": (lambda t: t["model.weight"].update(shape=[True, 6]), "does not describe a tensor"),
+    "a dtype that runs": (lambda t: t["model.weight"].update(dtype="os.system"), "does not describe a tensor"),
     "a tensor of another size": (lambda t: t.update({"model.weight": t["model.bias"]}), "Size mismatch"),
     "another tensor's place": (lambda t: t["model.weight"].update(t["optimizer.state.weight.exp_avg"]), "model.weight"),
     "a tensor that is not there": (lambda t: t.pop("model.weight"), "Missing key"),

@@ -17,7 +17,7 @@ from titan_cpt.checkpoint.hf_import import (
     open_released,
     verify_against_transformers,
 )
-from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size

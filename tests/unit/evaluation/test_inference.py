@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.checkpoint.manager import load_state
+from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.cli import main
 from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.errors import CheckpointError, DataError
