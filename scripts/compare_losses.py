@@ -1,8 +1,8 @@
-"""Compares what runs of the same config measured: the largest differences between the first one and each of the others.
+"""Compare the losses of runs of the same config: the largest difference between the first run and each other run.
 
     python scripts/compare_losses.py outputs/one outputs/two [...] [--tolerance 1e-3]
 
-Exit status 1 where a loss is farther off than the tolerance, a batch is another one, or a line is missing.
+Exit status 1 if a loss differs by more than the tolerance, a batch hash differs, or a line is missing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 def lines_of(run: Path, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The lines of one kind by stage, step and dataset; of what was written twice, the last."""
+    """The lines of one kind by stage, step and dataset; the last one if a resume wrote a line again."""
     found = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     return {(line["stage"], line["step"], line.get("dataset")): line for line in found if line["kind"] == kind}
 
 
-def verify_against_transformers(first: Path, other: Path) -> tuple[list[str], float]:
-    """Cells of the table's row, and the largest difference of a loss; infinite where the runs are not of one kind."""
+def compare_runs(first: Path, other: Path) -> tuple[list[str], float]:
+    """Cells of the table's row, and the largest difference of a loss: infinite if steps or batches differ."""
     train, theirs = lines_of(first, "train"), lines_of(other, "train")
     measured, their_measured = lines_of(first, "validation"), lines_of(other, "validation")
     if train.keys() != theirs.keys() or measured.keys() != their_measured.keys():
@@ -36,24 +36,26 @@ def verify_against_transformers(first: Path, other: Path) -> tuple[list[str], fl
 
 
 def largest(ours: dict[tuple[Any, ...], Any], theirs: dict[tuple[Any, ...], Any], key: str) -> float:
-    """The largest difference of a number between lines of the same place."""
-    return max((abs(ours[place][key] - theirs[place][key]) for place in ours), default=0.0)
+    """The largest difference of a number between lines of the same stage, step and dataset."""
+    return max((abs(line[key] - theirs[of][key]) for of, line in ours.items()), default=0.0)
 
 
 def main(arguments: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the first is what the others are held to")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="nats per token")
-    asked = parser.parse_args(arguments)
-    print(f"| against {asked.runs[0].name} | steps | batches | training loss | gradient norm | validation loss |")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; the others are compared with the first")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="nats per token (default 1e-3)")
+    options = parser.parse_args(arguments)
+    print(
+        f"| compared with {options.runs[0].name} | steps | batches | training loss | gradient norm | validation loss |"
+    )
     print("|---|---|---|---|---|---|")
     worst = 0.0
-    for run in asked.runs[1:]:
-        cells, difference = verify_against_transformers(asked.runs[0], run)
+    for run in options.runs[1:]:
+        cells, difference = compare_runs(options.runs[0], run)
         print("| " + " | ".join(cells) + " |")
         worst = max(worst, difference)
-    return int(worst > asked.tolerance)
+    return int(worst > options.tolerance)
 
 
 if __name__ == "__main__":

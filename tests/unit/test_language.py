@@ -42,7 +42,6 @@ NOT_YET_PAGES = {
     "docs/decisions/0005-layouts-from-outside.md",
     "docs/decisions/0006-checkpoint-files.md",
     "docs/glossary.md",
-    "docs/parallelism.md",
     "docs/quickstart.md",
     "docs/reading_order.md",
     "docs/reproduction.md",
