@@ -24,7 +24,7 @@ from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import average_score, read_score, score_change
 from titan_cpt.models.huggingface_config import spec_from_config
-from titan_cpt.reporting.summary import read_run, summary_of
+from titan_cpt.reporting.summary import read_run, summarize_log
 
 TOML = b"""
 [job]
@@ -206,7 +206,7 @@ def _record(folder: Path) -> None:
 def _metrics(folder: Path) -> None:
     open_record(folder / "metrics.jsonl").close()
     record = read_run(folder)
-    summary_of(record)
+    summarize_log(record)
     losses_before(read_metrics(folder))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
 from titan_cpt.reporting.comparison import compare
-from titan_cpt.reporting.summary import Record, read_run
+from titan_cpt.reporting.summary import RunLog, read_run
 from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
 HERE = Path(__file__).resolve().parent
@@ -170,22 +170,22 @@ def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
     return found
 
 
-def end_of(record: Record) -> End:
+def end_of(record: RunLog) -> End:
     """The final losses, forgetting, and the highest rise of English within a later stage."""
     (row,) = compare([record])
     forgetting = row.forgetting.get("english", math.nan)
     return End(dict(row.losses), forgetting, highest_rise(record))
 
 
-def end_of_first_stage(record: Record) -> End:
+def end_of_first_stage(record: RunLog) -> End:
     """As `end_of`, had the run ended with its first stage."""
     plan = {**record.plan, "stages": record.plan["stages"][:1]}
     name = plan["stages"][0]["name"]
     lines = [line for line in record.validations if line["stage"] == name]
-    return end_of(Record(record.name, record.folder, plan, [], lines, []))
+    return end_of(RunLog(record.name, record.folder, plan, [], lines, []))
 
 
-def highest_rise(record: Record) -> float:
+def highest_rise(record: RunLog) -> float:
     """The most that the loss on English rose, within a stage behind the first, above where that stage began."""
     rises = [0.0]
     for stage in record.plan["stages"][1:]:

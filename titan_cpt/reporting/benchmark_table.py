@@ -12,7 +12,7 @@ from titan_cpt.common.reading import read_text
 from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_FILE, checkpoint_folder
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import Score, read_scores, score_change
-from titan_cpt.reporting.summary import Record
+from titan_cpt.reporting.summary import RunLog
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BenchmarkTable:
     rows: list[list[str]]
 
 
-def benchmark_table(record: Record, complain: Callable[[str], None]) -> BenchmarkTable | None:
+def benchmark_table(record: RunLog, complain: Callable[[str], None]) -> BenchmarkTable | None:
     """Every task's score after each stage, with its standard error, and what each further stage changed.
 
     Of a stage that was evaluated several times the last evaluation counts. A change stands with the standard error and
@@ -58,7 +58,7 @@ def benchmark_table(record: Record, complain: Callable[[str], None]) -> Benchmar
     return BenchmarkTable(head, rows)
 
 
-def continuations(record: Record, complain: Callable[[str], None]) -> list[tuple[str, str]]:
+def example_generations(record: RunLog, complain: Callable[[str], None]) -> list[tuple[str, str]]:
     """Each example prompt, and the text that the run made of it after each stage.
 
     Args:
@@ -87,7 +87,7 @@ def continuations(record: Record, complain: Callable[[str], None]) -> list[tuple
     return [(prompt, "\n\n".join(texts)) for prompt, texts in by_prompt.items()]
 
 
-def _is_of_present_weights(record: Record, stage: str, step: int, files: str | None) -> bool:
+def _is_of_present_weights(record: RunLog, stage: str, step: int, files: str | None) -> bool:
     """Whether what was found out of a checkpoint still holds: its stage may have been removed and trained again.
 
     Args:

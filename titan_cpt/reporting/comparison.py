@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.reporting.summary import Record, labelled, print_summary, summary_of
+from titan_cpt.reporting.summary import RunLog, print_summary, summarize_log, with_unique_names
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One run at the end of its last stage that has begun, or where it stands; losses in nats per token.
 
     Attributes:
@@ -45,14 +45,14 @@ class Row:
         return mean(self.forgetting.values()) if self.forgetting else None
 
 
-def compare(records: Sequence[Record]) -> list[Row]:
+def compare(records: Sequence[RunLog]) -> list[ComparisonRow]:
     """A row for each run, in the order given; averages over the datasets that any of them trains on."""
     trained = {name for record in records for stage in record.plan["stages"] for name in stage["datasets"]}
     return [_row(record, trained) for record in records]
 
 
-def _row(record: Record, trained: set[str]) -> Row:
-    plan, stages = record.plan, summary_of(record)["stages"]
+def _row(record: RunLog, trained: set[str]) -> ComparisonRow:
+    plan, stages = record.plan, summarize_log(record)["stages"]
     begun = [place for place, stage in enumerate(stages) if stage["is_begun"]]
     place = begun[-1] if begun else 0
     stage, planned = stages[place], plan["stages"][place]
@@ -63,7 +63,7 @@ def _row(record: Record, trained: set[str]) -> Row:
     # The difference that the final window shows is the one between its mean and the loss before.
     since = {name: value - stage["after"][name] for name, value in stage["forgetting"].items()}
     adaptation = [losses[name] for name in stage["adaptation"] if "." not in name or name in trained]
-    return Row(
+    return ComparisonRow(
         name=record.name,
         stage=stage["name"],
         is_done=stage["is_done"] and place == len(stages) - 1,
@@ -77,7 +77,7 @@ def _row(record: Record, trained: set[str]) -> Row:
     )
 
 
-def not_comparable(rows: Sequence[Row]) -> list[str]:
+def incomparable_datasets(rows: Sequence[ComparisonRow]) -> list[str]:
     """The datasets that the rows did not all measure on the same validation data and windows, as far as is recorded."""
     found: dict[str, set[str]] = {}
     for row in rows:
@@ -87,16 +87,18 @@ def not_comparable(rows: Sequence[Row]) -> list[str]:
     return sorted(name for name, identities in found.items() if len(identities) > 1)
 
 
-def print_runs(records: Sequence[Record], console: Console) -> None:
+def print_runs(records: Sequence[RunLog], console: Console) -> None:
     """The tables of each run, and of several a line for each beside the others."""
-    records = labelled(records)
+    records = with_unique_names(records)
     for record in records:
-        print_summary(summary_of(record), console)
+        print_summary(summarize_log(record), console)
     if len(records) > 1:
         print_comparison(compare(records), console)
 
 
-def print_comparison(rows: Sequence[Row], console: Console, messages: Mapping[str, str] | None = None) -> None:
+def print_comparison(
+    rows: Sequence[ComparisonRow], console: Console, messages: Mapping[str, str] | None = None
+) -> None:
     """A line for each run; `messages` are those of runs that broke, by name, whether or not they have a row."""
     messages = messages or {}
     datasets = sorted({name for row in rows for name in row.losses if "." not in name})
@@ -117,7 +119,7 @@ def print_comparison(rows: Sequence[Row], console: Console, messages: Mapping[st
         "losses in nats per token on held-out text; AVG: mean over the datasets that are trained on; compute: of the "
         "last stage against training again on everything"
     )
-    if different := not_comparable(rows):
+    if different := incomparable_datasets(rows):
         console.print(
             f"not comparable, measured on different validation data or windows: {escape(', '.join(different))}"
         )

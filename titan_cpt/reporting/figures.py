@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import matplotlib
 
-from titan_cpt.reporting.comparison import Row
-from titan_cpt.reporting.summary import Record
+from titan_cpt.reporting.comparison import ComparisonRow
+from titan_cpt.reporting.summary import RunLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ class Figure:
     svg_dark: str
 
 
-def draw(name: str, caption: str, paint: Callable[[], Canvas]) -> Figure:
+def render_figure(name: str, caption: str, paint: Callable[[], Canvas]) -> Figure:
     """What `paint` draws, as PNG and SVG."""
     with _theme("light"):
         canvas = paint()
@@ -103,7 +103,7 @@ def _saved(canvas: Canvas, form: str) -> bytes:
     return out.getvalue()
 
 
-def losses_over_tokens(records: Sequence[Record]) -> Canvas:
+def plot_losses(records: Sequence[RunLog]) -> Canvas:
     """A panel for each dataset: its held-out loss over the tokens trained on, a line for each run."""
     datasets = sorted({line["dataset"] for record in records for line in record.validations})
     columns = min(2, len(datasets))
@@ -136,23 +136,23 @@ def losses_over_tokens(records: Sequence[Record]) -> Canvas:
     return _with_legend(canvas, panels[0, 0], len(records))
 
 
-def _alike(record: Record, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+def _alike(record: RunLog, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """[first, end) of each stretch of a dataset's measurements that are comparable with each other."""
     changes = [place for place in range(1, len(lines)) if not record.comparable(lines[place - 1], lines[place])]
     return list(pairwise([0, *changes, len(lines)]))
 
 
-def learning_rates(records: Sequence[Record]) -> Canvas:
+def plot_learning_rates(records: Sequence[RunLog]) -> Canvas:
     """The LR that each run used, over its tokens."""
     return _over_tokens(records, "lr", "learning rate", scientific=True)
 
 
-def throughput(records: Sequence[Record]) -> Canvas:
+def plot_throughput(records: Sequence[RunLog]) -> Canvas:
     """Tokens per second, validation and saving left out."""
     return _over_tokens(records, "tokens_per_s", "tokens per second", scientific=False)
 
 
-def _over_tokens(records: Sequence[Record], key: str, label: str, *, scientific: bool) -> Canvas:
+def _over_tokens(records: Sequence[RunLog], key: str, label: str, *, scientific: bool) -> Canvas:
     canvas, axes = pyplot.subplots(figsize=(10.4, 3.1))
     unit, size = _unit(records)
     for number, record in enumerate(records):
@@ -169,7 +169,7 @@ def _over_tokens(records: Sequence[Record], key: str, label: str, *, scientific:
     return _with_legend(canvas, axes, len(records))
 
 
-def trade_off(points: Sequence[tuple[int, Row, float]]) -> Canvas:
+def plot_trade_off(points: Sequence[tuple[int, ComparisonRow, float]]) -> Canvas:
     """Forgetting against adaptation, (number of the run, its row, forgetting) for each; better to the lower left.
 
     A run that forgets nothing of its own, because it was trained from scratch, is drawn hollow.
@@ -195,12 +195,12 @@ def _of_round(ways: Sequence[str], number: int) -> str:
     return ways[number // len(_COLOURS) % len(ways)]
 
 
-def _unit(records: Sequence[Record]) -> tuple[str, float]:
+def _unit(records: Sequence[RunLog]) -> tuple[str, float]:
     most = max(record.total_tokens for record in records)
     return next((pair for pair in (("B", 1e9), ("M", 1e6)) if most >= pair[1]), ("thousand", 1e3))
 
 
-def _mark_borders(axes: Axes, records: Sequence[Record], size: float) -> None:
+def _mark_borders(axes: Axes, records: Sequence[RunLog], size: float) -> None:
     """Dashed lines where the stages of the run with the most of them end, and the stages' names."""
     record = max(records, key=lambda record: len(record.plan["stages"]))
     stages = [stage["name"] for stage in record.plan["stages"]]

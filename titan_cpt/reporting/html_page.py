@@ -17,9 +17,9 @@ from titan_cpt.common.files import make_folder, write_whole
 from titan_cpt.common.reading import is_there, readable
 from titan_cpt.common.run_folder import CONFIG_FILE, REPORT_FOLDER
 from titan_cpt.errors import DataError, how_to_install
-from titan_cpt.reporting.benchmark_table import benchmark_table, continuations
-from titan_cpt.reporting.comparison import Row, compare, not_comparable
-from titan_cpt.reporting.summary import Record, labelled, summary_of
+from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
+from titan_cpt.reporting.comparison import ComparisonRow, compare, incomparable_datasets
+from titan_cpt.reporting.summary import RunLog, summarize_log, with_unique_names
 
 if TYPE_CHECKING:
     from titan_cpt.reporting.figures import Figure
@@ -30,7 +30,7 @@ _TEMPLATE = Path(__file__).with_name("html_page.html")
 
 
 @dataclass(frozen=True)
-class Grid:
+class HtmlTable:
     """A table: its head, its rows of text, and the places of the lowest number of a column, which are set in bold."""
 
     head: Sequence[str]
@@ -42,10 +42,10 @@ class Grid:
         cells = [row[column] for row in self.rows if row[column]]
         return bool(cells) and all(cell[0] in "+-0123456789" for cell in cells)
 
-    def without_empty(self) -> Grid:
+    def without_empty(self) -> HtmlTable:
         """The same without columns that have no text at all: MFU on a CPU, for one."""
         kept = [place for place in range(len(self.head)) if any(row[place] for row in self.rows)]
-        return Grid([self.head[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
+        return HtmlTable([self.head[place] for place in kept], [[row[place] for place in kept] for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Section:
     title: str
     lead: str = ""
     figures: Sequence[Figure] = ()
-    grids: Sequence[Grid] = ()
+    grids: Sequence[HtmlTable] = ()
     details: Sequence[tuple[str, str]] = ()
 
 
-def write_page(records: Sequence[Record], out: Path) -> Path:
+def write_page(records: Sequence[RunLog], out: Path) -> Path:
     """Write `out`/index.html and the PNGs of its figures; the page's path.
 
     Raises:
@@ -79,7 +79,7 @@ def write_page(records: Sequence[Record], out: Path) -> Path:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-    records = labelled(records)
+    records = with_unique_names(records)
     made = list(sections(records))
     figures = {out / f"{figure.name}.png": figure.png for section in made for figure in section.figures}
     _require_own_page(out, figures)
@@ -132,7 +132,7 @@ def default_folder(runs: Sequence[Path]) -> Path:
     return common / REPORT_FOLDER
 
 
-def sections(records: Sequence[Record]) -> Iterator[Section]:
+def sections(records: Sequence[RunLog]) -> Iterator[Section]:
     """The parts of the page, in order."""
     rows = compare(records)
     yield from final_losses(rows)
@@ -145,7 +145,7 @@ def sections(records: Sequence[Record]) -> Iterator[Section]:
     yield from what_was_run(records)
 
 
-def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
+def final_losses(rows: Sequence[ComparisonRow]) -> Iterator[Section]:
     """The table of every run's last losses."""
     datasets = sorted({name for row in rows for name in row.losses})
     head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute of the last stage"]
@@ -159,7 +159,7 @@ def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
         compute = f"{row.update_share:.2f}x" + ("" if row.is_done else f", still in {row.stage}")
         body.append([row.name, *losses, _count(row.tokens), compute])
     best = set()
-    different = not_comparable(rows)
+    different = incomparable_datasets(rows)
     for column in range(len(head) - 3):
         if different and head[column + 1] in (*different, "AVG"):
             continue  # no best among numbers that are not comparable
@@ -172,14 +172,14 @@ def final_losses(rows: Sequence[Row]) -> Iterator[Section]:
         "one. AVG is the plain mean over the datasets trained on. Compute is that of the last stage against training "
         "again on everything; the lowest number of a column is bold."
         + (f" Not comparable, as validation data or windows differ: {', '.join(different)}." if different else ""),
-        grids=[Grid(head, body, frozenset(best))],
+        grids=[HtmlTable(head, body, frozenset(best))],
     )
 
 
-def loss_curves(records: Sequence[Record]) -> Iterator[Section]:
+def loss_curves(records: Sequence[RunLog]) -> Iterator[Section]:
     """Loss of every dataset over tokens."""
     if any(record.validations for record in records):
-        from titan_cpt.reporting.figures import draw, losses_over_tokens
+        from titan_cpt.reporting.figures import plot_losses, render_figure
 
         caption = (
             "Held-out loss of each dataset over the tokens trained on; dashed: where a stage ends; dotted: where its "
@@ -187,19 +187,19 @@ def loss_curves(records: Sequence[Record]) -> Iterator[Section]:
         )
         yield Section(
             "What was learnt and forgotten",
-            figures=[draw("losses", caption, lambda: losses_over_tokens(records))],
+            figures=[render_figure("losses", caption, lambda: plot_losses(records))],
         )
 
 
-def trade_off_section(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[Section]:
+def trade_off_section(rows: Sequence[ComparisonRow], records: Sequence[RunLog]) -> Iterator[Section]:
     """Forgetting against adaptation; a run from scratch is set against what the others had before."""
     before: dict[tuple[str, str | None], list[float]] = {}
     for record in records:
-        for stage in summary_of(record)["stages"]:
+        for stage in summarize_log(record)["stages"]:
             for name, value in stage["left_at"].items():
                 before.setdefault((name, stage["validation_ids"][name]), []).append(value)
     old = {name for name, _ in before}
-    points: list[tuple[int, Row, float]] = []
+    points: list[tuple[int, ComparisonRow, float]] = []
     new = {name for record in records for name in record.plan["stages"][-1]["new_datasets"] if name not in old}
     for number, row in enumerate(rows):
         against = [
@@ -213,44 +213,46 @@ def trade_off_section(rows: Sequence[Row], records: Sequence[Record]) -> Iterato
             point = row if row.forgetting else replace(row, adaptation=sum(mine) / len(mine))
             points.append((number, point, value))
     if len(points) > 1:
-        from titan_cpt.reporting.figures import draw, trade_off
+        from titan_cpt.reporting.figures import plot_trade_off, render_figure
 
         caption = "A point for each run, better to the lower left. Hollow: from scratch, against the others' start."
-        drawn = draw("trade-off", caption, lambda: trade_off(points))
+        drawn = render_figure("trade-off", caption, lambda: plot_trade_off(points))
         yield Section("Forgetting against adaptation", figures=[drawn])
 
 
-def schedules(records: Sequence[Record]) -> Iterator[Section]:
+def schedules(records: Sequence[RunLog]) -> Iterator[Section]:
     """The LR as it was used."""
     if any(record.trains for record in records):
-        from titan_cpt.reporting.figures import draw, learning_rates
+        from titan_cpt.reporting.figures import plot_learning_rates, render_figure
 
-        drawn = draw("learning-rates", "Learning rate of every step, as used.", lambda: learning_rates(records))
+        drawn = render_figure(
+            "learning-rates", "Learning rate of every step, as used.", lambda: plot_learning_rates(records)
+        )
         yield Section("Learning rates", figures=[drawn])
 
 
-def benchmarks(records: Sequence[Record]) -> Iterator[Section]:
+def benchmarks(records: Sequence[RunLog]) -> Iterator[Section]:
     """What `titan-cpt eval` and [evaluation] found out, run by run, and what became of the example prompts."""
     for record in records:
         title = "Benchmarks" if len(records) == 1 else f"Benchmarks of {record.name}"
         unread: list[str] = []
-        table, texts = benchmark_table(record, unread.append), continuations(record, unread.append)
+        table, texts = benchmark_table(record, unread.append), example_generations(record, unread.append)
         if table is not None or texts or unread:
             yield Section(
                 title,
                 "Scores with their standard errors. A change is told sample by sample where the same samples were "
                 "asked; p is how likely one as large is by chance. Below, what each stage makes of the same prompts."
                 + "".join(f" Left out: {problem}." for problem in unread),
-                grids=[] if table is None else [Grid(table.head, table.rows)],
+                grids=[] if table is None else [HtmlTable(table.head, table.rows)],
                 details=texts,
             )
 
 
-def data(records: Sequence[Record]) -> Iterator[Section]:
+def data(records: Sequence[RunLog]) -> Iterator[Section]:
     """Tokens, replay and epochs of every dataset in every stage."""
     rows = []
     for record in records:
-        states = {stage["name"]: _progress(stage) for stage in summary_of(record)["stages"]}
+        states = {stage["name"]: _progress(stage) for stage in summarize_log(record)["stages"]}
         for stage in record.plan["stages"]:
             for name, use in stage["datasets"].items():
                 share = use["replayed_tokens"] / stage["tokens"]
@@ -264,18 +266,18 @@ def data(records: Sequence[Record]) -> Iterator[Section]:
             "Data",
             "What each stage takes of each dataset by its plan, replay included; epochs are of the stage. The last "
             "column says how much of the stage was trained.",
-            grids=[Grid(["run", "stage", "dataset", "tokens", "of them replayed", "epochs", "trained"], rows)],
+            grids=[HtmlTable(["run", "stage", "dataset", "tokens", "of them replayed", "epochs", "trained"], rows)],
         )
 
 
-def speed(records: Sequence[Record]) -> Iterator[Section]:
+def speed(records: Sequence[RunLog]) -> Iterator[Section]:
     """Throughput."""
     if any(line.get("tokens_per_s") for record in records for line in record.trains):
-        from titan_cpt.reporting.figures import draw, throughput
+        from titan_cpt.reporting.figures import plot_throughput, render_figure
 
         rows = []
         for record in records:
-            stages = summary_of(record)["stages"]
+            stages = summarize_log(record)["stages"]
             seconds, timed, done = (
                 sum(stage[key] for stage in stages) for key in ("seconds", "timed_steps", "steps_done")
             )
@@ -285,13 +287,13 @@ def speed(records: Sequence[Record]) -> Iterator[Section]:
             cells = [f"{timed:,} of {done:,}", f"{seconds:,.0f}", f"{tokens / seconds:,.0f}" if seconds else ""]
             cells += [f"{sum(mfus) / len(mfus):.1%}" if mfus else "", "" if memory is None else f"{memory:.2f}"]
             rows.append([record.name, *cells])
-        drawn = draw("throughput", "Validation and saving are left out.", lambda: throughput(records))
+        drawn = render_figure("throughput", "Validation and saving are left out.", lambda: plot_throughput(records))
         head = ["run", "recorded steps", "seconds of these steps", "tokens per second", "MFU", "memory, GiB"]
-        grid = Grid(head, rows).without_empty()
+        grid = HtmlTable(head, rows).without_empty()
         yield Section("Throughput", figures=[drawn], grids=[grid])
 
 
-def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
+def what_was_run(records: Sequence[RunLog]) -> Iterator[Section]:
     """Plan, versions, data and config of every run."""
     rows, details = [], []
     for record in records:
@@ -305,11 +307,11 @@ def what_was_run(records: Sequence[Record]) -> Iterator[Section]:
         if config.exists():
             text = config.read_text(encoding="utf-8", errors="replace")
             details.append((f"{record.name}: config, every default spelt out", text))
-    yield Section("What was run", grids=[Grid(["run", "plan", "ranks", "versions"], rows)], details=details)
+    yield Section("What was run", grids=[HtmlTable(["run", "plan", "ranks", "versions"], rows)], details=details)
 
 
-def _state(record: Record) -> str:
-    stages = summary_of(record)["stages"]
+def _state(record: RunLog) -> str:
+    stages = summarize_log(record)["stages"]
     done, steps = (sum(stage[key] for stage in stages) for key in ("steps_done", "steps"))
     return "; ".join([f"{record.name}: {done:,} of {steps:,} steps", *record.problems])
 

@@ -21,7 +21,7 @@ _STAGE_KEYS = ("name", "steps", "tokens", "union_tokens", "new_datasets", "datas
 
 
 @dataclass(frozen=True)
-class Record:
+class RunLog:
     """A run's log of its present weights; see `read_metrics` for what that leaves out.
 
     Attributes:
@@ -71,7 +71,7 @@ class Record:
         return int((before + step) * self.plan["step_tokens"])
 
 
-def read_run(path: Path) -> Record:
+def read_run(path: Path) -> RunLog:
     """The record of a run's folder, or of a metrics.jsonl alone; of a run that is still training, as far as it is.
 
     Raises:
@@ -84,7 +84,7 @@ def read_run(path: Path) -> Record:
         raise DataError(_what_is_there(path))
     plan = _read_plan(run) if has_plan else {}
     if not has_metrics:
-        return Record(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {METRICS_FILE}"])
+        return RunLog(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {METRICS_FILE}"])
     found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
     plan = plan or _told_by_lines(run.name, found.trains, found.validations)
     names = {stage["name"] for stage in plan["stages"]}
@@ -99,10 +99,10 @@ def read_run(path: Path) -> Record:
         if line["loss_nats_per_token"] is None
     ]
     problems = [*found.problems, *problems[:1], *([f"and {len(problems) - 1:,} more"] if len(problems) > 1 else [])]
-    return Record(plan["name"], run, plan, trains, validations, found.events, saved, problems, renewed)
+    return RunLog(plan["name"], run, plan, trains, validations, found.events, saved, problems, renewed)
 
 
-def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Record]:
+def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[RunLog]:
     """The records of several runs; one that cannot be read is named to `complain` and does not end the others."""
     records = []
     for path in paths:
@@ -113,7 +113,7 @@ def read_runs(paths: Sequence[Path], complain: Callable[[str], None]) -> list[Re
     return records
 
 
-def labelled(records: Sequence[Record]) -> list[Record]:
+def with_unique_names(records: Sequence[RunLog]) -> list[RunLog]:
     """The records under names that tell them apart: with that of the folder around them where these differ.
 
     Copies of a run's folder share the run's name; they go by their folders' names.
@@ -189,10 +189,10 @@ def summarize(run: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder is not a run's, or its plan cannot be read.
     """
-    return summary_of(read_run(run))
+    return summarize_log(read_run(run))
 
 
-def summary_of(record: Record) -> dict[str, Any]:
+def summarize_log(record: RunLog) -> dict[str, Any]:
     """As `summarize`, of a record that was read already."""
     stages = [_stage_summary(record, stage) for stage in record.plan["stages"]]
     return {
@@ -204,7 +204,7 @@ def summary_of(record: Record) -> dict[str, Any]:
     }
 
 
-def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_summary(record: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
     name, new = stage["name"], stage["new_datasets"]
     trains, lines, saved = (
         [line for line in of if line["stage"] == name] for of in (record.trains, record.validations, record.checkpoints)
@@ -245,7 +245,7 @@ def _stage_summary(record: Record, stage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _before(
-    record: Record,
+    record: RunLog,
     stage: str,
     measured: Mapping[tuple[int, str], Mapping[str, Any]],
     after: Mapping[str, Mapping[str, Any]],
@@ -262,7 +262,7 @@ def _before(
 
 
 def _final_loss(
-    record: Record, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
+    record: RunLog, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
 ) -> float | None:
     """The paper's final loss, where the run took all its samples of the same validation data."""
     lines = [line for step in window if (line := measured.get((step, dataset))) is not None]

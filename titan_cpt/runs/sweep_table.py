@@ -11,7 +11,7 @@ from rich.table import Table
 
 from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.reporting.comparison import compare, print_comparison
-from titan_cpt.reporting.summary import labelled, read_runs
+from titan_cpt.reporting.summary import with_unique_names, read_runs
 from titan_cpt.runs.shared_stages import count_shared_stages
 from titan_cpt.runs.sweep import Outcome, single_run_message
 from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs, single_run_file
@@ -20,7 +20,7 @@ from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print a table of all runs with their losses, and the error messages of those that failed."""
     begun = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / METRICS_FILE).exists()]
-    records = labelled(read_runs(begun, lambda message: console.print(escape(message), highlight=False)))
+    records = with_unique_names(read_runs(begun, lambda message: console.print(escape(message), highlight=False)))
     names = {record.folder: record.name for record in records}
     failed = {
         names.get(each.folder, each.name) if each.folder else each.name: each.message

@@ -14,7 +14,7 @@ from titan_cpt.config.suites import SUITES, Task, chosen_tasks, suite_of
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.score_table import print_scores, scores_as_json
 from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
-from titan_cpt.reporting.benchmark_table import benchmark_table, continuations
+from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
 from titan_cpt.reporting.summary import read_run
 
 SCORED_FILES = "f00d"
@@ -138,10 +138,10 @@ def test_a_report_tells_what_each_stage_changed(tmp_path):
 def test_a_report_shows_each_stages_continuation(tmp_path):
     """Of the same prompt, the last one of each stage, in order; a damaged file is named and left out."""
     run = kept_run(tmp_path)
-    (prompt, text) = continuations(*record_of(run))[0]
+    (prompt, text) = example_generations(*record_of(run))[0]
     (run / "evaluations/one/step-00000010/generations.json").write_text("{")
     record, said = record_of(run)[0], []
-    (left,) = continuations(record, said.append)
+    (left,) = example_generations(record, said.append)
 
     assert prompt == "The dog"
     assert text == "after one (10 steps): The dog at 10\n\nafter two (8 steps): The dog at 8"

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from titan_cpt.cli import main
-from titan_cpt.reporting.comparison import Row, compare, not_comparable, print_comparison
-from titan_cpt.reporting.figures import losses_over_tokens, trade_off
+from titan_cpt.reporting.comparison import ComparisonRow, compare, incomparable_datasets, print_comparison
+from titan_cpt.reporting.figures import plot_losses, plot_trade_off
 from titan_cpt.reporting.html_page import default_folder, sections
-from titan_cpt.reporting.summary import labelled, read_run
+from titan_cpt.reporting.summary import read_run, with_unique_names
 
 STEP_TOKENS = 1000
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -203,14 +203,14 @@ def test_a_run_without_a_single_measurement_makes_a_page(write_run, tmp_path):
 
 def test_runs_of_several_folders_are_told_apart(write_run):
     """By the folder around them; runs of one folder keep their names, copies of a run get their folders'."""
-    apart = labelled([read_run(write_run("x/seed-0", EN_DE)), read_run(write_run("y/seed-0", EN_DE))])
-    together = labelled([read_run(write_run("z/one", EN_DE)), read_run(write_run("z/two", EN_DE))])
+    apart = with_unique_names([read_run(write_run("x/seed-0", EN_DE)), read_run(write_run("y/seed-0", EN_DE))])
+    together = with_unique_names([read_run(write_run("z/one", EN_DE)), read_run(write_run("z/two", EN_DE))])
 
     copy = shutil.copytree(together[0].folder, together[0].folder.parent / "one-backup")
-    copies = labelled([together[0], read_run(copy)])
+    copies = with_unique_names([together[0], read_run(copy)])
 
     assert [record.name for record in copies] == ["one", "one-backup"]
-    assert [record.name for record in labelled([*copies, read_run(apart[0].folder)])] == [
+    assert [record.name for record in with_unique_names([*copies, read_run(apart[0].folder)])] == [
         "z/one",
         "z/one-backup",
         "x/seed-0",
@@ -277,7 +277,7 @@ def test_runs_measured_on_different_validation_data_are_not_set_against_each_oth
     print_comparison(compare(records), console)
     (grid,) = (final := next(iter(sections(records)))).grids
 
-    assert not_comparable(compare(records)) == ["de", "en"]
+    assert incomparable_datasets(compare(records)) == ["de", "en"]
     assert not {grid.head[column] for _, column in grid.best} & {"en", "de", "AVG"}
     assert "de, en" in final.lead
     assert "not comparable, measured on different validation data or windows: de, en" in console.export_text()
@@ -288,7 +288,7 @@ def test_a_curve_is_broken_and_marked_where_its_validation_data_changed(write_ru
     """English after 10 thousand tokens: two lines that do not touch, and a dotted one between; German is whole."""
     lines = [*on("A", EN_DE[:4]), *(line for line in on("A", EN_DE[4:]) if line["dataset"] == "de")]
     lines += [line for line in on("B", EN_DE[4:]) if line["dataset"] == "en"]
-    german, english = losses_over_tokens([read_run(write_run("r", lines))]).axes[:2]
+    german, english = plot_losses([read_run(write_run("r", lines))]).axes[:2]
 
     def curves(axes):
         return [
@@ -303,8 +303,10 @@ def test_a_curve_is_broken_and_marked_where_its_validation_data_changed(write_ru
 
 def test_no_two_points_of_the_trade_off_look_alike():
     """Seven colours, four shapes; a run that forgets nothing of its own is hollow."""
-    rows = [Row(f"arm {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)]
-    points = trade_off([(number, row, 0.1) for number, row in enumerate(rows)]).axes[0].lines
+    rows = [
+        ComparisonRow(f"arm {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)
+    ]
+    points = plot_trade_off([(number, row, 0.1) for number, row in enumerate(rows)]).axes[0].lines
 
     assert len({(point.get_color(), point.get_marker()) for point in points}) == 28
     assert [point.get_markerfacecolor() == "none" for point in points] == [True] + [False] * 27
