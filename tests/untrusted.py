@@ -24,7 +24,8 @@ from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import average_score, read_score, score_change
 from titan_cpt.models.huggingface_config import spec_from_config
-from titan_cpt.reporting.summary import read_run, summarize_log
+from titan_cpt.reporting.run_log import read_run
+from titan_cpt.reporting.summary import summarize_log
 
 TOML = b"""
 [job]

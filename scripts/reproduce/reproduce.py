@@ -24,7 +24,7 @@ from pathlib import Path
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
 from titan_cpt.reporting.comparison import compare
-from titan_cpt.reporting.summary import RunLog, read_run
+from titan_cpt.reporting.run_log import RunLog, read_run
 from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,8 @@ from training import Fault
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.errors import CheckpointError
-from titan_cpt.reporting.summary import read_run, summarize
+from titan_cpt.reporting.run_log import read_run
+from titan_cpt.reporting.summary import summarize
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.skipped_batches import Skips
 

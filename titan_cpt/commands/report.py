@@ -27,7 +27,7 @@ def add_report(subparsers: Subparsers) -> None:
 def _run(options: argparse.Namespace) -> int:
     from titan_cpt.common.console import make_console
     from titan_cpt.reporting.comparison import print_runs
-    from titan_cpt.reporting.summary import read_runs
+    from titan_cpt.reporting.run_log import read_runs
 
     unread: list[str] = []
     records = read_runs(options.runs, unread.append)

@@ -12,7 +12,7 @@ from titan_cpt.common.reading import read_text
 from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_FILE, checkpoint_folder
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import Score, read_scores, score_change
-from titan_cpt.reporting.summary import RunLog
+from titan_cpt.reporting.run_log import RunLog
 
 
 @dataclass(frozen=True)

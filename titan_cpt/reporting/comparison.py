@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.reporting.summary import RunLog, print_summary, summarize_log, with_unique_names
+from titan_cpt.reporting.run_log import RunLog, with_unique_names
+from titan_cpt.reporting.summary import print_summary, summarize_log
 
 
 @dataclass(frozen=True)

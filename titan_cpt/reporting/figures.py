@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import matplotlib
 
 from titan_cpt.reporting.comparison import ComparisonRow
-from titan_cpt.reporting.summary import RunLog
+from titan_cpt.reporting.run_log import RunLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

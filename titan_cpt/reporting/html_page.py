@@ -19,7 +19,8 @@ from titan_cpt.common.run_folder import CONFIG_FILE, REPORT_FOLDER
 from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
 from titan_cpt.reporting.comparison import ComparisonRow, compare, incomparable_datasets
-from titan_cpt.reporting.summary import RunLog, summarize_log, with_unique_names
+from titan_cpt.reporting.run_log import RunLog, with_unique_names
+from titan_cpt.reporting.summary import summarize_log
 
 if TYPE_CHECKING:
     from titan_cpt.reporting.figures import Figure

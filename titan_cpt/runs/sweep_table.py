@@ -11,7 +11,7 @@ from rich.table import Table
 
 from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.reporting.comparison import compare, print_comparison
-from titan_cpt.reporting.summary import with_unique_names, read_runs
+from titan_cpt.reporting.run_log import read_runs, with_unique_names
 from titan_cpt.runs.shared_stages import count_shared_stages
 from titan_cpt.runs.sweep import Outcome, single_run_message
 from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs, single_run_file

@@ -15,7 +15,7 @@ from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.score_table import print_scores, scores_as_json
 from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
-from titan_cpt.reporting.summary import read_run
+from titan_cpt.reporting.run_log import read_run
 
 SCORED_FILES = "f00d"
 """Digest of the files of the checkpoint that was scored."""

@@ -16,7 +16,7 @@ from titan_cpt.cli import main
 from titan_cpt.reporting.comparison import ComparisonRow, compare, incomparable_datasets, print_comparison
 from titan_cpt.reporting.figures import plot_losses, plot_trade_off
 from titan_cpt.reporting.html_page import default_folder, sections
-from titan_cpt.reporting.summary import read_run, with_unique_names
+from titan_cpt.reporting.run_log import read_run, with_unique_names
 
 STEP_TOKENS = 1000
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
