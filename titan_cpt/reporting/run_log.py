@@ -1,4 +1,4 @@
-"""A run folder read back: its plan (plan.json) and its log (metrics.jsonl), deduplicated. Finished or still training."""
+"""A run folder read back, finished or still training: its plan (plan.json) and its deduplicated log (metrics.jsonl)."""
 
 from __future__ import annotations
 
