@@ -30,8 +30,8 @@ from titan_cpt.commands.report import add_report
 from titan_cpt.commands.sweep import add_sweep
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.verify import add_verify
-from titan_cpt.common.exit_status import leave, leave_interrupted, tell
-from titan_cpt.errors import TitanError, how_to_install, in_words
+from titan_cpt.common.exit_status import FAILURE, USER_ERROR, exit_interrupted, exit_with, print_error
+from titan_cpt.errors import TitanError, how_to_install, os_error_message
 
 COMMANDS = (  # in the order of --help
     add_plan,
@@ -58,23 +58,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         options.overrides = parse_overrides(unknown) if options.takes_overrides else refuse_unknown(unknown)
         status = options.run(options)
     except TitanError as error:
-        tell(f"{type(error).__name__}: {error}", silent=error.on_every_rank and os.environ.get("RANK", "0") != "0")
+        printed_by_rank_0 = error.on_every_rank and os.environ.get("RANK", "0") != "0"
+        print_error(f"{type(error).__name__}: {error}", silent=printed_by_rank_0)
         status = error.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as with `| head`
-        status = 1
+        status = FAILURE
     except OSError as error:
-        tell(f"{type(error).__name__}: {in_words(error)}")
-        status = 2
+        print_error(f"{type(error).__name__}: {os_error_message(error)}")
+        status = USER_ERROR
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "titan_cpt"):
             raise
-        tell(f"{package} is not installed for {sys.executable}; {how_to_install(package)}")
-        status = 2
+        print_error(f"{package} is not installed for {sys.executable}; {how_to_install(package)}")
+        status = USER_ERROR
     except KeyboardInterrupt as interrupt:
-        leave_interrupted(str(interrupt))
-    leave(status)
+        exit_interrupted(str(interrupt))
+    exit_with(status)
 
 
 def make_parser() -> argparse.ArgumentParser:

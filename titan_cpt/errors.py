@@ -2,7 +2,7 @@
 
 Each carries one message for its reader: where the fault is, what was found, what is allowed and what to do. The command
 line prints that message and no traceback. `exit_status` is what a program that called us may rely on. An OSError, which
-the operating system raises, is put into the same form by `in_words`.
+the operating system raises, is put into the same form by `os_error_message`.
 """
 
 import errno
@@ -88,7 +88,7 @@ _REMEDIES = {
 }
 
 
-def in_words(error: OSError) -> str:
+def os_error_message(error: OSError) -> str:
     """What the operating system refused: the path or paths, its reason, and what to do."""
     paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
     reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")

@@ -7,7 +7,7 @@ import training
 from permissions import modes_count
 
 from titan_cpt.cli import main
-from titan_cpt.errors import in_words
+from titan_cpt.errors import os_error_message
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 BAD = {"a file on the way": "file/x", "a loop of links": "loop/x", "a name too long": "n" * 300}
@@ -119,4 +119,4 @@ def test_folders_without_permission(tmp_path, capsys, words, kind):
 )
 def test_an_error_of_the_system_in_words(error, message):
     """The path or both paths, the reason, and a remedy where there is one."""
-    assert in_words(error).startswith(message)
+    assert os_error_message(error).startswith(message)

@@ -31,7 +31,7 @@ from torch.distributed.run import parse_args
 
 from titan_cpt.commands.arguments import parse_overrides
 from titan_cpt.commands.train import add_train
-from titan_cpt.common.exit_status import leave
+from titan_cpt.common.exit_status import FAILURE, SUCCESS, USER_ERROR, exit_with
 from titan_cpt.config.load import load_run
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.prepare.prepare_missing import is_complete
@@ -85,12 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         mistake = find_mistake(words, nodes=1 if options.node is None else options.node.count)
         if mistake and options.node is None:
-            raise Refused(mistake, 2)
+            raise Refused(mistake, USER_ERROR)
         store = None if options.node is None else meet(options.node, mistake, options.patience)
     except Refused as refused:
         if str(refused):
             _say(str(refused))
-        leave(refused.status)
+        exit_with(refused.status)
     status = _run(words)
     del store  # node 0's holds the server that torchrun shares
     sys.exit(status)
@@ -292,13 +292,13 @@ def _run(words: Sequence[str]) -> int:
                     f"{failure.signal_name()}"
                     + (": often too little host memory" if -failure.exitcode == signal.SIGKILL else "")
                 )
-        return 1
+        return FAILURE
     except SignalException as error:
         return 128 + int(error.sigval)
     except DistError as error:
         _say(f"the nodes lost each other: {_first_line(error)}")
-        return 1
-    return 0
+        return FAILURE
+    return SUCCESS
 
 
 def _key(rank: int) -> str:

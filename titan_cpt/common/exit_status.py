@@ -1,4 +1,11 @@
-"""How a command ends: its last message and its exit status, also where torchrun stands between it and the user."""
+"""Exit statuses of the commands, and how a command exits: with its last message, also when torchrun started it.
+
+0    done
+1    a failure that is not known to be the user's mistake, such as a non-finite loss
+2    a mistake in the config, the command line, the data or the environment; the message says what to change
+75   stopped early by a signal with everything saved: run the same command again
+130  Ctrl-C
+"""
 
 from __future__ import annotations
 
@@ -9,34 +16,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-STOPPED_EARLY = 75  # a signal stopped the run after its checkpoint was saved; the same command resumes it
-STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"  # torchrun makes every failure a 1; run_train.sh reads the true one here
+from titan_cpt.errors import NumericsError, TitanError
+
+SUCCESS = 0
+FAILURE = NumericsError.exit_status
+USER_ERROR = TitanError.exit_status
+STOPPED_EARLY = 75  # EX_TEMPFAIL; a queue may start the same command again
+INTERRUPTED = 128 + signal.SIGINT
+
+# torchrun exits with 1 whatever its processes exit with. run_train.sh reads the true status from this file.
+STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"
 
 
-def tell(message: str, *, silent: bool = False) -> None:
-    """Print a message, and keep it for run_train.sh, which then knows what a process that is not shown had to say."""
+def print_error(message: str, *, silent: bool = False) -> None:
+    """Print a message to stderr, and store it where run_train.sh finds the messages of processes it does not show.
+
+    Args:
+        silent: another rank prints the same message; an empty one is stored.
+    """
     if not silent:
         print(message, file=sys.stderr)
     if path := os.environ.get(STATUS_FILE_VARIABLE):
-        kept = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
+        of_process = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
         with suppress(OSError):
-            kept.write_text("" if silent else f"{message}\n", encoding="utf-8")
+            of_process.write_text("" if silent else f"{message}\n", encoding="utf-8")
 
 
-def leave(status: int) -> NoReturn:
-    """Exit, with the status written where run_train.sh looks for it."""
+def exit_with(status: int) -> NoReturn:
+    """Exit, and write the status where run_train.sh looks for it."""
     path = os.environ.get(STATUS_FILE_VARIABLE)
-    # A rank that fails makes torchrun stop the others, which then leave with a status of their own: the mistake counts.
-    if path and status and not (Path(path).exists() and Path(path).read_text(encoding="utf-8") == "2"):
+    # A rank that fails makes torchrun stop the others, which exit with a status of their own: the user error counts.
+    if path and status and not _has_user_error(Path(path)):
         Path(path).write_text(str(status), encoding="utf-8")
     sys.exit(status)
 
 
-def leave_interrupted(told: str) -> NoReturn:
-    """End as Ctrl-C ends a program (130 in a shell, whose loops end too), with a line in place of a traceback."""
-    print(f"stopped by Ctrl-C{': ' if told else ''}{told}", file=sys.stderr)
+def _has_user_error(status_file: Path) -> bool:
+    return status_file.exists() and status_file.read_text(encoding="utf-8") == str(USER_ERROR)
+
+
+def exit_interrupted(message: str) -> NoReturn:
+    """Exit as Ctrl-C ends a program (130 in a shell, whose loops end too), with one line instead of a traceback."""
+    print(f"stopped by Ctrl-C{': ' if message else ''}{message}", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGINT)
-    sys.exit(130)
+    sys.exit(INTERRUPTED)

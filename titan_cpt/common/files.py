@@ -15,7 +15,7 @@ _MARK, _CONTENT = "titan_cpt.lock", "content"  # of a partial folder: what prove
 _NAME_CHARACTERS = 40  # of the file's own name in its temporary name: 255 bytes are the limit of most file systems
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_bytes_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content: after a power failure the file holds the old content or the new one, whole.
 
     Raises:
@@ -132,7 +132,7 @@ def _held(out: Path, by: str) -> OSError:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """The whole text or what was there before, whenever the power fails."""
-    write_whole(path, text.encode())
+    write_bytes_atomically(path, text.encode())
 
 
 def fsync(path: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A half-sentence that offers the likeliest of the known words, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def did_you_mean(word: str, known: Iterable[str], *, at_most: int = 1) -> str:
+    """'; did you mean 'x'?' for the known words closest to a misspelt one, or "" if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=at_most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def listed(words: Sequence[str]) -> str:
-    """The words in quotes, with commas."""
-    return ", ".join(repr(word) for word in words) or "none"
+def quoted_list(words: Iterable[str]) -> str:
+    """The words in quotes, separated by commas; "none" for no words."""
+    return ", ".join(map(repr, words)) or "none"

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from titan_cpt.config.messages import in_words
+from titan_cpt.config.messages import error_message
 from titan_cpt.config.overrides import set_key
 from titan_cpt.config.references import reference_faults
 from titan_cpt.config.schema import Config
@@ -71,7 +71,9 @@ def check_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [in_words(one, raw) for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
+        faults += [
+            error_message(one, raw) for one in error.errors() if not (one["type"] == "too_short" and one["input"])
+        ]
         faults += list(reference_faults(raw))
         raise error_of(faults) from None
     faults += list(reference_faults(raw))

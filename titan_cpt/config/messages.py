@@ -7,11 +7,11 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from titan_cpt.common.text import listed, nearest
+from titan_cpt.common.text import did_you_mean, quoted_list
 from titan_cpt.config.schema_lookup import field_of, keys_of, tables_at
 
 
-def in_words(error: Any, raw: dict[str, Any]) -> str:
+def error_message(error: Any, raw: dict[str, Any]) -> str:
     """One of pydantic's errors as `dotted.key: what is allowed, got what`."""
     where = _dotted(error["loc"], raw)
     got, context, last = _shown(error["input"]), error.get("ctx", {}), str(error["loc"][-1])
@@ -22,14 +22,16 @@ def in_words(error: Any, raw: dict[str, Any]) -> str:
             return f"{where}: is missing{_about(error['loc'])}"
         case "extra_forbidden":
             known = sorted({key for model in tables_at(error["loc"][:-1]) for key in keys_of(model)})
-            hint = _of_a_stage(error["loc"]) or nearest(last, known) or "; allowed here are " + listed(known)
+            hint = _of_a_stage(error["loc"]) or did_you_mean(last, known) or "; allowed here are " + quoted_list(known)
             return f"{where}: unknown key{hint}"
         case "union_tag_invalid" | "literal_error":
             allowed = context.get("expected_tags") or context.get("expected")
             choices = [word.strip("' ") for word in str(allowed).replace(" or ", ", ").split(",")]
             key = f"{where}.schedule" if error["type"] == "union_tag_invalid" else where
             found = context.get("tag", error["input"])
-            return f"{key}: must be one of {listed(choices)}, got {_shown(found)}{nearest(str(found), choices)}"
+            return (
+                f"{key}: must be one of {quoted_list(choices)}, got {_shown(found)}{did_you_mean(str(found), choices)}"
+            )
         case "union_tag_not_found":
             return f'{where}.schedule: is missing; give a schedule such as "cosine"'
         case "model_type" | "model_attributes_type" | "dict_type":

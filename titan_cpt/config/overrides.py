@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from titan_cpt.common.text import listed, nearest
+from titan_cpt.common.text import did_you_mean, quoted_list
 from titan_cpt.config.schema_lookup import is_string, tables_at
 from titan_cpt.config.toml_files import exceeds_64_bits, parse_toml
 
@@ -25,7 +25,7 @@ def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | 
             found = [stage for stage in place if isinstance(stage, dict) and stage.get("name") == part]
             if not found:
                 known = [str(stage.get("name")) for stage in place if isinstance(stage, dict)]
-                yield f"{where}: there is no stage {part!r}{nearest(part, known)}; stages are {listed(known)}"
+                yield f"{where}: there is no stage {part!r}{did_you_mean(part, known)}; stages are {quoted_list(known)}"
                 return
             place = found[0]
         elif isinstance(place, dict):

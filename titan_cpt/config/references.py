@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_cpt.common.run_folder import RESERVED_STAGE_NAMES
-from titan_cpt.common.text import listed, nearest
+from titan_cpt.common.text import did_you_mean, quoted_list
 
 
 def tables(value: Any) -> dict[str, dict[str, Any]]:
@@ -57,7 +57,7 @@ def _dataset_faults(where: str, mix: Any, datasets: dict[str, dict[str, Any]]) -
     known = list(datasets)
     for name in _named(mix):
         if name not in datasets:
-            yield f"{where}: there is no [datasets.{name}]{nearest(name, known)}; there are {listed(known)}"
+            yield f"{where}: there is no [datasets.{name}]{did_you_mean(name, known)}; there are {quoted_list(known)}"
         elif not (datasets[name].get("train") or datasets[name].get("domains")):
             yield f"{where}: [datasets.{name}] has no tokens to train on: give it train or domains"
 
@@ -74,7 +74,7 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
         base, _, point = target.partition("@")
         if base not in earlier or point not in ("", "pre_anneal"):
             forms = "stage:NAME or stage:NAME@pre_anneal"
-            yield f"{where}: must name an earlier stage as {forms}, got {init!r}; earlier are {listed(earlier)}"
+            yield f"{where}: must name an earlier stage as {forms}, got {init!r}; earlier are {quoted_list(earlier)}"
     elif init not in ("previous", "random") and not (kind in ("checkpoint", "hf") and target):
         allowed = "previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:PATH-OR-NAME"
         yield f"{where}: must be one of {allowed}, got {init!r}"

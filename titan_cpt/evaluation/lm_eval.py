@@ -9,7 +9,6 @@ most half of it long.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import math
@@ -33,6 +32,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from titan_cpt.common.numbers import evenly_spaced
+from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.suites import FETCHED, Task
 from titan_cpt.errors import ConfigError, DataError
 from titan_cpt.evaluation.generate import Sampling, generate
@@ -226,8 +226,7 @@ class Tasks:
         if task.name in self._manager.all_tags and task.name not in known:
             raise ConfigError(f"task {task.name}: is a tag of several tasks; name them one by one")
         if task.name not in known:
-            near = difflib.get_close_matches(task.name, sorted(known), 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = did_you_mean(task.name, sorted(known), at_most=3)
             raise ConfigError(
                 f"task {task.name}: is not in lm-evaluation-harness {lm_eval.__version__} or --tasks-dir{hint}"
             )

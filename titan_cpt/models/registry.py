@@ -4,10 +4,10 @@ Imports no torch: the plan asks here and must answer in milliseconds.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from titan_cpt.common.text import did_you_mean
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.spec import FAMILIES, ROPE_SCALINGS, ModelSpec, RopeScaling
 
@@ -190,6 +190,5 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def _unknown(path: str, name: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{path}: unknown {path.rpartition('.')[2]} {name!r}; {hint}Allowed: {', '.join(allowed)}"
+    hint = did_you_mean(name, allowed) or "."
+    return f"{path}: unknown {path.rpartition('.')[2]} {name!r}{hint} Allowed: {', '.join(allowed)}"

@@ -6,10 +6,10 @@ torch cannot do, or what it computes wrongly without an error.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
@@ -88,9 +88,8 @@ def _unknown_schedule(asked: RuleInput) -> str | None:
     name = asked.config.parallelism.pipeline_parallel_schedule
     if name in SCHEDULES:
         return None
-    near = difflib.get_close_matches(name, SCHEDULES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{_PARALLELISM}pipeline_parallel_schedule: unknown {name!r}; {hint}Allowed: {', '.join(SCHEDULES)}"
+    hint = did_you_mean(name, SCHEDULES) or "."
+    return f"{_PARALLELISM}pipeline_parallel_schedule: unknown {name!r}{hint} Allowed: {', '.join(SCHEDULES)}"
 
 
 def _ranks_do_not_divide(asked: RuleInput) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titan_cpt.common.files import make_folder, write_whole
+from titan_cpt.common.files import make_folder, write_bytes_atomically
 from titan_cpt.common.reading import is_there, readable
 from titan_cpt.common.run_folder import CONFIG_FILE, REPORT_FOLDER
 from titan_cpt.errors import DataError, how_to_install
@@ -86,11 +86,11 @@ def write_page(records: Sequence[RunLog], out: Path) -> Path:
     _require_own_page(out, figures)
     make_folder(out)
     for path, png in figures.items():
-        write_whole(path, png)
+        write_bytes_atomically(path, png)
     title = records[0].name if len(records) == 1 else f"{len(records)} runs"
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(title=title, sections=made, runs=[_state(record) for record in records])
-    write_whole(out / PAGE_NAME, page.encode())
+    write_bytes_atomically(out / PAGE_NAME, page.encode())
     return out / PAGE_NAME
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_cpt.common.exit_status import STOPPED_EARLY
+from titan_cpt.common.exit_status import FAILURE, STOPPED_EARLY, SUCCESS
 from titan_cpt.common.files import make_folder
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import ConfigError, TitanError
@@ -85,7 +85,9 @@ def single_run_message(path: Path) -> str:
 def exit_status(outcomes: Sequence[Outcome]) -> int:
     """0 if every run is trained, 75 if one stopped early with its checkpoint saved, 1 if one failed."""
     states = {outcome.state for outcome in outcomes}
-    return STOPPED_EARLY if "stopped" in states else int("failed" in states)
+    if "stopped" in states:
+        return STOPPED_EARLY
+    return FAILURE if "failed" in states else SUCCESS
 
 
 def _outcome(

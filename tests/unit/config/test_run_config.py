@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from titan_cpt.common.files import partial_folder, write_whole
+from titan_cpt.common.files import partial_folder, write_bytes_atomically
 from titan_cpt.config.load import dump_config, load_config
 from titan_cpt.config.run_config import changed_settings, require_own_run, write_run_config
 from titan_cpt.errors import CheckpointError
@@ -66,7 +66,7 @@ def test_a_temporary_file_never_replaces_one_that_is_there(tmp_path):
     """NAME.tmp may be the user's, and so may what we would call ours: both stay."""
     for name in ("page.tmp", "page.html.tmp", f".page.html.{os.getpid()}-0.tmp"):
         (tmp_path / name).write_text("mine")
-    write_whole(tmp_path / "page.html", b"page")
+    write_bytes_atomically(tmp_path / "page.html", b"page")
 
     assert (tmp_path / "page.html").read_text() == "page"
     assert {path.read_text() for path in tmp_path.iterdir() if path.name != "page.html"} == {"mine"}

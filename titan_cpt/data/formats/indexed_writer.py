@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from titan_cpt.common.files import fsync
 from titan_cpt.data.formats.indexed_layout import DTYPES, HEADER, MAGIC, VERSION, pair_paths, read_header
 from titan_cpt.errors import DataError
 
@@ -129,16 +130,7 @@ def rename_pair(source: Path, target: Path) -> None:
     pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never stand beside a new .bin
     for old, new in zip(pair_paths(source), pair_paths(target), strict=True):
         os.replace(old, new)
-    flush_folder(target.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)  # the renames outlive a power failure
 
 
 def _temporary_prefix(prefix: Path) -> Path:

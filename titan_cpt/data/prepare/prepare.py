@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.file_lock import exclusive
-from titan_cpt.common.files import make_folder, write_whole
+from titan_cpt.common.files import fsync, make_folder, write_bytes_atomically
 from titan_cpt.common.reading import is_there
 from titan_cpt.data.formats.indexed import count_tokens
 from titan_cpt.data.formats.indexed_layout import pair_paths
-from titan_cpt.data.formats.indexed_writer import concatenate, flush_folder, rename_pair
+from titan_cpt.data.formats.indexed_writer import concatenate, rename_pair
 from titan_cpt.data.prepare.chunks import Chunk, read_chunks
 from titan_cpt.data.prepare.outputs import (
     RECORD,
@@ -353,10 +353,10 @@ def _publish(
         concatenate([validation_prefix(shard) for shard in shards], validation_prefix(joined), vocab_size)
     old = replaceable(output, recipe_of(record), force=force)  # again: tokenizing may have taken hours
     written = job.folder / RECORD
-    write_whole(written, (json.dumps(record, indent=2) + "\n").encode())
+    write_bytes_atomically(written, (json.dumps(record, indent=2) + "\n").encode())
     for path in old:
         path.unlink(missing_ok=True)  # an .idx first: until the new one is whole there is none
-    flush_folder(output.parent)
+    fsync(output.parent)
     if job.holdout:
         rename_pair(validation_prefix(joined), validation_prefix(output))
     os.replace(written, record_path(output))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from titan_cpt.common.files import require_writable, write_whole
+from titan_cpt.common.files import require_writable, write_bytes_atomically
 from titan_cpt.data.tokenizer.tokenizer import END_OF_DOCUMENT, fingerprint_of, vocab_size_of
 from titan_cpt.errors import DataError, how_to_install
 
@@ -56,7 +56,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
         return False
     if output.exists() and not force:
         raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
-    write_whole(output, content)
+    write_bytes_atomically(output, content)
     return True
 
 
