@@ -71,9 +71,8 @@ def check_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        faults += [
-            error_message(one, raw) for one in error.errors() if not (one["type"] == "too_short" and one["input"])
-        ]
+        errors = [one for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
+        faults += [error_message(one, raw) for one in errors]
         faults += list(reference_faults(raw))
         raise error_of(faults) from None
     faults += list(reference_faults(raw))

@@ -29,9 +29,8 @@ def error_message(error: Any, raw: dict[str, Any]) -> str:
             choices = [word.strip("' ") for word in str(allowed).replace(" or ", ", ").split(",")]
             key = f"{where}.schedule" if error["type"] == "union_tag_invalid" else where
             found = context.get("tag", error["input"])
-            return (
-                f"{key}: must be one of {quoted_list(choices)}, got {_shown(found)}{did_you_mean(str(found), choices)}"
-            )
+            hint = did_you_mean(str(found), choices)
+            return f"{key}: must be one of {quoted_list(choices)}, got {_shown(found)}{hint}"
         case "union_tag_not_found":
             return f'{where}.schedule: is missing; give a schedule such as "cosine"'
         case "model_type" | "model_attributes_type" | "dict_type":
