@@ -31,9 +31,6 @@ NOT_YET = {
     "cli",
 }
 NOT_YET_PAGES = {
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/architecture.md",
     "docs/config.md",
     "docs/decisions/0001-toml.md",
     "docs/decisions/0002-state-is-the-step.md",
