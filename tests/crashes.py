@@ -30,24 +30,24 @@ KILLED, TERMINATED, STOPPED, DONE = -9, -15, 75, 0
 
 # What a life is cut short in: the place, and how many times it may be called before the kill.
 MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
-    "a step": (("titan_cpt.train:train_step", 7), ("torch.optim:AdamW.step", 7)),
+    "a step": (("titan_cpt.train:Trainer.train_step", 7), ("torch.optim:AdamW.step", 7)),
     "a save, before its shards": (("titan_cpt.checkpoint.storage:ShardWriter.write_data", 3),),
     "a save, between files and manifest": (("titan_cpt.checkpoint.manifest:write", 3),),
-    "a save, while it hashes or syncs": (("titan_cpt.common.files:fsync", 20),),
+    "a save, while it hashes or syncs": (("titan_cpt.checkpoint.manifest:fsync", 20),),
     "pruning": (("shutil:rmtree", 2), ("os:unlink", 9)),
     "a stage's end": (("titan_cpt.train:write_summary", 1),),
     "a transition": (
-        ("titan_cpt.train:transition", 1),
-        ("titan_cpt.train:load_state", 1),
-        ("titan_cpt.train:_use_numbers", 1),
+        ("titan_cpt.train:begin_stage", 1),
+        ("titan_cpt.training.stage_start:load_state", 1),
+        ("titan_cpt.training.stage_start:_apply_stage_hyperparameters", 1),
     ),
     "the measurement at a stage's start": (("titan_cpt.training.validation:Validator._loss", 2),),
     "validation": (("titan_cpt.training.validation:Validator._loss", 8),),
     "passing over a batch": (
-        ("titan_cpt.training.skipped_batches:Skips.add", 1),
+        ("titan_cpt.training.skipped_batches:SkippedBatches.add", 1),
         ("titan_cpt.training.optimizer:UpdateGuard.reset", 1),
     ),
-    "starting": (("titan_cpt.training.build:find_checkpoint", 1), ("titan_cpt.train:train_stage", 1)),
+    "starting": (("titan_cpt.training.build:find_checkpoint", 1), ("titan_cpt.train:Trainer.train_stage", 1)),
     "any moment, from outside": (),
 }
 

@@ -41,20 +41,20 @@ class BadNumbers:
 
     def lay(self) -> None:
         """Take the place of train_step in this process."""
-        sound = titan_cpt.train.train_step
+        sound = titan_cpt.train.Trainer.train_step
 
-        def spoilt(parts: Any, loader: Any, stage: Any, step: int) -> Any:
+        def spoilt(trainer: Any, loader: Any, stage: Any, step: int) -> Any:
             if stage.name != self.stage or step not in self.steps or self._spent(step):
-                return sound(parts, loader, stage, step)
-            if self.rank is not None and parts.ranks.rank != self.rank:
-                return sound(parts, loader, stage, step)
-            hook = parts.model.register_forward_hook(_nan_gradient if self.kind == "nan gradient" else _wild)
+                return sound(trainer, loader, stage, step)
+            if self.rank is not None and trainer.process.rank != self.rank:
+                return sound(trainer, loader, stage, step)
+            hook = trainer.model.register_forward_hook(_nan_gradient if self.kind == "nan gradient" else _wild)
             try:
-                return sound(parts, loader, stage, step)
+                return sound(trainer, loader, stage, step)
             finally:
                 hook.remove()
 
-        titan_cpt.train.train_step = spoilt
+        titan_cpt.train.Trainer.train_step = spoilt
 
     def _spent(self, step: int) -> bool:
         if not self.once:

@@ -35,8 +35,8 @@ from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.planning.plan import StagePlan
+from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
-from titan_cpt.training.state import Parts
 
 THEIR_WARNINGS_IGNORED = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata's loader, of torch
@@ -144,32 +144,32 @@ def config_of(raw: dict[str, Any]) -> Config:
 
 
 @contextmanager
-def cast(config: Config) -> Iterator[Parts]:
-    """The parts of a run in this process, built as the program does; nothing is trained yet."""
+def cast(config: Config) -> Iterator[Trainer]:
+    """The trainer of a run in this process, built as the program does; nothing is trained yet."""
     folder = Path(config.job.output_dir) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop:
-        parts, _ = build(config, init_process_group(), folder, stop)
+        trainer, _ = build(Trainer, config, init_process_group(), folder, stop)
         try:
-            yield parts
+            yield trainer
         finally:
-            parts.checkpoints.wait()
-            parts.log.close()
+            trainer.checkpoints.wait()
+            trainer.log.close()
             gc.enable()  # train_stage leaves it off
 
 
 # Runs in processes of their own
 
 
-def loader_of(parts: Parts, stage: StagePlan) -> StageLoader:
+def loader_of(trainer: Trainer, stage: StagePlan) -> StageLoader:
     """The loader of a stage's first step, as a single rank has it."""
     return StageLoader(
-        parts.reader,
-        lambda step: parts.plan.batch(stage, step),
+        trainer.reader,
+        lambda step: trainer.plan.batch(stage, step),
         steps=stage.steps,
         first_step=0,
-        accumulation=parts.plan.gradient_accumulation_steps,
-        local_batch=parts.plan.local_batch_size,
+        accumulation=trainer.plan.gradient_accumulation_steps,
+        local_batch=trainer.plan.local_batch_size,
         rank=0,
         workers=0,
     )

@@ -62,9 +62,10 @@ def work(folder: Path) -> None:
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
     from titan_cpt.distributed.process_group import barrier, destroy_process_group, init_process_group
-    from titan_cpt.train import open_loader, train_step, transition
+    from titan_cpt.train import Trainer
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build
+    from titan_cpt.training.stage_start import begin_stage
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -79,21 +80,21 @@ def work(folder: Path) -> None:
     config = load_config(folder / "fsdp.toml", [("training.global_batch_size", str(8 * ranks.world_size))])
     (folder / config.job.name).mkdir(exist_ok=True)
     with StopRequest() as stop:
-        parts, _ = build(config, ranks, folder / config.job.name, stop)
-        stage = parts.plan.stages[0]
-        transition(parts, stage)
-        loader = open_loader(parts, stage, 0)
+        trainer, _ = build(Trainer, config, ranks, folder / config.job.name, stop)
+        stage = trainer.plan.stages[0]
+        begin_stage(trainer, stage)
+        loader = trainer.open_loader(stage, 0)
         for step in range(WARM_UP_STEPS):
-            train_step(parts, loader, stage, step)
+            trainer.train_step(loader, stage, step)
         barrier()
         begin = time.perf_counter()
         for step in range(WARM_UP_STEPS, steps):
-            train_step(parts, loader, stage, step)
+            trainer.train_step(loader, stage, step)
         barrier()
         seconds = time.perf_counter() - begin
-        parts.log.close()
+        trainer.log.close()
     if ranks.rank == 0:
-        (folder / "speed.json").write_text(json.dumps(STEPS * parts.plan.step_tokens / seconds))
+        (folder / "speed.json").write_text(json.dumps(STEPS * trainer.plan.step_tokens / seconds))
     destroy_process_group()
 
 

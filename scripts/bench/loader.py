@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from titan_cpt.train import Trainer
+
 CONFIG = """
 [job]
 name = "loader"
@@ -63,15 +65,14 @@ def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
     from titan_cpt.data.inventory import open_sources, take_inventory, training_files
     from titan_cpt.data.loader import SequenceReader
     from titan_cpt.planning.planner import make_plan
-    from titan_cpt.train import open_loader
 
     config = load_config(path, [("training.num_workers", str(workers))])
     plan = make_plan(config, take_inventory(config))
     reader = SequenceReader(open_sources(training_files(config), 257), seq_len=plan.seq_len, seed=plan.seed)
     stage = plan.stages[1]
     step = int(place * (stage.steps - 1))
-    parts = SimpleNamespace(reader=reader, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))
-    return open_loader(parts, stage, step), step  # type: ignore[arg-type]  # the four parts that it looks at
+    trainer = SimpleNamespace(reader=reader, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))
+    return Trainer.open_loader(trainer, stage, step), step  # type: ignore[arg-type]  # the fields that it reads
 
 
 def throughput(path: Path, workers: int, seconds: float) -> float:

@@ -146,7 +146,7 @@ def work(overrides: dict[str, str]) -> None:
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
     from titan_cpt.distributed.process_group import barrier, destroy_process_group, init_process_group
     from titan_cpt.planning import memory
-    from titan_cpt.train import open_loader, train_step
+    from titan_cpt.train import Trainer
     from titan_cpt.training import loss
     from titan_cpt.training.build import build
 
@@ -164,19 +164,19 @@ def work(overrides: dict[str, str]) -> None:
     folder.mkdir(exist_ok=True)
     before = resident("VmRSS")
     with StopRequest() as stop:
-        parts, _ = build(config, ranks, folder, stop)
-        stage = parts.plan.stages[0]
-        parts.model.init_weights(0)
-        loader = open_loader(parts, stage, 0)
+        trainer, _ = build(Trainer, config, ranks, folder, stop)
+        stage = trainer.plan.stages[0]
+        trainer.model.init_weights(0)
+        loader = trainer.open_loader(stage, 0)
         for step in range(2):
             Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted anew
-            train_step(parts, loader, stage, step)
-        costs = parts.plan.footprint
+            trainer.train_step(loader, stage, step)
+        costs = trainer.plan.footprint
         measured = resident("VmHWM") - before
         Path(f"rank-{ranks.rank}.json").write_text(
             json.dumps({"planned": costs.memory + costs.host, "measured": measured})
         )
-        parts.log.close()
+        trainer.log.close()
     destroy_process_group()
 
 

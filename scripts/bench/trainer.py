@@ -59,9 +59,10 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
     from titan_cpt.distributed.process_group import init_process_group
-    from titan_cpt.train import open_loader, train_stage, train_step, transition
+    from titan_cpt.train import Trainer
     from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build
+    from titan_cpt.training.stage_start import begin_stage
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -74,21 +75,21 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     run, pairs = folder / config.job.name, []
     run.mkdir()
     with StopRequest() as stop:
-        parts, _ = build(config, init_process_group(), run, stop)
-        for stage in parts.plan.stages:
-            transition(parts, stage)
-            held = InMemory(open_loader(parts, stage, 0), steps)
+        trainer, _ = build(Trainer, config, init_process_group(), run, stop)
+        for stage in trainer.plan.stages:
+            begin_stage(trainer, stage)
+            held = InMemory(trainer.open_loader(stage, 0), steps)
             for step in range(WARM_UP_STEPS):
-                train_step(parts, held, stage, step)  # type: ignore[arg-type]  # all that it asks of a loader
+                trainer.train_step(held, stage, step)  # type: ignore[arg-type]  # all that it asks of a loader
             begin = time.perf_counter()
-            train_stage(parts, stage, 0)
+            trainer.train_stage(stage, 0)
             whole = time.perf_counter() - begin
-            parts.checkpoints.wait()
+            trainer.checkpoints.wait()
             begin = time.perf_counter()
             for step in range(steps):
-                train_step(parts, held, stage, step)  # type: ignore[arg-type]
+                trainer.train_step(held, stage, step)  # type: ignore[arg-type]
             pairs.append((whole / steps, (time.perf_counter() - begin) / steps))
-        parts.log.close()
+        trainer.log.close()
     return pairs
 
 

@@ -138,14 +138,14 @@ class Before:
 
     def lay(self):
         """Take the place of train_step."""
-        sound = titan_cpt.train.train_step
+        sound = titan_cpt.train.Trainer.train_step
 
-        def disturbed(parts, loader, stage, step):
+        def disturbed(trainer, loader, stage, step):
             if stage.name == "english" and step == self.step:
                 DEEDS[self.what](Path(self.path))
-            return sound(parts, loader, stage, step)
+            return sound(trainer, loader, stage, step)
 
-        titan_cpt.train.train_step = disturbed
+        titan_cpt.train.Trainer.train_step = disturbed
 
 
 def replace_in_place(path):
@@ -228,7 +228,7 @@ class SlowDisk:
             return sound(self, *rest)
 
         titan_cpt.checkpoint.storage.ShardWriter._write_file = slowly
-        titan_cpt.train.SLOW_SAVE_S = 0.01
+        titan_cpt.training.saving.SLOW_SAVE_S = 0.01
 
 
 def test_a_slow_disk_is_waited_for_and_told_and_changes_nothing(config, unbroken, tmp_path):
@@ -250,7 +250,9 @@ DETERMINISTIC = ("--job.deterministic", "true")
 def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp_path, key, told):
     """A checkpoint of other ranks, torch, threads or processor: named, with the flag that goes on anyway."""
     checkpoint = tmp_path / "run" / "english" / "step-00000004"
-    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7, checkpoint)])
+    killed = faulty.train(
+        config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:Trainer.train_step", 7, checkpoint)]
+    )
     path = checkpoint / "manifest.json"
     record = training.json.loads(path.read_text())
     before = {"world_size": 2, "torch": "1.0", "threads": 7, "processor": "H100"}[key]
@@ -269,7 +271,9 @@ def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp
 def test_deterministic_runs_give_the_bits_of_ordinary_ones_and_a_resume_keeps_them(config, unbroken, tmp_path):
     """On a CPU every kernel of ours is deterministic: asking for it changes nothing but what is refused."""
     checkpoint = tmp_path / "run" / "english" / "step-00000004"
-    killed = faulty.train(config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:train_step", 7, checkpoint)])
+    killed = faulty.train(
+        config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:Trainer.train_step", 7, checkpoint)]
+    )
     last = training.train(config, *DETERMINISTIC)
 
     assert killed.status == -9

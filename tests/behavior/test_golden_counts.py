@@ -24,7 +24,7 @@ from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
-from titan_cpt.train import train_step
+from titan_cpt.train import Trainer
 from titan_cpt.training.forward_backward import make_runner
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 
@@ -79,34 +79,34 @@ def one_step(family, precision, layout, *, accumulation=1):
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
-        spec = named_size(family, "debug", 257, layout.tp)
+        shape = named_size(family, "debug", 257, layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
         options = ParallelOptions(precision=precision)
-        model, stages, compute_copy = build_parallel_model(spec, mesh, options)
+        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
         engine = make_runner(stages, compute_copy, mesh, options)
         model.init_weights(0)
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         tokens = torch.arange(34).view(2, 17)
-        parts = SimpleNamespace(
+        trainer = SimpleNamespace(
             plan=SimpleNamespace(gradient_accumulation_steps=accumulation, step_tokens=32 * accumulation),
             config=SimpleNamespace(
                 training=SimpleNamespace(max_norm=1.0), float8=SimpleNamespace(enable_fsdp_float8_all_gather=False)
             ),
             model=model,
-            engine=engine,
+            runner=engine,
             optimizer=optimizer,
-            ranks=ranks,
+            process=ranks,
             mesh=mesh,
             guard=UpdateGuard(optimizer),
         )
         loader = SimpleNamespace(batch=lambda step, micro: (tokens[:, :-1], tokens[:, 1:]))
         stage = SimpleNamespace(lr_at=lambda step: 1e-3)
-        train_step(parts, loader, stage, 0)
+        Trainer.train_step(trainer, loader, stage, 0)
         with Counting() as counted:
-            train_step(parts, loader, stage, 1)
+            Trainer.train_step(trainer, loader, stage, 1)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            train_step(parts, loader, stage, 2)
+            Trainer.train_step(trainer, loader, stage, 2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

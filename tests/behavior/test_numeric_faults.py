@@ -15,7 +15,7 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.reporting.run_log import read_run
 from titan_cpt.reporting.summary import summarize
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
-from titan_cpt.training.skipped_batches import Skips
+from titan_cpt.training.skipped_batches import SkippedBatches
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -158,7 +158,7 @@ def test_a_checkpoints_skips_are_known_without_the_stages_file(raw):
     """skipped.json is gone: what the checkpoint itself went through is still told in the next ones."""
     table = {"on_nonfinite": "skip"}
     saved = training.Path(raw["job"]["output_dir"]) / "run" / "english" / "step-00000008"
-    fault = Fault("titan_cpt.train:train_step", 12, saved)
+    fault = Fault("titan_cpt.train:Trainer.train_step", 12, saved)
     folder, killed = run(raw, "run", BadNumbers("english", (5,)), fault, training=table)
     (folder / "english" / "skipped.json").unlink()
     _, outcome = run(raw, "run", training=table)
@@ -186,7 +186,7 @@ def test_the_window_of_losses_survives_a_kill(raw):
     bad = BadNumbers("english", (9,), "spike")
     whole, _ = run(raw, "whole", bad, training=SPIKES)
     saved = training.Path(raw["job"]["output_dir"]) / "killed" / "english" / "step-00000008"
-    _, killed = run(raw, "killed", bad, Fault("titan_cpt.train:train_step", 10, saved), training=SPIKES)
+    _, killed = run(raw, "killed", bad, Fault("titan_cpt.train:Trainer.train_step", 10, saved), training=SPIKES)
     folder, outcome = run(raw, "killed", bad, training=SPIKES)
 
     assert killed.status == -signal.SIGKILL
@@ -288,16 +288,16 @@ def test_a_damaged_list_of_skips_is_told(tmp_path, content):
     (tmp_path / "english" / "skipped.json").write_text(content, errors="surrogateescape")
 
     with pytest.raises(CheckpointError, match=r"english/skipped.json: cannot be read"):
-        Skips(tmp_path, writing=False)
+        SkippedBatches(tmp_path, writing=False)
 
 
 def test_skips_are_counted_in_the_steps_asked_for(tmp_path):
     """After 10 and until 20: 11, 20, and not 10 or 21."""
     (tmp_path / "a").mkdir()
-    skips = Skips(tmp_path, writing=True)
+    skips = SkippedBatches(tmp_path, writing=True)
     for step in (10, 11, 20, 21):
         skips.add("a", step)
 
     assert skips.count("a", after=10, until=20) == 2
-    assert skips.past(["a"], 20) == {"a": [10, 11]}
-    assert Skips(tmp_path, writing=False).past(["a", "b"], 5) == {"a": [10, 11, 20, 21]}
+    assert skips.skipped_before(["a"], 20) == {"a": [10, 11]}
+    assert SkippedBatches(tmp_path, writing=False).skipped_before(["a", "b"], 5) == {"a": [10, 11, 20, 21]}

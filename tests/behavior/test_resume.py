@@ -27,8 +27,8 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.reporting.summary import summarize
-from titan_cpt.training.build import find_checkpoint
 from titan_cpt.training.metrics import MetricsLog
+from titan_cpt.training.resume import find_checkpoint
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -139,10 +139,12 @@ KILLS = (
     Fault("titan_cpt.training.validation:Validator._loss", 4),  # between the datasets of a measurement
     Fault("titan_cpt.checkpoint.manifest:write_text_atomically", 3),  # all is hashed, the manifest has no name yet
     Fault("titan_cpt.train:write_summary", 1),  # the stage's end is reached, the next stage not begun
-    Fault("titan_cpt.train:load_state", 1),  # on resume, or in the transition if the stage's end was sealed in time
-    Fault("titan_cpt.train:train_step", 3),
+    Fault(
+        "titan_cpt.training.stage_start:load_state", 1
+    ),  # on resume, or in the transition if the stage's end was sealed in time
+    Fault("titan_cpt.train:Trainer.train_step", 3),
     Fault("titan_cpt.checkpoint.manifest:remove", 2),  # while an old checkpoint is pruned or a new folder is made
-    Fault("titan_cpt.train:train_stage", 1),  # right after a resume
+    Fault("titan_cpt.train:Trainer.train_stage", 1),  # right after a resume
 )
 
 
@@ -261,7 +263,7 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
     again = training.changed(raw, stages=[raw["stages"][0], german], metrics={"enable_tensorboard": True})
     config = training.write_config(again, tmp_path / "again.toml")
     shutil.rmtree(ended / "german")
-    killed = train(config, fault=Fault("titan_cpt.train:train_step", 5, ended / "german" / "step-00000004"))
+    killed = train(config, fault=Fault("titan_cpt.train:Trainer.train_step", 5, ended / "german" / "step-00000004"))
     stage = summarize(ended)["stages"][1]
     outcome = train(config)
     first = training.changed(again, job={"name": "first"})
@@ -320,7 +322,7 @@ def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, confi
     outcome = train(config)
 
     assert outcome.status == 2
-    assert "none of its checkpoints is whole" in " ".join(outcome.output.split())
+    assert "all of its checkpoints are damaged" in " ".join(outcome.output.split())
     assert "Traceback" not in outcome.output
     assert (ended / "metrics.jsonl").read_bytes() == record
 
@@ -370,7 +372,9 @@ def test_data_that_changed_under_a_run_is_refused(ended, config, data, tmp_path,
     shutil.copytree(data, own)
     config.write_text(config.read_text().replace(str(data), str(own)))
     forget_after(ended, "german/step-00000010")
-    moved = train(config, fault=Fault("titan_cpt.train:train", 1))  # another path with the same content is no matter
+    moved = train(
+        config, fault=Fault("titan_cpt.train:Trainer.train", 1)
+    )  # another path with the same content is no matter
     content = bytearray((own / f"{name}.bin").read_bytes())
     content[100] ^= 1
     (own / f"{name}.bin").write_bytes(content)

@@ -151,7 +151,7 @@ def test_stopped_while_it_makes_up_for_a_measurement_it_still_owes_it(config, un
 def test_a_second_sigint_leaves_at_once_and_harms_nothing(config, unbroken, tmp_path):
     """While the save that the first one asked for is being written."""
     faults = [
-        Signalled("titan_cpt.train:train_step", 6, signal.SIGINT),
+        Signalled("titan_cpt.train:Trainer.train_step", 6, signal.SIGINT),
         Signalled("titan_cpt.checkpoint.manifest:write", 2, signal.SIGINT),
     ]
     left = faulty.train(config, faults=faults)
@@ -167,17 +167,17 @@ import os, signal, sys
 import titan_cpt.train
 from titan_cpt.cli import main
 
-sound, marker = titan_cpt.train.train_step, sys.argv.pop()
+sound, marker = titan_cpt.train.Trainer.train_step, sys.argv.pop()
 
 
-def deadly(parts, loader, stage, step):
-    if parts.ranks.rank == 1 and stage.name == "english" and step == 6 and not os.path.exists(marker):
+def deadly(trainer, loader, stage, step):
+    if trainer.process.rank == 1 and stage.name == "english" and step == 6 and not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    return sound(parts, loader, stage, step)
+    return sound(trainer, loader, stage, step)
 
 
-titan_cpt.train.train_step = deadly
+titan_cpt.train.Trainer.train_step = deadly
 main()
 """
 

@@ -18,9 +18,10 @@ from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
 from titan_cpt.distributed.process_group import ProcessInfo, destroy_process_group, init_process_group
-from titan_cpt.train import resume, save, train_stage
+from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
-from titan_cpt.training.state import Parts
+from titan_cpt.training.saving import save_checkpoint
+from titan_cpt.training.stage_start import resume_stage
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {"one": {}},
@@ -52,10 +53,10 @@ def write(arguments: Sequence[str]) -> None:
     for name, overrides in LAYOUTS[ranks.world_size].items():
         if name == "one":
             continue
-        with _built(folder, ranks, name, overrides) as parts:
-            _resume(parts, folder / "one" / STEP)
-            save(parts, parts.plan.stages[0], 2, INTERVAL)
-            parts.checkpoints.wait()
+        with _built(folder, ranks, name, overrides) as trainer:
+            _resume(trainer, folder / "one" / STEP)
+            save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
+            trainer.checkpoints.wait()
     destroy_process_group()
 
 
@@ -63,15 +64,15 @@ def read(arguments: Sequence[str]) -> None:
     """Read the checkpoints of all layouts under every layout of this number of ranks, and go on from the last."""
     folder, ranks = Path(arguments[0]), _join()
     for name, overrides in LAYOUTS[ranks.world_size].items():
-        with _built(folder, ranks, f"to-{name}", overrides) as parts:
+        with _built(folder, ranks, f"to-{name}", overrides) as trainer:
             digests = {}
             for writer in (writer for of_ranks in LAYOUTS.values() for writer in of_ranks):
-                _forget(parts)
-                _resume(parts, folder / writer / STEP)
-                digests[writer] = _digest(parts)
-            save(parts, parts.plan.stages[0], 2, INTERVAL)
-            train_stage(parts, parts.plan.stages[0], 2, unmeasured=False)
-            parts.checkpoints.wait()
+                _forget(trainer)
+                _resume(trainer, folder / writer / STEP)
+                digests[writer] = _digest(trainer)
+            save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
+            trainer.train_stage(trainer.plan.stages[0], 2, validate_first=False)
+            trainer.checkpoints.wait()
         told = folder / f"to-{name}" / f"digests-{ranks.rank}.json"
         told.write_text(json.dumps(digests))
     destroy_process_group()
@@ -84,35 +85,35 @@ def _join() -> ProcessInfo:
 
 
 @contextmanager
-def _built(folder: Path, ranks: ProcessInfo, name: str, overrides: dict[str, str]) -> Iterator[Parts]:
+def _built(folder: Path, ranks: ProcessInfo, name: str, overrides: dict[str, str]) -> Iterator[Trainer]:
     config = load_config(folder / "run.toml", [*overrides.items(), ("job.name", name)])
     run = folder / name
     run.mkdir(exist_ok=True)
     with StopRequest() as stop:
-        parts, _ = build(config, ranks, run, stop)
+        trainer, _ = build(Trainer, config, ranks, run, stop)
         try:
-            yield parts
+            yield trainer
         finally:
-            parts.log.close()
+            trainer.log.close()
 
 
-def _resume(parts: Parts, checkpoint: Path) -> None:
-    resume(parts, FoundCheckpoint(checkpoint, manifest.read(checkpoint)))
+def _resume(trainer: Trainer, checkpoint: Path) -> None:
+    resume_stage(trainer, FoundCheckpoint(checkpoint, manifest.read(checkpoint)))
 
 
-def _tensors(parts: Parts) -> Iterator[torch.Tensor]:
-    for parameter in parts.model.parameters():
-        for tensor in (parameter.data, *parts.optimizer.state[parameter].values()):
+def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
+    for parameter in trainer.model.parameters():
+        for tensor in (parameter.data, *trainer.optimizer.state[parameter].values()):
             yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _forget(parts: Parts) -> None:
-    for tensor in _tensors(parts):
+def _forget(trainer: Trainer) -> None:
+    for tensor in _tensors(trainer):
         tensor.fill_(-1)
 
 
-def _digest(parts: Parts) -> str:
+def _digest(trainer: Trainer) -> str:
     digest = hashlib.sha256()
-    for tensor in _tensors(parts):
+    for tensor in _tensors(trainer):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from titan_cpt.checkpoint import manifest
 from titan_cpt.config.load import load_config
 from titan_cpt.distributed.process_group import destroy_process_group, init_process_group
-from titan_cpt.train import run_among
+from titan_cpt.train import run_with_process_group
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def main(runs: Path) -> None:
             began = time.perf_counter()
             try:
                 with slow_seals(seal_s):
-                    run_among(ranks, load_config(toml, list(overrides.items())))
+                    run_with_process_group(ranks, load_config(toml, list(overrides.items())))
             except BaseException:
                 print(f"FAILED {overrides['job.name']} on rank {ranks.rank}\n{traceback.format_exc()}", file=sys.stderr)
                 raise

@@ -19,7 +19,8 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.cli import main
 from titan_cpt.models.common import ops
 from titan_cpt.models.gpt_neox.model import GPTNeoX
-from titan_cpt.train import run, train_stage, train_step, transition
+from titan_cpt.train import run
+from titan_cpt.training.stage_start import begin_stage
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -81,13 +82,15 @@ def test_a_cpu_without_bfloat16_trains_in_it_all_the_same_and_says_how(raw, monk
     found, said = {}, {}
     for has_bfloat16 in (True, False):
         monkeypatch.setattr(ops, "CPU_HAS_BFLOAT16", has_bfloat16)
-        with training.cast(training.config_of(raw)) as parts:
-            stage = parts.plan.stages[0]
-            transition(parts, stage)
-            loader = training.loader_of(parts, stage)
-            steps = [train_step(parts, loader, stage, step) for step in range(5)]
+        with training.cast(training.config_of(raw)) as trainer:
+            stage = trainer.plan.stages[0]
+            begin_stage(trainer, stage)
+            loader = training.loader_of(trainer, stage)
+            steps = [trainer.train_step(loader, stage, step) for step in range(5)]
             found[has_bfloat16] = torch.tensor([[step.loss, step.grad_norm] for step in steps])
-        said[has_bfloat16] = "this CPU has no products in bfloat16" in " ".join(capfd.readouterr().out.split())
+        said[has_bfloat16] = "this CPU has no bfloat16 matrix multiplication" in " ".join(
+            capfd.readouterr().out.split()
+        )
 
     torch.testing.assert_close(found[False], found[True], rtol=5e-3, atol=0)
     assert said == {True: False, False: True}
@@ -97,19 +100,21 @@ def test_a_cpu_without_bfloat16_trains_in_it_all_the_same_and_says_how(raw, monk
 def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
     """torch's AdamW, cross_entropy and clip_grad_norm_ over the same batches: losses, norms, LRs and final weights."""
     raw["training"]["local_batch_size"] = local_batch
-    with training.cast(training.config_of(raw)) as parts:
-        stage = parts.plan.stages[0]
-        transition(parts, stage)
-        loader = training.loader_of(parts, stage)
+    with training.cast(training.config_of(raw)) as trainer:
+        stage = trainer.plan.stages[0]
+        begin_stage(trainer, stage)
+        loader = training.loader_of(trainer, stage)
         ours = []
         for step in range(5):
-            result = train_step(parts, loader, stage, step)
-            ours.append((result.loss.item(), result.grad_norm.item(), {g["lr"] for g in parts.optimizer.param_groups}))
-        model = GPTNeoX(parts.plan.spec)
-        model.init_weights(parts.plan.seed)
+            result = trainer.train_step(loader, stage, step)
+            ours.append(
+                (result.loss.item(), result.grad_norm.item(), {g["lr"] for g in trainer.optimizer.param_groups})
+            )
+        model = GPTNeoX(trainer.plan.spec)
+        model.init_weights(trainer.plan.seed)
         optimizer = torch.optim.AdamW(plain_groups(model), betas=(0.9, 0.95), eps=1e-8)
         for step, (loss, norm, lrs) in enumerate(ours):
-            expected = gradients(model, parts.reader.read(parts.plan.batch(stage, step)))
+            expected = gradients(model, trainer.reader.read(trainer.plan.batch(stage, step)))
             for group in optimizer.param_groups:
                 group["lr"] = english_lr(step + 1)
             optimizer.step()
@@ -117,7 +122,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
             assert (loss, norm) == pytest.approx(expected, rel=2e-6)
             assert list(lrs) == [pytest.approx(english_lr(step + 1), rel=1e-12)]
         assert expected[1] > 1.0  # there was something to clip
-        for mine, theirs in zip(parts.model.parameters(), model.parameters(), strict=True):
+        for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
             if mine.dim() == 2:  # the keys' biases have a gradient of rounding errors alone, which AdamW blows up
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
 
@@ -138,32 +143,32 @@ def test_accumulation_does_not_change_a_run(raw):
             assert whole["batch_hash"] == other["batch_hash"]
 
 
-def moments_of(parts):
+def moments_of(trainer):
     return {
         f"state.{name}.{key}": value.detach().clone()
-        for name, parameter in parts.model.named_parameters()
-        for key, value in parts.optimizer.state[parameter].items()
+        for name, parameter in trainer.model.named_parameters()
+        for key, value in trainer.optimizer.state[parameter].items()
     }
 
 
-def weights_of(parts):
-    return {name: parameter.detach().clone() for name, parameter in parts.model.named_parameters()}
+def weights_of(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
 def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_checkpoint_bit_for_bit(raw):
     """Weights, and with "keep" moments and step count too, are those after 9 of 12 steps, not those of the end."""
-    with training.cast(training.config_of(raw)) as parts:
-        english, german = parts.plan.stages
-        transition(parts, english)
-        train_stage(parts, english, 0)
-        at_the_end = weights_of(parts)
-        transition(parts, german)
-        weights, moments = weights_of(parts), moments_of(parts)
-        saved = parts.folder / "english" / "step-00000009"
+    with training.cast(training.config_of(raw)) as trainer:
+        english, german = trainer.plan.stages
+        begin_stage(trainer, english)
+        trainer.train_stage(english, 0)
+        at_the_end = weights_of(trainer)
+        begin_stage(trainer, german)
+        weights, moments = weights_of(trainer), moments_of(trainer)
+        saved = trainer.folder / "english" / "step-00000009"
 
     assert training.same_bits(weights, training.tensors_of(saved))
     assert not training.same_bits(weights, at_the_end)
-    assert training.same_bits(at_the_end, training.tensors_of(parts.folder / "english" / "step-00000012"))
+    assert training.same_bits(at_the_end, training.tensors_of(trainer.folder / "english" / "step-00000012"))
     assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {9.0}
     saved_moments = training.tensors_of(saved, "optimizer")
     assert all(torch.equal(value, saved_moments[name]) for name, value in moments.items())
@@ -173,17 +178,17 @@ def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_check
 def test_the_first_step_after_a_transition_that_keeps_the_optimizer_uses_the_new_stages_numbers(raw):
     """AdamW's step by hand, in fp64, from the kept moments: new betas, eps, decay, LR, and step count 10."""
     raw["stages"][1]["optimizer"] = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.6}
-    with training.cast(training.config_of(raw)) as parts:
-        english, german = parts.plan.stages
-        transition(parts, english)
-        train_stage(parts, english, 0)
-        transition(parts, german)
-        weights, moments = weights_of(parts), moments_of(parts)
-        twin = copy.deepcopy(parts.model)
-        gradients(twin, parts.reader.read(parts.plan.batch(german, 0)))
-        train_step(parts, training.loader_of(parts, german), german, 0)
-        lrs = {group["lr"] for group in parts.optimizer.param_groups}
-        counts = {state["step"].item() for state in parts.optimizer.state.values()}
+    with training.cast(training.config_of(raw)) as trainer:
+        english, german = trainer.plan.stages
+        begin_stage(trainer, english)
+        trainer.train_stage(english, 0)
+        begin_stage(trainer, german)
+        weights, moments = weights_of(trainer), moments_of(trainer)
+        twin = copy.deepcopy(trainer.model)
+        gradients(twin, trainer.reader.read(trainer.plan.batch(german, 0)))
+        trainer.train_step(training.loader_of(trainer, german), german, 0)
+        lrs = {group["lr"] for group in trainer.optimizer.param_groups}
+        counts = {state["step"].item() for state in trainer.optimizer.state.values()}
 
     assert list(lrs) == [pytest.approx(german_lr(1), rel=1e-12)]
     assert counts == {10.0}
@@ -194,25 +199,25 @@ def test_the_first_step_after_a_transition_that_keeps_the_optimizer_uses_the_new
         update = (first / (1 - 0.5**10)) / ((second / (1 - 0.7**10)).sqrt() + 1e-4)
         decay = 0.6 if parameter.dim() == 2 else 0.0
         expected = old - german_lr(1) * (decay * old + update)
-        torch.testing.assert_close(parts.model.get_parameter(name).double(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(trainer.model.get_parameter(name).double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_transition_that_resets_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
     """After a stage of which nothing but the weights is to stay."""
     raw["stages"][1]["optimizer_state"] = "reset"
-    with training.cast(training.config_of(raw)) as parts:
-        english, german = parts.plan.stages
-        transition(parts, english)
-        train_stage(parts, english, 0)
-        before = moments_of(parts)
-        transition(parts, german)
-        after, weights = moments_of(parts), weights_of(parts)
-        train_step(parts, training.loader_of(parts, german), german, 0)
-        counts = {state["step"].item() for state in parts.optimizer.state.values()}
+    with training.cast(training.config_of(raw)) as trainer:
+        english, german = trainer.plan.stages
+        begin_stage(trainer, english)
+        trainer.train_stage(english, 0)
+        before = moments_of(trainer)
+        begin_stage(trainer, german)
+        after, weights = moments_of(trainer), weights_of(trainer)
+        trainer.train_step(training.loader_of(trainer, german), german, 0)
+        counts = {state["step"].item() for state in trainer.optimizer.state.values()}
 
     assert all(value.abs().sum() > 0 for name, value in before.items() if name.endswith((".step", "exp_avg_sq")))
     assert all(value.abs().sum() == 0 for value in after.values())
-    assert training.same_bits(weights, training.tensors_of(parts.folder / "english" / "step-00000009"))
+    assert training.same_bits(weights, training.tensors_of(trainer.folder / "english" / "step-00000009"))
     assert counts == {1.0}
 
 
@@ -493,9 +498,9 @@ def test_bad_numbers_are_not_told_before_the_device_is_read(raw, monkeypatch):
 def test_the_data_that_a_stage_is_told_to_use_is_what_the_model_saw(finished):
     """The hash in the record is the reader's of the plan's draws, for every step."""
     config = training.load_config(finished / "config.toml")
-    with training.cast(config) as parts:
-        plan = parts.plan
-        hashes = [parts.reader.batch_hash(plan.batch(s, step)) for s in plan.stages for step in range(s.steps)]
+    with training.cast(config) as trainer:
+        plan = trainer.plan
+        hashes = [trainer.reader.batch_hash(plan.batch(s, step)) for s in plan.stages for step in range(s.steps)]
 
     assert [line["batch_hash"] for line in training.lines_of(finished, "train")] == hashes
     assert np.unique(hashes).size == 28

@@ -58,9 +58,9 @@ class CheckpointManager:
         *,
         keep_latest: int,
         async_save: bool,
-        on_saved: Callable[[Path], None],
         keep_every: int | None = None,
         before_save: Callable[[], None] = lambda: None,
+        on_saved: Callable[[Path], None] = lambda folder: None,
         on_failed: Callable[[CheckpointError], None] = lambda error: None,
     ) -> None:
         self.run = run

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a training step asks for the same sizes again and again."""
+"""Makes glibc keep freed memory in the process: every training step allocates the same sizes again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GROWTH_BYTES = 64 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to return freed memory to the kernel; returns whether it could be told.
+    """Configure glibc's malloc not to return freed memory to the kernel; returns whether that worked.
 
     By default every large tensor is mapped and unmapped, and the kernel clears its pages each time. Under another
     allocator (LD_PRELOAD) or C library this changes nothing.

@@ -1,80 +1,136 @@
-"""What is done about bad numbers: a loss or gradient that is not finite, a loss far above those before it.
+"""What happens after a bad step: a loss or gradient that is not finite, or a loss spike.
 
-Nothing here waits for the device. `UpdateGuard` holds a bad step back, and every step after it, on the device itself;
-the host learns of it where it reads the device's numbers anyway, with the weights as they were before that step. It
-then stops, or passes over that batch and takes the steps after it again, from these weights or from the last
-checkpoint. The outcome does not depend on how often the host looks.
+Nothing here waits for the device. `UpdateGuard` holds back the bad step, and every step after it, on the device; the
+host sees it when it reads the metrics at the next logging step, with the weights as they were before the bad step. The
+run then stops, or skips that batch and takes the steps after it again, from these weights or from the last checkpoint.
+The result does not depend on how often metrics are logged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+from titan_cpt.common.run_folder import INTERVAL
+from titan_cpt.errors import NumericsError
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.state import Parts
+from titan_cpt.training.due import checkpoint_due
+from titan_cpt.training.saving import save_checkpoint
+from titan_cpt.training.stage_start import begin_stage, resume_stage
+from titan_cpt.training.state import TrainerState
 
-SPAN_STEPS = 1000  # the stretch of steps over which passed-over batches are counted
+SKIP_LIMIT_STEPS = 1000  # training.max_skips_per_1000_steps counts the skipped batches of this many steps
 
-Answer = Literal["stop", "skip", "rollback"]
+Response = Literal["stop", "skip", "rollback"]
 
 
-def first_held_back(parts: Parts, stage: StagePlan, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first step that the guard held back, if any; spikes that are only to be told are told."""
-    training = parts.config.training
+def first_held_back(state: TrainerState, stage: StagePlan, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first step that the guard held back, if any; logs loss spikes when on_loss_spike = "log"."""
+    training = state.config.training
     for line in lines:
         if line["held_back"]:
             return line
         score = line.get("loss_z_score")
         if score is not None and score > training.loss_spike_z_score:
-            parts.log.event("loss_spike", stage=stage.name, step=line["step"], z_score=score)
-            parts.display.say(
+            state.log.event("loss_spike", stage=stage.name, step=line["step"], z_score=score)
+            state.display.say(
                 f"  loss spike: {line['loss_nats_per_token']:.4f} at step {line['step']:,} of {stage.name} is "
                 f"{score:.1f} standard deviations above the mean of the {training.loss_spike_window} steps before it"
             )
     return None
 
 
-def answer(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> Answer:
-    """What the config asks for, for this step; stop, where the limit of passed-over batches would be exceeded."""
-    training = parts.config.training
-    asked = training.on_loss_spike if _is_spike(line) else training.on_nonfinite
-    assert asked != "log", "a spike that is only logged is not held back"
-    step = line["step"] - 1
-    passed_over = parts.skips.count(stage.name, after=step - SPAN_STEPS, until=step)
-    return "stop" if passed_over >= training.max_skips_per_1000_steps else asked
+def handle_bad_step(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> int:
+    """Stop, skip the batch, or roll back and skip it, as the config says.
+
+    Args:
+        line: the bad step's metrics; its `step` is 1-based.
+
+    Returns:
+        The number of steps done from which the stage continues.
+
+    Raises:
+        NumericsError: the config says stop, or too many batches were skipped. The weights are those before that step.
+    """
+    response = choose_response(state, stage, line)
+    if response == "stop":
+        _stop_before(state, stage, line)
+    _skip_from_now_on(state, stage, line)
+    if response == "skip":
+        state.log.rewind(int(line["run_step"]) - 1)
+        return int(line["step"]) - 1
+    state.checkpoints.wait()
+    found = state.checkpoints.newest_valid(state.display.say)
+    if found is not None and found.manifest["stage"] == stage.name:
+        return resume_stage(state, found)
+    return begin_stage(state, stage)
 
 
-def pass_over(parts: Parts, stage: StagePlan, line: dict[str, Any]) -> None:
-    """Note the batch as one that is skipped from now on, with its sequences, and let updates through again."""
+def choose_response(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> Response:
+    """The config's response to this step; "stop" if skipping it would exceed training.max_skips_per_1000_steps."""
+    training = state.config.training
+    configured = training.on_loss_spike if _is_spike(line) else training.on_nonfinite
+    assert configured != "log", "a spike that is only logged is not held back"
+    return "stop" if _recently_skipped(state, stage, line) >= training.max_skips_per_1000_steps else configured
+
+
+def _skip_from_now_on(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> None:
+    """Record the batch as skipped, with its sequences, and let the optimizer update weights again."""
     step = line["step"] - 1
-    draws = parts.plan.batch(stage, step)
-    windows = parts.reader.windows(draws).tolist()
+    draws = state.plan.batch(stage, step)
+    windows = state.reader.windows(draws).tolist()
     sequences = [[draw.source, window] for draw, window in zip(draws, windows, strict=True)]
-    hashed = parts.reader.batch_hash(draws)
-    parts.skips.add(stage.name, step, why=reason(line), batch_hash=hashed, sequences=sequences)
-    parts.log.event("skip_batch", stage=stage.name, step=step + 1, why=reason(line), batch_hash=hashed)
-    parts.display.say(f"  batch {step:,} of {stage.name} is skipped: {reason(line)}; its sequences are in skipped.json")
-    parts.guard.reset()
+    batch_hash = state.reader.batch_hash(draws)
+    why = reason(line)
+    state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences)
+    state.log.event("skip_batch", stage=stage.name, step=step + 1, why=why, batch_hash=batch_hash)
+    state.display.say(f"  batch {step:,} of {stage.name} is skipped: {why}; its sequences are in skipped.json")
+    state.guard.reset()
 
 
-def complaint(parts: Parts, stage: StagePlan, line: dict[str, Any], newest: str) -> str:
-    """What a user is told when the run stops for this step."""
-    step, training = line["step"] - 1, parts.config.training
-    passed_over = parts.skips.count(stage.name, after=step - SPAN_STEPS, until=step)
+def _stop_before(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> NoReturn:
+    """Save the weights as they were before the bad step, which they still are, and stop."""
+    steps_done = line["step"] - 1
+    if steps_done and checkpoint_due(state.config, stage, steps_done) is None:
+        save_checkpoint(state, stage, steps_done, INTERVAL)  # otherwise that step's own checkpoint exists already
+    state.checkpoints.poll(until_done=True)
+    newest = next((str(found.folder) for found in state.checkpoints.listed()), "none, as it was the first step")
+    state.log.event("stop", stage=stage.name, step=steps_done, why=reason(line))
+    raise NumericsError(stop_message(state, stage, line, newest))
+
+
+def stop_message(state: TrainerState, stage: StagePlan, line: dict[str, Any], newest: str) -> str:
+    """The error message of a run that stops at this step.
+
+    Args:
+        newest: the newest checkpoint.
+    """
+    step = line["step"] - 1
+    skipped = _recently_skipped(state, stage, line)
     limit = (
-        f"{passed_over} batches of the {SPAN_STEPS} steps before it were skipped, and "
-        f"training.max_skips_per_1000_steps is {training.max_skips_per_1000_steps}. "
-        if passed_over
+        f"{skipped} batches of the {SKIP_LIMIT_STEPS} steps before it were skipped, and "
+        f"training.max_skips_per_1000_steps is {state.config.training.max_skips_per_1000_steps}. "
+        if skipped
         else ""
     )
+    key = "on_loss_spike" if _is_spike(line) else "on_nonfinite"
     return (
         f"stage {stage.name}, step {step} (counted from 0): {reason(line)}. {limit}Neither it nor a later step changed "
-        f"a weight; newest checkpoint: {newest}. Look at the batch with `titan-cpt plan --recipe {stage.name} {step}`; "
-        "to pass "
-        f'over such batches set training.{"on_loss_spike" if _is_spike(line) else "on_nonfinite"} = "skip"; to train '
-        f"the stage again with another LR, change it and remove {parts.folder / stage.name}"
+        f"a weight; newest checkpoint: {newest}. Look at the batch with `titan-cpt plan --batch {stage.name} {step}`; "
+        f'to skip such batches set training.{key} = "skip"; to train the stage again with another LR, change it and '
+        f"remove {state.folder / stage.name}"
     )
+
+
+def reason(line: dict[str, Any]) -> str:
+    """What is wrong with a step's loss and gradient norm."""
+    numbers = f"the loss is {line['loss_nats_per_token']}, the gradient norm {line['grad_norm']}"
+    return f"{numbers}, {line['loss_z_score']:.1f} standard deviations up" if _is_spike(line) else numbers
+
+
+def _recently_skipped(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> int:
+    step = line["step"] - 1
+    return state.skipped.count(stage.name, after=step - SKIP_LIMIT_STEPS, until=step)
 
 
 def _is_spike(line: dict[str, Any]) -> bool:
@@ -83,9 +139,3 @@ def _is_spike(line: dict[str, Any]) -> bool:
 
 def _finite(value: float) -> bool:
     return abs(value) < float("inf")
-
-
-def reason(line: dict[str, Any]) -> str:
-    """What is wrong with the numbers of a step."""
-    numbers = f"the loss is {line['loss_nats_per_token']}, the gradient norm {line['grad_norm']}"
-    return f"{numbers}, {line['loss_z_score']:.1f} standard deviations up" if _is_spike(line) else numbers

@@ -1,6 +1,7 @@
-"""Benchmarks inside training, as [evaluation] asks: on the checkpoint just saved, never on the run's own model.
+"""Benchmarks during training, configured by [evaluation]. They run on the checkpoint just saved, not on the live model.
 
-So a run's losses are the same bits with benchmarks and without, and `titan-cpt eval` gives the same scores later.
+So a run's losses are bit for bit the same with and without benchmarks, and `titan-cpt eval` later gives the same
+scores.
 """
 
 from __future__ import annotations
@@ -16,76 +17,70 @@ from titan_cpt.distributed.process_group import any_rank_stops, barrier
 from titan_cpt.evaluation.evaluate import EvalRequest, evaluate, open_tasks
 from titan_cpt.evaluation.scores import average_score
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.state import Parts
+from titan_cpt.training.state import TrainerState
 
 
 def require_benchmarks(config: Config, *, fresh: bool) -> None:
-    """Find out before any step whether the suite can be asked.
+    """Check before the first step that the benchmark suite can run.
 
     Args:
-        fresh: nothing is trained yet: the questions are fetched as well.
+        fresh: nothing is trained yet: the tasks' datasets are loaded as well.
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or lacks a task.
         DataError: a task's dataset cannot be loaded.
     """
-    asked = config.evaluation
-    if asked.suite is None:
+    evaluation = config.evaluation
+    if evaluation.suite is None:
         return
-    require_folder(suite_of(asked.suite), _folder(asked))
-    tasks = open_tasks(suite_of(asked.suite), _folder(asked))
-    for task in suite_of(asked.suite) if fresh else ():
+    require_folder(suite_of(evaluation.suite), _folder(evaluation))
+    tasks = open_tasks(suite_of(evaluation.suite), _folder(evaluation))
+    for task in suite_of(evaluation.suite) if fresh else ():
         tasks.load(task)
 
 
-def benchmarks_due(config: Config, stage: StagePlan, done: int) -> bool:
-    """Whether the suite is to be asked after so many steps of a stage."""
-    asked = config.evaluation
-    if asked.suite is None or done == 0:
-        return False
-    return (asked.at_stage_end and done == stage.steps) or (asked.every is not None and done % asked.every == 0)
+def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
+    """Run the benchmark suite on the checkpoint of a step, except tasks that have a score already; collective.
 
-
-def take_benchmarks(parts: Parts, stage: StagePlan, done: int) -> bool:
-    """Ask the suite of the checkpoint after so many steps, as far as it was not asked before; collective.
-
-    What goes wrong with a task is told, and training goes on: the scores can be made up for from the checkpoint.
+    If a task fails, the error is printed and training continues: `titan-cpt eval` can score the checkpoint later.
 
     Returns:
-        False where a signal cut it short.
+        False if a signal interrupted it.
     """
-    asked = parts.config.evaluation
-    if asked.suite is None:
+    evaluation = state.config.evaluation
+    if evaluation.suite is None:
         return True
-    folder = checkpoint_folder(parts.folder, stage.name, done)
-    parts.checkpoints.poll(until_done=True)
-    barrier()  # rank 0 writes the manifest, which every rank is about to read
+    folder = checkpoint_folder(state.folder, stage.name, steps_done)
+    state.checkpoints.poll(until_done=True)
+    barrier()  # rank 0 writes the manifest, which every rank reads below
     if not is_there(folder / MANIFEST_FILE):
-        parts.display.say(f"  {asked.suite} cannot be asked: {folder} was not saved, or is gone")
+        state.display.say(f"  {evaluation.suite} is skipped: {folder} was not saved, or was removed")
         return True
-    parts.display.say(f"  {asked.suite} after step {done:,} of {stage.name}")
+    state.display.say(f"  {evaluation.suite} after step {steps_done:,} of {stage.name}")
     scores, missing = evaluate(
         folder,
-        parts.ranks,
+        state.process,
         EvalRequest(
-            suite_of(asked.suite),
-            suite=asked.suite,
-            folder=_folder(asked),
-            limit=asked.limit,
+            suite_of(evaluation.suite),
+            suite=evaluation.suite,
+            folder=_folder(evaluation),
+            limit=evaluation.limit,
             sharded=True,
         ),
-        log=parts.display.say,
+        log=state.display.say,
         examples=True,
         verify_checksums=False,
-        should_stop=partial(any_rank_stops, parts.stop),
+        should_stop=partial(any_rank_stops, state.stop),
     )
-    told = {score.task: score.value for score in scores}
-    if len(scores) == len(suite_of(asked.suite)):
-        told["average"] = average_score(scores)[0]
-    parts.log.event("evaluation", stage=stage.name, step=done, suite=asked.suite, scores=told, missing=missing)
-    parts.log.restart_clock()
-    return not any_rank_stops(parts.stop)
+    values = {score.task: score.value for score in scores}
+    if len(scores) == len(suite_of(evaluation.suite)):
+        values["average"] = average_score(scores)[0]
+    state.log.event(
+        "evaluation", stage=stage.name, step=steps_done, suite=evaluation.suite, scores=values, missing=missing
+    )
+    state.log.restart_clock()
+    return not any_rank_stops(state.stop)
 
 
-def _folder(asked: EvaluationConfig) -> Path | None:
-    return None if asked.tasks_dir is None else Path(asked.tasks_dir)
+def _folder(evaluation: EvaluationConfig) -> Path | None:
+    return None if evaluation.tasks_dir is None else Path(evaluation.tasks_dir)

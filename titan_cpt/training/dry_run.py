@@ -1,7 +1,7 @@
-"""Builds the sharded model on the meta device in a fake process group of any size, and counts what a rank would hold.
+"""Dry run of a parallel layout: builds the sharded model on the meta device in a fake process group of any size.
 
-No memory is taken and nothing is sent: a layout of thousands of ranks is checked on a laptop before a queue is waited
-for. The counts are held against those that the plan worked out without torch.
+No memory is allocated and nothing is communicated, so a layout of thousands of ranks can be checked on a laptop before
+the job is queued. The parameters that each rank would hold are compared with the plan's, computed without torch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from titan_cpt.planning.plan import Plan
 
 
 def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]:
-    """Build the first and the last rank of every pipeline rank; a line for each, then time and memory taken.
+    """Build the first and the last rank of every pipeline-parallel rank; yields a line for each, then time and memory.
 
     Raises:
-        ConfigError: float8 is asked for and torchao is not installed.
-        PlanError: a rank would hold other parameters than the plan says, or torch cannot build it; names the first.
+        ConfigError: float8 is configured and torchao is not installed.
+        PlanError: a rank would hold other parameters than the plan says; names the first.
     """
     if parallel_options.float8 is not None:
         require_float8(torch.device("cpu"))
@@ -45,17 +45,17 @@ def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]
             if held != planned:
                 name = next(name for name in sorted({*held, *planned}) if held.get(name) != planned.get(name))
                 raise PlanError(
-                    f"--check-layout: rank {rank:,} would hold {held.get(name, 0):,} numbers of {name}, the plan says "
-                    f"{planned.get(name, 0):,}; this is a fault of titan_cpt"
+                    f"--check-layout: rank {rank:,} would hold {held.get(name, 0):,} elements of {name}, the plan says "
+                    f"{planned.get(name, 0):,}; this is a bug of titan_cpt"
                 )
-            yield f"rank {rank:,}: {len(held)} parameters, {sum(held.values()):,} numbers, as planned"
+            yield f"rank {rank:,}: {len(held)} parameters, {sum(held.values()):,} elements, as planned"
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     yield f"checked in {time.perf_counter() - began:.1f} s and {peak:.2f} GiB"
 
 
 def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str, int]:
-    """Numbers of each parameter that a rank would keep, by the whole model's names."""
+    """Elements of each parameter that a rank would hold, by the name in the whole model."""
     layout = plan.parallel_dims
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
@@ -75,5 +75,5 @@ def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str,
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of checkpointing's and compile's wrappers."""
+    """A parameter's name without the prefixes that activation checkpointing and torch.compile add."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

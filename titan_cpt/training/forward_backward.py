@@ -1,4 +1,4 @@
-"""Forward and backward of one local batch, with or without a pipeline, and the same for measuring a loss.
+"""Forward and backward of one micro-batch, with and without pipeline parallelism, and the loss for validation.
 
 Both runners have `backward`, for training, and `per_sequence_loss`, for validation. B sequences, L positions.
 """
@@ -30,11 +30,11 @@ from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_ent
 
 
 class SingleStageRunner:
-    """A model whose layers all lie on this rank, whatever else is split.
+    """Runs a model all of whose layers are on this rank (no pipeline parallelism).
 
     Args:
-        model: what runs.
-        copy: how the weights of `model` follow the trained ones, where these are others.
+        model: the module that computes.
+        copy: updates the weights of `model` from float32 master weights, where `model` is a compute copy.
     """
 
     def __init__(
@@ -43,17 +43,19 @@ class SingleStageRunner:
         self.model, self.mesh, self.copy, self.compiled = model, mesh, copy, compiled
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
-        """Add this batch's gradients to those there are; returns its share of the step's mean loss, on this rank.
+        """Accumulate this micro-batch's gradients; returns this rank's share of the global batch's mean loss.
 
         Args:
-            step_tokens: target tokens of the whole optimizer step, by which the summed loss is divided.
+            inputs_BL: token ids, int64.
+            targets_BL: the next token's id at every position, int64.
+            step_tokens: target tokens of the global batch, by which the summed loss is divided.
         """
         inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
             self.copy.take_gradients()
         with sharded_loss(self.mesh):
-            if self.mesh.parallel_dims.tp > 1:  # the head's rows lie on several ranks
+            if self.mesh.parallel_dims.tp > 1:  # the head's rows are split over ranks
                 part = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
             else:
                 loss = partial(
@@ -67,7 +69,7 @@ class SingleStageRunner:
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """The summed loss of every sequence, nats_B, the same on all ranks that share the batch; collective."""
+        """The summed loss of every sequence in nats, [B], equal on all ranks that share the batch; collective."""
         inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
@@ -79,10 +81,10 @@ class SingleStageRunner:
 
 
 class PipelineRunner:
-    """A model whose layers lie on several ranks, trained by a schedule of torch.distributed.pipelining.
+    """Runs a model whose layers are split over pipeline-parallel ranks, by a schedule of torch.distributed.pipelining.
 
     Args:
-        stages: the stages on this rank, by number, each laid over the other dimensions already.
+        stages: this rank's pipeline stages, by number, parallelized over the other dimensions already.
         width: D.
     """
 
@@ -105,16 +107,16 @@ class PipelineRunner:
             parts[0] if issubclass(schedule, PipelineScheduleSingle) else parts,
             n_microbatches=layout.microbatches,
             loss_fn=self._loss,
-            scale_grads=False,  # the loss is a share of the step's mean already
+            scale_grads=False,  # the loss is divided by the global batch's tokens already
         )
 
     @property
     def last(self) -> nn.Module | None:
-        """The stage that ends in the logits, on the rank that holds it."""
+        """The pipeline stage that computes the logits, on its rank; None on the others."""
         return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
-        """As `SingleStageRunner.backward`, for batches of one size; the share is 0 on ranks without the last stage."""
+        """Like `SingleStageRunner.backward`, for batches of one size; 0 on ranks without the last pipeline stage."""
         self._step_tokens = step_tokens
         inputs = (own_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = own_part(targets_BL, self.mesh) if self.last is not None else None
@@ -125,9 +127,9 @@ class PipelineRunner:
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """As `SingleStageRunner.per_sequence_loss`. Stage after stage, by micro-batches, without overlap.
+        """Like `SingleStageRunner.per_sequence_loss`; pipeline stages run one after another, without overlap.
 
-        `schedule.eval` fails for the V schedules (torch 2.13), and after it the next step finds out all shapes anew.
+        `schedule.eval` fails for the V schedules (torch 2.13), and makes the next step infer all shapes again.
         """
         pieces = max(1, min(self.mesh.parallel_dims.microbatches, len(inputs_BL)))
         nats = []
@@ -144,11 +146,9 @@ class PipelineRunner:
         return nats_B
 
     def _forward(self, tokens_BL: Tensor) -> Tensor | None:
-        """The logits, on the rank with the last stage."""
-        me, length = (
-            self.mesh.process.rank,
-            tokens_BL.shape[1] // self.mesh.parallel_dims.tp,
-        )
+        """The logits, on the rank with the last pipeline stage; None on the others."""
+        me = self.mesh.process.rank
+        length = tokens_BL.shape[1] // self.mesh.parallel_dims.tp  # activations between stages are sequence-parallel
         x: Tensor | None = None
         for number, module in self.stages.items():
             before, after = self.owners.get(number - 1), self.owners.get(number + 1)
@@ -180,7 +180,7 @@ def make_runner(
 
 
 def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
-    """The positions of a batch that this rank holds, on its device: all, but under context parallelism."""
+    """This rank's positions of a batch, on its device: all of them without context parallelism."""
     tokens_BL = tokens_BL.to(mesh.process.device, non_blocking=True)
     if mesh.parallel_dims.cp == 1:
         return tokens_BL
@@ -189,9 +189,9 @@ def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
 
 
 def own_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
-    """`own_part`, filled up at the end to as many positions as sequence parallelism can cut into equal pieces.
+    """`own_part`, padded at the end to a number of positions that sequence parallelism can split equally.
 
-    Causal attention never looks at what was filled in, and `unpadded` takes it from the logits: no number changes.
+    Causal attention never attends to the padding, and `unpadded` removes it from the logits: no value changes.
     """
     tokens_BL = own_part(tokens_BL, mesh)
     return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp))
@@ -203,31 +203,31 @@ def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
 
 
 def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
-    """Within it the cross-entropy of logits sharded over the vocabulary is known to torch, forward and backward."""
+    """Context in which torch computes the cross-entropy of logits that are sharded over the vocabulary."""
     return loss_parallel() if mesh.parallel_dims.tp > 1 and mesh.parallel_dims.loss_parallel else nullcontext()
 
 
 def losses_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """The summed loss of every sequence by itself, nats_B."""
+    """The summed loss of every sequence in nats, [B]."""
     logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
     return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])
 
 
 def require_compiler(device: torch.device) -> None:
-    """That torch.compile finds what it compiles with: g++ or CXX for a CPU; Triton, and a C compiler, for CUDA.
+    """Check that torch.compile has its compiler: g++ or CXX for a CPU; Triton and a C compiler for CUDA.
 
     Raises:
-        ConfigError: it does not; torch would say so in a traceback of the first step.
+        ConfigError: it is missing; torch would raise in the first step only.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or leave it out"
+            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or unset it"
         )
     variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
     chosen = os.environ.get(variable)
     if not any(map(shutil.which, (chosen,) if chosen else names)):
-        what = f"{variable}={chosen}, which is not there" if chosen else f"none of {', '.join(names)} is there"
+        what = f"{variable}={chosen}, which does not exist" if chosen else f"none of {', '.join(names)} is installed"
         raise ConfigError(
             f"compile.enable: torch.compile needs a compiler, and {what}: install one (apt install g++, module load "
-            f"gcc, conda install gxx), name one in {variable}, or leave the key out"
+            f"gcc, conda install gxx), name one in {variable}, or remove the key"
         )

@@ -1,4 +1,4 @@
-"""The training loss: a sum over tokens, so that neither accumulation, ranks nor layout can change it.
+"""The training loss: a sum over tokens, so that gradient accumulation and parallelism do not change it.
 
 The caller scales the sum by 1 / the global batch's token count. Where the head's weight is whole, head and loss are one
 operation (`fused_linear_cross_entropy`); where its rows are split over ranks, or the head ends a pipeline, the loss is
@@ -21,27 +21,27 @@ from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
 from titan_cpt.models.common.ops import linear, multiply
 
 CPU_CHUNK_ELEMENTS = 2**18
-"""Logits that are held in fp32 at a time on a CPU: 1 MiB, which stays in its cache (half the time of 16 MiB)."""
+"""Logits in fp32 at a time on a CPU: 1 MiB, which fits its cache (half the time of 16 MiB)."""
 CHUNK_ELEMENTS = 2**24
-"""The same on other devices: 64 MiB, which keeps the number of kernel launches small."""
+"""The same on other devices: 64 MiB, for few kernel launches."""
 
 
 def fused_linear_cross_entropy(
     x_BLD: Tensor, weight_VD: Tensor, *, targets_BL: Tensor, scale: float, compiled: bool = False
 ) -> Tensor:
-    """`summed_cross_entropy` of the logits x W^T, times `scale`, without holding the logits of all tokens.
+    """`summed_cross_entropy` of the logits x W^T, times `scale`, without materializing the logits of all tokens.
 
-    The loss is a number, so the gradients of x and W are known up to a factor as soon as a chunk's logits are: they are
-    worked out in the forward pass, chunk by chunk, and nothing is kept or computed twice. With one chunk the gradient
-    of W is rounded once to its dtype; with several their shares are summed in fp32 before that.
+    The loss is a scalar, so the gradients of x and W are known up to a factor once a chunk's logits are computed: they
+    are computed in the forward pass, chunk by chunk, without recomputation. With one chunk the gradient of W is rounded
+    once to its dtype; with several chunks it is summed in fp32 before that.
     Source of the idea: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
 
     Args:
-        x_BLD: what goes into the head, in the dtype of the weight.
-        weight_VD: the head's weight, whole.
-        targets_BL: ids of the right tokens, int64, in [0, V).
-        scale: a factor, such as 1 / tokens of the step.
-        compiled: the softmax is torch.compile's on CUDA.
+        x_BLD: input of the head, in the dtype of the weight.
+        weight_VD: the head's weight, not sharded.
+        targets_BL: ids of the target tokens, int64, in [0, V).
+        scale: a factor, such as 1 / tokens of the global batch.
+        compiled: compile the softmax on CUDA.
 
     Returns:
         A scalar in fp32.
@@ -54,17 +54,17 @@ def fused_linear_cross_entropy(
 def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """Sum over all tokens of -log softmax(logits)[target], in nats; a scalar in fp32, whatever the dtype of the logits.
 
-    Every position counts. The padding rows of the vocabulary take part as any other row: no target names them, so that
-    the model learns to give them no probability. A chunk of tokens is upcast at a time, forward and backward, so no
-    fp32 copy of bf16 logits is ever whole; the gradient comes in the dtype of the logits, rounded once. Logits that
-    tensor parallelism left sharded over the vocabulary go through torch's own cross-entropy, under `loss_parallel`.
+    Every position counts; there is no ignored id. Padding rows of the vocabulary are rows like any other; they are
+    never targets, so the model learns to give them no probability. One chunk of tokens at a time is upcast to fp32,
+    forward and backward; the gradient has the dtype of the logits, rounded once. Logits that tensor parallelism shards
+    over the vocabulary go through torch's own cross-entropy, under `loss_parallel`.
 
     Args:
         logits_BLV: scores, in any floating dtype; a DTensor only within `loss_parallel`, which must span backward too.
-        targets_BL: ids of the right tokens, int64, in [0, V).
+        targets_BL: ids of the target tokens, int64, in [0, V).
 
     Returns:
-        A plain tensor without dimensions.
+        A plain 0-dimensional tensor.
     """
     logits_TV, targets_T = logits_BLV.flatten(0, 1), targets_BL.flatten()
     if isinstance(logits_TV, DTensor):
@@ -110,8 +110,8 @@ class _HeadAndLoss(torch.autograd.Function):
 def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:
     """A chunk's share of the weight's gradient, [V, D].
 
-    On a CPU a left operand that lies transposed costs a product up to twice its time; of the two it is the input, the
-    small one, that is turned around.
+    On a CPU a transposed left operand can double the time of a matrix product, so the input, the smaller of the two
+    operands, is transposed instead.
     """
     return multiply(x_CD.t().contiguous(), grad_CV).t() if grad_CV.is_cpu else multiply(grad_CV.t(), x_CD)
 
@@ -120,7 +120,7 @@ _Softmax = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Every token's loss in fp32, and the gradient of the scaled sum in the dtype of the logits, in their place."""
+    """Every token's loss in fp32; the gradient of the scaled sum overwrites the logits."""
     losses_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
     for chunk in _chunks(logits_CV):
         scores_CV, wanted_C1 = logits_CV[chunk].float(), targets_C[chunk, None]
@@ -134,7 +134,7 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor
 
 
 def _softmax_in_one(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `_softmax`, in the form that compiles into few passes over the logits, none of them in fp32 memory."""
+    """Like `_softmax`, written so that it compiles into few passes over the logits without an fp32 copy of them."""
     scores_CV = logits_CV.float()
     log_norms_C1 = scores_CV.logsumexp(dim=-1, keepdim=True)
     losses_C1 = log_norms_C1 - scores_CV.gather(-1, targets_C[:, None])
@@ -149,7 +149,7 @@ def _compiled_softmax() -> "_Softmax":
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they came and one fp32 number a token; works the softmax out again in backward."""
+    """Saves the logits and one fp32 number per token, and recomputes the softmax in backward."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""AdamW and what surrounds its step: parameter groups, clipping, the guard against bad numbers, resetting at a stage.
-
-Nothing here waits for the device: the learning rate is a Python number, norms and flags stay tensors.
-"""
+"""AdamW and its step: parameter groups, gradient clipping, the guard against bad steps, resetting. No host sync."""
 
 import math
 from collections.abc import Sequence
@@ -14,18 +11,21 @@ from torch.optim import AdamW
 
 
 def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamW:
-    """Fused AdamW over the model's parameters, its moments and step counts there from the start, all zero.
+    """Fused AdamW over the model's parameters, with moments and step counts allocated and zero.
 
-    They are there before the first step so that a checkpoint of step 0 can be written: torch's distributed checkpoint
-    would otherwise make them up by a step with zero gradients, which leaves the step count at 1. Source: Loshchilov and
-    Hutter 2019, arXiv:1711.05101, with torch's reading: p <- p - lr * weight_decay * p, before the update.
+    They are allocated before the first step so that a checkpoint of step 0 can be written: torch's distributed
+    checkpoint would otherwise create them by a step with zero gradients, which leaves the step count at 1.
+
+        p <- p - lr * weight_decay * p       before Adam's update
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, as torch implements it.
 
     Args:
-        model: sharded already, where it is to be sharded.
-        lr: learning rate until `set_lr` is called.
+        model: after FSDP has sharded it, if it does.
+        lr: learning rate until the first `set_lr`.
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: multiplies lr; see `parameter_groups` for what it is applied to.
+        weight_decay: decoupled, multiplied by lr; applied to the matrices (see `parameter_groups`).
     """
     optimizer = AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
     reset_state(optimizer)
@@ -33,9 +33,9 @@ def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], eps:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices, the embeddings among them, are decayed; vectors (biases, LayerNorm) are not.
+    """Two groups: matrices, including embeddings, with weight decay; vectors (biases, norms) without.
 
-    As in GPT-NeoX. A group without parameters is left out; frozen parameters are in none.
+    As in GPT-NeoX. Empty groups are omitted; frozen parameters are in no group.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
@@ -48,16 +48,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def set_lr(optimizer: AdamW, lr: float) -> None:
-    """Use this learning rate from the next step on, in every group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def set_hyperparameters(optimizer: AdamW, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Use the new stage's numbers from the next step on; moments and step counts stay.
+    """Set a stage's AdamW hyperparameters; moments and step counts stay.
 
-    To be called AFTER an optimizer state was loaded: torch saves these numbers with the state, and loading puts the old
-    stage's back without a word. The group of vectors stays without decay.
+    Call it AFTER loading an optimizer state: torch saves these hyperparameters with the state, and loading silently
+    restores those of the old stage. The group of vectors keeps weight decay 0.
     """
     for group in optimizer.param_groups:
         decayed = any(parameter.ndim > 1 for parameter in group["params"])
@@ -66,17 +66,16 @@ def set_hyperparameters(optimizer: AdamW, *, betas: tuple[float, float], eps: fl
 
 @torch.no_grad()
 def reset_state(optimizer: AdamW) -> None:
-    """Zero moments and step counts, in place where there are any: the next step is Adam's first.
+    """Set moments and step counts to zero, in place where they exist: the next step is Adam's first.
 
-    This is `optimizer_state = "reset"`, the paper's choice, as there is often no state to keep. For "keep" leave the
-    state alone, its step counts too (zero moments with a high step count would take the wrong bias correction, and the
-    other way about), and call `set_hyperparameters`.
+    This is `optimizer_state = "reset"`, the paper's choice. For "keep", moments and step counts both stay: zero moments
+    with a high step count, or the reverse, would get the wrong bias correction.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:
-                # A step count on the parameter's device is what the fused kernel wants; it is plain even for a DTensor.
+                # The fused kernel needs the step count on the parameter's device, as a plain tensor even for a DTensor.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -85,19 +84,18 @@ def reset_state(optimizer: AdamW) -> None:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup | None = None) -> Tensor:
-    """Scale all gradients down so that their common L2 norm is at most `max_norm`; returns the norm before that.
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before clipping.
 
-    The norm spans the whole mesh of sharded parameters and all stages of a pipeline, and is the same on each rank. No
-    host sync and no check: a norm that is not finite turns the gradients into NaN or 0, which `UpdateGuard` keeps from
-    the weights.
+    The norm spans all sharded parameters and all pipeline stages, and is the same on every rank. No host sync and no
+    check: a norm that is not finite turns the gradients into NaN or 0, which `UpdateGuard` keeps from the weights.
 
     Args:
         model: all its gradients are plain tensors, or all are DTensors of one mesh.
         max_norm: above 0.
-        pipeline: the ranks that hold the model's other layers, where there are any.
+        pipeline: process group of the pipeline-parallel ranks; None without pipeline parallelism.
 
     Returns:
-        A plain tensor without dimensions, on the gradients' device.
+        A plain 0-dimensional tensor on the gradients' device.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -112,10 +110,10 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGrou
 
 
 class UpdateGuard:
-    """Keeps a loss or a gradient that is not finite from the weights, without waiting for the device.
+    """Holds back optimizer updates from the first bad step on, without waiting for the device.
 
-    The first bad number sets a flag on the device, on every rank; while it is set, `optimizer.step()` changes nothing:
-    no weight, no moment, no step count. The flag is the one by which GradScaler tells torch's fused AdamW to skip a
+    The first bad loss or gradient sets a flag on the device, on every rank; while it is set, `optimizer.step()` changes
+    no weight, no moment and no step count. The flag is the one with which GradScaler makes torch's fused AdamW skip a
     step. The host reads `halted` when it waits for the device anyway (at a logging step) and finds the weights as they
     were before the bad step, however many steps ago that was.
     """
@@ -124,31 +122,31 @@ class UpdateGuard:
         """Guard this optimizer's steps.
 
         Args:
-            spike_window: losses that the next one is compared with; 0 for none.
-            spike_z_score: a loss so many standard deviations above their mean is held back too.
+            spike_window: number of recent losses that the next loss is compared with; 0 for no comparison.
+            spike_z_score: a loss this many standard deviations above their mean is held back too.
         """
         self._optimizer, self._spike_z_score = optimizer, spike_z_score
         device = optimizer.param_groups[0]["params"][0].device
         self.halted = torch.zeros((), dtype=torch.float32, device=device)
-        """1.0 from the first bad step on, 0.0 before, on all ranks alike. `bool(guard.halted)` waits for the device."""
+        """1.0 from the first bad step on, 0.0 before, on every rank. `bool(guard.halted)` waits for the device."""
         optimizer.found_inf = self.halted  # type: ignore[attr-defined]  # the name that AdamW.step looks up
         self._losses = torch.full((spike_window,), math.nan, device=device)
 
     @torch.no_grad()
     def observe(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Take note of this step's numbers; to be called by all ranks before `optimizer.step()`.
+        """Check this step's loss and gradient norm; all ranks call it before `optimizer.step()`.
 
-        The ranks agree on the flag (a reduction of one number), or those that saw nothing wrong would go on alone: a
-        rank's loss can be infinite while all gradients are finite.
+        The ranks agree on the flag by an all-reduce of one number: a rank's loss can be infinite while all gradients
+        are finite, and the other ranks would update their weights.
 
         Args:
-            loss: this rank's share of the step's loss, or the whole, without dimensions.
-            grad_norm: what `clip_grad_norm` returned.
+            loss: this rank's share of the step's loss, or the whole loss; 0-dimensional.
+            grad_norm: the result of `clip_grad_norm`.
 
         Returns:
             [`halted` after this step, the loss's z-score over the window before it: NaN until the window is full].
         """
-        assert all(group["fused"] for group in self._optimizer.param_groups), "only the fused AdamW heeds the guard"
+        assert all(group["fused"] for group in self._optimizer.param_groups), "only the fused AdamW reads the flag"
         deviation, mean = torch.std_mean(self._losses, correction=0) if len(self._losses) else (loss, loss * math.nan)
         z_score = (loss - mean) / deviation.clamp(min=1e-6)
         healthy = torch.isfinite(loss) & torch.isfinite(grad_norm) & ~(z_score > self._spike_z_score)
@@ -161,15 +159,15 @@ class UpdateGuard:
         return torch.stack([self.halted, z_score.float()])
 
     def recent_losses(self) -> list[float]:
-        """The window's losses, oldest first, as many as there are; waits for the device."""
+        """The losses in the window, oldest first; waits for the device."""
         return [loss for loss in self._losses.tolist() if not math.isnan(loss)]
 
     def recall(self, losses: Sequence[float]) -> None:
-        """Compare with these losses from now on, oldest first, or with none until there are enough."""
+        """Replace the window's losses, oldest first; spikes are detected once it is full."""
         window = len(self._losses)
         kept = [math.nan] * window + [float(loss) for loss in losses]
         self._losses.copy_(torch.tensor(kept[len(kept) - window :]))
 
     def reset(self) -> None:
-        """Let updates through again, after the host has dealt with the cause."""
+        """Allow updates again, after the host has handled the bad step."""
         self.halted.zero_()

@@ -1,4 +1,4 @@
-"""Traces of torch.profiler: one step in every so many, on every rank, for chrome://tracing or ui.perfetto.dev."""
+"""torch.profiler traces: one step in every N, on every rank, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from titan_cpt.common.run_folder import PROFILE_FOLDER, step_name
 
-_WARMUP_STEPS = 2  # the profiler's own first steps are slow; these are recorded and thrown away
+_WARMUP_STEPS = 2  # the profiler's own first steps are slow; these are recorded and discarded
 
 
 class Profiler:
     """Records every `every_steps`-th step of this process into `<run>/profile/<stage>-step-<8 digits>/`.
 
-    What is recorded is all that happens between two calls of `step`: the optimizer step, and validation or a save
-    where one falls there.
+    A trace has everything between two calls of `step`: the optimizer step, and validation or a save if one is due.
 
     Args:
         run: the run's folder.
         every_steps: steps from one trace to the next; None records nothing.
         rank: names this process's file, `rank-<5 digits>.json.gz`.
-        on_failed: told why a trace could not be written; training goes on.
+        on_failed: called with the reason why a trace could not be written; training continues.
     """
 
     def __init__(self, run: Path, *, every_steps: int | None, rank: int, on_failed: Callable[[str], None]) -> None:
@@ -44,13 +43,13 @@ class Profiler:
             self._profile.start()
 
     def step(self, stage: str, steps_done: int) -> None:
-        """Say that a step of the stage has ended."""
+        """Mark the end of a step."""
         if self._profile is not None:
             self._of = f"{stage}-{step_name(steps_done)}"
             self._profile.step()
 
     def close(self) -> None:
-        """Stop recording; a step half recorded is given up."""
+        """Stop recording; an unfinished trace is discarded."""
         if self._profile is not None:
             self._profile.on_trace_ready = lambda _: None
             self._profile.stop()
@@ -62,4 +61,4 @@ class Profiler:
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
         except OSError as error:
-            self._on_failed(f"  {path}: the trace cannot be written: {error.strerror or error}; training goes on")
+            self._on_failed(f"  {path}: the trace cannot be written: {error.strerror or error}; training continues")

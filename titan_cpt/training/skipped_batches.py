@@ -1,8 +1,8 @@
-"""Batches that are passed over because their numbers were bad: a part of the weights' past, so kept like one.
+"""Batches that are skipped because their loss or gradient was bad: part of the training history of the weights.
 
-A decision is on the disk, in `<stage>/skipped.json`, before a step is taken after it; a checkpoint's manifest holds
-those that its weights went through. A run that is killed and goes on therefore passes over the same batches, whether
-or not what spoilt them comes again.
+A decision is written to `<stage>/skipped.json` before the next step is taken; a checkpoint's manifest lists the skipped
+batches that its weights went through. A run that is killed and resumed therefore skips the same batches, whether or not
+the cause comes again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from titan_cpt.common.run_folder import SKIPPED_FILE
 from titan_cpt.errors import CheckpointError
 
 
-class Skips:
-    """The batches of one run that are passed over, by stage and 0-based step.
+class SkippedBatches:
+    """The skipped batches of one run, by stage and 0-based step.
 
     Args:
-        run: the run's folder, whose stages' decisions are read.
+        run: the run's folder, from which earlier decisions are read.
         writing: whether this rank writes new ones.
 
     Raises:
-        CheckpointError: what is there is damaged.
-        AccessError: the system does not let it be read.
+        CheckpointError: a skipped.json is damaged.
+        AccessError: a skipped.json cannot be read.
     """
 
     def __init__(self, run: Path, *, writing: bool) -> None:
@@ -37,16 +37,16 @@ class Skips:
             self._known[path.parent.name] = _read(path)
 
     def recall(self, recorded: Any) -> None:
-        """Take up what a checkpoint's manifest says of its past: steps by stage."""
+        """Add the skipped steps, by stage, that a checkpoint's manifest lists."""
         for stage, steps in (recorded if isinstance(recorded, Mapping) else {}).items():
             known = self._known.setdefault(str(stage), {})
             for step in steps:
                 known.setdefault(int(step), {})
 
-    def add(self, stage: str, step: int, **told: Any) -> None:
-        """Pass over a batch from now on; on the disk when this returns."""
+    def add(self, stage: str, step: int, **details: Any) -> None:
+        """Skip a batch from now on; the decision is on the disk when this returns."""
         known = self._known.setdefault(stage, {})
-        known[step] = told
+        known[step] = details
         if self._writing:
             folder = self._run / stage
             folder.mkdir(exist_ok=True)
@@ -55,15 +55,15 @@ class Skips:
             )
 
     def holds(self, stage: str, step: int) -> bool:
-        """Whether the batch is passed over."""
+        """Whether the batch is skipped."""
         return step in self._known.get(stage, {})
 
     def count(self, stage: str, *, after: int, until: int) -> int:
-        """How many batches of a stage are passed over at steps in (after, until]."""
+        """How many batches of a stage are skipped at steps in (after, until]."""
         return sum(after < step <= until for step in self._known.get(stage, {}))
 
-    def past(self, stages: Sequence[str], steps_done: int) -> dict[str, list[int]]:
-        """What belongs to the past of weights that took `stages`, of the last one so many steps."""
+    def skipped_before(self, stages: Sequence[str], steps_done: int) -> dict[str, list[int]]:
+        """Skipped steps that weights went through: all of `stages`, of the last stage those before `steps_done`."""
         found = {stage: sorted(self._known.get(stage, {})) for stage in stages}
         found[stages[-1]] = [step for step in found[stages[-1]] if step < steps_done]
         return {stage: steps for stage, steps in found.items() if steps}
@@ -71,9 +71,9 @@ class Skips:
 
 def _read(path: Path) -> dict[int, Any]:
     try:
-        return {int(step): told for step, told in json.loads(read_text(path)).items()}
+        return {int(step): details for step, details in json.loads(read_text(path)).items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error}. It says which batches are passed over; restore it, or remove it "
+            f"{path}: cannot be read: {error}. It lists the skipped batches; restore it, or remove it "
             f"together with the checkpoints of {path.parent.name!r} to train that stage again"
         ) from None

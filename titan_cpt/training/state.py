@@ -1,4 +1,4 @@
-"""Everything that training needs, built once by build.py and used by every stage."""
+"""Everything that training needs, built once by build.py. train.py adds the loop to it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,36 @@ from titan_cpt.training.metrics import MetricsLog
 from titan_cpt.training.optimizer import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.progress import Display
-from titan_cpt.training.skipped_batches import Skips
+from titan_cpt.training.skipped_batches import SkippedBatches
 from titan_cpt.training.validation import Validator
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The cast of a run: what is built once and used by every stage."""
+class TrainerState:
+    """Config, plan, model, optimizer and the services of a run.
+
+    Attributes:
+        process: this process's rank and device.
+        folder: the run's folder.
+        model: this rank's part of the model, with float32 master weights.
+        runner: forward and backward of a batch.
+        guard: keeps non-finite losses and gradients from the weights.
+        skipped: batches that are skipped because their loss or gradient was bad.
+        reader: sequences of every dataset.
+        identities: fingerprints of the tokenizer and of the data files, by dotted key.
+        stop: whether a signal requested a stop.
+    """
 
     config: Config
     plan: Plan
-    ranks: ProcessInfo
+    process: ProcessInfo
     mesh: Mesh
     folder: Path
     model: LanguageModel
-    engine: ModelRunner
+    runner: ModelRunner
     optimizer: AdamW
     guard: UpdateGuard
-    skips: Skips
+    skipped: SkippedBatches
     reader: SequenceReader
     validator: Validator
     checkpoints: CheckpointManager

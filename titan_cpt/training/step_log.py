@@ -1,4 +1,4 @@
-"""What a step and a measurement leave behind: lines of metrics.jsonl, and the losses that forgetting is told from."""
+"""Logging a step and a validation: lines of metrics.jsonl, and the baselines from which forgetting is computed."""
 
 from __future__ import annotations
 
@@ -10,74 +10,81 @@ from torch import Tensor
 
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.training.state import Parts
+from titan_cpt.training.state import TrainerState
 from titan_cpt.training.validation import ValidationLoss
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of one step, still on the device: mean loss in nats per token, gradient norm before clipping, health."""
+    """The numbers of one step, still on the device.
+
+    Attributes:
+        loss: mean over the global batch, nats per token; no dimensions.
+        grad_norm: L2 norm before clipping; no dimensions.
+        health: what `UpdateGuard.observe` returned; None for a skipped batch.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     health: Tensor | None
-    """What `UpdateGuard.observe` told; None for a batch that is passed over."""
 
 
-def record(parts: Parts, stage: StagePlan, step: int, result: StepResult) -> None:
-    """Keep a step for metrics.jsonl; the device is not waited for."""
-    plan = parts.plan
+def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepResult) -> None:
+    """Add a step to the metrics log. No host sync."""
+    plan = state.plan
     run_step = plan.steps_before(stage) + step + 1
-    draws = plan.batch(stage, step) if parts.ranks.rank == 0 else []
+    draws = plan.batch(stage, step) if state.process.rank == 0 else []
     numbers = {
         "stage": stage.name,
         "step": step + 1,
         "run_step": run_step,
         "tokens": run_step * plan.step_tokens,
         "replayed_tokens": sum(draw.replayed for draw in draws) * plan.seq_len,
-        "lr": parts.optimizer.param_groups[0]["lr"],
-        "batch_hash": parts.reader.batch_hash(draws),
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "batch_hash": state.reader.batch_hash(draws),
     }
     if result.health is None:
         numbers["skipped"] = True
-    parts.log.step(numbers, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
+    state.log.step(numbers, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
 
 
-def validate(parts: Parts, stage: StagePlan, done: int) -> bool:
-    """Measure every dataset and write down its loss, and how much of it was forgotten.
+def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
+    """Measure and log the validation loss of every dataset, and its forgetting.
 
     Returns:
-        False where a signal cut it short: nothing is written then, and it is due still.
+        False if a signal interrupted it: then nothing is logged, and the measurement is still due.
     """
-    run_step = parts.plan.steps_before(stage) + done
-    losses = parts.validator.measure(parts.engine, interrupted=partial(any_rank_stops, parts.stop))
+    run_step = state.plan.steps_before(stage) + steps_done
+    losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
     if losses is None:
         return False
-    said = []
+    shown = []
     for dataset, loss in losses.items():
-        line = validation_line(parts, stage, done, dataset, loss)
-        parts.log.validation(line, run_step)
+        line = validation_line(state, stage, steps_done, dataset, loss)
+        state.log.validation(line, run_step)
         forgetting = line["forgetting_nats_per_token"]
-        said.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
-    if said:
-        parts.display.say(f"  validation after step {done:,} of {stage.name}: {', '.join(said)}")
-    parts.log.restart_clock()
+        shown.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
+    if shown:
+        state.display.say(f"  validation after step {steps_done:,} of {stage.name}: {', '.join(shown)}")
+    state.log.restart_clock()
     return True
 
 
-def validation_line(parts: Parts, stage: StagePlan, done: int, dataset: str, loss: ValidationLoss) -> dict[str, Any]:
-    """A dataset's loss as metrics.jsonl has it; at step 0 it is kept as a baseline of forgetting.
+def validation_line(
+    state: TrainerState, stage: StagePlan, steps_done: int, dataset: str, loss: ValidationLoss
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for a dataset's validation loss; at step 0 the loss becomes a baseline of forgetting.
 
-    Forgetting is None where the baseline was measured on other data or windows, or is not known.
+    Forgetting is None where the baseline is unknown, or was measured on other data or windows.
     """
-    since, identity = parts.plan.forgetting_since(stage, dataset), parts.validator.identities[dataset]
-    if done == 0:
-        parts.log.before[stage.name, dataset] = loss.nats_per_token, identity
-    before, measured_on = (None, None) if since is None else parts.log.before.get((since, dataset), (None, None))
+    since, identity = state.plan.forgetting_since(stage, dataset), state.validator.identities[dataset]
+    if steps_done == 0:
+        state.log.before[stage.name, dataset] = loss.nats_per_token, identity
+    before, measured_on = (None, None) if since is None else state.log.before.get((since, dataset), (None, None))
     comparable = before is not None and measured_on == identity
     return {
         "stage": stage.name,
-        "step": done,
+        "step": steps_done,
         "dataset": dataset,
         "loss_nats_per_token": loss.nats_per_token,
         "perplexity": loss.perplexity,

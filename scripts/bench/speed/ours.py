@@ -1,4 +1,4 @@
-"""titan_cpt as a contestant: the real parts and the real train_step, or the whole trainer; and the shared material.
+"""titan_cpt as a contestant: the real model and train_step, or the whole training loop; and the shared material.
 
 prepare   writes weights (Hugging Face's names), batches and the config that all contestants use
 step      train_step alone
@@ -22,9 +22,10 @@ from titan_cpt.config.load import load_config  # noqa: E402
 from titan_cpt.data.formats.indexed_writer import IndexedWriter  # noqa: E402
 from titan_cpt.distributed.process_group import init_process_group  # noqa: E402
 from titan_cpt.models.huggingface_weights import hub_names  # noqa: E402
-from titan_cpt.train import open_loader, train_step, transition  # noqa: E402
+from titan_cpt.train import Trainer  # noqa: E402
 from titan_cpt.training.allocator import keep_freed_memory  # noqa: E402
 from titan_cpt.training.build import build  # noqa: E402
+from titan_cpt.training.stage_start import begin_stage  # noqa: E402
 
 folder, shape = Path(wanted["folder"]), wanted["shape"]
 torch.set_num_threads(1)
@@ -71,18 +72,18 @@ config = load_config(config_file(wanted["compiled"]))
 run = folder / config.job.name
 run.mkdir(exist_ok=True)
 with StopRequest() as stop:
-    parts, _ = build(config, init_process_group(), run, stop)
-    stage = parts.plan.stages[0]
-    transition(parts, stage)
+    trainer, _ = build(Trainer, config, init_process_group(), run, stop)
+    stage = trainer.plan.stages[0]
+    begin_stage(trainer, stage)
     if wanted["name"] == "prepare":
-        names = hub_names(parts.plan.spec)
-        weights = {names[name]: value.detach().clone() for name, value in parts.model.state_dict().items()}
+        names = hub_names(trainer.plan.spec)
+        weights = {names[name]: value.detach().clone() for name, value in trainer.model.state_dict().items()}
         save_file(weights, folder / "weights.safetensors")
         np.save(
             folder / "batches.npy",
-            np.stack([parts.reader.read(parts.plan.batch(stage, step)) for step in range(wanted["steps"])]),
+            np.stack([trainer.reader.read(trainer.plan.batch(stage, step)) for step in range(wanted["steps"])]),
         )
-        serve.say(flops_per_token=parts.plan.spec.flops_per_token(wanted["seq_len"]))
+        serve.say(flops_per_token=trainer.plan.spec.flops_per_token(wanted["seq_len"]))
     else:
-        loader = open_loader(parts, stage, 0)
-        serve.serve(lambda step: train_step(parts, loader, stage, step).loss)
+        loader = trainer.open_loader(stage, 0)
+        serve.serve(lambda step: trainer.train_step(loader, stage, step).loss)

@@ -21,7 +21,7 @@ from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 from titan_cpt.runs.anneal import branch_off
-from titan_cpt.training.initial_weights import load_initial
+from titan_cpt.training.stage_start import load_initial
 
 pytestmark = THEIR_WARNINGS_IGNORED
 KEY = "tokenizer.allow_mismatch = true"
@@ -108,8 +108,8 @@ def test_one_key_allows_them_and_the_stage_says_so(what, there, tmp_path, capsys
     with pytest.raises(SystemExit) as end:
         main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
     (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "another tokenizer" in note]
-    with cast(config_of(raw)) as parts:
-        said = load_initial(parts, parts.plan.stages[0])
+    with cast(config_of(raw)) as trainer:
+        said = load_initial(trainer, trainer.plan.stages[0])
 
     assert end.value.code == 0
     assert note.endswith("as tokenizer.allow_mismatch allows")
@@ -212,8 +212,8 @@ def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, cap
             main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
         expected = f"nothing says which tokenizer the weights of {init} were trained with"
         assert expected in " ".join(json.loads(capsys.readouterr().out)["notes"])
-        with cast(config_of(raw)) as parts:
-            assert expected in load_initial(parts, parts.plan.stages[0])
+        with cast(config_of(raw)) as trainer:
+            assert expected in load_initial(trainer, trainer.plan.stages[0])
 
 
 def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
@@ -221,8 +221,8 @@ def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
     export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", log=print)
     import_released(str(tmp_path / "exported"), tmp_path / "imported", log=print)
     for init in (f"hf:{tmp_path}/exported", f"checkpoint:{tmp_path}/imported"):
-        with cast(config_of(one_stage(there / "data", tmp_path, init=init))) as parts:
-            said = load_initial(parts, parts.plan.stages[0])
+        with cast(config_of(one_stage(there / "data", tmp_path, init=init))) as trainer:
+            said = load_initial(trainer, trainer.plan.stages[0])
         assert "were trained with" not in said
     again = tmp_path / "again.json"
     tokenizers.Tokenizer.from_file(str(there / "other.json")).save(str(again))

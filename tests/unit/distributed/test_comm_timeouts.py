@@ -24,14 +24,14 @@ class Late:
 
     def lay(self) -> None:
         """Take the place of train_step in this process."""
-        sound = titan_cpt.train.train_step
+        sound = titan_cpt.train.Trainer.train_step
 
-        def late(parts: Any, loader: Any, stage: Any, step: int) -> Any:
-            if parts.ranks.rank == 1 and step == self.step and stage.name == "english":
+        def late(trainer: Any, loader: Any, stage: Any, step: int) -> Any:
+            if trainer.process.rank == 1 and step == self.step and stage.name == "english":
                 time.sleep(self.seconds)
-            return sound(parts, loader, stage, step)
+            return sound(trainer, loader, stage, step)
 
-        titan_cpt.train.train_step = late
+        titan_cpt.train.Trainer.train_step = late
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def killed(raw, tmp_path_factory):
     """A run killed in German's seventh step, after the checkpoint of its fourth."""
     folder = tmp_path_factory.mktemp("killed")
     config = training.write_config(raw(folder), folder / "config.toml")
-    outcome = train(config, fault=Fault("titan_cpt.train:train_step", 19, folder / "run/german/step-00000004"))
+    outcome = train(config, fault=Fault("titan_cpt.train:Trainer.train_step", 19, folder / "run/german/step-00000004"))
     assert "german/step-00000004" in training.checkpoints_of(folder / "run"), outcome.output
     return folder
 
@@ -90,7 +90,7 @@ def test_windows_changed_in_mid_run_give_the_forgetting_of_a_run_that_always_had
         ("german", 0, "en"),
         ("german", 0, "de"),
     ]
-    assert "what validation measures has changed for de, en" in output
+    assert "the validation set has changed for de, en" in output
     export(run / "german" / "step-00000010", tmp_path / "out", dtype="float32", log=print)
     before, after = (measured(reference, after=0)[step, "en"][0] for step in (0, 10))
     card = (tmp_path / "out" / "README.md").read_text()

@@ -1,0 +1,72 @@
+"""What is due after a step of a stage: a pure function of the config, the stage and the number of steps done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END
+from titan_cpt.config.schema import Config
+from titan_cpt.planning.plan import StagePlan
+
+
+@dataclass(frozen=True)
+class ActionsDue:
+    """What the training loop does after a step, in this order.
+
+    Attributes:
+        log: write the metrics kept on the device; always before anything is measured or saved.
+        validation: measure the validation loss of every dataset.
+        checkpoint: save a checkpoint of this kind; None for no checkpoint.
+        benchmarks: run the benchmark suite on the checkpoint just saved.
+        garbage_collection: run Python's garbage collector.
+        stop: end the run, with everything saved.
+    """
+
+    log: bool
+    validation: bool
+    checkpoint: str | None
+    benchmarks: bool
+    garbage_collection: bool
+    stop: bool
+
+
+def actions_due(config: Config, stage: StagePlan, steps_done: int, *, stop: bool) -> ActionsDue:
+    """What is due when `steps_done` steps of a stage are done.
+
+    Args:
+        steps_done: at least 1.
+        stop: a signal requested a stop.
+    """
+    at_end = steps_done == stage.steps
+    validation = at_end or steps_done % config.validation.interval == 0 or steps_done in stage.final_window
+    benchmarks = benchmarks_due(config, stage, steps_done)
+    checkpoint = checkpoint_due(config, stage, steps_done)
+    if checkpoint is None and (stop or benchmarks):
+        checkpoint = INTERVAL
+    return ActionsDue(
+        log=validation or checkpoint is not None or steps_done % config.metrics.log_freq == 0,
+        validation=validation,
+        checkpoint=checkpoint,
+        benchmarks=benchmarks,
+        garbage_collection=(steps_done - 1) % config.training.gc_freq == 0,
+        stop=stop,
+    )
+
+
+def checkpoint_due(config: Config, stage: StagePlan, steps_done: int) -> str | None:
+    """The kind of checkpoint due after these steps by the config and the stage's schedule; None for no checkpoint."""
+    if steps_done == stage.steps:
+        return STAGE_END
+    if steps_done == stage.pre_anneal_step:
+        return PRE_ANNEAL
+    return INTERVAL if steps_done % config.checkpoint.interval == 0 else None
+
+
+def benchmarks_due(config: Config, stage: StagePlan, steps_done: int) -> bool:
+    """Whether `[evaluation]` wants its suite run on the checkpoint after these steps."""
+    evaluation = config.evaluation
+    if evaluation.suite is None or steps_done == 0:
+        return False
+    if evaluation.at_stage_end and steps_done == stage.steps:
+        return True
+    return evaluation.every is not None and steps_done % evaluation.every == 0
