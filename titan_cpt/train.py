@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint
-from titan_cpt.common.exit_status import DONE, STOPPED_EARLY
+from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, locked
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
@@ -130,7 +130,7 @@ class Trainer(TrainerState):
                 return self.stopped_early(stage, steps_done)
         self.checkpoints.wait()
         print_final_summary(self)
-        return DONE
+        return SUCCESS
 
     def train_stage(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> tuple[int, bool]:
         """Train a stage from `steps_done` to its end, or until a signal requests a stop.
