@@ -1,7 +1,7 @@
-"""From draws to token windows: the reader that every rank shares, and the loader of one rank over a stage.
+"""The data loader: SequenceReader turns draws of the mixture into tokens, StageLoader serves one rank's micro-batches.
 
-The order of the data is a function (mixture.py, permutation.py); the only state is the step at which a stage is taken
-up. B sequences, L positions.
+The data order is a pure function of the step (mixture.py, permutation.py), so the only state of the loader is the step
+at which it starts. Shapes: B sequences, L = seq_len.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from titan_cpt.data.permutation import permuted
 
 
 class SequenceReader:
-    """Turns (source, ordinal) into tokens: of a source with n windows, ordinal o is window perm(o mod n), epoch o // n.
+    """Reads the tokens of draws: in a source of n windows, ordinal o is window perm_e(o mod n) of epoch e = o // n.
 
-    A source that is seen as it is stored has no permutation: ordinal o is window o mod n.
+    perm_e is a permutation seeded by `seed`, the source and e; Megatron's GPTDataset stores it as its shuffle index.
+    A source in stored order has no permutation: ordinal o is window o mod n.
 
     Args:
-        streams: where the tokens of every source lie, and how they are cut into windows.
-        seq_len: L; a window is seq_len + 1 tokens.
-        seed: names the order of the windows, together with the source and the epoch.
+        sources: the open files of every source, by name.
+        seq_len: L; a window has seq_len + 1 tokens: inputs are all but the last, targets all but the first.
+        seed: seed of the permutations.
 
     Raises:
         DataError: a source has no sequences of this length.
     """
 
-    def __init__(self, streams: Mapping[str, TokenSource], *, seq_len: int, seed: int) -> None:
-        self.streams, self.seq_len, self.seed = streams, seq_len, seed
-        self._counts = {name: stream.windows(seq_len) for name, stream in streams.items()}
+    def __init__(self, sources: Mapping[str, TokenSource], *, seq_len: int, seed: int) -> None:
+        self.sources = sources
+        self.seq_len = seq_len
+        self.seed = seed
+        self._counts = {name: source.windows(seq_len) for name, source in sources.items()}
 
     def windows(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
-        """The window, counted within its source, of each draw."""
+        """Return the window number of each draw within its source, int64 [len(draws)]."""
         windows = np.empty(len(draws), dtype=np.int64)
         places: dict[tuple[str, int], list[int]] = {}
         for place, draw in enumerate(draws):
@@ -49,21 +52,21 @@ class SequenceReader:
         for (source, epoch), where in places.items():
             count = self._counts[source]
             within = np.array([draws[place].ordinal % count for place in where])
-            stored = self.streams[source].in_stored_order
+            stored = self.sources[source].in_stored_order
             windows[where] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
         return windows
 
     def read(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
-        """The tokens of the draws, int64 [B, L + 1].
+        """Return the tokens of the draws, int64 [B, L + 1].
 
         Raises:
-            DataError: a file changed under the run, or holds tokens beyond the vocabulary.
+            DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
         rows = zip(draws, self.windows(draws), strict=True)
-        return np.stack([self.streams[draw.source].window(int(window), self.seq_len) for draw, window in rows])
+        return np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
 
     def batch_hash(self, draws: Sequence[Draw]) -> str:
-        """Sixteen hexadecimal digits over the sources and windows of a global batch, in order."""
+        """Hash of a global batch: 16 hexadecimal digits over its sources and windows, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for draw, window in zip(draws, self.windows(draws), strict=True):
             digest.update(f"{draw.source}:{window}\n".encode())
@@ -71,7 +74,7 @@ class SequenceReader:
 
 
 class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Micro-batches of one rank, numbered through the stage: step * accumulation + micro."""
+    """Micro-batches of one rank; number step * accumulation + micro of the stage."""
 
     def __init__(
         self,
@@ -82,8 +85,11 @@ class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
         local_batch: int,
         rank: int,
     ) -> None:
-        self.reader, self.batch_of = reader, batch_of
-        self.accumulation, self.local_batch, self.rank = accumulation, local_batch, rank
+        self.reader = reader
+        self.batch_of = batch_of
+        self.accumulation = accumulation
+        self.local_batch = local_batch
+        self.rank = rank
         self._drawn: tuple[int, list[Draw]] = (-1, [])
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
@@ -96,18 +102,19 @@ class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class StageLoader:
-    """The micro-batches of one data-parallel rank over one stage, from any step on.
+    """The micro-batches of one data-parallel rank in one training stage, starting at any step.
 
-    A rank takes a contiguous run of the global batch, so that the batch is the same under every number of ranks.
+    Each rank reads a contiguous part of the global batch, so the global batch does not depend on the number of ranks.
 
     Args:
-        batch_of: the plan's draws of the 0-based global batch.
-        steps: of the stage.
-        first_step: where to take it up.
-        accumulation: micro-batches a step.
-        local_batch: B of a micro-batch.
+        reader: reads the tokens of draws.
+        batch_of: returns the draws of the global batch of a 0-based step.
+        steps: number of steps of the stage.
+        first_step: first step to load.
+        accumulation: micro-batches per step (gradient accumulation).
+        local_batch: B, sequences per micro-batch.
         rank: data-parallel rank.
-        workers: processes that read ahead; 0 reads in this one.
+        workers: loader processes that prefetch; 0 reads in the training process.
     """
 
     def __init__(
@@ -123,19 +130,20 @@ class StageLoader:
         workers: int,
     ) -> None:
         batches = _MicroBatches(reader, batch_of, accumulation=accumulation, local_batch=local_batch, rank=rank)
-        self._accumulation, self._next = accumulation, first_step * accumulation
+        self._accumulation = accumulation
+        self._next = first_step * accumulation
         numbers = range(self._next, steps * accumulation)
-        # The sampler is a range that begins where the run goes on; the loader's own state is never saved.
+        # The sampler starts at first_step, so the state of the StatefulDataLoader is never saved.
         loader: StatefulDataLoader[Any] = StatefulDataLoader(
             batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=torch.cuda.is_available()
         )
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [B, L], int64, of micro-batch `micro` of step `step`; asked for in order.
+        """Return inputs and targets, int64 [B, L] each, of micro-batch `micro` of step `step`. Call it in order.
 
         Raises:
-            DataError: a file changed under the run, or holds tokens beyond the vocabulary.
+            DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
         assert step * self._accumulation + micro == self._next, f"batches are read in order; next is {self._next}"
         self._next += 1

@@ -1,15 +1,23 @@
-"""Which sequence is the i-th of a stage: (stage, index) -> (source, ordinal), exact, seekable and pure.
+"""Mixture of new data and replay: which sequence is the i-th of a training stage, as a pure function of i.
 
-A mixture is a binary tree. A fork with share p sends R(k) = floor(k p + 1/2) of its first k items to the left, in
-exact rational arithmetic, so that any k is reached without walking there. The root forks replay from new data: its
-count is never off by more than half a sequence. Below it stand Huffman trees over the sources, in which an inner
-child's share is at most 2/3; a source's count therefore misses its exact share by less than
+Megatron's blended dataset builds an index of every sample at the start. Here a mixture is a binary tree, and any
+position is computed from it directly, so a run resumes at any step without an index or a saved loader state.
 
-    1/2 + p (1/2 + 2/3 (1/2 + 2/3 (...))) < 1/2 + 3/2 p <= 2 sequences in every prefix of the stage.
+A fork with share p sends
 
-An ordinal counts the sequences of one source in the order of their first sight: ordinal o is in epoch o // n of a
-source with n sequences. New data takes up the ordinals where the last stage left them; replay walks over the ordinals
-that were trained on, from 0, and goes on in the next stage where it ended in this one.
+    R(k) = floor(k p + 1/2)
+
+of its first k sequences to its left child and k - R(k) to its right one, in exact rational arithmetic. The root splits
+replay from new data, so in every prefix of the stage the number of replayed sequences is within half a sequence of its
+exact share. Below the root, a Huffman tree over the sources (weights: METHOD.md section 3) keeps every inner child's
+share at or below 2/3. A source's count is therefore off its exact share by less than
+
+    1/2 + p (1/2 + 2/3 (1/2 + 2/3 (...))) < 1/2 + 3/2 p <= 2 sequences    in every prefix of the stage.
+
+A source is a dataset or one domain of it. An ordinal numbers the sequences of a source in the order in which they are
+first trained on: in a source of n sequences, ordinal o belongs to epoch o // n. New data continues at the ordinal where
+the previous stage stopped. Replay starts at ordinal 0, reads only ordinals that were trained on, and in the next stage
+continues where it stopped in this one, so each stage replays fresh sequences (METHOD.md section 3).
 """
 
 from __future__ import annotations
@@ -23,19 +31,19 @@ import numpy as np
 
 from titan_cpt.data.permutation import permuted
 
-_BITS = 512  # of a fraction that is kept exactly
+_BITS = 512  # largest denominator of an exact fraction, in bits
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A source as one stage draws from it.
+    """A source of one stage, either as new data or as replay.
 
     Attributes:
-        source: its name, `dataset` or `dataset.domain`.
-        replayed: drawn as replay rather than as new data.
-        first: ordinal (new) or replay position (replayed) of the stage's first draw.
-        seen: for replay, how many ordinals there are to draw from; None where the data is not there to count.
-        reshuffle_key: for replay, the key of the new order; empty for the order of first sight.
+        source: name of the source, `dataset` or `dataset.domain`.
+        replayed: whether its sequences are replayed; otherwise they are new data.
+        first: position of the stage's first draw: an ordinal for new data, a replay position for replay.
+        seen: for replay, the number of ordinals to draw from; None if the files are not there to count.
+        reshuffle_key: for replay, the key of its permutation; empty to replay in the order of the first training.
     """
 
     source: str
@@ -47,7 +55,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Fork:
-    """Sends floor(k * share + 1/2) of its first k items to the left."""
+    """A split of a mixture: floor(k * share + 1/2) of its first k sequences come from the left child."""
 
     share: Fraction
     left: Tree
@@ -59,7 +67,7 @@ Tree = Leaf | Fork
 
 @dataclass(frozen=True)
 class Draw:
-    """One sequence of a stage: which source, and which of its sequences in the order of first sight."""
+    """One sequence of a stage: its source, its ordinal in the source, and whether it is replayed."""
 
     source: str
     ordinal: int
@@ -67,11 +75,11 @@ class Draw:
 
 
 def round_fraction(number: Fraction) -> Fraction:
-    """The number itself, or, where its denominator has more than 512 bits, the nearest multiple of 2**-512.
+    """Round to the nearest multiple of 2**-512 if the denominator has more than 512 bits; otherwise return `number`.
 
-    Fractions that are made of fractions stage after stage double their digits each time. An error of 2**-512 moves no
-    sequence: `huffman_tree` takes ratios for what they are, and floor(k p + 1/2) has ties only where p is a simple
-    ratio.
+    Weights are computed from the weights of earlier stages, and exact fractions would double their digits with each
+    stage. An error of 2**-512 changes no draw: `huffman_tree` recovers simple ratios (`_simple`), and
+    floor(k p + 1/2) has ties only if p is a simple ratio.
     """
     if number.denominator.bit_length() <= _BITS:
         return number
@@ -79,9 +87,10 @@ def round_fraction(number: Fraction) -> Fraction:
 
 
 def huffman_tree(weights: Mapping[Leaf, Fraction]) -> Tree:
-    """A Huffman tree over the leaves; the weights, all positive, are relative. Ties go by name, not by order.
+    """Build the Huffman tree of the leaves from their weights, which are positive and relative to their sum.
 
-    Weights may be off by less than 2**-400 of their sum: the tree is that of the exact ones.
+    Ties are broken by the name of the source, so the order of the tables in the TOML does not matter. Weights may
+    differ from the exact ones by up to 2**-400 of their sum; the tree is the same.
     """
     total = sum(weights.values())
     heap = [(_rank(weight, total), leaf.source, weight, leaf) for leaf, weight in weights.items()]
@@ -97,13 +106,13 @@ def huffman_tree(weights: Mapping[Leaf, Fraction]) -> Tree:
 
 
 def _rank(weight: Fraction, total: Fraction | int) -> int:
-    """Integers in the order of the weights; weights that differ only by an error of `round_fraction` are equal."""
+    """A weight as an integer to sort by; weights that differ only by the error of `round_fraction` get the same one."""
     share = weight / total
     return ((share.numerator << 301) + share.denominator) // (2 * share.denominator)
 
 
 def _simple(share: Fraction) -> Fraction:
-    """The ratio of integers below 2**64 that a share stands for, where there is one: two stages' counts, or weights."""
+    """Undo `round_fraction`: the ratio of integers below 2**64 closest to `share`, if it is within rounding error."""
     if share.denominator.bit_length() <= _BITS // 2:
         return share
     ratio = share.limit_denominator(1 << 64)
@@ -111,7 +120,7 @@ def _simple(share: Fraction) -> Fraction:
 
 
 def leaf_counts(tree: Tree, items: int) -> dict[Leaf, int]:
-    """How many of the first `items` each leaf gets; they add up to `items`."""
+    """Number of sequences that each leaf contributes to the first `items` of a stage; the sum is `items`."""
     if isinstance(tree, Leaf):
         return {tree: items}
     left = _to_the_left(tree.share, items)
@@ -124,7 +133,7 @@ def leaves(tree: Tree) -> list[Leaf]:
 
 
 def draws(tree: Tree, start: int, stop: int) -> list[Draw]:
-    """The sequences with indices [start, stop) of the stage, in order."""
+    """Return the draws of the sequences [start, stop) of the stage, in order."""
     return [Draw(leaf.source, _ordinal(leaf, k), leaf.replayed) for leaf, k in _taken(tree, start, stop)]
 
 
@@ -133,10 +142,10 @@ def _to_the_left(share: Fraction, items: int) -> int:
 
 
 def _taken(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]:
-    """(leaf, how many that leaf had before) for each item in [start, stop).
+    """For each item in [start, stop): its leaf, and the number of earlier items of that leaf.
 
-    A run of consecutive items is a run of consecutive items on either side of a fork, so both sides are found at once
-    and merged; which side comes next is read off the remainder of k p + 1/2, one addition an item.
+    Consecutive items of a fork are consecutive items of each child. So both children are expanded once and merged; the
+    remainder of k p + 1/2, updated with one addition per item, says which child comes next.
     """
     if isinstance(tree, Leaf):
         return [(tree, k) for k in range(start, stop)]
@@ -157,7 +166,7 @@ def _taken(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]:
 
 
 def _ordinal(leaf: Leaf, k: int) -> int:
-    """The leaf's k-th draw. Replay that the plan allowed to repeat begins a new round of what was seen."""
+    """Ordinal of the leaf's k-th draw. Replay that the plan allows to repeat starts over after `seen` ordinals."""
     if not leaf.replayed or leaf.seen is None:
         return leaf.first + k
     rounds, place = divmod(leaf.first + k, leaf.seen)

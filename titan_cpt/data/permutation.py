@@ -1,10 +1,10 @@
-"""A seeded bijection of range(size) that needs no memory: any position of a shuffled order in O(1).
+"""A seeded permutation of range(size) that computes any position in O(1), without a shuffle index in memory.
 
-A balanced Feistel network permutes the smallest power of four that holds the range; positions that land outside it walk
-on through the network until they fall inside ("cycle walking", on average below four trips).
+A balanced Feistel network permutes the smallest power of four that is at least `size`. A position that leaves the range
+is passed through the network again until it is inside (cycle walking; fewer than four passes on average).
 
-Source: Luby and Rackoff 1988; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"; the round function is
-the finaliser of splitmix64 (Steele, Lea and Flood 2014).
+Sources: Luby and Rackoff 1988; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"; round function: the
+finalizer of splitmix64 (Steele, Lea and Flood 2014).
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6  # four make a strong pseudo-random permutation; two more for the very small halves of small ranges
+_ROUNDS = 6  # four give a strong pseudo-random permutation; two more because small ranges have very short halves
 _LARGEST = 2**62
 
 
 def permuted(positions: NDArray[np.int64], size: int, key: str) -> NDArray[np.int64]:
-    """The images of positions under the bijection of range(size) that `key` names.
+    """Map positions through the permutation of range(size) that `key` selects.
 
     Args:
         positions: int64 [n], each in [0, size).
-        size: how many there are to permute, 1 to 2**62.
-        key: any text; another key is another order.
+        size: number of permuted positions, 1 to 2**62.
+        key: seed of the permutation, any text.
 
     Returns:
-        int64 [n], each in [0, size), all different where the positions are.
+        int64 [n], each in [0, size); distinct positions have distinct images.
 
     Raises:
         ValueError: a position or the size is out of range.

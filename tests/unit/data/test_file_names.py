@@ -267,7 +267,7 @@ def test_validation_data_is_counted_and_checked_with_the_plan(tmp_path):
     assert inventory(tmp_path, en=table).validation_tokens == {"en": 40}
     assert inventory(tmp_path, en=table | {"validation": str(tmp_path / "no")}).validation_tokens == {"en": None}
 
-    with pytest.raises(DataError, match=r"datasets\.en\.validation: .*held: sequences of 40 tokens; allowed is"):
+    with pytest.raises(DataError, match=r"datasets\.en\.validation: .*held: has sequences of 40 tokens; allowed is"):
         inventory(tmp_path, en=table | {"validation_format": "presequenced"})
     (tmp_path / "held.idx").write_bytes(b"short")
     with pytest.raises(DataError, match=r"datasets\.en\.validation: .*held\.idx: 5 bytes"):

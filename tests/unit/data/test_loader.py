@@ -96,7 +96,7 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(cou
 
 def test_another_seed_is_another_order(counting):
     """The seed alone differs."""
-    other = SequenceReader(counting.streams, seq_len=SEQ_LEN, seed=4)
+    other = SequenceReader(counting.sources, seq_len=SEQ_LEN, seed=4)
     draws = of("old", range(WINDOWS))
 
     assert counting.windows(draws).tolist() != other.windows(draws).tolist()

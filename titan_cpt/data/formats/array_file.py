@@ -1,7 +1,7 @@
-"""A run of numbers of one type inside a file, of which any stretch can be read: tokens, and the indices beside them.
+"""ArrayFile: a 1-D integer array in a file, read by range like a memmap. TokenFile: such an array of token ids.
 
-Numbers are read with pread and not mapped, because a file that shrinks under a map kills the process (SIGBUS), while a
-short read is an error with a name.
+Ranges are read with pread, not through np.memmap: if a mapped file is truncated, the process dies of SIGBUS; a short
+read is an error that names the file.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ NPY_MAGIC = b"\x93NUMPY"
 
 
 class ArrayFile:
-    """Numbers in a file, the file as it was when it was opened.
+    """A 1-D integer array in a file. A read fails if the file changed since it was opened.
 
     Attributes:
         path: the file.
-        dtype: the type of the numbers.
-        count: how many there are.
-        digest: SHA-256 over what describes the file, its length and evenly spread blocks of it.
+        dtype: dtype of the array.
+        count: number of elements.
+        digest: SHA-256 over `described_as`, the head of `described_by`, the file's length and evenly spaced blocks.
     """
 
     def __init__(
@@ -38,28 +38,31 @@ class ArrayFile:
         described_by: Path | None = None,
         described_as: bytes = b"",
     ) -> None:
-        """Look at the file.
+        """Read the length and the digest of the file.
 
         Args:
             path: the file.
-            dtype: the type of the numbers.
-            offset_bytes: where the first number lies.
-            count: of the numbers; left out, all that there are behind the offset.
-            described_by: a file whose first 64 KiB belong to the digest.
-            described_as: what else belongs to it.
+            dtype: dtype of the array.
+            offset_bytes: offset of the first element.
+            count: number of elements; None for all that follow the offset.
+            described_by: a file whose first 64 KiB enter the digest.
+            described_as: bytes that enter the digest.
 
         Raises:
             DataError: the file cannot be read.
         """
-        self.path, self.dtype = path, dtype
+        self.path = path
+        self.dtype = dtype
         self._fd: int | None = None
-        self._offset_bytes, self._described_by, self._described_as = offset_bytes, described_by, described_as
+        self._offset_bytes = offset_bytes
+        self._described_by = described_by
+        self._described_as = described_as
         self._bytes, self._mtime_ns = size_and_mtime(path)
         self.count = (self._bytes - offset_bytes) // dtype.itemsize if count is None else count
         self.digest = self._content_digest()
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return numbers [start, start + count) as int64.
+        """Return elements [start, start + count) as int64.
 
         Raises:
             DataError: the file changed since it was opened.
@@ -67,54 +70,54 @@ class ArrayFile:
         return self._stored(start, count).astype(np.int64)
 
     def close(self) -> None:
-        """Close the file; the next read opens it again."""
+        """Close the file; the next read reopens it."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process gets the path and what was seen on open, never the file descriptor."""
+        """Pickle everything except the file descriptor."""
         return {**self.__dict__, "_fd": None}
 
     def __del__(self) -> None:
-        """Close the file with its last reader."""
+        """Close the file."""
         if getattr(self, "_fd", None) is not None:
             self.close()
 
     def _stored(self, start: int, count: int) -> npt.NDArray[Any]:
-        """Numbers [start, start + count) in the file's own type."""
+        """Return elements [start, start + count) in the dtype of the file."""
         if start < 0 or count < 0 or start + count > self.count:
-            raise IndexError(f"{self.path}: numbers [{start}, {start + count}) of {self.count}")
+            raise IndexError(f"{self.path}: elements [{start}, {start + count}) of {self.count}")
         fd = self._opened()
         data = read_exactly(fd, count * self.dtype.itemsize, self._offset_bytes + start * self.dtype.itemsize)
         if len(data) != count * self.dtype.itemsize:
-            raise DataError(f"{self.path}: ended at a read of numbers [{start}, {start + count}): {DAMAGED}")
+            raise DataError(f"{self.path}: ends within elements [{start}, {start + count}): {DAMAGED}")
         return np.frombuffer(data, self.dtype)
 
     def _opened(self) -> int:
-        """The open file, compared with what it was when its checks were made."""
+        """Return the file descriptor, after comparing the file with what was checked on open."""
         if self._fd is None:
             try:
                 self._fd = os.open(self.path, os.O_RDONLY)
             except OSError as fault:
-                raise DataError(f"{self.path}: cannot be opened again: {fault.strerror}") from fault
+                raise DataError(f"{self.path}: cannot be reopened: {fault.strerror}") from fault
         status = os.fstat(self._fd)
         if status.st_size != self._bytes:
             raise DataError(
-                f"{self.path}: {status.st_size} bytes, and {self._bytes} when it was opened: something replaced it or "
-                "cut it short under the running program. Restore it and start again; checkpoints are intact"
+                f"{self.path}: {status.st_size} bytes, but {self._bytes} when this run opened it: it was replaced or "
+                "truncated during the run. Restore it and start again; checkpoints are intact"
             )
         if status.st_mtime_ns != self._mtime_ns:
-            self._mtime_ns = status.st_mtime_ns  # a touch or a copy of the same bytes is no harm
+            self._mtime_ns = status.st_mtime_ns  # the same bytes with a new time are fine
             if self._content_digest() != self.digest:
                 raise DataError(
-                    f"{self.path}: was rewritten with other tokens under the running program. Restore it and start "
-                    "again; checkpoints are intact"
+                    f"{self.path}: other tokens were written to it during the run. Restore it and start again; "
+                    "checkpoints are intact"
                 )
         return self._fd
 
     def _content_digest(self) -> str:
-        """SHA-256 over what describes the file and 16 evenly spread blocks of it, with its length."""
+        """SHA-256 over the description of the file, its length and 16 evenly spaced blocks."""
         head = read_head(self._described_by) if self._described_by else b""
         digest = hashlib.sha256(self._described_as + head + self._bytes.to_bytes(8, "little"))
         with open_binary(self.path) as file:
@@ -124,10 +127,10 @@ class ArrayFile:
 
 
 class TokenFile(ArrayFile):
-    """Token ids in a file, each compared with the vocabulary when it is read, and many of them before.
+    """Token ids in a file. Every id is compared with the vocabulary when it is read, and many on open.
 
     Attributes:
-        tokens: count.
+        tokens: number of tokens.
     """
 
     def __init__(
@@ -141,23 +144,24 @@ class TokenFile(ArrayFile):
         described_by: Path | None = None,
         described_as: bytes = b"",
     ) -> None:
-        """Look at the file and at its ids.
+        """Open the file and check its ids.
 
         Args:
             path: the file.
-            dtype: the type of the ids.
-            vocab_size: ids must lie in [0, vocab_size); None leaves that unchecked.
-            scan_tokens: a file of at most this many tokens has all its ids checked now, a larger one as many in evenly
-                spread blocks; every window is checked when it is read in any case.
-            offset_bytes: where the first id lies.
-            described_by: see NumberFile.
-            described_as: see NumberFile.
+            dtype: dtype of the ids.
+            vocab_size: ids must be in [0, vocab_size); None disables the check.
+            scan_tokens: number of ids to check on open: all ids of a smaller file, evenly spaced blocks of a larger
+                one. Every read checks its own ids as well.
+            offset_bytes: offset of the first id.
+            described_by: see ArrayFile.
+            described_as: see ArrayFile.
 
         Raises:
-            DataError: the file cannot be read, or an id is not in the vocabulary.
+            DataError: the file cannot be read, or an id is outside the vocabulary.
         """
         super().__init__(path, dtype, offset_bytes=offset_bytes, described_by=described_by, described_as=described_as)
-        self.tokens, self.vocab_size = self.count, vocab_size
+        self.tokens = self.count
+        self.vocab_size = vocab_size
         if vocab_size is not None:
             for start, stop in spans(self.tokens, block=65_536, limit=scan_tokens):
                 self.read(start, stop - start)
@@ -167,7 +171,7 @@ class TokenFile(ArrayFile):
         """Return tokens [start, start + count) as int64.
 
         Raises:
-            DataError: the file changed since it was opened, or an id of the window is not in the vocabulary.
+            DataError: the file changed since it was opened, or one of these ids is outside the vocabulary.
         """
         window = self._stored(start, count)
         if count and self.vocab_size is not None:
@@ -175,7 +179,7 @@ class TokenFile(ArrayFile):
         return window.astype(np.int64)
 
     def _check_vocabulary(self, window: npt.NDArray[Any], start: int, vocab_size: int) -> None:
-        """Raise DataError at the first id of a window that is not in [0, vocab_size)."""
+        """Raise DataError for the first id of a window that is outside [0, vocab_size)."""
         if int(window.max()) < vocab_size and int(window.min()) >= 0:
             return
         position = int(np.flatnonzero((window.astype(np.int64) >= vocab_size) | (window < 0))[0])
@@ -186,15 +190,15 @@ class TokenFile(ArrayFile):
         )
 
     def _other_reason(self) -> str:
-        """What else may be at fault where an id is not in the vocabulary."""
+        """Another possible cause of an id outside the vocabulary, for the message."""
         return ""
 
 
 def npy_header(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
-    """Type, shape and first byte of the numbers of a .npy with a header; None for a file that begins otherwise.
+    """Return dtype, shape and data offset from the header of a .npy file; None if the file has no such header.
 
     Raises:
-        DataError: the header is damaged, or describes something else than integers in C order.
+        DataError: the header is damaged, or the array does not contain integers in C order.
     """
     with open_binary(path) as file:
         if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
@@ -208,8 +212,10 @@ def npy_header(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
             raise DataError(f"{path}: its .npy header cannot be read ({fault}): {DAMAGED}") from fault
         start_bytes = file.tell()
     if dtype.kind not in "iu" or (fortran and len(shape) > 1):
-        raise DataError(f"{path}: holds {dtype}{' in Fortran order' * fortran}; allowed are integers in C order")
+        raise DataError(f"{path}: contains {dtype}{' in Fortran order' * fortran}; allowed are integers in C order")
     needed, found = start_bytes + dtype.itemsize * int(np.prod(shape, dtype=np.int64)), size_and_mtime(path)[0]
     if found != needed:
-        raise DataError(f"{path}: {found} bytes; its header's {shape} of {dtype.name} take {needed}: {DAMAGED}")
+        raise DataError(
+            f"{path}: {found} bytes; the {dtype.name} array of shape {shape} in its header takes {needed}: {DAMAGED}"
+        )
     return dtype, shape, start_bytes

@@ -23,13 +23,13 @@ FULL_CHECK_DOCUMENTS = 16_000_000  # an index of more documents is checked in ev
 
 
 class DsTokens(TokenFile):
-    """A datatrove .ds with its .ds.index."""
+    """A datatrove .ds file and its .ds.index."""
 
     def __init__(self, path: Path, *, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
         """Open and check the pair; see TokenFile.
 
         Raises:
-            DataError: a file is missing or damaged, the two do not belong together, or an id is not in the vocabulary.
+            DataError: a file is missing or damaged, the two do not match, or an id is outside the vocabulary.
         """
         stored = _ds_dtype(path)
         _check_ends(path)
@@ -37,7 +37,7 @@ class DsTokens(TokenFile):
 
 
 def count_ds(path: Path) -> int:
-    """Tokens of a .ds from its length and the last entry of its index.
+    """Count the tokens of a .ds from its length and the last entry of its index.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -46,21 +46,21 @@ def count_ds(path: Path) -> int:
 
 
 def index_path(path: Path) -> Path:
-    """The index beside a .ds."""
+    """Return the path of the index of a .ds."""
     return Path(f"{path}.index")
 
 
 def _ds_dtype(path: Path) -> np.dtype[Any]:
-    """Number type of a .ds, from its length and the last entry of its index."""
+    """Return the dtype of a .ds, from its length and the last entry of its index."""
     index = index_path(path)
     if not index.exists():
         raise DataError(
-            f"{index}: is missing; datatrove writes it beside {path.name} (save_index). Copy both; without it, read "
-            'the file with format = "raw" and its dtype'
+            f"{index}: is missing; datatrove writes it beside {path.name} (save_index). Copy both, or read the file "
+            'with format = "raw" and its dtype'
         )
     size_bytes, (index_bytes, _) = size_and_mtime(path)[0], size_and_mtime(index)
     if index_bytes % 8:
-        raise DataError(f"{index}: {index_bytes} bytes, no whole number of document ends of 8 bytes: {DAMAGED}")
+        raise DataError(f"{index}: {index_bytes} bytes are not a multiple of 8, the size of an entry: {DAMAGED}")
     with open_binary(index) as file:
         last = read_exactly(file.fileno(), 8, index_bytes - 8) if index_bytes else bytes(8)
     tokens = int.from_bytes(last, "little")
@@ -69,24 +69,24 @@ def _ds_dtype(path: Path) -> np.dtype[Any]:
     width, left = divmod(size_bytes, tokens) if tokens else (0, 0)
     if left or width not in DS_DTYPES:
         raise DataError(
-            f"{path}: {size_bytes} bytes; its index ends after {tokens} tokens, which take {2 * tokens} bytes as "
-            f"uint16 and {4 * tokens} as uint32: {DAMAGED}"
+            f"{path}: {size_bytes} bytes; the {tokens} tokens of its index take {2 * tokens} bytes as uint16 and "
+            f"{4 * tokens} as uint32: {DAMAGED}"
         )
     return DS_DTYPES[width]
 
 
 def _check_ends(path: Path) -> None:
-    """Raise DataError unless the ends of documents never fall."""
+    """Raise DataError if a document ends before the previous one."""
     index = index_path(path)
     documents = size_and_mtime(index)[0] // 8
     with open_binary(index) as file:
         for start, stop in spans(documents, block=65_536, limit=FULL_CHECK_DOCUMENTS):
-            upto = min(stop + 1, documents)  # one more, so that blocks are compared with each other too
+            upto = min(stop + 1, documents)  # one more, to compare adjacent blocks as well
             ends = np.frombuffer(read_exactly(file.fileno(), 8 * (upto - start), 8 * start), "<u8")
             wrong = np.flatnonzero(ends[1:] < ends[:-1])
             if len(wrong):
                 first = int(wrong[0])
                 raise DataError(
-                    f"{index}: document {start + first} ends after token {ends[first]}, and the next one after "
+                    f"{index}: document {start + first} ends at token {ends[first]}, and the next one at "
                     f"{ends[first + 1]}: {DAMAGED}"
                 )

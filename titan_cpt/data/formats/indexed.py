@@ -1,7 +1,7 @@
-"""Megatron's .bin/.idx pairs, read: the tokens of many documents one behind another, as one stream.
+"""Read Megatron's .bin/.idx pairs (IndexedDataset): the tokens of all documents concatenated into one stream.
 
-A training run needs the token stream alone, never the sequence borders: the index is checked on open and not kept. The
-format is in indexed_layout.py, reading in array_file.py, writing in indexed_writer.py.
+Training reads only the token stream, never the document borders, so the index is checked on open and not kept in
+memory. indexed_layout.py describes the format, array_file.py reads it, indexed_writer.py writes it.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ from titan_cpt.data.formats.indexed_layout import (
 )
 from titan_cpt.errors import DataError
 
-FULL_SCAN_TOKENS = 64_000_000  # up to this every token is compared with the vocabulary on open
-OPEN_FILES = 64  # .bin files that one stream keeps open; the usual limit of a process is 1024
+FULL_SCAN_TOKENS = 64_000_000  # a stream of up to this many tokens is compared with the vocabulary on open
+OPEN_FILES = 64  # .bin files that one stream keeps open; the usual limit per process is 1024
 
 
 class IndexedTokens(TokenFile):
-    """One .bin/.idx pair, checked on open, of which any window of tokens can be read.
+    """One .bin/.idx pair, checked on open; any range of its tokens can be read.
 
     Attributes:
         prefix: the path without .bin and .idx.
-        sequences: count, of the .idx.
-        digest: SHA-256 over the head of the .idx, the length of the .bin and evenly spread blocks of it.
+        sequences: number of sequences in the .idx.
+        digest: SHA-256 over the head of the .idx, the length of the .bin and evenly spaced blocks of the .bin.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None = None, scan_tokens: int = FULL_SCAN_TOKENS) -> None:
@@ -50,7 +50,7 @@ class IndexedTokens(TokenFile):
             scan_tokens: see TokenFile.
 
         Raises:
-            DataError: a file is missing or damaged, the halves do not belong together, or an id is not in the
+            DataError: a file is missing or damaged, the .bin and the .idx do not match, or an id is outside the
                 vocabulary.
         """
         self.prefix = prefix
@@ -65,13 +65,14 @@ class IndexedTokens(TokenFile):
 
 
 class TokenStream:
-    """Several files read as one stream of tokens, in the order given. Can be pickled and forked.
+    """Several files concatenated into one stream of tokens, in the order given. Can be pickled and forked.
 
-    Window k of it begins at token k x seq_len: the last token of one window is the first of the next.
+    Window k is tokens [k seq_len, (k + 1) seq_len]: its last token, the last target, is the first token of window
+    k + 1. Megatron's GPTDataset cuts its samples in the same way.
 
     Attributes:
-        tokens: count over all files.
-        in_stored_order: windows are seen as they lie, rather than permuted.
+        tokens: number of tokens of all files.
+        in_stored_order: each epoch reads the windows in stored order, not permuted.
     """
 
     def __init__(
@@ -85,35 +86,36 @@ class TokenStream:
         """Open and check every file.
 
         Args:
-            paths: prefixes of .bin/.idx pairs, or whatever `open_file` opens.
+            paths: prefixes of .bin/.idx pairs, or the paths that `open_file` opens.
             vocab_size: see TokenFile.
             open_file: called with a path, vocab_size and scan_tokens.
-            in_stored_order: windows are seen as they lie.
+            in_stored_order: see Attributes.
 
         Raises:
-            DataError: no path is given, or a file is at fault.
+            DataError: `paths` is empty, or a file is damaged.
         """
         if not paths:
-            raise DataError("a token stream needs at least one file of tokens, got none")
+            raise DataError("a token stream needs at least one token file, got none")
         scan_tokens = FULL_SCAN_TOKENS // len(paths)
         self._files = [open_file(path, vocab_size=vocab_size, scan_tokens=scan_tokens) for path in paths]
         self._starts = [0, *accumulate(file.tokens for file in self._files)]
         self._recent: OrderedDict[int, None] = OrderedDict()
-        self.tokens, self.in_stored_order = self._starts[-1], in_stored_order
+        self.tokens = self._starts[-1]
+        self.in_stored_order = in_stored_order
 
     def windows(self, seq_len: int) -> int:
-        """How many windows of seq_len + 1 tokens there are; what is left at the end belongs to none."""
+        """Return the number of windows of seq_len + 1 tokens; the remainder at the end of the stream is not used."""
         return max(0, self.tokens - 1) // seq_len
 
     def window(self, number: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """The seq_len + 1 tokens of a window; see read."""
+        """Return the seq_len + 1 tokens of a window, int64; see `read`."""
         return self.read(number * seq_len, seq_len + 1)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
-        """Return tokens [start, start + count) of the stream as int64, over as many files as they lie in.
+        """Return tokens [start, start + count) of the stream as int64, across file borders.
 
         Raises:
-            DataError: a file changed since it was opened, or an id of the window is not in the vocabulary.
+            DataError: a file changed since it was opened, or one of these ids is outside the vocabulary.
         """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of a stream of {self.tokens}")
@@ -128,11 +130,11 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int64)])
 
     def fingerprint(self) -> str:
-        """Hexadecimal identity of the content: the same on every machine and path, another for other tokens."""
+        """Return a hexadecimal digest of the content; it does not depend on the machine or the paths."""
         return hashlib.sha256("\n".join(file.digest for file in self._files).encode()).hexdigest()
 
     def _keep_open(self, number: int) -> None:
-        """Note that a file was just read, and close the one that was not for longest if too many are open."""
+        """Mark a file as used; if too many files are open, close the least recently used one."""
         self._recent[number] = None
         self._recent.move_to_end(number)
         if len(self._recent) > OPEN_FILES:
@@ -140,7 +142,7 @@ class TokenStream:
 
 
 def count_tokens(prefix: Path) -> int:
-    """Tokens of a pair from its header, its last entry and its lengths alone: no matter how large, a few reads.
+    """Count the tokens of a pair from its header, its last index entry and its file sizes: a few reads at any size.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -156,11 +158,11 @@ def count_tokens(prefix: Path) -> int:
 
 
 def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
-    """Return the pairs that a prefix, a glob over prefixes, or a list of these names, in order; globs are sorted.
+    """Return the pairs named by a prefix, a glob over prefixes, or a list of these, in order; globs are sorted.
 
     Raises:
-        DataError: an entry names nothing, a pair is named twice, half of a pair is missing, or a glob takes in a pair
-            together with the PREFIX-validation that `prepare` holds out of it.
+        DataError: an entry matches nothing, a pair is named twice, one file of a pair is missing, or a glob matches
+            both a pair and the PREFIX-validation that `prepare` split off from it.
     """
     found: list[Path] = []
     once = UniqueFiles("tokens")
@@ -175,21 +177,21 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
         names = set(matched)
         for name in matched:
             if not os.path.exists(f"{name}.bin"):
-                raise DataError(f"{name}.bin: is missing, and {name}.idx is there: copy both or remove both")
+                raise DataError(f"{name}.bin: is missing, but {name}.idx exists: copy both or remove both")
             once.add(entry, name, f"{name}.bin")
             if f"{name}-validation" in names:
                 raise DataError(
-                    f"{entry}: matches {name} and the held-out {name}-validation: training would see what "
-                    "validation measures; narrow the glob, or list the prefixes"
+                    f"{entry}: matches {name} and its validation data {name}-validation: the model would train on "
+                    "the text that validation measures; narrow the glob, or list the prefixes"
                 )
             found.append(Path(name))
     if not found:
-        raise DataError("an empty list names no .bin/.idx pair; give at least one prefix")
+        raise DataError("the list of .bin/.idx pairs is empty; give at least one prefix")
     return found
 
 
 def missing_prefixes(spec: str | Sequence[str]) -> list[str]:
-    """Return those entries of a spec (see find_prefixes) for which a file is not there yet; [] if all are."""
+    """Return the entries of a spec (see find_prefixes) of which a file does not exist yet."""
     absent = []
     for entry in as_entries(spec):
         matched = _match(entry)
@@ -199,7 +201,7 @@ def missing_prefixes(spec: str | Sequence[str]) -> list[str]:
 
 
 def _match(entry: str) -> list[str]:
-    """The prefixes that an entry names and whose .idx is there; a literal name goes before a glob."""
+    """Return the prefixes that an entry matches and whose .idx exists; an existing literal name is not globbed."""
     prefix = entry.removesuffix(".idx").removesuffix(".bin")
     if os.path.exists(f"{prefix}.idx"):
         return [prefix]

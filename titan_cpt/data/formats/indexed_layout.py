@@ -1,6 +1,6 @@
-"""Megatron's .bin/.idx format: its header, and the checks that every file passes before a token of it is used.
+"""Megatron's .bin/.idx format (IndexedDataset): byte layout of the index, and the checks made before a token is used.
 
-A pair PREFIX.bin/PREFIX.idx is laid out so (little-endian; n sequences, d document indices):
+Layout of PREFIX.idx and PREFIX.bin, little-endian, for n sequences and d document indices:
 
     .idx   9 bytes magic | u64 version 1 | u8 dtype code | u64 n | u64 d
            | n int32 sizes in tokens | n int64 pointers in bytes into .bin | d int64 document indices, the first 0
@@ -22,67 +22,67 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices: 34 bytes
 DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
-}  # 6 and 7 are left out: writers of different age disagree on what they mean
+}  # without 6 and 7: old and new writers disagree on what they mean
 
-FULL_CHECK_SEQUENCES = 16_000_000  # an index of more sequences is checked in evenly spread blocks
-DAMAGED = "the file is damaged or was not copied whole: copy it again, or prepare it again"
+FULL_CHECK_SEQUENCES = 16_000_000  # a larger index is checked in evenly spaced blocks
+DAMAGED = "the file is damaged or incomplete: copy it again, or prepare it again"
 
 
 class Header(NamedTuple):
-    """What the first 34 bytes of an .idx say."""
+    """The first 34 bytes of an .idx, decoded."""
 
     dtype: np.dtype[Any]
     sequences: int
     document_indices: int
 
     def sizes_at(self, sequence: int) -> int:
-        """Byte of the .idx at which the size of this sequence lies."""
+        """Byte offset in the .idx of the size of a sequence."""
         return HEADER.size + 4 * sequence
 
     def pointer_at(self, sequence: int) -> int:
-        """Byte of the .idx at which the pointer of this sequence lies."""
+        """Byte offset in the .idx of the pointer of a sequence."""
         return self.sizes_at(self.sequences) + 8 * sequence
 
     def document_at(self, document: int) -> int:
-        """Byte of the .idx at which this document index lies; past the last one, the length of the file."""
+        """Byte offset in the .idx of a document index; one past the last is the length of the file."""
         return self.pointer_at(self.sequences) + 8 * document
 
 
 def pair_paths(prefix: Path) -> tuple[Path, Path]:
-    """The .bin and the .idx of a prefix, which may itself hold dots."""
+    """Return the .bin and the .idx of a prefix, which may contain dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def read_header(idx: Path) -> Header:
-    """Return the header of an .idx whose length agrees with it; nothing of the size that it claims is allocated.
+    """Return the header of an .idx. Its counts are compared with the file size before anything is allocated from them.
 
     Raises:
-        DataError: the file is missing, of another format, or of another length than its header asks for.
+        DataError: the file is missing, has another format, or does not have the length that its header implies.
     """
     size, _ = size_and_mtime(idx)
     head = read_head(idx)[: HEADER.size]
     if len(head) < HEADER.size:
-        raise DataError(f"{idx}: {len(head)} bytes; the header alone has {HEADER.size}: {DAMAGED}")
+        raise DataError(f"{idx}: {len(head)} bytes; the header takes {HEADER.size}: {DAMAGED}")
     magic, version, code, sequences, document_indices = HEADER.unpack(head)
     if magic != MAGIC:
-        raise DataError(f"{idx}: begins with {magic!r}; Megatron's index begins with {MAGIC!r}: it is another format")
+        raise DataError(f"{idx}: begins with {magic!r}; Megatron's index begins with {MAGIC!r}: this is another format")
     if version != VERSION:
-        raise DataError(f"{idx}: version {version} of the format; allowed is {VERSION}")
+        raise DataError(f"{idx}: index version {version}; only version {VERSION} is supported")
     if code not in DTYPES:
-        why = " (writers disagree on what 6 and 7 mean)" if code in (6, 7) else ""
+        why = " (old and new writers disagree on what 6 and 7 mean)" if code in (6, 7) else ""
         allowed = ", ".join(f"{code} {dtype.name}" for code, dtype in DTYPES.items())
-        raise DataError(f"{idx}: dtype code {code}{why}; allowed are {allowed}. Write the data again with one of them")
+        raise DataError(f"{idx}: dtype code {code}{why}; allowed are {allowed}. Write the data again with one of these")
     header = Header(DTYPES[code], sequences, document_indices)
     if document_indices < 1 or size != header.document_at(document_indices):
         raise DataError(
-            f"{idx}: {size} bytes; the header's {sequences} sequences and {document_indices} document indices take "
+            f"{idx}: {size} bytes; the {sequences} sequences and {document_indices} document indices take "
             f"{header.document_at(max(document_indices, 1))}: {DAMAGED}"
         )
     return header
 
 
 def size_and_mtime(path: Path) -> tuple[int, int]:
-    """Length in bytes and time of change in ns."""
+    """Return the length in bytes and the modification time in ns."""
     try:
         status = path.stat()
     except OSError as fault:
@@ -91,7 +91,11 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """The file, open for reading, or a DataError that says why it cannot be."""
+    """Open a file for reading.
+
+    Raises:
+        DataError: with the reason of the operating system.
+    """
     try:
         return open(path, "rb")
     except OSError as fault:
@@ -99,15 +103,15 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def read_head(path: Path) -> bytes:
-    """The first 64 KiB of a file."""
+    """Return the first 64 KiB of a file."""
     with open_binary(path) as file:
         return file.read(65_536)
 
 
 def read_exactly(fd: int, count_bytes: int, offset: int) -> bytes:
-    """Bytes [offset, offset + count_bytes), fewer only where the file ends."""
+    """Return bytes [offset, offset + count_bytes), fewer only if the file ends before."""
     data = os.pread(fd, count_bytes, offset)
-    while len(data) < count_bytes:  # one call moves 2 GiB at most
+    while len(data) < count_bytes:  # one call reads at most 2 GiB
         more = os.pread(fd, count_bytes - len(data), offset + len(data))
         if not more:
             break
@@ -116,51 +120,58 @@ def read_exactly(fd: int, count_bytes: int, offset: int) -> bytes:
 
 
 def checked_tokens(bin_path: Path, bin_bytes: int, header: Header) -> int:
-    """Tokens in a .bin of whole tokens."""
+    """Return the number of tokens in a .bin.
+
+    Raises:
+        DataError: its length is not a multiple of the token size, or the index has no sequences.
+    """
     if bin_bytes % header.dtype.itemsize or (bin_bytes and not header.sequences):
         raise DataError(
             f"{bin_path}: {bin_bytes} bytes; its index has {header.sequences} sequences of {header.dtype.name}, "
-            f"{header.dtype.itemsize} bytes each token: {DAMAGED}"
+            f"{header.dtype.itemsize} bytes per token: {DAMAGED}"
         )
     return bin_bytes // header.dtype.itemsize
 
 
 def check_index(fd: int, idx: Path, header: Header, bin_bytes: int) -> None:
-    """Raise DataError unless sizes, pointers, document indices and the length of the .bin agree."""
+    """Raise DataError unless sizes, pointers, document indices and the length of the .bin are consistent."""
     for start, stop in spans(header.sequences, block=65_536, limit=FULL_CHECK_SEQUENCES):
         check_pointers(fd, idx, header, bin_bytes, (start, stop))
     for start, stop in spans(header.document_indices, block=65_536, limit=FULL_CHECK_SEQUENCES):
-        upto = min(stop + 1, header.document_indices)  # one more, so that blocks are compared with each other too
+        upto = min(stop + 1, header.document_indices)  # one more, to compare adjacent blocks as well
         data = read_exactly(fd, 8 * (upto - start), header.document_at(start))
         indices = np.frombuffer(data, "<i8")
         wrong = (start == 0 and indices[0] != 0) or (np.diff(indices) < 0).any()
         if wrong or indices[-1] > header.sequences:
             raise DataError(
-                f"{idx}: document indices {start} to {upto - 1} do not rise from 0 to at most the {header.sequences} "
-                f"sequences: {DAMAGED}"
+                f"{idx}: document indices {start} to {upto - 1} do not increase from 0 to at most the number of "
+                f"sequences, {header.sequences}: {DAMAGED}"
             )
 
 
 def check_pointers(fd: int, idx: Path, header: Header, bin_bytes: int, span: tuple[int, int]) -> None:
-    """Raise DataError unless each sequence of a span ends where the next one, or the .bin behind the last, begins."""
+    """Raise DataError unless each sequence of a span ends where the next one begins, and the last at the .bin's end."""
     start, stop = span
     sizes = np.frombuffer(read_exactly(fd, 4 * (stop - start), header.sizes_at(start)), "<i4").astype(np.int64)
     upto = min(stop + 1, header.sequences)
     pointers = np.frombuffer(read_exactly(fd, 8 * (upto - start), header.pointer_at(start)), "<i8")
     ends = np.append(pointers[1:], bin_bytes) if stop == header.sequences else pointers[1:]
     if start == 0 and pointers[0] != 0:
-        raise DataError(f"{idx}: the first sequence begins at byte {pointers[0]}, allowed is 0: {DAMAGED}")
+        raise DataError(f"{idx}: the first sequence begins at byte {pointers[0]} of the .bin, not at 0: {DAMAGED}")
     wrong = np.flatnonzero((pointers[: stop - start] + sizes * header.dtype.itemsize != ends) | (sizes < 0))
     if len(wrong):
         first = int(wrong[0])
         raise DataError(
-            f"{idx}: sequence {start + first} has {sizes[first]} tokens from byte {pointers[first]} of the .bin, and "
-            f"what follows it begins at byte {ends[first]}: {DAMAGED}"
+            f"{idx}: sequence {start + first} has {sizes[first]} tokens from byte {pointers[first]} of the .bin, but "
+            f"the next one begins at byte {ends[first]}: {DAMAGED}"
         )
 
 
 def spans(total: int, *, block: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Blocks [start, stop) that cover everything up to `limit`, and beyond it that much, evenly, both ends included."""
+    """Yield blocks [start, stop) of range(total): all of it up to `limit`, otherwise about `limit`, evenly spaced.
+
+    The first and the last block are always included.
+    """
     if total <= limit:
         yield from ((start, min(start + block, total)) for start in range(0, total, block))
         return

@@ -1,7 +1,7 @@
-"""Megatron's .bin/.idx pairs, written: whole or not at all.
+"""Write Megatron's .bin/.idx pairs (as its IndexedDatasetBuilder does), atomically.
 
-Both files are written under temporary names, flushed to the disk and renamed, .bin first and .idx last: whoever finds
-an .idx finds the whole pair, whenever the power failed. The format is in indexed_layout.py.
+Both files are written under temporary names, synced to the disk and renamed, the .bin first and the .idx last. So an
+existing .idx proves that the pair is complete, even after a power failure. indexed_layout.py describes the format.
 """
 
 import os
@@ -19,20 +19,20 @@ from titan_cpt.common.files import fsync
 from titan_cpt.data.formats.indexed_layout import DTYPES, HEADER, MAGIC, VERSION, pair_paths, read_header
 from titan_cpt.errors import DataError
 
-LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's border between uint16 and int32, exclusive
+LARGEST_UINT16_VOCABULARY = 65_500  # exclusive; Megatron stores larger vocabularies as int32
 LARGEST_DOCUMENT_TOKENS = 2**31 - 1  # sizes are int32
 BLOCK_SEQUENCES = 1_000_000
 COPY_BYTES = 16 * 2**20
 
 
 class IndexedWriter:
-    """Writes documents of tokens one behind another; the pair appears when it is closed, and not before.
+    """Writes documents of tokens in sequence. The pair appears under its name when the writer is closed.
 
-    In a `with` block an exception leaves nothing behind.
+    If the `with` block raises, both temporary files are removed.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Begin a pair at `prefix` (the path without .bin and .idx) for ids in [0, vocab_size)."""
+        """Begin the pair at `prefix` (the path without .bin and .idx), for ids in [0, vocab_size)."""
         self.prefix = prefix
         self.vocab_size = vocab_size
         self.tokens = 0
@@ -43,18 +43,22 @@ class IndexedWriter:
         self._file: IO[bytes] = open(pair_paths(self._temporary)[0], "wb")  # noqa: SIM115  lives until close()
 
     def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
-        """Append one document, its end-of-document token included by the caller.
+        """Append one document. The caller adds the end-of-document token.
 
         Raises:
-            DataError: an id is not in the vocabulary, or the document is too long for the format.
+            DataError: an id is outside the vocabulary, or the document is too long for the format.
         """
         self.add_documents(np.asarray(tokens, dtype=np.int64), np.array([len(tokens)], dtype=np.int64))
 
     def add_documents(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
-        """Append many documents that lie in `tokens` one behind another, `sizes` tokens each.
+        """Append several documents.
+
+        Args:
+            tokens: the documents, concatenated.
+            sizes: number of tokens of each document.
 
         Raises:
-            DataError: an id is not in the vocabulary, or a document is too long for the format.
+            DataError: an id is outside the vocabulary, or a document is too long for the format.
         """
         assert int(sizes.sum()) == len(tokens), f"{len(tokens)} tokens, sizes add up to {int(sizes.sum())}"
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
@@ -62,15 +66,15 @@ class IndexedWriter:
             raise DataError(f"{self.prefix}: id {wrong}; allowed are ids from 0 to {self.vocab_size - 1}")
         if len(sizes) and int(sizes.max()) > LARGEST_DOCUMENT_TOKENS:
             raise DataError(
-                f"{self.prefix}: a document of {int(sizes.max())} tokens; the format allows "
-                f"{LARGEST_DOCUMENT_TOKENS}: split it"
+                f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows at most "
+                f"{LARGEST_DOCUMENT_TOKENS}: split the document"
             )
         self._file.write(tokens.astype(DTYPES[self._code]).tobytes())
         self._sizes.frombytes(sizes.astype(np.int32).tobytes())
         self.tokens += len(tokens)
 
     def close(self) -> None:
-        """Write the index, flush both files to the disk and give them their names, the .idx last."""
+        """Write the index, sync both files and rename them, the .idx last."""
         _flush(self._file)
         self._file.close()
         sizes = np.frombuffer(self._sizes, dtype=np.int32)
@@ -78,7 +82,7 @@ class IndexedWriter:
         rename_pair(self._temporary, self.prefix)
 
     def abort(self) -> None:
-        """Leave nothing of what was written."""
+        """Remove the temporary files."""
         self._file.close()
         _remove_pair(self._temporary)
 
@@ -87,7 +91,7 @@ class IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
-        """Close the pair, or abort it if the block failed."""
+        """Close the pair, or abort it if the block raised."""
         if fault is None:
             self.close()
         else:
@@ -95,21 +99,21 @@ class IndexedWriter:
 
 
 def dtype_code(vocab_size: int) -> int:
-    """Megatron's choice: 8 (uint16) for a vocabulary below 65,500, otherwise 4 (int32)."""
+    """Return the dtype code that Megatron chooses: 8 (uint16) for a vocabulary below 65,500, otherwise 4 (int32)."""
     return 8 if vocab_size < LARGEST_UINT16_VOCABULARY else 4
 
 
 def concatenate(shards: Sequence[Path], prefix: Path, vocab_size: int) -> None:
-    """Join finished pairs into one at `prefix`, in the order given: bytes are copied, memory stays small.
+    """Concatenate finished pairs into one at `prefix`, in the order given, with constant memory.
 
     Raises:
-        DataError: a shard is missing, damaged, or of another number type than `vocab_size` asks for.
+        DataError: a shard is missing or damaged, or its dtype is not that of `vocab_size`.
     """
     code = dtype_code(vocab_size)
     headers = [read_header(pair_paths(shard)[1]) for shard in shards]
     for shard, header in zip(shards, headers, strict=True):
         if header.dtype != DTYPES[code]:
-            raise DataError(f"{shard}: holds {header.dtype.name}, the others {DTYPES[code].name}: prepare it again")
+            raise DataError(f"{shard}: has dtype {header.dtype.name}, not {DTYPES[code].name}: prepare it again")
     temporary = _temporary_prefix(prefix)
     bin_path, idx_path = pair_paths(temporary)
     try:
@@ -126,15 +130,15 @@ def concatenate(shards: Sequence[Path], prefix: Path, vocab_size: int) -> None:
 
 
 def rename_pair(source: Path, target: Path) -> None:
-    """Move a whole pair to another name in the same file system; a pair of that name is replaced."""
-    pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never stand beside a new .bin
+    """Rename a complete pair within a file system, replacing an existing pair of that name."""
+    pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never be beside a new .bin
     for old, new in zip(pair_paths(source), pair_paths(target), strict=True):
         os.replace(old, new)
     fsync(target.parent)  # the renames outlive a power failure
 
 
 def _temporary_prefix(prefix: Path) -> Path:
-    """Hidden, beside the target (a rename does not cross file systems), and this process's own."""
+    """A hidden name of this process, in the target's folder because a rename does not cross file systems."""
     return prefix.with_name(f".{prefix.name}.{os.getpid()}.tmp")
 
 
@@ -154,7 +158,7 @@ def _blocks(sizes: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int32]]:
 
 
 def _sizes_of(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
-    """The sizes of all sequences of some pairs, a block at a time."""
+    """Yield the sizes of all sequences of several pairs, in blocks."""
     for shard in shards:
         idx = pair_paths(shard)[1]
         remaining = read_header(idx).sequences
@@ -169,7 +173,7 @@ def _sizes_of(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
 def _write_index(
     path: Path, code: int, sequences: int, size_blocks: Callable[[], Iterator[npt.NDArray[np.int32]]]
 ) -> None:
-    """Write an .idx from two passes over the sizes: the sizes themselves, then the pointers that follow from them."""
+    """Write an .idx in two passes over the sizes: one writes the sizes, the other the pointers computed from them."""
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, code, sequences, sequences + 1))
         for sizes in size_blocks():

@@ -1,8 +1,8 @@
-"""Sequences that were cut and shuffled before: Pythia's, of 2049 tokens, in the order in which it was trained on them.
+"""Sequences that were cut and shuffled in advance, such as Pythia's sequences of 2049 tokens, in training order.
 
-Window k is tokens [k (L + 1), (k + 1)(L + 1)): no token is in two windows, and the order of first sight is the files'
-own. They come as a .bin/.idx pair whose every entry is one sequence, or as the bare .bin: its shards, as the hub hands
-them out, are cut at any byte that begins a token, so that windows may run over from one into the next.
+Window k is tokens [k (L + 1), (k + 1)(L + 1)): windows share no token, and the stored order is the training order. The
+files are a .bin/.idx pair with one sequence per entry, or the .bin without an index. The .bin shards on the Hugging
+Face hub are cut between any two tokens, so a window may continue in the next file.
 
 Source: Pythia's utils/mmap_dataset.py and unshard_memmap.py.
 """
@@ -28,7 +28,7 @@ from titan_cpt.errors import DataError
 
 
 class Presequenced(TokenStream):
-    """Files whose tokens are sequences of seq_len + 1 one behind another."""
+    """Files that contain sequences of seq_len + 1 tokens, one after the other."""
 
     def __init__(
         self,
@@ -41,34 +41,34 @@ class Presequenced(TokenStream):
         """Open and check every file; see TokenStream.
 
         Raises:
-            DataError: a file is at fault, or an entry of an .idx is longer or shorter than the others.
+            DataError: a file is damaged, or the entries of an .idx differ in length.
         """
         super().__init__(paths, vocab_size, open_file=open_file, in_stored_order=in_stored_order)
         self._where = _named(paths)
         self._lengths = {_even_length(path) for path in paths} if open_file is IndexedTokens else set()
 
     def windows(self, seq_len: int) -> int:
-        """How many sequences there are.
+        """Return the number of sequences.
 
         Raises:
-            DataError: they are of another length, or the tokens are no whole number of them.
+            DataError: the sequences have another length, or the tokens are not a whole number of sequences.
         """
         return _counted(self._where, self._lengths, self.tokens, seq_len)
 
     def window(self, number: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """The seq_len + 1 tokens of a sequence; see TokenStream.read."""
+        """Return the seq_len + 1 tokens of a sequence, int64; see TokenStream.read."""
         return self.read(number * (seq_len + 1), seq_len + 1)
 
     def fingerprint(self) -> str:
-        """Another one than that of the same files read as a stream."""
+        """Return a digest that differs from that of the same files read as a token stream."""
         return f"presequenced {super().fingerprint()}"
 
 
 def count_presequenced(paths: Sequence[Path], tokens: int, seq_len: int, *, paired: bool) -> int:
-    """How many sequences files of so many tokens hold; of pairs, the first entry of each .idx is looked at.
+    """Return the number of sequences in files of `tokens` tokens, from the first entry of each .idx if there is one.
 
     Raises:
-        DataError: they are of another length, or the tokens are no whole number of them.
+        DataError: the sequences have another length, or the tokens are not a whole number of sequences.
     """
     return _counted(_named(paths), {_first_length(path) for path in paths} if paired else set(), tokens, seq_len)
 
@@ -78,29 +78,30 @@ def _named(paths: Sequence[Path]) -> str:
 
 
 def _counted(where: str, lengths: set[int], tokens: int, seq_len: int) -> int:
-    """Sequences of seq_len + 1 in so many tokens; `lengths` are those that an .idx tells, none without one."""
+    """Number of sequences of seq_len + 1 in `tokens` tokens. `lengths`: sequence lengths in the .idx files, if any."""
     if other := lengths - {0, seq_len + 1}:
         raise DataError(
-            f"{where}: sequences of {min(other)} tokens; allowed is training.seq_len + 1 = {seq_len + 1} for every "
-            f'one: set training.seq_len = {min(other) - 1}, or, if they are documents, format = "indexed"'
+            f"{where}: has sequences of {min(other)} tokens; allowed is training.seq_len + 1 = {seq_len + 1} for "
+            f'each: set training.seq_len = {min(other) - 1}, or, if they are documents, format = "indexed"'
         )
     if tokens % (seq_len + 1):
         raise DataError(
-            f"{where}: {tokens} tokens are no whole number of sequences of training.seq_len + 1 = {seq_len + 1} "
-            "(Pythia's are of 2049): set training.seq_len to what they were cut to, or a file is missing or cut short"
+            f"{where}: {tokens} tokens are not a multiple of training.seq_len + 1 = {seq_len + 1} (for Pythia, "
+            "2049): set training.seq_len to the length of the sequences minus 1. If it is right, a file is missing "
+            "or incomplete"
         )
     return tokens // (seq_len + 1)
 
 
 def _first_length(prefix: Path) -> int:
-    """Tokens of the first entry of a pair's .idx, 0 if it has none."""
+    """Number of tokens of the first entry of a pair's .idx; 0 if it has no entries."""
     idx = pair_paths(prefix)[1]
     header = read_header(idx)
     return int(_lengths(idx, header, 0, 1)[0]) if header.sequences else 0
 
 
 def _even_length(prefix: Path) -> int:
-    """The same, every other entry compared with it."""
+    """Number of tokens of every entry of a pair's .idx; raises DataError if they differ."""
     idx = pair_paths(prefix)[1]
     header, length = read_header(idx), _first_length(prefix)
     for start, stop in spans(header.sequences, block=65_536, limit=FULL_CHECK_SEQUENCES):
@@ -109,8 +110,8 @@ def _even_length(prefix: Path) -> int:
         if len(wrong):
             first = int(wrong[0])
             raise DataError(
-                f"{idx}: sequence {start + first} has {lengths[first]} tokens, and the first one {length}; allowed are "
-                'sequences of one length. Documents of any length are format = "indexed"'
+                f"{idx}: sequence {start + first} has {lengths[first]} tokens, the first one {length}; all must have "
+                'the same length. For documents of any length, set format = "indexed"'
             )
     return length
 

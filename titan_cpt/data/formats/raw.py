@@ -18,11 +18,11 @@ from titan_cpt.data.formats.array_file import TokenFile, npy_header
 from titan_cpt.data.formats.indexed_layout import DAMAGED, open_binary, read_exactly, size_and_mtime
 from titan_cpt.errors import DataError
 
-LOOKED_AT_TOKENS = 65_536  # of the beginning, to tell a type of another width
+LOOKED_AT_TOKENS = 65_536  # read from the beginning, to detect a dtype of another width
 
 
 class RawTokens(TokenFile):
-    """A file of ids in a number type that its user names."""
+    """A headerless file of ids whose dtype the config gives."""
 
     def __init__(self, path: Path, *, dtype: str, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
         """Open and check the file.
@@ -34,11 +34,11 @@ class RawTokens(TokenFile):
             scan_tokens: see TokenFile.
 
         Raises:
-            DataError: the file is missing, no whole number of ids long, evidently of another type, or an id is not in
-                the vocabulary.
+            DataError: the file is missing, its length is not a multiple of the id size, its ids look like another
+                dtype, or an id is outside the vocabulary.
         """
         stored, offset_bytes = _layout(path, dtype)
-        self._asked = dtype
+        self._dtype_name = dtype
         if vocab_size is not None:
             _refuse_other_width(path, stored, offset_bytes, vocab_size)
         super().__init__(
@@ -51,24 +51,24 @@ class RawTokens(TokenFile):
         )
 
     def _other_reason(self) -> str:
-        return f", or is it of another dtype than {self._asked}"
+        return f", or is it of another dtype than {self._dtype_name}"
 
 
 def count_raw(path: Path, dtype: str) -> int:
-    """Tokens of a headerless file from its length.
+    """Count the tokens of a headerless file from its length.
 
     Raises:
-        DataError: it is missing, or no whole number of ids long.
+        DataError: the file is missing, or its length is not a multiple of the id size.
     """
     stored, offset_bytes = _layout(path, dtype)
     return (size_and_mtime(path)[0] - offset_bytes) // stored.itemsize
 
 
 def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
-    """Return the files that paths or globs name, in order; globs are sorted and take only files of that suffix.
+    """Return the files named by paths or globs, in order; globs are sorted and match only files with `suffix`.
 
     Raises:
-        DataError: an entry names no file, or a file is named twice.
+        DataError: an entry matches no file, or a file is named twice.
     """
     found: list[Path] = []
     once = UniqueFiles("tokens")
@@ -76,7 +76,7 @@ def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
         matched = _match(entry, suffix)
         if not matched:
             kind = f"*{suffix} file" if suffix else "file"
-            allowed = "Allowed are a path with its ending, a glob, or a list"
+            allowed = "Allowed are a full file name, a glob, or a list of these"
             raise DataError(f"{entry}: no {kind} of that name. {allowed}{glob_escape_hint(entry)}")
         for name in matched:
             once.add(entry, name, name)
@@ -85,44 +85,44 @@ def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
 
 
 def missing_files(spec: Sequence[str], *, suffix: str = "") -> list[str]:
-    """Return those entries (see find_files) for which no file is there yet; [] if all are."""
+    """Return the entries (see find_files) that match no file yet."""
     return [entry for entry in spec if not _match(entry, suffix)]
 
 
 def _match(entry: str, suffix: str) -> list[str]:
-    """The files that an entry names; a literal name goes before a glob."""
+    """Return the files that an entry matches; an existing literal name is not globbed."""
     if os.path.isfile(entry):
         return [entry] if entry.endswith(suffix) else []
     return [name for name in expand_glob(entry) if name.endswith(suffix) and os.path.isfile(name)]
 
 
 def _layout(path: Path, dtype: str) -> tuple[np.dtype[Any], int]:
-    """Number type and first byte of the ids."""
-    asked = np.dtype(dtype).newbyteorder("<")
+    """Return the dtype and the offset of the ids."""
+    configured = np.dtype(dtype).newbyteorder("<")
     header = npy_header(path)
     if header is not None:
         stored, shape, offset_bytes = header
-        if stored != asked or len(shape) != 1:
+        if stored != configured or len(shape) != 1:
             raise DataError(
-                f"{path}: its .npy header says {stored.name} of shape {shape}; allowed is one dimension of the dtype "
-                f"that the config gives, {dtype}. Set dtype to the header's, or save the array flat"
+                f"{path}: its .npy header says {stored.name} of shape {shape}; allowed is dtype = {dtype}, as in "
+                "the config, and one dimension. Set dtype to that of the header, or save the array flattened"
             )
         return stored, offset_bytes
     size_bytes, _ = size_and_mtime(path)
-    if size_bytes % asked.itemsize:
+    if size_bytes % configured.itemsize:
         raise DataError(
-            f"{path}: {size_bytes} bytes, no whole number of {dtype} ids of {asked.itemsize} bytes: the dtype is "
-            f"another, or {DAMAGED}"
+            f"{path}: {size_bytes} bytes are not a multiple of {configured.itemsize}, the size of a {dtype} id: the "
+            f"dtype is wrong, or {DAMAGED}"
         )
-    return asked, 0
+    return configured, 0
 
 
 def _refuse_other_width(path: Path, stored: np.dtype[Any], offset_bytes: int, vocab_size: int) -> None:
-    """Raise DataError where every id is evidently one half of a wider one.
+    """Raise DataError if each id is evidently one half of a wider id.
 
-    The upper half of an id is at most (vocab_size - 1) >> 16; if nothing larger stands at any odd place, and something
-    larger at the even ones, then those are upper halves. Ids of half the width need no such look: joined in pairs they
-    lie beyond the vocabulary.
+    The upper half of an id is at most (vocab_size - 1) >> 16. If no value at an odd position exceeds that and some
+    value at an even position does, the odd positions are upper halves. The opposite error, ids of half the width, needs
+    no check here: two ids read as one exceed the vocabulary.
     """
     with open_binary(path) as file:
         ids = np.frombuffer(read_exactly(file.fileno(), LOOKED_AT_TOKENS * stored.itemsize, offset_bytes), stored)
@@ -130,6 +130,6 @@ def _refuse_other_width(path: Path, stored: np.dtype[Any], offset_bytes: int, vo
     if len(ids) >= 64 and int(ids[1::2].max()) <= highest < int(ids[::2].max()):
         wider = {2: "uint32 or int32", 4: "int64"}.get(stored.itemsize, "a wider type")
         raise DataError(
-            f"{path}: every second id is {highest} or less, as if each were half of a wider one: the config's dtype is "
-            f"{stored.name}, is it {wider}? Give the dtype that the file was written with"
+            f"{path}: every second id is {highest} or less, as if each were half of a wider id. Is the dtype {wider}, "
+            f"not {stored.name} as in the config? Set dtype to the one that the file was written with"
         )

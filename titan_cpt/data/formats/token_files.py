@@ -1,6 +1,6 @@
-"""What a table of the config says of its files, and what follows: which files, how many sequences, an open source.
+"""TokenFiles: the token files of one source as the config describes them; find, count and open them.
 
-A new format has a file of its own beside this one, and a line in each of the functions below.
+To add a format, add a module to this folder and a case to each function below.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from titan_cpt.errors import DataError
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Files of one source, and how they are read.
+    """The files of one source and their format.
 
     Attributes:
         spec: prefixes, paths or globs.
-        format: a format of the config's `format` key.
-        dtype: number type of headerless files; None where the format tells it.
-        in_stored_order: sequences are seen as they lie.
-        index_prefix: of Megatron's three index files, for format megatron_order.
+        format: value of the config key `format`.
+        dtype: dtype of headerless files; None if the files themselves define it.
+        in_stored_order: each epoch reads the windows in stored order, not permuted.
+        index_prefix: common prefix of the three index files of a GPTDataset, for format megatron_order.
     """
 
     spec: tuple[str, ...]
@@ -39,21 +39,21 @@ class TokenFiles:
 
     @property
     def paired(self) -> bool:
-        """Whether they are .bin/.idx pairs, named by their prefix."""
+        """Whether the files are .bin/.idx pairs, named by their prefix."""
         return self.format in ("indexed", "megatron_order") or (self.format == "presequenced" and self.dtype is None)
 
     @property
     def suffix(self) -> str:
-        """The ending that files of this format have, where it is fixed."""
+        """The file name suffix that the format requires, or an empty string."""
         return DS_SUFFIX if self.format == "ds" else ""
 
 
 class TokenCounts(NamedTuple):
-    """What headers tell.
+    """Counts from file headers.
 
     Attributes:
-        tokens: count.
-        sequences: count where they are not the windows of a stream; None where they are.
+        tokens: number of tokens.
+        sequences: number of sequences, if the files define them; None if windows are cut from a token stream.
     """
 
     tokens: int
@@ -61,33 +61,37 @@ class TokenCounts(NamedTuple):
 
 
 def missing_entries(files: TokenFiles) -> list[str]:
-    """The entries of the spec, and the index files, that are not there yet; [] if all are."""
+    """Return the entries of the spec, and the index files, that do not exist yet."""
     names = missing_prefixes(files.spec) if files.paired else missing_files(files.spec, suffix=files.suffix)
     return names + (missing_index_files(files.index_prefix) if files.index_prefix is not None else [])
 
 
 def resolve_paths(files: TokenFiles) -> list[Path]:
-    """The prefixes or files that the spec names, in order.
+    """Return the prefixes or files that the spec names, in order.
 
     Raises:
-        DataError: an entry names nothing, or something twice.
+        DataError: an entry matches no file, or a file that another entry named.
     """
     if not files.paired:
         return find_files(files.spec, suffix=files.suffix)
     prefixes = find_prefixes(files.spec)
     if files.format == "megatron_order" and len(prefixes) != 1:
-        raise DataError(f"{', '.join(files.spec)}: names {len(prefixes)} pairs; an order belongs to one: name that one")
+        raise DataError(
+            f"{', '.join(files.spec)}: names {len(prefixes)} pairs; a Megatron order belongs to one pair: name one"
+        )
     return prefixes
 
 
 def count_source(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) -> TokenCounts:
-    """Tokens and sequences, from headers alone.
+    """Count tokens and sequences from the headers only.
 
     Args:
-        paths: what `resolve_paths` returned for these files, where the caller has it.
+        files: the files of a source.
+        seq_len: tokens per sequence, without the last target.
+        paths: the result of `resolve_paths(files)`, if the caller has it already.
 
     Raises:
-        DataError: a file is damaged, or its sequences are of another length.
+        DataError: a file is damaged, or its sequences have another length.
     """
     paths = paths or resolve_paths(files)
     if files.index_prefix is not None:
@@ -101,10 +105,10 @@ def count_source(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) ->
 
 
 def open_source(files: TokenFiles, vocab_size: int) -> TokenSource:
-    """Open and check all files.
+    """Open and check all files of a source.
 
     Raises:
-        DataError: a file is missing or damaged, or holds an id that the tokenizer does not know.
+        DataError: a file is missing or damaged, or contains an id outside the vocabulary.
     """
     paths = resolve_paths(files)
     if files.index_prefix is not None:

@@ -1,4 +1,4 @@
-"""What the loader and the validation ask of a source: how many sequences, which tokens, in whose order."""
+"""TokenSource: what the data loader and validation need from the files of a source, whatever their format."""
 
 from typing import Protocol
 
@@ -7,26 +7,26 @@ import numpy.typing as npt
 
 
 class TokenSource(Protocol):
-    """Sequences of seq_len + 1 tokens. Can be pickled and forked; how they lie in files is its own matter."""
+    """The windows of seq_len + 1 tokens of one source. Can be pickled and forked."""
 
     tokens: int
-    """Count."""
+    """Number of tokens."""
     in_stored_order: bool
-    """Window o is what is seen o-th in each epoch; otherwise a seeded permutation decides."""
+    """Each epoch reads the windows in stored order; otherwise in a seeded permutation."""
 
     def windows(self, seq_len: int) -> int:
-        """How many sequences there are.
+        """Return the number of windows.
 
         Raises:
-            DataError: there are none of this length.
+            DataError: the files contain sequences of another length.
         """
 
     def window(self, number: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """The seq_len + 1 tokens of sequence `number`.
+        """Return the seq_len + 1 tokens of window `number`, int64.
 
         Raises:
             DataError: a file changed since it was opened, or an id is not in the vocabulary.
         """
 
     def fingerprint(self) -> str:
-        """Hexadecimal identity of the content and of what cuts it into sequences."""
+        """Return a hexadecimal digest of the content and of how it is divided into windows."""
