@@ -1,4 +1,4 @@
-"""From names and globs in a config or on the command line to files, each of which is read once."""
+"""Expand file names and globs from the config or the command line, and refuse a file that is named twice."""
 
 import glob
 import os
@@ -11,14 +11,14 @@ from titan_cpt.errors import DataError
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size and time of change: equal for one file under all its names, links included."""
+"""Device, inode, size and modification time: the same for every name of a file, links included."""
 
 
 def expand_glob(pattern: str) -> list[str]:
-    """The names that a glob matches, sorted; [] for a name without glob characters.
+    """Return the names that a glob matches, sorted; [] for a name without glob characters.
 
-    Where a glob matches nothing, the folders at its beginning that exist as they are written are taken literally: a
-    folder may be called `[v2]`.
+    If a glob matches nothing, its leading folders that exist under their literal names are taken literally: a folder
+    may be called `[v2]`.
     """
     if not glob.has_magic(pattern):
         return []
@@ -26,14 +26,14 @@ def expand_glob(pattern: str) -> list[str]:
 
 
 def glob_escape_hint(entry: str) -> str:
-    """How to write a character that means something in a glob; empty for an entry without such characters."""
+    """How to escape glob characters, as the end of a message; empty for an entry without glob characters."""
     if not glob.has_magic(entry):
         return ""
-    return ". In a glob *, ? and [ have a meaning: write [*], [?] and [[] for the characters themselves"
+    return ". *, ? and [ are glob characters: write [*], [?] and [[] for the literal characters"
 
 
 def file_identity(path: str | Path) -> FileIdentity | None:
-    """What tells whether two names are of one file; None where there is no such file."""
+    """Return an identity that all names of a file share; None if the file does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -42,24 +42,24 @@ def file_identity(path: str | Path) -> FileIdentity | None:
 
 
 class UniqueFiles:
-    """Refuses a file that is named a second time, whatever the second name is: another spelling, a link, a glob."""
+    """Refuses a file that is named a second time, also by another spelling, a link or a glob."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._names: dict[FileIdentity, str] = {}
 
     def add(self, entry: str, name: str | Path, path: str | Path) -> None:
-        """Note that `entry` of a list names `name`, whose content is the file `path`.
+        """Record that `entry` of a list names `name`, whose content is the file `path`.
 
         Raises:
-            DataError: the file was named before.
+            DataError: an earlier entry named the file.
         """
         identity = file_identity(path)
         if identity is None:
-            return  # missing files are reported by whoever opens them
+            return  # the function that opens a missing file reports it
         before = self._names.get(identity)
         if before is not None:
-            also = "" if before == str(name) else f" (as {before} before)"
+            also = "" if before == str(name) else f" (before as {before})"
             raise DataError(
                 f"{entry}: names {name} a second time{also}: its {self._what} would be read twice; name it once"
             )
@@ -67,13 +67,13 @@ class UniqueFiles:
 
 
 def first_text_file(entries: Iterable[str]) -> str | None:
-    """The first entry that is a file of text rather than of tokens, judged by its name."""
+    """Return the first entry that is a text file, judged by its suffix, and not a token file."""
     endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES))
     return next((entry for entry in entries if entry.endswith(endings) and Path(entry).is_file()), None)
 
 
 def as_entries(spec: str | Sequence[str]) -> list[str]:
-    """A list of entries, also where one stands alone."""
+    """Return a list of entries; a single string becomes a list of one."""
     return [spec] if isinstance(spec, str) else list(spec)
 
 

@@ -1,6 +1,6 @@
-"""What a config's files hold before anything is trained: token counts off the headers, the tokenizer's vocabulary.
+"""DataInventory: token counts and vocabulary size of the files that a config names, read before training.
 
-Reads headers only, so that a plan over terabytes answers at once. Files that are not there yet are told as None.
+Only headers are read, so a plan over terabytes takes seconds. A file that does not exist yet has the count None.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from titan_cpt.errors import DataError
 
 @dataclass(frozen=True)
 class _Present:
-    """Files of one key of the config that are all there.
+    """The files of one config key, all of which exist.
 
     Attributes:
         source: `dataset` or `dataset.domain`.
         key: `train` or `validation`.
+        files: the files as the config describes them.
         paths: prefixes of pairs, or files.
     """
 
@@ -45,27 +46,27 @@ class _Present:
 
     @property
     def where(self) -> str:
-        """The dotted key."""
+        """The dotted config key, for messages."""
         return f"{_table(self.source)}.{self.key}"
 
     @property
     def dataset(self) -> str:
-        """The dataset, without the domain."""
+        """Name of the dataset, without the domain."""
         return self.source.partition(".")[0]
 
     @cached_property
     def token_files(self) -> list[tuple[FileIdentity | None, str]]:
-        """The files that hold the ids, of a pair its .bin: what identifies each of them, and its name."""
+        """(identity, name) of each file that contains ids; of a pair, its .bin."""
         names = [f"{path}.bin" if self.files.paired else str(path) for path in self.paths]
         return [(file_identity(name), name) for name in names]
 
 
 def take_inventory(config: Config) -> DataInventory:
-    """Look at the training data, the validation data and the tokenizer that the config names.
+    """Inspect the training data, the validation data and the tokenizer that the config names.
 
     Raises:
-        DataError: a file is there but damaged, is text, is trained on and measured, or was made with another
-            tokenizer.
+        DataError: an existing file is damaged, is a text file, is used for both training and validation of a dataset,
+            or was tokenized with another tokenizer.
     """
     tokens: dict[str, int | None] = {}
     sequences: dict[str, int] = {}
@@ -96,7 +97,8 @@ def take_inventory(config: Config) -> DataInventory:
     if vocab_size is None and made is not None:
         vocab_size = made.vocab_size
         notes.append(
-            f"tokenizer not there yet: {config.tokenizer.path}; {made.record} says that it has {vocab_size:,} ids"
+            f"tokenizer {config.tokenizer.path} does not exist yet; the vocabulary size {vocab_size:,} is from "
+            f"{made.record}"
         )
     return DataInventory(tokens, vocab_size, sequences, unrecorded, validation_tokens, tuple(notes))
 
@@ -115,7 +117,7 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
 
 
 def _require_readable(names: Iterable[str]) -> None:
-    """Training opens these files, of which a plan needs no more than the length."""
+    """Raise DataError for a file that training could not open; the plan itself needs only its length."""
     for name in names:
         try:
             open(name, "rb", buffering=0).close()
@@ -131,7 +133,7 @@ def _counted(each: _Present, seq_len: int) -> TokenCounts:
 
 
 def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
-    """(source, its files) of every source: `dataset`, or `dataset.domain` where there are domains."""
+    """Yield (source, training files) for every source: `dataset`, or `dataset.domain` if it has domains."""
     for source, table in _tables(config):
         if table.train:
             dtype = table.dtype if table.format in HEADERLESS else None
@@ -139,7 +141,7 @@ def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
 
 
 def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
-    """(name, its files) of everything that is measured: datasets, and domains with tokens of their own."""
+    """Yield (name, validation files) for every dataset or domain that has validation data."""
     for source, table in _tables(config):
         if table.validation:
             dtype = table.dtype if table.held_out_format in HEADERLESS else None
@@ -147,10 +149,10 @@ def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
 
 
 def open_sources(files: Iterable[tuple[str, TokenFiles]], vocab_size: int) -> dict[str, TokenSource]:
-    """Open and check every source, by name.
+    """Open and check the files of every source; returns the open sources by name.
 
     Raises:
-        DataError: files are missing or damaged, or hold ids that the tokenizer does not know.
+        DataError: a file is missing or damaged, or contains an id outside the vocabulary.
     """
     return {name: open_source(each, vocab_size) for name, each in files}
 
@@ -171,14 +173,14 @@ def _has_source(config: Config, source: str) -> bool:
 
 
 def _refuse_what_is_not_tokens(where: str, files: TokenFiles, *, has_source: bool) -> None:
-    """Text and folders are no tokens, and will not become any: a plan that waits for them would wait for ever."""
+    """Raise DataError for text files and folders: they are not token files that `prepare` will still write."""
     if has_source:
-        return  # `train` is then the name of what will be written
+        return  # `train` is then the prefix that `prepare` will write
     if (text := first_text_file(files.spec)) is not None:
         raise DataError(
-            f"{where}: {text} is text, not tokens: prepare it with `titan-cpt prepare --input {text} --output PREFIX` "
-            f"and name PREFIX here, or write source = {{ text = {text!r} }} and let {where.rpartition('.')[2]} name "
-            "the pair to make"
+            f"{where}: {text} is text, not tokens: tokenize it with `titan-cpt prepare --input {text} --output "
+            f"PREFIX` and write PREFIX here, or set source = {{ text = {text!r} }} and let {where.rpartition('.')[2]} "
+            "be the prefix to write"
         )
     for entry in missing_entries(files):
         if Path(entry).is_dir():
@@ -186,11 +188,11 @@ def _refuse_what_is_not_tokens(where: str, files: TokenFiles, *, has_source: boo
             inside = next((path for path in Path(entry).glob(f"*{ending}") if path.is_file()), None)
             if inside is not None:
                 name = entry.rstrip("/")
-                raise DataError(f"{where}: {entry} is a folder: write {name}/* for all files in it, or name one")
+                raise DataError(f"{where}: {entry} is a folder: write {name}/* for all its files, or name one file")
 
 
 def _read_twice(train: Iterable[_Present]) -> Iterator[str]:
-    """A note for each two sources that read the same file as if it were different data."""
+    """Yield a note for each pair of sources that read the same file."""
     names: dict[FileIdentity, _Present] = {}
     noted = set()
     for each in train:
@@ -199,16 +201,16 @@ def _read_twice(train: Iterable[_Present]) -> Iterator[str]:
             if first is not each and (first.source, each.source) not in noted:
                 noted.add((first.source, each.source))
                 yield (
-                    f"{first.where} and {each.where} both read {path}: replay, epochs and forgetting count it as "
+                    f"{first.where} and {each.where} both read {path}: replay, epochs and forgetting treat it as "
                     "different data"
                 )
 
 
 def _trained_and_measured(train: Iterable[_Present], validation: Iterable[_Present]) -> Iterator[str]:
-    """A note where a dataset that is only measured shares a file with training data; other overlaps are refused.
+    """Yield a note if a validation-only dataset shares a file with training data; raise DataError for other overlaps.
 
-    Globs such as nanoGPT's data/*.bin easily match the file that validation measures. Files are compared by identity,
-    not by name: a link or another spelling is the same file.
+    Globs such as nanoGPT's data/*.bin easily match the validation file as well. Files are compared by identity, not by
+    name: a link or another spelling is the same file.
     """
     measured = {identity: each for each in validation for identity, _ in each.token_files if identity is not None}
     trained = list(train)
@@ -222,31 +224,32 @@ def _trained_and_measured(train: Iterable[_Present], validation: Iterable[_Prese
             if found.dataset in has_training_data:
                 raise DataError(
                     f"{each.where}: includes {path}, which {found.where} measures: validation would measure text that "
-                    "the model was trained on. Narrow the glob, list the files, or give other validation data"
+                    "the model was trained on. Narrow the glob, list the files, or use other validation data"
                 )
             if (each.source, found.source) not in noted:
                 noted.add((each.source, found.source))
-                yield f"{found.where}: measures {path}, which {each.where} trains on: it is not held out"
+                yield f"{found.where}: measures {path}, which {each.where} trains on: it is not unseen data"
 
 
 def _absent_weights(config: Config) -> Iterator[str]:
-    """A note for every stage that begins with weights which are not on this machine."""
+    """Yield a note for every stage whose initial weights are not on this machine."""
     for stage in config.stages:
         kind, _, where = (stage.init or "").partition(":")
         if kind == "checkpoint" and not (Path(where) / MANIFEST_FILE).exists():
-            missing = "has no manifest.json, so it is not a checkpoint" if Path(where).exists() else "is not there yet"
+            exists = Path(where).exists()
+            missing = f"has no {MANIFEST_FILE}, so it is not a checkpoint" if exists else "does not exist yet"
             then = "training stops before this stage if it is still missing"
             yield f"stages.{stage.name}.init: {where} {missing}; {then}"
         if kind == "hf" and not Path(where).is_dir():
-            yield f"stages.{stage.name}.init: {where} is not a folder here; it is looked for on the Hugging Face hub"
+            yield f"stages.{stage.name}.init: {where} is not a local folder; it is loaded from the Hugging Face hub"
 
 
 def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str], list[TokenizerProvenance | None]]:
-    """By (source, key), which tokenizer made each pair; None for a pair without a record and for other formats.
+    """Return the tokenizer of each pair by (source, key); None for a pair without a record and for other formats.
 
     Raises:
-        DataError: some were made with another tokenizer than the config's, or, where that is not there yet, with two;
-            or with a begin-of-document token where the config has none, or the other way round.
+        DataError: a pair was not tokenized with the config's tokenizer, or, if that does not exist yet, two pairs were
+            tokenized differently; or tokenizer.add_bos differs from the setting that a pair was made with.
     """
     expected, whose = _fingerprint(config), f"tokenizer.path = {config.tokenizer.path!r}"
     records: dict[tuple[str, str], list[TokenizerProvenance | None]] = {}
@@ -258,17 +261,17 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
             if made is None:
                 continue
             if expected is None:
-                expected, whose = made.fingerprint, f"that of {made.record}"
+                expected, whose = made.fingerprint, f"the tokenizer in {made.record}"
             if made.fingerprint != expected:
                 raise DataError(
-                    f"{each.where}: was made with another tokenizer: {made.record} names one of "
-                    f"{made.vocab_size} ids, fingerprint {made.fingerprint[:12]}, and {whose} is {expected[:12]}. "
+                    f"{each.where}: was made with another tokenizer: {made.record} records {made.vocab_size} ids "
+                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {whose} is {expected[:12]}. "
                     "Set tokenizer.path to the one that made it, or prepare the data again"
                 )
             if made.add_bos != config.tokenizer.add_bos:
                 has, have = ("has", "true") if made.add_bos else ("does not have", "false")
                 raise DataError(
-                    f"{each.where}: {has} a begin-of-document token before each document, says {made.record}, and "
+                    f"{each.where}: {has} a begin-of-document token before each document ({made.record}), but "
                     f"tokenizer.add_bos = {str(config.tokenizer.add_bos).lower()}. Set tokenizer.add_bos = {have}, or "
                     "prepare the data again"
                 )
@@ -281,7 +284,7 @@ def _fingerprint(config: Config) -> str | None:
 
 
 def _vocab_size(config: Config) -> int | None:
-    """Of the tokenizer, or of the training that will make it."""
+    """Vocabulary size of the tokenizer, or of the tokenizer that [tokenizer.train] will train."""
     path = config.tokenizer.path
     if path == "bytes" or Path(path).exists():
         if config.tokenizer.add_bos:
@@ -292,15 +295,15 @@ def _vocab_size(config: Config) -> int | None:
 
 @dataclass(frozen=True)
 class DataInventory:
-    """What is known of files before anything is trained.
+    """Counts of the files that a config names, before training.
 
     Attributes:
-        tokens: of every source, `dataset` or `dataset.domain`; None where its files are not there yet.
-        vocab_size: ids of the tokenizer; None where it is not there yet.
-        sequences: of the sources whose sequences are not windows of their stream.
-        unrecorded: sources whose tokens do not say which tokenizer made them.
-        validation_tokens: of every validation set; None where its files are not there yet.
-        notes: doubts about the files, a sentence each.
+        tokens: number of tokens of every source (`dataset` or `dataset.domain`); None if its files do not exist yet.
+        vocab_size: vocabulary size of the tokenizer; None if it does not exist yet.
+        sequences: number of sequences of the sources whose files define them (presequenced, megatron_order).
+        unrecorded: sources whose files do not record which tokenizer made them.
+        validation_tokens: number of tokens of every validation set; None if its files do not exist yet.
+        notes: warnings about the files, one sentence each.
     """
 
     tokens: Mapping[str, int | None]

@@ -1,16 +1,16 @@
-"""An earlier run's order, replayed: the document, sample and shuffle index that GPT-NeoX and Megatron-LM save as .npy.
+"""The data order of an earlier run, from the GPTDataset index files (.npy) that GPT-NeoX and Megatron-LM save.
 
-For a .bin/.idx pair whose entries are called documents here:
+For a .bin/.idx pair, whose entries are called documents here, the three index files are:
 
-    doc_idx      [d]         the documents in the order in which they are laid end to end, all epochs of it
-    sample_idx   [n + 1, 2]  where each sample begins: a place in doc_idx, and a token of that document
-    shuffle_idx  [n]         which sample is the i-th to be seen
+    doc_idx      [d]         document index: the documents of all epochs, in the order of their concatenation
+    sample_idx   [n + 1, 2]  sample index: start of each sample, as (position in doc_idx, token of that document)
+    shuffle_idx  [n]         shuffle index: the i-th sequence to train on is sample shuffle_idx[i]
 
-Sample s runs from sample_idx[s] to sample_idx[s + 1], that token included: seq_len + 1 tokens, the last one the first
-of sample s + 1. So the i-th sequence is sample shuffle_idx[i]. Indices are int32 or int64, the shuffle uint32 or int64.
+Sample s contains the tokens from sample_idx[s] to sample_idx[s + 1] inclusive: seq_len + 1 tokens, the last of which is
+the first token of sample s + 1. Document and sample index are int32 or int64, the shuffle index uint32 or int64.
 
-Where we differ: GPT-NeoX never gives its very last sample (its length is one short) and pads short ones; here all n are
-there, and a sample of another length is refused.
+Differences: GPT-NeoX never returns its last sample (its length is one short) and pads short samples. Here all n samples
+are returned, and a sample of another length is an error.
 
 Sources: gpt-neox megatron/data/gpt2_dataset.py; Megatron-LM megatron/core/datasets/gpt_dataset.py.
 """
@@ -26,35 +26,35 @@ from titan_cpt.data.formats.indexed import FULL_SCAN_TOKENS, IndexedTokens, coun
 from titan_cpt.data.formats.indexed_layout import pair_paths, read_header, spans
 from titan_cpt.errors import DataError
 
-# Document, sample and shuffle index, as GPT-NeoX and old Megatron-LM name them, and as Megatron core does.
+# Document, sample and shuffle index as GPT-NeoX and old Megatron-LM name them, and as Megatron core names them.
 ENDINGS = (
     ("_doc_idx.npy", "_sample_idx.npy", "_shuffle_idx.npy"),
     ("-document_index.npy", "-sample_index.npy", "-shuffle_index.npy"),
 )
-FULL_CHECK_NUMBERS = 16_000_000  # of each index; beyond that as many in evenly spread blocks
-MEASURED_SAMPLES = 8_192  # whose length is checked on open; every other one is when it is read
+FULL_CHECK_NUMBERS = 16_000_000  # entries of each index file checked on open; of a larger file, evenly spaced blocks
+MEASURED_SAMPLES = 8_192  # samples whose length is checked on open; the others are checked when they are read
 
 
 class MegatronOrder:
-    """A pair's samples in an earlier run's order; a TokenSource.
+    """The samples of a .bin/.idx pair in the order of an earlier run; a TokenSource.
 
     Attributes:
-        tokens: of the pair.
+        tokens: number of tokens of the pair.
     """
 
     in_stored_order = True
 
     def __init__(self, prefix: Path, index_prefix: str, vocab_size: int | None = None) -> None:
-        """Open and check the pair and its three indices.
+        """Open and check the pair and its three index files.
 
         Args:
-            prefix: of the .bin/.idx pair.
-            index_prefix: what the names of the three .npy have in common.
+            prefix: prefix of the .bin/.idx pair.
+            index_prefix: common prefix of the three .npy files.
             vocab_size: see TokenFile.
 
         Raises:
-            DataError: a file is missing or damaged, an index points outside of what it indexes, samples are not of one
-                length, or an id is not in the vocabulary.
+            DataError: a file is missing or damaged, an index is out of range, the samples differ in length, or an id is
+                outside the vocabulary.
         """
         self._pair = IndexedTokens(prefix, vocab_size=vocab_size, scan_tokens=FULL_SCAN_TOKENS)
         self._order = _Order(prefix, index_prefix)
@@ -62,18 +62,18 @@ class MegatronOrder:
         self.tokens = self._pair.tokens
 
     def windows(self, seq_len: int) -> int:
-        """How many samples the order has.
+        """Return the number of samples.
 
         Raises:
-            DataError: they are of another length.
+            DataError: the samples have another length.
         """
         return self._order.count(seq_len)
 
     def window(self, number: int, seq_len: int) -> npt.NDArray[np.int64]:
-        """The seq_len + 1 tokens of the sample that was seen at this place.
+        """Return the seq_len + 1 tokens of the sample at position `number` of the training order, int64.
 
         Raises:
-            DataError: a file changed since it was opened, the index points outside, or the sample has another length.
+            DataError: a file changed since it was opened, an index is out of range, or the sample has another length.
         """
         sample = int(self._order.shuffle.read(number, 1)[0])
         pieces = self._order.pieces(sample)
@@ -81,29 +81,29 @@ class MegatronOrder:
         return np.concatenate([self._pair.read(start, count) for start, count in pieces])
 
     def fingerprint(self) -> str:
-        """Hexadecimal identity of the tokens and of the three indices."""
+        """Return a hexadecimal digest of the tokens and the three index files."""
         files = (self._pair, self._order.documents, self._order.samples, self._order.shuffle)
         return hashlib.sha256("\n".join(file.digest for file in files).encode()).hexdigest()
 
 
 def count_order(prefix: Path, index_prefix: str, seq_len: int) -> tuple[int, int]:
-    """Tokens of the pair, and samples of the order: from headers and the first sample alone.
+    """Count the tokens of the pair and the samples of the order, from the headers and the first sample.
 
     Raises:
-        DataError: a file is missing or damaged, or the samples are of another length.
+        DataError: a file is missing or damaged, or the samples have another length.
     """
     return count_tokens(prefix), _Order(prefix, index_prefix).count(seq_len)
 
 
 def missing_index_files(index_prefix: str) -> list[str]:
-    """Return the names of an index that is not there yet; [] if all of one naming are."""
+    """Return the missing index files, of the naming scheme that misses fewest; [] if one scheme is complete."""
     names = [[f"{index_prefix}{ending}" for ending in endings] for endings in ENDINGS]
     absent = [[name for name in three if not Path(name).exists()] for three in names]
     return min(absent, key=len)
 
 
 class _Order:
-    """The three indices, and where the documents lie that they speak of."""
+    """The three index files, and the positions of their documents in the .bin."""
 
     def __init__(self, prefix: Path, index_prefix: str) -> None:
         idx = pair_paths(prefix)[1]
@@ -120,17 +120,17 @@ class _Order:
         self.total = self.samples.count // 2 - 1
         if self.total < 1 or self.shuffle.count != self.total:
             raise DataError(
-                f"{self.shuffle.path}: {self.shuffle.count} entries; {self.samples.path.name} has {self.total} "
-                "samples, and the two must agree: the three files come from different runs, or one is not whole"
+                f"{self.shuffle.path}: {self.shuffle.count} entries, but {self.samples.path.name} has {self.total} "
+                "samples: the files come from different runs, or one is incomplete"
             )
 
     def count(self, seq_len: int) -> int:
-        """How many samples there are, the first one measured."""
+        """Return the number of samples, after checking the length of the first one."""
         self.check_length(0, self.pieces(0), seq_len)
         return self.total
 
     def check(self) -> None:
-        """Raise DataError where an index points outside, or samples differ in length from the first."""
+        """Raise DataError if an index is out of range or the samples differ in length."""
         self._check_range(self.shuffle, self.total, "samples")
         self._check_range(self.documents, self._header.sequences, f"documents of {self._idx.name}")
         length = sum(count for _, count in self.pieces(0))
@@ -139,12 +139,12 @@ class _Order:
                 self.check_length(sample, self.pieces(sample), length - 1)
 
     def pieces(self, sample: int) -> list[tuple[int, int]]:
-        """(first token of the .bin, how many) of each piece of a document that a sample consists of."""
+        """Return (start token in the .bin, number of tokens) for each piece of a document in a sample."""
         first, offset, last, until = self.samples.read(2 * sample, 4).tolist()
         if not 0 <= first <= last < self.documents.count:
             raise DataError(
-                f"{self.samples.path}: sample {sample} goes from place {first} to {last} of "
-                f"{self.documents.path.name}, which has {self.documents.count}: the files do not belong together, or "
+                f"{self.samples.path}: sample {sample} spans entries {first} to {last} of "
+                f"{self.documents.path.name}, which has {self.documents.count}: the files come from different runs, or "
                 "one is damaged"
             )
         found = []
@@ -154,27 +154,27 @@ class _Order:
             if not 0 <= start <= stop <= size:
                 raise DataError(
                     f"{self.samples.path}: sample {sample} takes tokens {start} to {stop} of document {document}, "
-                    f"which has {size} in {self._idx}: the order was made for other data"
+                    f"which has {size} in {self._idx}: the index files belong to other data"
                 )
             found.append((begins + start, stop - start))
         return found
 
     def check_length(self, sample: int, pieces: list[tuple[int, int]], seq_len: int) -> None:
-        """Raise DataError unless the pieces are seq_len + 1 tokens."""
+        """Raise DataError unless the pieces add up to seq_len + 1 tokens."""
         length = sum(count for _, count in pieces)
         if length != seq_len + 1:
             raise DataError(
                 f"{self.samples.path}: sample {sample} has {length} tokens; allowed is training.seq_len + 1 = "
-                f"{seq_len + 1} for every one: set training.seq_len to what the order was made for. Orders that pad or "
-                "cut samples cannot be replayed"
+                f"{seq_len + 1} for each: set training.seq_len to that of the run that saved the order. Orders with "
+                "padded or truncated samples are not supported"
             )
 
     def _document(self, document: int) -> tuple[int, int]:
-        """Size and first token of a document."""
+        """Return the size of a document and its first token in the .bin."""
         if not 0 <= document < self._header.sequences:
             raise DataError(
-                f"{self.documents.path}: document {document}; {self._idx} has documents 0 to "
-                f"{self._header.sequences - 1}: the order was made for other data"
+                f"{self.documents.path}: contains document {document}; {self._idx} has documents 0 to "
+                f"{self._header.sequences - 1}: the index files belong to other data"
             )
         begins_bytes = int(self._pointers.read(document, 1)[0])
         return int(self._sizes.read(document, 1)[0]), begins_bytes // self._header.dtype.itemsize
@@ -186,19 +186,19 @@ class _Order:
             if len(wrong):
                 first = int(wrong[0])
                 raise DataError(
-                    f"{index.path}: entry {start + first} is {numbers[first]}, and there are {size} {what}: the order "
-                    "was made for other data, or the file is damaged"
+                    f"{index.path}: entry {start + first} is {numbers[first]}, but there are {size} {what}: the index "
+                    "files belong to other data, or this one is damaged"
                 )
 
 
 def _index_file(path: Path, columns: int) -> ArrayFile:
-    """A .npy of `columns` columns, read as one run of numbers."""
+    """Open an index file of `columns` columns as a flat array."""
     if not path.exists():
         names = " or ".join(", ".join(f"PREFIX{ending}" for ending in endings) for endings in ENDINGS)
-        raise DataError(f"{path}: is missing; index_prefix is what three files have in common: {names}")
+        raise DataError(f"{path}: is missing; index_prefix is the common prefix of three files: {names}")
     header = npy_header(path)
     if header is None:
-        raise DataError(f"{path}: does not begin as a .npy file does: it is damaged, or another format")
+        raise DataError(f"{path}: does not begin like a .npy file: it is damaged, or has another format")
     dtype, shape, offset_bytes = header
     if len(shape) != columns or shape[1:] != (2,) * (columns - 1) or dtype.itemsize not in (4, 8):
         wanted = "[samples + 1, 2]" if columns == 2 else "[n]"

@@ -124,19 +124,19 @@ def test_a_subset_of_documents_twice_over_with_a_last_epoch_of_its_own_is_replay
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"shuffle": [1, 2]}, r"shuffle_idx.npy: entry 1 is 2, and there are 2 samples"),
-        ({"shuffle": [1]}, r"shuffle_idx.npy: 1 entries; order_sample_idx.npy has 2 samples"),
+        ({"shuffle": [1, 2]}, r"shuffle_idx.npy: entry 1 is 2, but there are 2 samples"),
+        ({"shuffle": [1]}, r"shuffle_idx.npy: 1 entries, but order_sample_idx.npy has 2 samples"),
         ({"shuffle": [[1, 0]]}, r"shuffle_idx.npy: uint32 of shape \[1, 2\]; allowed"),
-        ({"order": [2, 0, 3]}, r"doc_idx.npy: entry 2 is 3, and there are 3 documents of x.idx"),
+        ({"order": [2, 0, 3]}, r"doc_idx.npy: entry 2 is 3, but there are 3 documents of x.idx"),
         ({"order": [2, -1, 1]}, r"doc_idx.npy: entry 1 is -1|document -1"),
         ({"order": [2, 1, 0]}, r"sample 1 takes tokens 0 to 3 of document 1, which has 2"),
-        ({"order": [2]}, r"sample 1 goes from place 0 to 1 of order_doc_idx.npy, which has 1"),
+        ({"order": [2]}, r"sample 1 spans entries 0 to 1 of order_doc_idx.npy, which has 1"),
         ({"samples": [[0, 0], [0, 3], [1, 3]]}, r"sample 1 takes tokens 0 to 4 of document 0, which has 3"),
         ({"samples": [[0, 0], [0, 3], [1, 1]]}, r"sample 1 has 3 tokens; allowed is training.seq_len . 1 = 4"),
         ({"samples": [[0, -1], [0, 3], [1, 2]]}, r"sample 0 takes tokens -1 to 4"),
-        ({"samples": [[1, 0], [0, 3], [1, 2]]}, r"sample 0 goes from place 1 to 0"),
+        ({"samples": [[1, 0], [0, 3], [1, 2]]}, r"sample 0 spans entries 1 to 0"),
         ({"samples": [0, 0, 0, 3, 1, 2]}, r"sample_idx.npy: int32 of shape \[6\]; allowed .*\[samples \+ 1, 2\]"),
-        ({"samples": [[0, 0]], "shuffle": []}, r"0 entries; .* has 0 samples"),
+        ({"samples": [[0, 0]], "shuffle": []}, r"0 entries, but .* has 0 samples"),
     ],
 )
 def test_an_index_that_points_outside_or_disagrees_is_refused_on_open(tmp_path, changed, message):
@@ -164,7 +164,7 @@ def test_an_order_of_another_length_is_refused_by_the_plan(tmp_path):
 
     with pytest.raises(DataError, match=r"sample 0 has 4 tokens; allowed is training.seq_len \+ 1 = 5"):
         count_source(files, 4)
-    with pytest.raises(DataError, match=r"set training.seq_len to what the order was made for"):
+    with pytest.raises(DataError, match=r"set training.seq_len to that of the run that saved the order"):
         SequenceReader({"x": open_source(files, 300)}, seq_len=4, seed=0)
 
 

@@ -118,7 +118,7 @@ def test_data_made_with_another_tokenizer_is_refused(prepared, tmp_path):
 
     for path in ("bytes", str(tmp_path / "other.json")):
         config = training.config_of(prepared | {"tokenizer": {"path": path}})
-        with pytest.raises(DataError, match=r"en.train: was made with another tokenizer: .*en\.json names one of 300"):
+        with pytest.raises(DataError, match=r"en.train: was made with another tokenizer: .*en\.json records 300 ids"):
             take_inventory(config)
 
 
