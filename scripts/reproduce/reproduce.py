@@ -109,7 +109,7 @@ def run(sweeps: tuple[str, ...], results: Path, *, jobs: int, most: int | None, 
     print(f"{len(arms)} arms, {len(arms) - len(waiting)} of them done", flush=True)
 
     def one(number: int, arm: SweepRun) -> bool:
-        words = [*_TITAN, "sweep", *map(str, files), "--arm", str(number)]
+        words = [*_TITAN, "sweep", *map(str, files), "--index", str(number)]
         words += ["--launch", launch or shlex.join([*_TITAN, "train"])]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode == 0:

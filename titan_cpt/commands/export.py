@@ -32,15 +32,17 @@ def add_export(subparsers: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from titan_cpt.checkpoint.hf_export import export
     from titan_cpt.common.numbers import parse_bytes
+
+    max_shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")  # before torch is imported
+    from titan_cpt.checkpoint.hf_export import export
 
     export(
         options.checkpoint,
         options.output,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
-        max_shard_bytes=parse_bytes(options.max_shard_size, option="--max-shard-size"),
+        max_shard_bytes=max_shard_bytes,
         max_positions=options.max_positions,
         log=print,
     )

@@ -78,5 +78,5 @@ def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
         PlanError: there is no such stage or step.
     """
     if not step.isdecimal():
-        raise PlanError(f"--recipe: a 0-based step is a whole number, got {step!r}")
+        raise PlanError(f"--batch: the 0-based step must be an integer, got {step!r}")
     return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]

@@ -27,7 +27,7 @@ def test_a_task_of_a_slurm_array_prepares_its_own_run(swept, monkeypatch, capsys
     assert not (tmp_path / "out" / "run" / "fraction-0").exists()
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert status_of("sweep", path) == 2
-    assert "--arm: must be from 0 to 1, got 2" in capsys.readouterr().err
+    assert "--index: must be from 0 to 1, got 2" in capsys.readouterr().err
 
 
 def test_a_launch_command_that_does_not_exist_fails_the_run(swept, capsys):
