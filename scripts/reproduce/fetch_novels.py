@@ -1,12 +1,12 @@
-"""The novels of the reproduction as text: English and German, 1840 to 1920, held out by whole novel.
+"""Fetch the reproduction's text: English and German novels, 1840 to 1920; whole novels are set aside for validation.
 
     python scripts/reproduce/fetch_novels.py data/reproduce                       # ELTeC from GitHub, 200 MB
-    python scripts/reproduce/fetch_novels.py data/reproduce --archive FILE        # from an archive that is at hand
+    python scripts/reproduce/fetch_novels.py data/reproduce --archive FILE        # from a local archive
 
 The European Literary Text Collection (COST-ELTeC, CC BY 4.0; its texts are in the public domain) has a hundred novels
-of each language as TEI. An archive holds such TEI files, or jsonl files that were made of them before: names beginning
-with `english` or `german`, those of the held-out part with `heldout` in them. Writes english.jsonl, german.jsonl,
-english-heldout.jsonl and german-heldout.jsonl, a document of about 20,000 characters a line: {"text", "id"}.
+of each language as TEI. An archive contains such TEI files, or jsonl files made from them: names that begin with
+`english` or `german`, validation files with `heldout` in the name. Writes english.jsonl, german.jsonl,
+english-heldout.jsonl and german-heldout.jsonl, one document of about 20,000 characters a line: {"text", "id"}.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _ADDRESS = "https://github.com/COST-ELTeC/{name}/archive/refs/heads/master.tar.g
 _TEI = "{http://www.tei-c.org/ns/1.0}"
 _BLOCKS = {_TEI + name for name in ("head", "p", "l")}  # headings, paragraphs, lines of verse
 _DOCUMENT_CHARACTERS = 20_000
-_HELD_OUT_OF = 20  # one novel in so many
+_NOVELS_PER_VALIDATION_NOVEL = 20
 
 
 class FetchError(Exception):
-    """The text cannot be had; the message says why."""
+    """The text is not available; the message says why."""
 
 
 def main() -> int:
-    """Make the four files, unless they are there."""
+    """Write the four files, unless they exist."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--archive", type=Path, help="a tar archive of TEI or jsonl files in place of the network")
+    parser.add_argument("--archive", type=Path, help="a tar archive of TEI or jsonl files, instead of the network")
     options = parser.parse_args()
     wanted = [options.folder / f"{name}{part}.jsonl" for name in REPOSITORIES for part in ("", "-heldout")]
     if all(path.exists() for path in wanted):
@@ -54,13 +54,13 @@ def main() -> int:
         else:
             from_github(options.folder)
     except (FetchError, OSError, HTTPException, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        print(f"fetch_novels: {error or 'what was received ends too soon'}; nothing was kept of it", file=sys.stderr)
+        print(f"fetch_novels: {error or 'the archive is truncated'}; nothing was written", file=sys.stderr)
         return 2
     return 0
 
 
 def from_github(folder: Path) -> None:
-    """Both collections, as their repositories have them now."""
+    """Download both collections in their current state."""
     for language, name in REPOSITORIES.items():
         address = _ADDRESS.format(name=name)
         print(f"fetch_novels: {address}", flush=True)
@@ -73,10 +73,10 @@ def from_github(folder: Path) -> None:
 
 
 def from_archive(path: Path, folder: Path) -> None:
-    """What an archive holds: jsonl files are taken as they are, TEI files are read.
+    """Copy the jsonl files of an archive; if a language has none, read its TEI files.
 
     Raises:
-        FetchError: it holds neither.
+        FetchError: the archive contains neither.
     """
     with tarfile.open(path) as archive:
         found = {member.name.rpartition("/")[2]: member for member in archive.getmembers() if member.isfile()}
@@ -94,7 +94,7 @@ def from_archive(path: Path, folder: Path) -> None:
 
 
 def novels_of(archive: tarfile.TarFile, starting_with: str = "") -> Iterator[tuple[str, str]]:
-    """(name, text) of every TEI file of a collection's level 1, by name; only text that a reader would see."""
+    """(name, text) of every TEI file of a collection's level 1, sorted by name; only visible text."""
     for member in sorted(archive.getmembers(), key=lambda member: member.name):
         folder, _, name = member.name.rpartition("/")
         if member.isfile() and folder.endswith("level1") and name.startswith(starting_with) and name.endswith(".xml"):
@@ -104,7 +104,7 @@ def novels_of(archive: tarfile.TarFile, starting_with: str = "") -> Iterator[tup
 
 
 def text_of(tei: bytes) -> str:
-    """The body of a TEI file as paragraphs; notes, page breaks and the header are left out."""
+    """The body of a TEI file as paragraphs, without notes, page breaks and the header."""
     body = ElementTree.fromstring(tei).find(f"{_TEI}text/{_TEI}body")
     if body is None:
         raise FetchError("a TEI file without a body")
@@ -113,7 +113,7 @@ def text_of(tei: bytes) -> str:
 
 
 def _blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
-    """Blocks in the order of the text; what holds none, such as a quotation of one line, is one itself."""
+    """Blocks in text order; an element without blocks, such as a one-line quotation, is a block itself."""
     for child in element:
         if child.tag == _TEI + "note":
             continue
@@ -132,7 +132,7 @@ def _visible(element: ElementTree.Element) -> Iterator[str]:
 
 
 def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> None:
-    """Both files of a language, or neither; a novel is held out whole, by the hash of its name.
+    """Write both files of a language, or neither; the hash of a novel's name decides whether it is for validation.
 
     Raises:
         FetchError: there is no novel.
@@ -141,28 +141,28 @@ def write(language: str, novels: Iterable[tuple[str, str]], folder: Path) -> Non
     parts = [folder / f"{language}.jsonl", folder / f"{language}-heldout.jsonl"]
     unfinished = [part.with_name(f".{part.name}.{os.getpid()}.tmp") for part in parts]
     try:
-        with unfinished[0].open("w") as kept, unfinished[1].open("w") as held_out:
+        with unfinished[0].open("w") as training, unfinished[1].open("w") as validation:
             for name, text in novels:
-                held = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_OF == 0
-                counts[held] += 1
+                is_validation = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _NOVELS_PER_VALIDATION_NOVEL == 0
+                counts[is_validation] += 1
                 for number, piece in enumerate(pieces(text)):
                     line = json.dumps({"text": piece, "id": f"{name}@{number:03d}"}, ensure_ascii=False)
-                    (held_out if held else kept).write(line + "\n")
+                    (validation if is_validation else training).write(line + "\n")
         if not all(counts):
             raise FetchError(
-                f"{language}: {counts[0]} novels and {counts[1]} held-out ones were found, which cannot be"
+                f"{language}: found {counts[0]} novels for training and {counts[1]} for validation, needs both"
             )
         for before, part in zip(unfinished, parts, strict=True):
-            if not part.exists():  # one that does is kept: only another file was missing
+            if not part.exists():  # an existing file stays: only the other one was missing
                 before.replace(part)
     finally:
         for path in unfinished:
             path.unlink(missing_ok=True)
-    print(f"fetch_novels: {language}: {counts[0]} novels, {counts[1]} held out", flush=True)
+    print(f"fetch_novels: {language}: {counts[0]} novels for training, {counts[1]} for validation", flush=True)
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A novel in documents of about 20,000 characters, cut between paragraphs."""
+    """Split a novel between paragraphs into documents of about 20,000 characters."""
     piece: list[str] = []
     length = 0
     for paragraph in text.split("\n\n"):

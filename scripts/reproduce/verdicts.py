@@ -1,13 +1,13 @@
-"""Claims and their verdicts: a difference against its standard error over seeds, by rules that were fixed beforehand.
+"""Claims and their verdicts: a difference compared with its standard error over seeds, by rules fixed in advance.
 
 A claim has one or more parts, each a difference that is paired by seed:
 
-- *above*: the claim says that d > 0. Shown where mean d > 2 standard errors, contradicted where mean d < -2 of them.
-- *within*: the claim says that d is no more than a margin of 1 % of the reference loss (to one side, or to both with
-  "level"). Shown where d + 2 standard errors stays within it, contradicted where d - 2 of them lies beyond.
+- *above*: the claim is d > 0. Shown if mean d > 2 standard errors, contradicted if mean d < -2 standard errors.
+- *within*: the claim is that d is at most a margin of 1 % of the reference loss (on one side, or on both sides with
+  "level"). Shown if d + 2 standard errors is within the margin, contradicted if d - 2 standard errors is beyond it.
 
-Everything between is "not shown". A claim is shown where all its parts are, contradicted where one is. A single seed
-has no standard error: the part is then told by its sign alone, as "as claimed" or "not as claimed", and never as shown.
+Everything between is "not shown". A claim is shown if all its parts are, contradicted if one is. A single seed has no
+standard error: the sign of d then decides between "as claimed" and "not as claimed"; such a part is never "shown".
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Losses = Mapping[str, float]
 
 @dataclass(frozen=True)
 class End:
-    """What a run came to, in nats per token.
+    """The final numbers of a run, in nats per token.
 
     Attributes:
         losses: the final loss on every dataset.
-        forgetting: of the old data; NaN where nothing can be forgotten.
-        rise: the most that the loss on English rose, within a stage behind the first, above where that stage began.
+        forgetting: of the old data; NaN if there is none.
+        rise: the largest rise of the English loss above its value at a stage's start, over all stages after the first.
     """
 
     losses: Losses
@@ -46,19 +46,19 @@ class End:
 
 
 Runs = Mapping[tuple[str, int], End]
-"""By (sweep/arm without its seed, seed)."""
+"""By (sweep/run without its seed, seed)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One difference that a claim rests on.
+    """One difference that is evidence for a claim.
 
     Attributes:
-        what: in words.
-        runs: the arms that it needs, each with the seed left out of its name.
+        what: its description in the table.
+        runs: the sweep runs that it needs, each without the seed in its name.
         difference: of one seed, in nats per token.
-        rule: above, within (one side) or level (both sides).
-        reference: the loss that a margin is a share of; for above it is not used.
+        rule: above, within (one side) or level (both sides); see the module's docstring.
+        reference: the loss whose 1 % is the margin; not used by above.
     """
 
     what: str
@@ -79,11 +79,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured of a part.
+    """The measured difference of a part, and its verdict.
 
     Attributes:
         error: standard error of the mean difference over seeds; None with one seed.
-        margin: what the rule allows; 0 for above.
+        margin: the largest difference that the rule allows; 0 for above.
     """
 
     part: Part
@@ -95,7 +95,7 @@ class Finding:
 
 
 def judge(part: Part, runs: Runs) -> Finding:
-    """The finding over all seeds of which every run that the part needs is there."""
+    """The finding over all seeds for which every run of the part has a result."""
     seeds = sorted({seed for _, seed in runs})
     whole = [seed for seed in seeds if all((name, seed) in runs for name in part.runs)]
     if not whole:
@@ -108,7 +108,7 @@ def judge(part: Part, runs: Runs) -> Finding:
 
 
 def verdict_of(rule: str, difference: float, error: float | None, margin: float) -> Verdict:
-    """The rule of the module's first lines."""
+    """Apply the rules of the module's docstring."""
     value = abs(difference) if rule == "level" else difference
     if error is None:
         good = value > 0 if rule == "above" else value <= margin
@@ -121,18 +121,18 @@ def verdict_of(rule: str, difference: float, error: float | None, margin: float)
 
 
 def verdict_on(findings: Sequence[Finding]) -> Verdict:
-    """Of a claim, from those on its parts."""
+    """The verdict on a claim: the worst of those on its parts."""
     found = {finding.verdict for finding in findings}
     order: tuple[Verdict, ...] = ("contradicted", "not as claimed", "not run", "not shown", "as claimed", "shown")
     return next(verdict for verdict in order if verdict in found)
 
 
-def _loss(dataset: str, arm: str) -> Callable[[Mapping[str, End]], float]:
-    return lambda ends: ends[arm].losses[dataset]
+def _loss(dataset: str, run: str) -> Callable[[Mapping[str, End]], float]:
+    return lambda ends: ends[run].losses[dataset]
 
 
 def claims(prefix: str = "") -> list[Claim]:
-    """C1 to C10; `prefix` is `quick_` for the arms of the short set, which has those of C1, C2 and C6 alone."""
+    """C1 to C10; `prefix` is `quick_` for the runs of the short set, which tests only C1, C2 and C6."""
     new = "german"
     none, some, ten, quarter = (f"{prefix}replay/fraction-{share}" for share in ("0", "0.01", "0.1", "0.25"))
     five = f"{prefix}replay/fraction-0.05"
@@ -205,11 +205,11 @@ def _c3(none: str, five: str) -> Claim:
 
 def _c4(one_percent: str) -> Claim:
     def part(share: str, percent: str) -> Part:
-        arm = f"warmup/warmup_until-{share}"
+        run = f"warmup/warmup_until-{share}"
         return Part(
             f"German, warm-up of {percent} % minus 1 %",
-            [arm, one_percent],
-            lambda e: e[arm].losses["german"] - e[one_percent].losses["german"],
+            [run, one_percent],
+            lambda e: e[run].losses["german"] - e[one_percent].losses["german"],
             "level",
             _loss("german", one_percent),
         )
@@ -251,12 +251,12 @@ def _c8() -> Claim:
     parts = [
         Part(
             f"English, {name.replace('-', ' ')} minus cosine",
-            [arm, cosine],
-            lambda e, arm=arm: e[arm].losses["english"] - e[cosine].losses["english"],
+            [run, cosine],
+            lambda e, run=run: e[run].losses["english"] - e[cosine].losses["english"],
             "level",
             _loss("english", cosine),
         )
-        for name, arm in ((name, f"infinite/lr-{name}") for name in ("infinite-cosine", "infinite-inv-sqrt"))
+        for name, run in ((name, f"infinite/lr-{name}") for name in ("infinite-cosine", "infinite-inv-sqrt"))
     ]
     return Claim("C8", "infinite schedules end level with a cosine on one dataset", parts)
 

@@ -1,4 +1,4 @@
-"""The small reproduction: verdicts by the stated rules, arms that the claims name, its budget, its text."""
+"""The small reproduction: verdicts by the stated rules, the runs that the claims name, its budget, its text."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def end(english, german=1.0, forgetting=0.0, rise=0.0):
         ("above", -0.2, 0.1, 0.0, "not shown"),
         ("above", -0.3, 0.1, 0.0, "contradicted"),
         ("within", 0.01, 0.01, 0.04, "shown"),  # 0.03 <= 0.04
-        ("within", -1.0, 0.01, 0.04, "shown"),  # better than asked
+        ("within", -1.0, 0.01, 0.04, "shown"),  # better than required
         ("within", 0.03, 0.01, 0.04, "not shown"),  # 0.05 > 0.04 > 0.01
         ("within", 0.07, 0.01, 0.04, "contradicted"),  # 0.05 > 0.04
         ("level", -1.0, 0.01, 0.04, "contradicted"),
@@ -52,8 +52,8 @@ def end(english, german=1.0, forgetting=0.0, rise=0.0):
         ("level", -0.05, None, 0.04, "not as claimed"),
     ],
 )
-def test_a_verdict_is_the_difference_against_two_standard_errors(rule, difference, error, margin, expected):
-    """By hand; a single seed is told by its sign and never as shown."""
+def test_a_verdict_compares_the_difference_with_two_standard_errors(rule, difference, error, margin, expected):
+    """Computed by hand; the sign decides for a single seed, which is never "shown"."""
     assert verdict_of(rule, difference, error, margin) == expected
 
 
@@ -77,8 +77,8 @@ def test_a_margin_is_one_per_cent_of_the_reference():
     assert (found.margin, found.verdict) == (pytest.approx(0.04), "as claimed")
 
 
-def test_a_claim_is_as_good_as_its_worst_part():
-    """One contradicted part contradicts it; one that was not run leaves it open."""
+def test_the_worst_part_decides_a_claim():
+    """One contradicted part contradicts the claim; one that was not run leaves it open."""
     part = Part("x", ["a"], lambda e: e["a"].losses["english"])
     good = judge(part, {("a", seed): end(1.0 + 0.01 * seed) for seed in (0, 1)})
     bad = judge(part, {("a", seed): end(-1.0 - 0.01 * seed) for seed in (0, 1)})
@@ -90,45 +90,48 @@ def test_a_claim_is_as_good_as_its_worst_part():
 
 
 @pytest.mark.parametrize(("prefix", "sweeps"), [("", reproduce.FULL), ("quick_", reproduce.QUICK)])
-def test_every_arm_that_a_claim_names_is_trained(prefix, sweeps):
-    """Under the very name that its results are found by; C1 to C10 in the full set, three of them in the short one."""
-    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
-    names = {f"{arm.folder.parent.name}/{arm.folder.name.rpartition('seed-')[0].rstrip('_')}" for arm in arms}
-    names |= {f"{arm.folder.parent.name}/{arm.folder.name}" for arm in arms}
+def test_every_run_that_a_claim_names_is_trained(prefix, sweeps):
+    """Under the name of its result; C1 to C10 in the full set, three of them in the short one."""
+    sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+    names = {
+        f"{sweep_run.folder.parent.name}/{sweep_run.folder.name.rpartition('seed-')[0].rstrip('_')}"
+        for sweep_run in sweep_runs
+    }
+    names |= {f"{sweep_run.folder.parent.name}/{sweep_run.folder.name}" for sweep_run in sweep_runs}
     names = {name if not name.endswith("/") else name + name[:-1] for name in names} | {"english/english"}
-    asked = claims(prefix)
-    needed = {name for claim in asked for part in claim.parts for name in part.runs}
+    tested = claims(prefix)
+    needed = {name for claim in tested for part in claim.parts for name in part.runs}
 
     assert needed - names == set()
-    assert [claim.name for claim in asked] == (["C1", "C2", "C6"] if prefix else [f"C{n}" for n in range(1, 11)])
+    assert [claim.name for claim in tested] == (["C1", "C2", "C6"] if prefix else [f"C{n}" for n in range(1, 11)])
 
 
 @pytest.mark.parametrize(("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25)])
-def test_the_arms_fit_their_budget(sweeps, hours):
-    """On two cores at the measured speed, what is shared counted once; no arm over 20 minutes."""
-    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+def test_the_runs_fit_their_budget(sweeps, hours):
+    """On two cores at the measured speed, shared stages counted once; no run over 20 minutes."""
+    sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
     own, shared = 0, {}
-    for arm in arms:
-        count = count_shared_stages(arm, arms)
-        seconds = [stage.steps * arm.plan.step_tokens / TOKENS_PER_SECOND for stage in arm.plan.stages]
+    for sweep_run in sweep_runs:
+        count = count_shared_stages(sweep_run, sweep_runs)
+        seconds = [stage.steps * sweep_run.plan.step_tokens / TOKENS_PER_SECOND for stage in sweep_run.plan.stages]
         own += sum(seconds[count:])
         if count:
-            shared[json.dumps(arm.plan.recipe_until(count - 1))] = sum(seconds[:count])
+            shared[json.dumps(sweep_run.plan.recipe_until(count - 1))] = sum(seconds[:count])
         assert sum(seconds) < 20 * 60
 
     assert (own + sum(shared.values())) / 2 / 3600 < hours
 
 
 def test_every_claim_gets_a_seed_before_any_gets_one_more():
-    """25 arms of seed 0, on which every claim has a verdict, then those of seed 1; the headline's first in each."""
-    arms = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in reproduce.FULL])
-    order = [arm for _, arm in reproduce.in_turn(list(enumerate(arms)))]
+    """25 runs of seed 0, enough for a verdict on every claim, then those of seed 1; joint training and replay first."""
+    sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in reproduce.FULL])
+    order = [sweep_run for _, sweep_run in reproduce.in_turn(list(enumerate(sweep_runs)))]
 
-    assert [arm.config.job.seed for arm in order] == [0] * 25 + [1] * 25 + [2] * 25
-    assert [arm.folder.parent.name for arm in order[25:34]] == ["union"] + ["replay"] * 6 + ["constant"] * 2
+    assert [sweep_run.config.job.seed for sweep_run in order] == [0] * 25 + [1] * 25 + [2] * 25
+    assert [sweep_run.folder.parent.name for sweep_run in order[25:34]] == ["union"] + ["replay"] * 6 + ["constant"] * 2
 
 
-# What a run came to
+# Final numbers of a run
 
 
 @pytest.fixture
@@ -161,10 +164,10 @@ def finished(tmp_path):
     return folder
 
 
-def test_a_result_is_kept_thinned_and_read_again(finished, tmp_path):
-    """Every 20th step, all measurements, no checkpoints; what it came to is the same as of the whole run."""
+def test_a_result_is_stored_thinned_and_read_again(finished, tmp_path):
+    """Every 20th step, all validations, no checkpoints; its final numbers are those of the whole run."""
     kept = tmp_path / "results" / "replay" / finished.name
-    reproduce.keep(finished, kept)
+    reproduce.store_result(finished, kept)
     lines = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
     found = reproduce.results(tmp_path / "results", ("replay",))
 
@@ -176,7 +179,7 @@ def test_a_result_is_kept_thinned_and_read_again(finished, tmp_path):
 
 
 def test_the_tables_say_what_was_not_run(finished):
-    """All ten claims, the arm's numbers, and no verdict where arms are lacking."""
+    """All ten claims, the run's numbers, and no verdict if runs are missing."""
     text = reproduce.tables(claims(), reproduce.results(finished.parents[1], ("replay",)))
 
     assert text.count("**not run**") == 10
@@ -212,7 +215,7 @@ def archive_of(path, files):
     return path
 
 
-def test_an_archive_of_tei_holds_novels_out_whole(tmp_path, monkeypatch, capsys):
+def test_an_archive_of_tei_is_split_by_whole_novels(tmp_path, monkeypatch, capsys):
     """Fifty of each language: no novel is in both parts, about one in twenty is held out; level 1 alone is read."""
     names = [f"{code}{number:03d}" for code in ("ENG", "DEU") for number in range(50)]
     files = {f"ELTeC/level1/{name}.xml": TEI.encode() for name in names}
@@ -230,8 +233,8 @@ def test_an_archive_of_tei_holds_novels_out_whole(tmp_path, monkeypatch, capsys)
     assert 1 <= len(novels("german-heldout.jsonl")) <= 8
 
 
-def test_an_archive_of_jsonl_is_taken_as_it_is(tmp_path):
-    """Held-out files by their names."""
+def test_an_archive_of_jsonl_is_copied(tmp_path):
+    """Validation files by their names."""
     line = b'{"text": "x", "id": "n@000"}\n'
     names = [f"novels/{language}_c{part}.jsonl" for language in ("english", "german") for part in ("", ".heldout")]
     fetch_novels.from_archive(archive_of(tmp_path / "a.tar.xz", dict.fromkeys(names, line)), tmp_path)
@@ -239,17 +242,17 @@ def test_an_archive_of_jsonl_is_taken_as_it_is(tmp_path):
     assert [(tmp_path / f"{name}.jsonl").read_bytes() for name in ("english", "german-heldout")] == [line, line]
 
 
-def test_an_archive_without_novels_is_told(tmp_path, monkeypatch, capsys):
+def test_an_archive_without_novels_is_refused(tmp_path, monkeypatch, capsys):
     """Status 2 with the reason, and no empty file left to be taken for text."""
     path = archive_of(tmp_path / "a.tar.xz", {"readme": b"nothing"})
     monkeypatch.setattr(sys, "argv", ["fetch_novels.py", str(tmp_path / "out"), "--archive", str(path)])
 
     assert fetch_novels.main() == 2
-    assert "english: 0 novels and 0 held-out ones were found" in capsys.readouterr().err
+    assert "english: found 0 novels for training and 0 for validation" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
-def test_a_download_that_breaks_off_leaves_nothing_that_is_taken_for_text(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_download_leaves_no_text_files(tmp_path, monkeypatch, capsys):
     """German ends in the middle: status 2, its files are not there, and the next call fetches it again."""
     for language, code in (("eng", "ENG"), ("deu", "DEU")):
         files = {f"ELTeC-{language}-master/level1/{code}{number:03d}.xml": TEI.encode() for number in range(50)}
