@@ -63,6 +63,23 @@ def test_every_link_leads_to_a_file(page):
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_section_leads_to_a_heading(page):
+    """`#one-gpu` needs a heading "One GPU" on the page of the link."""
+    links = re.findall(r"\]\(([^):#]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    broken = [
+        f"{path}#{anchor}" for path, anchor in links if anchor not in anchors(page.parent / path if path else page)
+    ]
+
+    assert broken == []
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_reading_order_is_ten_files():
     """docs/reading_order.md names ten files, no more."""
     files = re.findall(r"^\d+\. \[", (ROOT / "docs" / "reading_order.md").read_text(), flags=re.MULTILINE)
