@@ -510,7 +510,7 @@ def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeyp
             log.event(f"e{number}")
         trouble = log.trouble
         with pytest.raises(OSError, match="File too large"):
-            log.secure()
+            log.fsync()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     log.event("last")

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch.optim import AdamW
 
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
@@ -27,7 +28,7 @@ from titan_cpt.data.inventory import open_sources, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.distributed.build import build_parallel_model
-from titan_cpt.distributed.device_mesh import build_mesh
+from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
@@ -88,7 +89,6 @@ def build(
     model, pipeline_stages, compute_copy = build_parallel_model(plan.spec, mesh, options)
     adamw = plan.stages[0].optimizer
     optimizer = build_adamw(model, lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay)
-
     checkpoints = CheckpointManager(
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
@@ -101,16 +101,10 @@ def build(
             check_same_machine(found, process)
         notes = list(_weight_notes(config, plan, checkpoints, found))
     _print_notes(console, notes)
-    log = _open_log(config, plan, process, folder)
-    _print_notes(console, log.problems)
-    if found is not None and process.rank == 0:
-        _log_changed_settings(log, console, changed_settings(folder / CONFIG_FILE, config))
-    if process.rank == 0:
-        write_run_config(folder / CONFIG_FILE, config)
-        write_text_atomically(folder / PLAN_FILE, json.dumps(plan_as_json(plan), indent=1))
+    log = _start_log(config, plan, process, folder, console, resumed=found is not None)
     run_step = 0 if found is None else found.manifest["run_step"]
     display = Display(plan, console, steps_done=run_step, shown=process.rank == 0)
-    checkpoints.before_save = log.secure
+    checkpoints.before_save = log.fsync
     checkpoints.on_saved = partial(log_saved, log, display)
     checkpoints.on_failed = partial(log_save_failed, log, display)
     state = kind(
@@ -122,31 +116,15 @@ def build(
         model=model,
         runner=make_runner(pipeline_stages, compute_copy, mesh, options),
         optimizer=optimizer,
-        guard=UpdateGuard(
-            optimizer,
-            spike_window=config.training.loss_spike_window,
-            spike_z_score=math.inf if config.training.on_loss_spike == "log" else config.training.loss_spike_z_score,
-        ),
+        guard=_build_guard(config, optimizer),
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         reader=SequenceReader(data.training, seq_len=plan.seq_len, seed=plan.seed),
-        validator=Validator(
-            data.validation,
-            data.tokenizer.token_byte_lengths(),
-            sequences=config.validation.sequences,
-            seq_len=plan.seq_len,
-            local_batch=config.validation.local_batch_size or plan.local_batch_size,
-            mesh=mesh,
-        ),
+        validator=_build_validator(config, plan, data, mesh),
         checkpoints=checkpoints,
         identities=data.identities,
         log=log,
         display=display,
-        profiler=Profiler(
-            folder,
-            every_steps=config.profiling.profile_freq if config.profiling.enable_profiling else None,
-            rank=process.rank,
-            on_failed=display.say,
-        ),
+        profiler=_build_profiler(config, process, folder, display),
         stop=stop,
     )
     return state, found
@@ -217,6 +195,49 @@ def _weight_notes(
 def _print_notes(console: Console, notes: Sequence[str]) -> None:
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:
+    training = config.training
+    return UpdateGuard(
+        optimizer,
+        spike_window=training.loss_spike_window,
+        spike_z_score=math.inf if training.on_loss_spike == "log" else training.loss_spike_z_score,
+    )
+
+
+def _build_validator(config: Config, plan: Plan, data: _Data, mesh: Mesh) -> Validator:
+    return Validator(
+        data.validation,
+        data.tokenizer.token_byte_lengths(),
+        sequences=config.validation.sequences,
+        seq_len=plan.seq_len,
+        local_batch=config.validation.local_batch_size or plan.local_batch_size,
+        mesh=mesh,
+    )
+
+
+def _build_profiler(config: Config, process: ProcessInfo, folder: Path, display: Display) -> Profiler:
+    return Profiler(
+        folder,
+        every_steps=config.profiling.profile_freq if config.profiling.enable_profiling else None,
+        rank=process.rank,
+        on_failed=display.say,
+    )
+
+
+def _start_log(
+    config: Config, plan: Plan, process: ProcessInfo, folder: Path, console: Console, *, resumed: bool
+) -> MetricsLog:
+    """Open the metrics log, log settings that changed since the last session, and write config.toml and plan.json."""
+    log = _open_log(config, plan, process, folder)
+    _print_notes(console, log.problems)
+    if process.rank == 0:
+        if resumed:
+            _log_changed_settings(log, console, changed_settings(folder / CONFIG_FILE, config))
+        write_run_config(folder / CONFIG_FILE, config)
+        write_text_atomically(folder / PLAN_FILE, json.dumps(plan_as_json(plan), indent=1))
+    return log
 
 
 def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) -> MetricsLog:

@@ -1,8 +1,8 @@
-"""What a run writes down: metrics.jsonl and TensorBoard, the speed, the share of the device's peak, the memory.
+"""Writes metrics.jsonl and TensorBoard curves: losses, gradient norms, tokens/s, MFU, memory, events.
 
-The device's numbers of each step stay on the device until `flush`, so that a step waits for nothing. metrics.jsonl is
-the record: reports, forgetting and summaries are read from it, by metrics_file.py, which also knows which of its lines
-count after a crash, a rollback or a stage that is trained again. TensorBoard gets the same curves, without steps twice.
+Losses and gradient norms stay on the device until `flush`, so that a step has no host sync. Reports, forgetting and
+summaries are computed from metrics.jsonl; common/metrics_file.py reads it and knows which of its lines count after a
+crash, a rollback or a stage that was trained again. TensorBoard gets the same curves, without duplicate steps.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from torch import Tensor
 from titan_cpt.common.metrics_file import Metrics, losses_before, open_record, read_metrics
 from titan_cpt.common.run_folder import METRICS_FILE
 
-# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
+# Dense bfloat16 peak of one device, FLOP/s, from the data sheets.
 _CUDA_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
 class ScalarWriter(Protocol):
-    """The part of TensorBoard's SummaryWriter that is used here."""
+    """The methods of TensorBoard's SummaryWriter that are used here."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """One point of one curve."""
 
     def flush(self) -> None:
-        """Bring what was added to the disk."""
+        """Write buffered points to the disk."""
 
     def close(self) -> None:
-        """Flush and let go of the file."""
+        """Flush and close the file."""
 
 
 class MetricsLog:
-    """Writes a run's record; on ranks other than 0 it only keeps time.
+    """Writes a run's metrics; on ranks other than 0 it only measures the time.
 
     Args:
         run: the run's folder.
         writing: whether this rank writes.
-        tensorboard: opens TensorBoard's writer, given the step from which older points of every curve are obsolete
-            (`purge_step`), None for none. It is called at the first point, so that a run with nothing to do leaves no
-            events file. None for a run without TensorBoard.
-        flops_per_token: of training, for the share of the peak.
-        peak_flops: of all ranks together, FLOP/s; NaN where it is not known.
+        tensorboard: opens a TensorBoard writer, given the step from which older points are obsolete (`purge_step`) or
+            None. It is called at the first point, so that a run with nothing to do writes no events file. None for a
+            run without TensorBoard.
+        flops_per_token: of training, for MFU.
+        peak_flops: of all ranks together, FLOP/s; NaN where it is unknown.
         stages: names in the order of the plan.
 
     Raises:
-        DataError: the record cannot be opened. Damaged lines are named in `problems`.
+        DataError: metrics.jsonl cannot be opened. Damaged lines are named in `problems`.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class MetricsLog:
         self._record = open_record(run / METRICS_FILE) if writing else None
         self._unwritten = b""
         self.trouble = ""
-        """Why lines wait in memory for room on the disk; empty while all is well."""
+        """Why lines could not be written and wait in memory; empty if there are none."""
         recorded = read_metrics(run, stages) if writing else Metrics()
         self.problems = recorded.problems
-        """What of an earlier record could not be read."""
+        """Lines of the existing metrics.jsonl that could not be read."""
         self.before = losses_before(recorded)
-        """By (stage, dataset), the loss at step 0 from which forgetting is counted and the identity of what was
-        measured, None in lines of older versions."""
+        """Baselines of forgetting by (stage, dataset): the loss at step 0, and the identity of its validation set (None
+        in lines of older versions)."""
         self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
-        """The `start` event of the session before."""
+        """The `start` event of the last session."""
         self._identities = {line["dataset"]: line.get("validation_id") for line in recorded.validations}
         self._open_tensorboard = tensorboard
         self._tensorboard: ScalarWriter | None = None
         self._obsolete_from: int | None = None
-        self._newest_point = math.inf  # an earlier session may have drawn any step
+        self._newest_point = math.inf  # an earlier session may have written any step
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._tokens = 0
@@ -95,19 +95,19 @@ class MetricsLog:
     def step(
         self, numbers: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
     ) -> None:
-        """Keep one step: what the host knows, and what the device still computes.
+        """Add a step: values known on the host, and tensors that the device may still compute.
 
         Args:
-            health: what `UpdateGuard.observe` returned.
+            health: the result of `UpdateGuard.observe`; None for a skipped batch.
         """
-        told = torch.zeros(2, device=loss.device) if health is None else health
-        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float(), *told])))
+        flags = torch.zeros(2, device=loss.device) if health is None else health
+        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float(), *flags])))
         self._tokens += tokens
 
     def flush(self) -> list[dict[str, Any]]:
-        """Wait for the device, write the steps kept, and return their lines.
+        """Wait for the device, write the steps added since the last call, and return their lines.
 
-        The lines returned hold two more keys: whether the guard held the step back, and its loss's z-score.
+        The returned lines have two more keys: whether the guard held the step back, and its loss's z-score.
         """
         if not self._pending:
             return []
@@ -134,11 +134,11 @@ class MetricsLog:
         return lines
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what was not training: validation, saving, waiting."""
+        """Exclude from tokens/s what was not training: validation, saving, waiting."""
         self._since, self._tokens = time.perf_counter(), 0
 
     def validation(self, line: dict[str, Any], run_step: int) -> None:
-        """One dataset's loss; in TensorBoard too, unless it is measured again at a step that has its point there."""
+        """Write a validation loss; also to TensorBoard, unless its step has a point there (measured again)."""
         self._write({"kind": "validation", **line})
         if line.get("measured_again"):
             self._sync()
@@ -154,12 +154,12 @@ class MetricsLog:
         self._sync()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Something that happened: start, transition, checkpoint, anneal, resume, skip, stop."""
+        """Write an event: start, transition, checkpoint, anneal, resume, skip, stop."""
         self._write({"kind": "event", "name": name, "time": time.time(), **fields})
         self._sync()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Write what is left and close the files."""
         record, self._record = self._record, None
         if record is not None:
             try:
@@ -170,7 +170,7 @@ class MetricsLog:
             self._tensorboard.close()
 
     def rewind(self, run_step: int) -> None:
-        """Training continues after this step of the run: TensorBoard hides what its curves hold of later ones."""
+        """Training continues after this step of the run: TensorBoard hides points of later steps."""
         if run_step < self._newest_point:
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -182,19 +182,19 @@ class MetricsLog:
             self._unwritten += (json.dumps(finite) + "\n").encode()
 
     def _sync(self) -> None:
-        """Bring what was written to the disk; where there is no room, it waits in memory and training goes on."""
+        """Write to the disk; if it is full, the lines wait in memory and training continues."""
         try:
-            self.secure()
+            self.fsync()
         except OSError as error:
             self.trouble = (
                 f"{METRICS_FILE} cannot be written: {error.strerror}; {len(self._unwritten)} bytes wait in memory"
             )
 
-    def secure(self) -> None:
-        """All that was written is on the disk when this returns: no checkpoint is made before what led to it.
+    def fsync(self) -> None:
+        """Write all lines to the disk before returning: no checkpoint is newer than the metrics on the disk.
 
         Raises:
-            OSError: it could not be; nothing is lost, and the next call tries again.
+            OSError: they could not be written; nothing is lost, and the next call tries again.
         """
         if self._record is not None:
             self._write_out(self._record)
@@ -215,20 +215,20 @@ class MetricsLog:
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(tag, value, run_step)
             self._newest_point = max(self._newest_point, run_step)
-        except OSError as error:  # its writing thread found no room; the record continues without the curves
+        except OSError as error:  # its writer thread found the disk full; metrics.jsonl continues without the curves
             self._tensorboard = self._open_tensorboard = None
             self.event("tensorboard_lost", why=str(error))
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What the numbers were made with: the program, torch, Python and the device."""
+    """Versions of titan_cpt, torch and Python, and the device."""
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     ours = metadata.version("titan_cpt")
     return {"titan_cpt": ours, "torch": torch.__version__, "python": platform.python_version(), "on": cuda}
 
 
 def memory_gib() -> float:
-    """Peak memory of this process: what CUDA reserved where there is CUDA, else resident."""
+    """Peak memory of this process in GiB: memory reserved by torch on CUDA, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB here
@@ -238,7 +238,7 @@ def memory_gib() -> float:
 def peak_flops(device: torch.device) -> float:
     """Dense bfloat16 peak of one device, FLOP/s, from its data sheet; NaN for a CPU or a GPU without an entry.
 
-    A CPU's peak is not known: measured products of matrices differ by a factor of two from one second to the next.
+    A CPU's peak is unknown: measured matrix products differ by a factor of two from one second to the next.
     """
     if device.type != "cuda":
         return math.nan

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, one plain line an interval elsewhere, and messages."""
+"""What a run prints: a progress bar on a terminal, a line per logging interval elsewhere, and messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from titan_cpt.planning.plan import Plan, StagePlan
 
 
 class Display:
-    """Shows how far the run is.
+    """Prints the progress of a run.
 
     Args:
-        steps_done: steps of the whole run that need not be taken any more.
-        shown: whether this rank speaks at all.
+        steps_done: steps of the whole run that earlier sessions did.
+        shown: whether this rank prints.
     """
 
     def __init__(self, plan: Plan, console: Console, *, steps_done: int, shown: bool) -> None:
@@ -30,7 +30,7 @@ class Display:
         self._task = TaskID(0)
 
     def begin_stage(self, stage: StagePlan, done: int) -> None:
-        """Open the stage's bar."""
+        """Start the stage's progress bar."""
         if self._shown and self._console.is_terminal:
             title = f"stage {self._number(stage)} {stage.name}"
             columns = (TextColumn("[bold]{task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"))
@@ -38,22 +38,22 @@ class Display:
             self._task = self._live.add_task(title, total=stage.steps, completed=done, text="")
             self._live.start()
 
-    def transition(self, stage: StagePlan, carried: Mapping[str, str]) -> None:
-        """Say what a stage begins with: weights, optimizer and LR, and the place in every dataset it reads."""
+    def transition(self, stage: StagePlan, start: Mapping[str, str]) -> None:
+        """Print what a stage starts from: weights, optimizer, LR, and the position in every dataset."""
         self.say(f"stage {stage.name} begins")
-        for what, value in carried.items():
+        for what, value in start.items():
             self.say(f"  {what:<9} {value}")
         for leaf in sorted(leaves(stage.tree), key=lambda leaf: (leaf.replayed, leaf.source)):
-            self.say(f"  {'replay' if leaf.replayed else 'data':<9} {_place(leaf)}")
+            self.say(f"  {'replay' if leaf.replayed else 'data':<9} {_position(leaf)}")
 
     def end_stage(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the progress bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def step(self, stage: StagePlan, line: dict[str, Any]) -> None:
-        """Show the newest step."""
+        """Print a step."""
         if not self._shown:
             return
         text = self._text(stage, line)
@@ -63,7 +63,7 @@ class Display:
             self.say(f"stage {self._number(stage)} {stage.name} {text}")
 
     def say(self, message: str) -> None:
-        """A message of its own line."""
+        """Print a message on a line of its own."""
         if self._shown:
             self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
@@ -80,7 +80,7 @@ class Display:
         )
 
     def _eta(self, run_done: int, steps_left: int) -> str:
-        """At the mean pace of this session, validation and saving included."""
+        """Time left at this session's mean speed, including validation and checkpoints."""
         taken = run_done - self._begin_step
         if taken <= 0:
             return "?"
@@ -88,8 +88,8 @@ class Display:
         return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
 
 
-def _place(leaf: Leaf) -> str:
-    """Where a stage picks a dataset up; sequences are counted from 0, in the order of training."""
+def _position(leaf: Leaf) -> str:
+    """Where a stage starts in a dataset; sequences are counted from 0, in the order of training."""
     if not leaf.replayed:
         begins = "starts at its first sequence" if not leaf.first else f"continues at sequence {leaf.first:,}"
         return f"{leaf.source} {begins}"

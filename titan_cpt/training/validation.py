@@ -1,7 +1,9 @@
-"""Loss on every dataset's fixed held-out windows, and what of it counts as forgetting and as adaptation.
+"""Validation loss of every dataset, on fixed windows of its validation tokens.
 
-Forgetting of a dataset is its loss now minus its loss when the weights had just left it, which is step 0 of the first
-later stage; adaptation is the loss on the data that is new in a stage. Source: Ibrahim et al. 2024, section 5.
+    forgetting(dataset, step) = loss(dataset, step) - loss(dataset, step 0 of the first later stage)
+    adaptation(stage)         = loss on the data that is new in the stage, at its end
+
+Source: Ibrahim et al. 2024, arXiv:2403.08763, section 5.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class ValidationLoss:
 
     Attributes:
         nats_per_token: mean over all target tokens.
-        bits_per_byte: the same text's bits over its bytes, comparable between tokenizers and languages.
+        bits_per_byte: the same text's loss in bits, divided by its bytes; comparable between tokenizers.
     """
 
     nats_per_token: float
@@ -43,16 +45,16 @@ class ValidationLoss:
 
 
 class Validator:
-    """Measures what an engine runs on fixed windows, the same ones at every call and under every number of ranks.
+    """Measures the loss on fixed windows: the same ones at every call and on any number of ranks.
 
     Attributes:
-        identities: by name, 16 hexadecimal digits over what decides the loss besides the weights: the tokens, the
-            windows chosen of them, and the bytes of each id. Losses of two identities are not comparable.
+        identities: by dataset, 16 hexadecimal digits over everything but the weights that determines the loss: the
+            tokens, the windows, and the bytes of each id. Losses with different identities are not comparable.
 
     Args:
-        streams: held-out tokens by name.
-        token_bytes: int64 [vocabulary]; bytes that each id stands for.
-        sequences: windows of each stream, evenly spread; all of them where there are fewer.
+        streams: validation tokens by dataset.
+        token_bytes: int64 [V]; the number of bytes of each id's text.
+        sequences: windows per dataset, evenly spaced; all windows where there are fewer.
         seq_len: L.
         local_batch: B of one forward pass.
 
@@ -76,13 +78,13 @@ class Validator:
             if not stream.windows(seq_len):
                 raise DataError(
                     f"datasets.{name.replace('.', '.domains.')}.validation: {stream.tokens} tokens are fewer than one "
-                    f"sequence of {seq_len} + 1; give it more, or leave it out"
+                    f"sequence of {seq_len} + 1; give it more tokens, or remove it"
                 )
         self.token_bytes = torch.from_numpy(token_bytes).to(mesh.process.device)
         self.identities = {name: self._identity(stream, token_bytes) for name, stream in streams.items()}
 
     def _identity(self, stream: TokenSource, token_bytes: NDArray[np.int64]) -> str:
-        """The batch of a forward pass is left out: it changes the last bits of a loss and not what is measured."""
+        """The batch size is not part of it: it changes the last bits of a loss, not what is measured."""
         available = stream.windows(self.seq_len)
         chosen = [stream.fingerprint(), self.seq_len, available, min(available, self.sequences)]
         digest = hashlib.sha256(json.dumps(chosen).encode() + token_bytes.tobytes())
@@ -92,13 +94,13 @@ class Validator:
     def measure(
         self, engine: ModelRunner, *, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, ValidationLoss] | None:
-        """The loss on every stream; collective, the same result on every rank.
+        """The loss of every dataset; collective, the same result on every rank.
 
         Args:
-            interrupted: asked before each stream, on every rank, with the same answer; if true there is no result.
+            interrupted: called before each dataset, on every rank, with the same answer; if true, the result is None.
 
         Raises:
-            DataError: a stream cannot be read.
+            DataError: validation tokens cannot be read.
         """
         losses = {}
         for name, stream in self.streams.items():
@@ -113,7 +115,7 @@ class Validator:
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for start in range(0, len(windows), self.mesh.parallel_dims.data_parallel * rows):
             # Every rank runs every pass with a whole batch, since a sharded forward is collective and a pipeline's
-            # shapes are fixed; windows that stand in for missing ones count nothing.
+            # shapes are fixed; windows that fill up the last batch do not count.
             first = start + self.mesh.data_rank * rows
             mine = windows[first : first + rows]
             filled = mine + windows[:1] * (rows - len(mine))
@@ -123,6 +125,6 @@ class Validator:
             bytes_BL = self.token_bytes[batch[: len(mine), 1:]]
             sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():
-            dist.all_reduce(sums)  # ranks that share their sequences count them alike, which the ratios below undo
+            dist.all_reduce(sums)  # ranks that share sequences add them several times; the ratios below cancel that
         nats, counted, length = sums.tolist()
         return ValidationLoss(nats / counted, nats / math.log(2) / length if length else math.nan)
