@@ -1,6 +1,6 @@
-"""A checkpoint as a directory that transformers and vLLM load: config, tokenizer, sharded safetensors, model card.
+"""Checkpoint conversion to Hugging Face format, for transformers and vLLM: config, tokenizer, weights, model card.
 
-The weights go through one shard at a time, and each shard is read back and compared bit by bit before the next.
+Weights are converted one shard at a time. Each shard is read back and compared bit by bit before the next is written.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import read_config, tensors_of
 from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import open_released, weight_shapes
-from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
-from titan_cpt.checkpoint.model_card import bos_in_words, model_card
-from titan_cpt.checkpoint.provenance import Origin, find_tokenizer, legs, longest_sequence, origin
+from titan_cpt.checkpoint.hf_tokenizer import tokenizer_warning, write_tokenizer
+from titan_cpt.checkpoint.model_card import describe_bos, model_card
+from titan_cpt.checkpoint.provenance import (
+    BaseModelInfo,
+    find_base_model,
+    find_tokenizer,
+    max_sequence_length,
+    training_history,
+)
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.common.files import partial_folder
 from titan_cpt.common.run_folder import MANIFEST_FILE
@@ -43,20 +49,20 @@ def export(
     max_positions: int | None = None,
     log: Callable[[str], None],
 ) -> None:
-    """Write a checkpoint's weights, and what belongs to them, into a new folder.
+    """Convert a checkpoint to a Hugging Face model in a new folder.
 
     Args:
-        checkpoint: of a run, or an import.
-        out: must not be there yet.
-        dtype: a key of `DTYPES`; float32 keeps every bit.
-        tokenizer: "bytes", a tokenizer.json or a folder that holds one; left out, the run's own.
-        max_shard_bytes: of one file of weights, unless a single weight is larger.
-        max_positions: the longest sequence that config.json promises; left out, the longer of what the run was trained
-            on and what the release that it began from promises.
-        tell: is given each line for the user.
+        checkpoint: of a run, or an imported one.
+        out: must not exist, or be empty.
+        dtype: a key of `DTYPES`; float32 is exact.
+        tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
+        max_shard_bytes: largest weight file, unless a single weight is larger.
+        max_positions: max_position_embeddings in config.json; None for the larger of the run's training.seq_len and
+            the base model's max_position_embeddings.
+        log: called with each line to print.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, `out` is there, or what was written is not what is read back.
+        CheckpointError: the checkpoint is damaged, `out` exists, or a shard that is read back differs.
         OSError: `out` cannot be written.
         DataError: the tokenizer cannot be read, or is not the run's.
     """
@@ -66,32 +72,37 @@ def export(
         spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / MANIFEST_FILE}: {error}") from None
-    came_from = origin(record)
-    words = find_tokenizer(record, checkpoint, tokenizer, came_from)
-    positions = max_positions or longest_sequence(record, came_from)
+    base_model = find_base_model(record)
+    run_tokenizer = find_tokenizer(record, checkpoint, tokenizer, base_model)
+    positions = max_positions or max_sequence_length(record, base_model)
     with partial_folder(out) as partial:
         files = _write_weights(checkpoint, partial, spec, DTYPES[dtype], max_shard_bytes)
-        _write_settings(partial, spec, words, positions=positions, dtype=dtype, came_from=came_from)
+        _write_settings(partial, spec, run_tokenizer, positions=positions, dtype=dtype, base_model=base_model)
         warning = None
-        if words is not None:
-            write_tokenizer(words, partial, positions)
-            warning = warning_for_readers(partial, words, read_config(partial)["model_type"])
-        line = legs(record)
-        card = model_card(record, checkpoint, line, came_from, spec, dtype=dtype, tokenizer=words, warning=warning)
+        if run_tokenizer is not None:
+            write_tokenizer(run_tokenizer, partial, positions)
+            warning = tokenizer_warning(partial, run_tokenizer, read_config(partial)["model_type"])
+        history = training_history(record)
+        card = model_card(
+            record, checkpoint, history, base_model, spec, dtype=dtype, tokenizer=run_tokenizer, warning=warning
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if open_released(str(partial)).spec != spec:
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
     log(f"{out}: {spec.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     log(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
-    if words is not None and words.add_bos != words.adds_bos_itself:
-        log(f"note: {bos_in_words(words)}")
+    if run_tokenizer is not None and run_tokenizer.add_bos != run_tokenizer.adds_bos_itself:
+        log(f"note: {describe_bos(run_tokenizer)}")
     if warning is not None:
         log(f"note: {warning}")
-    log(f"tokenizer: {words.name}" if words else "no tokenizer: none is known for these weights; give --tokenizer PATH")
+    if run_tokenizer is not None:
+        log(f"tokenizer: {run_tokenizer.name}")
+    else:
+        log("no tokenizer: none is known for these weights; give --tokenizer PATH")
 
 
 def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
-    """Write the shards one after another, each read back at once; returns how many."""
+    """Write the shards one after another and read each one back; returns their number."""
     names, groups = hub_names(spec), list(_groups(spec, dtype, max_bytes))
     weight_map: dict[str, str] = {}
     total = 0
@@ -109,7 +120,7 @@ def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dt
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file with the mode that the umask gives: the library makes files that only their owner may read."""
+    """Write a safetensors file with the mode of the umask; the library would make it readable for its owner only."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt"})
@@ -117,7 +128,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _groups(spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Weights in the model's order, packed into shards."""
+    """Shards: weight name -> shape, in the model's order, of at most `max_bytes` each unless one weight is larger."""
     group: dict[str, tuple[int, ...]] = {}
     size = 0
     for name, lengths in weight_shapes(spec).items():
@@ -134,32 +145,38 @@ def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Ten
     try:
         with without_dist_warning():
             load({"model": weights}, storage_reader=ShardReader(checkpoint), no_dist=True)
-    except Exception as error:  # whatever went wrong
-        raise CheckpointError(f"{checkpoint}: its weights are not those of its manifest: {error}") from None
+    except Exception as error:  # any exception of DCP or safetensors
+        raise CheckpointError(f"{checkpoint}: its weights do not match its manifest: {error}") from None
     return weights
 
 
 def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, again in tensors_of(file):
         tensor = tensors[name]
-        kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16  # bits, so that a NaN is equal to itself
+        kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16  # compare bits, so that NaN equals NaN
         if again.dtype != tensor.dtype or not torch.equal(again.view(kind), tensor.view(kind)):
-            raise CheckpointError(f"{file}: {name} is not what was written; the disk may be failing")
+            raise CheckpointError(f"{file}: {name} differs from what was written; the disk may be failing")
 
 
 def _write_settings(
-    out: Path, spec: ModelSpec, words: Tokenizer | None, *, positions: int, dtype: str, came_from: Origin | None
+    out: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer | None,
+    *,
+    positions: int,
+    dtype: str,
+    base_model: BaseModelInfo | None,
 ) -> None:
-    """config.json and generation_config.json; without a begin-of-document id, the end-of-document id stands for it."""
+    """Write config.json and generation_config.json; without a begin-of-document id, bos_token_id is eos_token_id."""
     config = config_from_spec(spec, max_positions=positions, dtype=dtype)
-    released = came_from.config if came_from else {}
-    marks = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
-    if words is not None:
-        begin = words.eod_id if words.bos_id is None else words.bos_id
-        marks = {"bos_token_id": begin, "eos_token_id": words.eod_id}
-    # transformers' own defaults are ids that may mean anything here
-    marks = {"bos_token_id": None, "eos_token_id": None} | marks
-    (out / "config.json").write_text(json.dumps(config | marks, indent=2), encoding="utf-8")
+    released = base_model.config if base_model else {}
+    token_ids = {key: released[key] for key in ("bos_token_id", "eos_token_id") if released.get(key) is not None}
+    if tokenizer is not None:
+        begin = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+        token_ids = {"bos_token_id": begin, "eos_token_id": tokenizer.eod_id}
+    # None, not absent: transformers' defaults are ids of other vocabularies
+    token_ids = {"bos_token_id": None, "eos_token_id": None} | token_ids
+    (out / "config.json").write_text(json.dumps(config | token_ids, indent=2), encoding="utf-8")
     (out / "generation_config.json").write_text(
-        json.dumps({"_from_model_config": True, **marks}, indent=2), encoding="utf-8"
+        json.dumps({"_from_model_config": True, **token_ids}, indent=2), encoding="utf-8"
     )

@@ -1,6 +1,7 @@
-"""The files of a released model: config.json and weights in (sharded) safetensors or pytorch_model.bin, read in part.
+"""Files of a Hugging Face model: config.json, and weights in (sharded) safetensors or pytorch_model.bin.
 
-Nothing in them is ever executed: safetensors holds bytes alone, and a pytorch_model.bin is opened with `weights_only`.
+Weights are read by slices. Nothing in the files is executed: safetensors holds only bytes, and a pytorch_model.bin is
+opened with `weights_only`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from titan_cpt.errors import CheckpointError, how_to_install
 
-_REMEDY = "Get the files again, all of one release"
+_REMEDY = "Download all files of the model again"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_HUB_NOT = ("*/*", "consolidated*")  # other formats of the same weights
+_HUB_NOT = ("*/*", "consolidated*")  # the same weights in other formats
 _WEIGHT_LIKE = ("*.safetensors", "pytorch_model*.bin", "adapter_model.*", "consolidated*", "*.gguf")
-_MEAN_ROWS = 8192  # rows that are read at a time for a mean
+_MEAN_ROWS = 8192  # rows read at a time to compute their mean
 
 
 def released_folder(name: str) -> Path:
-    """The folder of a released model: a folder as it stands, or a hub name, downloaded unless it is in the cache.
+    """The folder of a Hugging Face model; a hub model is downloaded unless it is in the cache.
 
     Args:
-        name: a folder, or "OWNER/NAME", or "OWNER/NAME@REVISION" (a branch, tag or commit, as Pythia's "step3000").
+        name: a folder, or "OWNER/NAME", or "OWNER/NAME@REVISION" (branch, tag or commit, such as Pythia's "step3000").
 
     Raises:
         CheckpointError: it is neither, or the hub cannot be reached.
@@ -41,7 +42,7 @@ def released_folder(name: str) -> Path:
         fault = "is a file, not a folder" if Path(name).exists() else "not a folder"
         raise CheckpointError(f"{name}: {fault}; give a folder with a config.json, or a hub name such as OWNER/NAME")
     try:
-        from huggingface_hub import snapshot_download  # an extra: only hub names need it
+        from huggingface_hub import snapshot_download  # an optional dependency: only hub names need it
     except ImportError:
         raise CheckpointError(
             f"{name}: not a folder here, and a download from the Hugging Face hub needs huggingface_hub; "
@@ -52,7 +53,7 @@ def released_folder(name: str) -> Path:
         folder = Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES), **files))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repository, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"], **files))
-    except Exception as error:  # the hub's own errors, and those of the network below it
+    except Exception as error:  # any exception of huggingface_hub or of the network libraries that it uses
         raise CheckpointError(
             f"{name}: not a folder here, and not available from the Hugging Face hub: {_hub_reason(error)}. Check the "
             "name and the network (a gated model needs HF_TOKEN), or download it elsewhere and give its folder"
@@ -61,7 +62,7 @@ def released_folder(name: str) -> Path:
 
 
 def _hub_reason(error: BaseException) -> str:
-    """Why a download failed, in one line without a full stop; "no network" where no name could be resolved."""
+    """Why a download failed, in one line without a full stop; "no network" if a host name was not resolved."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, socket.gaierror) or "Name or service not known" in str(chain):
@@ -72,33 +73,33 @@ def _hub_reason(error: BaseException) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a released model.
+    """The parsed config.json of a Hugging Face model.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing, or is not a JSON object.
     """
-    return _read_json(folder / "config.json", "it says what model the weights are of")
+    return _read_json(folder / "config.json", "it describes the model")
 
 
 class WeightFiles:
-    """The tensors of a folder by their names in the files, read in part and one after another.
+    """The tensors in the weight files of a folder, by their names in the files; read lazily, whole or by slices.
 
     Attributes:
-        shapes: shape of every tensor, from the files' headers.
+        shapes: tensor name -> shape, from the files' headers.
         largest_file_bytes: size of the largest file.
-        entry: the file of weights, or the index of several, that is read.
-        other_entries: those of further sets of weights in the folder.
+        entry: the weight file, or the index of a sharded set, that is read.
+        other_entries: weight files or indexes of other sets of weights in the folder.
     """
 
     def __init__(self, folder: Path, entry: Path | None = None) -> None:
         """Find the files and read their headers.
 
         Args:
-            folder: of a released model.
-            entry: the file or index to read; left out, the one that transformers reads.
+            folder: of a Hugging Face model.
+            entry: the file or index to read; None for the one that transformers reads.
 
         Raises:
-            CheckpointError: there are none, one is missing or damaged, or the index names what it does not hold.
+            CheckpointError: no weight files, one is missing or damaged, or the index does not match them.
         """
         self.folder = folder
         self.entry, *self.other_entries = [entry] if entry is not None else _entries(folder)
@@ -113,19 +114,19 @@ class WeightFiles:
                 if name in self._file:
                     raise CheckpointError(
                         f"{folder}: {self._file[name].name} and {file.name} both hold {name}: the files are not of one "
-                        f"release. {_REMEDY}"
+                        f"model. {_REMEDY}"
                     )
                 self.shapes[name], self._file[name] = shape, file
         self.largest_file_bytes = max(file.stat().st_size for file in files)
         absent = [name for name, file in (expected or {}).items() if self._file.get(name) != folder / file]
         if expected is not None and absent:
             raise CheckpointError(
-                f"{folder / expected[absent[0]]}: does not hold {absent[0]}, which the index says it does "
-                f"({len(absent)} such). {_REMEDY}"
+                f"{folder / expected[absent[0]]}: does not hold {absent[0]}, although the index lists it there "
+                f"({len(absent)} such tensors). {_REMEDY}"
             )
 
     def first_difference(self, other: WeightFiles, names: Sequence[str]) -> str | None:
-        """The first of these tensors that is not the same number for number in another set; None where all are."""
+        """The first of these tensors whose values differ in another set of weights; None if all are equal."""
         for name in names:
             if self.shapes[name] != other.shapes[name]:
                 return name
@@ -137,7 +138,7 @@ class WeightFiles:
         return None
 
     def unread(self) -> Iterator[str]:
-        """A note on files that look like weights and belong to no set."""
+        """A note on files that look like weights but do not belong to any set."""
         known = {*self.files, *(self.folder / file for entry in self.other_entries for file in _listed(entry))}
         found = sorted({path for pattern in _WEIGHT_LIKE for path in self.folder.glob(pattern)} - known)
         if found:
@@ -145,10 +146,10 @@ class WeightFiles:
             yield f"{shown}: ignored, {self.entry.name} was read"
 
     def read(self, name: str, slices: Sequence[slice] = ()) -> Tensor:
-        """A tensor, or a part of it, as it is in the file: nothing else of it is brought into memory.
+        """A tensor, or a slice of it, in the file's dtype. Only that slice is read into memory.
 
         Raises:
-            CheckpointError: the file cannot be read any more.
+            CheckpointError: the file can no longer be read.
         """
         file = self._file[name]
         if file.suffix != ".safetensors":
@@ -158,11 +159,11 @@ class WeightFiles:
         return tensor
 
     def read_rows(self, name: str, rows: int, slices: Sequence[slice] = ()) -> Tensor:
-        """A part of a tensor cut or lengthened to `rows` rows: rows beyond the file's are the mean of the file's.
+        """A slice of a tensor truncated or extended to `rows` rows; new rows are the mean of the file's rows.
 
-        A mean row gives a new id, as input, what is common to all, and, as output, the mean of the other logits: by
-        Jensen's inequality exp(mean) <= mean(exp), so that n new rows beside N raise a loss by log(1 + n / N) at most.
-        Source of the choice: Hewitt 2021, "Initializing new word embeddings for pretrained language models".
+        As an output weight, a mean row gives a new id the mean of the other logits. By Jensen's inequality exp(mean) <=
+        mean(exp), so n new rows beside N raise a loss by log(1 + n / N) at most.
+        Source: Hewitt 2021, "Initializing new word embeddings for pretrained language models".
         """
         have = self.shapes[name][0]
         wanted = slices[0] if slices else slice(0, rows)
@@ -183,11 +184,11 @@ class WeightFiles:
                 yield name, tuple(tensor.shape)
             return
         with _opened(file) as handle:
-            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
                 yield name, tuple(handle.get_slice(name).get_shape())
 
     def _pickled(self, file: Path) -> Mapping[str, Tensor]:
-        """A pytorch_model.bin, mapped into memory where its format allows it; the last one opened is kept."""
+        """The tensors of a pytorch_model.bin, memory-mapped if its format allows that; caches the last file."""
         if self._unpickled is None or self._unpickled[0] != file:
             self._unpickled = None
             self._unpickled = (file, _unpickle(file))
@@ -195,42 +196,42 @@ class WeightFiles:
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one safetensors file, one after another.
+    """Name and tensor of everything in one safetensors file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     with _opened(file) as handle:
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not a dict)
             yield name, handle.get_tensor(name)
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The sets of weights of a folder in the order in which transformers looks for them: each file before its index."""
+    """The weight file or index of each set in a folder, in the order in which transformers looks for them."""
     names = [kind + end for kind in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     if found := [folder / name for name in names if (folder / name).is_file()]:
         return found
     raise CheckpointError(
-        f"{folder}: holds no weights: model.safetensors or pytorch_model.bin, or an index of several files, is wanted"
+        f"{folder}: holds no weights: expected model.safetensors or pytorch_model.bin, or an index of several files"
     )
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, every file there."""
+    """Tensor name -> file name; every file exists."""
     folder = index.parent
-    weight_map = _read_json(index, "it says which file holds which weight").get("weight_map")
+    weight_map = _read_json(index, "it lists which file holds which weight").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map. {_REMEDY}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: {name} lies in {file!r}, which is no file of this folder. {_REMEDY}")
+            raise CheckpointError(f"{index}: {name} is in {file!r}, which is not a file of this folder. {_REMEDY}")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}: is missing; {index.name} lists it. {_REMEDY}")
     return weight_map
 
 
 def _listed(entry: Path) -> Iterator[str]:
-    """The files of a set, as far as they can be told."""
+    """The file names of a set of weights; only the index if it cannot be read."""
     yield entry.name
     if entry.suffix == ".json":
         try:
@@ -257,14 +258,14 @@ def _unpickle(file: Path) -> Mapping[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format of torch before 1.6 cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling a damaged or hostile file ends in
+    except Exception as error:  # any exception that a damaged or malicious file causes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{file}: damaged, or more than weights (which is never executed): {reason} {_REMEDY}, "
-            "as safetensors if it has them"
+            f"{file}: damaged, or holds more than weights (which is never executed): {reason} {_REMEDY}, "
+            "as safetensors if there are any"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{file}: is not a table of weights. {_REMEDY}")
+        raise CheckpointError(f"{file}: is not a dict of tensors. {_REMEDY}")
     return state
 
 
@@ -272,7 +273,7 @@ def _read_json(path: Path, what_for: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; {what_for}. Name the folder of a released model") from None
+        raise CheckpointError(f"{path}: is missing; {what_for}. Give the folder of a Hugging Face model") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}. {_REMEDY}") from None
     if not isinstance(content, dict):

@@ -1,7 +1,8 @@
-"""Released weights (Hugging Face) into our models: straight into a run's shards, or as a checkpoint of its own.
+"""Checkpoint conversion from Hugging Face: load a model into a (sharded) model of ours, or write it as a checkpoint.
 
-Each tensor is looked up by its name in the files and read in the part that is wanted: by a rank its own share, under
-any layout, by `import` one tensor after another. What is read is then compared with transformers, if it is installed.
+`load_released` (`init = "hf:NAME"`) lets each rank read only its own shard of each tensor, under any parallelism
+degrees. `import_released` (`titan-cpt import`) converts one tensor after another. The result is compared with
+transformers, if that is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.hf_release import Released, open_released, weight_shapes
+from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released, weight_shapes
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
@@ -33,29 +34,29 @@ from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelSpec
 
 IMPORTED = "imported"
-"""The `kind` of a checkpoint that was made from a release: weights, and no optimizer state."""
+"""The `kind` of a checkpoint converted from a Hugging Face model: weights, and no optimizer state."""
 
 
 def load_released(
     model: nn.Module, name: str, spec: ModelSpec, *, accept: Callable[[Path], str | None] = lambda folder: None
 ) -> str:
-    """Fill a model, sharded or not, with released weights; each rank reads its own part. Collective.
+    """Load Hugging Face weights into a model, sharded or not; each rank reads only its shards. Collective.
 
     Args:
-        model: ours, of `spec`, in any layout.
+        model: our model, as `spec` describes it, under any parallelism degrees.
         name: a folder or a hub name.
-        spec: the config's; its number of rows may differ from the release's.
-        accept: called on every rank with the release's folder before weights are read: it says something or refuses.
+        spec: from the config; its vocab_size may differ from that of the Hugging Face model.
+        accept: called on every rank with the model's folder before weights are read; returns a note or raises.
 
     Returns:
-        What was done, in words.
+        A message for the log: the model, its notes, and the result of the comparison with transformers.
 
     Raises:
-        CheckpointError: the release cannot be read, or is another model than the config's.
+        CheckpointError: the Hugging Face model cannot be read, or is not the model that the config describes.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     if not first:
-        dist.barrier()  # rank 0 downloads, the others find it in the cache
+        dist.barrier()  # rank 0 downloads the model; the other ranks find it in the cache
     released = open_released(name, compare_sets=first)
     if first and dist.is_initialized():
         dist.barrier()
@@ -63,27 +64,34 @@ def load_released(
     note = accept(released.files.folder)
     fill(model, released, spec)
     if not first:
-        return released.described(spec)
+        return released.describe(spec)
     result = verify_against_transformers(released, spec, lambda model: fill(model, released, spec), in_a_run=True)
-    return "; ".join([released.described(spec), *released.notes, *filter(None, [note]), result])
+    return "; ".join([released.describe(spec), *released.notes, *filter(None, [note]), result])
 
 
-def _require_same_model(released: Released, ours: ModelSpec) -> None:
+def _require_same_model(released: ReleasedModel, ours: ModelSpec) -> None:
     changed = differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
     if changed:
         table = "\n    ".join(as_config_table(released.spec).splitlines())
         raise CheckpointError(
-            "\n  ".join([f"{released.name}: holds another model than the config's:", *changed, f"It is\n    {table}"])
+            "\n  ".join(
+                [
+                    f"{released.name}: is not the model that the config describes:",
+                    *changed,
+                    f"It is\n    {table}",
+                ]
+            )
         )
 
 
 @torch.no_grad()
-def fill(model: nn.Module, released: Released, spec: ModelSpec) -> None:
-    """Copy the part of every weight that this rank holds from the files into the model."""
+def fill(model: nn.Module, released: ReleasedModel, spec: ModelSpec) -> None:
+    """Copy this rank's shard of every weight from the files into the model."""
     state = get_model_state_dict(model)
     for name, weight in state.items():
-        assert isinstance(weight, Tensor), f"{name} is a weight"
-        local, slices = weight, [slice(0, length) for length in weight.shape]
+        assert isinstance(weight, Tensor), f"{name} is not a tensor"
+        local = weight
+        slices = [slice(0, length) for length in weight.shape]
         if isinstance(weight, DTensor):
             lengths, offsets = compute_local_shape_and_global_offset(
                 weight.shape, weight.device_mesh, weight.placements
@@ -96,31 +104,34 @@ def fill(model: nn.Module, released: Released, spec: ModelSpec) -> None:
 
 
 def import_released(name: str, out: Path, *, vocab_size: int | None = None, log: Callable[[str], None]) -> None:
-    """Write a release as a checkpoint for `init = "checkpoint:OUT"`, in float32, one tensor in memory at a time.
+    """Convert a Hugging Face model to a checkpoint for `init = "checkpoint:OUT"`, in float32, one tensor at a time.
 
     Args:
         name: a folder or a hub name.
-        out: the checkpoint's folder; must not be there yet.
-        vocab_size: rows of the embeddings, if not the release's.
-        tell: is given each line for the user.
+        out: the checkpoint's folder; must not exist, or be empty.
+        vocab_size: rows of the embedding and the output layer; None for the number that the model has.
+        log: called with each line to print.
 
     Raises:
-        CheckpointError: the release cannot be read, transformers computes something else from it, or `out` is there.
+        CheckpointError: the model cannot be read, transformers computes other logits from it, or `out` exists.
         OSError: `out` cannot be written.
     """
     require_free(out)
     released = open_released(name)
     spec = released.resized(vocab_size)
-    log(f"{released.described(spec)}: {spec.family}, {spec.parameters:,} parameters")
+    log(f"{released.describe(spec)}: {spec.family}, {spec.parameters:,} parameters")
     with partial_folder(out) as partial:
-        checksums = _stream(released, spec, partial)
-        log(verify_against_transformers(released, spec, lambda model: _load_plain(partial, model)))
+        checksums = _convert_weights(released, spec, partial)
+        log(verify_against_transformers(released, spec, lambda model: _load_unsharded(partial, model)))
         for note in released.notes:
             log(f"note: {note}")
-        words = tokenizer_of_release(released.files.folder)
-        if words is None:
-            log("note: it brings no tokenizer.json: stages that begin with it cannot check that theirs is its own")
+        tokenizer = tokenizer_of_release(released.files.folder)
+        if tokenizer is None:
+            log(
+                "note: it has no tokenizer.json: stages that start from it cannot check that their tokenizer is the same"
+            )
         recipe = spec.as_recipe()
+        recorded_tokenizer = {"tokenizer": tokenizer.as_record()} if tokenizer else {}
         record = {
             "stage": IMPORTED,
             "stage_index": 0,
@@ -130,52 +141,52 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
             "recipe": recipe,
             "fingerprint": fingerprint(recipe),
             "data": {},
-            "released": {"name": name, "config": released.config} | ({"tokenizer": words.as_record()} if words else {}),
+            "released": {"name": name, "config": released.config, **recorded_tokenizer},
             "torch": torch.__version__,
         }
         manifest.write(partial, record, checksums)
     table = "\n  ".join(as_config_table(spec).splitlines())
-    log(f'{out}: written; a stage begins with it by init = "checkpoint:{out}", under\n  {table}')
+    log(f'{out}: written. To start a stage from it, set init = "checkpoint:{out}", and\n  {table}')
 
 
 def require_free(out: Path) -> None:
-    """Refuse a folder that is there already.
+    """Check that an output folder does not exist, or is empty.
 
     Raises:
-        CheckpointError: it is, and is not empty.
+        CheckpointError: it exists and is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: is there already; remove it, or name another folder")
+        raise CheckpointError(f"{out}: already exists; remove it, or give another folder")
 
 
-class _ReadWhenWritten(DefaultSavePlanner):
-    """Plans with tensors on the meta device, and reads each one when its turn to be written comes."""
+class _LazySavePlanner(DefaultSavePlanner):
+    """A DCP save planner for tensors on the meta device: it reads each tensor when the writer needs it."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
         self._read = read
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The weight itself, in float32."""
+        """Read the tensor, in float32."""
         return self._read(index.fqn.removeprefix("model.")).float()
 
 
-def _stream(released: Released, spec: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the weights one after another; returns what `manifest.write` wants to know of the files."""
+def _convert_weights(released: ReleasedModel, spec: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the weights one after another; returns the checksums for `manifest.write`."""
     state = {
         "model": {
             name: torch.empty(lengths, dtype=torch.float32, device="meta")
             for name, lengths in weight_shapes(spec).items()
         }
     }
-    planner = _ReadWhenWritten(lambda name: released.read(name, spec))
+    planner = _LazySavePlanner(lambda name: released.read(name, spec))
     writer = ShardWriter(folder, threads=1)
     with without_dist_warning():
         save(state, storage_writer=writer, planner=planner, no_dist=True)
     return writer.checksums
 
 
-def _load_plain(folder: Path, model: nn.Module) -> None:
-    """Read back what was written, into a whole model, in place."""
+def _load_unsharded(folder: Path, model: nn.Module) -> None:
+    """Load the written checkpoint into an unsharded model, in place."""
     with without_dist_warning():
         load({"model": model.state_dict()}, storage_reader=ShardReader(folder), no_dist=True)

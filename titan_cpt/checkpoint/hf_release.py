@@ -1,4 +1,4 @@
-"""A released model (Hugging Face): its config.json understood, its weights checked and readable in part."""
+"""A Hugging Face model ("release"): its config.json as a ModelSpec, its weights checked and readable by slices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from titan_cpt.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class Released:
-    """A released model: its files, checked against what its config.json says.
+class ReleasedModel:
+    """A Hugging Face model whose weight files match its config.json.
 
     Attributes:
         name: as the user gave it.
-        spec: of the release; `resized` changes its vocabulary alone.
-        notes: what of the folder was not read.
+        config: its config.json.
+        spec: its architecture; `resized` changes only the vocabulary size.
+        files: its weight files.
+        notes: on files in its folder that were ignored.
     """
 
     name: str
@@ -35,14 +37,14 @@ class Released:
     notes: tuple[str, ...] = ()
 
     def resized(self, vocab_size: int | None) -> ModelSpec:
-        """The release's spec with another number of rows, if one is asked for."""
+        """The model's spec, with another vocabulary size if one is given."""
         return self.spec if vocab_size is None else replace(self.spec, vocab_size=vocab_size)
 
     def read(self, name: str, spec: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
-        """One of our weights, or a part of it, in the dtype of the file; embeddings with `spec`'s number of rows.
+        """One of our weights, or a slice of it, in the file's dtype; vocabulary weights resized to `spec.vocab_size`.
 
         Raises:
-            CheckpointError: the file cannot be read any more, or the weight has integers, NaN or infinite numbers.
+            CheckpointError: the file can no longer be read, or the weight has integers, NaN or infinite values.
         """
         theirs = hub_names(spec)[name]
         if name in VOCABULARY_WEIGHTS:
@@ -52,18 +54,18 @@ class Released:
         if not weight.is_floating_point():
             raise CheckpointError(
                 f"{self.name}: {theirs} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
-                "cannot be trained on; take the unquantized release"
+                "cannot be trained on; use the unquantized model"
             )
-        wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax of float8
+        wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax for float8
         if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
             raise CheckpointError(
-                f"{self.name}: {theirs} has numbers that are NaN or infinite: no model can be trained from it. Get the "
-                "files again, or take an earlier checkpoint"
+                f"{self.name}: {theirs} has values that are NaN or infinite, so it cannot be trained on. Download the "
+                "files again, or use an earlier checkpoint"
             )
         return weight
 
-    def described(self, spec: ModelSpec) -> str:
-        """The release, and what became of its vocabulary."""
+    def describe(self, spec: ModelSpec) -> str:
+        """The model's name, and how its vocabulary is resized, for messages."""
         old, new = self.spec.vocab_size, spec.vocab_size
         if new < old:
             return f"{self.name}, vocabulary {old:,} -> {new:,} rows: rows from {new:,} on dropped"
@@ -71,16 +73,16 @@ class Released:
         return f"{self.name}{grown}"
 
 
-def open_released(name: str, *, compare_sets: bool = True) -> Released:
-    """A folder or a hub name, its config understood and every weight there in its shape.
+def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
+    """Open a Hugging Face model and check that its weight files match its config.json.
 
     Args:
-        name: what the user gave.
-        compare_sets: where a folder holds several whole sets of weights, read all of them and refuse those that differ.
+        name: a folder or a hub name.
+        compare_sets: if the folder holds several complete sets of weights, read them all and raise if they differ.
 
     Raises:
-        CheckpointError: it is not there or damaged, of a kind that is not computed here, its weights are not those of
-            its config, or it holds two sets of weights that differ.
+        CheckpointError: it is missing or damaged, its architecture is not supported, its weights do not match its
+            config.json, or it holds two sets of weights that differ.
     """
     folder = released_folder(name)
     config = read_config(folder)
@@ -89,13 +91,13 @@ def open_released(name: str, *, compare_sets: bool = True) -> Released:
     foreign, missing = foreign_and_missing(files.shapes, spec)
     faults = [f"{theirs}: missing" for theirs in missing]
     faults += [f"{theirs}: not a weight of the model that config.json describes" for theirs in foreign]
-    if not missing:  # else the model may be one that nobody could build
+    if not missing:  # otherwise config.json may describe a model that cannot be built
         faults += _wrong_shapes(files, spec)
     if faults:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {in_lines(faults)}")
     _require_the_tied_head(files, spec)
     notes = [*_other_sets(files, spec), *files.unread()] if compare_sets else ()
-    return Released(name, config, spec, files, tuple(notes))
+    return ReleasedModel(name, config, spec, files, tuple(notes))
 
 
 def _wrong_shapes(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
@@ -103,17 +105,17 @@ def _wrong_shapes(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
     for ours, wanted in weight_shapes(spec).items():
         found = files.shapes.get(names[ours], wanted)
         if found != wanted:
-            yield f"{names[ours]}: is {list(found)}, by config.json it must be {list(wanted)}"
+            yield f"{names[ours]}: has shape {list(found)}, but config.json requires {list(wanted)}"
 
 
 def _require_the_tied_head(files: WeightFiles, spec: ModelSpec) -> None:
-    """Raise CheckpointError where a file of a tied model has a head that is not its embedding: one would be lost."""
+    """Raise CheckpointError if a model with tied embeddings has a separate head: one of the two would be lost."""
     head, embedding = "lm_head.weight", hub_names(spec)["embedding.weight"]
     if not spec.tied or head not in files.shapes:
         return
     if files.shapes[head] != files.shapes[embedding] or not torch.equal(files.read(head), files.read(embedding)):
         raise CheckpointError(
-            f"{files.folder}: config.json has tie_word_embeddings = true, and {head} is not {embedding}: "
+            f"{files.folder}: config.json has tie_word_embeddings = true, but {head} differs from {embedding}: "
             "transformers 4 computes with the embedding only, 5 with both. Set it to false if the head was "
             f"trained, or remove {head} if it was not"
         )
@@ -123,28 +125,28 @@ def _other_sets(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
     """A note on each further set of weights in the folder.
 
     Raises:
-        CheckpointError: one is whole and holds other weights.
+        CheckpointError: a set is complete and holds other weights.
     """
     for entry in files.other_entries:
         try:
             other = WeightFiles(files.folder, entry)
         except CheckpointError:
-            yield f"{entry.name} was ignored, as it is not whole; {files.entry.name} was read"
+            yield f"{entry.name} was ignored, as it is incomplete; {files.entry.name} was read"
             continue
         names = list(hub_names(spec).values())
         if any(name not in other.shapes for name in names):
             yield f"{entry.name} was ignored, as weights are missing in it; {files.entry.name} was read"
         elif (different := files.first_difference(other, names)) is not None:
             raise CheckpointError(
-                f"{files.folder}: {files.entry.name} and {entry.name} are two whole sets of weights that differ, in "
-                f"{different} for one; transformers would read {files.entry.name}. Remove the one that is not meant"
+                f"{files.folder}: {files.entry.name} and {entry.name} are two complete sets of weights that differ, "
+                f"for example in {different}; transformers would read {files.entry.name}. Remove the wrong one"
             )
         else:
             yield f"{entry.name} was ignored, as its weights are the same; {files.entry.name} was read"
 
 
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Our name of every weight of such a model -> its shape."""
+    """Our name of every weight of the model -> its shape."""
     with torch.device("meta"):
         model = build_model(spec)
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

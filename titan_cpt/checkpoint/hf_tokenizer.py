@@ -1,4 +1,4 @@
-"""The tokenizer's files of an export, and whether transformers reads the run's ids from them."""
+"""Tokenizer files of an exported Hugging Face model, and a check that transformers reads the run's ids from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.checkpoint.transformers_check import quiet, reason_of
+from titan_cpt.checkpoint.transformers_check import reason_of, without_transformers_output
 from titan_cpt.data.tokenizer.backends import TOKENIZER_TEST_STRINGS
 from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.data.tokenizer.special_tokens import model_vocab
@@ -22,17 +22,17 @@ _BESIDE = (
     "merges.txt",
     "chat_template.jinja",
 )
-_CLASS = "PreTrainedTokenizerFast"  # reads a tokenizer.json as it stands, in every version
-_IGNORING = ("qwen2",)  # model types whose tokenizer.json transformers 5 reads in part, whatever tokenizer_class says
+_CLASS = "PreTrainedTokenizerFast"  # reads all of tokenizer.json, in every version
+_IGNORING = ("qwen2",)  # model types for which transformers 5 ignores parts of tokenizer.json and tokenizer_class
 
 
-def write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
-    """tokenizer.json and what is beside it; the byte tokenizer as the BPE without merges that it is."""
-    if words.name == BYTES:
-        spec = byte_tokenizer_json(words.eod_id)
+def write_tokenizer(tokenizer: Tokenizer, out: Path, positions: int) -> None:
+    """Write tokenizer.json and the files that belong to it; the byte tokenizer is written as BPE without merges."""
+    if tokenizer.name == BYTES:
+        spec = byte_tokenizer_json(tokenizer.eod_id)
         (out / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     else:
-        source = Path(words.name) / "tokenizer.json" if Path(words.name).is_dir() else Path(words.name)
+        source = Path(tokenizer.name) / "tokenizer.json" if Path(tokenizer.name).is_dir() else Path(tokenizer.name)
         spec = json.loads(source.read_bytes())
         (out / "tokenizer.json").write_bytes(source.read_bytes())
         for name in _BESIDE:
@@ -40,11 +40,11 @@ def write_tokenizer(words: Tokenizer, out: Path, positions: int) -> None:
                 shutil.copyfile(source.parent / name, out / name)
     settings: dict[str, Any] = {"tokenizer_class": _CLASS, "clean_up_tokenization_spaces": False}
     if (out / "tokenizer_config.json").exists():
-        settings |= _read_object(out / "tokenizer_config.json")  # one without a class would be read as the model type's
+        settings |= _read_object(out / "tokenizer_config.json")  # without tokenizer_class, the class of the model type
     else:
         vocabulary = model_vocab(spec["model"]) | {one["content"]: one["id"] for one in spec.get("added_tokens") or []}
-        end = next(token for token, number in vocabulary.items() if number == words.eod_id)
-        begin = next((token for token, number in vocabulary.items() if number == words.bos_id), end)
+        end = next(token for token, number in vocabulary.items() if number == tokenizer.eod_id)
+        begin = next((token for token, number in vocabulary.items() if number == tokenizer.bos_id), end)
         settings |= {"model_max_length": positions, "eos_token": end, "bos_token": begin}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -57,20 +57,20 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def warning_for_readers(out: Path, words: Tokenizer, model_type: str) -> str | None:
-    """What a user of the export must know of its tokenizer; None where transformers' AutoTokenizer gives the run's ids.
+def tokenizer_warning(out: Path, tokenizer: Tokenizer, model_type: str) -> str | None:
+    """A warning if transformers' AutoTokenizer does not give the run's ids; None if it does.
 
-    The ids are compared where transformers is installed, on awkward texts without the names of special tokens.
+    If transformers is installed, ids are compared on difficult texts that contain no names of special tokens.
 
     Args:
-        out: the export's folder, config.json included.
-        words: the run's tokenizer.
-        model_type: of config.json.
+        out: the exported folder, with config.json.
+        tokenizer: the run's.
+        model_type: from config.json.
     """
     remedy = f"read it with `{_CLASS}.from_pretrained`"
-    with quiet():
+    with without_transformers_output():
         try:
-            import transformers  # optional, and seconds to import
+            import transformers  # optional, and takes seconds to import
         except ImportError:
             if model_type in _IGNORING:
                 return (
@@ -79,29 +79,29 @@ def warning_for_readers(out: Path, words: Tokenizer, model_type: str) -> str | N
                 )
             return None
         name = f"transformers {transformers.__version__}"
-        auto = _difference(transformers.AutoTokenizer, out, words)
+        auto = _difference(transformers.AutoTokenizer, out, tokenizer)
         if auto is None:
             return None
-        fast = _difference(transformers.PreTrainedTokenizerFast, out, words)
+        fast = _difference(transformers.PreTrainedTokenizerFast, out, tokenizer)
     if fast is None:
         return f"AutoTokenizer of {name} {auto} for model_type {model_type}: {remedy}, which gives the run's ids"
     return f"AutoTokenizer of {name} {auto}, and {_CLASS} {fast}: use neither; tokenizers.Tokenizer.from_file reads it"
 
 
-def _difference(kind: Any, out: Path, words: Tokenizer) -> str | None:
-    """How a class of transformers reads the folder otherwise than the run did."""
+def _difference(kind: Any, out: Path, tokenizer: Tokenizer) -> str | None:
+    """How the ids of a tokenizer class of transformers differ from the run's, or None."""
     special = [one["content"] for one in json.loads((out / "tokenizer.json").read_bytes()).get("added_tokens") or []]
     try:
         theirs = kind.from_pretrained(out, local_files_only=True)
         for text in TOKENIZER_TEST_STRINGS:
             if any(name in text for name in special):
-                continue  # a name of a special token is text in a run, and the token in transformers
-            expected = words.encode(text)
+                continue  # in a run the name of a special token is text; transformers reads the token
+            expected = tokenizer.encode(text)
             found = theirs(text, add_special_tokens=False)["input_ids"]
             if found != expected:
                 first = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
                 shown = f"{found[first : first + 4]} where the run has {expected[first : first + 4]}"
                 return f"gives other ids than the run ({shown} in {text[:40]!r})"
-    except Exception as error:  # whatever a class that does not fit the files ends in
+    except Exception as error:  # any exception of a class that does not support these files
         return f"cannot read it ({reason_of(error)})"
     return None

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.checkpoint.provenance import Leg, Origin, tokenizer_mismatch
+from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, tokenizer_mismatch
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
@@ -20,8 +20,8 @@ from titan_cpt.models.spec import ModelSpec
 def model_card(
     record: Mapping[str, Any],
     checkpoint: Path,
-    line: Sequence[Leg],
-    came_from: Origin | None,
+    history: Sequence[TrainedStage],
+    base_model: BaseModelInfo | None,
     spec: ModelSpec,
     *,
     dtype: str,
@@ -41,12 +41,12 @@ def model_card(
         warning: what its readers must know of it.
     """
     name = f"{record['stage']}, step {record['steps_done']:,}"
-    run = checkpoint.resolve().parent.parent.name if line else ""
-    began = f"the released weights `{came_from.name}`" if came_from else "random weights"
+    run = checkpoint.resolve().parent.parent.name if history else ""
+    began = f"the released weights `{base_model.name}`" if base_model else "random weights"
     words = "not exported"
     if tokenizer is not None:
         words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
-        words += f"; {bos_in_words(tokenizer)}"
+        words += f"; {describe_bos(tokenizer)}"
         if warning is not None:
             words += f". **{warning[0].upper()}{warning[1:]}.**"
     mismatch = tokenizer_mismatch(record, checkpoint)
@@ -57,14 +57,14 @@ def model_card(
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
-    parts = [_front_matter(came_from), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]
-    if line:
-        parts += ["## Stages", _stages(record["recipe"], line), _losses(checkpoint.parent.parent, line)]
+    parts = [_front_matter(base_model), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]
+    if history:
+        parts += ["## Stages", _stages(record["recipe"], history), _losses(checkpoint.parent.parent, history)]
     parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond what stands here.")
     return "\n\n".join(parts) + "\n"
 
 
-def bos_in_words(tokenizer: Tokenizer) -> str:
+def describe_bos(tokenizer: Tokenizer) -> str:
     """Whether documents in training began with a token, and what transformers has to be given for the same."""
     name = tokenizer.bos.name if tokenizer.bos is not None else ""
     if tokenizer.add_bos and tokenizer.adds_bos_itself:
@@ -79,23 +79,23 @@ def bos_in_words(tokenizer: Tokenizer) -> str:
     return "documents in training had no begin-of-document token"
 
 
-def _front_matter(came_from: Origin | None) -> str:
+def _front_matter(base_model: BaseModelInfo | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if came_from and came_from.name.count("/") == 1 and not Path(came_from.name).exists():
-        lines.append(f"base_model: {came_from.name.partition('@')[0]}")
+    if base_model and base_model.name.count("/") == 1 and not Path(base_model.name).exists():
+        lines.append(f"base_model: {base_model.name.partition('@')[0]}")
     return "\n".join([*lines, "tags:", "- continual-pretraining", "- titan_cpt", "---"])
 
 
-def _stages(recipe: Mapping[str, Any], line: Sequence[Leg]) -> str:
+def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
     rows = ["| stage | data | steps | tokens | replay | learning rate | optimizer | begins with |", "|---" * 8 + "|"]
     step_tokens = recipe["training.global_batch_size"] * recipe["training.seq_len"]
-    for leg in line:
-        of = {key.removeprefix(f"stages.{leg.stage}."): value for key, value in recipe.items()}
+    for stage in history:
+        of = {key.removeprefix(f"stages.{stage.name}."): value for key, value in recipe.items()}
         whole = of["steps"]
-        steps = f"{leg.steps:,}" if leg.steps == whole else f"{leg.steps:,} of {whole:,}"
-        tokens = f"{leg.steps * step_tokens:,}"
+        steps = f"{stage.steps:,}" if stage.steps == whole else f"{stage.steps:,} of {whole:,}"
+        tokens = f"{stage.steps * step_tokens:,}"
         data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in of["dataset"].items())
-        cells = [leg.stage, data, steps, tokens, _replay(of), _lr(of), of["optimizer_state"], f"`{leg.init}`"]
+        cells = [stage.name, data, steps, tokens, _replay(of), _lr(of), of["optimizer_state"], f"`{stage.init}`"]
         rows.append("| " + " | ".join(cells) + " |")
     numbers = f"Batches of {recipe['training.global_batch_size']:,} sequences x {recipe['training.seq_len']:,} tokens, "
     return "\n".join([*rows, "", f"{numbers}gradients clipped at {recipe['training.max_norm']:g}, AdamW."])
@@ -114,13 +114,13 @@ def _lr(of: Mapping[str, Any]) -> str:
     return f"{of['lr.schedule']}, " + " to ".join(f"{number:g}" for number in numbers if number is not None)
 
 
-def _losses(run: Path, line: Sequence[Leg]) -> str:
+def _losses(run: Path, history: Sequence[TrainedStage]) -> str:
     """Validation losses where each stage began and where these weights left it, from metrics.jsonl."""
-    wanted = {leg.stage: leg.steps for leg in line}
+    wanted = {stage.name: stage.steps for stage in history}
     measured: dict[tuple[str, str], dict[int, float]] = {}
     rates: dict[str, float] = {}
     try:
-        found = read_metrics(run, [leg.stage for leg in line])
+        found = read_metrics(run, [stage.name for stage in history])
     except DataError:
         return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
     identities: dict[tuple[str, str], dict[int, str | None]] = {}

@@ -1,4 +1,4 @@
-"""Where a checkpoint's weights come from, as its manifest tells: stages, release, tokenizer, length of sequences."""
+"""Training history of a checkpoint, from its manifest: stages, base model, tokenizer, longest sequence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import read_config
-from titan_cpt.checkpoint.tokenizer_check import allowed_mismatch, tokenizer_of_manifest
+from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX, allowed_mismatch, tokenizer_of_manifest
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.run_folder import CONFIG_FILE
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
@@ -21,32 +21,33 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_HUB, _CHECKPOINT = "hf:", "checkpoint:"
-_RUNS_FOLLOWED = 50  # a chain of runs that is longer goes in a circle
+_MAX_RUNS = 50  # a longer chain of runs that start from each other is a cycle
 
 
 @dataclass(frozen=True)
-class Leg:
-    """A stage that the weights went through.
+class TrainedStage:
+    """A stage in the training history of a checkpoint.
 
     Attributes:
-        steps: of it that were taken, all or up to the point where the next stage picked the weights up.
-        init: where it began: random, hf:NAME, checkpoint:PATH, or STAGE@STEPS.
+        name: the stage's name.
+        steps: steps that these weights were trained for: the whole stage, or up to the step that the next stage
+            started from.
+        init: the stage's first weights: random, hf:NAME, checkpoint:PATH, or STAGE@STEPS.
     """
 
-    stage: str
+    name: str
     steps: int
     init: str
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The release that a line of stages began from.
+class BaseModelInfo:
+    """The pretrained model that training started from.
 
     Attributes:
-        name: folder or hub name, as it was given.
-        config: its config.json; empty where it is not at hand any more.
-        folder: where it lies; None for a hub name and a folder that is gone.
+        name: folder or Hugging Face hub name, as given in the config.
+        config: its config.json; empty if it is no longer available.
+        folder: its folder; None for a hub name that is not in the cache, and for a folder that no longer exists.
     """
 
     name: str
@@ -54,49 +55,53 @@ class Origin:
     folder: Path | None
 
 
-def legs(record: Mapping[str, Any]) -> list[Leg]:
-    """The stages of this run behind a manifest's weights, the first one first; none for an import."""
-    recipe, found = record["recipe"], list[Leg]()
-    stage, steps = str(record["stage"]), int(record["steps_done"])
+def training_history(record: Mapping[str, Any]) -> list[TrainedStage]:
+    """The stages of this run that trained a manifest's weights, oldest first; empty for an imported model."""
+    recipe = record["recipe"]
+    stage = str(record["stage"])
+    steps = int(record["steps_done"])
+    found: list[TrainedStage] = []
     while f"stages.{stage}.init" in recipe:
         init = str(recipe[f"stages.{stage}.init"])
-        found.insert(0, Leg(stage, steps, init))
+        found.insert(0, TrainedStage(stage, steps, init))
         parent, _, at = init.rpartition("@")
-        if init.startswith((_HUB, _CHECKPOINT)) or f"stages.{parent}.init" not in recipe or len(found) > len(recipe):
+        is_first = init.startswith((HUB_PREFIX, CHECKPOINT_PREFIX)) or f"stages.{parent}.init" not in recipe
+        if is_first or len(found) > len(recipe):  # a damaged manifest may name stages in a cycle
             break
-        stage, steps = parent, int(at)
+        stage = parent
+        steps = int(at)
     return found
 
 
-def origin(record: Mapping[str, Any]) -> Origin | None:
-    """The release that the weights began as, through other runs' checkpoints too; None where they began at random."""
-    for _ in range(_RUNS_FOLLOWED):
+def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
+    """The pretrained model that the weights started from, also through other runs; None for a random initialization."""
+    for _ in range(_MAX_RUNS):
         if "released" in record:
-            name, config = str(record["released"]["name"]), record["released"]["config"]
-            return Origin(name, config, Path(name) if Path(name).is_dir() else None)
-        line = legs(record)
-        init = line[0].init if line else "random"
-        if init.startswith(_HUB):
-            return _of_release(init.removeprefix(_HUB))
-        if not init.startswith(_CHECKPOINT):
+            name = str(record["released"]["name"])
+            return BaseModelInfo(name, record["released"]["config"], Path(name) if Path(name).is_dir() else None)
+        history = training_history(record)
+        init = history[0].init if history else "random"
+        if init.startswith(HUB_PREFIX):
+            return _hub_model(init.removeprefix(HUB_PREFIX))
+        if not init.startswith(CHECKPOINT_PREFIX):
             return None
         try:
-            record = manifest.read(Path(init.removeprefix(_CHECKPOINT)))
+            record = manifest.read(Path(init.removeprefix(CHECKPOINT_PREFIX)))
         except (CheckpointError, AccessError):
-            return Origin(init.removeprefix(_CHECKPOINT), {}, None)
+            return BaseModelInfo(init.removeprefix(CHECKPOINT_PREFIX), {}, None)
     return None
 
 
-def _of_release(name: str) -> Origin:
+def _hub_model(name: str) -> BaseModelInfo:
     folder = Path(name) if Path(name).is_dir() else _in_cache(name)
     try:
-        return Origin(name, read_config(folder) if folder else {}, folder)
+        return BaseModelInfo(name, read_config(folder) if folder else {}, folder)
     except CheckpointError:
-        return Origin(name, {}, None)
+        return BaseModelInfo(name, {}, None)
 
 
 def _in_cache(name: str) -> Path | None:
-    """The folder of a hub name in the cache of huggingface_hub, without asking the network."""
+    """The folder of a hub model in the cache of huggingface_hub, without network access."""
     try:
         from huggingface_hub import try_to_load_from_cache  # an extra
     except ImportError:
@@ -104,30 +109,31 @@ def _in_cache(name: str) -> Path | None:
     repository, _, revision = name.partition("@")
     try:
         config = try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    except ValueError:  # not a name that the hub could have
+    except ValueError:  # not a valid name of a hub repository
         return None
     return Path(config).parent if isinstance(config, str) else None
 
 
 def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | None:
-    """That the weights were trained on tokens of another tokenizer than before, as tokenizer.allow_mismatch allows.
+    """A note if the weights were trained with a second tokenizer, as tokenizer.allow_mismatch allows; else None.
 
-    From the metrics.jsonl of the run, of those that it branched off or took its weights from, as far as they are there.
+    Searches the `transition` events in metrics.jsonl of the run, then of the runs that it branched from or took its
+    first weights from, as far as their folders exist.
     """
-    for _ in range(_RUNS_FOLLOWED):
-        line = legs(record)
-        if not line:
+    for _ in range(_MAX_RUNS):
+        history = training_history(record)
+        if not history:
             return None
         try:
             events = read_metrics(checkpoint.absolute().parents[1]).events
-            begun = [one for one in events if one["name"] == "transition" and one.get("stage") == line[0].stage]
+            begun = [one for one in events if one["name"] == "transition" and one.get("stage") == history[0].name]
             branched = [str(one.get("folder")) for one in events if one["name"] == "branch"]
             if begun and (note := allowed_mismatch(str(begun[-1].get("weights")))):
                 return note
             if not begun and branched:
                 checkpoint = Path(branched[-1])
-            elif line[0].init.startswith(_CHECKPOINT):
-                checkpoint = Path(line[0].init.removeprefix(_CHECKPOINT))
+            elif history[0].init.startswith(CHECKPOINT_PREFIX):
+                checkpoint = Path(history[0].init.removeprefix(CHECKPOINT_PREFIX))
             else:
                 return None
             record = manifest.read(checkpoint)
@@ -136,58 +142,59 @@ def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | Non
     return None
 
 
-def longest_sequence(record: Mapping[str, Any], came_from: Origin | None) -> int:
-    """Tokens that the weights know what to do with: what the run was trained on or the release promises."""
-    released = came_from.config.get("max_position_embeddings") if came_from else None
+def max_sequence_length(record: Mapping[str, Any], base_model: BaseModelInfo | None) -> int:
+    """The longest sequence in tokens: training.seq_len or the base model's max_position_embeddings, the larger one."""
+    pretrained = base_model.config.get("max_position_embeddings") if base_model else None
     trained = record["recipe"].get("training.seq_len")
-    return max([n for n in (released, trained) if isinstance(n, int)], default=2048)
+    return max([length for length in (pretrained, trained) if isinstance(length, int)], default=2048)
 
 
 def find_tokenizer(
-    record: Mapping[str, Any], checkpoint: Path, asked: str | None, came_from: Origin | None
+    record: Mapping[str, Any], checkpoint: Path, requested: str | None, base_model: BaseModelInfo | None
 ) -> Tokenizer | None:
-    """The tokenizer that was asked for, the run's or the release's, in this order; None where none is known.
+    """The requested tokenizer, else the run's, else the base model's; None if none of them is known.
 
-    It puts the begin-of-document token before a prompt if the documents in training had it.
+    It puts the begin-of-document token before a prompt if training documents began with it.
 
     Raises:
         DataError: it cannot be read, or is not the one that the weights were trained with.
     """
-    path = asked or _runs_tokenizer(checkpoint)
-    if path is None and came_from and came_from.folder and (came_from.folder / "tokenizer.json").exists():
-        path = str(came_from.folder)
+    path = requested or _tokenizer_path_of_run(checkpoint)
+    if path is None and base_model and base_model.folder and (base_model.folder / "tokenizer.json").exists():
+        path = str(base_model.folder)
     if path is None:
         return None
-    words = load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     trained_with = tokenizer_of_manifest(record, checkpoint)
     if trained_with is not None and not trained_with.is_that_of(path):
         raise DataError(
-            f"{path}: is not the tokenizer of the run (fingerprint {words.fingerprint[:12]}, the run's is "
+            f"{path}: is not the tokenizer of the run (its fingerprint is {tokenizer.fingerprint[:12]}, the run's is "
             f"{trained_with.fingerprint[:12]}); give --tokenizer the file that the run was trained with"
         )
-    if words.vocab_size > record["recipe"]["model.vocab_size"]:
+    rows = record["recipe"]["model.vocab_size"]
+    if tokenizer.vocab_size > rows:
         raise DataError(
-            f"{path}: has {words.vocab_size:,} ids, the model {record['recipe']['model.vocab_size']:,} rows: it is "
-            "another model's; give --tokenizer the right one"
+            f"{path}: has {tokenizer.vocab_size:,} ids, but the model has {rows:,} vocabulary rows: it belongs to "
+            "another model; give --tokenizer the right one"
         )
-    return words.with_bos(_documents_begin_with_bos(record, words))
+    return tokenizer.with_bos(_documents_begin_with_bos(record, tokenizer))
 
 
-def _documents_begin_with_bos(record: Mapping[str, Any], words: Tokenizer) -> bool:
-    """What the run's recipe says of its training data; of a release, that its tokenizer was used as it is."""
+def _documents_begin_with_bos(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """tokenizer.add_bos of the run; for an imported model, whether its tokenizer adds a begin-of-document token."""
     if "released" in record:
-        return words.bos is not None and words.bos.added and len(words.bos.ids) == 1
+        return tokenizer.bos is not None and tokenizer.bos.added and len(tokenizer.bos.ids) == 1
     return record["recipe"].get("tokenizer.add_bos", False) is True
 
 
-def precision_of(checkpoint: Path) -> str:
-    """What the run that a checkpoint belongs to computes in; float32 for one outside of runs."""
+def precision_of_run(checkpoint: Path) -> str:
+    """Compute dtype of the run that a checkpoint belongs to; float32 for a checkpoint outside a run's folder."""
     config = _config_beside(checkpoint)
     return str((config or {}).get("training", {}).get("mixed_precision_param", "float32"))
 
 
-def _runs_tokenizer(checkpoint: Path) -> str | None:
-    """What the config beside the run's stages says; None for a checkpoint that is not in a run's folder."""
+def _tokenizer_path_of_run(checkpoint: Path) -> str | None:
+    """tokenizer.path in the run's config.toml; None for a checkpoint outside a run's folder."""
     config = _config_beside(checkpoint)
     return None if config is None else str(config.get("tokenizer", {}).get("path", BYTES))
 

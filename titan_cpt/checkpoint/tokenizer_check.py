@@ -20,7 +20,8 @@ from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 
-_HUB, _CHECKPOINT = "hf:", "checkpoint:"
+HUB_PREFIX = "hf:"  # of stages.NAME.init
+CHECKPOINT_PREFIX = "checkpoint:"
 _RECORDED = ("where", "fingerprint", "ids")
 _ALLOWED = "as tokenizer.allow_mismatch allows"
 
@@ -151,9 +152,9 @@ def check_planned_tokenizers(config: Config) -> Iterator[str]:
 
 def _check(config: Config, stage: str, init: str) -> str | None:
     folder = Path(init.partition(":")[2])
-    if init.startswith(_HUB) and folder.is_dir():
+    if init.startswith(HUB_PREFIX) and folder.is_dir():
         weights = tokenizer_of_release(folder)
-    elif init.startswith(_CHECKPOINT) and (folder / MANIFEST_FILE).is_file():
+    elif init.startswith(CHECKPOINT_PREFIX) and (folder / MANIFEST_FILE).is_file():
         weights = tokenizer_of_manifest(manifest.read(folder), folder)
     else:
         return None

@@ -1,7 +1,7 @@
-"""A released model compared with transformers, where that is installed: what config.json means, and the logits.
+"""Check of an imported Hugging Face model against transformers, if installed: the settings in config.json, and logits.
 
-The settings are compared for every size: they need no weights. Logits are computed by both on the CPU in float32, on
-sequences that are longer than any sliding window.
+Settings are compared for models of every size, since that needs no weights. Logits are computed by both in float32 on
+the CPU, on sequences that are longer than any sliding window.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_cpt.checkpoint.hf_release import Released
+from titan_cpt.checkpoint.hf_release import ReleasedModel
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.layers import rotary_tables
 from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
 
-_TOLERANCE = 1e-3  # of the largest logit, or of 1; two orders of the same fp32 sums differ by 1e-5 or less
-_FEW_TOKENS = 32  # of a sequence, and beyond the end of a window
-_RUN_PARAMETERS = 1_000_000_000  # a run compares models up to this size; `import` asks for memory only
-_RUN_WORK = 10**12  # parameters x tokens of a sequence that a run spends on it
+_TOLERANCE = 1e-3  # times the largest logit, at least 1; another order of the same fp32 sums changes less than 1e-5
+_FEW_TOKENS = 32  # length of a sequence; with a sliding window, tokens beyond the window
+_RUN_PARAMETERS = 1_000_000_000  # a training run compares logits of models up to this size; `import` of any
+_RUN_WORK = 10**12  # most work that a training run spends on it: parameters x tokens
 _KEYS = {  # transformers' attribute -> ours
     "num_hidden_layers": "layers",
     "hidden_size": "width",
@@ -40,7 +40,7 @@ _LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
 
 
 def verify_against_transformers(
-    released: Released, spec: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
+    released: ReleasedModel, spec: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
 ) -> str:
     """Run our model and transformers' on the same tokens; the result in words.
 
@@ -53,9 +53,9 @@ def verify_against_transformers(
     Raises:
         CheckpointError: transformers reads other settings, or the logits are not the same.
     """
-    with quiet():
+    with without_transformers_output():
         try:
-            import transformers  # optional, and seconds to import
+            import transformers  # optional, and takes seconds to import
         except ImportError:
             return "not compared with transformers: it is not installed"
         name = f"transformers {transformers.__version__}"
@@ -63,7 +63,7 @@ def verify_against_transformers(
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
             theirs = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
-        except Exception as error:  # whatever a config that it does not like ends in
+        except Exception as error:  # any exception that an unsupported config causes
             return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
         _require_same_settings(released, theirs, transformers)
         settings = f"settings are those of {name}; logits are not compared: "
@@ -76,13 +76,13 @@ def verify_against_transformers(
             return f"{settings}{short}"
         try:
             model: Any = _their_model(released.files.folder, theirs, transformers)
-        except Exception as error:  # a backend that is not installed, a value that its modules do not like
+        except Exception as error:  # such as a backend that is not installed, or an unsupported value
             return f"{settings}it cannot load the model: {reason_of(error)}"
         return _same_logits(released, spec, load, model, length, name)
 
 
 def _same_logits(
-    released: Released, spec: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
+    released: ReleasedModel, spec: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
 ) -> str:
     with torch.device("meta"):
         model = build_model(spec)
@@ -94,7 +94,7 @@ def _same_logits(
     with torch.no_grad():
         try:
             their_logits_BLV: Tensor = theirs(tokens_BL).logits[..., :rows]
-        except Exception as error:  # as above
+        except Exception as error:  # any exception of transformers' model code
             return f"logits are not compared with {name}, which cannot compute them: {reason_of(error)}"
         logits_BLV = model(tokens_BL)[..., :rows]
     apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
@@ -107,8 +107,8 @@ def _same_logits(
 
 
 def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
-    """In float32 whatever the config's dtype says, with attention that needs no extra package."""
-    config.pad_token_id = None  # it may be beyond the rows, which torch refuses; it has no part in the logits
+    """transformers' model in float32 whatever dtype the config has, with SDPA, which needs no extra package."""
+    config.pad_token_id = None  # torch refuses an ID beyond the vocabulary, and logits do not depend on it
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -117,8 +117,8 @@ def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
     return model.eval()
 
 
-def _require_same_settings(released: Released, theirs: Any, transformers: Any) -> None:
-    """Compare what transformers understood of config.json with what we did, rotary frequencies included."""
+def _require_same_settings(released: ReleasedModel, theirs: Any, transformers: Any) -> None:
+    """Compare the settings, rotary frequencies included, that transformers and we read from config.json."""
     spec = released.spec
     keys = _KEYS | (_LLAMA_KEYS if isinstance(spec, LlamaSpec) else _GPT_NEOX_KEYS)
     found = {key: (getattr(spec, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
@@ -135,13 +135,13 @@ def _require_same_settings(released: Released, theirs: Any, transformers: Any) -
         faults += _rotary_faults(spec, *rotary)
     if faults:
         raise CheckpointError(
-            f"{released.name}: transformers {transformers.__version__} reads config.json otherwise: {'; '.join(faults)}"
-            ". Do not train on it; please report its config.json"
+            f"{released.name}: transformers {transformers.__version__} reads config.json differently: "
+            f"{'; '.join(faults)}. Do not train on it; please report its config.json"
         )
 
 
 def _their_window(theirs: Any) -> int | None:
-    """The sliding window, of any layer; Llama has the key at times and ignores it."""
+    """The sliding-window size of any layer, or None. Llama configs may have the key, but transformers ignores it."""
     if theirs.model_type == "llama":
         return None
     slides = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types  # Qwen's, layer by layer
@@ -149,7 +149,7 @@ def _their_window(theirs: Any) -> int | None:
 
 
 def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None:
-    """Frequencies and amplitude of transformers' own module; None where a version has it elsewhere."""
+    """Frequencies and amplitude of transformers' rotary embedding module; None if this version has no such module."""
     model = transformers.AutoModelForCausalLM._model_mapping.get(type(theirs), None)
     kinds = [kind for name, kind in vars(sys.modules[model.__module__]).items() if name.endswith("RotaryEmbedding")]
     try:
@@ -173,9 +173,9 @@ def _rotary_faults(spec: ModelSpec, theirs_R: Tensor, amplitude: float) -> Itera
         yield f"rotary amplitude: {amplitude:.6g} there, {float(cos_LR[0, 0]):.6g} here"
 
 
-def _length(*shapes: ModelSpec) -> int:
-    """Tokens of a sequence: beyond the end of any sliding window."""
-    windows = [spec.sliding_window for spec in shapes if spec.sliding_window is not None]
+def _length(*specs: ModelSpec) -> int:
+    """Length of the compared sequences in tokens: longer than any sliding window."""
+    windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
     return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
 
 
@@ -183,7 +183,7 @@ def _short_of_memory(spec: ModelSpec, length: int) -> str | None:
     needed, free = 8 * spec.parameters + 16 * length * spec.vocab_size + 2 * length**2, _free_bytes()
     if free is None or needed <= 0.8 * free:
         return None
-    return f"that needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+    return f"that needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
 
 
 def _free_bytes() -> int | None:
@@ -195,14 +195,14 @@ def _free_bytes() -> int | None:
 
 
 def reason_of(error: Exception) -> str:
-    """The kind of an error and the first two lines of its message."""
+    """The type of an error and the first two lines of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings and log lines of what transformers imports (torchao's of libraries that it cannot load)."""
+def without_transformers_output() -> Iterator[None]:
+    """Suppress warnings and log lines of transformers and of what it imports, such as torchao."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.provenance import find_tokenizer, origin, precision_of
+from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, precision_of_run
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import TENSORBOARD_FOLDER
 from titan_cpt.config.suites import Task
@@ -184,7 +184,7 @@ class _Bench:
         """What decides the answers, as far as it is known without loading anything."""
         return {
             "files": manifest.digest_of_files(self.record),
-            "precision": self.asked.precision or precision_of(self.checkpoint),
+            "precision": self.asked.precision or precision_of_run(self.checkpoint),
             "tokenizer": self.asked.tokenizer,
             **({"add_bos": True} if self._puts_bos_before_texts() else {}),
             "max_length": self.asked.max_length,
@@ -196,7 +196,7 @@ class _Bench:
         if "released" not in self.record:
             return self.record["recipe"].get("tokenizer.add_bos", False) is True
         try:
-            words = find_tokenizer(self.record, self.checkpoint, self.asked.tokenizer, origin(self.record))
+            words = find_tokenizer(self.record, self.checkpoint, self.asked.tokenizer, find_base_model(self.record))
         except DataError:  # which is raised again when the checkpoint is opened
             return False
         return words is not None and words.add_bos

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.provenance import find_tokenizer, longest_sequence, origin, precision_of
+from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, max_sequence_length, precision_of_run
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import without_dist_warning
 from titan_cpt.common.run_folder import MANIFEST_FILE
@@ -92,11 +92,11 @@ def open_checkpoint(
         spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST_FILE}: {error}") from None
-    came_from = origin(record)
-    words = find_tokenizer(record, folder, tokenizer, came_from)
+    base_model = find_base_model(record)
+    words = find_tokenizer(record, folder, tokenizer, base_model)
     if words is None:
         raise DataError(f"{folder}: no tokenizer is known for these weights; give --tokenizer PATH")
-    precision = precision or precision_of(folder)
+    precision = precision or precision_of_run(folder)
     sharded = sharded and ranks.world_size > 1
     if sharded:
         mesh = build_mesh(ranks, ParallelDims(dp_shard=ranks.world_size))
@@ -117,7 +117,7 @@ def open_checkpoint(
         tokenizer=words,
         ranks=ranks,
         precision=precision,
-        max_length=max_length or longest_sequence(record, came_from),
+        max_length=max_length or max_sequence_length(record, base_model),
         sharded=sharded,
         batch_tokens=batch_tokens,
     )

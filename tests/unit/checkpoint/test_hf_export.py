@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.hf_tokenizer import warning_for_readers, write_tokenizer
+from titan_cpt.checkpoint.hf_tokenizer import tokenizer_warning, write_tokenizer
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.models.build import build_model
@@ -86,7 +86,7 @@ def test_a_reader_gets_the_runs_ids_or_a_warning_with_the_class_that_gives_them(
 ):
     """AutoTokenizer gives them for every model_type except qwen2, and PreTrainedTokenizerFast for all."""
     words = folder_of(tmp_path, model_type, vocabularies[name])
-    warning = warning_for_readers(tmp_path, words, model_type)
+    warning = tokenizer_warning(tmp_path, words, model_type)
     auto, fast = (kind.from_pretrained(tmp_path) for kind in (AutoTokenizer, PreTrainedTokenizerFast))
 
     assert fast(TEXT)["input_ids"] == words.encode(TEXT)
@@ -105,8 +105,8 @@ def test_without_transformers_the_warning_is_of_what_is_known(vocabularies, tmp_
     words = folder_of(tmp_path, "qwen2", vocabularies["bpe"])
     monkeypatch.setitem(sys.modules, "transformers", None)
 
-    assert "for model_type qwen2 and may give other ids" in warning_for_readers(tmp_path, words, "qwen2")
-    assert warning_for_readers(tmp_path, words, "llama") is None
+    assert "for model_type qwen2 and may give other ids" in tokenizer_warning(tmp_path, words, "qwen2")
+    assert tokenizer_warning(tmp_path, words, "llama") is None
 
 
 @pytest.mark.parametrize("beside", [{"model_max_length": 7}, {"tokenizer_class": "GPTNeoXTokenizerFast"}, None])
@@ -120,7 +120,7 @@ def test_settings_beside_the_tokenizer_keep_their_values_and_get_a_class_where_t
     (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(beside) if beside else "{")
     words = folder_of(tmp_path / "out", "gpt_neox", str(tmp_path / "own"))
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    warning = warning_for_readers(tmp_path / "out", words, "gpt_neox")
+    warning = tokenizer_warning(tmp_path / "out", words, "gpt_neox")
 
     assert (beside or {}).items() <= settings.items()
     assert settings["tokenizer_class"] == (beside or {}).get("tokenizer_class", "PreTrainedTokenizerFast")

@@ -181,7 +181,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError) as refusal:
         open_released(str(tmp_path / "released"))
 
-    assert "model.layers.0.mlp.up_proj.weight: is [192, 64], by config.json it must be [100, 64]" in str(refusal.value)
+    assert "mlp.up_proj.weight: has shape [192, 64], but config.json requires [100, 64]" in str(refusal.value)
     (tmp_path / "released" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match=re.escape("model.layers.2.mlp.down_proj.weight: missing")):
         open_released(str(tmp_path / "released"))
@@ -202,8 +202,8 @@ def changed_release(folder, spec, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weight: weight.index_fill(0, torch.tensor([7]), math.nan), "has numbers that are NaN or infinite"),
-        (lambda weight: weight.index_fill(0, torch.tensor([7]), -math.inf), "has numbers that are NaN or infinite"),
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), math.nan), "has values that are NaN or infinite"),
+        (lambda weight: weight.index_fill(0, torch.tensor([7]), -math.inf), "has values that are NaN or infinite"),
         (lambda weight: (weight * 100).to(torch.int8), "has the dtype int8: quantized weights cannot"),
     ],
     ids=["NaN", "infinite", "int8"],
@@ -247,7 +247,7 @@ def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
     changed_release(tmp_path / "other", spec, lambda weights: repeat(weights, 2))
 
     assert open_released(str(tmp_path / "copy")).spec == spec
-    with pytest.raises(CheckpointError, match=r"tie_word_embeddings = true, and lm_head.weight is not model.embed_tok"):
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings = true, but lm_head.weight differs from model"):
         open_released(str(tmp_path / "other"))
 
 
@@ -276,9 +276,9 @@ def test_a_folder_that_is_there_is_never_written_into(tmp_path):
     release(tmp_path / "released", SPECS["llama"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(CheckpointError, match="is there already; remove it, or name another folder"):
+    with pytest.raises(CheckpointError, match="already exists; remove it, or give another folder"):
         import_released(str(tmp_path / "released"), tmp_path / "out", log=print)
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         export(tmp_path / "released", tmp_path / "out", dtype="float32", log=print)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "released"]
@@ -291,7 +291,7 @@ import sys
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
-from titan_cpt.checkpoint.hf_import import Released, _stream, weight_shapes
+from titan_cpt.checkpoint.hf_import import ReleasedModel, _convert_weights, weight_shapes
 from titan_cpt.models.huggingface_weights import hub_names
 from titan_cpt.models.registry import named_size
 from titan_cpt.checkpoint.hf_files import WeightFiles
@@ -306,15 +306,15 @@ if len(sys.argv) > 1:
         index |= {{names[name]: f"{{number}}.safetensors" for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps({{"weight_map": index}}))
     sys.exit()
-released = Released("x", {{}}, shape, WeightFiles(folder))
+released = ReleasedModel("x", {{}}, shape, WeightFiles(folder))
 small = named_size("gpt_neox", "debug", 257, overrides=dict(layers=1, width=512, heads=8, vocab_size=512))
 for name in ("first", "out"):
     (folder / name).mkdir()
-_stream(released, small, folder / "first")  # all that is imported on the way, once
+_convert_weights(released, small, folder / "first")  # all that is imported on the way, once
 Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
-_stream(released, shape, folder / "out")
+_convert_weights(released, shape, folder / "out")
 grown = peak() - before
 print(grown, released.files.largest_file_bytes, 4 * shape.parameters)
 """

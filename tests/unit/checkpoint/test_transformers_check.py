@@ -105,7 +105,7 @@ def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(nam
     released = open_released(str(tmp_path / "released"))
     for wrong in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"heads": 1}):
         other = replace(released, spec=replace(spec, **wrong))
-        with pytest.raises(CheckpointError, match=r"reads config\.json otherwise: "):
+        with pytest.raises(CheckpointError, match=r"reads config\.json differently: "):
             verify_against_transformers(other, other.spec, print, in_a_run=True)
 
 
@@ -119,7 +119,7 @@ def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
     begins = (
         f"{tmp_path}/released: llama",
         "logits are those of",
-        "note: it brings no tokenizer.json",
+        "note: it has no tokenizer.json",
         f"{tmp_path}/out: ",
     )
     assert len(lines) == len(begins)
@@ -138,7 +138,7 @@ def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_pa
 
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
     assert torch.equal(out["head.weight"], theirs.lm_head.weight)
-    assert "note: model.safetensors.index.json was ignored, as it is not whole; model.safetensors was read" in said
+    assert "note: model.safetensors.index.json was ignored, as it is incomplete; model.safetensors was read" in said
 
 
 def test_two_whole_sets_of_weights_that_differ_are_refused_by_name(tmp_path):
@@ -159,11 +159,11 @@ def test_two_whole_sets_of_weights_that_differ_are_refused_by_name(tmp_path):
     ]
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1e-3
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors and pytorch_model\.bin are two whole sets"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors and pytorch_model\.bin are two complete sets"):
         open_released(str(folder))
     (folder / "pytorch_model.bin").unlink()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json are two whole sets .* in model\.norm"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json are two complete .* in model\.norm"):
         open_released(str(folder))
 
     assert open_released(str(folder), compare_sets=False).files.entry.name == "model.safetensors"
