@@ -127,9 +127,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
             log(f"note: {note}")
         tokenizer = tokenizer_of_release(released.files.folder)
         if tokenizer is None:
-            log(
-                "note: it has no tokenizer.json: stages that start from it cannot check that their tokenizer is the same"
-            )
+            log("note: it has no tokenizer.json: stages that start from it cannot check that theirs is the same one")
         recipe = spec.as_recipe()
         recorded_tokenizer = {"tokenizer": tokenizer.as_record()} if tokenizer else {}
         record = {
