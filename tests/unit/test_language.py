@@ -9,10 +9,7 @@ import pytest
 from unit.test_architecture import FILES, TREES, package
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {
-    str(page.relative_to(ROOT)): page
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-}
+PAGES = {str(page.relative_to(ROOT)): page for page in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]}
 
 NOT_YET = {
     "errors",
