@@ -1,9 +1,9 @@
-"""Causal attention in bfloat16 on a CPU, forward and backward: as it comes, and worked out in float32.
+"""Time causal bfloat16 attention on a CPU, forward and backward: in bfloat16, and computed in float32.
 
     python scripts/bench/attention.py
 
-The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/common/ops.py takes float32 where a
-head's positions x features are few.
+The two take turns; medians of 15, in milliseconds, one thread. titan_cpt/models/common/ops.py uses float32 for small
+heads (positions x features).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from titan_cpt.training.allocator import keep_freed_memory
 
 TURNS = 15
-TOKENS_X_WIDTH = 4096 * 128  # of one call, whatever the shape
+TOKENS_X_WIDTH = 4096 * 128  # of one call, the same for every shape
 
 
 def milliseconds(q_BNLH: Tensor, dtype: torch.dtype) -> float:
-    """Of one forward and backward pass, inputs and result in bfloat16."""
+    """Time of one forward and backward pass; inputs and result are bfloat16."""
     inputs = [q_BNLH.clone().requires_grad_() for _ in range(3)]
     begin = time.perf_counter()
     out_BNLH = F.scaled_dot_product_attention(*(x.to(dtype) for x in inputs), is_causal=True)
@@ -31,7 +31,7 @@ def milliseconds(q_BNLH: Tensor, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """A line a shape."""
+    """Print one line for each shape."""
     torch.set_num_threads(1)
     keep_freed_memory()
     print("| positions | features | bfloat16 | float32 | ratio |\n|---|---|---|---|---|")

@@ -1,12 +1,12 @@
-"""What a checkpoint costs: how long training stands still for it, how fast it is written, what the checksums add.
+"""Measure the cost of a checkpoint: how long training waits, how fast it is written, what the checksums add.
 
     python scripts/bench/checkpoint.py --size mini --saves 5 --folder /some/disk
-    python scripts/bench/checkpoint.py --size 405m --saves 3 --folder /dev/shm      # memory: no disk to hide behind
+    python scripts/bench/checkpoint.py --size 405m --saves 3 --folder /dev/shm      # in memory, without a disk
 
-Three kinds in turn, so that what else the machine does falls on all alike: ours; ours with the hashing left out; and
+Three kinds take turns, so that other work on the machine affects all of them equally: ours; ours without hashing; and
 torch's own files (DCP's FileSystemWriter, two threads, synced) of the same tensors. Each save is timed from the call to
-its return (the stall) and to its end (the manifest, for ours). The first round warms up: it asks for the memory of the
-copy that is written. One line of JSON, in seconds and GB/s; medians.
+its return (the stall) and to its end (the manifest, for ours). The first round warms up: it allocates the memory of the
+copy that is written. Prints one line of JSON, in seconds and GB/s; medians.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ KINDS = ("ours", "unhashed", "dcp")
 
 
 class _NoHash:
-    """Stands in for the checksum."""
+    """Replaces the checksum."""
 
     def update(self, block: memoryview) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def hexdigest(self) -> str:
-        """As long as a real one."""
+        """A string as long as a real checksum."""
         return "0" * 32
 
 
 class Bench:
-    """One model with its moments, saved in one folder over and over."""
+    """One model with its moments, saved repeatedly in one folder."""
 
     def __init__(self, family: str, size: str, run: Path) -> None:
         self.model = build_model(named_size(family, size, 50_304, 1, {}))
@@ -61,7 +61,7 @@ class Bench:
         self.stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
 
     def timed(self, kind: str, number: int) -> tuple[float, float, int]:
-        """Stall and whole time of a save, in seconds, and its bytes; it is removed again."""
+        """Stall and whole time of a save, in seconds, and its bytes; removes the checkpoint afterwards."""
         os.sync()
         began = time.perf_counter()
         ended, folder = self._dcp(number) if kind == "dcp" else self._ours(kind, number)
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="gpt_neox")
     parser.add_argument("--size", default="mini")
-    parser.add_argument("--saves", type=int, default=5, help="of each kind (default 5)")
+    parser.add_argument("--saves", type=int, default=5, help="saves of each kind (default 5)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -107,18 +107,18 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in bench.model.parameters())
     finally:
         shutil.rmtree(run)
-    told: dict[str, Any] = {"parameters": parameters, "bytes": rounds[0]["ours"][2]}
+    result: dict[str, Any] = {"parameters": parameters, "bytes": rounds[0]["ours"][2]}
     for kind in KINDS:
         stall, whole = (statistics.median(one[kind][what] for one in rounds) for what in (0, 1))
-        told |= {f"{kind}_stall_s": round(stall, 3), f"{kind}_save_s": round(whole, 3)}
-        told |= {f"{kind}_gb_per_s": round(told["bytes"] / whole / 1e9, 3)}
-    told |= {"checksums_share": round(1 - told["unhashed_save_s"] / told["ours_save_s"], 3)}
-    told |= {"checksum_alone_s": round(_checksum_alone(told["bytes"]), 3), "saves": options.saves}
-    told |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-    print(json.dumps(told))
+        result |= {f"{kind}_stall_s": round(stall, 3), f"{kind}_save_s": round(whole, 3)}
+        result |= {f"{kind}_gb_per_s": round(result["bytes"] / whole / 1e9, 3)}
+    result |= {"checksums_share": round(1 - result["unhashed_save_s"] / result["ours_save_s"], 3)}
+    result |= {"checksum_only_s": round(_checksum_only(result["bytes"]), 3), "saves": options.saves}
+    result |= {"threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+    print(json.dumps(result))
 
 
-def _checksum_alone(size: int) -> float:
+def _checksum_only(size: int) -> float:
     block, digest, began = os.urandom(1 << 22), xxhash.xxh3_128(), time.perf_counter()
     for _ in range(size >> 22):
         digest.update(block)

@@ -1,9 +1,9 @@
-"""FSDP2 on two processes against one: the same work for each, one thread each.
+"""Compare FSDP2 on two processes with one process: the same work for each process, one thread each.
 
     python scripts/bench/fsdp.py [--turns 3]
 
-Runs of one and of two processes take turns; each process trains on batches of 8 x 512 tokens, shape B of the races in
-bfloat16, over gloo. Ideal would be twice the tokens per second of one. Medians over the turns.
+Runs of one and of two processes take turns; each process trains on batches of 8 x 512 tokens, shape B of
+speed/race.py in bfloat16, over gloo. Ideal is twice the tokens per second of one process. Medians over the turns.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def main() -> None:
     for _ in range(options.turns):
         for processes, found in speeds.items():
             found.append(tokens_per_second(processes))
-    alone, together = (statistics.median(found) for found in speeds.values())
+    one, two = (statistics.median(found) for found in speeds.values())
     print("| processes | tokens/s | of ideal |\n|---|---|---|")
-    print(f"| 1 | {alone:.0f} | |\n| 2 | {together:.0f} | {together / (2 * alone):.1%} |")
+    print(f"| 1 | {one:.0f} | |\n| 2 | {two:.0f} | {two / (2 * one):.1%} |")
     return None
 
 
 def tokens_per_second(processes: int) -> float:
-    """Of a launch."""
+    """Tokens per second of one launch."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as name:
         words = [sys.executable, *torchrun, str(Path(__file__).resolve()), "--worker", name]
@@ -55,7 +55,7 @@ def tokens_per_second(processes: int) -> float:
 
 
 def work(folder: Path) -> None:
-    """One rank's part."""
+    """Train as one rank; rank 0 writes the speed into the folder."""
     import torch
 
     from titan_cpt.common.signals import StopRequest

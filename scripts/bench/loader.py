@@ -1,11 +1,11 @@
-"""What the loader delivers, and how soon it delivers from the middle of a very long run.
+"""Measure the loader: its throughput, and the time to the first batch in the middle of a very long run.
 
     python scripts/bench/loader.py [--consumes 150000]
 
-First half: tokens per second of one rank's loader over a stage with 5 % replay, sequences of 2,048, files in the page
-cache, without and with reading processes; beside --consumes, the tokens per second of the rank that trains on them.
-Second half: a stage of 10^12 tokens on a sparse file of 2 TB. A process of its own plans it, opens it, and reads the
-batch at three places; each time is from the config to the batch, the memory what the process grew by.
+First table: tokens per second of one rank's loader over a stage with 5 % replay, sequences of 2,048, files in the page
+cache, without and with reading processes, as a multiple of --consumes, the tokens per second of the training rank.
+Second table: a stage of 10^12 tokens on a sparse file of 2 TB. A separate process plans it, opens it, and reads the
+batch at three positions; the time is from config to batch, the memory is the growth of the process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PLACES = (0.0, 0.5, 0.999)
 
 
 def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
-    """The loader of a config's second stage from that share of its steps on, and the step where it begins."""
+    """The loader of a config's second stage, started at the fraction `place` of its steps, and that step."""
     from titan_cpt.config.load import load_config
     from titan_cpt.data.inventory import open_sources, take_inventory, training_files
     from titan_cpt.data.loader import SequenceReader
@@ -76,7 +76,7 @@ def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
 
 
 def throughput(path: Path, workers: int, seconds: float) -> float:
-    """Tokens per second, over so many seconds, after the first batch."""
+    """Tokens per second after the first batch, measured for `seconds`."""
     loader, step = opened(path, workers)
     loader.batch(step, 0)
     begin, tokens = time.perf_counter(), 0
@@ -88,11 +88,11 @@ def throughput(path: Path, workers: int, seconds: float) -> float:
 
 
 def seek(path: Path, place: float) -> None:
-    """Say what the first batch from `place` on took."""
-    import titan_cpt.train  # noqa: F401  # imports are not what is measured
+    """Print step, batch shape, seconds and bytes of the first batch at `place`, as JSON."""
+    import titan_cpt.train  # noqa: F401  # so that the time does not include the import
 
     before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     begin = time.perf_counter()
     loader, step = opened(path, 0, place)
     batch_BL = loader.batch(step, 0)[0]
@@ -101,7 +101,7 @@ def seek(path: Path, place: float) -> None:
 
 
 def status_bytes(name: str) -> int:
-    """VmRSS (now) or VmHWM (the highest point) of this process."""
+    """VmRSS (current) or VmHWM (peak) resident memory of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -109,8 +109,8 @@ def status_bytes(name: str) -> int:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--consumes", type=float, default=150_000, help="tokens per second of the rank that trains")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--consumes", type=float, default=150_000, help="tokens per second of the training rank")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
     parser.add_argument("--seek", nargs=2, metavar=("FILE", "PLACE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.seek:
@@ -125,7 +125,7 @@ def main() -> None:
         small, huge = folder / "small.toml", folder / "huge.toml"
         small.write_text(CONFIG.format(folder=folder, new="new", batch=8, length="steps = 1_000_000"))
         huge.write_text(CONFIG.format(folder=folder, new="huge", batch=8, length='tokens = "1T"'))
-        print("| reading processes | tokens/s | x what is consumed |\n|---|---|---|")
+        print("| reading processes | tokens/s | x what training consumes |\n|---|---|---|")
         for workers in (0, 1):
             speed = throughput(small, workers, options.seconds)
             print(f"| {workers} | {speed / 1e6:.1f}M | {speed / options.consumes:.0f} |", flush=True)

@@ -1,7 +1,8 @@
-"""Seconds until a plan knows a dataset of many small files, and `prepare` a list of texts.
+"""Time to open a dataset of many small files in a plan, and to list many texts in `prepare`.
 
-Makes the files in a temporary folder, which is not counted, then times the listing and the headers of 100,000 files, or
-of the number that is given: python scripts/bench/many_files.py [COUNT]
+Creates COUNT (default 100,000) files in a temporary folder, then times listing them and reading their headers:
+
+    python scripts/bench/many_files.py [COUNT]
 """
 
 import sys
@@ -36,7 +37,7 @@ lr = {{ schedule = "constant", max = 1e-3 }}
 
 
 def main(count: int) -> None:
-    """A line for each kind of file."""
+    """Print one line for each kind of file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with IndexedWriter(folder / "pair", 300) as writer:
@@ -56,7 +57,7 @@ def main(count: int) -> None:
                 assert len(find_inputs([spec])) == count
             else:
                 assert take_inventory(load_config(config)).tokens == {"many": 100 * count}
-            print(f"{kind}: {count:,} files known after {time.perf_counter() - began:.1f} s")
+            print(f"{kind}: {count:,} files opened after {time.perf_counter() - began:.1f} s")
 
 
 if __name__ == "__main__":

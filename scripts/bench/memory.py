@@ -1,15 +1,14 @@
-"""Holds the plan's memory of a rank against what training really takes: peak resident memory, layout by layout.
+"""Compare the plan's memory estimate of a rank with the peak resident memory of training, layout by layout.
 
     python scripts/bench/memory.py                      # all layouts, a few minutes on two cores
-    python scripts/bench/memory.py --only tp,pp         # those whose name holds one of these words
+    python scripts/bench/memory.py --only tp,pp         # layouts whose name contains one of these words
     python scripts/bench/memory.py --only vocabulary    # activation checkpointing and the chunked loss, on and off
     python scripts/bench/memory.py --only 405M          # the paper's smaller model with its own sequence length
 
-Each layout is a launch of its own that builds the run as `titan-cpt train` does and takes two optimizer steps. Measured
-is how far the process's resident memory rises, from before the model is built to the highest point of the second step;
-the figure is the rank's that rose most. Tensors are given back to the system when they are freed (glibc's mmap
-threshold), so that the allocator keeps nothing for later. Prints a table in Markdown; exit status 1 if a layout is off
-by more than the 15 % that the plan promises.
+Each layout is a separate launch that builds the run as `titan-cpt train` does and takes two optimizer steps. Measured
+is the rise of the process's resident memory from before the model is built to the peak of the second step, of the rank
+with the largest rise. glibc's mmap threshold is set so that freed tensors return to the system and the allocator keeps
+nothing. Prints a Markdown table; exit status 1 if an estimate is off by more than the promised 15 %.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ LLAMA = {"model.family": "llama", "model.kv_heads": "4", "model.mlp_width": "140
 BF16 = {"training.mixed_precision_param": "bfloat16"}
 ONE_BATCH = {"training.global_batch_size": "4"}
 SHORT = {"training.global_batch_size": "32", "training.local_batch_size": "32"}
-WHOLE_LOGITS = "whole logits"  # no key: head and loss take all tokens at once
+WHOLE_LOGITS = "whole logits"  # not a config key: the loss without chunks
 LARGE_HEAD = {**BF16, "model.vocab_size": "50304", "training.local_batch_size": "8"}
 THE_PAPERS = {
     **BF16,
@@ -94,18 +93,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Measure every layout asked for and print the table."""
+    """Measure the selected layouts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words, comma-separated; layouts whose name holds one of them")
+    parser.add_argument(
+        "--only", default="", help="comma-separated words; only layouts whose name contains one of them"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if asked.worker:
-        work(json.loads(asked.worker))
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work(json.loads(options.worker))
         return 0
-    print("| layout | worked out, MiB | measured, MiB | off by |\n|---|---|---|---|")
+    print("| layout | estimated, MiB | measured, MiB | off by |\n|---|---|---|---|")
     worst = 0.0
     for name, (world_size, overrides) in LAYOUTS.items():
-        if any(word in name for word in asked.only.split(",")):
+        if any(word in name for word in options.only.split(",")):
             planned, measured = measure(world_size, overrides)
             off = planned / measured - 1
             worst = max(worst, abs(off))
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(world_size: int, overrides: dict[str, str]) -> tuple[int, int]:
-    """Bytes worked out, and bytes by which the rank that rose most rose."""
+    """Estimated bytes, and the measured rise in bytes of the rank with the largest rise."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -138,7 +139,7 @@ def measure(world_size: int, overrides: dict[str, str]) -> tuple[int, int]:
 
 
 def work(overrides: dict[str, str]) -> None:
-    """One rank: build, take two steps, write down what it took."""
+    """As one rank: build the run, take two steps, write estimated and measured bytes to rank-N.json."""
     import torch
 
     from titan_cpt.common.signals import StopRequest
@@ -169,7 +170,7 @@ def work(overrides: dict[str, str]) -> None:
         trainer.model.init_weights(0)
         loader = trainer.open_loader(stage, 0)
         for step in range(2):
-            Path("/proc/self/clear_refs").write_text("5")  # the highest point is counted anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             trainer.train_step(loader, stage, step)
         costs = trainer.plan.footprint
         measured = resident("VmHWM") - before
@@ -180,8 +181,8 @@ def work(overrides: dict[str, str]) -> None:
     destroy_process_group()
 
 
-def warm_up(device) -> None:  # type: ignore[no-untyped-def]  # torch is imported by the workers alone
-    """Take what libraries take once: the products' work space, autograd's threads."""
+def warm_up(device) -> None:  # type: ignore[no-untyped-def]  # only the workers import torch
+    """Let the libraries allocate what they allocate once: workspaces of matrix products, autograd's threads."""
     import torch
 
     layer = torch.nn.Linear(64, 64, device=device)
@@ -189,7 +190,7 @@ def warm_up(device) -> None:  # type: ignore[no-untyped-def]  # torch is importe
 
 
 def resident(name: str) -> int:
-    """VmRSS (now) or VmHWM (the highest point) of this process, bytes."""
+    """VmRSS (current) or VmHWM (peak) resident memory of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 

@@ -1,11 +1,11 @@
-"""Text to .bin/.idx: ours, and the way of GPT-NeoX's preprocess with the `tokenizers` library, at identical output.
+"""Compare `titan-cpt prepare` with GPT-NeoX's way of preprocessing (`tokenizers` library), at identical output.
 
     python scripts/bench/prepare.py --input english.jsonl --tokenizer gpt-neox-20b/tokenizer.json [--turns 3]
 
-Both start from a JSONL file with a field `text`, tokenise in --workers processes and write a pair of files, which must
-be the same to the byte. The other way: a pool of processes of which each takes a line, decodes it, encodes its text and
-adds the end of document; the main process writes them in order. The two take turns; medians of wall seconds from the
-start of the process to its end.
+Both read a JSONL file with a field `text`, tokenize in --workers processes and write .bin and .idx, which must be
+equal. GPT-NeoX's way: each process of a pool takes a line, decodes it, encodes its text and adds the end-of-document
+token; the main process writes the documents in order. The two take turns; medians of wall seconds from the start of the
+process to its end.
 """
 
 from __future__ import annotations
@@ -59,21 +59,19 @@ def main() -> None:
     for what, taken in times.items():
         middle = statistics.median(taken)
         print(f"| {what} | {middle:.1f} | {size / middle:.2f} | {slow / middle:.2f} |")
-    print(
-        f"\ntiktoken alone, one process, texts in memory: {tiktoken_alone(options.input, options.tokenizer):.2f} MB/s"
-    )
+    print(f"\ntiktoken only, one process, texts in memory: {tiktoken_speed(options.input, options.tokenizer):.2f} MB/s")
     return None
 
 
-def tiktoken_alone(text: Path, tokenizer: Path) -> float:
-    """MB/s of the library's own call over the first documents: no reading, no writing, no checks."""
+def tiktoken_speed(text: Path, tokenizer: Path) -> float:
+    """MB/s of tiktoken's encode_ordinary over the first documents: no reading, no writing, no checks."""
     import tiktoken
 
     from titan_cpt.data.tokenizer.tiktoken_bpe import to_tiktoken
 
     conversion = to_tiktoken(json.loads(tokenizer.read_text()))
     encoding = tiktoken.Encoding(
-        "alone", pat_str=conversion.pattern, mergeable_ranks=conversion.ranks, special_tokens={}
+        "bench", pat_str=conversion.pattern, mergeable_ranks=conversion.ranks, special_tokens={}
     )
     with text.open() as lines:
         texts = [json.loads(line)["text"] for line in itertools.islice(lines, 500)]
@@ -84,25 +82,25 @@ def tiktoken_alone(text: Path, tokenizer: Path) -> float:
 
 
 class Encoder:
-    """One process's tokenizer."""
+    """The tokenizer of a pool's process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def start(self) -> None:
-        """Load it, once a process."""
+        """Load it; called once in each process."""
         from tokenizers import Tokenizer
 
         Encoder.tokenizer = Tokenizer.from_file(str(self.path))
 
     def encode(self, line: str) -> list[int]:
-        """The ids of a document and its end."""
+        """The ids of a document, with the end-of-document token."""
         ids: list[int] = Encoder.tokenizer.encode(json.loads(line)["text"]).ids
         return [*ids, Encoder.tokenizer.token_to_id("<|endoftext|>")]
 
 
 def line_by_line(text: Path, tokenizer: Path, prefix: Path, workers: int) -> None:
-    """The other way."""
+    """Preprocess as GPT-NeoX does."""
     from tokenizers import Tokenizer
 
     from titan_cpt.data.formats.indexed_writer import IndexedWriter

@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16 on this CPU: as torch makes them, and as titan_cpt does where there are no instructions.
+"""Time bfloat16 matrix products on this CPU: torch's own, and titan_cpt's for CPUs without bfloat16 instructions.
 
     python scripts/bench/products.py
 
@@ -24,18 +24,18 @@ LAYERS = ((128, 512), (512, 128), (128, 4096))  # features in, features out
 
 
 def gflops(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
-    """Of one product."""
+    """GFLOP/s of one product."""
     begin = time.perf_counter()
     product(left, right)
     return 2e-9 * left.shape[0] * left.shape[1] * right.shape[1] / (time.perf_counter() - begin)
 
 
 def main() -> None:
-    """A line a shape."""
+    """Print one line for each product."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(f"bfloat16 on this CPU, as torch sees it: {ops.CPU_HAS_BFLOAT16}\n")
-    ops.CPU_HAS_BFLOAT16 = False  # so that both ways are measured on any machine
+    print(f"bfloat16 instructions according to torch: {ops.CPU_HAS_BFLOAT16}\n")
+    ops.CPU_HAS_BFLOAT16 = False  # so that both are measured on any machine
     print("| product | float32 | bfloat16, torch's | bfloat16, in float32 and rounded |\n|---|---|---|---|")
     for features, outputs in LAYERS:
         x, weight, grad = torch.randn(TOKENS, features), torch.randn(outputs, features), torch.randn(TOKENS, outputs)

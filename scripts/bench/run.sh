@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The races of docs/performance.md: ours and other trainers take turns on the same work. Everything is passed on:
-#   scripts/bench/run.sh                          all races (under 30 minutes on a quiet machine), tables written
-#   scripts/bench/run.sh --quick                  A and B in three turns (under 8), printed only
-#   scripts/bench/run.sh --races C --turns 12     one of them, longer
-# The peers live in an environment of their own, made on the first call.
+# Compare the speed of titan_cpt and other trainers on the same work (docs/performance.md). Options go to race.py:
+#   scripts/bench/run.sh                          all shapes (under 30 minutes on a quiet machine); writes the tables
+#   scripts/bench/run.sh --quick                  A and B in three turns (under 8 minutes); prints only
+#   scripts/bench/run.sh --races C --turns 12     one shape, more turns
+# The other trainers have a separate virtual environment, created on the first call.
 #   PYTHON       Python with titan_cpt (default: .venv/bin/python)
-#   BENCH_VENV   where the peers are (default: .venv-bench)
-#   CORE         the core that every contestant is pinned to (default: 0)
+#   BENCH_VENV   virtual environment of the other trainers (default: .venv-bench)
+#   CORE         the core to which every trainer is pinned (default: 0)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${PYTHON:-.venv/bin/python}"

@@ -1,4 +1,4 @@
-"""Shape B of the races (speed/race.py) as a config on tokens of noise, for the benches of what lies around a step."""
+"""Shape B of speed/race.py as a config on random tokens, for the benchmarks of the trainer around the step."""
 
 HEAD = """
 [job]

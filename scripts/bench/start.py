@@ -1,10 +1,9 @@
-"""How long a run takes to its first step, against the import of torch that no training escapes.
+"""Time from the start of the process to the first training step, compared with the import of torch.
 
     python scripts/bench/start.py [--turns 5]
 
-Three things take turns, each in a process of its own: `import torch, torch.distributed.fsdp`; a run to the end of its
-first step, a sequence of 512 tokens of shape B; the same with compiled blocks, whose cache an uncounted run fills
-first. Medians of wall seconds.
+Three processes take turns: `import torch, torch.distributed.fsdp`; a run to the end of its first step, a sequence of
+512 tokens of shape B; the same with compiled blocks, whose cache an uncounted run fills first. Medians of wall seconds.
 """
 
 from __future__ import annotations
@@ -28,23 +27,23 @@ ONE_SHORT_STEP = ["--training.global_batch_size", "1", "--training.local_batch_s
 
 
 def seconds_to(words: list[str], folder: Path, sign: str) -> float:
-    """Wall seconds from the start of a process to the line that holds `sign`, or to its end where that is empty."""
+    """Wall seconds from the start of a process to the line that contains `sign`, or to its end if `sign` is empty."""
     begin = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None, "it was started with a pipe"
-    said = []
+    lines = []
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if sign and sign in line:
             seconds = time.perf_counter() - begin
             process.kill()
             process.wait()
             return seconds
     if process.wait() or sign:
-        sys.exit("".join(said[-20:]))
+        sys.exit("".join(lines[-20:]))
     return time.perf_counter() - begin
 
 
@@ -73,7 +72,7 @@ def main() -> None:
             for what, (words, sign) in entries.items():
                 shutil.rmtree(folder / "bench", ignore_errors=True)
                 taken = seconds_to(words, folder, sign)
-                if turn:  # the first turn fills caches, of the disk and of the compiler
+                if turn:  # the first turn fills the disk's and the compiler's caches
                     times[what].append(taken)
     print("| | seconds | more than the line above |\n|---|---|---|")
     above = None

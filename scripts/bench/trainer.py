@@ -1,10 +1,10 @@
-"""What the trainer costs above its steps: loader, metrics, TensorBoard, asynchronous checkpoints; validation apart.
+"""Measure the overhead of the trainer: loader, metrics, TensorBoard, asynchronous checkpoints; without validation.
 
     python scripts/bench/trainer.py [--stages 4] [--steps 30]
 
 In one process, in turns: a stage as `titan-cpt train` trains it, saved halfway and at its end, and as many bare steps
-on batches that lie in memory. One thread for the steps; what writes checkpoints has the machine's other cores. Shape B
-of the races in bfloat16.
+on batches in memory. The steps use one thread; the checkpoint writers use the machine's other cores. Shape B of
+speed/race.py in bfloat16.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WARM_UP_STEPS = 3
 
 
 class InMemory:
-    """The batches of a stage, read beforehand."""
+    """The batches of a stage, read in advance."""
 
     def __init__(self, loader: Any, steps: int) -> None:
         self.batches = [loader.batch(step, 0) for step in range(steps)]
 
     def batch(self, step: int, micro: int) -> Any:
-        """As StageLoader.batch, for one micro-batch a step."""
+        """Like StageLoader.batch, for one micro-batch a step."""
         assert micro == 0, "one micro-batch a step"
         return self.batches[step]
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
-    """Seconds a step of every stage: by the whole trainer, and bare."""
+    """Seconds per step of every stage: with the whole trainer, and bare."""
     import torch
 
     from titan_cpt.common.signals import StopRequest
@@ -78,16 +78,16 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
         trainer, _ = build(Trainer, config, init_process_group(), run, stop)
         for stage in trainer.plan.stages:
             begin_stage(trainer, stage)
-            held = InMemory(trainer.open_loader(stage, 0), steps)
+            in_memory = InMemory(trainer.open_loader(stage, 0), steps)
             for step in range(WARM_UP_STEPS):
-                trainer.train_step(held, stage, step)  # type: ignore[arg-type]  # all that it asks of a loader
+                trainer.train_step(in_memory, stage, step)  # type: ignore[arg-type]  # the only method of a loader that it calls
             begin = time.perf_counter()
             trainer.train_stage(stage, 0)
             whole = time.perf_counter() - begin
             trainer.checkpoints.wait()
             begin = time.perf_counter()
             for step in range(steps):
-                trainer.train_step(held, stage, step)  # type: ignore[arg-type]
+                trainer.train_step(in_memory, stage, step)  # type: ignore[arg-type]
             pairs.append((whole / steps, (time.perf_counter() - begin) / steps))
         trainer.log.close()
     return pairs

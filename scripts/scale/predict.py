@@ -1,18 +1,18 @@
-"""PREDICTIONS of step time on GPUs that were never run: from FLOPs, bytes of each collective and the pipeline's bubble.
+"""PREDICT step times on GPUs that were never used, from FLOPs, bytes of each collective and the pipeline bubble.
 
     python scripts/scale/predict.py
 
-Nothing here was measured on a GPU. The FLOPs, the bytes and the bubble are the plan's (planning/memory.py, whose
-bytes scripts/scale/traced.py holds against a traced step); what is assumed of the machines stands in `MACHINES` and
-`ASSUMED`, chosen before the comparison with torchtitan's published figures for Llama 3 8B was made (FSDP2, batch 2 x
-8192 a rank, selective recomputation by operator). It comes out far too fast. So each figure is given twice: as assumed,
-and with `compute` stretched by the factor that makes the 8-GPU figures right, which leaves the 128-GPU ones as a test.
+Nothing here was measured on a GPU. FLOPs, bytes and bubble are the plan's (scripts/scale/traced.py compares the bytes
+with a traced step). `MACHINES` and `ASSUMED` are the assumptions about hardware, chosen before the comparison with
+torchtitan's published figures for Llama 3 8B (FSDP2, batch 2 x 8192 a rank, selective recomputation by operator). The
+predictions are far too fast. So each figure is printed twice: as assumed, and with `compute` stretched by the factor
+that makes the 8-GPU figures right, which leaves the 128-GPU figures as a test.
 
     products    = FLOPs of matrix products, recomputed ones included, / (peak x gemm share)
     attention   = FLOPs of causal attention / (peak x attention share)
-    elsewhere   = bytes that other operators read and write / memory bandwidth
+    elsewhere   = bytes read and written by other operators / memory bandwidth
     compute     = (products + attention + elsewhere) / (1 - bubble)
-    step        = max(compute, FSDP's traffic) + open: tensor, context and pipeline traffic, which nothing hides
+    step        = max(compute, FSDP's traffic) + open: tensor, context and pipeline traffic, which is not overlapped
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from titan_cpt.planning.parallel import MemoryInputs
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of one GPU and its network; bytes/s in one direction."""
+    """Assumptions about one GPU and its network; bytes/s in one direction."""
 
     name: str
     peak_flops: float
@@ -70,7 +70,7 @@ class Run:
 
 
 def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
-    """Seconds of a step and what they are made of, `compute` taking `stretch` times as long; tokens/s of one GPU."""
+    """Seconds of a step and of its parts, with `compute` stretched by `stretch`; tokens/s of one GPU; MFU."""
     spec, layout, machine = run.spec, run.layout, run.machine
     work = MemoryInputs(
         microbatch_tokens=run.local_batch * run.seq_len // layout.cp // layout.microbatches,
@@ -122,7 +122,7 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
 
 
 def published() -> list[Run]:
-    """torchtitan's figures (docs of torchtitan, Llama 3 8B on H100s, tokens/s of one GPU)."""
+    """torchtitan's published figures (docs of torchtitan, Llama 3 8B on H100s, tokens/s of one GPU)."""
     spec, machine = named_size("llama", "llama3-8b", 128_256), MACHINES["H100"]
     rows = ((8, False, 5762.0), (8, True, 6667.0), (128, False, 5605.0), (128, True, 6514.0))
     return [
@@ -140,8 +140,8 @@ def published() -> list[Run]:
     ]
 
 
-def asked() -> list[Run]:
-    """The paper's layouts on the paper's machine and on today's, and larger models on 64 to 1024 GPUs."""
+def predictions() -> list[Run]:
+    """The paper's layouts on its machine and on H100s, and larger models on 64 to 1024 GPUs."""
     small, large = named_size("gpt_neox", "405m", 50_304), named_size("gpt_neox", "10b", 50_688, 6)
     seventy, h100, v100 = named_size("llama", "llama3-70b", 128_256), MACHINES["H100"], MACHINES["V100"]
     ten = named_size("gpt_neox", "10b", 50_688)
@@ -171,7 +171,7 @@ def asked() -> list[Run]:
 
 def main() -> None:
     """Print the assumptions and both tables."""
-    print("PREDICTIONS: nothing below was measured here. Assumed:")
+    print("PREDICTIONS: nothing below was measured here. Assumptions:")
     for what, value in ASSUMED.items():
         print(f"  {what}: {value:g}")
     for machine in MACHINES.values():
@@ -180,7 +180,7 @@ def main() -> None:
     stretch = {
         run.compiled: predicted(run)["tokens_per_s"] / run.published for run in small if run.published is not None
     }
-    print("\n| against torchtitan's published figures | published tokens/s | as assumed | error | stretched | error |")
+    print("\n| torchtitan's published figures | published tokens/s | as assumed | error | stretched | error |")
     print("|---|---|---|---|---|---|")
     for run in published():
         assert run.published is not None, "these have one"
@@ -189,10 +189,10 @@ def main() -> None:
             f"| {run.title} | {run.published:,.0f} | {plain:,.0f} | {plain / run.published - 1:+.0%} | {better:,.0f} "
             f"| {better / run.published - 1:+.1%}{' (fitted)' if run in small else ''} |"
         )
-    print(f"\nStretch: {stretch[False]:.2f} plain, {stretch[True]:.2f} compiled; fitted on H100s, taken for V100s too.")
+    print(f"\nStretch: {stretch[False]:.2f} plain, {stretch[True]:.2f} compiled; fitted on H100s, used for V100s too.")
     print("\n| PREDICTION | machine | step s | products | attention | elsewhere | bubble | FSDP | open | stretched |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for run in asked():
+    for run in predictions():
         t, later = predicted(run), predicted(run, stretch[run.compiled])
         print(
             f"| {run.title} | {run.machine.name} | {t['step']:.2f} | {t['products']:.2f} | {t['attention']:.2f} "

@@ -1,10 +1,10 @@
-"""Bytes that one traced step sends, by collective, against what the plan works out (titan_cpt/planning/memory.py).
+"""Compare the bytes that a traced step sends, by collective, with the plan's estimate.
 
     python scripts/scale/traced.py
 
-The step is real (forward, loss, backward of titan_cpt's own engine), so are the tensors; the process group is
-torch's fake one, whose collectives send nothing, so that any number of ranks is traced on one core. A gather of n ranks
-is counted as its output times (n - 1) / n, a scattered sum as its input times (n - 1) / n, an all-reduce twice that.
+Step and tensors are real (forward, loss, backward); the process group is torch's fake one, whose collectives send
+nothing, so one core can trace any number of ranks. An all-gather over n ranks counts as its output x (n - 1) / n,
+a reduce-scatter as its input x (n - 1) / n, an all-reduce as twice that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOLERANCE = 0.01
 
 
 class Sent(TorchDispatchMode):
-    """Sums the bytes of every collective that this rank takes part in, by the number of its ranks' dimension."""
+    """Sums the bytes of every collective of this rank, by kind of parallelism."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Sent(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and let it run."""
+        """Run the operator; count its bytes if it is a collective."""
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         out = func(*args, **(kwargs or {}))
@@ -74,7 +74,7 @@ class Sent(TorchDispatchMode):
         elif name == "allreduce_":
             tensors: list[Tensor] = args[0]
             ranks = dist.distributed_c10d.ProcessGroup.unbox(args[1]).size()
-            self._add("copies' sum", sum(2 * tensor.nbytes * (ranks - 1) // ranks for tensor in tensors))
+            self._add("replicas' sum", sum(2 * tensor.nbytes * (ranks - 1) // ranks for tensor in tensors))
         return out
 
     def _add(self, kind: str, count: int) -> None:
@@ -83,7 +83,7 @@ class Sent(TorchDispatchMode):
 
 
 def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
-    """One step's bytes as counted, and as worked out."""
+    """Trace one step: the bytes counted, and the plan's estimate."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
         spec = named_size(family, "mini", 8000, layout.tp)
@@ -113,24 +113,24 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
 
 
 def main() -> int:
-    """Print a line for each layout; 1 if any differs by more than the tolerance."""
+    """Print a table for each layout; returns 1 if an estimate differs by more than the tolerance."""
     worst = 0.0
     for family in ("gpt_neox", "llama"):
         for layout in LAYOUTS:
             sent, planned = traced(family, layout)
             counted = {
-                "fsdp": sent.bytes["fsdp gather"] + sent.bytes["fsdp scatter"] + sent.bytes["copies' sum"],
+                "fsdp": sent.bytes["fsdp gather"] + sent.bytes["fsdp scatter"] + sent.bytes["replicas' sum"],
                 "tensor": sent.bytes["tensor"] + sent.bytes["tensor, small sums"],
                 "context": sent.bytes["context"],
             }
-            worked_out = {"fsdp": planned.sent_fsdp, "tensor": planned.sent_tensor, "context": planned.sent_context}
+            estimated = {"fsdp": planned.sent_fsdp, "tensor": planned.sent_tensor, "context": planned.sent_context}
             degrees = {name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "tp", "cp")}
             print(f"{family}", " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1))
             for kind, count in counted.items():
-                if count or worked_out[kind]:
-                    off = worked_out[kind] / count - 1 if count else float("inf")
+                if count or estimated[kind]:
+                    off = estimated[kind] / count - 1 if count else float("inf")
                     worst = max(worst, abs(off))
-                    print(f"  {kind:<8} counted {count:>13,} bytes, worked out {worked_out[kind]:>13,}: {off:+.2%}")
+                    print(f"  {kind:<8} counted {count:>13,} bytes, estimated {estimated[kind]:>13,}: {off:+.2%}")
             print("  calls   ", ", ".join(f"{kind} {calls}" for kind, calls in sorted(sent.calls.items())))
     print(f"the largest difference is {worst:.2%}")
     return int(worst > TOLERANCE)

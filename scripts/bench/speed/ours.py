@@ -1,7 +1,7 @@
-"""titan_cpt as a contestant: the real model and train_step, or the whole training loop; and the shared material.
+"""titan_cpt as one of the compared trainers: its model and train_step. Also writes the inputs that all trainers share.
 
-prepare   writes weights (Hugging Face's names), batches and the config that all contestants use
-step      train_step alone
+prepare   write weights (Hugging Face's names) and batches for all trainers
+otherwise take training steps on request (serve.py)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import serve
 
 wanted = serve.arguments()
 
-import numpy as np  # noqa: E402  # after the allocator was told
+import numpy as np  # noqa: E402  # after the allocator setting
 import tomli_w  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 
 def config_file(compiled: bool) -> Path:
-    """The config of the race, the data made beside it where it is not there."""
+    """Write the config, and the tokens beside it if they do not exist."""
     prefix = folder / "tokens"
     if not prefix.with_suffix(".idx").exists():
         rng = np.random.default_rng(0)

@@ -1,10 +1,10 @@
-"""The other contestants: each loads the same weights and takes the same batches, in the way its makers wrote it.
+"""The other trainers: each loads the same weights and batches, and takes a step as its authors wrote it.
 
 hf_trainer   transformers' Trainer
-litgpt       litgpt's model under Lightning's Fabric, as litgpt/pretrain.py has it; the whole model compiled
-plain        a loop in nanoGPT's manner: autocast, fused AdamW, the whole model compiled
-torchtitan   torchtitan's Llama, compiled block by block, in its order of a step
-gemm         a matrix product, for the share of what the core can do
+litgpt       litgpt's model under Lightning's Fabric, as in litgpt/pretrain.py; the whole model compiled
+plain        a loop like nanoGPT's: autocast, fused AdamW, the whole model compiled
+torchtitan   torchtitan's Llama, compiled block by block; the step in torchtitan's order
+gemm         a matrix product, the reference for MFU
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import serve
 
 wanted = serve.arguments()
 
-import numpy as np  # noqa: E402  # after the allocator was told
+import numpy as np  # noqa: E402  # after the allocator setting
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -39,12 +39,12 @@ def batches() -> Tensor:
 
 
 def weights() -> dict[str, Tensor]:
-    """The first weights, by Hugging Face's names."""
+    """The initial weights, by Hugging Face's names."""
     return load_file(folder / "weights.safetensors")
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not, as in every contestant."""
+    """Parameter groups: weight decay for matrices, none for vectors, as in every trainer."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
@@ -53,7 +53,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def hf_config() -> Any:
-    """transformers' configuration of the shape."""
+    """The shape as a transformers configuration."""
     from transformers import GPTNeoXConfig, LlamaConfig
 
     common = {
@@ -73,7 +73,7 @@ def hf_config() -> Any:
 
 
 def hf_model() -> Any:
-    """transformers' model with the first weights."""
+    """transformers' model with the initial weights."""
     from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
     found = weights()
@@ -89,12 +89,12 @@ def hf_model() -> Any:
 
 
 def hf_trainer() -> None:
-    """The Trainer holds the loop: it runs in a thread and stops before every step that was not asked for."""
+    """transformers' Trainer has the loop, so it runs in a thread and waits before each step for a request."""
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     rows = batches().flatten(0, 1)
-    asked: Queue[int] = Queue()
+    requests: Queue[int] = Queue()
     answers: Queue[Tensor] = Queue()
 
     class Rows(Dataset):
@@ -114,7 +114,7 @@ def hf_trainer() -> None:
 
     class Gate(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            asked.get()
+            requests.get()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             answers.put(trainer.last_loss)
@@ -143,7 +143,7 @@ def hf_trainer() -> None:
     threading.Thread(target=trainer.train, daemon=True).start()
 
     def step(_: int) -> Tensor:
-        asked.put(1)
+        requests.put(1)
         return answers.get()
 
     serve.serve(step)
@@ -200,7 +200,7 @@ def litgpt() -> None:
 
 
 class PlainBlock(nn.Module):
-    """A GPT-NeoX block, written as nanoGPT writes its own; the names are Hugging Face's."""
+    """A GPT-NeoX block in nanoGPT's style, with Hugging Face's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class PlainBlock(nn.Module):
         self.mlp = nn.ModuleDict({"dense_h_to_4h": nn.Linear(width, hidden), "dense_4h_to_h": nn.Linear(hidden, width)})
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The residual stream after the block."""
+        """Return the residual stream after the block."""
         B, L, D = x.shape
         heads = shape["heads"]
         qkv = self.attention["query_key_value"](self.input_layernorm(x)).view(B, L, heads, 3 * D // heads)
@@ -231,7 +231,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainGPT(nn.Module):
-    """The whole model: logits and loss."""
+    """The whole model with its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class PlainGPT(nn.Module):
         self.register_buffer("sin", torch.cat((angles, angles), dim=-1).sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss."""
+        """Return the mean loss."""
         x = self.gpt_neox["embed_in"](tokens)
         for block in self.gpt_neox["layers"]:
             x = block(x, self.cos, self.sin)
@@ -319,7 +319,7 @@ def torchtitan() -> None:
 
 
 def gemm() -> None:
-    """2048^3: the seconds of a step are those of one product."""
+    """A step is one matrix product of 2048^3."""
     a = torch.randn(2048, 2048).to(torch.bfloat16 if half else torch.float32)
     serve.serve(lambda _: (a @ a)[0, 0])
 

@@ -1,10 +1,11 @@
-"""The races of docs/performance.md: titan_cpt and other trainers take turns on the same work, and the table is written.
+"""Compare the speed of titan_cpt and other trainers on the same work; writes the tables of docs/performance.md.
 
     python scripts/bench/speed/race.py --peers .venv-bench/bin/python [--quick] [--write docs/performance.md]
 
-Every contestant is a process that stays: it loads the same weights, takes the same batches in the same order, in the
-same precision, with one thread. They take turns (A B C A B C ...), so that what else happens on the machine meets all
-alike; figures are medians over the turns. The first losses must agree, or nothing is written.
+Every trainer is a process that stays alive: it loads the same weights, takes the same batches in the same order, in the
+same precision, with one thread. They take turns (A B C A B C ...), so that other work on the machine affects all
+equally; figures are medians over the turns. The first losses must agree, otherwise nothing is written. MFU is relative
+to a matrix product of 2048^3 measured in the same turns.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ RACES: dict[str, dict[str, Any]] = {
         "precision": "bfloat16",
     },
 }
-# name -> (kind, compiled, glibc told to keep freed memory)
+# name -> (kind, compiled, whether glibc keeps freed memory)
 OURS = {"titan_cpt": ("ours", False, True), "titan_cpt, compiled": ("ours", True, True)}
 ALIKE = " with our allocator setting"
 PEERS = {
@@ -75,8 +76,8 @@ PEERS = {
 
 
 @dataclass
-class Contestant:
-    """One process and what it has shown."""
+class TrainerProcess:
+    """The process of one trainer, and its results."""
 
     name: str
     process: subprocess.Popen[str]
@@ -88,16 +89,16 @@ class Contestant:
     peak_gib: float = 0.0
 
     def hear(self) -> dict[str, Any]:
-        """Its next line."""
+        """Its next answer."""
         assert self.process.stdout is not None, "it was started with a pipe"
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name} ended; the end of what it printed:\n{self.log.read_text()[-3000:]}")
+            sys.exit(f"{self.name} exited; the end of its output:\n{self.log.read_text()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def turn(self, steps: int, tokens: int) -> None:
-        """So many steps."""
+        """Let it take `steps` steps, and record their speed and losses."""
         assert self.process.stdin is not None, "it was started with a pipe"
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
@@ -108,8 +109,8 @@ class Contestant:
         self.peak_gib = answer["peak_gib"]
 
 
-def start(name: str, python: str, program: str, options: dict[str, Any], folder: Path) -> Contestant:
-    """A process with one thread."""
+def start(name: str, python: str, program: str, options: dict[str, Any], folder: Path) -> TrainerProcess:
+    """Start a trainer with one thread."""
     log = folder / f"{options['name']}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -120,11 +121,11 @@ def start(name: str, python: str, program: str, options: dict[str, Any], folder:
         text=True,
         env=environment,
     )
-    return Contestant(name, process, log)
+    return TrainerProcess(name, process, log)
 
 
 def race(key: str, *, peers: str, turns: int, batch: int, only: str) -> dict[str, Any]:
-    """All contestants of one shape, in turns."""
+    """Run all trainers of one shape, in turns."""
     spec, folder = RACES[key], Path(tempfile.mkdtemp(prefix="race-"))
     seq_len = 512
     common = {
@@ -142,7 +143,7 @@ def race(key: str, *, peers: str, turns: int, batch: int, only: str) -> dict[str
     flops_per_token = scribe.hear()["flops_per_token"]
     scribe.process.wait()
 
-    field_of: list[Contestant] = []
+    field_of: list[TrainerProcess] = []
     entries = {**OURS, **PEERS[spec["family"]]}
     for number, (name, (kind, compiled, allocator)) in enumerate(entries.items()):
         if only and kind not in (*only.split(","), "ours"):
@@ -157,16 +158,16 @@ def race(key: str, *, peers: str, turns: int, batch: int, only: str) -> dict[str
     gemm.hear()
     agree(field_of, LOSS_TOLERANCE[spec["precision"]])
     for turn in range(turns):
-        for contestant in field_of:
-            contestant.turn(STEPS_A_TURN, batch * seq_len)
+        for trainer in field_of:
+            trainer.turn(STEPS_A_TURN, batch * seq_len)
         gemm.turn(10, 2 * 2048**3)
         line = ", ".join(f"{c.name} {c.speeds[-1]:.0f}" for c in field_of)
         print(f"  turn {turn + 1}: {line}", file=sys.stderr, flush=True)
-    for contestant in (*field_of, gemm):
-        assert contestant.process.stdin is not None, "it was started with a pipe"
-        contestant.process.stdin.close()
-        contestant.process.kill()
-        contestant.process.wait()
+    for trainer in (*field_of, gemm):
+        assert trainer.process.stdin is not None, "it was started with a pipe"
+        trainer.process.stdin.close()
+        trainer.process.kill()
+        trainer.process.wait()
     shutil.rmtree(folder)
     return {
         "key": key,
@@ -189,15 +190,15 @@ def race(key: str, *, peers: str, turns: int, batch: int, only: str) -> dict[str
     }
 
 
-def agree(contestants: list[Contestant], tolerance: float) -> None:
-    """The same weights and batch give the same loss, or somebody does other work."""
-    losses = {c.name: c.first_loss for c in contestants}
+def agree(trainers: list[TrainerProcess], tolerance: float) -> None:
+    """Exit unless all first losses agree: a trainer with another loss does other work."""
+    losses = {c.name: c.first_loss for c in trainers}
     if max(losses.values()) - min(losses.values()) > tolerance:
         sys.exit(f"the losses of the first step do not agree within {tolerance}: {losses}")
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of one race."""
+    """The results of one shape as a Markdown table."""
     rows = result["contestants"]
     ours = max((row for row in rows if row["name"].startswith("titan_cpt")), key=lambda row: row["tokens_per_s"])
     lines = [
@@ -218,34 +219,38 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_into(path: Path, text: str) -> None:
-    """Put the tables between their marks."""
+    """Replace the text between the two markers of a page."""
     before, rest = path.read_text().split(BEGIN)
     path.write_text(f"{before}{BEGIN}\n{text}\n{rest[rest.index(END) :]}")
 
 
 def machine() -> str:
-    """What it ran on."""
+    """Processor, number of cores and load of this machine."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:
-    """Run the races."""
+    """Run the selected shapes; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", required=True, help="the Python of the environment of requirements.txt")
-    parser.add_argument("--races", default=",".join(RACES), help="which of " + ", ".join(RACES))
-    parser.add_argument("--only", default="", help="kinds of peers: hf_trainer, litgpt, plain, torchtitan")
-    parser.add_argument("--turns", type=int, default=5, help=f"each contestant's turns of {STEPS_A_TURN} steps")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--peers", required=True, help="Python of the virtual environment with requirements.txt")
+    parser.add_argument("--races", default=",".join(RACES), help="shapes, comma-separated, of " + ", ".join(RACES))
+    parser.add_argument(
+        "--only", default="", help="only these other trainers, comma-separated: hf_trainer, litgpt, plain, torchtitan"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=5, help=f"turns of {STEPS_A_TURN} steps for each trainer (default 5)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step (default 8)")
     parser.add_argument("--quick", action="store_true", help="A and B in 3 turns")
-    parser.add_argument("--write", type=Path, help="the page whose tables are replaced")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--write", type=Path, help="page in which to replace the tables")
+    parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     keys, turns = (["A", "B"], 3) if options.quick else (options.races.split(","), options.turns)
     results = []
     for key in keys:
-        print(f"race {key}", file=sys.stderr, flush=True)
+        print(f"shape {key}", file=sys.stderr, flush=True)
         results.append(race(key, peers=options.peers, turns=turns, batch=options.batch, only=options.only))
         print(table(results[-1]) + "\n", flush=True)
     head = f"Measured on {machine()}; {turns} turns of {STEPS_A_TURN} steps each, medians; one thread."

@@ -1,4 +1,4 @@
-"""One contestant in a process of its own: it says when it is ready, then takes steps whenever it is told to."""
+"""The side of a trainer's process: report the first step, then take N steps for every line "N" on standard input."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_out = os.fdopen(os.dup(1), "w")  # what libraries print must not come between our lines
+_out = os.fdopen(os.dup(1), "w")  # keeps the output of libraries out of the answers
 os.dup2(2, 1)
 
 
 def arguments() -> dict[str, Any]:
-    """What the driver wants: one JSON object."""
+    """The options of the driver: one JSON object. Applies the allocator setting if they request it."""
     wanted: dict[str, Any] = json.loads(sys.argv[1])
     if wanted.get("allocator"):
         mallopt = ctypes.CDLL(None).mallopt
@@ -27,13 +27,13 @@ def arguments() -> dict[str, Any]:
 
 
 def say(**fields: Any) -> None:
-    """A line to the driver."""
+    """Send one line to the driver."""
     _out.write(json.dumps(fields) + "\n")
     _out.flush()
 
 
 def serve(step: Callable[[int], Any]) -> None:
-    """Answer "N" by taking N steps: their seconds and the loss of each. `step` returns a loss that can be a float."""
+    """For every line "N" take N steps and answer with their seconds and losses. `step(i)` returns a scalar loss."""
     done, begin = 0, time.perf_counter()
     say(first_loss=float(step(done)), first_step_s=time.perf_counter() - begin)
     done = 1

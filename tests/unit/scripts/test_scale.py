@@ -1,4 +1,4 @@
-"""scripts/scale: the plan's traffic against a traced step, and predictions that say what they are."""
+"""scripts/scale: the plan's traffic compared with a traced step, and predictions that are marked as such."""
 
 import subprocess
 import sys
@@ -7,24 +7,24 @@ from pathlib import Path
 SCALE = Path(__file__).resolve().parents[3] / "scripts" / "scale"
 
 
-def said_by(script):
-    """What a script prints; its exit status is 0."""
+def output_of(script):
+    """The standard output of a script, which must exit with 0."""
     done = subprocess.run([sys.executable, str(SCALE / script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_plans_traffic_is_that_of_a_traced_step():
+def test_the_plans_traffic_equals_that_of_a_traced_step():
     """Both families under six layouts: every kind of collective to 1 %, or the exit status is 1."""
-    lines = said_by("traced.py").splitlines()
+    lines = output_of("traced.py").splitlines()
 
     assert len([line for line in lines if "counted" in line]) == 16
     assert float(lines[-1].removeprefix("the largest difference is ").removesuffix("%")) <= 1.0
 
 
-def test_predictions_are_held_against_published_figures_and_marked():
-    """torchtitan's four figures for 8B; what the 8-GPU ones were fitted to, the 128-GPU ones are off by under 3 %."""
-    lines = said_by("predict.py").splitlines()
+def test_predictions_are_compared_with_published_figures_and_marked():
+    """torchtitan's four figures for 8B; stretched to fit the 8-GPU figures, the 128-GPU ones are off by under 3 %."""
+    lines = output_of("predict.py").splitlines()
     published = [line for line in lines if line.startswith("| Llama 3 8B")]
 
     assert [line.split("|")[2].strip() for line in published] == ["5,762", "6,667", "5,605", "6,514"]
