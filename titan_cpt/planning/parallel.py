@@ -1,7 +1,8 @@
-"""From a config and a world size to parallelism degrees, and what the memory and traffic estimates need to know."""
+"""Parallelism degrees of a config, the layers of each pipeline rank, and the inputs of the memory model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_cpt.config.schema import Config
@@ -9,46 +10,76 @@ from titan_cpt.distributed.parallel_dims import ParallelDims
 
 
 def min_world_size(config: Config) -> int:
-    """The smallest number of ranks that the config's degrees can be laid over."""
-    asked = config.parallelism
-    model = asked.tensor_parallel_degree * asked.pipeline_parallel_degree * asked.context_parallel_degree
-    return model * asked.data_parallel_replicate_degree * (asked.data_parallel_shard_degree or 1)
+    """The smallest number of ranks that the config's parallelism degrees allow."""
+    degrees = config.parallelism
+    model = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
+    return model * degrees.data_parallel_replicate_degree * (degrees.data_parallel_shard_degree or 1)
 
 
 def parallel_dims_of(config: Config, world_size: int) -> ParallelDims:
-    """The layout that the config asks for on so many ranks; whether it can be is `parallel_problems`' to say."""
-    asked = config.parallelism
-    pp, tp, cp = asked.pipeline_parallel_degree, asked.tensor_parallel_degree, asked.context_parallel_degree
-    replicate = asked.data_parallel_replicate_degree
-    reshard = asked.fsdp_reshard_after_forward
+    """The config's parallelism degrees on `world_size` ranks; `parallel_problems` checks whether they are valid."""
+    degrees = config.parallelism
+    pp = degrees.pipeline_parallel_degree
+    tp = degrees.tensor_parallel_degree
+    cp = degrees.context_parallel_degree
+    replicate = degrees.data_parallel_replicate_degree
+    reshard = degrees.fsdp_reshard_after_forward
+    microbatches = config.training.local_batch_size // degrees.pipeline_parallel_microbatch_size
     return ParallelDims(
         dp_replicate=replicate,
-        dp_shard=asked.data_parallel_shard_degree or max(1, world_size // (pp * tp * cp * replicate)),
+        dp_shard=degrees.data_parallel_shard_degree or max(1, world_size // (pp * tp * cp * replicate)),
         cp=cp,
         tp=tp,
         pp=pp,
-        schedule=asked.pipeline_parallel_schedule,
-        microbatches=max(1, config.training.local_batch_size // asked.pipeline_parallel_microbatch_size)
-        if pp > 1
-        else 1,
+        schedule=degrees.pipeline_parallel_schedule,
+        microbatches=max(1, microbatches) if pp > 1 else 1,
         reshard_after_forward=reshard == "always" or (reshard == "default" and pp == 1),
-        loss_parallel=not asked.disable_loss_parallel,
+        loss_parallel=not degrees.disable_loss_parallel,
     )
 
 
 @dataclass(frozen=True)
-class MemoryInputs:
-    """What a rank is given to do, beside the layout.
+class PipelineRankContents:
+    """The part of the model on one pipeline rank.
 
     Attributes:
-        microbatch_tokens: T, of one forward pass of one context-parallel rank.
-        accumulation: local batches of a step.
-        bytes_per_number: of parameters and activations while they are multiplied: 2 in bfloat16, 4 in float32.
-        recompute: "none", "full", "selective" or "memory_budget".
-        selection: "op", or n for every n-th block.
-        memory_budget: share of the activations kept under "memory_budget".
-        offloaded: parameters, gradients and the optimizer lie in the host's memory.
-        float8_filter_fqns: where weights are gathered in float8, parts of the names of those that are not.
+        pipeline_rank: 0 to pp - 1.
+        ranks: the ranks that hold this part, or shards of it.
+        parts: its parts in words, such as "embedding" and "layers 0 to 8".
+    """
+
+    pipeline_rank: int
+    ranks: range
+    parts: list[str]
+
+
+def pipeline_rank_contents(dims: ParallelDims, layers: int) -> Iterator[PipelineRankContents]:
+    """What every pipeline rank holds of a model with this number of layers."""
+    group = dims.world_size // dims.pp
+    for rank in range(dims.pp):
+        parts = []
+        for stage in dims.stages_of(rank):
+            held = dims.layers_of(stage, layers)
+            parts += ["embedding"] if stage == 0 else []
+            parts.append(f"layers {held[0]} to {held[-1]}" if len(held) > 1 else f"layer {held[0]}")
+            parts += ["final norm and head"] if stage == dims.pipeline_stages - 1 else []
+        yield PipelineRankContents(rank, range(rank * group, (rank + 1) * group), parts)
+
+
+@dataclass(frozen=True)
+class MemoryInputs:
+    """What the memory and communication of a rank depend on, besides model and parallelism degrees.
+
+    Attributes:
+        microbatch_tokens: T, tokens of one forward pass on one context-parallel rank.
+        accumulation: gradient accumulation steps.
+        bytes_per_number: bytes of a parameter or activation in the compute dtype: 2 in bfloat16, 4 in float32.
+        recompute: activation checkpointing: "none", "full", "selective" or "memory_budget".
+        selection: with "selective": "op", or n to checkpoint every n-th block.
+        memory_budget: with "memory_budget": the share of the activations that is kept.
+        offloaded: CPU offload of parameters, gradients and optimizer state.
+        float8_filter_fqns: with float8 all-gather: layers whose names contain one of these are gathered in the compute
+            dtype; None without it.
     """
 
     microbatch_tokens: int
@@ -59,3 +90,19 @@ class MemoryInputs:
     memory_budget: float
     offloaded: bool = False
     float8_filter_fqns: tuple[str, ...] | None = None
+
+
+def memory_inputs(config: Config, dims: ParallelDims, accumulation: int) -> MemoryInputs:
+    """The inputs of the memory model from the config."""
+    checkpointing = config.activation_checkpoint
+    sequences = config.training.local_batch_size // dims.microbatches
+    return MemoryInputs(
+        microbatch_tokens=sequences * config.training.seq_len // dims.cp,
+        accumulation=accumulation,
+        bytes_per_number=2 if config.training.mixed_precision_param == "bfloat16" else 4,
+        recompute=checkpointing.mode,
+        selection=checkpointing.selective_ac_option,
+        memory_budget=checkpointing.memory_budget,
+        offloaded=config.training.enable_cpu_offload,
+        float8_filter_fqns=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
+    )

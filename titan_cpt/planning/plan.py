@@ -1,11 +1,12 @@
-"""What a plan is: stages in steps, LR curves, lineage and cursors, mixtures, the recipe and its fingerprint.
+"""The training plan: stages with steps, LR schedule, initial weights, data mixture and recipe. All frozen numbers.
 
-All of it is frozen numbers; planning.py works them out, plan_view.py shows them. No torch, no device, no clock.
+planner.py makes a plan, plan_text.py and plan_json.py print it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,12 +19,17 @@ from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.memory import Footprint
 
-BYTES_PER_SAVED_PARAMETER = 12  # float32 weight and AdamW's two moments
+BYTES_PER_SAVED_PARAMETER = 12  # fp32 master weight and two AdamW moments
 
 
 @dataclass(frozen=True)
 class StageCheckpoint:
-    """A place in the run where weights can be picked up: a stage of this plan, after so many of its steps."""
+    """The checkpoint of a stage of this plan from which a later stage starts.
+
+    Attributes:
+        stage: the stage's name.
+        steps_done: optimizer steps of that stage which its weights have been trained for.
+    """
 
     stage: str
     steps_done: int
@@ -31,13 +37,13 @@ class StageCheckpoint:
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """What the weights have been trained on, along their lineage.
+    """What the initial weights of a stage have been trained on, in all stages before it on their lineage.
 
     Attributes:
         steps: optimizer steps.
-        trained: ordinals used up as new data, by source.
-        replayed: replay positions used up, by source.
-        exposure: exact sequences, replay included, by dataset: the weights of METHOD section 3.
+        trained: sequences drawn as new data, by source (`dataset` or `dataset.domain`): the next ordinal to draw.
+        replayed: sequences drawn as replay, by source: the next replay position.
+        exposure: exact number of sequences by dataset, replay included; the default weights of replay.
     """
 
     steps: int
@@ -48,7 +54,7 @@ class TrainingHistory:
 
 @dataclass(frozen=True)
 class AdamWHyperparameters:
-    """The optimizer's numbers in one stage."""
+    """Hyperparameters of AdamW in one stage; the learning rate comes from the schedule."""
 
     betas: tuple[float, float]
     eps: float
@@ -57,7 +63,13 @@ class AdamWHyperparameters:
 
 @dataclass(frozen=True)
 class DatasetUse:
-    """What one stage takes of one dataset or source: tokens, those of them that are replay, and epochs if known."""
+    """What a stage takes from a dataset or source.
+
+    Attributes:
+        tokens: all tokens, replay included.
+        replayed_tokens: those of them that are replay.
+        epochs: tokens as a multiple of the dataset's size; None while its files do not exist.
+    """
 
     tokens: int
     replayed_tokens: int
@@ -66,17 +78,19 @@ class DatasetUse:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, all numbers worked out.
+    """One training stage.
 
     Attributes:
-        datasets: the names of those that are new here.
-        init: `previous` and `stage:` as the Point they mean; `random`, `checkpoint:PATH` and `hf:NAME` as text.
-        pre_anneal_step: steps done when the constant phase of an infinite or wsd schedule ends; None without one.
-        history: the history of the weights that the stage begins with.
+        datasets: names of the datasets whose data is new in this stage.
+        init: the checkpoint that `previous` and `stage:NAME` mean; `random`, `checkpoint:PATH` and `hf:NAME` as text.
+        keep_optimizer: optimizer state is loaded with the weights, instead of starting at zero.
+        pre_anneal_step: steps done at the end of the constant phase of an infinite or wsd schedule; None without one.
+        history: what the initial weights have been trained on.
         tree: which sequence comes when.
         shares: exact share of each dataset in the stage's sequences, replay included.
-        final_window: steps done at which the paper's final loss is sampled; empty when it is not asked for.
-        recipe: what must not change once the stage has begun, by dotted key.
+        use_by_source: as `use_by_dataset`, by domain where there are domains.
+        final_window: steps done at which the final loss is sampled; empty unless configured.
+        recipe: the numbers that must not change once the stage has begun, by dotted key.
     """
 
     name: str
@@ -96,21 +110,45 @@ class StagePlan:
     recipe: Mapping[str, Any]
 
     def lr_at(self, step: int) -> float:
-        """The LR of the 0-based step `step` of this stage: eta(step + 1) of METHOD section 2."""
+        """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
         return lr_schedules.lr_at(self.schedule, step + 1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest LR of all steps."""
+        # Phases are monotonic: the highest LR is at the first or last step, or beside the border of two phases.
+        borders = {math.floor(phase.end) + side for phase in self.schedule for side in (-1, 0)}
+        steps = {0, self.steps - 1} | {step for step in borders if 0 <= step < self.steps}
+        return max(self.lr_at(step) for step in steps)
+
+    @property
+    def final_lr(self) -> float:
+        """The LR of the last step."""
+        return self.lr_at(self.steps - 1)
+
+
+def ancestors(stage: StagePlan, stages: Mapping[str, StagePlan]) -> Iterator[StagePlan]:
+    """The stages that trained the initial weights of a stage, the latest first.
+
+    Args:
+        stages: all stages of the run, by name.
+    """
+    while isinstance(stage.init, StageCheckpoint):
+        stage = stages[stage.init.stage]
+        yield stage
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run on a given number of ranks.
+    """A run on a given number of ranks.
 
     Attributes:
-        parallel_dims: how the ranks share the work.
-        footprint: what that costs each of them.
-        gradient_accumulation_steps: local batches of one data-parallel rank in one step.
-        sequences: of every source; None where the data is not there yet.
-        base_recipe: what must never change in a run, by dotted key.
-        notes: doubts a user should hear before any money is spent.
+        parallel_dims: parallelism degrees.
+        footprint: memory and communication of a rank.
+        gradient_accumulation_steps: local batches of one data-parallel rank in an optimizer step.
+        sequences: number of sequences of every source; None while its files do not exist.
+        base_recipe: the numbers that must not change during the run, by dotted key.
+        notes: warnings, shown before training.
     """
 
     name: str
@@ -129,12 +167,12 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.parallel_dims.world_size
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that read different sequences."""
+        """Data-parallel degree: number of ranks, or groups of ranks, that train on different sequences."""
         return self.parallel_dims.data_parallel
 
     @property
@@ -144,42 +182,46 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits of a hash over the recipe: equal where the same steps would be taken."""
+        """Eight hexadecimal digits of a hash of the recipe; equal for plans that train the same."""
         return fingerprint(self.recipe_until(len(self.stages) - 1))
 
+    @property
+    def by_name(self) -> dict[str, StagePlan]:
+        """The stages by name."""
+        return {stage.name: stage for stage in self.stages}
+
     def stage(self, name: str) -> StagePlan:
-        """The stage of that name.
+        """The stage with that name.
 
         Raises:
-            PlanError: there is none.
+            PlanError: no stage has that name.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise PlanError(f"there is no stage {name!r}; stages are {', '.join(repr(s.name) for s in self.stages)}")
+        if name not in self.by_name:
+            raise PlanError(f"there is no stage {name!r}; stages are {', '.join(map(repr, self.by_name))}")
+        return self.by_name[name]
 
     def steps_before(self, stage: StagePlan) -> int:
-        """Steps that the run takes before this stage, in the order in which it takes them."""
+        """Optimizer steps of all stages that the run trains before this one."""
         return sum(earlier.steps for earlier in self.stages[: self.stages.index(stage)])
 
     def forgetting_since(self, stage: StagePlan, dataset: str) -> str | None:
-        """The stage whose step 0 shows the loss on `dataset` when the weights had just left it; None if they never did.
+        """The stage whose loss on `dataset` at step 0 is the baseline of its forgetting; None if there is none.
 
-        That is the first stage after the last one of the lineage in which the dataset was new. Weights that came
-        trained from elsewhere have left everything before their first stage here.
+        That is the first stage after the last one on the lineage in which the dataset was new. For pretrained weights
+        it is their first stage in this run.
         """
         name = dataset.partition(".")[0]
         if name in stage.datasets:
             return None
-        while isinstance(stage.init, StageCheckpoint):
-            parent = self.stage(stage.init.stage)
+        first = stage
+        for parent in ancestors(stage, self.by_name):
             if name in parent.datasets:
-                return stage.name
-            stage = parent
-        return None if stage.init == "random" else stage.name
+                return first.name
+            first = parent
+        return None if first.init == "random" else first.name
 
     def recipe_until(self, index: int) -> dict[str, Any]:
-        """The recipe of the run up to and with stage `index`, flat, by dotted key."""
+        """The recipe of the run up to and including stage `index`, flat, by dotted key."""
         stages = self.stages[: index + 1]
         recipe = {**self.base_recipe, "stages": [stage.name for stage in stages]}
         for stage in stages:
@@ -187,21 +229,22 @@ class Plan:
         return recipe
 
     def batch(self, stage: StagePlan, step: int) -> list[Draw]:
-        """The sequences of the 0-based global batch `step` of a stage, in batch order.
+        """The sequences of the global batch of the 0-based step `step` of a stage, in batch order.
 
         Raises:
-            PlanError: no such step, or an order that is only known once the data is there.
+            PlanError: the stage has no such step, or its order depends on data that does not exist yet.
         """
         if not 0 <= step < stage.steps:
             raise PlanError(f"stages.{stage.name}: has steps 0 to {stage.steps - 1}, got {step}")
         unknown = [leaf.source for leaf in leaves(stage.tree) if leaf.reshuffle_key and leaf.seen is None]
         if unknown:
             raise PlanError(
-                f"stages.{stage.name}: reshuffled replay of {unknown[0]!r} is only known with its data there"
+                f"stages.{stage.name}: the order of reshuffled replay of {unknown[0]!r} depends on the size of its "
+                "data, which does not exist yet: prepare it first"
             )
         return draws(stage.tree, step * self.global_batch_size, (step + 1) * self.global_batch_size)
 
-    def disk_bytes(self, kept_checkpoints: int) -> int:
-        """Most bytes of checkpoints that lie on disk at once: kept ones, ends, pre-anneal points, one being written."""
-        points = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
-        return (kept_checkpoints + points + 1) * self.spec.parameters * BYTES_PER_SAVED_PARAMETER
+    def disk_bytes(self, keep_latest_k: int) -> int:
+        """The most that checkpoints take on disk: the latest ones, stage ends, pre-anneal points, one being written."""
+        kept = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
+        return (keep_latest_k + kept + 1) * self.spec.parameters * BYTES_PER_SAVED_PARAMETER

@@ -1,19 +1,23 @@
-"""plan.json: the plan as other programs read it."""
+"""The plan as JSON, for plan.json and `titan-cpt plan --json`. The keys are a public interface."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.lr_schedules import lr_at
-from titan_cpt.planning.parallel_text import parallel_as_json
+from titan_cpt.planning.memory import Footprint, fits
+from titan_cpt.planning.parallel import PipelineRankContents, pipeline_rank_contents
 from titan_cpt.planning.plan import Plan, StagePlan
 
 
 def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
-    """The plan as DESIGN section 3b promises it to other programs."""
+    """The whole plan.
+
+    Args:
+        device_bytes: memory of a device; `fits` is null without it.
+    """
     stages = [stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
     total = sum(stage["tokens"] for stage in stages)
     return {
@@ -37,46 +41,86 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
 
 
 def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
-    """One entry of `stages`: steps, tokens, data, learning rates and where the stage's weights come from."""
+    """One entry of `stages`: steps, tokens, data, learning rates and initial weights."""
     tokens = stage.steps * plan.step_tokens
-    lrs = [stage.lr_at(step) for step in _turning_steps(stage)]
-    use = {name: vars(use) for name, use in stage.use_by_dataset.items()}
+    datasets = {name: vars(use) for name, use in stage.use_by_dataset.items()}
     domains = {name: vars(use) for name, use in stage.use_by_source.items() if "." in name}
     return {
         "name": stage.name,
         "steps": stage.steps,
         "tokens": tokens,
         "start_lr": stage.lr_at(0),
-        "peak_lr": max(lrs),
-        "final_lr": stage.lr_at(stage.steps - 1),
+        "peak_lr": stage.peak_lr,
+        "final_lr": stage.final_lr,
         "flops": plan.spec.flops_per_token(plan.seq_len) * tokens,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
         "pre_anneal_step": stage.pre_anneal_step,
         "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
         "final_window": list(stage.final_window),
         "new_datasets": list(stage.datasets),
-        "datasets": use,
+        "datasets": datasets,
         "domains": domains,
     }
 
 
-def _turning_steps(stage: StagePlan) -> list[int]:
-    """Steps among which the stage's highest LR is found: its ends, and both sides of every phase's border."""
-    borders = {math.floor(phase.end) + side for phase in stage.schedule for side in (-1, 0)}
-    return sorted({0, stage.steps - 1} | {step for step in borders if 0 <= step < stage.steps})
+def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
+    """The entry `layout`: parallelism degrees, layers of each pipeline rank, memory and communication."""
+    dims = plan.parallel_dims
+    costs = plan.footprint
+    return {
+        **{name: getattr(dims, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")},
+        "schedule": dims.schedule if dims.pp > 1 else None,
+        "microbatches": dims.microbatches,
+        "accumulation": plan.gradient_accumulation_steps,
+        "bubble": costs.bubble,
+        "pipeline_ranks": [_contents_as_json(held) for held in pipeline_rank_contents(dims, plan.spec.layers)],
+        "local_parameters": list(costs.local_parameters),
+        "bytes_per_rank": {
+            **memory_parts(costs),
+            "never_at_once": costs.never_at_once,
+            "total": costs.memory,
+            "of_pipeline_rank": costs.heaviest,
+            "in_host_memory": costs.host,
+        },
+        "bytes_sent_per_step": {**traffic_parts(costs), "total": costs.sent},
+        "fits": None if device_bytes is None else fits(costs, device_bytes),
+    }
 
 
 def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-    """{stage: {"t": LR}} for t as METHOD counts it: the first step of a stage is t = 1, past the end the LR stays."""
+    """{stage: {"t": LR}}; the first step of a stage is t = 1, and after the stage's end the LR stays."""
     return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
 
 
 def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
     """[[source, ordinal], ...] of one global batch, in batch order.
 
+    Args:
+        step: 0-based, as it was written on the command line.
+
     Raises:
-        PlanError: there is no such stage or step.
+        PlanError: no such stage or step.
     """
     if not step.isdecimal():
         raise PlanError(f"--batch: the 0-based step must be an integer, got {step!r}")
     return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
+
+
+def memory_parts(costs: Footprint) -> dict[str, int]:
+    """Bytes of device memory, by what they hold."""
+    names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working")
+    return {name: getattr(costs, name) for name in names}
+
+
+def traffic_parts(costs: Footprint) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by parallelism technique."""
+    return {name: getattr(costs, f"sent_{name}") for name in ("fsdp", "tensor", "context", "pipeline")}
+
+
+def _contents_as_json(contents: PipelineRankContents) -> dict[str, Any]:
+    return {
+        "pipeline_rank": contents.pipeline_rank,
+        "first_rank": contents.ranks[0],
+        "last_rank": contents.ranks[-1],
+        "holds": contents.parts,
+    }

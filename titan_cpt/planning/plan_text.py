@@ -1,4 +1,4 @@
-"""How a plan is shown: JSON for other programs, a table and a drawing of the learning rate for people."""
+"""The plan as text: a table of stages, a drawing of the LR schedule, parallelism, memory, costs and notes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals and files that are not in UTF-8
+_ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals without UTF-8
 _DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
 
 
-def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes: int | None = None) -> None:
-    """A line per stage, what it takes of each dataset, the LR as a drawing, the layout, and what the whole costs."""
+def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: int | None = None) -> None:
+    """Print the plan.
+
+    Args:
+        keep_latest_k: number of interval checkpoints that the run keeps.
+        device_bytes: memory of a device, to print whether the plan fits.
+    """
     spec = plan.spec
     console.print(
         f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {spec.family}, {spec.parameters:,} parameters "
@@ -26,14 +31,14 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes
     console.print(
         f"step: {plan.global_batch_size} sequences x {plan.seq_len} = {plan.step_tokens:,} tokens; "
         f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel x "
-        f"{plan.local_batch_size} sequences x {plan.gradient_accumulation_steps} accumulated",
+        f"{plan.local_batch_size} sequences x {plan.gradient_accumulation_steps} gradient accumulation steps",
         highlight=False,
     )
     console.print(_stage_table(plan))
     for line in _lr_drawing(plan):
         console.print(line.translate(_ASCII) if console.options.ascii_only else line, highlight=False, markup=False)
     console.print()
-    for line in [*parallel_lines(plan, device_bytes), *_costs(plan, kept_checkpoints)]:
+    for line in [*parallel_lines(plan, device_bytes), *_cost_lines(plan, keep_latest_k)]:
         console.print(line, highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
@@ -41,7 +46,7 @@ def print_plan(plan: Plan, console: Console, kept_checkpoints: int, device_bytes
 
 def _stage_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replayed), epochs", "FLOPs"):
+    for name in ("stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replay), epochs", "FLOPs"):
         table.add_column(name, justify="left" if name in ("stage", "from") or name.startswith("data") else "right")
     for index, stage in enumerate(plan.stages):
         row = stage_as_json(plan, stage, index)
@@ -60,14 +65,14 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _lr_drawing(plan: Plan) -> list[str]:
-    """The LR over all stages as a bar chart of characters, stages in proportion to their steps."""
+    """The LR over all stages as a bar chart; the width of a stage is proportional to its steps."""
     total = sum(stage.steps for stage in plan.stages)
     columns: list[float | None] = []
     names = ""
     for stage in plan.stages:
         width = max(8, round(_DRAWING_WIDTH * stage.steps / total))
-        places = [min(stage.steps - 1, int((place + 0.5) * stage.steps / width)) for place in range(width)]
-        columns += [stage.lr_at(place) for place in places] + [None]
+        steps = [min(stage.steps - 1, int((column + 0.5) * stage.steps / width)) for column in range(width)]
+        columns += [stage.lr_at(step) for step in steps] + [None]
         names += stage.name[: width - 1].ljust(width + 1)
     top = max(lr for lr in columns if lr is not None)
     rows = []
@@ -82,18 +87,18 @@ def _bar(height: float, level: int) -> str:
     return _BARS[max(0, min(8, eighths))]
 
 
-def _costs(plan: Plan, kept_checkpoints: int) -> list[str]:
+def _cost_lines(plan: Plan, keep_latest_k: int) -> list[str]:
     flops = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens
     total = sum(stage.steps for stage in plan.stages)
-    lines = [f"in all {_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
+    lines = [f"total: {_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
     if len(plan.stages) > 1:
         last = plan.stages[-1]
         lines.append(
-            f"continuing with {last.name!r}: {_count(last.steps * plan.step_tokens)} tokens; retraining from scratch "
-            f"on all data: {_count(total * plan.step_tokens)} (continuing costs {last.steps / total:.2f}x)"
+            f"continual pre-training on {last.name!r}: {_count(last.steps * plan.step_tokens)} tokens; retraining from "
+            f"scratch on all data: {_count(total * plan.step_tokens)} (ratio {last.steps / total:.2f})"
         )
-    disk = plan.disk_bytes(kept_checkpoints)
-    return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB on disk"]
+    disk = plan.disk_bytes(keep_latest_k)
+    return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB of disk space"]
 
 
 def _count(tokens: int) -> str:

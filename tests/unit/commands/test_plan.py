@@ -110,11 +110,11 @@ def test_the_table_names_stages_budgets_and_replay_and_draws_the_lr(run, write, 
     assert [word in second for word in ("first @ 100", "50", "16K", "1.00e-03", "1.00e-04")] == [True] * 5
     assert "german 12K, ? ep" in out
     assert "pile 4K (4K), ? ep" in out
-    assert "in all 48K tokens" in out
+    assert "total: 48K tokens" in out
     assert (
-        "continuing with 'second': 16K tokens; retraining from scratch on all data: 48K (continuing costs 0.33x)" in out
+        "continual pre-training on 'second': 16K tokens; retraining from scratch on all data: 48K (ratio 0.33)" in out
     )
-    assert "data not there yet: pile, german" in out
+    assert "data does not exist yet: pile, german" in out
     assert len(drawing) == 6
     assert drawing[0].startswith("1.0e-03 ")
     assert all(line.count("│") <= 2 for line in drawing)
@@ -139,7 +139,9 @@ def test_the_json_is_one_object_on_stdout(plan, two_stages):
     assert [stage["name"] for stage in answer["stages"]] == ["first", "second"]
     assert [stage["tokens"] for stage in answer["stages"]] == [32_000, 16_000]
     assert answer["stages"][1]["datasets"]["pile"] == {"tokens": 4000, "replayed_tokens": 4000, "epochs": None}
-    assert answer["notes"] == ["data not there yet: pile, german; epochs and replay limits are unknown until it is"]
+    assert answer["notes"] == [
+        "data does not exist yet: pile, german; until then, epochs and the limits of replay are unknown"
+    ]
     assert answer["model"]["family"] == "gpt_neox"
 
 
@@ -150,12 +152,11 @@ def test_epochs_come_from_the_token_files(plan, tmp_path, one_stage):
 
     assert answer["stages"][0]["datasets"]["pile"]["epochs"] == 32.0
     assert answer["notes"] == [
-        "data not there yet: german; epochs and replay limits are unknown until it is",
-        "validation data not there yet: pile; training does not begin without it",
-        "pile: nothing says which tokenizer made these tokens (`prepare` writes it into PREFIX.json); they are taken "
-        "to be of bytes",
-        "stages.first: goes 32.0 times over pile; beyond 4 epochs repeated tokens teach less and less: shorten the "
-        "stage, or mix in other data",
+        "data does not exist yet: german; until then, epochs and the limits of replay are unknown",
+        "validation data does not exist yet: pile; training needs it",
+        "pile: the tokenizer of these tokens is not recorded (`prepare` writes it into PREFIX.json); bytes is assumed",
+        "stages.first: trains 32.0 epochs on pile; beyond 4 epochs, repeated tokens improve the model less and less: "
+        "shorten the stage, or mix in other data",
     ]
 
 
@@ -259,7 +260,7 @@ def test_names_with_brackets_do_not_break_the_table(run, write, two_stages):
 
     assert (status, err) == (0, "")
     assert "runs/[/red]x" in out
-    assert "tokenizer not there yet: gone/[/bold].json" in out
+    assert "tokenizer does not exist yet: gone/[/bold].json" in out
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)

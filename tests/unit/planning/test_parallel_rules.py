@@ -190,5 +190,5 @@ def test_a_padding_that_hangs_on_the_degree_is_told(tmp_path: Path) -> None:
     fixed = planned(tmp_path, 2, {TP: "2", "model.vocab_size": "512"}).notes
     alone = planned(tmp_path, 1, {}).notes
 
-    assert any("512 rows, padded to 128 x tensor-parallel degree 2 (one rank would have 384)" in note for note in told)
+    assert any("512 rows, padded to 128 x tensor-parallel degree 2 (384 with degree 1)" in note for note in told)
     assert not any("rows, padded" in note for note in (*fixed, *alone))

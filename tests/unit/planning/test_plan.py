@@ -198,7 +198,7 @@ def test_epochs_are_told_where_the_data_is_there(two_stages, make):
     assert first["pile"] == {"tokens": 32_000, "replayed_tokens": 0, "epochs": 0.8}
     assert second["pile"] == {"tokens": 4000, "replayed_tokens": 4000, "epochs": 0.1}
     assert second["german"] == {"tokens": 12_000, "replayed_tokens": 0, "epochs": None}
-    assert any(note.startswith("data not there yet: german;") for note in plan.notes)
+    assert any(note.startswith("data does not exist yet: german;") for note in plan.notes)
     assert plan.sequences == {"pile": 2499, "german": None}
 
 
@@ -282,7 +282,7 @@ def test_the_papers_models_have_the_papers_parameters(one_stage, make, size, par
     answer = plan_as_json(make(one_stage, ("model.size", size), vocab_size=None))
 
     assert answer["model"]["parameters"] == parameters
-    assert any("tokenizer not there yet" in note for note in answer["notes"])
+    assert any("tokenizer does not exist yet" in note for note in answer["notes"])
 
 
 def test_flops_are_counted_per_token(one_stage, make):
@@ -307,8 +307,8 @@ def test_the_recipe_of_a_batch_is_its_draws(two_stages, make):
     [
         ("third", "0", "there is no stage 'third'; stages are 'first', 'second'"),
         ("second", "50", "stages.second: has steps 0 to 49, got 50"),
-        ("second", "-1", "a 0-based step is a whole number, got '-1'"),
-        ("second", "1.5", "a 0-based step is a whole number, got '1.5'"),
+        ("second", "-1", "the 0-based step must be an integer, got '-1'"),
+        ("second", "1.5", "the 0-based step must be an integer, got '1.5'"),
     ],
 )
 def test_a_batch_that_is_not_there_is_refused(two_stages, make, stage_name, step, expected):

@@ -129,10 +129,12 @@ def test_replay_that_runs_out_is_refused(head, make):
     with pytest.raises(PlanError) as refusal:
         make(text)
 
-    assert "stages.b.replay: 500 sequences of 'pile' would be replayed in all, 200 were seen; " in str(refusal.value)
+    assert "stages.b.replay: 500 sequences of 'pile' would be replayed in total, and 200 were trained on; " in str(
+        refusal.value
+    )
     assert 'set on_exhausted = "repeat"' in str(refusal.value)
     assert ordinals(make(text, ("stages.b.steps", "20")), "b", "pile", replayed=True) == list(range(200))
-    with pytest.raises(PlanError, match="210 sequences of 'pile' would be replayed in all, 200 were seen"):
+    with pytest.raises(PlanError, match="210 sequences of 'pile' would be replayed in total, and 200 were trained on"):
         make(text, ("stages.b.steps", "21"))
 
 
@@ -141,7 +143,7 @@ def test_only_what_was_seen_can_be_replayed_however_much_there_is(head, make):
     text = head + stage("a", "pile", 10) + stage("b", "german", 20, replay="{ fraction = 0.5 }")
 
     assert ordinals(make(text, tokens={"pile": 16_001}), "b", "pile", replayed=True) == list(range(200))
-    with pytest.raises(PlanError, match="210 sequences of 'pile' would be replayed in all, 200 were seen"):
+    with pytest.raises(PlanError, match="210 sequences of 'pile' would be replayed in total, and 200 were trained on"):
         make(text, ("stages.b.steps", "21"), tokens={"pile": 16_001})
 
 
@@ -154,7 +156,7 @@ def test_a_domain_that_was_never_drawn_cannot_be_replayed(head, make):
         + stage("b", "german", 100, replay='{ fraction = 0.5, on_exhausted = "repeat" }')
     )
     with pytest.raises(
-        PlanError, match=r"1 sequences of 'web\.small' would be replayed in all, 0 were seen; raise its"
+        PlanError, match=r"1 sequences of 'web\.small' would be replayed in total, and 0 were trained on; raise its"
     ):
         make(text)
 
@@ -163,7 +165,9 @@ def test_replay_that_runs_out_over_two_stages_is_refused_in_the_second(head, mak
     """The cursor counts: 150 and then 150 of 200."""
     half = {"replay": '{ fraction = 0.5, from = "pile" }'}
     text = head + stage("a", "pile", 10) + stage("b", "german", 15, **half) + stage("c", "german", 15, **half)
-    with pytest.raises(PlanError, match=r"stages\.c\.replay: 300 sequences of 'pile' would be replayed in all, 200"):
+    with pytest.raises(
+        PlanError, match=r"stages\.c\.replay: 300 sequences of 'pile' would be replayed in total, and 200"
+    ):
         make(text)
 
 
@@ -174,7 +178,7 @@ def test_replay_may_repeat_where_it_is_asked_to(head, make):
     )
 
     assert ordinals(plan, "b", "pile", replayed=True) == [*range(200), *range(200), *range(100)]
-    assert any("they repeat, as on_exhausted asks" in note for note in plan.notes)
+    assert any('they repeat (on_exhausted = "repeat")' in note for note in plan.notes)
 
 
 def test_reshuffled_replay_takes_the_seen_sequences_in_another_order(head, make):
@@ -257,7 +261,7 @@ def test_a_foreign_checkpoints_data_is_replayed_as_if_seen_once(head, make):
     text = head + stage("a", "german", 10, init='"checkpoint:x"', replay='{ fraction = 0.5, from = ["pile"] }')
 
     assert ordinals(make(text, tokens={"pile": 1601}), "a", "pile", replayed=True) == list(range(100))
-    with pytest.raises(PlanError, match="100 sequences of 'pile' would be replayed in all, 99 were seen"):
+    with pytest.raises(PlanError, match="100 sequences of 'pile' would be replayed in total, and 99 were trained on"):
         make(text, tokens={"pile": 1600})
 
 
@@ -266,7 +270,7 @@ def test_a_reshuffled_order_is_only_known_with_its_data(head, make):
     replay = '{ fraction = 0.5, from = ["pile"], order = "reshuffled" }'
     text = head + stage("a", "german", 10, init='"checkpoint:x"', replay=replay)
     plan = make(text)
-    with pytest.raises(PlanError, match="reshuffled replay of 'pile' is only known with its data there"):
+    with pytest.raises(PlanError, match="the order of reshuffled replay of 'pile' depends on the size of its data"):
         plan.batch(plan.stages[0], 0)
 
     assert len(drawn(make(text, tokens={"pile": 1601}), "a")) == 200
@@ -378,7 +382,9 @@ def test_replay_after_an_infinite_stage_knows_only_what_was_seen_before_the_anne
     text = head + stage("a", "pile", 100, INFINITE) + stage("b", "german", 100, replay="{ fraction = 0.85 }")
 
     assert ordinals(make(text), "b", "pile", replayed=True) == list(range(1700))
-    with pytest.raises(PlanError, match="1720 sequences of 'pile' would be replayed in all, 1700 were seen"):
+    with pytest.raises(
+        PlanError, match="1720 sequences of 'pile' would be replayed in total, and 1700 were trained on"
+    ):
         make(text, ("stages.b.replay.fraction", "0.86"))
 
 

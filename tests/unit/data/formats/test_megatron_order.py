@@ -273,4 +273,7 @@ def test_an_order_that_is_too_short_for_the_run_is_noted(tmp_path):
     config = training.config_of(raw)
     notes = make_plan(config, take_inventory(config)).notes
 
-    assert "stages.english: the stored order of en ends after 2 sequences, 48 are asked for: it begins again" in notes
+    assert (
+        "stages.english: the stored order of en has 2 sequences, and 48 are needed: it is repeated from its beginning"
+        in notes
+    )

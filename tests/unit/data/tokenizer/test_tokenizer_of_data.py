@@ -150,10 +150,10 @@ def test_data_without_a_record_is_taken_with_a_note_in_the_plan(prepared, tmp_pa
     if record is not None:
         (tmp_path / "de.json").write_text(record)
     config = training.config_of(prepared)
-    notes = [note for note in make_plan(config, take_inventory(config)).notes if "which tokenizer" in note]
+    notes = [note for note in make_plan(config, take_inventory(config)).notes if "is not recorded" in note]
 
     assert len(notes) == 1
-    assert notes[0].startswith("de: nothing says which tokenizer made these tokens")
+    assert notes[0].startswith("de: the tokenizer of these tokens is not recorded")
     assert str(tmp_path / "bpe.json") in notes[0]
 
 

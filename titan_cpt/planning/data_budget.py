@@ -1,0 +1,91 @@
+"""How many sequences every source has, and how many sequences, tokens and epochs a stage takes from each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.data.inventory import DataInventory
+from titan_cpt.data.mixture import Tree, leaf_counts
+from titan_cpt.planning.plan import DatasetUse, StagePlan
+from titan_cpt.planning.plan_draft import PlanDraft
+
+
+def stage_steps(stage: StageConfig, step_tokens: int) -> int:
+    """The optimizer steps of a stage; a token budget is rounded up to whole steps."""
+    return stage.steps or math.ceil(Fraction(stage.tokens or 0, step_tokens))
+
+
+def count_sequences(config: Config, inventory: DataInventory, problems: list[str]) -> dict[str, int | None]:
+    """The number of sequences of every training source; None for sources without files and those that are too short.
+
+    A stream of N tokens has (N - 1) // seq_len sequences: the last target of a sequence is the next one's first input.
+    Sources with a stored order have the sequences of that order.
+
+    Args:
+        problems: sources, of training and validation, that are shorter than one sequence are appended here.
+    """
+    seq_len = config.training.seq_len
+    sequences: dict[str, int | None] = {}
+    for source, tokens in inventory.tokens.items():
+        sequences[source] = inventory.sequences.get(source) or None
+        if sequences[source] or tokens is None:
+            continue
+        if tokens <= seq_len:
+            problems.append(f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {seq_len} + 1")
+        else:
+            sequences[source] = (tokens - 1) // seq_len
+    for source, tokens in inventory.validation_tokens.items():
+        if tokens is not None and tokens <= seq_len:
+            problems.append(
+                f"{_table(source)}.validation: {tokens} tokens are fewer than one sequence of {seq_len} + 1; "
+                "add tokens, or remove the key"
+            )
+    return sequences
+
+
+def dataset_use(draft: PlanDraft, tree: Tree, steps: int, *, by_source: bool) -> dict[str, DatasetUse]:
+    """What a stage takes from every dataset, or from every source (`dataset` or `dataset.domain`) with `by_source`."""
+
+    def name_of(source: str) -> str:
+        return source if by_source else source.partition(".")[0]
+
+    new: dict[str, int] = {}
+    replayed: dict[str, int] = {}
+    for leaf, count in leaf_counts(tree, steps * draft.step_sequences).items():
+        used = replayed if leaf.replayed else new
+        name = name_of(leaf.source)
+        used[name] = used.get(name, 0) + count * draft.config.training.seq_len
+    sizes: dict[str, int | None] = {}
+    for source, tokens in draft.inventory.tokens.items():
+        so_far = sizes.get(name_of(source), 0)
+        sizes[name_of(source)] = None if tokens is None or so_far is None else so_far + tokens
+    use = {}
+    for name in sorted({*new, *replayed}):
+        tokens = new.get(name, 0) + replayed.get(name, 0)
+        size = sizes.get(name)
+        use[name] = DatasetUse(tokens, replayed.get(name, 0), tokens / size if size else None)
+    return use
+
+
+def stored_order_notes(stage: StagePlan, step_sequences: int, stored_sequences: Mapping[str, int]) -> list[str]:
+    """A note for every source whose stored order ends before the stage does, and is then repeated.
+
+    Args:
+        stored_sequences: length of the stored order, of the sources that have one.
+    """
+    notes = []
+    for leaf, count in leaf_counts(stage.tree, stage.steps * step_sequences).items():
+        length = stored_sequences.get(leaf.source, 0)
+        if not leaf.replayed and leaf.first < length < leaf.first + count:
+            notes.append(
+                f"stages.{stage.name}: the stored order of {leaf.source} has {length} sequences, and "
+                f"{leaf.first + count} are needed: it is repeated from its beginning"
+            )
+    return notes
+
+
+def _table(source: str) -> str:
+    return f"datasets.{source.replace('.', '.domains.')}"

@@ -1,0 +1,40 @@
+"""A plan in the making: the config, the stages planned so far, and the problems and notes found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from titan_cpt.config.schema import Config
+from titan_cpt.data.inventory import DataInventory
+from titan_cpt.planning.plan import StagePlan
+
+
+@dataclass
+class PlanDraft:
+    """State of `make_plan` while it goes through the stages in order.
+
+    Attributes:
+        inventory: token counts of the files.
+        sequences: number of sequences of every source; None if its files do not exist yet.
+        stages: the stages planned so far, by name.
+        problems: error messages; all of them are raised together at the end.
+        notes: warnings for the user.
+    """
+
+    config: Config
+    inventory: DataInventory
+    sequences: Mapping[str, int | None] = field(default_factory=dict)
+    stages: dict[str, StagePlan] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def step_sequences(self) -> int:
+        """Sequences of one optimizer step over all ranks."""
+        return self.config.training.global_batch_size
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.step_sequences * self.config.training.seq_len

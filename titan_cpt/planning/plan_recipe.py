@@ -1,0 +1,94 @@
+"""The recipe: every number that decides what is trained, by dotted key; resume refuses a run whose recipe changed.
+
+Keys are listed by hand, so that a renamed or new config key does not make existing checkpoints unusable. File paths are
+not part of the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from titan_cpt.config.datasets import OWN_ORDER
+from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.models.spec import ModelSpec
+from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
+from titan_cpt.planning.stage_mixture import normalized_weights
+from titan_cpt.planning.stage_schedule import final_lr
+
+
+def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
+    """The recipe of the whole run: model, seed, batch and numerics."""
+    filter_fqns = sorted({*config.float8.filter_fqns})
+    return {
+        **spec.as_recipe(),
+        "job.seed": config.job.seed,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.seq_len": config.training.seq_len,
+        "training.max_norm": config.training.max_norm,
+        "training.mixed_precision_param": config.training.mixed_precision_param,
+        **({"tokenizer.add_bos": True} if config.tokenizer.add_bos else {}),
+        **({"float8.recipe_name": config.float8.recipe_name} if config.float8.recipe_name else {}),
+        **({"float8.filter_fqns": filter_fqns} if config.float8.recipe_name and filter_fqns else {}),
+    }
+
+
+def adamw_hyperparameters(config: Config, stage: StageConfig) -> AdamWHyperparameters:
+    """[optimizer] with the stage's own [stages.optimizer] on top."""
+    values = config.optimizer.model_dump(exclude={"name"})
+    values |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
+    return AdamWHyperparameters((values["beta1"], values["beta2"]), values["eps"], values["weight_decay"])
+
+
+def stage_recipe(
+    config: Config, stage: StageConfig, steps: int, points: Mapping[str, Fraction], init: StageCheckpoint | str
+) -> dict[str, Any]:
+    """The recipe of one stage: steps, data, LR, optimizer and initial weights.
+
+    Args:
+        points: end points of the LR schedule, in steps.
+    """
+    optimizer = adamw_hyperparameters(config, stage)
+    lr = stage.lr.model_dump(exclude_none=True) | {name: str(point) for name, point in points.items()}
+    replay = stage.replay if stage.replay and stage.replay.fraction else None
+    replayed = (replay.from_ if replay else None) or ()
+    names = sorted({*stage.dataset, *replayed})
+    return {
+        "steps": steps,
+        "dataset": _as_text(stage.dataset),
+        "domain_weights": {
+            name: {domain: table.weight for domain, table in sorted(config.datasets[name].domains.items())}
+            for name in names
+            if config.datasets[name].domains
+        },
+        **_stored_orders(config, names),
+        "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
+        "optimizer_state": stage.optimizer_state,
+        "optimizer.beta1": optimizer.betas[0],
+        "optimizer.beta2": optimizer.betas[1],
+        "optimizer.eps": optimizer.eps,
+        "optimizer.weight_decay": optimizer.weight_decay,
+        **{f"lr.{key}": value for key, value in sorted(lr.items())},
+        "lr.min": final_lr(stage),
+        "replay.fraction": replay.fraction if replay else 0.0,
+        "replay.from": _as_text(replayed) if isinstance(replayed, dict) else sorted(replayed),
+        "replay.order": replay.order if replay else "as_trained",
+    }
+
+
+def _as_text(names: Sequence[str] | Mapping[str, float]) -> dict[str, str]:
+    """Exact weights by name, sorted, so that the order in the file does not matter."""
+    return {name: str(weight) for name, weight in sorted(normalized_weights(names).items())}
+
+
+def _stored_orders(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """The kind and order of sequences, of every source whose sequences are not shuffled windows of its tokens."""
+    orders = {}
+    for name in names:
+        dataset = config.datasets[name]
+        for source, table in {name: dataset, **{f"{name}.{d}": t for d, t in dataset.domains.items()}}.items():
+            if table.format in OWN_ORDER or table.in_stored_order:
+                kind = table.format if table.format in OWN_ORDER else "windows"
+                orders[f"order.{source}"] = f"{kind}, {'as stored' if table.in_stored_order else 'shuffled'}"
+    return orders

@@ -1,0 +1,66 @@
+"""The mixture of a stage: from datasets, weights and replay to the tree that says which sequence comes when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+from titan_cpt.config.datasets import DatasetConfig
+from titan_cpt.config.schema import StageConfig
+from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree
+from titan_cpt.planning.plan import TrainingHistory
+from titan_cpt.planning.plan_draft import PlanDraft
+
+
+def normalized_weights(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:
+    """Exact weights with sum 1, equal for a list of names; 0.1 counts as one tenth, as it was written."""
+    weights = {name: Fraction(str(weight)) for name, weight in names.items()} if isinstance(names, Mapping) else {}
+    weights = weights or dict.fromkeys(names, Fraction(1))
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def new_data_leaves(draft: PlanDraft, stage: StageConfig, history: TrainingHistory) -> dict[Leaf, Fraction]:
+    """The sources of the stage's new data with their weights; each continues where the weights' history ended."""
+    return weighted_leaves(
+        normalized_weights(stage.dataset),
+        draft.config.datasets,
+        lambda source: Leaf(source, False, first=history.trained.get(source, 0)),
+    )
+
+
+def weighted_leaves(
+    weights: Mapping[str, Fraction], datasets: Mapping[str, DatasetConfig], leaf_of: Callable[[str], Leaf]
+) -> dict[Leaf, Fraction]:
+    """The leaves of the datasets with their weights; a dataset's weight is divided among its domains.
+
+    Args:
+        leaf_of: makes the leaf of a source (`dataset` or `dataset.domain`).
+    """
+    leaves: dict[Leaf, Fraction] = {}
+    for name in sorted(weights):
+        for source, share in _domain_shares(name, datasets[name]).items():
+            leaves[leaf_of(source)] = weights[name] * share
+    return leaves
+
+
+def mixture_tree(
+    stage: StageConfig, new: Mapping[Leaf, Fraction], replay: Mapping[Leaf, Fraction]
+) -> tuple[Tree, dict[str, Fraction]]:
+    """The tree of a stage with `replay.fraction` of its sequences from replay, and every dataset's exact share."""
+    fraction = Fraction(str(stage.replay.fraction)) if stage.replay and replay else Fraction(0)
+    shares: dict[str, Fraction] = {}
+    for leaves, part in ((replay, fraction), (new, 1 - fraction)):
+        total = sum(leaves.values())
+        for leaf, weight in leaves.items():
+            name = leaf.source.partition(".")[0]
+            shares[name] = shares.get(name, Fraction(0)) + part * weight / total
+    tree = Fork(fraction, huffman_tree(replay), huffman_tree(new)) if replay else huffman_tree(new)
+    return tree, shares
+
+
+def _domain_shares(name: str, dataset: DatasetConfig) -> dict[str, Fraction]:
+    if not dataset.domains:
+        return {name: Fraction(1)}
+    shares = normalized_weights({domain: table.weight for domain, table in dataset.domains.items()})
+    return {f"{name}.{domain}": shares[domain] for domain in sorted(shares)}

@@ -1,0 +1,54 @@
+"""Where a stage's weights come from, and the training history that they bring along."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from titan_cpt.config.schema import StageConfig
+from titan_cpt.data.mixture import leaf_counts, round_fraction
+from titan_cpt.planning.plan import StageCheckpoint, TrainingHistory
+from titan_cpt.planning.plan_draft import PlanDraft
+
+
+def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | str:
+    """The checkpoint of an earlier stage, or `random`, `checkpoint:PATH` or `hf:NAME`.
+
+    `previous` is the end of the stage before, or the step before the annealing if its schedule is infinite. That
+    references name existing stages was checked with the config.
+    """
+    earlier = list(draft.stages.values())
+    init = stage.init or ("previous" if earlier else "random")
+    if init == "previous":
+        last = earlier[-1]
+        infinite = next(s for s in draft.config.stages if s.name == last.name).lr.schedule.startswith("infinite")
+        steps = last.steps if last.pre_anneal_step is None or not infinite else last.pre_anneal_step
+        return StageCheckpoint(last.name, steps)
+    if not init.startswith("stage:"):
+        return init
+    name, _, point = init.removeprefix("stage:").partition("@")
+    base = draft.stages[name]
+    if not point:
+        return StageCheckpoint(name, base.steps)
+    if base.pre_anneal_step is None:
+        draft.problems.append(
+            f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point: write "
+            f"stage:{name} for its end, or give it an infinite or wsd schedule"
+        )
+        return StageCheckpoint(name, base.steps)
+    return StageCheckpoint(name, base.pre_anneal_step)
+
+
+def history_of(draft: PlanDraft, init: StageCheckpoint | str) -> TrainingHistory:
+    """The training history of the weights that a stage starts from; empty if no stage of this run trained them."""
+    if isinstance(init, str):
+        return TrainingHistory(0, {}, {}, {})
+    stage = draft.stages[init.stage]
+    sequences = init.steps_done * draft.step_sequences
+    trained = dict(stage.history.trained)
+    replayed = dict(stage.history.replayed)
+    for leaf, count in leaf_counts(stage.tree, sequences).items():
+        (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
+    exposure = dict(stage.history.exposure)
+    for name, share in stage.shares.items():
+        exposure[name] = round_fraction(exposure.get(name, Fraction(0)) + share * sequences)
+    return TrainingHistory(stage.history.steps + init.steps_done, trained, replayed, exposure)
