@@ -19,7 +19,6 @@ NOT_YET = {
     "distributed",
     "data",
     "planning",
-    "checkpoint",
     "evaluation",
     "reporting",
     "training",

@@ -1,6 +1,6 @@
-"""The README.md of an export: what the weights are, and what they went through, from the manifest and the run's folder.
+"""The model card (README.md) of an exported model: its training history, from the manifest and the run's folder.
 
-Everything in it was recorded by the run; what was not recorded is said to be unknown.
+It holds only what the run recorded; anything else is "unknown".
 """
 
 from __future__ import annotations
@@ -28,44 +28,45 @@ def model_card(
     tokenizer: Tokenizer | None,
     warning: str | None,
 ) -> str:
-    """The text of the card.
+    """The text of the model card, in Markdown.
 
     Args:
         record: the checkpoint's manifest.
-        checkpoint: its folder, in a run's folder or not.
-        line: the stages that the weights went through.
-        came_from: the release that they began as.
-        shape: the model's.
+        checkpoint: its folder, inside or outside a run's folder.
+        history: the stages that trained the weights.
+        base_model: the pretrained model that they started from, or None.
+        spec: of the model.
         dtype: of the exported weights.
-        tokenizer: what is exported beside them.
-        warning: what its readers must know of it.
+        tokenizer: the exported tokenizer, or None.
+        warning: a warning about the tokenizer, or None.
     """
-    name = f"{record['stage']}, step {record['steps_done']:,}"
+    title = f"{record['stage']}, step {record['steps_done']:,}"
     run = checkpoint.resolve().parent.parent.name if history else ""
-    began = f"the released weights `{base_model.name}`" if base_model else "random weights"
-    words = "not exported"
-    if tokenizer is not None:
-        words = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
-        words += f"; {describe_bos(tokenizer)}"
-        if warning is not None:
-            words += f". **{warning[0].upper()}{warning[1:]}.**"
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
         f"- Model: {spec.family}, {spec.parameters:,} parameters, {spec.vocab_size:,} vocabulary rows, in {dtype}",
-        f"- Began as: {began}",
-        f"- Tokenizer: {words}",
+        f"- Base model: {f'`{base_model.name}`' if base_model else 'none (random initialization)'}",
+        f"- Tokenizer: {_describe_tokenizer(tokenizer, warning)}",
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
-    parts = [_front_matter(base_model), f"# {run + ': ' if run else ''}{name}", "\n".join(facts)]
+    parts = [_front_matter(base_model), f"# {run + ': ' if run else ''}{title}", "\n".join(facts)]
     if history:
         parts += ["## Stages", _stages(record["recipe"], history), _losses(checkpoint.parent.parent, history)]
-    parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond what stands here.")
+    parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond the losses above.")
     return "\n\n".join(parts) + "\n"
 
 
+def _describe_tokenizer(tokenizer: Tokenizer | None, warning: str | None) -> str:
+    if tokenizer is None:
+        return "not exported"
+    text = f"`{tokenizer.name}`, fingerprint `{tokenizer.fingerprint[:12]}`, {tokenizer.vocab_size:,} ids"
+    text += f"; {describe_bos(tokenizer)}"
+    return text if warning is None else f"{text}. **{warning[0].upper()}{warning[1:]}.**"
+
+
 def describe_bos(tokenizer: Tokenizer) -> str:
-    """Whether documents in training began with a token, and what transformers has to be given for the same."""
+    """Whether training documents began with a begin-of-document token, and how to get the same from transformers."""
     name = tokenizer.bos.name if tokenizer.bos is not None else ""
     if tokenizer.add_bos and tokenizer.adds_bos_itself:
         return f"documents in training began with {name}, which the tokenizer puts before each text"
@@ -104,18 +105,18 @@ def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
 def _replay(of: Mapping[str, Any]) -> str:
     if not of["replay.fraction"]:
         return "none"
-    what = f" of {', '.join(of['replay.from'])}" if of["replay.from"] else " of what came before"
+    what = f" of {', '.join(of['replay.from'])}" if of["replay.from"] else " of all earlier datasets"
     return f"{_percent(of['replay.fraction'])}{what}, {of['replay.order'].replace('_', ' ')}"
 
 
 def _lr(of: Mapping[str, Any]) -> str:
-    """The schedule and its LRs: highest, constant where there is one, lowest."""
+    """The LR schedule with its highest LR, constant LR if it has one, and lowest LR."""
     numbers = [of.get("lr.max"), of.get("lr.constant"), of["lr.min"] if of["lr.schedule"] != "constant" else None]
     return f"{of['lr.schedule']}, " + " to ".join(f"{number:g}" for number in numbers if number is not None)
 
 
 def _losses(run: Path, history: Sequence[TrainedStage]) -> str:
-    """Validation losses where each stage began and where these weights left it, from metrics.jsonl."""
+    """Validation losses at the start of each stage and at the step that these weights reached, from metrics.jsonl."""
     wanted = {stage.name: stage.steps for stage in history}
     measured: dict[tuple[str, str], dict[int, float]] = {}
     rates: dict[str, float] = {}
@@ -129,7 +130,7 @@ def _losses(run: Path, history: Sequence[TrainedStage]) -> str:
         if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
             measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
             identities.setdefault(key, {})[step] = entry.get("validation_id")
-    for entry in found.renewed:  # the same weights, measured again on what the later measurements are of
+    for entry in found.renewed:  # the stage's first weights on the later validation data
         key = entry["stage"], entry["dataset"]
         of, loss = identities.get(key, {}), entry["loss_nats_per_token"]
         if of and loss is not None and entry.get("validation_id") == of[max(of)] != of.get(0):

@@ -1,7 +1,7 @@
-"""Which tokenizer the first weights of a stage were trained with, and whether it is the run's. Imports no torch.
+"""Check that a stage's initial weights were trained with the run's tokenizer. Does not import torch.
 
-The ids of one tokenizer mean other tokens than those of another: such weights are worse than random ones, and nothing
-later in the run shows it. A mismatch is refused, by the plan where the files are there, and when the stage begins.
+Under another tokenizer the same ids mean other tokens: such weights are worse than random ones, and no later check
+would notice. A mismatch is an error, in `titan-cpt plan` if the files exist, and when the stage begins.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class TrainingTokenizer:
     """The tokenizer that weights were trained with.
 
     Attributes:
-        where: the file that says so.
+        where: the file that this is read from.
         fingerprint: SHA-256 of its tokenizer.json.
-        ids: `ids_fingerprint` of it; None where only the file's is recorded.
+        ids: its `ids_fingerprint`; None if only the file's fingerprint is recorded.
     """
 
     where: str
@@ -41,16 +41,16 @@ class TrainingTokenizer:
     ids: str | None = None
 
     def is_that_of(self, path: str) -> bool:
-        """Whether the tokenizer at a path gives the same ids."""
+        """Whether the tokenizer at `path` gives the same ids."""
         return self.fingerprint == fingerprint_of(path) or (self.ids is not None and self.ids == ids_fingerprint(path))
 
     def as_record(self) -> dict[str, str | None]:
-        """For the manifest of an import; `of_manifest` reads it."""
+        """The entry in the manifest of an imported model, which `tokenizer_of_manifest` reads."""
         return {key: getattr(self, key) for key in _RECORDED}
 
 
 def tokenizer_of_release(folder: Path) -> TrainingTokenizer | None:
-    """The tokenizer of a released model's folder; None where it brings no tokenizer.json that can be read."""
+    """The tokenizer in the folder of a Hugging Face model; None if it has no readable tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -61,40 +61,40 @@ def tokenizer_of_release(folder: Path) -> TrainingTokenizer | None:
 
 
 def tokenizer_of_manifest(record: Mapping[str, Any], folder: Path) -> TrainingTokenizer | None:
-    """The tokenizer of a checkpoint's run or of an import; None where its manifest does not say.
+    """The tokenizer in the manifest of a run's checkpoint or of an imported model; None if it is not recorded.
 
     Raises:
-        CheckpointError: what the manifest says is damaged.
+        CheckpointError: the manifest's entry is damaged.
     """
     where = str(folder / MANIFEST_FILE)
     found = record["data"].get("tokenizer")
     if isinstance(found, str):
         return TrainingTokenizer(where, found)
     released = record.get("released", {})
-    told = released.get("tokenizer", {}) if isinstance(released, Mapping) else None
-    if not isinstance(told, Mapping) or (told and not all(isinstance(told.get(key), str) for key in _RECORDED)):
-        raise CheckpointError(f"{where}: damaged: its released.tokenizer is {told!r}")
-    return TrainingTokenizer(where, told["fingerprint"], told["ids"]) if told else None
+    entry = released.get("tokenizer", {}) if isinstance(released, Mapping) else None
+    if not isinstance(entry, Mapping) or (entry and not all(isinstance(entry.get(key), str) for key in _RECORDED)):
+        raise CheckpointError(f"{where}: damaged: its released.tokenizer is {entry!r}")
+    return TrainingTokenizer(where, entry["fingerprint"], entry["ids"]) if entry else None
 
 
 def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | None, config: Config) -> str | None:
-    """Refuse weights of another tokenizer than the run's.
+    """Raise if weights were trained with another tokenizer than the run's.
 
     Args:
-        stage: the stage that begins with them.
-        init: where they come from.
-        weights: what is known of their tokenizer.
-        config: names the run's tokenizer, which is there, and whether another one is allowed.
+        stage: name of the stage that starts from them.
+        init: where they come from, for messages.
+        weights: their tokenizer, or None if unknown.
+        config: the run's; names the tokenizer, which exists, and whether a mismatch is allowed.
 
     Returns:
-        A note where nothing is known, or where the mismatch is allowed; None where it is the same tokenizer.
+        A note if the tokenizer is unknown or the mismatch is allowed; None if it is the same tokenizer.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: it is another tokenizer.
     """
     ours = config.tokenizer.path
     if weights is None:
-        return f"nothing says which tokenizer the weights of {init} were trained with; they are taken to be of {ours}"
+        return f"the tokenizer that the weights of {init} were trained with is unknown; assuming that it is {ours}"
     if weights.is_that_of(ours):
         return None
     both = (
@@ -104,29 +104,29 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
     if config.tokenizer.allow_mismatch:
         return f"{both}, {_ALLOWED}"
     raise CheckpointError(
-        f"stages.{stage}.init: {both}: the ids that they know mean other tokens. Set tokenizer.path to their tokenizer "
-        "and prepare the data with it, or set tokenizer.allow_mismatch = true to train on regardless"
+        f"stages.{stage}.init: {both}: the same ids mean other tokens. Set tokenizer.path to their tokenizer "
+        "and prepare the data with it, or set tokenizer.allow_mismatch = true to train anyway"
     )
 
 
-def allowed_mismatch(told: str) -> str | None:
-    """The note of `require_same` on an allowed mismatch within what a `transition` event tells of the weights."""
-    found = re.search(f"the weights of .*{re.escape(_ALLOWED)}", told)
+def allowed_mismatch(weights: str) -> str | None:
+    """The note of `require_same_tokenizer` on an allowed mismatch, in a `transition` event's `weights`; or None."""
+    found = re.search(f"the weights of .*{re.escape(_ALLOWED)}", weights)
     return found[0] if found else None
 
 
 def check_init_tokenizers(config: Config, stages: Iterable[str]) -> Iterator[str]:
-    """Compare the tokenizers of the weights that these stages begin with, as far as they are on this machine.
+    """`require_same_tokenizer` for the initial weights of these stages, as far as they are on this machine.
 
     Args:
         config: the run's.
         stages: names of its stages that have not begun.
 
     Yields:
-        The notes of `require_same`, with the stage.
+        Its notes, with the stage's name.
 
     Raises:
-        CheckpointError: one begins with weights of another tokenizer.
+        CheckpointError: a stage starts from weights of another tokenizer.
     """
     if config.tokenizer.path != BYTES and not Path(config.tokenizer.path).exists():
         return
@@ -138,16 +138,16 @@ def check_init_tokenizers(config: Config, stages: Iterable[str]) -> Iterator[str
 
 
 def check_planned_tokenizers(config: Config) -> Iterator[str]:
-    """`check_first_weights` of all stages; of those that have begun, which training resumes, a mismatch is a note."""
+    """`check_init_tokenizers` for all stages. A mismatch of a stage that has begun is only a note."""
     names = [stage.name for stage in config.stages]
     begun = _stages_begun(Path(config.job.output_dir) / config.job.name)
-    for place, stage in enumerate(names):
+    for index, stage in enumerate(names):
         try:
             yield from check_init_tokenizers(config, [stage])
         except (CheckpointError, AccessError) as error:
-            if place >= begun:
+            if index >= begun:
                 raise
-            yield f"{error}. This stage has begun: a resume does not load these weights again"
+            yield f"{error}. This stage has begun, and a resume does not load these weights again"
 
 
 def _check(config: Config, stage: str, init: str) -> str | None:
@@ -162,7 +162,7 @@ def _check(config: Config, stage: str, init: str) -> str | None:
 
 
 def _stages_begun(run: Path) -> int:
-    """How many stages of a run have begun, by its newest checkpoint; manifests that cannot be read are left out."""
+    """Number of stages that have begun, from the checkpoints of the run; unreadable manifests are ignored."""
     indexes = [-1]
     try:
         for folder in checkpoint_folders(run):

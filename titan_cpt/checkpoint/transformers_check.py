@@ -42,16 +42,16 @@ _LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
 def verify_against_transformers(
     released: ReleasedModel, spec: ModelSpec, load: Callable[[nn.Module], None], *, in_a_run: bool = False
 ) -> str:
-    """Run our model and transformers' on the same tokens; the result in words.
+    """Compare settings and logits of our model with those of transformers; returns the result as a message.
 
     Args:
-        released: what transformers reads.
-        spec: ours; of the vocabularies, the rows are compared that both have.
-        load: fills our model, which is whole and of this process alone.
-        in_a_run: leave the logits out where they would hold up the other ranks.
+        released: the Hugging Face model, which transformers loads.
+        spec: of our model. If the vocabularies differ in size, the rows that both have are compared.
+        load: loads the weights into our model, which is not sharded.
+        in_a_run: skip the logits where computing them would keep other ranks waiting for long.
 
     Raises:
-        CheckpointError: transformers reads other settings, or the logits are not the same.
+        CheckpointError: transformers reads other settings from config.json, or computes other logits.
     """
     with without_transformers_output():
         try:
@@ -97,7 +97,8 @@ def _same_logits(
         except Exception as error:  # any exception of transformers' model code
             return f"logits are not compared with {name}, which cannot compute them: {reason_of(error)}"
         logits_BLV = model(tokens_BL)[..., :rows]
-    apart, size = (logits_BLV - their_logits_BLV).abs().max().item(), their_logits_BLV.abs().max().item()
+    apart = (logits_BLV - their_logits_BLV).abs().max().item()
+    size = their_logits_BLV.abs().max().item()
     if not apart <= _TOLERANCE * max(1.0, size):
         raise CheckpointError(
             f"{released.name}: {name} computes other logits from it: they differ by up to {apart:.2g}, the largest is "

@@ -194,7 +194,7 @@ def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, t
 
     assert planned.value.code == 0
     assert note.startswith("stages.english.init: ")
-    assert note.endswith("This stage has begun: a resume does not load these weights again")
+    assert note.endswith("This stage has begun, and a resume does not load these weights again")
 
 
 def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, capsys):
@@ -210,7 +210,7 @@ def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, cap
         capsys.readouterr()
         with pytest.raises(SystemExit):
             main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
-        expected = f"nothing says which tokenizer the weights of {init} were trained with"
+        expected = f"the tokenizer that the weights of {init} were trained with is unknown"
         assert expected in " ".join(json.loads(capsys.readouterr().out)["notes"])
         with cast(config_of(raw)) as trainer:
             assert expected in load_initial(trainer, trainer.plan.stages[0])
