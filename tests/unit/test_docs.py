@@ -1,18 +1,28 @@
 """The documentation says what the code does: generated pages are up to date, and the files that it names exist."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from titan_cpt.cli import make_parser
+from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
+from titan_cpt.config.schema import Config
+from titan_cpt.config.schema_lookup import keys_of, tables_at
 from unit.test_architecture import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 MODULE = re.compile(r"\btitan_cpt/[\w/]+\.py\b")
+SCRIPT = re.compile(r"(?<![\w/])(?:scripts|tests)/[\w/]+\.(?:py|sh|sbatch)\b")
+TABLES = set(keys_of(Config))
+KEY = re.compile(r"`([a-z]\w*(?:\.[\w-]+)+)(?<!\.json)(?<!\.jsonl)(?<!\.py)`")
+OF_OTHER_PROJECTS = ROOT / "docs" / "comparison_with_peers.md"  # names their files and keys
+OURS = [page for page in PAGES if page != OF_OTHER_PROJECTS]
 
 
 def test_the_page_of_all_keys_is_what_the_schema_says():
@@ -53,6 +63,54 @@ def test_every_module_that_a_page_names_exists(page):
     named = set(MODULE.findall(page.read_text(encoding="utf-8")))
 
     assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
+def test_every_script_and_test_that_a_page_names_exists(page):
+    """A path such as scripts/bench/run.sh, in a command or not, is a file of the repository."""
+    named = set(SCRIPT.findall(page.read_text(encoding="utf-8")))
+
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_the_options_and_keys_that_a_page_gives_it(page):
+    """Every `titan-cpt` and `./run_train.sh` command of a page is parsed as the command line parses it."""
+    for words in commands(page):
+        options, unknown = make_parser().parse_known_args(words)
+        overrides = parse_overrides(unknown) if options.takes_overrides else refuse_unknown(unknown)
+        assert [key for key, _ in overrides if not is_key(key)] == [], words
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
+def test_every_config_key_that_a_page_names_exists(page):
+    """`checkpoint.interval` is a key of the schema."""
+    named = {key for key in KEY.findall(page.read_text(encoding="utf-8")) if key.partition(".")[0] in TABLES}
+
+    assert [key for key in named if not is_key(key)] == []
+
+
+def commands(page):
+    """The arguments of every command on a page, in a code block or inline; placeholders such as N become values."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in [line.strip() for line in text.splitlines()] + re.findall(r"`([^`]+)`", text):
+        command = re.match(r"(?:\w+=\S+ )?(titan-cpt|\./run_train\.sh) (.*)", line)
+        if command is None:
+            continue
+        words = shlex.split(re.sub(r"[][]|\.\.\.", "", command[2]), comments=True)
+        words = ["1" if word == "N" else word for word in words if word != "$short"]
+        if command[1] == "./run_train.sh":
+            words = ["train", *words]
+        if words[0] in ("plan", "train", "baselines") and "--config" not in words and "--help" not in words:
+            words += ["--config", "FILE"]
+        if len(words) > 1 and "--help" not in words:
+            yield words
+
+
+def is_key(dotted):
+    """Whether the schema has a key."""
+    *tables, key = dotted.split(".")
+    return any(key in keys_of(table) for table in tables_at(tables))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
