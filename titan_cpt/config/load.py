@@ -1,4 +1,4 @@
-"""From files and command line to a Config: reading, `extends`, dotted overrides; every fault is told at once."""
+"""Loading a config from TOML files and command-line overrides. An error lists every problem that was found."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from titan_cpt.config.messages import error_message
 from titan_cpt.config.overrides import set_key
 from titan_cpt.config.references import reference_faults
 from titan_cpt.config.schema import Config
-from titan_cpt.config.source_location import located
+from titan_cpt.config.source_location import with_location
 from titan_cpt.config.sweep import points, sweep_faults
-from titan_cpt.config.toml_files import TomlFile, anchor_fetch_scripts, read_with_bases
+from titan_cpt.config.toml_files import TomlFile, read_with_bases, rebase_fetch_scripts
 from titan_cpt.errors import ConfigError
 
 
 def load_config(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Read the file, what it extends and the overrides, and check all of it.
+    """Read a TOML file and the files it extends, apply the overrides, and validate the result.
 
     Args:
-        path: the TOML.
-        overrides: dotted key and value text, as on the command line; later ones win.
+        path: the TOML file.
+        overrides: (dotted key, text of the value) from the command line; a later one wins.
 
     Raises:
-        ConfigError: every fault found, each with its dotted key, what was found and what is allowed.
+        ConfigError: lists every problem, with its dotted key, the value found and the values allowed.
     """
     files: list[TomlFile] = []
     return check_config(read_with_bases(path, files=files), path, overrides, files)
 
 
 def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """As `load_config`, of a file that is one run and not a sweep of several.
+    """`load_config` for a file that describes one run and not a sweep.
 
     Raises:
         ConfigError: as `load_config`, or the file has a [sweep].
@@ -44,8 +44,8 @@ def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     if config.sweep:
         count = len(points(config.sweep))
         raise ConfigError(
-            f"{path}: sweep: this file describes {count} runs; `titan-cpt sweep {path}` trains them, and with --plan "
-            "shows what they come to"
+            f"{path}: sweep: this file describes {count} sweep runs: `titan-cpt sweep {path}` trains them, and with "
+            "--plan lists them"
         )
     return config
 
@@ -53,45 +53,35 @@ def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
 def check_config(
     raw: dict[str, Any], path: Path, overrides: Sequence[tuple[str, str]] = (), files: Sequence[TomlFile] = ()
 ) -> Config:
-    """A file's tables as a Config, after the overrides, which are written into them; faults are told under `path`.
+    """Apply overrides to a file's tables, in place, and validate them.
 
     Args:
-        files: those that the tables were read from; a fault then names its file and line.
+        path: the file to name in error messages.
+        files: the files that the tables were read from; an error then names file and line.
 
     Raises:
-        ConfigError: every fault found, as `load_config` tells them.
+        ConfigError: lists every problem.
     """
     faults = [fault for key, text in overrides for fault in set_key(raw, key, text=text)]
-    overridden = tuple(key for key, _ in overrides)
-
-    def error_of(faults: Sequence[str]) -> ConfigError:
-        told = [fault if fault.startswith((*overridden, "--")) else located(fault, files) for fault in faults]
-        return _config_error(path, told)
-
+    config = None
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         errors = [one for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
         faults += [error_message(one, raw) for one in errors]
-        faults += list(reference_faults(raw))
-        raise error_of(faults) from None
-    faults += list(reference_faults(raw))
-    faults += list(sweep_faults(config.sweep))
-    if faults:
-        raise error_of(faults)
+    faults += reference_faults(raw)
+    if config is not None:
+        faults += sweep_faults(config.sweep)
+    if config is None or faults:
+        overridden = (*(key for key, _ in overrides), "--")
+        lines = [fault if fault.startswith(overridden) else with_location(fault, files) for fault in faults]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ConfigError("\n".join([f"{path}: {count}", *(f"  - {line}" for line in lines)]))
     return config
 
 
-def _config_error(path: Path, faults: Sequence[str]) -> ConfigError:
-    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
-    return ConfigError("\n".join([f"{path}: {count}", *(f"  - {fault}" for fault in faults)]))
-
-
 def dump_config(config: Config) -> str:
-    """The resolved config as TOML: every default spelt out, nothing left to `extends`, good in any folder."""
+    """The resolved config as TOML, with every default written out, without `extends`, and independent of its folder."""
     raw = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    anchor_fetch_scripts(raw, Path(), os.path.abspath)
+    rebase_fetch_scripts(raw, Path(), os.path.abspath)
     return tomli_w.dumps(raw)
-
-
-# Overrides

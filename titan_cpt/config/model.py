@@ -1,4 +1,4 @@
-"""The part of the schema that says what model is trained: [model], with every number that a named size fixes."""
+"""The table [model]: which architecture and size is trained, and its hyperparameters."""
 
 from __future__ import annotations
 
@@ -6,75 +6,77 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from titan_cpt.config.types import PositiveFloat, PositiveInt, Table, fault
+from titan_cpt.config.types import PositiveFloat, PositiveInt, Table, validation_error
 
 
 class RopeScalingConfig(Table):
-    """[model.rope_scaling]: wavelengths stretched to read beyond the length of the first training (Llama)."""
+    """[model.rope_scaling]: RoPE scaling for context extension (Llama family: Llama 3 or YaRN)."""
 
     kind: Literal["llama3", "yarn"]
-    """The rule of Llama 3.1, or YaRN."""
+    """The scaling rule: that of Llama 3.1, or YaRN."""
     factor: Annotated[float, Field(ge=1)]
-    """Times by which long wavelengths grow."""
+    """Context-extension factor, by which long wavelengths are multiplied."""
     original_seq_len: PositiveInt
-    """Length of the sequences before the extension."""
+    """Context length in tokens before the extension."""
     low_freq_factor: PositiveFloat | None = None
-    """llama3: wavelengths above original_seq_len / this grow by the whole factor; left out, 1."""
+    """llama3: wavelengths above original_seq_len / low_freq_factor are multiplied by the whole factor. Unset: 1."""
     high_freq_factor: PositiveFloat | None = None
-    """llama3: wavelengths below original_seq_len / this stay; left out, 4."""
+    """llama3: wavelengths below original_seq_len / high_freq_factor are not changed. Unset: 4."""
     beta_fast: PositiveFloat | None = None
-    """yarn: features that turn more often than this over original_seq_len stay; left out, 32."""
+    """yarn: dimensions that rotate more than beta_fast times within original_seq_len are not changed. Unset: 32."""
     beta_slow: PositiveFloat | None = None
-    """yarn: features that turn less often than this grow by the whole factor; left out, 1."""
+    """yarn: dimensions that rotate fewer than beta_slow times within original_seq_len are scaled by the whole factor.
+    Unset: 1."""
     attention_factor: PositiveFloat | None = None
-    """yarn: multiplies cosine and sine; left out, 0.1 ln(factor) + 1."""
+    """yarn: factor on cosine and sine. Unset: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
-    def _numbers_of_its_kind(self) -> RopeScalingConfig:
+    def _only_keys_of_its_kind(self) -> RopeScalingConfig:
         llama3, yarn = ("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow", "attention_factor")
         own, foreign = (llama3, yarn) if self.kind == "llama3" else (yarn, llama3)
         given = [name for name in foreign if getattr(self, name) is not None]
         if given:
-            raise fault(f"{self.kind} has no {', '.join(given)}; its own are {', '.join(own)}")
+            raise validation_error(f'kind = "{self.kind}" has no {", ".join(given)}; allowed are {", ".join(own)}')
         return self
 
 
 class ModelConfig(Table):
-    """[model]: a named size, single numbers of which may be overridden."""
+    """[model]: a named model size; the keys below `size` override its hyperparameters one by one."""
 
     family: Literal["gpt_neox", "llama"]
-    """The architecture."""
+    """Architecture family."""
     size: str
-    """A named size of that family, such as "410m", "10b", "llama3.1-8b" or, for a CPU, "debug", "tiny", "mini"."""
+    """A named size of the family, such as "410m", "10b", "llama3.1-8b" or, for a CPU, "debug", "tiny", "mini"."""
     layers: PositiveInt | None = None
-    """Number of blocks, in place of the size's."""
+    """Number of transformer blocks."""
     width: PositiveInt | None = None
-    """Width of the residual stream, in place of the size's."""
+    """Model dimension (hidden size)."""
     heads: PositiveInt | None = None
-    """Attention heads, in place of the size's."""
+    """Number of attention heads (query heads)."""
     kv_heads: PositiveInt | None = None
-    """Heads of keys and values, shared by heads / kv_heads heads of queries (Llama), in place of the size's."""
+    """Number of key/value heads (grouped-query attention; Llama family)."""
     head_width: PositiveInt | None = None
-    """Width of one head (Llama), in place of the size's or width / heads."""
+    """Dimension of one attention head (Llama family). Unset: the size's, or width / heads."""
     mlp_width: PositiveInt | None = None
-    """Inner width of the MLP, in place of the size's."""
+    """Inner dimension of the MLP (intermediate size)."""
     vocab_size: PositiveInt | None = None
-    """Rows of the embedding, taken as they stand, in place of the size's or the padded tokenizer's."""
+    """Rows of the token embedding, used without padding. Unset: the size's, or the tokenizer's vocabulary padded."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of each head that is rotated (GPT-NeoX), in place of the size's."""
+    """Fraction of each head's dimensions to which RoPE is applied (GPT-NeoX family)."""
     rope_base: PositiveFloat | None = None
-    """Base of the rotary frequencies, in place of the size's."""
+    """Base of the RoPE frequencies (theta)."""
     rope_scaling: RopeScalingConfig | None = None
-    """How the rotary wavelengths are stretched (Llama), in place of the size's."""
+    """RoPE scaling for context extension (Llama family)."""
     norm_eps: PositiveFloat | None = None
-    """Epsilon of the norms, in place of the size's."""
+    """Epsilon of LayerNorm or RMSNorm."""
     parallel_residual: bool | None = None
-    """Attention and MLP read the same residual stream (GPT-NeoX), in place of the size's."""
+    """Attention and MLP read the same residual stream, in parallel (GPT-NeoX family)."""
     qkv_bias: bool | None = None
-    """Biases on queries, keys and values (Llama, as Qwen2 has them), in place of the size's."""
+    """Bias on the query, key and value projections (Llama family; Qwen2 has it)."""
     qk_norm: bool | None = None
-    """RMSNorm on each head's queries and keys (Llama, as Qwen3 has it), in place of the size's."""
+    """RMSNorm on the queries and keys of each head (Llama family; Qwen3 has it)."""
     sliding_window: PositiveInt | None = None
-    """Positions that each one sees, itself included (Llama, as Mistral has it), in place of the size's."""
+    """Sliding-window attention: each token attends to itself and the sliding_window - 1 tokens before it (Llama family;
+    Mistral has it). Unset: the size's, or full causal attention."""
     tie_embeddings: bool | None = None
-    """One matrix for input embedding and output head (Llama), in place of the size's."""
+    """Tie the output head to the token embedding (Llama family)."""

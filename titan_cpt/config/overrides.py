@@ -1,4 +1,4 @@
-"""Setting one dotted key of the tables, from the command line or from a sweep."""
+"""Setting one dotted key of a config's tables, for the command line and for sweeps."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_cpt.common.text import did_you_mean, quoted_list
-from titan_cpt.config.schema_lookup import is_string, tables_at
+from titan_cpt.config.schema_lookup import tables_at, takes_only_strings
 from titan_cpt.config.toml_files import exceeds_64_bits, parse_toml
 
 
 def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | None = None) -> Iterator[str]:
-    """Set one dotted key in place, stages by name; yields a fault instead where the path leads nowhere.
+    """Set one dotted key in place, stages by their names; yields a message if the key does not exist.
 
     Args:
-        value: what the key gets.
-        text: in the value's place what the command line says, read as the key's type asks.
+        value: the value to set, from a sweep.
+        text: the value as typed on the command line, instead of `value`; it is parsed as TOML.
     """
     parts = dotted.split(".")
     where = f"sweep.{dotted}" if text is None else f"--{dotted}"
@@ -38,16 +38,16 @@ def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | 
     elif not isinstance(place, dict):
         yield f"{where}: {'.'.join(parts[:-1])} is a value, not a table"
     else:
-        value = value if text is None else _value(parts, text)
+        value = value if text is None else _parse_value(parts, text)
         if exceeds_64_bits(value):
             yield f"{where}: integers must fit into 64 bits"
         else:
             place[parts[-1]] = value
 
 
-def _value(parts: Sequence[str], text: str) -> Any:
-    """The override's text as TOML reads it; a bare word, and whatever a string key is given, is a string."""
-    if any(is_string(model, parts[-1]) for model in tables_at(parts[:-1])):
+def _parse_value(parts: Sequence[str], text: str) -> Any:
+    """The text as a TOML value; as a string if it is not valid TOML, or if the key takes only strings."""
+    if any(takes_only_strings(table, parts[-1]) for table in tables_at(parts[:-1])):
         return text
     try:
         read = parse_toml(f"value = {text}")

@@ -1,4 +1,4 @@
-"""References between tables: stages that name datasets and earlier stages."""
+"""Checks between tables: names of stages, references to datasets and to earlier stages."""
 
 from __future__ import annotations
 
@@ -9,67 +9,72 @@ from titan_cpt.common.run_folder import RESERVED_STAGE_NAMES
 from titan_cpt.common.text import did_you_mean, quoted_list
 
 
-def tables(value: Any) -> dict[str, dict[str, Any]]:
-    """The tables inside a raw table, whatever else it may hold by mistake."""
+def tables_in(value: Any) -> dict[str, dict[str, Any]]:
+    """The tables directly inside a raw table; other values, which are mistakes, are skipped."""
     return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
 
 
-def _named(mix: Any) -> list[str]:
-    names = [mix] if isinstance(mix, str) else list(mix) if isinstance(mix, list | dict) else []
-    return [name for name in names if isinstance(name, str)]
-
-
 def reference_faults(raw: dict[str, Any]) -> Iterator[str]:
-    """Faults between tables, found on the raw file so that they can be told together with all others."""
-    datasets = tables(raw.get("datasets"))
+    """Every reference that does not resolve, as `dotted.key: message`.
+
+    Works on the raw file, which may have other faults, so that a user sees all of them at once.
+    """
+    datasets = tables_in(raw.get("datasets"))
     stages = raw.get("stages")
     earlier: list[str] = []
-    for place, stage in enumerate(stages if isinstance(stages, list) else []):
-        if not isinstance(stage, dict):
-            continue
-        name = str(stage.get("name", f"[{place}]"))
-        if name in earlier or name in RESERVED_STAGE_NAMES:
-            why = (
-                "names two stages"
-                if name in earlier
-                else f"is reserved: the run's folder has a folder {name}/ of its own"
-            )
-            yield f"stages.{name}.name: {why}; choose another name"
-        if ("steps" in stage) == ("tokens" in stage):
-            found = "both" if "steps" in stage else "neither"
-            yield f"stages.{name}: must have exactly one of steps and tokens, got {found}"
-        if isinstance(stage.get("dataset"), list):
-            example = "{ pile = 0.5, slimpajama = 0.5 }"
-            yield f"stages.{name}.dataset: must be a name or a table of weights such as {example}, got a list"
-        yield from _dataset_faults(f"stages.{name}.dataset", stage.get("dataset"), datasets)
-        replay = stage.get("replay")
-        if isinstance(replay, dict):
-            yield from _dataset_faults(f"stages.{name}.replay.from", replay.get("from"), datasets)
-        yield from _init_faults(stage, name, earlier)
-        earlier.append(name)
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        if isinstance(stage, dict):
+            name = str(stage.get("name", f"[{index}]"))
+            yield from _stage_faults(stage, name, earlier, datasets)
+            earlier.append(name)
     tokenizer = raw.get("tokenizer")
     train = tokenizer.get("train") if isinstance(tokenizer, dict) else None
     if isinstance(train, dict):
         yield from _tokenizer_training_faults(train, datasets)
 
 
-def _dataset_faults(where: str, mix: Any, datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _stage_faults(
+    stage: dict[str, Any], name: str, earlier: list[str], datasets: dict[str, dict[str, Any]]
+) -> Iterator[str]:
+    where = f"stages.{name}"
+    if name in earlier:
+        yield f"{where}.name: two stages have this name; choose another name"
+    elif name in RESERVED_STAGE_NAMES:
+        yield f"{where}.name: is reserved for the folder {name}/ of every run; choose another name"
+    if ("steps" in stage) == ("tokens" in stage):
+        yield f"{where}: must have exactly one of steps and tokens, got {'both' if 'steps' in stage else 'neither'}"
+    if isinstance(stage.get("dataset"), list):
+        example = "{ pile = 0.5, slimpajama = 0.5 }"
+        yield f"{where}.dataset: must be a name or a table of weights such as {example}, got a list"
+    yield from _dataset_faults(f"{where}.dataset", stage.get("dataset"), datasets)
+    replay = stage.get("replay")
+    if isinstance(replay, dict):
+        yield from _dataset_faults(f"{where}.replay.from", replay.get("from"), datasets)
+    yield from _init_faults(stage, name, earlier)
+
+
+def _dataset_faults(where: str, mixture: Any, datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
     known = list(datasets)
-    for name in _named(mix):
+    for name in _names_in(mixture):
         if name not in datasets:
             yield f"{where}: there is no [datasets.{name}]{did_you_mean(name, known)}; there are {quoted_list(known)}"
         elif not (datasets[name].get("train") or datasets[name].get("domains")):
             yield f"{where}: [datasets.{name}] has no tokens to train on: give it train or domains"
 
 
+def _names_in(mixture: Any) -> list[str]:
+    names = [mixture] if isinstance(mixture, str) else list(mixture) if isinstance(mixture, list | dict) else []
+    return [name for name in names if isinstance(name, str)]
+
+
 def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterator[str]:
     init = stage.get("init", "previous" if earlier else "random")
     where = f"stages.{name}.init"
     if not isinstance(init, str):
-        return  # its type is told already
+        return  # the schema reports its type
     kind, _, target = init.partition(":")
     if init == "previous" and not earlier:
-        yield f"{where}: nothing comes before the first stage; allowed are random, checkpoint:PATH and hf:NAME"
+        yield f"{where}: the first stage has no previous one; allowed are random, checkpoint:PATH and hf:NAME"
     elif kind == "stage":
         base, _, point = target.partition("@")
         if base not in earlier or point not in ("", "pre_anneal"):
@@ -79,13 +84,14 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
         allowed = "previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:PATH-OR-NAME"
         yield f"{where}: must be one of {allowed}, got {init!r}"
     if stage.get("optimizer_state") == "keep" and (init == "random" or kind == "hf"):
-        yield f"stages.{name}.optimizer_state: there is none to keep where init is {init!r}; allowed is reset"
+        yield f"stages.{name}.optimizer_state: init = {init!r} has no optimizer state to keep; set it to reset"
 
 
 def _tokenizer_training_faults(train: dict[str, Any], datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
     name = train.get("dataset")
     if not isinstance(name, str):
         return
-    yield from _dataset_faults("tokenizer.train.dataset", name, datasets)
+    where = "tokenizer.train.dataset"
+    yield from _dataset_faults(where, name, datasets)
     if name in datasets and "source" not in datasets[name]:
-        yield f"tokenizer.train.dataset: [datasets.{name}] has no source, so there is no text to train a tokenizer on"
+        yield f"{where}: [datasets.{name}] has no source, so there is no text to train a tokenizer on; give it one"

@@ -1,7 +1,7 @@
-"""Which files of a run's folder a run wrote: nothing else under their names is replaced, cut or appended to.
+"""The config.toml in a run's folder (its resolved config), and protection of a user's files in that folder.
 
-A run writes config.toml (its resolved config), plan.json, summary.json, metrics.jsonl and .lock. A folder of the user's
-that has the name of a run, or a hand-written config.toml in it, is told by content.
+A run writes config.toml, plan.json, summary.json, metrics.jsonl and .lock. It replaces or extends such a file only
+if its content shows that a run wrote it: a user's folder can have the name of a run, or have a config.toml of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SPELLED_OUT = {"job": "output_dir", "training": "gc_freq", "checkpoint": "keep_
 
 
 def require_own_run(folder: Path, config: Config) -> None:
-    """Refuse a folder in which training would replace a file that no run wrote.
+    """Check that training in this folder would replace only files that a run wrote.
 
     Raises:
-        CheckpointError: names every such file.
+        CheckpointError: lists every file that no run wrote.
         AccessError: a file cannot be read.
     """
     tests: dict[str, Callable[[str], bool]] = {
@@ -47,10 +47,10 @@ def require_own_run(folder: Path, config: Config) -> None:
 
 
 def write_run_config(path: Path, config: Config) -> None:
-    """Write the resolved config; a file that says the same already is left as it is, comments included.
+    """Write the resolved config; a file with the same settings is not touched and keeps its comments.
 
     Raises:
-        CheckpointError: a file is there that no run wrote.
+        CheckpointError: the path is a file that no run wrote.
     """
     text = dump_config(config)
     if not _is_own(path, lambda there: _is_resolved_config(there, config)):
@@ -62,7 +62,7 @@ def write_run_config(path: Path, config: Config) -> None:
 
 
 def last_setting(path: Path, table: str, key: str) -> Any:
-    """What the config that a run was last started with has under `table.key`; None where it does not say."""
+    """The value of `table.key` in the config.toml of a run's last start; None if it has no such key or file."""
     try:
         return parse_toml(read_text(path)).get(table, {}).get(key)
     except (FileNotFoundError, ValueError, AttributeError):
@@ -70,10 +70,10 @@ def last_setting(path: Path, table: str, key: str) -> Any:
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """`key: old -> new` for what a run's config.toml says otherwise than the config that it is resumed under.
+    """`key: old -> new` for every setting in which a run's config.toml differs from the config that it resumes with.
 
-    Where the run lies and what a person reads of it is left out; a stage that only one of the two has is a line of
-    `stages`. Nothing, where the file is missing or is not a config that this version reads.
+    The run's name, description and folder are not compared; a stage that only one of the two has appears as a change
+    of `stages`. Empty if the file is missing or is not a config that this version reads.
     """
     try:
         old = check_config(parse_toml(read_text(path)), path)
@@ -87,7 +87,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Every number of a config by its dotted key, stages by their names."""
+    """{dotted key: value} of every setting, with stages by their names."""
     raw: dict[str, Any] = config.model_dump(
         mode="json", by_alias=True, exclude={"job": {"name", "output_dir", "description"}}
     )
@@ -104,11 +104,10 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def _foreign(paths: Sequence[Path]) -> CheckpointError:
-    one = len(paths) == 1
+    was, it = ("was", "it") if len(paths) == 1 else ("were", "them")
     return CheckpointError(
-        f"{', '.join(map(str, paths))}: {'was' if one else 'were'} not written by a run, and this run would replace "
-        f"{'it' if one else 'them'}. Nothing was changed: rename or move what is there, or choose another job.name or "
-        "job.output_dir"
+        f"{', '.join(map(str, paths))}: {was} not written by a run, and this run would replace {it}. Nothing was "
+        f"changed: rename or move {it}, or choose another job.name or job.output_dir"
     )
 
 
@@ -118,13 +117,14 @@ def _is_own(path: Path, is_own: Callable[[str], bool]) -> bool:
     except FileNotFoundError:
         return True
     except (ValueError, RecursionError):
-        return not os.path.lexists(path)  # a name that cannot exist, such as one too long: writing it says why
+        return not os.path.lexists(path)  # an impossible name, such as one too long: writing the file reports it
 
 
 def _is_resolved_config(text: str, config: Config) -> bool:
-    """Whether a TOML is one of `dump_config`, which spells out every default without comments, or says the same.
+    """Whether `dump_config` wrote this TOML, or it has the same settings.
 
-    Its job.name may be another: a run's folder may be copied, and the copy trained under the name of its folder.
+    `dump_config` writes every default and no comments. job.name may differ: a user can copy a run's folder and train
+    the copy under the name of its folder.
     """
     raw: dict[str, Any] = parse_toml(text)
     if raw == parse_toml(dump_config(config)):
@@ -135,7 +135,7 @@ def _is_resolved_config(text: str, config: Config) -> bool:
 
 
 def _is_metrics(text: str) -> bool:
-    """Whether a text is a metrics.jsonl, perhaps with damaged lines, or what a kill left of its first line."""
+    """Whether a text is a metrics.jsonl, possibly with damaged lines or with an incomplete first line after a kill."""
     if "\n" not in text:
         return _METRICS_BEGIN.startswith(text[: len(_METRICS_BEGIN)])
     return any(line.startswith(_METRICS_BEGIN) for line in text.split("\n", _LINES_LOOKED_AT)[:_LINES_LOOKED_AT])

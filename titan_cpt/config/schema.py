@@ -1,7 +1,7 @@
-"""The schema of the TOML file: one frozen model per table, every key with its unit and range below it.
+"""The schema of the TOML file: a frozen class for each table; each field has its type, range, unit and meaning.
 
-Nothing is worked out here: what follows from these numbers (steps from tokens, accumulation, cursors) is the plan's,
-reading files and overrides is config_file's. Section and key names follow torchtitan's TOML.
+The names of tables and keys follow torchtitan. The schema computes nothing: steps, gradient accumulation and data
+positions are computed in planning/, and load.py reads files and overrides.
 """
 
 from __future__ import annotations
@@ -17,300 +17,317 @@ from titan_cpt.config.suites import SUITES
 from titan_cpt.config.types import (
     FileName,
     Fraction01,
-    Mix,
+    Mixture,
     Name,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Table,
     Tokens,
-    fault,
+    validation_error,
 )
 
 
 class JobConfig(Table):
-    """[job]: which run this is."""
+    """[job]: name, folder and random seed of the run."""
 
     name: FileName
-    """The run's name, and its folder below output_dir."""
+    """The run's name, and the name of its folder in output_dir."""
     description: str = ""
-    """A line for people; nothing reads it."""
+    """A note for people; the program does not use it."""
     output_dir: str = "outputs"
-    """The folder that holds the folders of runs, relative to the working directory."""
+    """Folder that contains the folders of all runs, relative to the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the initial weights and the order of the data."""
+    """Random seed of the initial weights and of the data order."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels, and stop where it has none."""
+    """Use deterministic kernels only; training stops at an operation for which torch has none."""
 
 
 class TokenizerTrainingConfig(Table):
-    """[tokenizer.train]: make tokenizer.path from a dataset's text when it is not there yet."""
+    """[tokenizer.train]: train a byte-level BPE and write it to tokenizer.path if that file is missing."""
 
     dataset: Name
-    """The dataset whose `source` text the BPE is trained on: the first one, as the Pile's was."""
+    """Dataset whose `source` text the BPE is trained on; usually that of the first stage."""
     vocab_size: Annotated[int, Field(ge=257, le=2**24)]
-    """Entries of the byte-level BPE, the end-of-document token included."""
+    """Vocabulary size of the BPE, including the end-of-document token."""
 
 
 class TokenizerConfig(Table):
-    """[tokenizer]: what turns text into ids and ids into bytes."""
+    """[tokenizer]: the tokenizer of all datasets."""
 
     path: str = "bytes"
-    """A tokenizer.json, or "bytes": 256 byte values and an end-of-document id."""
+    """Path of a Hugging Face tokenizer.json, or "bytes": 256 byte values and an end-of-document token."""
     add_bos: bool = False
-    """Begin every document with the tokenizer's begin-of-document token (BOS), as the post-processors of Llama's and
-    Gemma's tokenizers do. `prepare` adds it, data prepared otherwise is refused, and `eval` and `generate` then put it
-    before every text."""
+    """Begin every document with the tokenizer's begin-of-sequence token (BOS), as the post-processors of Llama's and
+    Gemma's tokenizers do. `prepare` adds it, data prepared without it is refused, and `eval` and `generate` put it
+    before every prompt."""
     allow_mismatch: bool = False
-    """Begin stages with weights that were trained with another tokenizer (`init` = hf:, checkpoint:), which is refused
-    otherwise: the ids that they know mean other tokens."""
+    """Allow stages to start from weights that were trained with another tokenizer (`init` = hf: or checkpoint:).
+    Otherwise such a config is refused, because the same ids mean other tokens."""
     train: TokenizerTrainingConfig | None = None
-    """How to make the file at `path` when it is missing."""
+    """How to train the tokenizer if the file `path` is missing."""
 
 
 class OptimizerConfig(Table):
-    """[optimizer]: AdamW's numbers; the learning rate belongs to the stages."""
+    """[optimizer]: AdamW hyperparameters; the learning rate is set per stage."""
 
     name: Literal["AdamW"] = "AdamW"
-    """The only optimizer."""
+    """The optimizer; AdamW is the only one."""
     beta1: Fraction01 = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: Fraction01 = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms and biases are not decayed."""
 
 
 class StageOptimizerConfig(Table):
-    """[stages.optimizer]: numbers of [optimizer] that this stage sets anew."""
+    """[stages.optimizer]: AdamW hyperparameters of this stage that differ from [optimizer]."""
 
     beta1: Fraction01 | None = None
-    """In place of optimizer.beta1."""
+    """Replaces optimizer.beta1 in this stage."""
     beta2: Fraction01 | None = None
-    """In place of optimizer.beta2."""
+    """Replaces optimizer.beta2 in this stage."""
     eps: PositiveFloat | None = None
-    """In place of optimizer.eps."""
+    """Replaces optimizer.eps in this stage."""
     weight_decay: NonNegativeFloat | None = None
-    """In place of optimizer.weight_decay."""
+    """Replaces optimizer.weight_decay in this stage."""
 
 
 class TrainingConfig(Table):
-    """[training]: the batch and the arithmetic."""
+    """[training]: batch size, sequence length, mixed precision, gradient clipping, and responses to bad steps."""
 
     global_batch_size: PositiveInt
-    """Sequences of one optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     local_batch_size: PositiveInt
-    """Sequences of one micro-batch of one data-parallel rank; accumulation follows from global_batch_size."""
+    """Sequences per micro-batch of one data-parallel rank. Gradient accumulation follows: global_batch_size /
+    (local_batch_size x data-parallel degree) micro-batches per step."""
     seq_len: Annotated[int, Field(ge=2)]
-    """Tokens of one sequence."""
+    """Sequence length in tokens."""
     max_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global L2 norm."""
+    """Gradient clipping: gradients are scaled down to this global L2 norm."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """What matrices are multiplied in; weights and moments stay float32. Without bfloat16 a CPU is slower in it."""
+    """Compute dtype (mixed precision). Master weights and optimizer state stay in float32. bfloat16 is slow on CPUs
+    that do not support it."""
     mixed_precision_reduce: Literal["float32"] = "float32"
-    """What gradients are summed in over ranks."""
+    """Dtype in which gradients are summed over ranks."""
     enable_cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory."""
+    """Keep parameters, gradients and optimizer state in CPU memory (FSDP2 CPU offload)."""
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that read batches ahead; 0 reads in the training process."""
+    """Data-loader worker processes, which load batches ahead; 0 loads in the training process."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """What is done about a loss or gradient that is not finite, which never reaches the weights: stop; pass over the
-    batch; or go back to the last checkpoint, and pass over it from there."""
+    """Response to a non-finite loss or gradient, which is never applied to the weights: stop; skip the batch; or roll
+    back to the last checkpoint and skip the batch when training reaches it again."""
     on_loss_spike: Literal["log", "stop", "skip", "rollback"] = "log"
-    """The same for a loss far above those before it; "log" tells of it and trains on."""
+    """Response to a loss spike; "log" records it and continues."""
     loss_spike_z_score: PositiveFloat = 8.0
-    """A loss so many standard deviations above the mean of the window before it is a spike."""
+    """A loss that is this many standard deviations above the mean of the last loss_spike_window steps is a spike."""
     loss_spike_window: Annotated[int, Field(ge=0, le=100_000)] = 100
-    """Steps of the window, inside one stage; there is no spike before it is full, and none at all with 0."""
+    """Steps over which that mean is taken, within one stage. No spike is detected before the window is full; 0 turns
+    the detection off."""
     max_skips_per_1000_steps: Annotated[int, Field(ge=0, le=1000)] = 10
-    """Batches that are passed over in any 1000 steps of a stage; at the next one the run stops."""
+    """Skipped batches allowed in any 1000 steps of a stage; one more stops the run."""
     gc_freq: PositiveInt = 50
-    """Steps between Python garbage collections, so that ranks do not stop at different times."""
+    """Steps between Python garbage collections, which all ranks run after the same step."""
 
 
 class ParallelismConfig(Table):
-    """[parallelism]: how the model is laid over the ranks."""
+    """[parallelism]: parallelism degrees (data, tensor, pipeline, context) and their options."""
 
     data_parallel_replicate_degree: PositiveInt = 1
-    """Copies of the sharded model (HSDP)."""
+    """Data-parallel replicas of the sharded model (HSDP)."""
     data_parallel_shard_degree: PositiveInt | None = None
-    """Ranks over which FSDP2 shards; left out, all ranks that the other degrees leave."""
+    """Data-parallel ranks over which FSDP2 shards parameters, gradients and optimizer state. Unset: all ranks that the
+    other degrees do not use."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether parameters are gathered again for the backward pass; "default" is always, but for pipelines."""
+    """Whether FSDP2 frees gathered parameters after the forward pass and gathers them again for the backward pass.
+    "default" is "always", and "never" with pipeline parallelism."""
     tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which matrices are split."""
+    """Tensor-parallel degree: ranks over which each matrix is split."""
     enable_async_tensor_parallel: bool = False
-    """Overlap tensor-parallel communication with matrix products (CUDA)."""
+    """Async tensor parallelism: overlap tensor-parallel communication with matrix products (CUDA)."""
     disable_loss_parallel: bool = False
-    """Gather the logits before the loss."""
+    """Gather the logits before the loss; otherwise each tensor-parallel rank computes the loss on its vocabulary shard
+    (loss parallel)."""
     pipeline_parallel_degree: PositiveInt = 1
-    """Ranks over which layers are split."""
+    """Pipeline-parallel degree: ranks over which the layers are split."""
     pipeline_parallel_schedule: str = "1F1B"
-    """A schedule of torch.distributed.pipelining."""
+    """Pipeline schedule: GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV of
+    torch.distributed.pipelining."""
     pipeline_parallel_microbatch_size: PositiveInt = 1
-    """Sequences of one pipeline micro-batch."""
+    """Sequences per pipeline micro-batch."""
     context_parallel_degree: PositiveInt = 1
-    """Ranks over which a sequence is split."""
+    """Context-parallel degree: ranks over which each sequence is split."""
     context_parallel_method: Literal["gather", "ring"] = "gather"
-    """Keys and values are gathered from the other ranks, or pass round them (torch's ring attention, CUDA)."""
+    """How attention gets the keys and values of other context-parallel ranks: all-gather, or torch's ring attention
+    (CUDA)."""
 
 
 class CheckpointConfig(Table):
-    """[checkpoint]: what is saved and kept."""
+    """[checkpoint]: when checkpoints are saved, and which of them are kept."""
 
     interval: PositiveInt = 500
-    """Steps between checkpoints; a stage's end and its pre-anneal point are saved besides."""
+    """Checkpoint interval in steps. The end of a stage and its pre-anneal point are saved too."""
     keep_latest_k: PositiveInt = 2
-    """Newest interval checkpoints kept; stage ends and pre-anneal points are always kept."""
+    """Number of newest interval checkpoints to keep. Stage ends and pre-anneal points are always kept."""
     keep_every: PositiveInt | None = None
-    """Interval checkpoints at a multiple of so many steps of the stage are kept for good; a multiple of interval."""
+    """Interval checkpoints at a multiple of this step of the stage are never deleted; a multiple of interval. Unset:
+    none."""
     async_mode: Literal["async", "disabled"] = "async"
-    """Write while training goes on, or stop for it."""
+    """Asynchronous checkpointing: write in the background while training continues; or "disabled": training waits."""
 
     @model_validator(mode="after")
-    def _kept_ones_are_saved(self) -> CheckpointConfig:
+    def _kept_checkpoints_are_saved(self) -> CheckpointConfig:
         if self.keep_every is not None and self.keep_every % self.interval:
-            raise fault(f"keep_every must be a multiple of interval ({self.interval}), got {self.keep_every}")
+            raise validation_error(
+                f"keep_every must be a multiple of interval ({self.interval}), got {self.keep_every}"
+            )
         return self
 
 
 class CommConfig(Table):
-    """[comm]: how long processes wait for each other before a hang counts as a failure."""
+    """[comm]: timeouts of collective operations, after which a hang is a failure."""
 
     init_timeout_seconds: PositiveInt = 600
-    """Longest wait for the other nodes and processes to start, and for any of them until each has done its first step
-    (loading, compiling)."""
+    """Timeout until every rank has finished its first step: waiting for all processes to start, loading, compiling."""
     train_timeout_seconds: PositiveInt = 1800
-    """Longest wait for another process in one collective operation after the first step; longer than the slowest save,
-    for which the others wait."""
+    """Timeout of a collective operation after the first step. It must exceed the duration of the slowest checkpoint
+    save, during which the other ranks wait."""
 
 
 class ActivationCheckpointConfig(Table):
-    """[activation_checkpoint]: what is computed again in the backward pass."""
+    """[activation_checkpoint]: activation checkpointing, which recomputes activations in the backward pass."""
 
     mode: Literal["none", "full", "selective", "memory_budget"] = "none"
-    """Nothing, whole blocks, a selection, or what torch.compile chooses under a budget."""
+    """Activation checkpointing of nothing, of whole blocks, of a selection (selective_ac_option), or of what
+    torch.compile chooses within memory_budget."""
     selective_ac_option: str = "op"
-    """"op", or an integer n for every n-th block."""
+    """"op": keep attention and every second matrix product, recompute the rest; or an integer n: recompute every n-th
+    block."""
     memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the activations kept under mode "memory_budget"."""
+    """Fraction of the activation memory to keep in mode "memory_budget"."""
 
 
 class CompileConfig(Table):
-    """[compile]: torch.compile, block by block."""
+    """[compile]: torch.compile."""
 
     enable: bool = False
-    """Compile each block."""
+    """Compile each transformer block with torch.compile."""
 
 
 class Float8Config(Table):
-    """[float8]: matrix products in 8 bits through torchao."""
+    """[float8]: matrix products in float8, through torchao."""
 
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """torchao's scaling recipe; left out, no float8."""
+    """Float8 scaling recipe of torchao. Unset: no float8."""
     enable_fsdp_float8_all_gather: bool = False
-    """Gather parameters in float8."""
+    """All-gather FSDP2 parameters in float8 (recipe tensorwise)."""
     filter_fqns: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Linear layers of the blocks whose name holds one of these stay in higher precision, as the head does anyway."""
+    """Linear layers of the blocks whose fully qualified name contains one of these strings stay in the compute dtype.
+    The output head always does."""
 
 
 class MetricsConfig(Table):
-    """[metrics]: what is shown and written."""
+    """[metrics]: logging."""
 
     log_freq: PositiveInt = 10
-    """Steps between readings of the device's numbers."""
+    """Logging interval in steps, at which metrics are read from the device; metrics.jsonl has a line for every step."""
     enable_tensorboard: bool = True
-    """Write TensorBoard events into the run's folder."""
+    """Write TensorBoard events to tb/ in the run's folder."""
 
 
 class ProfilingConfig(Table):
-    """[profiling]: traces of torch.profiler, `<run>/profile/<stage>-step-<8 digits>/rank-<5 digits>.json.gz`."""
+    """[profiling]: torch.profiler traces, `<run>/profile/<stage>-step-<8 digits>/rank-<5 digits>.json.gz`."""
 
     enable_profiling: bool = False
     """Record traces."""
     profile_freq: PositiveInt = 100
-    """Steps from one trace to the next; a trace holds one step."""
+    """Steps from one trace to the next; a trace covers one step."""
 
 
 class ValidationConfig(Table):
-    """[validation]: what every dataset's loss is measured on, and when."""
+    """[validation]: when and on how much data the validation loss of every dataset is computed."""
 
     interval: PositiveInt = 100
-    """Steps between measurements; step 0 and the end of every stage are measured besides."""
+    """Validation interval in steps. Step 0 and the end of every stage are validated too."""
     sequences: PositiveInt = 64
-    """Windows of each dataset, evenly spread over its validation tokens and the same ones every time."""
+    """Sequences per dataset, evenly spaced over its validation tokens and the same ones every time."""
     local_batch_size: PositiveInt | None = None
-    """Sequences of one forward pass of one rank; left out, training.local_batch_size."""
+    """Sequences per forward pass of one rank. Unset: training.local_batch_size."""
     final_window_steps: Annotated[int, Field(ge=0)] = 0
-    """The paper's final loss: the mean over the last so many steps of a stage (100 in the paper); 0 is off."""
+    """Final loss of a stage as in Ibrahim et al. 2024: the mean of the validation losses in the last final_window_steps
+    steps (100 in the paper); 0: off."""
     final_window_every: PositiveInt = 10
-    """Steps between the samples of that mean."""
+    """Steps between the validations that are averaged in the final loss."""
 
 
 class EvaluationConfig(Table):
-    """[evaluation]: benchmarks inside training."""
+    """[evaluation]: zero-shot and few-shot benchmarks during training (lm-evaluation-harness)."""
 
     suite: str | None = None
-    """paper_english, paper_german, minimal_pairs or offline; left out, nothing is evaluated."""
+    """Benchmark suite, which fixes tasks, few-shot examples and metrics: paper_english, paper_german, minimal_pairs or
+    offline. Unset: no benchmarks."""
     every: PositiveInt | None = None
-    """Steps of a stage between evaluations; a checkpoint is saved for each."""
+    """Evaluation interval in steps of a stage; each evaluation saves a checkpoint. Unset: at stage ends only."""
     at_stage_end: bool = True
-    """Evaluate when a stage ends."""
+    """Evaluate at the end of every stage."""
     tasks_dir: str | None = None
-    """Folder of more tasks, as YAML files of lm-evaluation-harness."""
+    """Folder of additional tasks: YAML files of lm-evaluation-harness. Unset: none."""
     limit: PositiveInt | None = None
-    """Only so many samples of each task, evenly spread."""
+    """Number of samples per task, evenly spaced. Unset: all samples."""
 
     @model_validator(mode="after")
     def _suite_is_known(self) -> EvaluationConfig:
         if self.suite is not None and self.suite not in SUITES:
-            raise fault(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+            raise validation_error(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
         if self.suite is None and self.every is not None:
-            raise fault("every needs a suite; give evaluation.suite")
+            raise validation_error("every needs a suite; set evaluation.suite")
         return self
 
 
 class ReplayConfig(Table):
-    """[stages.replay]: old sequences in the place of new ones; the stage's budget stays the same."""
+    """[stages.replay]: replay of earlier datasets, in place of new sequences; the stage's token budget is unchanged."""
 
     fraction: Fraction01
-    """Share of the stage's sequences that are replayed; 0.05 is the usual choice, 0.01 for a weak shift."""
-    from_: Annotated[Mix | None, Field(alias="from")] = None
-    """Datasets, or a table of weights; left out, every earlier one, by the tokens of it trained on so far."""
+    """Replay fraction: share of the stage's sequences that are drawn from earlier datasets; 0.05 is the usual choice,
+    0.01 for a weak distribution shift."""
+    from_: Annotated[Mixture | None, Field(alias="from")] = None
+    """Datasets to replay, or a table of datasets and weights. Unset: every earlier dataset, weighted by the number of
+    its tokens that the run has trained on."""
     order: Literal["as_trained", "reshuffled"] = "as_trained"
-    """The order of first sight, or a new permutation of what was seen."""
+    """Replay sequences in the order in which they were first trained on, or in a new permutation of them."""
     on_exhausted: Literal["error", "repeat"] = "error"
-    """What the plan does where a dataset has fewer seen sequences than the replay would take."""
+    """If replay needs more sequences of a dataset than were trained on: refuse the config, or repeat them."""
 
 
 class StageConfig(Table):
-    """[[stages]]: one leg of the run."""
+    """[[stages]]: one training stage."""
 
     name: Name
-    """The stage's name, its folder, and how overrides and `init` refer to it."""
-    dataset: Mix
-    """A dataset, or a table of datasets to weights."""
+    """The stage's name, in overrides and `init`, and the name of the folder of its checkpoints."""
+    dataset: Mixture
+    """Dataset to train on, or a table of datasets and weights."""
     steps: PositiveInt | None = None
-    """Optimizer steps; or give tokens."""
+    """Number of optimizer steps. Set either steps or tokens."""
     tokens: Tokens | None = None
-    """Token budget, rounded up to whole steps; or give steps."""
+    """Token budget, such as "300B", rounded up to whole steps. Set either steps or tokens."""
     init: str | None = None
-    """Where the weights come from: previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME;
-    left out, random for the first stage and previous for the others."""
+    """Initial weights: previous (the end of the stage before), random, stage:NAME, stage:NAME@pre_anneal,
+    checkpoint:PATH, hf:NAME. Unset: random for the first stage, previous for the others."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether AdamW's moments and step count come along with the weights."""
+    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights."""
     optimizer: StageOptimizerConfig | None = None
-    """Numbers of [optimizer] that change here."""
+    """AdamW hyperparameters that differ in this stage."""
     lr: LR
-    """The learning-rate schedule."""
+    """Learning-rate schedule, one of the tables below."""
     replay: ReplayConfig | None = None
-    """Old data in the mix."""
+    """Replay of earlier data. Unset: no replay."""
 
 
 class Config(Table):
-    """The whole file."""
+    """The whole TOML file."""
 
     job: JobConfig
     model: ModelConfig
@@ -329,6 +346,6 @@ class Config(Table):
     validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: dict[str, Any] = Field(default_factory=dict)
-    """[sweep]: dotted keys to lists of values, which are crossed; those in [sweep.zip] go in step. `titan-cpt sweep`
-    trains an arm for each choice."""
+    """[sweep]: dotted keys and lists of values. `titan-cpt sweep` trains a sweep run for every combination of values;
+    the lists in [sweep.zip] have equal length and are combined item by item instead."""
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]

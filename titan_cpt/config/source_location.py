@@ -1,4 +1,4 @@
-"""Which of several TOML files, and which of its lines, a key with a fault was written in."""
+"""Finding the file and line in which a key was written, for error messages."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from titan_cpt.config.toml_files import TomlFile
 _HEADER = re.compile(r"\s*\[(\[)?([^\[\]]+)\]\]?\s*(?:#.*)?$")
 
 
-def located(fault: str, files: Sequence[TomlFile]) -> str:
-    """A fault `dotted.key: what is wrong`, with the file that the key stands in, and the line where it is plain.
+def with_location(fault: str, files: Sequence[TomlFile]) -> str:
+    """A message `dotted.key: ...`, followed by the file that sets the key, and by the line if only one can be meant.
 
     Args:
-        files: in the order in which they are laid over each other: the last one that has the key counts.
+        files: a base before the file that extends it; the last file that has the key is named.
     """
     parts = fault.partition(": ")[0].split(".")
     for source in reversed(files):
-        if _holds(source.tables, parts):
+        if _has_key(source.tables, parts):
             line = _line(source.text, parts)
             return f"{fault} ({source.path.name}{f', line {line}' if line else ''})"
     return fault
 
 
-def _holds(table: Any, parts: Sequence[str]) -> bool:
+def _has_key(table: Any, parts: Sequence[str]) -> bool:
     for part in parts:
         if isinstance(table, list):
             table = next((each for each in table if isinstance(each, dict) and each.get("name") == part), None)
@@ -39,14 +39,14 @@ def _holds(table: Any, parts: Sequence[str]) -> bool:
 
 
 def _line(text: str, parts: Sequence[str]) -> int | None:
-    """The one line that sets the key or begins its table; None where there is none or several could be meant."""
+    """The line that sets the key or begins its inline table; None unless exactly one line does."""
     found = [number for number, key in _keys(text) if key == list(parts)]
-    inside = [number for number, key in _keys(text) if key == list(parts[:-1])]  # an inline table
+    inside = [number for number, key in _keys(text) if key == list(parts[:-1])]  # key of an inline table
     return found[0] if len(found) == 1 else inside[0] if not found and len(inside) == 1 else None
 
 
 def _keys(text: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, dotted key in parts) of every line that sets a key or begins a table, stages by name."""
+    """(line number, parts of the dotted key) of every line that sets a key or begins a table; stages by name."""
     table: list[str] = []
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
@@ -67,7 +67,7 @@ def _split(dotted: str) -> list[str]:
 
 
 def _name_below(lines: Sequence[str]) -> str:
-    """The `name` of a [[stages]] table that begins here."""
+    """The `name` of the [[stages]] table that begins at these lines."""
     for line in lines:
         if _HEADER.match(line):
             break
@@ -77,6 +77,6 @@ def _name_below(lines: Sequence[str]) -> str:
 
 
 def _last_stage(lines: Sequence[str]) -> list[str]:
-    """The [[stages]] table that a header such as [stages.lr] belongs to: the one above it."""
+    """The dotted key of the last [[stages]] table in these lines, to which a header such as [stages.lr] belongs."""
     places = [place for place, line in enumerate(lines) if re.match(r"\s*\[\[\s*stages\s*\]\]", line)]
     return ["stages", _name_below(lines[places[-1] + 1 :])] if places else ["stages"]

@@ -1,6 +1,6 @@
-"""Suites of benchmarks: which tasks of lm-evaluation-harness, with how many worked examples, judged by which metric.
+"""Benchmark suites: tasks of lm-evaluation-harness, with their number of few-shot examples and their metric.
 
-docs/evaluation.md says where each task comes from and what cannot be compared with the paper.
+docs/evaluation.md has the source of each task, and what cannot be compared with the paper.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from titan_cpt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Task:
-    """One task as a suite asks it.
+    """A benchmark task with its settings.
 
     Attributes:
-        name: in the harness, or in a folder of tasks given with --tasks-dir.
-        shots: worked examples before each question; None for the task's own number.
-        metric: what counts; None for the task's first one.
+        name: the task's name in lm-evaluation-harness, or in the folder given with --tasks-dir.
+        shots: few-shot examples before each question; None: as the task defines it.
+        metric: the reported metric; None: the first one of the task.
     """
 
     name: str
@@ -39,7 +39,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
         Task("mmlu", 5, "acc"),
     ),
     "paper_german": (Task("hellaswag_de", 0, "acc_norm"), Task("arc_de", 0, "acc"), Task("m_mmlu_de", 5, "acc")),
-    # Of the files that scripts/fetch_benchmarks.py brings; nothing is asked of a hub.
+    # Local files that scripts/fetch_benchmarks.py downloads; no hub is needed.
     "minimal_pairs": tuple(Task(f"{name}_local", 0, "acc") for name in ("clams_de", "clams_en", "blimp_en")),
     "offline": (
         *(Task(f"{name}_local", 0, "acc") for name in ("clams_de", "clams_en", "blimp_en", "arc_easy", "sciq", "copa")),
@@ -47,32 +47,32 @@ SUITES: dict[str, tuple[Task, ...]] = {
         *(Task(f"{name}_local", 0, "acc") for name in ("arc_challenge", "piqa", "winogrande", "openbookqa")),
     ),
 }
-"""By name. A suite's average is the plain mean of its tasks' metrics."""
+"""{name: tasks}. The average of a suite is the unweighted mean of its tasks' metrics."""
 
 
 FETCHED = frozenset(task.name for name in ("minimal_pairs", "offline") for task in SUITES[name])
-"""Tasks whose questions scripts/fetch_benchmarks.py downloads once."""
-HOW_TO_FETCH = "run `scripts/fetch_benchmarks.py data/bench` where there is a network"
+"""Tasks whose data scripts/fetch_benchmarks.py downloads once."""
+HOW_TO_FETCH = "run `scripts/fetch_benchmarks.py data/bench` on a machine with network access"
 
 
 def require_folder(tasks: Sequence[Task], folder: Path | None) -> None:
-    """Find out in no time whether tasks that have to be fetched were fetched at all.
+    """Check, without loading the harness, that the folder of additional tasks exists if the tasks need it.
 
     Args:
-        folder: of tasks beside the harness's own.
+        folder: the folder of additional tasks; None if none is given.
 
     Raises:
-        ConfigError: it is not named, or not there.
+        ConfigError: a task needs the folder and none is given, or the folder does not exist.
     """
     fetched = [task.name for task in tasks if task.name in FETCHED]
     if folder is None and fetched:
         raise ConfigError(
-            f"{', '.join(fetched)}: their questions are files: {HOW_TO_FETCH}, then add --tasks-dir data/bench/tasks "
+            f"{', '.join(fetched)}: need downloaded files: {HOW_TO_FETCH}, then add --tasks-dir data/bench/tasks "
             "(in a config: evaluation.tasks_dir)"
         )
     if folder is not None and not folder.is_dir():
         advice = f"; {HOW_TO_FETCH}, which makes data/bench/tasks" if fetched else ""
-        raise ConfigError(f"{folder}: no such folder of tasks{advice}")
+        raise ConfigError(f"{folder}: there is no such folder of tasks{advice}")
 
 
 def suite_of(name: str) -> tuple[Task, ...]:
@@ -82,18 +82,18 @@ def suite_of(name: str) -> tuple[Task, ...]:
         ConfigError: there is no suite of this name.
     """
     if name not in SUITES:
-        raise ConfigError(f"no suite is called {name!r}; there are {', '.join(SUITES)}")
+        raise ConfigError(f"unknown suite {name!r}; allowed are {', '.join(SUITES)}")
     return SUITES[name]
 
 
 def chosen_tasks(suite: str | None, names: Sequence[str]) -> tuple[Task, ...]:
-    """What a command line asks for: a suite, some of its tasks, or tasks by themselves.
+    """The tasks that a command line selects: a suite, some tasks of a suite, or tasks without a suite.
 
     Args:
-        names: TASK, TASK:SHOTS or TASK:SHOTS:METRIC; beside a suite the bare names of tasks of it.
+        names: TASK, TASK:SHOTS or TASK:SHOTS:METRIC; together with a suite only TASK.
 
     Raises:
-        ConfigError: a name is not of the suite, or not of this form; or nothing was asked for.
+        ConfigError: a task is not in the suite or does not have this form; or neither suite nor tasks are given.
     """
     if suite is None:
         if not names:
@@ -114,6 +114,3 @@ def _task(text: str) -> Task:
     if not name or (shots and not shots.isdecimal()):
         raise ConfigError(f"command line: --tasks takes TASK, TASK:SHOTS or TASK:SHOTS:METRIC, got {text!r}")
     return Task(name, int(shots) if shots else None, metric or None)
-
-
-"""Prompts whose continuations are shown beside each other, stage after stage: five German, four English."""

@@ -1,7 +1,8 @@
-"""[sweep]: from dotted keys and their values to the points of a sweep, one value for each key, and their names.
+"""The table [sweep]: from dotted keys and lists of values to sweep points, one value for each key, and their names.
 
-Keys that stand in [sweep] are crossed with each other; those in [sweep.zip] go in step, and the steps are crossed with
-the rest. `stages.german.lr.max = [...]` and `"stages.german.lr.max" = [...]` say the same.
+Keys in [sweep] are combined as a Cartesian product. The lists in [sweep.zip] have equal length and are combined item by
+item; these combinations are crossed with the other keys. `stages.german.lr.max = [...]` and
+`"stages.german.lr.max" = [...]` mean the same.
 """
 
 from __future__ import annotations
@@ -13,43 +14,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ZIP = "zip"
-_OF_THE_ARMS = ("job.name", "job.output_dir")
+_SET_BY_THE_SWEEP = ("job.name", "job.output_dir")
 _LONGEST_NAME = 120
 
 
 def sweep_faults(table: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the table, a line each."""
+    """Every fault of the table, as `sweep.KEY: message`."""
     crossed, zipped = _keys(table)
     for key, values in [*crossed, *zipped]:
         if "." not in key:
             yield f"sweep.{key}: must be a dotted key such as stages.german.lr.max"
-        elif key in _OF_THE_ARMS:
-            yield f"sweep.{key}: cannot be swept: an arm's name and folder follow from what differs"
+        elif key in _SET_BY_THE_SWEEP:
+            yield f"sweep.{key}: cannot be swept; the sweep names each run and its folder by the values that differ"
         if not isinstance(values, list) or not values:
-            yield f"sweep.{key}: must be a list of values, not empty, got {values!r}"
+            yield f"sweep.{key}: must be a non-empty list of values, got {values!r}"
         elif (key, values) in crossed and len({_text(value) for value in values}) < len(values):
-            yield f"sweep.{key}: holds a value twice, so that two arms would be the same: {values!r}"
+            yield f"sweep.{key}: has a value twice, which would give two equal runs: {values!r}"
     lengths = {key: len(values) for key, values in zipped if isinstance(values, list)}
     if len(set(lengths.values())) > 1:
-        yield f"sweep.zip: its lists go in step and must be equally long, got {lengths}"
-    elif len({_text(point) for point in _steps(zipped)}) < len(_steps(zipped)):
-        yield "sweep.zip: two of its steps are the same, so that two arms would be"
+        yield f"sweep.zip: its lists are combined item by item and must have the same length, got {lengths}"
+    elif len({_text(point) for point in _zipped_points(zipped)}) < len(_zipped_points(zipped)):
+        yield "sweep.zip: has a combination twice, which would give two equal runs"
     names = [key for key, _ in [*crossed, *zipped]]
     for key in sorted({key for key in names if names.count(key) > 1}):
-        yield f"sweep.{key}: is given twice"
+        yield f"sweep.{key}: is set twice; remove one"
 
 
 def points(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{dotted key: value} of every arm, the last key changing fastest, of a table without faults."""
+    """{dotted key: value} of every sweep run; the last key changes fastest. The table has no faults."""
     crossed, zipped = _keys(table)
     axes: list[list[dict[str, Any]]] = [[{key: value} for value in values] for key, values in crossed]
     if zipped:
-        axes.append(_steps(zipped))
+        axes.append(_zipped_points(zipped))
     return [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)]
 
 
 def point_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each point by what differs, such as `fraction-0.05_seed-1`: a name of a folder, no two the same."""
+    """A unique folder name for each point, from the values that differ, such as `fraction-0.05_seed-1`."""
     keys = list(found[0]) if found else []
     shown = {key: _shown([point[key] for point in found]) for key in keys}
     names: list[str] = []
@@ -62,7 +63,7 @@ def point_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _keys(table: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-    """(key, values) of what is crossed and of what goes in step, in the order of the file."""
+    """(key, values) of the crossed keys and of those in [sweep.zip], in the order of the file."""
     zipped = table.get(ZIP, {})
     crossed = {key: value for key, value in table.items() if key != ZIP}
     return list(_flat(crossed)), list(_flat(zipped)) if isinstance(zipped, Mapping) else [(ZIP, zipped)]
@@ -76,13 +77,13 @@ def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield before + key, value
 
 
-def _steps(zipped: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+def _zipped_points(zipped: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
     lists = [values for _, values in zipped if isinstance(values, list)]
-    return [dict(zip([key for key, _ in zipped], step, strict=False)) for step in zip(*lists, strict=False)]
+    return [dict(zip([key for key, _ in zipped], item, strict=False)) for item in zip(*lists, strict=False)]
 
 
 def _short(key: str, keys: Sequence[str]) -> str:
-    """The last words of a dotted key that no other key ends with."""
+    """The shortest end of a dotted key that no other key ends with."""
     words = key.split(".")
     for count in range(1, len(words)):
         end = ".".join(words[-count:])
@@ -92,7 +93,7 @@ def _short(key: str, keys: Sequence[str]) -> str:
 
 
 def _shown(values: Sequence[Any]) -> list[str]:
-    """Each value as a part of a name; of tables, the entries in which they differ."""
+    """Each value as a part of a name; for tables, only the entries in which they differ."""
     leaves = [dict(_flat({"": value})) if isinstance(value, Mapping) else {"": value} for value in values]
     keys = dict.fromkeys(key for leaf in leaves for key in leaf)
     differing = [key for key in keys if len({_text(leaf.get(key)) for leaf in leaves}) > 1] or list(keys)

@@ -1,4 +1,4 @@
-"""TOML files: reading one safely, and merging it over the files that it `extends`."""
+"""Reading TOML files: size and depth limits for files from strangers, and merging a file over those it `extends`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_cpt.config.references import tables
+from titan_cpt.config.references import tables_in
 from titan_cpt.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -18,32 +18,15 @@ else:
     import tomli as tomllib
 
 _LARGEST_BYTES = 1 << 20
-
-
 _ENDLESS_KEY = re.compile(rb"(?:[\w\"' \t-]{1,40}\.){100}")  # tomllib's time grows with the square of such a key
 
 
-def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[TomlFile] | None = None) -> dict[str, Any]:
-    """The file's tables laid over those that it extends; stages are merged by name, other lists replaced.
+class TomlFile(NamedTuple):
+    """A file as it was read, before it is merged over the files that it extends."""
 
-    Args:
-        files: gets every file that was read, those that lie below others first.
-    """
-    here = Path(os.path.realpath(path))  # not resolve(), to which a loop of links is a RuntimeError before Python 3.13
-    if here in _seen:
-        raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*_seen, here))}")
-    raw, text = _read_toml(path)
-    bases = raw.pop("extends", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
-        raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
-    anchor_fetch_scripts(raw, path.parent, os.path.relpath)
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here), files=files))
-    if files is not None:
-        files.append(TomlFile(path, text, raw))
-    return _merge(merged, raw)
+    path: Path
+    text: str
+    tables: dict[str, Any]
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -54,6 +37,34 @@ def parse_toml(text: str) -> dict[str, Any]:
         RecursionError: tables or lists are nested too deeply.
     """
     return tomllib.loads(text)
+
+
+def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[TomlFile] | None = None) -> dict[str, Any]:
+    """The file's tables, merged over those of the files that it extends.
+
+    Stages are merged by name; any other list replaces that of the base.
+
+    Args:
+        files: every file that was read is appended here, a base before the file that extends it.
+
+    Raises:
+        ConfigError: a file cannot be read, is not valid TOML, or extends itself.
+    """
+    here = Path(os.path.realpath(path))  # not resolve(): before Python 3.13 it raises RuntimeError for a loop of links
+    if here in _seen:
+        raise ConfigError(f"{path}: extends itself: {' -> '.join(p.name for p in (*_seen, here))}")
+    raw, text = _read_toml(path)
+    bases = raw.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
+        raise ConfigError(f"{path}: extends: must be a file or a list of files, got {bases!r}")
+    rebase_fetch_scripts(raw, path.parent, os.path.relpath)
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here), files=files))
+    if files is not None:
+        files.append(TomlFile(path, text, raw))
+    return _merge(merged, raw)
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
@@ -67,31 +78,34 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
             raise ConfigError(f"{path}: not valid TOML: more than {_LARGEST_BYTES:,} bytes, or a key of 100 names")
         text = content.decode()
         raw = parse_toml(text)
-        beyond = exceeds_64_bits(raw)
+        too_large = exceeds_64_bits(raw)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
-    if beyond:
+    if too_large:
         raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
     return raw, text
 
 
 def exceeds_64_bits(value: Any) -> bool:
-    """Whether an integer in there is larger than TOML allows and arithmetic here expects."""
+    """Whether a value contains an integer outside of 64 bits, the range that TOML guarantees."""
     if isinstance(value, dict | list):
         return any(exceeds_64_bits(inner) for inner in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
-def anchor_fetch_scripts(raw: dict[str, Any], folder: Path, written: Callable[[Path], str]) -> None:
-    """A fetch script is named relative to the file that names it, so that it is found from any working directory."""
-    for dataset in tables(raw.get("datasets")).values():
+def rebase_fetch_scripts(raw: dict[str, Any], folder: Path, to_path: Callable[[Path], str]) -> None:
+    """Replace the path of each fetch script, which is relative to `folder`, by `to_path(folder / script)`, in place.
+
+    A script is named relative to the TOML file that names it, so that it is found from any working directory.
+    """
+    for dataset in tables_in(raw.get("datasets")).values():
         source = dataset.get("source")
         if isinstance(source, dict) and isinstance(source.get("fetch"), str):
-            source["fetch"] = written(folder / source["fetch"])
+            source["fetch"] = to_path(folder / source["fetch"])
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -100,15 +114,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if key == "stages" and isinstance(old, list) and isinstance(value, list):
             merged[key] = _merge_stages(old, value)
-        elif isinstance(old, dict) and isinstance(value, dict) and not _is_choice(old, value):
+        elif isinstance(old, dict) and isinstance(value, dict) and not _has_other_schedule(old, value):
             merged[key] = _merge(old, value)
         else:
             merged[key] = value
     return merged
 
 
-def _is_choice(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """An LR table with another schedule replaces the base's whole: its keys mean something else."""
+def _has_other_schedule(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether both are LR tables of different schedules, which have different keys: the new one replaces the old."""
     return "schedule" in new and new["schedule"] != old.get("schedule")
 
 
@@ -116,19 +130,11 @@ def _merge_stages(base: list[Any], over: list[Any]) -> list[Any]:
     merged = list(base)
     for stage in over:
         name = stage.get("name") if isinstance(stage, dict) else None
-        places = [
+        same = [
             i for i, old in enumerate(merged) if isinstance(old, dict) and name is not None and old.get("name") == name
         ]
-        if places:
-            merged[places[0]] = _merge(merged[places[0]], stage)
+        if same:
+            merged[same[0]] = _merge(merged[same[0]], stage)
         else:
             merged.append(stage)
     return merged
-
-
-class TomlFile(NamedTuple):
-    """A file as it was read, without what it extends."""
-
-    path: Path
-    text: str
-    tables: dict[str, Any]

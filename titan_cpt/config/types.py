@@ -1,4 +1,4 @@
-"""The kinds of value a config is made of: token budgets, end points inside a stage, names, mixes of datasets."""
+"""Value types of the config: token budgets, end points within a stage, names, and mixtures of datasets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from titan_cpt.common.numbers import parse_steps, parse_tokens
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST_NAME = 200  # a file system's limit is 255, and `anneal` adds to it
+_LONGEST_NAME = 200  # file systems allow 255 bytes, and `anneal` appends to a run's name
 
 
-def fault(message: str) -> PydanticCustomError:
-    """A validator's refusal in our own words."""
+def validation_error(message: str) -> PydanticCustomError:
+    """The exception that a validator raises to report `message` word for word."""
     return PydanticCustomError("titan", "{message}", {"message": message})
 
 
@@ -26,78 +26,81 @@ def _token_budget(value: Any) -> Any:
         try:
             value = parse_tokens(value)
         except ValueError as error:
-            raise fault(str(error)) from None
+            raise validation_error(str(error)) from None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise fault(f'must be a number of tokens, 1 or more, such as "300B", got {value!r}')
+        raise validation_error(f'must be a number of tokens, 1 or more, such as "300B", got {value!r}')
     return value
 
 
-def _position(value: Any) -> Any:
-    allowed = 'a share of the stage (a float in [0, 1]), a step (an integer) or tokens (such as "3B")'
+def _end_point(value: Any) -> Any:
+    allowed = 'a fraction of the stage (a float in [0, 1]), a step (an integer) or tokens (such as "3B")'
     if isinstance(value, str):
         try:
             parse_steps(value) if value.endswith(" steps") else parse_tokens(value)
         except ValueError:
-            raise fault(f"must be {allowed}, got {value!r}") from None
+            raise validation_error(f"must be {allowed}, got {value!r}") from None
     elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault(f"must be {allowed}, got {value!r}")
+        raise validation_error(f"must be {allowed}, got {value!r}")
     elif isinstance(value, float) and not 0.0 <= value <= 1.0:
-        raise fault(f"is a share of the stage and must be in [0, 1], got {value!r}; a step is written as an integer")
+        raise validation_error(
+            f"a float is a fraction of the stage and must be in [0, 1], got {value!r}; write a step as an integer"
+        )
     elif value < 0:
-        raise fault(f"must not be negative, got {value!r}")
+        raise validation_error(f"must not be negative, got {value!r}")
     return value
 
 
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
-        raise fault(f"must be letters, digits, '_' and '-', starting with a letter or digit, got {value!r}")
+        raise validation_error(f"must be letters, digits, '_' and '-', starting with a letter or digit, got {value!r}")
     return _not_too_long(value)
 
 
 def _file_name(value: str) -> str:
     if not _FILE_NAME.fullmatch(value):
-        raise fault(f"names a folder: letters, digits, '.', '_' and '-', not starting with '.', got {value!r}")
+        allowed = "must be letters, digits, '.', '_' and '-', not starting with '.'"
+        raise validation_error(f"is the name of a folder and {allowed}, got {value!r}")
     return _not_too_long(value)
 
 
 def _not_too_long(value: str) -> str:
     if len(value) > _LONGEST_NAME:
-        raise fault(f"must be at most {_LONGEST_NAME} characters, got {len(value)}")
+        raise validation_error(f"must be at most {_LONGEST_NAME} characters, got {len(value)}")
     return value
 
 
 def _one_or_many(value: Any) -> Any:
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, list | tuple) or not values or not all(isinstance(v, str) and v for v in values):
-        raise fault(f"must be a string or a list of strings, not empty, got {value!r}")
+        raise validation_error(f"must be a non-empty string or a non-empty list of them, got {value!r}")
     return tuple(values)
 
 
-def _weights(value: Any) -> Any:
-    """A name, a list of names, or a table of names to weights; a list's weights are left to the plan."""
+def _mixture(value: Any) -> Any:
+    """A dataset, a list of datasets whose weights the plan computes, or a table of datasets and weights."""
     if isinstance(value, dict) and value:
         for name, weight in value.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-                raise fault(f"the weight of {name!r} must be a number above 0, got {weight!r}")
+                raise validation_error(f"the weight of {name!r} must be a number above 0, got {weight!r}")
         return dict(value)
     return _one_or_many(value)
 
 
-def _written(value: Any) -> Any:
-    """As a TOML file has it: a stage's dataset, for one, is a name and not a list of one."""
+def _to_toml(value: Any) -> Any:
+    """A tuple as TOML has it: a list, or its only item, such as the name of a stage's one dataset."""
     if not isinstance(value, tuple):
         return value
     return list(value) if len(value) > 1 else value[0]
 
 
-Position = Annotated[float | int | str, PlainValidator(_position), PlainSerializer(_written)]
-"""An end point inside a stage: a float in [0, 1] is a share, an integer a step, a string such as "3B" tokens."""
+EndPoint = Annotated[float | int | str, PlainValidator(_end_point), PlainSerializer(_to_toml)]
+"""A point within a stage: a float in [0, 1] is a fraction of the stage, an integer a step, a string tokens ("3B")."""
 
 Tokens = Annotated[int, PlainValidator(_token_budget)]
 Name = Annotated[str, AfterValidator(_name)]
 FileName = Annotated[str, AfterValidator(_file_name)]
-Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many), PlainSerializer(_written)]
-Mix = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_weights), PlainSerializer(_written)]
+Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many), PlainSerializer(_to_toml)]
+Mixture = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_mixture), PlainSerializer(_to_toml)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -105,6 +108,6 @@ Fraction01 = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Table(BaseModel):
-    """What all tables share: frozen, strict about types, closed to unknown keys."""
+    """Base of all tables: frozen, without type coercion, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)

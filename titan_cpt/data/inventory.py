@@ -144,8 +144,8 @@ def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
     """Yield (name, validation files) for every dataset or domain that has validation data."""
     for source, table in _tables(config):
         if table.validation:
-            dtype = table.dtype if table.held_out_format in HEADERLESS else None
-            yield source, TokenFiles(table.validation, table.held_out_format, dtype)
+            dtype = table.dtype if table.resolved_validation_format in HEADERLESS else None
+            yield source, TokenFiles(table.validation, table.resolved_validation_format, dtype)
 
 
 def open_sources(files: Iterable[tuple[str, TokenFiles]], vocab_size: int) -> dict[str, TokenSource]:

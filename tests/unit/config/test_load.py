@@ -215,10 +215,10 @@ def test_the_same_base_by_two_ways_is_no_circle(one_stage, write):
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"config.toml": 'extends = "config.toml"'}, "extends itself, by way of config.toml -> config.toml"),
+        ({"config.toml": 'extends = "config.toml"'}, "extends itself: config.toml -> config.toml"),
         (
             {"config.toml": 'extends = "b.toml"', "b.toml": 'extends = "config.toml"'},
-            "extends itself, by way of config.toml -> b.toml -> config.toml",
+            "extends itself: config.toml -> b.toml -> config.toml",
         ),
         ({"config.toml": 'extends = "gone.toml"'}, "gone.toml: cannot be read: No such file or directory"),
         ({"config.toml": "extends = 3"}, "extends: must be a file or a list of files, got 3"),

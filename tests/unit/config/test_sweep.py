@@ -45,14 +45,14 @@ def test_names_distinguish_keys_of_two_stages_and_tables():
     ("table", "expected"),
     [
         ({"seed": [1]}, "sweep.seed: must be a dotted key"),
-        ({"job.seed": 1}, "sweep.job.seed: must be a list of values, not empty, got 1"),
-        ({"job.seed": []}, "sweep.job.seed: must be a list of values, not empty, got []"),
-        ({"job.seed": [1, 1]}, "sweep.job.seed: holds a value twice"),
+        ({"job.seed": 1}, "sweep.job.seed: must be a non-empty list of values, got 1"),
+        ({"job.seed": []}, "sweep.job.seed: must be a non-empty list of values, got []"),
+        ({"job.seed": [1, 1]}, "sweep.job.seed: has a value twice"),
         ({"job.name": ["a"]}, "sweep.job.name: cannot be swept"),
-        ({"zip": {"a.b": [1, 2], "c.d": [1]}}, "sweep.zip: its lists go in step and must be equally long"),
-        ({"zip": {"a.b": [1, 1], "c.d": [1, 1]}}, "sweep.zip: two of its steps are the same"),
+        ({"zip": {"a.b": [1, 2], "c.d": [1]}}, "sweep.zip: its lists are combined item by item"),
+        ({"zip": {"a.b": [1, 1], "c.d": [1, 1]}}, "sweep.zip: has a combination twice"),
         ({"zip": [1]}, "sweep.zip: must be a dotted key"),
-        ({"job.seed": [1], "job": {"seed": [2]}}, "sweep.job.seed: is given twice"),
+        ({"job.seed": [1], "job": {"seed": [2]}}, "sweep.job.seed: is set twice"),
     ],
 )
 def test_an_invalid_sweep_table_is_refused(table, expected):

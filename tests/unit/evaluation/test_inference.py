@@ -226,7 +226,7 @@ def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
     [
         (["generate", "x"], "give --prompt TEXT"),
         (["eval", "x"], "give --suite"),
-        (["eval", "x", "--suite", "paper"], "no suite is called 'paper'"),
+        (["eval", "x", "--suite", "paper"], "unknown suite 'paper'"),
         (["eval", "x", "--suite", "paper_german", "--tasks", "piqa"], "piqa: not in suite paper_german"),
         (["eval", "x", "--tasks", "piqa:many"], "TASK:SHOTS"),
     ],

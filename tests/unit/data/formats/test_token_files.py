@@ -413,12 +413,15 @@ def test_raw_files_that_are_not_there_yet_are_unknown_and_no_error(tmp_path):
             "datasets.en.format: must be one of 'indexed', 'raw'.*did you mean 'raw'",
         ),
         ({"format": "raw", "dtype": "uint8"}, "datasets.en.dtype: must be one of"),
-        ({"dtype": "uint16"}, 'dtype is for headerless files; format = "indexed" tells it itself'),
-        ({"format": "ds", "dtype": "uint16"}, 'format = "ds" tells it itself: leave dtype out'),
+        ({"dtype": "uint16"}, 'format = "indexed" stores the dtype itself'),
+        ({"format": "ds", "dtype": "uint16"}, 'format = "ds" stores the dtype itself: remove dtype'),
         ({"index_prefix": "x"}, 'index_prefix is for format = "megatron_order", got format = "indexed"'),
         ({"format": "megatron_order"}, "needs index_prefix"),
-        ({"format": "megatron_order", "index_prefix": "x", "order": "shuffled"}, "order is left out"),
-        ({"format": "megatron_order", "index_prefix": "x", "train": ["a", "b"]}, "train must be one prefix"),
+        (
+            {"format": "megatron_order", "index_prefix": "x", "order": "shuffled"},
+            "give one prefix as train, and remove order",
+        ),
+        ({"format": "megatron_order", "index_prefix": "x", "train": ["a", "b"]}, "give one prefix as train"),
         ({"order": "sorted"}, "datasets.en.order: must be one of 'shuffled', 'as_stored'"),
         ({"format": "ds", "source": {"text": "x.txt"}}, 'with source, format must be "indexed"'),
         ({"validation_format": "raw", "validation": "x"}, 'format = "raw" needs dtype'),
@@ -439,5 +442,5 @@ def test_with_domains_the_format_belongs_to_each_domain(tmp_path):
     config = training.config_of(config_with(tmp_path, {"domains": domains}))
     assert take_inventory(config).tokens["en.web"] == take_inventory(config).tokens["en.news"] == len(TOKENS)
 
-    with pytest.raises(ConfigError, match="with domains, give them to each domain"):
+    with pytest.raises(ConfigError, match="with domains, set them in each domain"):
         training.config_of(config_with(tmp_path, {"domains": domains, "format": "ds"}))
