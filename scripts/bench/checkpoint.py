@@ -54,7 +54,7 @@ class Bench:
     """One model with its moments, saved repeatedly in one folder."""
 
     def __init__(self, family: str, size: str, run: Path) -> None:
-        self.model = build_model(named_size(family, size, 50_304, 1, {}))
+        self.model = build_model(named_size(family, size, 50_304))
         self.optimizer = build_adamw(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.run = run
         self.checkpoints = CheckpointManager(run, keep_latest=1, async_save=True, on_saved=lambda folder: None)

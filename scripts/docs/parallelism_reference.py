@@ -105,7 +105,7 @@ def _faults(wanted: dict[str, Any]) -> list[str]:
         table, key = dotted.split(".")
         tables.setdefault(table, {})[key] = value
     config = Config.model_validate(tables)
-    spec = named_size("gpt_neox", "debug", 257, 2, config.model.model_dump(include={"layers", "width", "heads"}))
+    spec = named_size("gpt_neox", "debug", 257, config.model.model_dump(include={"layers", "width", "heads"}))
     return list(parallel_problems(config, spec, 16))
 
 

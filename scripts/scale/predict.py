@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import LlamaSpec, ModelSpec
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.memory import footprint
+from titan_cpt.planning.model_spec import padded_vocab
 from titan_cpt.planning.parallel import MemoryInputs
 
 
@@ -82,7 +83,7 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
     )
     costs = footprint(spec, layout, work)
     tokens = run.local_batch * run.seq_len * run.accumulation / (layout.tp * layout.pp * layout.cp)  # of one GPU
-    width = spec.attention_width if isinstance(spec, LlamaSpec) else spec.width
+    width = spec.attention_width
     attention = 6 * spec.layers * width * run.seq_len * tokens  # causal: half of 12 L D S
     products = spec.flops_per_token(run.seq_len) * tokens - 2 * attention
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}[run.recompute]
@@ -105,9 +106,9 @@ def predicted(run: Run, stretch: float = 1.0) -> dict[str, float]:
         return speed * ASSUMED["share of a link's bandwidth"]
 
     model = layout.tp * layout.cp
-    sharded = costs.sent_fsdp / link(model * layout.data_parallel, layout.tp)
-    open_s = costs.sent_tensor / link(layout.tp, 1) + costs.sent_context / link(model, layout.tp)
-    open_s += costs.sent_pipeline / link(layout.world_size, machine.node)
+    sharded = costs.traffic.fsdp / link(model * layout.data_parallel, layout.tp)
+    open_s = costs.traffic.tensor / link(layout.tp, 1) + costs.traffic.context / link(model, layout.tp)
+    open_s += costs.traffic.pipeline / link(layout.world_size, machine.node)
     step = max(compute, sharded) + open_s
     return {
         **times,
@@ -142,7 +143,7 @@ def published() -> list[Run]:
 
 def predictions() -> list[Run]:
     """The paper's layouts on its machine and on H100s, and larger models on 64 to 1024 GPUs."""
-    small, large = named_size("gpt_neox", "405m", 50_304), named_size("gpt_neox", "10b", 50_688, 6)
+    small, large = named_size("gpt_neox", "405m", 50_304), padded_vocab(named_size("gpt_neox", "10b", 50_688), 6)
     seventy, h100, v100 = named_size("llama", "llama3-70b", 128_256), MACHINES["H100"], MACHINES["V100"]
     ten = named_size("gpt_neox", "10b", 50_688)
     paper = ParallelDims(dp_replicate=69, tp=6, pp=4, microbatches=4)

@@ -27,6 +27,7 @@ from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.registry import named_size
 from titan_cpt.planning.memory import footprint
+from titan_cpt.planning.model_spec import padded_vocab
 from titan_cpt.planning.parallel import MemoryInputs
 from titan_cpt.training.forward_backward import make_runner
 
@@ -86,7 +87,7 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
     """Trace one step: the bytes counted, and the plan's estimate."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
-        spec = named_size(family, "mini", 8000, layout.tp)
+        spec = padded_vocab(named_size(family, "mini", 8000), layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
         options = ParallelOptions(precision=torch.bfloat16)
@@ -123,7 +124,7 @@ def main() -> int:
                 "tensor": sent.bytes["tensor"] + sent.bytes["tensor, small sums"],
                 "context": sent.bytes["context"],
             }
-            estimated = {"fsdp": planned.sent_fsdp, "tensor": planned.sent_tensor, "context": planned.sent_context}
+            estimated = {name: getattr(planned.traffic, name) for name in counted}
             degrees = {name: getattr(layout, name) for name in ("dp_replicate", "dp_shard", "tp", "cp")}
             print(f"{family}", " ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1))
             for kind, count in counted.items():

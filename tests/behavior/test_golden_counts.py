@@ -24,6 +24,7 @@ from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common import ops
 from titan_cpt.models.registry import named_size
+from titan_cpt.planning.model_spec import padded_vocab
 from titan_cpt.train import Trainer
 from titan_cpt.training.forward_backward import make_runner
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
@@ -79,11 +80,11 @@ def one_step(family, precision, layout, *, accumulation=1):
     if layout.world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
     try:
-        shape = named_size(family, "debug", 257, layout.tp)
+        spec = padded_vocab(named_size(family, "debug", 257), layout.tp)
         ranks = ProcessInfo(0, layout.world_size, torch.device("cpu"))
         mesh = build_mesh(ranks, layout)
         options = ParallelOptions(precision=precision)
-        model, stages, compute_copy = build_parallel_model(shape, mesh, options)
+        model, stages, compute_copy = build_parallel_model(spec, mesh, options)
         engine = make_runner(stages, compute_copy, mesh, options)
         model.init_weights(0)
         optimizer = build_adamw(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -34,7 +34,8 @@ from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import hub_names
-from titan_cpt.models.spec import ModelSpec, spec_from_recipe
+from titan_cpt.models.registry import spec_from_recipe
+from titan_cpt.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -21,7 +21,8 @@ from titan_cpt.checkpoint.hf_release import ReleasedModel
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.layers import rotary_tables
-from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
+from titan_cpt.models.registry import family_module
+from titan_cpt.models.spec import ModelSpec
 
 _TOLERANCE = 1e-3  # times the largest logit, at least 1; another order of the same fp32 sums changes less than 1e-5
 _FEW_TOKENS = 32  # length of a sequence; with a sliding window, tokens beyond the window
@@ -35,8 +36,6 @@ _KEYS = {  # transformers' attribute -> ours
     "vocab_size": "vocab_size",
     "tie_word_embeddings": "tied",
 }
-_GPT_NEOX_KEYS = {"layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel_residual"}
-_LLAMA_KEYS = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
 
 
 def verify_against_transformers(
@@ -121,15 +120,8 @@ def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
 def _require_same_settings(released: ReleasedModel, theirs: Any, transformers: Any) -> None:
     """Compare the settings, rotary frequencies included, that transformers and we read from config.json."""
     spec = released.spec
-    keys = _KEYS | (_LLAMA_KEYS if isinstance(spec, LlamaSpec) else _GPT_NEOX_KEYS)
-    found = {key: (getattr(spec, ours), getattr(theirs, key)) for key, ours in keys.items() if hasattr(theirs, key)}
-    if isinstance(spec, LlamaSpec):
-        head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-        found["head_dim"] = spec.head_width, head
-        if theirs.model_type in ("llama", "mistral") or hasattr(
-            theirs, "layer_types"
-        ):  # Qwen's since transformers 4.53
-            found["sliding_window"] = spec.sliding_window, _their_window(theirs)
+    found = {key: (getattr(spec, ours), getattr(theirs, key)) for key, ours in _KEYS.items() if hasattr(theirs, key)}
+    found |= family_module(spec.family, "huggingface").settings_to_compare(spec, theirs)
     faults = [f"{key}: {yours!r} there, {ours!r} here" for key, (ours, yours) in found.items() if ours != yours]
     rotary = _their_rotary(theirs, transformers)
     if rotary is not None:
@@ -139,14 +131,6 @@ def _require_same_settings(released: ReleasedModel, theirs: Any, transformers: A
             f"{released.name}: transformers {transformers.__version__} reads config.json differently: "
             f"{'; '.join(faults)}. Do not train on it; please report its config.json"
         )
-
-
-def _their_window(theirs: Any) -> int | None:
-    """The sliding-window size of any layer, or None. Llama configs may have the key, but transformers ignores it."""
-    if theirs.model_type == "llama":
-        return None
-    slides = theirs.model_type == "mistral" or "sliding_attention" in theirs.layer_types  # Qwen's, layer by layer
-    return theirs.sliding_window if slides else None
 
 
 def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None:
@@ -161,9 +145,9 @@ def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None
 
 
 def _rotary_faults(spec: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
-    width = spec.rotary_width if isinstance(spec, GPTNeoXSpec) else getattr(spec, "head_width", 0)
-    scaling = getattr(spec, "rope_scaling", None)
-    cos_LR, sin_LR = rotary_tables(torch.tensor([0, 1]), rotary_width=width, base=spec.rope_base, scaling=scaling)
+    cos_LR, sin_LR = rotary_tables(
+        torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=spec.rope_scaling
+    )
     ours_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
     if ours_R.shape != theirs_R.shape:
         yield f"rotary frequencies: {len(theirs_R)} there, {len(ours_R)} here"

@@ -10,7 +10,7 @@ from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallelize import parallelize
 from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage, merge_pipeline_stages
-from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.spec import ModelSpec
 
 

@@ -12,7 +12,7 @@ may see, N heads, H head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,23 @@ from torch.distributed.tensor.experimental._context_parallel import (
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables, rotate
 from titan_cpt.models.common.ops import attention
+
+
+def apply_cp(model: LanguageModel, group: dist.ProcessGroup, *, ring: bool) -> None:
+    """Replace the attention of each block: all-gather keys and values, or pass them around a ring.
+
+    Args:
+        model: whose blocks are replaced in place.
+        group: the ranks that share each sequence.
+        ring: use torch's ring attention (CUDA only).
+    """
+    mesh = DeviceMesh.from_group(group, "cuda") if ring else None
+    for block_attention in model.attentions():
+        core = cast(RotaryCausalAttention, block_attention.core)
+        block_attention.core = ContextParallelAttention(core, group) if mesh is None else RingAttention(core, mesh)
 
 
 def own_positions(length: int, rank: int, degree: int) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from titan_cpt.distributed.device_mesh import Mesh
-from titan_cpt.models.build import LanguageModel, build_model
+from titan_cpt.models.build import build_model
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.spec import ModelSpec
 
 

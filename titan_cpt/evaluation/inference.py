@@ -30,9 +30,9 @@ from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError, ConfigError, DataError
 from titan_cpt.models import build
-from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import linear
-from titan_cpt.models.spec import spec_from_recipe
+from titan_cpt.models.registry import spec_from_recipe
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LOGIT_ROWS = 1024

@@ -1,22 +1,15 @@
-"""From a shape to the model of its family."""
+"""Build the model of a spec."""
 
-from titan_cpt.errors import ConfigError
-from titan_cpt.models.gpt_neox.model import GPTNeoX
-from titan_cpt.models.llama.model import Llama
-from titan_cpt.models.spec import GPTNeoXSpec, LlamaSpec, ModelSpec
-
-LanguageModel = GPTNeoX | Llama
-"""A model of any family: `shape`, `embedding`, `blocks`, `final_norm`, `head` and `init_weights`."""
+from titan_cpt.models.common.language_model import LanguageModel
+from titan_cpt.models.registry import family_module
+from titan_cpt.models.spec import ModelSpec
 
 
 def build_model(spec: ModelSpec) -> LanguageModel:
-    """The model, its weights still meaningless.
+    """The model with uninitialized weights, on torch's default device.
 
     Raises:
-        ConfigError: its family has no model here.
+        ConfigError: the spec's family is unknown.
     """
-    if isinstance(spec, GPTNeoXSpec):
-        return GPTNeoX(spec)
-    if isinstance(spec, LlamaSpec):
-        return Llama(spec)
-    raise ConfigError(f"model.family: {spec.family!r} has no model: build_model in models/families.py would build it")
+    model: LanguageModel = family_module(spec.family, "model").MODEL(spec)
+    return model

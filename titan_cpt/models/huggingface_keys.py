@@ -64,7 +64,7 @@ class Keys:
         """Refuse any value of a key except one."""
         found = self.value(key)
         if type(found) is not type(allowed) or found != allowed:
-            self.fault(key, f"only {allowed!r} is computed here, got {_shown(found)}")
+            self.fault(key, f"only {allowed!r} is supported, got {_shown(found)}")
 
     def object(self, key: str) -> Mapping[str, Any]:
         """A key that holds a JSON object; empty where it is missing or null."""

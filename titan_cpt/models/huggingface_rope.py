@@ -88,7 +88,9 @@ def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
     ):
         extra = f" with {', '.join(unknown)}" if unknown else ""
         kind = "no rope_type" if untyped else repr(kind)
-        keys.fault(name, f"llama3 and yarn are computed here, got {kind}{extra}: {dict(part.table)}")
+        keys.fault(
+            name, f"only RoPE scaling of type llama3 or yarn is supported, got {kind}{extra}: {dict(part.table)}"
+        )
         return None
     own = {number: part.number(float, number) for number in ROPE_SCALINGS[kind] if number != "attention_factor"}
     if kind == "yarn" and "attention_factor" in part.table:

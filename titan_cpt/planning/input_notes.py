@@ -58,7 +58,7 @@ def _padding(config: Config, inventory: DataInventory, spec: ModelSpec) -> Itera
     """The padded vocabulary depends on the tensor-parallel degree, and resume refuses a model of another size."""
     degree = config.parallelism.tensor_parallel_degree
     chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
-    unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, 1, chosen).vocab_size
+    unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, chosen).vocab_size
     if spec.vocab_size != unsplit:
         yield (
             f"model.vocab_size: {spec.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} ({unsplit:,} "

@@ -14,8 +14,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.errors import PlanError
-from titan_cpt.models.spec import LlamaSpec, ModelSpec
-from titan_cpt.planning.memory import block_parameters
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import parallel_dims_of
 
 _PARALLELISM = "parallelism."
@@ -122,9 +121,9 @@ def _heads(asked: RuleInput) -> str | None:
 
 def _kv_heads(asked: RuleInput) -> str | None:
     spec, tp = asked.spec, asked.layout.tp
-    if not isinstance(spec, LlamaSpec) or spec.kv_heads % tp == 0 or spec.heads % tp:
+    if spec.key_value_heads % tp == 0 or spec.heads % tp:
         return None
-    return _not_a_divisor("tensor_parallel_degree", tp, spec.kv_heads, "key/value heads")
+    return _not_a_divisor("tensor_parallel_degree", tp, spec.key_value_heads, "key/value heads")
 
 
 def _tied(asked: RuleInput) -> str | None:
@@ -156,7 +155,7 @@ def _sequence(asked: RuleInput) -> str | None:
 
 def _ring_window(asked: RuleInput) -> str | None:
     ring = asked.config.parallelism.context_parallel_method == "ring" and asked.layout.cp > 1
-    if not ring or not isinstance(asked.spec, LlamaSpec) or asked.spec.sliding_window is None:
+    if not ring or asked.spec.sliding_window is None:
         return None
     return (
         f"{_PARALLELISM}context_parallel_method: torch's ring attention knows no sliding window "
@@ -248,7 +247,7 @@ def _float8_nothing(asked: RuleInput) -> str | None:
     float8, spec = asked.config.float8, asked.spec
     if float8.recipe_name is None or asked.spec.heads % asked.layout.tp:
         return None
-    matrices = [(f"blocks.0.{name}", size) for name, size, _ in block_parameters(spec) if len(size) == 2]
+    matrices = [(f"blocks.0.{name}", size) for name, size, _ in spec.block_parameters() if len(size) == 2]
     if any(in_float8(name, size, tp=asked.layout.tp, filter_fqns=float8.filter_fqns) for name, size in matrices):
         return None
     return (

@@ -19,14 +19,14 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
     yield from _degree_lines(plan)
     costs = plan.footprint
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory_parts(costs).items() if size)
-    if costs.never_at_once:
-        parts += f"; {_gib(costs.never_at_once)} GiB of these do not overlap in time"
+    if costs.overlap_bytes:
+        parts += f"; {_gib(costs.overlap_bytes)} GiB of these do not overlap in time"
     yield f"estimated memory per rank: {_gib(costs.memory)} GiB ({parts})"
     if costs.host:
         yield f"host memory per rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
-    if costs.sent:
+    if costs.traffic.total:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in traffic_parts(costs).items() if size)
-        yield f"sent per rank and step: {_gib(costs.sent)} GiB ({parts})"
+        yield f"sent per rank and step: {_gib(costs.traffic.total)} GiB ({parts})"
     if device_bytes is not None:
         share = costs.memory / device_bytes
         verdict = "fits" if fits(costs, device_bytes) else "does NOT fit"

@@ -77,12 +77,12 @@ def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, A
         "local_parameters": list(costs.local_parameters),
         "bytes_per_rank": {
             **memory_parts(costs),
-            "never_at_once": costs.never_at_once,
+            "never_at_once": costs.overlap_bytes,
             "total": costs.memory,
-            "of_pipeline_rank": costs.heaviest,
+            "of_pipeline_rank": costs.pipeline_rank,
             "in_host_memory": costs.host,
         },
-        "bytes_sent_per_step": {**traffic_parts(costs), "total": costs.sent},
+        "bytes_sent_per_step": {**traffic_parts(costs), "total": costs.traffic.total},
         "fits": None if device_bytes is None else fits(costs, device_bytes),
     }
 
@@ -114,7 +114,7 @@ def memory_parts(costs: Footprint) -> dict[str, int]:
 
 def traffic_parts(costs: Footprint) -> dict[str, int]:
     """Bytes that a rank sends in a step, by parallelism technique."""
-    return {name: getattr(costs, f"sent_{name}") for name in ("fsdp", "tensor", "context", "pipeline")}
+    return {name: getattr(costs.traffic, name) for name in ("fsdp", "tensor", "context", "pipeline")}
 
 
 def _contents_as_json(contents: PipelineRankContents) -> dict[str, Any]:

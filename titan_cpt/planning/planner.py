@@ -6,12 +6,11 @@ from titan_cpt.config.schema import Config, StageConfig
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
-from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.data_budget import count_sequences, dataset_use, stage_steps, stored_order_notes
 from titan_cpt.planning.input_notes import input_notes
 from titan_cpt.planning.memory import footprint
+from titan_cpt.planning.model_spec import model_spec
 from titan_cpt.planning.parallel import memory_inputs, parallel_dims_of
 from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
@@ -32,7 +31,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         PlanError: the config contradicts itself, the data or the number of ranks; the message lists all problems.
     """
     draft = PlanDraft(config, inventory)
-    spec = _model_spec(config, inventory)
+    spec = model_spec(config, inventory.vocab_size or 1)
     draft.problems += parallel_problems(config, spec, world_size)
     draft.notes += input_notes(config, inventory, spec)
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
@@ -60,16 +59,6 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         sequences=draft.sequences,
         base_recipe=base_recipe(config, spec),
         notes=tuple(draft.notes),
-    )
-
-
-def _model_spec(config: Config, inventory: DataInventory) -> ModelSpec:
-    return named_size(
-        config.model.family,
-        config.model.size,
-        inventory.vocab_size or 1,
-        config.parallelism.tensor_parallel_degree,
-        config.model.model_dump(exclude={"family", "size"}, exclude_none=True),
     )
 
 

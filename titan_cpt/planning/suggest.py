@@ -139,9 +139,9 @@ def _estimated(plan: Plan, overrides: dict[str, str], device: Device) -> Suggest
     again = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
     products = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
     computing = products * (1 + again) / (1 - costs.bubble)
-    tensor = costs.sent_tensor / (device.node_bytes_per_s * REACHED)
+    tensor = costs.traffic.tensor / (device.node_bytes_per_s * REACHED)
     network = device.node_bytes_per_s if plan.world_size <= RANKS_OF_A_NODE else NETWORK_BYTES_PER_S
-    behind = (costs.sent_fsdp + costs.sent_pipeline) / (network * REACHED)
+    behind = (costs.traffic.fsdp + costs.traffic.pipeline) / (network * REACHED)
     step = computing + tensor + max(0.0, behind - computing)
     reason = (
         f"products {products:.2f} s, recomputed {again:.0%}, pipeline idle {costs.bubble:.0%}, tensor-parallel traffic "

@@ -23,8 +23,8 @@ from titan_cpt.distributed.parallelize import parallelize
 from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.memory import local_parameters
 from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.sharding import local_parameters
 
 
 def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]:

@@ -25,7 +25,7 @@ from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
 

@@ -13,7 +13,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.process_group import ProcessInfo
-from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.planning.plan import Plan
 from titan_cpt.training.forward_backward import ModelRunner
 from titan_cpt.training.metrics import MetricsLog

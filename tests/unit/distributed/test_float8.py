@@ -45,7 +45,7 @@ def test_every_linear_layer_of_a_block_is_converted_and_no_other(spec) -> None:
 @needs_torchao
 def test_a_layer_stays_where_a_ranks_share_would_not_divide_by_16() -> None:
     """An MLP of 48 features divides by 16, and by 16 x 3, but not by 16 x 2."""
-    spec = named_size("gpt_neox", "debug", 257, 1, {"width": 96, "heads": 6, "mlp_width": 48})
+    spec = named_size("gpt_neox", "debug", 257, {"width": 96, "heads": 6, "mlp_width": 48})
 
     assert any(name.endswith("mlp.up") for name in converted(spec))
     assert any(name.endswith("mlp.up") for name in converted(spec, tp=3))
@@ -87,7 +87,7 @@ def test_weights_gathered_in_float8_are_a_byte_a_number() -> None:
     cast = footprint(SPEC, layout, dataclasses.replace(work, float8_filter_fqns=("head",)))
     matrices = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512)
 
-    assert plain.sent_fsdp - cast.sent_fsdp == pytest.approx(2 * 0.75 * matrices, abs=1)
+    assert plain.traffic.fsdp - cast.traffic.fsdp == pytest.approx(2 * 0.75 * matrices, abs=1)
     assert plain.gathered - cast.gathered == 2 * matrices // 4  # two blocks of four are whole at a time
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.registry import SIZES, named_size
+from titan_cpt.planning.model_spec import padded_vocab
 
 NEOX_TOKENS = 50_277  # GPT-NeoX-20B's tokenizer, special tokens included
 
@@ -42,7 +43,7 @@ def test_pythia_has_the_published_parameter_counts(size, expected):
 def test_the_papers_models_have_the_papers_parameter_counts():
     """405M, and 10B at its tensor parallelism of 6, as in METHOD.md section 4."""
     small = named_size("gpt_neox", "405m", NEOX_TOKENS)
-    large = named_size("gpt_neox", "10b", NEOX_TOKENS, tensor_parallel=6)
+    large = padded_vocab(named_size("gpt_neox", "10b", NEOX_TOKENS), 6)
 
     assert (small.parameters, small.vocab_size) == (405_334_016, 50_304)
     assert (large.parameters, large.vocab_size) == (9_642_249_216, 50_688)
@@ -61,30 +62,6 @@ def test_a_built_model_has_the_parameters_that_its_shape_says(size):
 
     assert sum(counts.values()) == spec.parameters
     assert sum(counts.values()) - embeddings == spec.parameters_without_embeddings
-
-
-@pytest.mark.parametrize(
-    ("size", "tokenizer_vocab", "tensor_parallel", "expected"),
-    [
-        ("debug", 257, 1, 384),
-        ("debug", 384, 1, 384),
-        ("tiny", 385, 1, 512),
-        ("mini", 257, 4, 512),
-        ("debug", NEOX_TOKENS, 1, 50_304),
-        ("410m", 257, 1, 50_304),
-        ("410m", 50_304, 1, 50_304),
-        ("410m", 50_305, 1, 50_432),
-        ("405m", NEOX_TOKENS, 6, 50_688),
-        ("6.9b", NEOX_TOKENS, 1, 50_432),
-        ("6.9b", NEOX_TOKENS, 2, 50_432),
-        ("6.9b", NEOX_TOKENS, 4, 50_688),
-    ],
-)
-def test_the_vocabulary_is_padded_for_every_rank(size, tokenizer_vocab, tensor_parallel, expected):
-    """CPU sizes pad the tokenizer's, released sizes the larger of both, to 128 rows on each tensor-parallel rank."""
-    spec = named_size("gpt_neox", size, tokenizer_vocab, tensor_parallel)
-
-    assert spec.vocab_size == expected
 
 
 def test_single_fields_can_be_overridden():
@@ -127,14 +104,14 @@ def test_training_flops_agree_with_torchs_counter():
         ("gpt_neox", "debug", {"heads": 3}, "model.heads: must divide model.width = 64, got 3"),
         ("gpt_neox", "debug", {"rotary_fraction": 0.1}, "model.rotary_fraction: must be in (0, 1] and rotate an even"),
         ("gpt_neox", "debug", {"rotary_fraction": 1.25}, "model.rotary_fraction: must be in (0, 1]"),
-        ("gpt_neox", "debug", {"vocab_size": 256}, "model.vocab_size: must hold the tokenizer's 257 tokens"),
-        ("gpt_neox", "debug", {"vocab_size": 259}, "leave it out to have 512"),
+        ("gpt_neox", "debug", {"vocab_size": 256}, "model.vocab_size: must be at least 257, the number of tokens"),
+        ("gpt_neox", "debug", {"vocab_size": 256}, "got 256; remove it to get 384"),
     ],
 )
 def test_an_impossible_shape_is_refused_with_its_place_and_remedy(family, size, overrides, expected):
     """The message names the key of [model], what was found and what is allowed."""
     with pytest.raises(ConfigError) as refusal:
-        named_size(family, size, 257, tensor_parallel=2, overrides=overrides)
+        named_size(family, size, 257, overrides=overrides)
 
     assert expected in str(refusal.value)
 

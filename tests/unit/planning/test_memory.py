@@ -15,18 +15,19 @@ from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
-from titan_cpt.planning.memory import footprint, layer_activation_bytes, local_parameters
+from titan_cpt.planning.memory import footprint, layer_activation_bytes
 from titan_cpt.planning.parallel import MemoryInputs
+from titan_cpt.planning.sharding import local_parameters
 
-SPEC = named_size("gpt_neox", "debug", 257, 1, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
+SPEC = named_size("gpt_neox", "debug", 257, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
 LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}
 LLAMAS = {
-    "llama": named_size("llama", "debug", 257, 1, LLAMA_NUMBERS),
-    "ungrouped": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "kv_heads": 4, "mlp_width": 512}),
-    "qwen2": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "qkv_bias": True}),
-    "qwen3": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "qk_norm": True, "head_width": 48}),
-    "windowed": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "sliding_window": 16}),
-    "tied": named_size("llama", "debug", 257, 1, {**LLAMA_NUMBERS, "tie_embeddings": True}),
+    "llama": named_size("llama", "debug", 257, LLAMA_NUMBERS),
+    "ungrouped": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "kv_heads": 4, "mlp_width": 512}),
+    "qwen2": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "qkv_bias": True}),
+    "qwen3": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "qk_norm": True, "head_width": 48}),
+    "windowed": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "sliding_window": 16}),
+    "tied": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "tie_embeddings": True}),
 }
 WORK = MemoryInputs(
     microbatch_tokens=256,
@@ -114,7 +115,7 @@ def test_a_rank_without_peers_holds_the_model_and_its_moments() -> None:
     costs = footprint(SPEC, ParallelDims(), WORK)
 
     assert costs.parameters + costs.gradients + costs.optimizer == 16 * SPEC.parameters
-    assert costs.sent == 0
+    assert costs.traffic.total == 0
 
 
 def test_what_is_held_at_once_by_hand() -> None:
@@ -137,7 +138,7 @@ def test_fsdp_sends_what_a_ring_sends() -> None:
     costs = footprint(SPEC, ParallelDims(dp_shard=4), WORK)
     head = SPEC.vocab_size * SPEC.width + 2 * SPEC.width
 
-    assert costs.sent_fsdp == round(0.75 * 4 * (3 * SPEC.parameters - head))
+    assert costs.traffic.fsdp == round(0.75 * 4 * (3 * SPEC.parameters - head))
 
 
 def test_place_and_rank_follow_each_other() -> None:

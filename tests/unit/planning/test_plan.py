@@ -321,7 +321,7 @@ def test_a_batch_that_is_not_there_is_refused(two_stages, make, stage_name, step
 
 def test_a_model_that_cannot_be_is_refused(one_stage, make):
     """Too few rows for the tokenizer, or a size that nobody named."""
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: must hold the tokenizer's 257 tokens"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: must be at least 257, the number of tokens"):
         make(one_stage, ("model.vocab_size", "256"))
     with pytest.raises(ConfigError, match=r"model\.size: unknown size 'debgu'; did you mean 'debug'"):
         make(one_stage, ("model.size", "debgu"))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_cpt.models.build import LanguageModel
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables, rotate
 from titan_cpt.models.common.ops import attention
 

@@ -12,12 +12,14 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.common.init import fill_normal, init_linear
+from titan_cpt.models.common.language_model import LanguageModel
+from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention
 from titan_cpt.models.common.ops import Linear, copy_for_separate_grad, gelu, linear
-from titan_cpt.models.spec import GPTNeoXSpec
+from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 
 
-class GPTNeoX(nn.Module):
+class GPTNeoX(LanguageModel):
     """The language model: token ids in, logits out.
 
     A pipeline stage is this model with the parts that it does not hold taken away: `embedding`, `final_norm` and `head`
@@ -135,3 +137,6 @@ class MLP(nn.Module):
         """The same function of every position, out_BLD."""
         out_BLD: Tensor = self.down(gelu(self.up(x_BLD)))
         return out_BLD
+
+
+MODEL = GPTNeoX

@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, fill_normal, init_linear
+from titan_cpt.models.common.init import fill_normal, init_linear
+from titan_cpt.models.common.language_model import LanguageModel
+from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, TiedHead
 from titan_cpt.models.common.ops import Linear, linear
-from titan_cpt.models.spec import LlamaSpec
+from titan_cpt.models.llama.spec import LlamaSpec
 
 INITIAL_STD = 0.02
 """Spread of the first weights, as in the releases' configurations (initializer_range)."""
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """The language model: token ids in, logits out.
 
     A pipeline stage is this model with the parts that it does not hold taken away: `embedding`, `final_norm` and `head`
@@ -76,14 +78,6 @@ class Llama(nn.Module):
             self.final_norm.reset_parameters()
         if isinstance(self.head, Head):
             init_linear(self.head, std=INITIAL_STD, seed=seed, name="head")
-
-
-class TiedHead(nn.Module):
-    """The head of a model with tied embeddings: no weight of its own, so that nothing can untie or save it twice."""
-
-    def forward(self, x_BLD: Tensor, embedding_VD: Tensor, project: Project = linear) -> Tensor:
-        """`project(x_BLD, embedding_VD)`, by default the logits from the input embedding's rows."""
-        return project(x_BLD, embedding_VD)
 
 
 class RMSNorm(nn.Module):
@@ -189,3 +183,6 @@ class MLP(nn.Module):
         """The same function of every position, out_BLD."""
         out_BLD: Tensor = self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
         return out_BLD
+
+
+MODEL = Llama

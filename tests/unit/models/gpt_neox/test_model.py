@@ -12,7 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from titan_cpt.errors import CheckpointError
-from titan_cpt.models.common.layers import fill_normal, rotary_tables, rotate
+from titan_cpt.models.common.init import fill_normal
+from titan_cpt.models.common.layers import rotary_tables, rotate
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
 from titan_cpt.models.registry import named_size
@@ -165,7 +166,7 @@ def test_first_weights_come_out_right_after_the_meta_device():
 
 def test_a_pipeline_stage_has_the_whole_models_weights_and_they_compose():
     """Two stages cut out of the model: initialised apart they hold its weights, run one after the other its logits."""
-    first, second = GPTNeoX(built("tiny").shape), GPTNeoX(built("tiny").shape)
+    first, second = GPTNeoX(built("tiny").spec), GPTNeoX(built("tiny").spec)
     first.final_norm = first.head = second.embedding = None
     for layer in range(4):
         del (second if layer < 3 else first).blocks[str(layer)]

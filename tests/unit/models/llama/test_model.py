@@ -15,8 +15,7 @@ from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables
 from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
 from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
 from titan_cpt.models.llama.model import Llama
-from titan_cpt.models.registry import SIZES, as_config_table, named_size
-from titan_cpt.models.spec import spec_from_recipe
+from titan_cpt.models.registry import SIZES, as_config_table, named_size, spec_from_recipe
 
 TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
 
@@ -168,7 +167,7 @@ def test_first_weights_come_out_right_after_the_meta_device():
 
 def test_a_pipeline_stage_has_the_whole_models_weights_and_they_compose():
     """Two stages cut out of the model: initialised apart they hold its weights, run one after the other its logits."""
-    first, second = Llama(built("tiny").shape), Llama(built("tiny").shape)
+    first, second = Llama(built("tiny").spec), Llama(built("tiny").spec)
     first.final_norm = first.head = second.embedding = None
     for layer in range(4):
         del (second if layer < 3 else first).blocks[str(layer)]

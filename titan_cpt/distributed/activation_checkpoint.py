@@ -1,0 +1,61 @@
+"""Activation checkpointing: full, selective (per operator or every n-th block), or by torch.compile's memory budget."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from titan_cpt.distributed.options import ParallelOptions
+from titan_cpt.models.common.language_model import LanguageModel
+
+_MATMULS = (
+    "aten.mm.default",
+    "aten.addmm.default",  # a linear layer with a bias
+    "aten._scaled_mm.default",  # float8
+)
+_SAVED_OPERATORS = {
+    *_MATMULS,
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_attention_math.default",
+    "_c10d_functional.reduce_scatter_tensor.default",  # cheaper to save than to communicate again
+}
+_RECOMPUTED_MATMULS = 2  # every second matmul is recomputed: half the memory for a sixth of the work
+
+
+def apply_ac(model: LanguageModel, options: ParallelOptions) -> None:
+    """Save fewer activations and recompute the others in the backward pass.
+
+    "full" saves only the input of each block; "selective" per operator saves the outputs of attention and of every
+    second matmul, every n-th block is "full" on these blocks only; "memory_budget" lets torch.compile choose.
+    """
+    if options.recompute == "memory_budget":
+        torch._functorch.config.activation_memory_budget = options.memory_budget
+        return
+    per_operator = options.recompute == "selective" and options.selection == "op"
+    every = int(options.selection) if options.recompute == "selective" and not per_operator else 1
+    for layer, block in list(model.blocks.items()):
+        if int(layer) % every == 0:
+            wrap = partial(checkpoint_wrapper, context_fn=_selective_contexts) if per_operator else checkpoint_wrapper
+            model.blocks[layer] = wrap(block, preserve_rng_state=False)
+
+
+def _selective_contexts() -> object:
+    """The contexts of one forward pass and of its recomputation, which count matmuls separately."""
+    matmuls = {False: 0, True: 0}
+
+    def policy(context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
+        name = str(operator)
+        if name in _MATMULS:
+            recomputing = bool(getattr(context, "is_recompute", False))
+            matmuls[recomputing] += 1
+            if matmuls[recomputing] % _RECOMPUTED_MATMULS == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if name in _SAVED_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

@@ -1,0 +1,43 @@
+"""The interface of a language model, which every family's model.py implements."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from titan_cpt.models.common.layers import Project
+from titan_cpt.models.common.ops import linear
+from titan_cpt.models.spec import ModelSpec
+
+
+class LanguageModel(nn.Module):
+    """Token ids in, logits out.
+
+    A pipeline stage is a model of which parts were removed: `embedding`, `final_norm` and `head` may be None, and
+    `blocks` may lack layers. The remaining blocks keep their layer index as key, and so their parameter names and
+    initial weights. Weights are undefined until `init_weights` is called or a checkpoint is loaded.
+
+    Each block has a module `attention`, which calls its module `core` (a `RotaryCausalAttention`): context parallelism
+    and the KV cache replace `core`.
+    """
+
+    spec: ModelSpec
+    embedding: nn.Embedding | None
+    blocks: nn.ModuleDict
+    final_norm: nn.Module | None
+    head: nn.Module | None
+
+    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
+
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
+        head returns it.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, seed: int) -> None:
+        """Set every weight to its initial value, which depends only on the seed and the weight's name."""
+        raise NotImplementedError
+
+    def attentions(self) -> list[nn.Module]:
+        """The attention module of each block."""
+        return [cast(nn.Module, block.attention) for block in self.blocks.values()]
