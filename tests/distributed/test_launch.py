@@ -246,20 +246,20 @@ class Elsewhere:
     """One rank stands in a folder where relative paths lead nowhere, as on a node that lacks the files."""
 
     rank: int
+    folder: str
 
     def lay(self):
         """On that rank only."""
-        os.chdir("/" if os.environ["RANK"] == str(self.rank) else os.environ["DATA"])
+        os.chdir("/" if os.environ["RANK"] == str(self.rank) else self.folder)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_files_that_are_missing_on_one_node_end_every_rank_and_are_told_once(tmp_path, monkeypatch, rank):
+def test_files_that_are_missing_on_one_node_end_every_rank_and_are_told_once(tmp_path, rank):
     """The others waited in a collective for the rank that had left, until it failed with a traceback."""
-    monkeypatch.setenv("DATA", str(tmp_path))
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["datasets"]["en"]["train"] = "en"
     config = training.write_config(raw, tmp_path / "c.toml")
-    outcomes = faulty.launch(config, faults=[Elsewhere(rank)], ranks=2)
+    outcomes = faulty.launch(config, faults=[Elsewhere(rank, str(tmp_path))], ranks=2)
 
     assert [outcome.status for outcome in outcomes] == [2, 2], outcomes[0].output + outcomes[1].output
     assert ("rank 1: " in outcomes[0].output) == (rank == 1)

@@ -77,8 +77,9 @@ def build(
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console() if process.rank == 0 else Console(quiet=True)
     with agreed():  # before anything collective: files may be missing on some nodes only
-        data = _open_data(config)
+        tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size)
+        data = _open_data(config, tokenizer)
         _check_support(config, process.device)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     _print_precision_notes(config, process.device, console)
@@ -150,8 +151,7 @@ def parallel_options(config: Config) -> ParallelOptions:
     )
 
 
-def _open_data(config: Config) -> _Data:
-    tokenizer = load_tokenizer(config.tokenizer.path)
+def _open_data(config: Config, tokenizer: Tokenizer) -> _Data:
     training = open_sources(training_files(config), tokenizer.vocab_size)
     validation = open_sources(validation_files(config), tokenizer.vocab_size)
     identities = {
