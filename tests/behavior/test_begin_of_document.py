@@ -120,7 +120,7 @@ def test_the_flag_of_prepare_puts_the_token_and_the_record_says_so(tmp_path, cap
     assert TokenStream([tmp_path / "out"]).read(0, 6).tolist() == [257, 256, 258, 257, b, 258]
     assert json.loads((tmp_path / "out.json").read_text())["add_bos"] is True
     assert status("--add-bos") == 0
-    assert "already done" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
     assert status() == 2
     assert "add_bos True -> False" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

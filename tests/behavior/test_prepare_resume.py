@@ -193,12 +193,12 @@ def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
         run([tmp_path / "a.txt"], tmp_path / "out")
     (tmp_path / "out.json").write_text("{}")
     for force in (False, True):
-        with pytest.raises(DataError, match=r"out\.idx, .*out\.bin, .*out\.json: exist and were not made by this"):
+        with pytest.raises(DataError, match=r"out\.idx, .*out\.bin, .*out\.json: exist, and were not written by"):
             run([tmp_path / "a.txt"], tmp_path / "out", force=force)
     (tmp_path / "out.json").unlink()
 
     for force in (False, True):
-        with pytest.raises(DataError, match=r"not made by this preparation \(no .*out\.json says so\)"):
+        with pytest.raises(DataError, match=r"not written by `prepare` \(there is no record .*out\.json\)"):
             run([tmp_path / "a.txt"], tmp_path / "out", force=force)
     assert (tmp_path / "out.bin").read_bytes() == whole[:2]
 

@@ -101,7 +101,7 @@ def test_a_signal_while_data_is_prepared_stops_the_run_at_once_and_keeps_the_par
     assert "stopped by SIGTERM before training" in stopped.output
     assert "finished parts are kept in" in stopped.output
     assert kept == [".bin", ".idx", ".json"]
-    assert "1 of 1 parts were done already" in last.output
+    assert "1 of 1 parts were finished by an earlier run" in last.output
     assert last.status == 0, last.output
 
 

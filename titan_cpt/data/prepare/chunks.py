@@ -29,20 +29,20 @@ PARQUET_ROWS = 1024
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of documents: JSON lines as they stand, or texts."""
+    """Consecutive documents: unparsed JSON lines, or texts."""
 
     where: str
-    """The file or data set, for messages."""
+    """The file or dataset, for messages."""
     unit: str
     """"line" or "row", for messages."""
     first: int
     """Number of the first line or row, from 1."""
     content: bytes | tuple[Any, ...]
     disk_bytes: int = field(compare=False, default=0)
-    """How far the reading of packed files went on with this chunk."""
+    """Bytes of the input files that this chunk accounts for, for progress."""
 
     def digest(self) -> bytes:
-        """Identity of the content; the file's name is no part of it."""
+        """Return a digest of the content, independent of the file name."""
         digest = hashlib.blake2b(digest_size=32)
         if isinstance(self.content, bytes):
             digest.update(b"lines\0" + self.content)
@@ -51,10 +51,11 @@ class Chunk:
         return digest.digest()
 
     def texts(self, text_field: str) -> Iterator[tuple[str, bytes]]:
-        """Yield each text, and the same in UTF-8.
+        """Yield each text, as str and as UTF-8.
 
         Raises:
-            DataError: a line is no JSON object, lacks the field, or a text is no text; names file and line.
+            DataError: a line is not a JSON object or lacks the field, or a text is not a valid string; names file and
+                line.
         """
         for number, text in self._values(text_field):
             place = f"{self.where}:{number}" if self.unit == "line" else f"{self.where}: {self.unit} {number}"
@@ -64,12 +65,12 @@ class Chunk:
                 yield text, text.encode()
             except UnicodeEncodeError as fault:
                 raise DataError(
-                    f"{place}: the text holds {text[fault.start]!r}, half of a surrogate pair, which is no character: "
-                    "mend or remove it"
+                    f"{place}: the text contains {text[fault.start]!r}, half of a surrogate pair and not a character: "
+                    "correct or remove it"
                 ) from None
 
     def _values(self, text_field: str) -> Iterator[tuple[int, Any]]:
-        """Number and text field of each document, of whatever type it is."""
+        """Yield the number and the text field of each document, whatever its type."""
         if not isinstance(self.content, bytes):
             yield from enumerate(self.content, self.first)
             return
@@ -79,7 +80,7 @@ class Chunk:
 
 
 def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[str]:
-    """Yield the text of every document that holds more than white space, in order.
+    """Yield the text of every document, in order, except those of only white space.
 
     Raises:
         DataError: see find_inputs and Chunk.texts.
@@ -89,12 +90,12 @@ def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[s
 
 
 def read_chunks(sources: Sequence[TextInput], text_field: str) -> Iterator[Chunk]:
-    """Yield all documents in order. Where chunks end follows from the inputs alone.
+    """Yield all documents in order, as chunks whose borders follow from the inputs alone.
 
     Raises:
-        DataError: an input is damaged, or is not what its name says.
+        DataError: an input is damaged, or its content does not match its suffix.
     """
-    texts: list[str] = []  # documents of small files, which share chunks
+    texts: list[str] = []  # .txt files are collected into shared chunks
     size = 0
     for source in sources:
         if file_kind(source.spec) == ".txt":
@@ -121,10 +122,10 @@ def _read_source(source: TextInput, text_field: str) -> Iterator[Chunk]:
 
 
 def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
-    """JSON and parquet files one by one, as they are stored; other formats through the `datasets` library."""
+    """Read JSON and parquet files directly, one by one, and other formats through the `datasets` library."""
     split = hub.open_split(spec)
     if split.format not in ("json", "parquet"):
-        rows = enumerate(hub.values(spec, split, text_field), 1)
+        rows = enumerate(hub.stream_rows(spec, split, text_field), 1)
         values = (_field(row, text_field, f"{spec}: row {number}") for number, row in rows)
         yield from _cut_values(spec, values, LARGEST_CHUNK_BYTES, 0)
         return
@@ -145,18 +146,18 @@ def _chunk_bytes(disk_bytes: int) -> int:
 
 
 def _read_text(path: Path) -> tuple[str, int]:
-    """The text of a file, less a byte order mark, and its length on disk."""
+    """Return the text of a file without its byte order mark, and its length on disk."""
     content = b"".join(block for block, _ in read_blocks(path))
     _refuse_utf16(content, str(path))
     try:
         return content.decode("utf-8-sig"), path.stat().st_size
     except UnicodeDecodeError as fault:
         line = content[: fault.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+        raise DataError(f"{path}:{line}: byte {content[fault.start]:#04x} is not UTF-8; convert the file") from None
 
 
 def _refuse_utf16(content: bytes, place: str) -> None:
-    """UTF-16 by its byte order mark, or, of Latin text without one, by every other byte being 0."""
+    """Raise DataError for UTF-16: it has a byte order mark, or, for Latin text, every second byte is 0."""
     marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     if marked or (len(content) > 1 and 3 * content.count(0) > len(content)):
         raise DataError(f"{place}: looks like UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
@@ -170,10 +171,15 @@ def _read_json(
     disk_bytes: int,
     list_field: str | None = None,
 ) -> Iterator[Chunk]:
-    """JSON lines; a .json whose first character is [ is an array, which has to be read whole.
+    """Read JSON lines, or one JSON array if a .json begins with [; an array is loaded into memory completely.
 
     Args:
-        list_field: the file is one object, and the array is in this field of it.
+        blocks: blocks of the decompressed file, with the position on disk.
+        where: the file, for messages.
+        text_field: field of the text.
+        target: bytes of a chunk.
+        disk_bytes: length of the file on disk.
+        list_field: field with the array, if the file is one object.
     """
     head = list(_take_until_content(blocks))
     begin = b"".join(block for block, _ in head).removeprefix(BYTE_ORDER_MARK).lstrip()
@@ -198,9 +204,9 @@ def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[b
 
 
 def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> Iterator[Chunk]:
-    """Cut behind the last line end of the first `target` bytes, or behind the first one after them."""
+    """Cut chunks after the last line end within `target` bytes, or, in a longer line, after its end."""
     buffer = bytearray()
-    first, position, told, searched = 1, 0, 0, 0
+    first, position, reported, searched = 1, 0, 0, 0
     for block, position in blocks:
         if not buffer and first == 1:
             block = block.removeprefix(BYTE_ORDER_MARK)
@@ -212,14 +218,14 @@ def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> 
                 break
             content = bytes(buffer[:cut])
             del buffer[:cut]
-            yield Chunk(where, "line", first, content, position - told)
-            first, told, searched = first + content.count(b"\n"), position, 0
+            yield Chunk(where, "line", first, content, position - reported)
+            first, reported, searched = first + content.count(b"\n"), position, 0
     if buffer.strip():
-        yield Chunk(where, "line", first, bytes(buffer), position - told)
+        yield Chunk(where, "line", first, bytes(buffer), position - reported)
 
 
 def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int) -> Iterator[Chunk]:
-    """Cut a stream of texts when they reach `target` characters; the disk's share is told with the last chunk."""
+    """Cut chunks of about `target` characters; the last one accounts for all of the file's bytes on disk."""
     pending: list[Any] = []
     first, size = 1, 0
     for value in values:
@@ -233,8 +239,8 @@ def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int)
 
 
 def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iterator[Any]:
-    """The text column of a parquet file, row by row."""
-    import pyarrow  # heavy, and most inputs are not parquet
+    """Yield the text column of a parquet file, row by row."""
+    import pyarrow  # imported here: heavy, and most inputs are not parquet
     import pyarrow.parquet
 
     try:
@@ -245,9 +251,7 @@ def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iter
                     f"{where}: no column {text_field!r}; its columns are {columns}: choose one with {CHOOSE_FIELD}"
                 )
             if table.schema_arrow.names.count(text_field) > 1:
-                raise DataError(
-                    f"{where}: has several columns {text_field!r}: rename or remove those that are not meant"
-                )
+                raise DataError(f"{where}: has several columns {text_field!r}: rename or remove all except one")
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
@@ -259,11 +263,11 @@ def _parsed(content: bytes, place: str) -> Any:
     try:
         return json.loads(content.decode())
     except UnicodeDecodeError as fault:
-        raise DataError(f"{place}: byte {content[fault.start]:#04x} is no UTF-8; convert the file") from None
+        raise DataError(f"{place}: byte {content[fault.start]:#04x} is not UTF-8; convert the file") from None
     except (ValueError, RecursionError) as fault:
         raise DataError(
-            f"{place}: is not JSON ({fault}); begins with {_short(content[:60])}; allowed is one object a line, or in "
-            "a .json file one array of objects"
+            f"{place}: is not JSON ({fault}); begins with {_short(content[:60])}; allowed is one object per line, or "
+            "in a .json file one array of objects"
         ) from None
 
 

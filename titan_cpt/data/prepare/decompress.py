@@ -1,4 +1,4 @@
-"""The bytes of a plain, .gz, .zst, .bz2 or .xz file, block by block, with how far the reading has come on the disk."""
+"""Read a plain, .gz, .zst, .bz2 or .xz file in blocks, and report the position in the compressed file."""
 
 import bz2
 import gzip
@@ -12,14 +12,14 @@ from titan_cpt.errors import DataError
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 2**20
-PACKED_BLOCK_BYTES = 2**17
+COMPRESSED_BLOCK_BYTES = 2**17
 
 
 def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of the unpacked content, each with the bytes of the file that were read so far.
+    """Yield blocks of the decompressed content, each with the number of bytes read from the file so far.
 
     Raises:
-        DataError: the file is missing, or packed content is damaged or ends early.
+        DataError: the file cannot be read, or its compressed content is damaged or incomplete.
     """
     try:
         with open(path, "rb") as file:
@@ -29,10 +29,10 @@ def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]:
-    """The same of an open file; the suffix of its name tells how it is packed.
+    """Like `read_blocks`, for an open file; the suffix of `name` says how it is compressed.
 
     Raises:
-        DataError: packed content is damaged or ends early; a file without any bytes does.
+        DataError: the compressed content is damaged or incomplete; an empty file is incomplete.
         OSError: the file cannot be read.
     """
     if name.endswith(".zst"):
@@ -42,25 +42,25 @@ def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int
     elif name.endswith(".bz2"):
         yield from _stream_blocks(file, name, bz2.BZ2File(file))
     elif name.endswith(".xz"):
-        yield from _stream_blocks(file, name, lzma.LZMAFile(file))  # noqa: SIM115 (closed in there)
+        yield from _stream_blocks(file, name, lzma.LZMAFile(file))  # noqa: SIM115 (_stream_blocks closes it)
     else:
         while block := file.read(BLOCK_BYTES):
             yield block, file.tell()
 
 
 def _stream_blocks(
-    file: IO[bytes], name: str, unpacked: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
+    file: IO[bytes], name: str, stream: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
 ) -> Iterator[tuple[bytes, int]]:
-    with unpacked:
+    with stream:
         while True:
             try:
-                block = unpacked.read(BLOCK_BYTES)
+                block = stream.read(BLOCK_BYTES)
             except (EOFError, zlib.error, lzma.LZMAError) as fault:
-                raise DataError(f"{name}: damaged or cut short ({fault}): copy it again") from fault
+                raise DataError(f"{name}: damaged or incomplete ({fault}): copy it again") from fault
             except OSError as fault:
-                if fault.errno is not None:  # the disk's error, not one of the content
+                if fault.errno is not None:  # an error of the disk, not of the content
                     raise
-                raise DataError(f"{name}: damaged or cut short ({fault}): copy it again") from fault
+                raise DataError(f"{name}: damaged or incomplete ({fault}): copy it again") from fault
             if not block:
                 break
             yield block, file.tell()
@@ -68,12 +68,12 @@ def _stream_blocks(
 
 
 def _zstandard_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]:
-    """Frame by frame: the library's own stream reader takes a file that ends within a frame for a whole one."""
-    import zstandard  # most inputs are not packed so
+    """Decompress frame by frame: the library's stream reader accepts a file that ends within a frame."""
+    import zstandard  # imported here because most inputs need no zstandard
 
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame = None
-    while block := file.read(PACKED_BLOCK_BYTES):
+    while block := file.read(COMPRESSED_BLOCK_BYTES):
         while block:
             frame = frame or context.decompressobj()
             try:
@@ -84,11 +84,11 @@ def _zstandard_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]
             frame = None if frame.eof else frame
             yield unpacked, file.tell()
     if frame is not None:
-        raise DataError(f"{name}: ends within a zstd frame: it was cut short; copy it again")
+        raise DataError(f"{name}: ends within a zstd frame: the file is incomplete; copy it again")
     _require_bytes(file, name)
 
 
 def _require_bytes(file: IO[bytes], name: str) -> None:
-    """Packed content is never empty: a file without bytes is the beginning of one."""
+    """Raise DataError for a file of 0 bytes: a compressed file is never empty."""
     if file.tell() == 0:
-        raise DataError(f"{name}: 0 bytes, and a packed file without content has more: it was cut short; copy it again")
+        raise DataError(f"{name}: 0 bytes, which no compressed file has: the file is incomplete; copy it again")

@@ -21,21 +21,21 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".lz4")
 
 
 class Split(NamedTuple):
-    """What a name stands for."""
+    """A split of a Hugging Face dataset."""
 
     format: str
-    """The module of `datasets` that reads it: json, parquet, csv, text, ..."""
+    """The `datasets` module that reads it: json, parquet, csv, text, ..."""
     files: tuple[str, ...]
-    """Paths or addresses (hf://, https://), in order."""
+    """Paths or URLs (hf://, https://), in order."""
     field: str | None
-    """JSON only: the field of a file's one object that holds the list of records."""
+    """JSON only: the field with the list of records, if a file is one object."""
 
 
 def name_parts(spec: str) -> tuple[str, str | None, str]:
-    """Name, config if any, and split of hub:NAME[:CONFIG[:SPLIT]].
+    """Return name, config (or None) and split of hub:NAME[:CONFIG[:SPLIT]].
 
     Raises:
-        DataError: the name has no such form.
+        DataError: the name has another form.
     """
     name, config, split, *rest = [*spec.removeprefix(HUB).split(":"), "", ""]
     if not name or any(rest):
@@ -44,7 +44,7 @@ def name_parts(spec: str) -> tuple[str, str | None, str]:
 
 
 def version_of(spec: str) -> str:
-    """A hash that changes with the data's revision or files.
+    """Return a hash that changes with the revision or the files of the dataset.
 
     Raises:
         DataError: the library cannot open it.
@@ -53,10 +53,10 @@ def version_of(spec: str) -> str:
 
 
 def open_split(spec: str) -> Split:
-    """Find the files of a split.
+    """Return the files of a split.
 
     Raises:
-        DataError: the library cannot open it, there is no such split, or its JSON is of a kind that is not read here.
+        DataError: the library cannot open it, it has no such split, or its JSON is archived or not UTF-8.
     """
     builder = _builder(spec)
     split = name_parts(spec)[2]
@@ -71,7 +71,7 @@ def open_split(spec: str) -> Split:
     )
     archive = next((file for file in found.files if file.endswith(ARCHIVES)), None)
     if found.format == "json" and archive:
-        raise DataError(f"{spec}: {archive} is an archive; download and unpack it, and name its files as the input")
+        raise DataError(f"{spec}: {archive} is an archive; download and extract it, and name its files as the input")
     if found.format == "json" and (getattr(builder.config, "encoding", None) or "utf-8").lower() not in (
         "utf-8",
         "utf8",
@@ -81,7 +81,7 @@ def open_split(spec: str) -> Split:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """Open a file of a split as it is stored, still packed."""
+    """Open a file of a split without decompressing it."""
     if "://" not in name:
         return open(name, "rb")
     import fsspec  # comes with datasets
@@ -90,29 +90,29 @@ def open_file(name: str) -> IO[bytes]:
     return opened
 
 
-def values(spec: str, split: Split, text_field: str) -> Iterator[Any]:
-    """The rows of a split in any other format (CSV, text, Arrow, ...), streamed through the library.
+def stream_rows(spec: str, split: Split, text_field: str) -> Iterator[Any]:
+    """Yield the rows of a split in another format (CSV, text, Arrow, ...), streamed by `datasets`.
 
     Raises:
-        DataError: the library cannot read it, or a packed file is cut short.
+        DataError: the library cannot read it, or a compressed file is incomplete.
     """
     import datasets  # takes seconds to import, and most inputs are files
 
     name, config, part = name_parts(spec)
     for file in split.files:
-        _check_packed(file)
-    # Without these, pandas reads a piece of numbers as numbers (007 becomes 7) and NA, null, None as nothing.
+        _check_compressed(file)
+    # By default pandas would parse numbers (007 becomes 7) and read NA, null and None as missing values.
     options = {"keep_default_na": False, "converters": {text_field: str}} if split.format == "csv" else {}
     try:
         yield from datasets.load_dataset(name, config, split=part, streaming=True, **options)
     except DataError:
         raise
-    except Exception as fault:  # the library passes on whatever its network and file layers raise
+    except Exception as fault:  # the library does not wrap the errors of its network and file layers
         raise DataError(f"{spec}: the `datasets` library cannot read it: {fault}") from fault
 
 
-def _check_packed(name: str) -> None:
-    """Refuse a file that ends too early: the library takes a .zst that does for a whole one, and an empty .gz too."""
+def _check_compressed(name: str) -> None:
+    """Raise DataError for an incomplete file: the library accepts a truncated .zst and an empty .gz."""
     if not name.endswith(COMPRESSED_SUFFIXES):
         return
     try:
@@ -126,7 +126,7 @@ def _check_packed(name: str) -> None:
 
 def _builder(spec: str) -> Any:
     name, config, _ = name_parts(spec)
-    hint = _not_here(spec, name)
+    hint = _local_folder_hint(spec, name)
     import datasets
 
     try:
@@ -136,11 +136,11 @@ def _builder(spec: str) -> Any:
 
 
 @cache
-def _not_here(spec: str, name: str) -> str:
-    """ "" for a folder of this machine; of another name, printed before the network is asked, what it may have meant.
+def _local_folder_hint(spec: str, name: str) -> str:
+    """Say which local folder a name may mean, and print that before `datasets` contacts the hub; "" for a local folder.
 
     Raises:
-        DataError: it is a file, or a path that cannot be a name of the Hugging Face hub.
+        DataError: the name is a local file, or a path that cannot be a name on the Hugging Face hub.
     """
     if os.path.isdir(name):
         return ""
@@ -155,10 +155,10 @@ def _not_here(spec: str, name: str) -> str:
     hint = f"There is no folder {name!r} on this machine" + (f", but {', '.join(map(repr, near))}" if near else "")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"{spec}: {hint[0].lower()}{hint[1:]}")
-    print(f"note: {spec}: looked up on the Hugging Face hub. {hint}", file=sys.stderr, flush=True)
+    print(f"note: {spec}: looking it up on the Hugging Face hub. {hint}", file=sys.stderr, flush=True)
     return hint
 
 
 def file_name(name: str) -> str:
-    """The last part of a path or an address, for its suffix."""
+    """Return the last component of a path or URL."""
     return Path(name.partition("?")[0]).name

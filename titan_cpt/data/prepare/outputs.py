@@ -1,8 +1,8 @@
-"""What a preparation may replace: files that its records prove to be the package's own, and nothing else.
+"""The output files of `prepare`, and which existing files it may replace: only those that it provably wrote.
 
-`prepare --output P` owns P.bin, P.idx, P.json (the record), with a hold-out P-validation.bin/.idx, and while it works
-the folder P.partial. A pair is ours if a record names it: P.json, or the record that an interrupted attempt left in
-P.partial when it had begun to put its files in place.
+`prepare --output P` writes P.bin, P.idx and the record P.json, with --holdout also P-validation.bin/.idx, and keeps
+unfinished parts in the folder P.partial. A pair was written by `prepare` if a record describes it: P.json, or the
+record in P.partial of a run that was interrupted while it renamed its files.
 """
 
 import errno
@@ -20,18 +20,18 @@ from titan_cpt.data.formats.indexed_writer import dtype_code
 from titan_cpt.data.prepare.provenance import VALIDATION_SUFFIX, read_record, record_path
 from titan_cpt.errors import DataError
 
-RECORD = "record.json"  # of an attempt, in its partial folder, from the moment at which it puts its files in place
+RECORD = "record.json"  # in the partial folder, written just before the output files are renamed
 _DIGEST = r"[0-9a-f]{32}"
 _PAIR = r"(-validation)?(\.\d+\.tmp)?\.(bin|idx)"
 _OURS = re.compile(
     rf"lock|{RECORD}|\.{RECORD}\.[\d-]+\.tmp|\.?({_DIGEST}|joined){_PAIR}|{_DIGEST}(\.\d+)?\.json(\.tmp)?"
-    r"|\.nfs[0-9a-f]+"  # what NFS makes of a file that is removed while it is open
+    r"|\.nfs[0-9a-f]+"  # NFS renames a file like this if it is removed while open
 )
 _NAMES_SHOWN = 5
 
 
 def prefix_to_write(name: str) -> Path:
-    """The prefix that a name means: `data/german`, which data/german.bin and data/german.idx mean too.
+    """Return the prefix for a name: `data/german` for itself, data/german.bin and data/german.idx.
 
     Raises:
         DataError: the name is that of a folder.
@@ -39,27 +39,27 @@ def prefix_to_write(name: str) -> Path:
     prefix = name.removesuffix(".idx").removesuffix(".bin")
     if os.path.basename(prefix) in ("", ".", ".."):
         raise DataError(
-            f"{name}: names a folder, and the name of a file without .bin and .idx is needed, such as "
+            f"{name}: is a folder; the output is a file name without .bin and .idx, such as "
             f"{os.path.join(prefix, 'train')}"
         )
     return Path(prefix)
 
 
 def validation_prefix(prefix: Path) -> Path:
-    """Where the held-out documents of an output are stored."""
+    """Return the prefix of the validation data that is split off from an output."""
     return Path(f"{prefix}{VALIDATION_SUFFIX}")
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the finished parts of an output are kept until they are joined."""
+    """Return the folder that holds the finished parts of an output until they are concatenated."""
     return Path(f"{output}.partial")
 
 
 def refuse_inputs_in_the_way(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse inputs that are files of the output, whatever their spelling: links, `..` and letter case are resolved.
+    """Refuse inputs that are also files of the output, also through links, `..` or another letter case.
 
     Raises:
-        DataError: names the input and the file of the output.
+        DataError: an input would be overwritten; names both files.
     """
     paths = [*_files(output), *_files(validation_prefix(output))[:2]]
     with_partial = [*paths, *(partial_folder(output).iterdir() if partial_folder(output).is_dir() else ())]
@@ -69,28 +69,28 @@ def refuse_inputs_in_the_way(output: Path, inputs: Sequence[Path]) -> None:
         place = places.get(identity(source))
         if place is not None:
             raise DataError(
-                f"{source}: is an input, and at the same time the output's file {place}: choose another output, "
-                "whose files would not replace it"
+                f"{source}: is an input and would be overwritten by the output file {place}: choose another output"
             )
 
 
 def replaceable(output: Path, recipe: Mapping[str, Any], *, force: bool) -> list[Path]:
-    """The files of an earlier preparation that the new one replaces, in the order in which they are to be removed.
+    """Return the files of an earlier run that the new one replaces, in the order in which to remove them.
 
     Args:
         output: the path without .bin and .idx.
-        recipe: of the new preparation, as its record will hold it.
-        force: also those of another recipe.
+        recipe: recipe of the new run, as its record will contain it.
+        force: also replace files that were made with another recipe.
 
     Raises:
-        DataError: a file in the way is not proven to be ours, or was made by another recipe and `force` is off.
+        DataError: an existing file was not provably written by `prepare`, or was made with another recipe and `force`
+            is False.
     """
-    _refuse_the_held_out_part_of_another(output)
-    attempt = read_record(partial_folder(output) / RECORD)
-    if attempt is not None and recipe_of(attempt) != recipe:
-        attempt = None
+    _refuse_validation_prefix_of_another_output(output)
+    interrupted = read_record(partial_folder(output) / RECORD)
+    if interrupted is not None and recipe_of(interrupted) != recipe:
+        interrupted = None
     record = read_record(record_path(output))
-    records = [each for each in (record, attempt) if each is not None]
+    records = [each for each in (record, interrupted) if each is not None]
     bin_path, idx, record_file = _files(output)
     pair = [path for path in (idx, bin_path) if _exists(path)]
     held_out = _held_out_files(output, needed=bool(recipe["holdout"]))
@@ -103,53 +103,64 @@ def replaceable(output: Path, recipe: Mapping[str, Any], *, force: bool) -> list
     foreign = foreign + (held_out if recipe["holdout"] and not own_held_out else [])
     foreign += [record_file] if _exists(record_file) and record is None else []
     if foreign:
-        why = f"no {record_file} says so" if record is None else f"{record_file} describes other content"
-        raise DataError(
-            f"{', '.join(map(str, foreign))}: {'exists' if len(foreign) == 1 else 'exist'} and "
-            f"{'was' if len(foreign) == 1 else 'were'} not made by this preparation ({why}). Nothing was changed. "
-            "Choose another output, or rename or remove what is in the way; --force does not replace it"
-        )
+        raise _foreign_files(foreign, record_file, has_record=record is not None)
     old = [*pair, *(held_out if own_held_out else [])]
-    if old and record is not None and recipe_of(record) != recipe and attempt is None and not force:
+    if old and record is not None and recipe_of(record) != recipe and interrupted is None and not force:
         difference = "; ".join(_differences(recipe_of(record), recipe))
         raise DataError(
-            f"{old[0]}: exists, made in another way: {difference}. Choose another output, or replace it with --force"
+            f"{old[0]}: exists, made differently: {difference}. Choose another output, or replace it with --force"
         )
     return old + ([record_file] if record is not None else [])
 
 
+def _foreign_files(foreign: Sequence[Path], record_file: Path, *, has_record: bool) -> DataError:
+    if has_record:
+        why = f"{record_file} describes other content"
+    elif record_file in foreign:
+        why = f"{record_file} is not a record of it"
+    else:
+        why = f"there is no record {record_file}"
+    exist, were = ("exists", "was") if len(foreign) == 1 else ("exist", "were")
+    return DataError(
+        f"{', '.join(map(str, foreign))}: {exist}, and {were} not written by `prepare` ({why}). Nothing was changed. "
+        "Choose another output, or rename or remove these files; --force does not replace them"
+    )
+
+
 def recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what was counted: all that the output depends on."""
+    """Return a record without its counts: everything that determines the output."""
     return {key: value for key, value in record.items() if key != "counts"}
 
 
 def require_own_partial(output: Path) -> None:
-    """Refuse a folder PREFIX.partial that holds anything but the parts that an interrupted preparation leaves.
+    """Refuse a folder PREFIX.partial that contains anything except the parts of an interrupted run.
 
     Raises:
-        DataError: names what else it holds.
+        DataError: names the other files.
     """
     folder = partial_folder(output)
     if not _exists(folder):
         return
     if not folder.is_dir():
-        raise DataError(f"{folder}: is a file; its name is needed for a folder: rename it, or choose another output")
+        raise DataError(
+            f"{folder}: is a file, but unfinished parts need a folder of that name: rename it, or choose another output"
+        )
     foreign = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
     if foreign:
         shown = ", ".join(foreign[:_NAMES_SHOWN]) + ", ..." * (len(foreign) > _NAMES_SHOWN)
         raise DataError(
-            f"{folder}: is where unfinished parts are kept and removed at the end, and it holds files that are not "
-            f"ours: {shown}. Rename it, or choose another output"
+            f"{folder}: is needed for unfinished parts, but contains files that `prepare` did not write: {shown}. "
+            "Rename it, or choose another output"
         )
 
 
 def has_finished_parts(output: Path) -> bool:
-    """Whether an interrupted preparation can resume from what it left."""
+    """Whether an interrupted run left finished parts to resume from."""
     return any(re.fullmatch(rf"{_DIGEST}\.json", path.name) for path in partial_folder(output).iterdir())
 
 
 def remove_partial(output: Path) -> None:
-    """Remove our parts, and the folder if nothing else is in it."""
+    """Remove the parts, and the folder if it is then empty."""
     folder = partial_folder(output)
     if not folder.is_dir():
         return
@@ -164,34 +175,33 @@ def remove_partial(output: Path) -> None:
 
 
 def _files(prefix: Path) -> tuple[Path, Path, Path]:
-    """A prefix's .bin, .idx and record."""
+    """Return the .bin, the .idx and the record of a prefix."""
     return *pair_paths(prefix), record_path(prefix)
 
 
 def _held_out_files(output: Path, *, needed: bool) -> list[Path]:
-    """The files of PREFIX-validation that exist, the .idx first."""
+    """Return the existing files of PREFIX-validation, the .idx first."""
     try:
         return [path for path in pair_paths(validation_prefix(output))[::-1] if _exists(path)]
-    except OSError:  # such as a name that is too long, of a file that is not going to be written
+    except OSError:  # such as a name that is too long; without a hold-out that file is not written
         if needed:
             raise
         return []
 
 
-def _refuse_the_held_out_part_of_another(output: Path) -> None:
+def _refuse_validation_prefix_of_another_output(output: Path) -> None:
     if not output.name.endswith(VALIDATION_SUFFIX) or output.name == VALIDATION_SUFFIX:
         return
     whole = Path(str(output).removesuffix(VALIDATION_SUFFIX))
     record = read_record(record_path(whole))
     if record is not None and record["holdout"]:
         raise DataError(
-            f"{output}: is where {whole} keeps its held-out documents ({record_path(whole)} says so): choose another "
-            "output"
+            f"{output}: contains the validation data of {whole} (see {record_path(whole)}): choose another output"
         )
 
 
 def _exists(path: Path) -> bool:
-    """Also a symbolic link that leads nowhere; other faults than a missing file are raised, such as a name too long."""
+    """Whether a file or a dangling link exists; raises any other error, such as for a name that is too long."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -200,7 +210,7 @@ def _exists(path: Path) -> bool:
 
 
 def _is_pair(prefix: Path, tokens: int, record: Mapping[str, Any]) -> bool:
-    """Whether a pair, or what is left of it, has as many tokens as a record says."""
+    """Whether a pair, or its remaining file, has the number of tokens in a record."""
     bin_path, idx = pair_paths(prefix)
     try:
         if idx.is_file() and _tokens_of_index(idx) == tokens:
@@ -212,7 +222,7 @@ def _is_pair(prefix: Path, tokens: int, record: Mapping[str, Any]) -> bool:
 
 
 def _tokens_of_index(idx: Path) -> int:
-    """Tokens by the last pointer and the last size of an index."""
+    """Number of tokens from the last pointer and the last size of an index."""
     header = read_header(idx)
     if not header.sequences:
         return 0
@@ -223,15 +233,15 @@ def _tokens_of_index(idx: Path) -> int:
         return int(np.frombuffer(file.read(8), "<i8")[0]) // header.dtype.itemsize + size
 
 
-def _differences(was: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Each key that differs, as found and as wanted; of the inputs the first that does."""
-    for key in dict.fromkeys((*wanted, *was)):
-        if was.get(key) == wanted.get(key):
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `key old -> new` for each key that differs; for the inputs, the first that differs."""
+    for key in dict.fromkeys((*new, *old)):
+        if old.get(key) == new.get(key):
             continue
         if key != "inputs":
-            yield f"{key} {was.get(key, False)} -> {wanted.get(key, False)}"  # add_bos is only stored where it is true
-        elif len(was["inputs"]) != len(wanted["inputs"]):
-            yield f"{len(was['inputs'])} inputs -> {len(wanted['inputs'])}"
+            yield f"{key} {old.get(key, False)} -> {new.get(key, False)}"  # add_bos is only recorded if true
+        elif len(old["inputs"]) != len(new["inputs"]):
+            yield f"{len(old['inputs'])} inputs -> {len(new['inputs'])}"
         else:
-            pairs = zip(was["inputs"], wanted["inputs"], strict=True)
+            pairs = zip(old["inputs"], new["inputs"], strict=True)
             yield next(f"input {before} -> {now}" for before, now in pairs if before != now)

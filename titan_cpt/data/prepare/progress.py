@@ -1,4 +1,4 @@
-"""How far a preparation has come, on stderr: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of `prepare` on stderr: a bar on a terminal, otherwise a line every 30 seconds."""
 
 import sys
 import time
@@ -15,11 +15,11 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[Callable[[int, Counts], None]]:
-    """Show the share of the inputs' bytes that was read, the documents and the tokens.
+def report_progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[Callable[[int, Counts], None]]:
+    """Report the fraction of the input that was read, and the numbers of documents and tokens.
 
     Yields:
-        What is to be called after each chunk, with its bytes on the disk and its counts.
+        A function to call after each chunk, with its bytes on disk and its counts.
     """
     console = Console(stderr=True)
     columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
@@ -34,12 +34,15 @@ def progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[Callable
     )
     with bar:
         task = bar.add_task("", total=total_bytes or None, documents=0, tokens=0)
-        so_far, read_bytes, begin = Counts(), 0, time.monotonic()
+        so_far = Counts()
+        read_bytes = 0
+        begin = time.monotonic()
         last_line = begin
 
         def advance(disk_bytes: int, counts: Counts) -> None:
             nonlocal so_far, read_bytes, last_line
-            so_far, read_bytes = so_far + counts, read_bytes + disk_bytes
+            so_far += counts
+            read_bytes += disk_bytes
             documents = so_far.documents + so_far.held_out_documents
             tokens = so_far.tokens + so_far.held_out_tokens
             bar.update(task, advance=disk_bytes, documents=documents, tokens=tokens)

@@ -1,4 +1,4 @@
-"""PREFIX.json beside a .bin/.idx pair: how `prepare` made it, and with which tokenizer."""
+"""PREFIX.json, the record that `prepare` writes beside a .bin/.idx pair: inputs, options, tokenizer and counts."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,22 @@ VALIDATION_SUFFIX = "-validation"
 
 
 class TokenizerProvenance(NamedTuple):
-    """A tokenizer as PREFIX.json names it."""
+    """The tokenizer of a pair, from its record."""
 
     record: Path
     fingerprint: str
     vocab_size: int
     add_bos: bool
-    """Documents begin with the begin-of-document token; records without the key say no."""
+    """Whether documents begin with the begin-of-document token; False if the record lacks the key."""
 
 
 def tokenizer_provenance(prefix: Path) -> TokenizerProvenance | None:
-    """The tokenizer that a pair's record names; None where there is no record, or one that `prepare` did not write.
+    """Return the tokenizer in a pair's record; None without a record, or if `prepare` did not write it.
 
-    A held-out PREFIX-validation has no record of its own: it is part of what PREFIX.json tells.
+    PREFIX-validation has no record of its own: PREFIX.json describes both.
 
     Raises:
-        AccessError: a record is there and the system does not let it be read.
+        AccessError: a record exists but cannot be read.
     """
     whole = str(prefix).removesuffix(VALIDATION_SUFFIX)
     for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
@@ -39,19 +39,19 @@ def tokenizer_provenance(prefix: Path) -> TokenizerProvenance | None:
 
 
 def record_path(prefix: Path) -> Path:
-    """Where the record of a pair is stored."""
+    """Return the path of the record of a pair."""
     return Path(f"{prefix}.json")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record that `prepare` wrote to a file; None if there is no file, or `prepare` did not write it.
+    """Return the record in a file; None if the file does not exist, or `prepare` did not write it.
 
     Raises:
-        AccessError: the file is there and the system does not let it be read.
+        AccessError: the file exists but cannot be read.
     """
     try:
         record = json.loads(read_text(path))
-        of_ours = (
+        is_record = (
             isinstance(record["version"], int)
             and isinstance(record["tokenizer"]["fingerprint"], str)
             and isinstance(record["tokenizer"]["vocab_size"], int)
@@ -62,4 +62,4 @@ def read_record(path: Path) -> dict[str, Any] | None:
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return record if of_ours else None
+    return record if is_record else None

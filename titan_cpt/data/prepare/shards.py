@@ -1,8 +1,8 @@
-"""One chunk of text to one shard of tokens: what a worker process of `prepare` does, and how it is kept.
+"""Tokenize one chunk of text into one shard: the work of a worker process of `prepare`.
 
-A shard is a .bin/.idx pair (two with a hold-out) and a .json of its counts, written last: where that is, the shard is
-whole. Its name is a digest of the text, the tokenizer and the options, so that an interrupted run finds what it has
-done and nothing else.
+A shard is a .bin/.idx pair (two with a hold-out) and a .json of its counts. The .json is written last, so its existence
+proves that the shard is complete. The name of a shard is a digest of the text, the tokenizer and the options: a resumed
+run finds exactly its own finished shards.
 """
 
 import functools
@@ -29,32 +29,35 @@ from titan_cpt.data.prepare.outputs import validation_prefix
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
 
-MOST_LOST = 20
-BATCH_CHARACTERS = 2**20  # of text at a time: bounds the memory of a worker
-LAYOUT = 2  # goes up when shards of the same text and options would hold other tokens
+LOST_CHARACTERS_RECORDED = 20
+BATCH_CHARACTERS = 2**20  # characters that a worker tokenizes at a time; bounds its memory
+SHARD_VERSION = 2  # increased when the same text and options give other tokens
 
 
 @dataclass(frozen=True)
 class TokenizeJob:
-    """How text becomes tokens; all that a shard depends on besides its text."""
+    """Options of tokenization: everything that determines a shard, except its text."""
 
     tokenizer: str
     fingerprint: str
     text_field: str
     holdout: float
     folder: Path
-    """Where shards lie until they are joined; the tokens do not depend on it, nor on the tokenizer's path."""
+    """Folder of the shards until they are concatenated. Neither it nor the tokenizer's path affects the tokens."""
     add_bos: bool = False
 
     def shard_of(self, chunk: Chunk) -> Path:
-        """Prefix of the shard that holds this chunk."""
-        recipe = json.dumps([LAYOUT, self.fingerprint, self.text_field, self.holdout, self.add_bos]).encode()
+        """Return the prefix of the shard of a chunk."""
+        recipe = json.dumps([SHARD_VERSION, self.fingerprint, self.text_field, self.holdout, self.add_bos]).encode()
         return self.folder / hashlib.blake2b(recipe + chunk.digest(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was read and written. Bytes are those of the texts in UTF-8; tokens include the end of each document."""
+    """Numbers of documents, tokens and UTF-8 bytes. Tokens include the begin- and end-of-document tokens.
+
+    `held_out_*` counts validation data, the other fields training data.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -66,10 +69,10 @@ class Counts:
     lost_documents: int = 0
     lost_characters: int = 0
     lost: Mapping[str, int] = field(default_factory=dict)
-    """Characters without a token (they became the unknown token, or nothing) to how often, the most frequent first."""
+    """Count of each character without a token (it became the unknown token or was dropped), most frequent first."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        """Field by field."""
+        """Add field by field."""
         numbers = {
             key.name: getattr(self, key.name) + getattr(other, key.name) for key in fields(Counts) if key.name != "lost"
         }
@@ -78,35 +81,35 @@ class Counts:
         return Counts(**numbers, lost=dict(sorted(together.items(), key=lambda entry: (-entry[1], entry[0]))))
 
     def shortened(self) -> "Counts":
-        """The same with the MOST_LOST most frequent lost characters only, for PREFIX.json."""
-        return replace(self, lost=dict([*self.lost.items()][:MOST_LOST]))
+        """The same with the most frequent lost characters only, for PREFIX.json."""
+        return replace(self, lost=dict([*self.lost.items()][:LOST_CHARACTERS_RECORDED]))
 
 
 def finished_counts(shard: Path) -> Counts | None:
-    """The counts of a whole shard, None if it is not there or not as it was written.
+    """Return the counts of a finished shard; None if it does not exist, is incomplete or damaged.
 
     Raises:
-        AccessError, DataError: it is there and the system does not let it be read.
+        AccessError, DataError: the shard exists but cannot be read.
     """
     try:
         counts = Counts(**json.loads(read_text(Path(f"{shard}.json"))))
-        whole = count_tokens(shard) == counts.tokens
+        complete = count_tokens(shard) == counts.tokens
         if counts.held_out_documents:
-            whole = whole and count_tokens(validation_prefix(shard)) == counts.held_out_tokens
+            complete = complete and count_tokens(validation_prefix(shard)) == counts.held_out_tokens
     except (FileNotFoundError, ValueError, TypeError):
         return None
     except DataError as error:
         if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
             raise
         return None
-    return counts if whole else None
+    return counts if complete else None
 
 
 def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
-    """Write the shard of a chunk.
+    """Tokenize a chunk into its shard.
 
     Raises:
-        DataError: a document is at fault; names file and line.
+        DataError: a document is invalid; names file and line.
     """
     tokenizer = _tokenizer(job.tokenizer, job.fingerprint, job.add_bos)
     shard = job.shard_of(chunk)
@@ -126,16 +129,16 @@ def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
 
 
 def start_worker() -> None:
-    """Make a worker process end with its parent: at once on Ctrl-C, and when the parent is killed."""
+    """Set up a worker process to exit at once on Ctrl-C, and when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked while the parent starts it: see prepare.py
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # parallel.py blocks it while it starts the worker
     parent = parent_process()
     assert parent is not None, "start_worker is called in a child process"
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
 def is_held_out(text: bytes, holdout: float) -> bool:
-    """Whether a document goes to the held-out side: told by its text alone, so that duplicates stay together."""
+    """Whether a document is validation data. A hash of its text decides, so duplicates are never split."""
     digest = hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held").digest()
     return int.from_bytes(digest, "big") < holdout * 2**64
 
@@ -147,15 +150,15 @@ def _end_with(sentinel: int) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(path: str, fingerprint: str, add_bos: bool) -> Tokenizer:
-    """The tokenizer with this content; the file at the path may have become another one."""
+    """Load the tokenizer; raises DataError if the file changed since the run began."""
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path}: changed since this run began; start it again")
+        raise DataError(f"{path}: changed since this run began; start the run again")
     return tokenizer.with_bos(add_bos)
 
 
 def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Documents in lots of about BATCH_CHARACTERS, as text and as UTF-8."""
+    """Yield batches of about BATCH_CHARACTERS, as texts and as UTF-8."""
     texts: list[str] = []
     encoded: list[bytes] = []
     characters = 0
@@ -177,7 +180,7 @@ def _write(
     train: IndexedWriter,
     held_out: IndexedWriter,
 ) -> Counts:
-    """Tokenise one lot, and write each document to its side."""
+    """Tokenize a batch, and write each document to the training or the validation pair."""
     kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
     tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in kept])
     utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
@@ -186,8 +189,8 @@ def _write(
     held_out.add_documents(tokens[np.repeat(held, sizes)], sizes[held])
     counted = Counter("".join(lost.values()))
     return Counts(
-        *_side(~held, sizes, utf8_bytes),
-        *_side(held, sizes, utf8_bytes),
+        *_totals(~held, sizes, utf8_bytes),
+        *_totals(held, sizes, utf8_bytes),
         empty_documents=len(texts) - len(kept),
         lost_documents=len(lost),
         lost_characters=counted.total(),
@@ -195,8 +198,8 @@ def _write(
     )
 
 
-def _side(
+def _totals(
     chosen: npt.NDArray[np.bool_], sizes: npt.NDArray[np.int64], utf8_bytes: npt.NDArray[np.int64]
 ) -> tuple[int, int, int]:
-    """Documents, tokens and bytes of those chosen."""
+    """Return the numbers of documents, tokens and bytes of the chosen documents."""
     return int(chosen.sum()), int(sizes[chosen].sum()), int(utf8_bytes[chosen].sum())

@@ -27,22 +27,22 @@ ALLOWED = f"{', '.join(SUFFIXES)} (also {', '.join(COMPRESSED_SUFFIXES)}), .parq
 
 @dataclass(frozen=True)
 class TextInput:
-    """One input: a file, or a data set of the hub."""
+    """One input: a file, or a Hugging Face dataset."""
 
     spec: str
 
     @property
     def is_hub(self) -> bool:
-        """Whether it is read through the `datasets` library."""
+        """Whether it is a Hugging Face dataset (`hub:NAME`)."""
         return self.spec.startswith(HUB)
 
     @property
     def disk_bytes(self) -> int:
-        """Length of the file, packed as it is; 0 for a data set of the hub."""
+        """Length of the file on disk, compressed or not; 0 for a Hugging Face dataset."""
         return 0 if self.is_hub else Path(self.spec).stat().st_size
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether the input is the same as before: name, length and time of change, or the set's hash."""
+        """Fields that change when the input changes: name, length and modification time, or the dataset's hash."""
         if self.is_hub:
             return {"name": self.spec, "hash": hub.version_of(self.spec)}
         status = Path(self.spec).stat()
@@ -50,10 +50,10 @@ class TextInput:
 
 
 def find_inputs(inputs: Sequence[str]) -> list[TextInput]:
-    """Return what file names, globs (sorted) and hub names stand for, in the order given.
+    """Return the inputs that file names, globs (sorted) and hub names refer to, in the order given.
 
     Raises:
-        DataError: a name finds nothing, has no suffix that can be read, or a file is named twice.
+        DataError: a name matches nothing or has an unsupported suffix, or a file is named twice.
     """
     found: list[TextInput] = []
     hubs: set[str] = set()
@@ -61,9 +61,9 @@ def find_inputs(inputs: Sequence[str]) -> list[TextInput]:
     for entry in inputs:
         names = [entry] if entry.startswith(HUB) else _match(entry)
         if not names and Path(entry).is_dir():
-            raise DataError(f"{entry}: is a folder: {_how_to_name_files(entry)}")
+            raise DataError(f"{entry}: is a folder: {_suggest_globs(entry)}")
         if not names:
-            why = f"no such file, and nothing matches it as a glob; allowed are {ALLOWED}"
+            why = f"no such file, and no file matches it as a glob; allowed are {ALLOWED}"
             raise DataError(f"{entry}: {why}{glob_escape_hint(entry)}")
         for name in names:
             if not name.startswith(HUB) and file_kind(name) is None:
@@ -81,7 +81,7 @@ def find_inputs(inputs: Sequence[str]) -> list[TextInput]:
 
 
 def missing_inputs(inputs: Sequence[str]) -> list[str]:
-    """Return those names and globs that find no file; a data set of the hub counts as there."""
+    """Return the names and globs that match no file; a Hugging Face dataset is never missing."""
     return [entry for entry in inputs if not entry.startswith(HUB) and not _match(entry)]
 
 
@@ -91,8 +91,8 @@ def _match(entry: str) -> list[str]:
     return [name for name in expand_glob(entry) if os.path.isfile(name)]
 
 
-def _how_to_name_files(folder: str) -> str:
-    """Globs for the kinds of files that a folder holds, at its top or one level down."""
+def _suggest_globs(folder: str) -> str:
+    """Suggest globs for the supported files in a folder, at its top or one level down."""
     folder = folder.rstrip("/")
     readable = [*(kind + packing for kind in SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES)), ".parquet"]
     for below in ("*", "*/*"):
@@ -100,11 +100,11 @@ def _how_to_name_files(folder: str) -> str:
         patterns = [below + suffix for suffix in readable if any(name.endswith(suffix) for name in names)]
         if patterns:
             return f"name its files, such as {' '.join(repr(f'{glob.escape(folder)}/{each}') for each in patterns)}"
-    return f"name files and not folders; it holds none that can be read; allowed are {ALLOWED}"
+    return f"name files, not folders; it contains no supported file; allowed are {ALLOWED}"
 
 
 def file_kind(name: str) -> str | None:
-    """The suffix that tells the format, packing left off; None if it is unknown."""
+    """Return the suffix of the format, without the compression suffix; None for an unknown format."""
     if name.startswith(HUB):
         return HUB
     if name.endswith(".parquet"):

@@ -108,7 +108,7 @@ def test_a_packed_file_that_was_cut_short_is_refused(data_set, suffix, kept):
     length = {"half": len(whole) // 2, "all but one byte": len(whole) - 1, "nothing": 0}[kept]
 
     files = {"train-0.jsonl": jsonl(["first"]).encode(), f"train-1.jsonl{suffix}": whole[:length]}
-    with pytest.raises(DataError, match=r"cut short|ends within|damaged"):
+    with pytest.raises(DataError, match=r"incomplete|ends within|damaged"):
         data_set(**files)
 
 
@@ -145,7 +145,7 @@ def test_a_name_that_is_not_here_is_said_before_the_hub_is_asked(tmp_path, monke
     with pytest.raises(DataError, match=r"cannot open it: .*no folder 'corpsu' on this machine, but 'corpus'$"):
         hub.version_of("hub:corpsu")
     note = (
-        "note: hub:corpsu: looked up on the Hugging Face hub. There is no folder 'corpsu' on this machine, but 'corpus'"
+        "note: hub:corpsu: looking it up on the Hugging Face hub. There is no folder 'corpsu' on this machine, but 'corpus'"
     )
 
     assert capsys.readouterr().err.startswith(note)

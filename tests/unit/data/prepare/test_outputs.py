@@ -114,10 +114,10 @@ def test_an_input_at_the_place_of_the_record_stays(tmp_path, how, force):
     config = config_of(tmp_path, str(tmp_path / "german"), name)
     before = snapshot(tmp_path)
 
-    with pytest.raises(DataError, match=r"is an input, and at the same time the output's file .*german\.json"):
+    with pytest.raises(DataError, match=r"is an input and would be overwritten by the output file .*german\.json"):
         run([name], tmp_path / "german", force=force)
     with pytest.raises(DataError, match="is an input"):
-        prepare_missing_data(config, workers=1, force=force, say=lambda line: None)
+        prepare_missing_data(config, workers=1, force=force, log=lambda line: None)
     assert snapshot(tmp_path) == before
 
 
@@ -145,11 +145,11 @@ def test_an_independent_validation_pair_stays(data):
     own = {name: content for name, content in snapshot(data).items() if "validation" in name}
     assert len(own) == 3
     config = config_of(data, str(data / "german"), str(data / "a.jsonl"), validation=str(data / "german-validation"))
-    prepare_missing_data(config, workers=1, say=lambda line: None)
+    prepare_missing_data(config, workers=1, log=lambda line: None)
     run([data / "a.jsonl"], data / "german", force=True)
     for force in (False, True):
         with pytest.raises(
-            DataError, match=r"german-validation\.idx, .*german-validation\.bin: exist and were not made"
+            DataError, match=r"german-validation\.idx, .*german-validation\.bin: exist, and were not written by"
         ):
             run([data / "a.jsonl"], data / "german", holdout=0.2, force=force)
     (data / "german-validation.json").unlink()
@@ -206,7 +206,7 @@ def test_a_full_disk_names_where_it_is_full(data):
 def test_inputs_without_text_are_an_error_in_words(data):
     """No private name of a class is printed."""
     (data / "void.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"^the inputs hold no text: no document$") as refused:
+    with pytest.raises(DataError, match=r"^the inputs contain no text: no document$") as refused:
         run([data / "void.jsonl"], data / "out")
 
     assert type(refused.value) is DataError
@@ -218,7 +218,7 @@ def test_what_is_held_out_of_another_output_is_not_an_output(data, force):
     run([data / "a.jsonl"], data / "german", holdout=0.2)
     run([data / "a.jsonl"], data / "pile")
     before = snapshot(data)
-    with pytest.raises(DataError, match=r"is where .*german keeps its held-out documents"):
+    with pytest.raises(DataError, match=r"contains the validation data of .*german"):
         run([data / "a.jsonl"], data / "german-validation", force=force)
     assert snapshot(data) == before
     run([data / "a.jsonl"], data / "pile-validation", force=force)
@@ -321,7 +321,7 @@ def test_a_source_prepares_the_pair_that_training_reads(data, train):
             validation=str(data / "x-validation.bin"),
             source="holdout = 0.2",
         )
-        assert prepare_missing_data(config, workers=1, say=lines.append) == is_first
+        assert prepare_missing_data(config, workers=1, log=lines.append) == is_first
 
     assert len(lines) == 2, "the second time there was nothing to prepare"
     assert {path.name for path in data.iterdir()} - {"a.jsonl", "config.toml"} == {
@@ -365,8 +365,8 @@ def test_without_a_terminal_a_line_tells_now_and_then_how_far_it_is(data, small_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "data/"], "data/: names a folder"),
-        (["--output", "."], ".: names a folder"),
+        (["--output", "data/"], "data/: is a folder"),
+        (["--output", "."], ".: is a folder"),
         (["--output", "data/", "--train-tokenizer", "300"], "data/ is a folder: name the file"),
         (["--output", "data", "--train-tokenizer", "300"], "data: is a folder; name the file to write"),
     ],
@@ -390,7 +390,7 @@ def test_a_folder_as_input_is_told_how_to_name_its_files(data):
     for name, message in [
         ("raw/txt", r"is a folder: name its files, such as '.*raw/txt/\*\.txt' '.*raw/txt/\*\.jsonl\.gz'"),
         ("raw/", r"is a folder: name its files, such as '.*raw/\*/\*\.txt'"),
-        ("none", "is a folder: name files and not folders; it holds none that can be read"),
+        ("none", "is a folder: name files, not folders; it contains no supported file"),
     ]:
         with pytest.raises(DataError, match=message):
             run([f"{data}/{name}"], data / "out")
@@ -443,7 +443,7 @@ def test_ctrl_c_ends_prepare_in_a_line_and_the_same_command_resumes(tmp_path, wo
     kept = "finished parts are kept in out.partial: the same command resumes from them"
     assert lines == [f"stopped by Ctrl-C: out: not prepared; {kept}"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert (ended.returncode, "parts were done already" in ended.stdout) == (0, True)
+    assert (ended.returncode, "parts were finished by an earlier run" in ended.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypat
     assert run([name], tmp_path / "out", text_field="body").already_done
 
     (tmp_path / "set" / "train.jsonl").write_text(jsonl(["new"], "body"))
-    with pytest.raises(DataError, match="made in another way: input"):
+    with pytest.raises(DataError, match="made differently: input"):
         run([name], tmp_path / "out", text_field="body")
     with pytest.raises(DataError, match=r"train\.jsonl:1: no field 'text'; its fields are body, id"):
         run([name], tmp_path / "other")
@@ -123,25 +123,25 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2: no field 'text'; its fields are txt: .*--text-f"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"a\.jsonl:2: 'text' is None; allowed is a string"),
         ("a.jsonl", b'["a"]\n', r"a\.jsonl:1: is \['a'\]; allowed is an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: byte 0xff is no UTF-8"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: the text holds '\\ud800', half of a surrogate pair"),
-        ("a.txt", b"one\ntwo \xe4\n", r"a\.txt:2: byte 0xe4 is no UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: the text contains '\\ud800', half of a surrogate pair"),
+        ("a.txt", b"one\ntwo \xe4\n", r"a\.txt:2: byte 0xe4 is not UTF-8"),
         ("a.json", b'[{"text": "a"}, {"text": 5}]', r"a\.json: row 2: 'text' is 5"),
         ("a.json", b'[{"text": "a"}, 7]', r"a\.json: row 2: is 7; allowed is an object"),
         ("a.json", b'[{"text": "a"}', r"a\.json: is not JSON"),
-        ("a.jsonl.gz", gzip.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.gz: damaged or cut short"),
-        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: damaged or cut short"),
+        ("a.jsonl.gz", gzip.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.gz: damaged or incomplete"),
+        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: damaged or incomplete"),
         ("a.jsonl.zst", zstandard.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.zst: ends within"),
         ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst: damaged"),
         ("a.jsonl.zst", zstandard.compress(b"{}\n") + zstandard.compress(jsonl(words(500)).encode())[:-9],
          r"a\.jsonl\.zst: ends within"),
-        ("a.jsonl.bz2", bz2.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.bz2: damaged or cut short"),
-        ("a.jsonl.xz", lzma.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.xz: damaged or cut short"),
-        ("a.jsonl.xz", b"no xz at all", r"a\.jsonl\.xz: damaged or cut short"),
-        *[(f"a.jsonl{suffix}", b"", rf"a\.jsonl\{suffix}: 0 bytes, .*it was cut short; copy it again")
+        ("a.jsonl.bz2", bz2.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.bz2: damaged or incomplete"),
+        ("a.jsonl.xz", lzma.compress(jsonl(words(500)).encode())[:-20], r"a\.jsonl\.xz: damaged or incomplete"),
+        ("a.jsonl.xz", b"no xz at all", r"a\.jsonl\.xz: damaged or incomplete"),
+        *[(f"a.jsonl{suffix}", b"", rf"a\.jsonl\{suffix}: 0 bytes, .*the file is incomplete; copy it again")
           for suffix in (".gz", ".zst")],
-        ("a.jsonl.bz2", b"", r"a\.jsonl\.bz2: damaged or cut short"),
-        ("a.jsonl.xz", b"", r"a\.jsonl\.xz: damaged or cut short"),
+        ("a.jsonl.bz2", b"", r"a\.jsonl\.bz2: damaged or incomplete"),
+        ("a.jsonl.xz", b"", r"a\.jsonl\.xz: damaged or incomplete"),
         ("a.txt.zst", b"", r"a\.txt\.zst: 0 bytes"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt: looks like UTF-16; convert it to UTF-8"),
         ("a.txt", "text".encode("utf-16-le"), r"a\.txt: looks like UTF-16"),
@@ -150,7 +150,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         ("a.json", b"[]".decode().encode("utf-16"), r"a\.json: looks like UTF-16"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read as parquet"),
         ("a.csv", b"text\n", r"a\.csv: unsupported file type; allowed are \.txt, \.jsonl"),
-        ("a.txt", b" ", "^the inputs hold no text: 1 documents, all of them empty"),
+        ("a.txt", b" ", "^the inputs contain no text: 1 documents, all of them empty"),
         (None, b"", r"none\.txt: no such file"),
     ],
 )  # fmt: skip
@@ -305,7 +305,7 @@ def test_a_hold_out_that_would_be_empty_is_refused(tmp_path):
     """Validation on nothing is found now and not in training."""
     (tmp_path / "a.txt").write_text("a")
 
-    with pytest.raises(DataError, match=r"--holdout 1e-09 puts 0 of 1 documents on the held-out side"):
+    with pytest.raises(DataError, match=r"--holdout 1e-09 makes 0 of 1 documents validation data"):
         run([tmp_path / "a.txt"], tmp_path / "out", holdout=1e-9)
 
 
