@@ -95,7 +95,7 @@ def test_without_the_key_documents_begin_with_their_text_and_prepare_says_so(tmp
     (tmp_path / "a.jsonl").write_text(jsonl(["ab", "b"]))
     result = run([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=saved(library, tmp_path / "t"))
 
-    assert f"its post-processor puts {bos} before every text" in result.summary
+    assert f"its post-processor adds {bos} before every text" in result.summary
     assert "--add-bos (in a config, tokenizer.add_bos = true) adds it" in result.summary
     assert library.token_to_id(bos) not in TokenStream([tmp_path / "out"]).read(0, result.counts.tokens)
     assert "add_bos" not in json.loads((tmp_path / "out.json").read_text())
@@ -149,7 +149,7 @@ def test_several_tokens_before_a_text_are_refused_by_name(tmp_path):
         single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 257), ("<sop>", 258)]
     )
 
-    with pytest.raises(DataError, match=r"puts 2 tokens before a text \(\[gMASK\] <sop>\)"):
+    with pytest.raises(DataError, match=r"adds 2 tokens before a text \(\[gMASK\] <sop>\)"):
         load_tokenizer(saved(library, tmp_path)).with_bos(True)
 
 
@@ -161,7 +161,7 @@ def test_a_template_whose_id_is_another_tokens_is_refused(tmp_path):
     spec["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]["ids"] = [97]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
 
-    with pytest.raises(DataError, match=r"gives <\|begin_of_text\|> the id 97, which its vocabulary does not"):
+    with pytest.raises(DataError, match=r"gives <\|begin_of_text\|> the id 97, but its vocabulary does not"):
         load_tokenizer(path).with_bos(True)
 
 

@@ -1,6 +1,7 @@
-"""What turns text into ids: bytes, tiktoken, or the `tokenizers` library. tokenizer.py chooses among them.
+"""Tokenizer backends: bytes, tiktoken and the `tokenizers` library; `best_backend` chooses one for a tokenizer.json.
 
-tiktoken and tokenizers are imported where they are used: a plan asks for a vocabulary alone and must answer at once.
+tiktoken and tokenizers are imported inside functions, so that a plan, which needs only the vocabulary size, starts
+quickly.
 """
 
 import functools
@@ -17,8 +18,8 @@ from titan_cpt.data.tokenizer.special_tokens import GuardedSpec, literals
 from titan_cpt.data.tokenizer.tiktoken_bpe import CannotConvertError, TiktokenSpec, to_tiktoken
 from titan_cpt.errors import DataError
 
-MOST_LITERALS = 64  # special tokens whose names are tried when a tokenizer is opened; every text is checked anyway
-LONGEST_SPACE = 50_000  # tiktoken's regular expressions run out of stack between 400,000 and 1,000,000 white spaces
+MAX_TESTED_SPECIAL_TOKENS = 64  # whose names are encoded when a tokenizer is opened; every text is checked later
+LONGEST_WHITE_SPACE = 50_000  # tiktoken's regular expressions overflow the stack at 400,000 to 1,000,000 white spaces
 TOKENIZER_TEST_STRINGS = (
     *("", " ", "  ", "   ", "a", " a", "  a", "a ", "a  ", "a\nb", "a\n\nb", "a \n b", "a\n  b", "\n\n\n", "\t\tx\t "),
     *(
@@ -52,20 +53,20 @@ TOKENIZER_TEST_STRINGS = (
 
 
 class TokenizerBackend(Protocol):
-    """Texts to ids and back."""
+    """Encodes texts to ids and decodes ids to text."""
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """The ids of the texts, and what was lost."""
+        """Return the ids of the texts, and the characters that were lost."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; bytes that are not UTF-8 become U+FFFD."""
 
 
 class BytesBackend:
-    """Ids are the bytes of UTF-8."""
+    """Ids are UTF-8 bytes."""
 
     def __init__(self, table: Sequence[bytes]) -> None:
-        """Args: the bytes of every id, special tokens included."""
+        """Set the bytes of every id, special tokens included."""
         self._table = table
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -80,16 +81,23 @@ class BytesBackend:
 
 
 class TiktokenBackend:
-    """A converted byte-level BPE. A text that tiktoken cannot stomach goes to the `tokenizers` library.
+    """A byte-level BPE that was converted to tiktoken, with a fallback for texts that tiktoken cannot encode.
 
-    Inside, a number below the count of ranks is a rank of tiktoken's; a larger one is an id, shifted by that count.
+    Internally, a number below the number of ranks is a tiktoken rank; others are ids plus the number of ranks.
     """
 
-    def __init__(self, conversion: TiktokenSpec, table: Sequence[bytes], exact: Callable[[], TokenizerBackend]) -> None:
-        """Args: the conversion; the bytes of every id; a way to the engine that can do everything, slowly.
+    def __init__(
+        self, conversion: TiktokenSpec, table: Sequence[bytes], fallback: Callable[[], TokenizerBackend]
+    ) -> None:
+        """Build the tiktoken encoding.
+
+        Args:
+            conversion: the tokenizer in tiktoken's terms.
+            table: the bytes of every id.
+            fallback: returns the `tokenizers` backend, which is slower and encodes every text.
 
         Raises:
-            CannotConvertError: tiktoken does not know the pattern's dialect.
+            CannotConvertError: tiktoken does not support the regular expression.
         """
         import tiktoken
 
@@ -101,32 +109,37 @@ class TiktokenBackend:
             raise CannotConvertError(f"tiktoken refuses its pattern: {fault}") from fault
         self._offset = len(conversion.ids)
         self._id_of = np.concatenate((conversion.ids, np.arange(len(table), dtype=np.int64)))
-        self._bytes_of = np.zeros(len(self._id_of), dtype=np.int64)  # only what tiktoken made is counted
+        self._bytes_of = np.zeros(len(self._id_of), dtype=np.int64)  # 0 for ids that tiktoken does not produce
         self._bytes_of[: self._offset] = [len(token) for token in conversion.ranks]
         self._nfc = conversion.nfc
-        self._raw, self._normal = _Cutter(conversion.raw_tokens), _Cutter(conversion.normal_tokens)
+        self._raw, self._normal = (
+            _AddedTokenSplitter(conversion.raw_tokens),
+            _AddedTokenSplitter(conversion.normal_tokens),
+        )
         self._table = table
-        self._exact = exact
+        self._fallback = fallback
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """See TokenizerBackend.
 
         Raises:
-            DataError: a text cannot be done by tiktoken, and `tokenizers` is not installed.
+            DataError: tiktoken cannot encode a text, and `tokenizers` is not installed.
         """
         numbers: list[int] = []
         lengths = []
         utf8_bytes = 0
         for text in texts:
             before = len(numbers)
-            if _has_long_space(text):
-                numbers += (self._exact().encode([text]).ids + self._offset).tolist()
+            if _has_long_white_space(text):
+                numbers += (self._fallback().encode([text]).ids + self._offset).tolist()
             else:
                 utf8_bytes += self._append(text, numbers)
             lengths.append(len(numbers) - before)
         array = np.array(numbers, dtype=np.int64)
         if int(self._bytes_of[array].sum()) != utf8_bytes:
-            return self._exact().encode(texts)  # the pattern leaves gaps, which tiktoken drops and `tokenizers` keeps
+            return self._fallback().encode(
+                texts
+            )  # tiktoken drops text that the pattern does not match; `tokenizers` keeps it
         return Encoded(self._id_of[array], np.array(lengths, dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -134,13 +147,13 @@ class TiktokenBackend:
         return _join(self._table, ids)
 
     def _append(self, text: str, numbers: list[int]) -> int:
-        """Append the numbers of a text; return the bytes of UTF-8 that tiktoken was given."""
+        """Append the numbers of a text; return the number of UTF-8 bytes that tiktoken encoded."""
         utf8_bytes = 0
-        for part in self._raw.cut(text):
+        for part in self._raw.split(text):
             if isinstance(part, int):
                 numbers.append(part + self._offset)
                 continue
-            for piece in self._normal.cut(self._normalised(part)):
+            for piece in self._normal.split(self._normalized(part)):
                 if isinstance(piece, int):
                     numbers.append(piece + self._offset)
                 else:
@@ -148,7 +161,7 @@ class TiktokenBackend:
                     numbers += self._tiktoken.encode_ordinary(piece)
         return utf8_bytes
 
-    def _normalised(self, text: str) -> str:
+    def _normalized(self, text: str) -> str:
         if not self._nfc or text.isascii() or unicodedata.is_normalized("NFC", text):
             return text
         return unicodedata.normalize("NFC", text)
@@ -157,71 +170,71 @@ class TiktokenBackend:
 def best_backend(
     spec: dict[str, Any], name: str, guarded: GuardedSpec, table: Sequence[bytes]
 ) -> tuple[TokenizerBackend, str | None]:
-    """Return tiktoken where it gives the file's own tokens, otherwise the `tokenizers` library and a note that says so.
+    """Return the tiktoken backend if it gives exactly the file's tokens, otherwise `tokenizers` and the reason.
 
-    Where the library is installed, it is compared with the file, token by token, and with tiktoken on a battery of
-    awkward texts. No engine may give a special token's id for the token's name in a text.
+    If the `tokenizers` library is installed, its ids are compared with the file, token by token, and with tiktoken on
+    TOKENIZER_TEST_STRINGS. No backend may encode the name of a special token in a text as that token.
 
     Args:
-        spec: the content of the tokenizer.json.
-        name: its path, for messages.
-        guarded: the same with special tokens that no text becomes.
+        spec: content of the tokenizer.json.
+        name: path of the tokenizer.json, for messages.
+        guarded: the same content, changed so that no text becomes a special token.
         table: the bytes of every id.
 
     Raises:
-        DataError: the `tokenizers` library is needed and is not installed, does not accept the file, or numbers its
-            tokens otherwise; or a text becomes a special token.
+        DataError: the `tokenizers` library is needed but not installed, rejects the file, or gives its tokens other
+            ids; or a text becomes a special token.
     """
 
     @functools.cache
     def exact() -> HuggingFaceBackend:
         return HuggingFaceBackend(spec, name, guarded, table)
 
-    engine, note = _best(guarded, name, table, exact)
-    _check_literals(engine, guarded, name)
-    return engine, note
+    backend, note = _best(guarded, name, table, exact)
+    _check_literals(backend, guarded, name)
+    return backend, note
 
 
 def _best(
     guarded: GuardedSpec, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
 ) -> tuple[TokenizerBackend, str | None]:
-    """tiktoken if it can be used, otherwise the exact engine and the reason."""
+    """Return the tiktoken backend if it can be used, otherwise the `tokenizers` backend and the reason."""
     try:
-        engine = TiktokenBackend(to_tiktoken(guarded.spec), table, exact)
+        backend = TiktokenBackend(to_tiktoken(guarded.spec), table, exact)
         if importlib.util.find_spec("tokenizers"):
-            _compare(engine, exact(), guarded)
+            _compare(backend, exact(), guarded)
     except CannotConvertError as reason:
         return exact(), f"{name}: uses the `tokenizers` library, about half as fast as tiktoken: {reason}"
-    return engine, None
+    return backend, None
 
 
-def _compare(engine: TokenizerBackend, exact: TokenizerBackend, guarded: GuardedSpec) -> None:
-    """Raise CannotConvertError at the first text of the battery on which two engines differ."""
-    for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MOST_LITERALS])):
-        found, expected = engine.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
+def _compare(backend: TokenizerBackend, exact: TokenizerBackend, guarded: GuardedSpec) -> None:
+    """Raise CannotConvertError for the first test string that the two backends encode differently."""
+    for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS])):
+        found, expected = backend.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
         if found != expected:
-            raise CannotConvertError(f"tiktoken gives {found} for {text!r}, and the file means {expected}")
+            raise CannotConvertError(f"tiktoken encodes {text!r} as {found}, the file defines {expected}")
 
 
-def _check_literals(engine: TokenizerBackend, guarded: GuardedSpec, name: str) -> None:
-    """Raise DataError if the name of a special token in a text becomes the token."""
+def _check_literals(backend: TokenizerBackend, guarded: GuardedSpec, name: str) -> None:
+    """Raise DataError if the name of a special token in a text becomes that token."""
     forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
-    for text in literals([*guarded.names][:MOST_LITERALS]):
-        for number in engine.encode([text]).ids.tolist():
+    for text in literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS]):
+        for number in backend.encode([text]).ids.tolist():
             if number in forbidden:
                 raise DataError(f"{name}: the text {text!r} becomes the special token {forbidden[number]!r}")
 
 
-class _Cutter:
-    """Cuts text at added tokens as the `tokenizers` library does: the leftmost first, of these the longest."""
+class _AddedTokenSplitter:
+    """Splits text at added tokens as the `tokenizers` library does: leftmost match first, then the longest."""
 
     def __init__(self, tokens: Mapping[str, int | None]) -> None:
         self._tokens = tokens
         longest_first = sorted(tokens, key=len, reverse=True)
         self._regex = re.compile("|".join(map(re.escape, longest_first))) if tokens else None
 
-    def cut(self, text: str) -> Iterator[str | int]:
-        """Yield pieces of text, and ids in place of added tokens; special ones are no more than text."""
+    def split(self, text: str) -> Iterator[str | int]:
+        """Yield pieces of text, and the ids of added tokens between them; names of special tokens remain text."""
         if self._regex is None:
             yield text
             return
@@ -235,10 +248,10 @@ class _Cutter:
         yield text[start:]
 
 
-def _has_long_space(text: str) -> bool:
-    """Whether a run of white space may overflow tiktoken's stack: looks for a whole block of it."""
-    blocks = range(0, len(text) - LONGEST_SPACE + 1, LONGEST_SPACE)
-    return any(text[start : start + LONGEST_SPACE].isspace() for start in blocks)
+def _has_long_white_space(text: str) -> bool:
+    """Whether white space may overflow tiktoken's stack; true if an aligned block is nothing else."""
+    blocks = range(0, len(text) - LONGEST_WHITE_SPACE + 1, LONGEST_WHITE_SPACE)
+    return any(text[start : start + LONGEST_WHITE_SPACE].isspace() for start in blocks)
 
 
 def _join(table: Sequence[bytes], ids: Sequence[int]) -> str:

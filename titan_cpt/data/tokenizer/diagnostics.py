@@ -1,4 +1,4 @@
-"""What `prepare` tells the user about a tokenizer: speed, the ends of documents, and what it loses of any text."""
+"""Notes about a tokenizer that `prepare` prints: speed, begin and end of documents, and losses in normalization."""
 
 import json
 from collections.abc import Iterator
@@ -17,45 +17,45 @@ _LOSSES = {
     "spaces at the end": ("word  ", "word"),
     "compatibility forms (\ufb01 becomes fi, \u00b2 becomes 2)": ("\ufb01", "fi"),
 }
-"""What texts may lose -> two texts that differ in it alone: it is lost where both have the same ids."""
+"""A feature of texts -> two texts that differ only in it. The tokenizer loses the feature if both have the same ids."""
 
 
 def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
-    """A line for each thing that the user should know. Loads the library that does the work."""
+    """Return the notes, one line each. Loads the tokenizer backend."""
     notes = [tokenizer.note, _bos(tokenizer), *_settings(tokenizer), _losses(tokenizer)]
     return [note for note in notes if note]
 
 
 def _bos(tokenizer: Tokenizer) -> str | None:
-    """Where transformers would begin each document with a token and these documents begin without."""
+    """A note if transformers would add a begin-of-document token and these documents have none."""
     if tokenizer.add_bos or tokenizer.bos is None or not tokenizer.bos.added:
         return None
     return (
-        f"{tokenizer.name}: its post-processor puts {tokenizer.bos.name} before every text, which these documents do "
-        "not have; --add-bos (in a config, tokenizer.add_bos = true) adds it"
+        f"{tokenizer.name}: its post-processor adds {tokenizer.bos.name} before every text, but these documents do not "
+        "have it; --add-bos (in a config, tokenizer.add_bos = true) adds it"
     )
 
 
 def _settings(tokenizer: Tokenizer) -> Iterator[str]:
-    """BPE dropout that is switched off, and an end-of-document token that transformers has otherwise."""
+    """Notes on BPE dropout, which is disabled, and on an end-of-document token other than that of transformers."""
     if tokenizer.name == BYTES:
         return
     path = Path(tokenizer.name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if dropout := (_read(file).get("model") or {}).get("dropout"):
-        yield f"{tokenizer.name}: its BPE dropout of {dropout} is off here, so that a text always has the same tokens"
+        yield f"{tokenizer.name}: its BPE dropout of {dropout} is disabled, so that a text always has the same tokens"
     named = _read(file.parent / "tokenizer_config.json").get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     end = tokenizer.decode([tokenizer.eod_id])
     if isinstance(named, str) and named != end:
         yield (
-            f"{tokenizer.name}: documents end with {end} (id {tokenizer.eod_id}), and the tokenizer_config.json beside "
-            f"it names {named} as the end of a text"
+            f"{tokenizer.name}: documents end with {end} (id {tokenizer.eod_id}), but the tokenizer_config.json beside "
+            f"it has eos_token = {named}"
         )
 
 
 def _losses(tokenizer: Tokenizer) -> str | None:
-    """What no token of this tokenizer tells; characters that have no token are counted text by text instead."""
+    """A note on features of texts that the tokenizer loses; `prepare` counts characters without a token instead."""
     lost = []
     for what, pair in _LOSSES.items():
         ids = tokenizer.encode_documents(pair)
@@ -66,7 +66,7 @@ def _losses(tokenizer: Tokenizer) -> str | None:
         return None
     return (
         f"{tokenizer.name}: its normalizer or pre-tokenizer removes {', '.join(lost)} from every text: no model can "
-        "learn them, and generated text has none"
+        "learn them, and generated text never contains them"
     )
 
 

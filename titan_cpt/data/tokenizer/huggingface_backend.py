@@ -1,6 +1,6 @@
-"""The `tokenizers` library behind the interface of backends.py: any tokenizer.json, text kept as text, losses counted.
+"""The `tokenizers` backend: encodes any tokenizer.json, keeps names of special tokens as text, counts lost characters.
 
-tokenizers is imported where it is used: a plan asks for a vocabulary alone and must answer at once.
+tokenizers is imported inside functions, so that a plan, which needs only the vocabulary size, starts quickly.
 """
 
 import functools
@@ -26,34 +26,34 @@ from titan_cpt.errors import DataError, how_to_install
 
 Ids = npt.NDArray[np.int64]
 _FORBIDDEN, _BYTE, _UNKNOWN = 1, 2, 3
-"""Kinds of ids that need a second look."""
+"""Kinds of ids that need an extra check."""
 
 
 class Encoded(NamedTuple):
-    """Texts as ids."""
+    """Encoded texts."""
 
     ids: Ids
-    """Of all texts, concatenated."""
+    """Ids of all texts, concatenated."""
     lengths: Ids
-    """Ids of each text."""
+    """Number of ids of each text."""
     lost: dict[int, str]
-    """Number of a text to the characters of it that became the unknown token or no token at all."""
+    """Index of a text -> its characters that became the unknown token or no token."""
 
 
 class HuggingFaceBackend:
-    """The `tokenizers` library itself: does everything a tokenizer.json can ask for, about half as fast."""
+    """The `tokenizers` library: supports every tokenizer.json, about half as fast as tiktoken."""
 
     def __init__(self, spec: dict[str, Any], name: str, guarded: GuardedSpec, table: Sequence[bytes]) -> None:
         """Open a tokenizer.
 
         Args:
-            spec: the content of its tokenizer.json.
-            name: its path, for messages.
-            guarded: the same with special tokens that no text becomes.
+            spec: content of the tokenizer.json.
+            name: path of the tokenizer.json, for messages.
+            guarded: the same content, changed so that no text becomes a special token.
             table: the bytes of every id.
 
         Raises:
-            DataError: the library is not installed, or does not accept the file.
+            DataError: the library is not installed, or rejects the file.
         """
         self._name, self._guarded = name, guarded
         self._whole = _library_tokenizer(spec, name)
@@ -74,10 +74,10 @@ class HuggingFaceBackend:
         self._matched = re.compile("|".join(map(re.escape, matched))) if matched else None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return the ids of the texts, and what was lost.
+        """Return the ids of the texts, and the characters that were lost.
 
         Raises:
-            DataError: the name of a special or byte token in a text cannot be told from the token itself.
+            DataError: a text contains the name of a special or byte token that cannot be kept as text.
         """
         encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         parts = [encoding.ids for encoding in encodings]
@@ -100,11 +100,11 @@ class HuggingFaceBackend:
         return Encoded(ids, lengths, lost)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; special tokens by their names."""
+        """Return the text; special tokens are decoded to their names."""
         return str(self._whole.decode(list(ids), skip_special_tokens=False))
 
     def _marked(self, ids: Ids, lengths: Ids) -> list[tuple[int, set[int]]]:
-        """The texts with ids that need a second look, and the kinds of these ids."""
+        """Return (index, kinds of ids) of the texts that contain ids which need an extra check."""
         marks = self._marks[ids]
         places = np.flatnonzero(marks)
         owners = np.searchsorted(np.cumsum(lengths), places, side="right")
@@ -114,13 +114,13 @@ class HuggingFaceBackend:
         return [*found.items()]
 
     def _without_named_bytes(self, text: str, encoding: Any) -> list[int]:
-        """Ids of a text in which only unknown characters become byte tokens, and the name of a byte token does not."""
+        """Return the ids of a text in which only unknown characters, not names of byte tokens, become byte tokens."""
         if kind_of(self._guarded.spec["model"]) != "Unigram":
             spans = zip(encoding.ids, encoding.offsets, strict=True)
             if any(number in self._guarded.byte_ids and end - start > 1 for number, (start, end) in spans):
                 raise DataError(
-                    f"{self._name}: a text holds the name of a byte token, such as <0x0A>, which this model takes for "
-                    f"the byte: {_begin(text)}. Remove it from the text"
+                    f"{self._name}: a text contains the name of a byte token, such as <0x0A>, which this model encodes "
+                    f"as the byte: {_begin(text)}. Remove it from the text"
                 )
             return list(encoding.ids)
         normalizer = self._encoder.normalizer
@@ -138,7 +138,7 @@ class HuggingFaceBackend:
         return _library_tokenizer(without_byte_fallback(self._guarded.spec), self._name)
 
     def _dropped(self, text: str) -> str:
-        """The characters of a text that a BPE without an unknown token leaves out."""
+        """Return the characters of a text that a BPE without an unknown token drops."""
         if self._matched is not None:
             text = self._matched.sub("", text)
         for character in set(text) - self._is_dropped.keys():
@@ -150,18 +150,18 @@ class HuggingFaceBackend:
 
 
 def _joined(parts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
-    """The ids of all texts, concatenated, and the number of ids of each."""
+    """Return the ids of all texts, concatenated, and the number of ids of each."""
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
 
 def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
-    """A tokenizer of the `tokenizers` library that leaves the names of special tokens in a text as text."""
+    """Open a tokenizer of the `tokenizers` library that encodes names of special tokens as text."""
     try:
         import tokenizers
     except ImportError as fault:
         raise DataError(
-            f"{name}: needs the `tokenizers` library for what tiktoken cannot do ({fault}); "
+            f"{name}: tiktoken cannot encode this; the `tokenizers` library is needed ({fault}); "
             f"{how_to_install('tokenizers')}"
         ) from fault
     plain = {**spec, "truncation": None, "padding": None, "post_processor": None}
@@ -174,14 +174,14 @@ def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
 
 
 def _alphabet(model: dict[str, Any], *, byte_level: bool) -> frozenset[str] | frozenset[int]:
-    """The characters, or the bytes, that a BPE begins with."""
+    """Return the characters, or the bytes, that a BPE starts from."""
     prefix = model.get("continuing_subword_prefix") or ""
     single = {token for word in model["vocab"] if len(token := word.removeprefix(prefix)) == 1}
     return frozenset(BYTE_OF[token] for token in single & BYTE_OF.keys()) if byte_level else frozenset(single)
 
 
 def _check_ids(tokenizer: Any, spec: dict[str, Any], name: str) -> None:
-    """Raise DataError where the library gives a token another id than the file."""
+    """Raise DataError if the library gives a token another id than the file."""
     added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
     wanted = {**model_vocab(spec["model"]), **added}
     found = tokenizer.get_vocab(with_added_tokens=True)
@@ -189,8 +189,8 @@ def _check_ids(tokenizer: Any, spec: dict[str, Any], name: str) -> None:
         return
     token = next(token for token in {**wanted, **found} if found.get(token) != wanted.get(token))
     raise DataError(
-        f"{name}: {token!r} has id {wanted.get(token)} in the file, and {found.get(token)} in the `tokenizers` "
-        "library, which transformers uses for an export: write the file with that library"
+        f"{name}: {token!r} has id {wanted.get(token)} in the file, but {found.get(token)} in the `tokenizers` "
+        "library, which transformers uses after an export: save the file again with that library"
     )
 
 

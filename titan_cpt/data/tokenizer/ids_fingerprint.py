@@ -1,7 +1,7 @@
-"""Whether two tokenizers give the same ids, whatever their files look like. Imports no torch.
+"""A fingerprint of the ids that a tokenizer gives, independent of how its file is written. Does not import torch.
 
-A tokenizer.json that transformers saved again has other bytes, and the byte tokenizer has a file only once it was
-exported: the fingerprint of the file cannot compare them, what decides the ids can.
+transformers saves a tokenizer.json with other bytes than it read, and the byte tokenizer has a file only after an
+export. The hash of the file cannot compare such tokenizers; the hash of everything that determines the ids can.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def ids_fingerprint(path: str) -> str:
     """SHA-256 over the vocabulary, merges, normalizer, pre-tokenizer and added tokens: equal where all ids are equal.
 
     Args:
-        path: "bytes", a tokenizer.json or a folder that holds one.
+        path: "bytes", a tokenizer.json, or the folder of one.
 
     Raises:
-        DataError: the file is missing or is no tokenizer.json.
+        DataError: the file is missing or is not a tokenizer.json.
     """
     if path == BYTES:
         spec = byte_tokenizer_json(256)
     else:
-        fingerprint_of(path)  # raises what is wrong with the file
+        fingerprint_of(path)  # raises DataError for an unreadable file
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         spec = json.loads(file.read_text(encoding="utf-8"))
     try:
@@ -44,16 +44,16 @@ def ids_fingerprint(path: str) -> str:
                 for token in spec.get("added_tokens") or []
             ),
         }
-    except (AttributeError, KeyError, TypeError) as error:  # of a file that is built otherwise than all others
-        raise DataError(f"{path}: is no tokenizer.json of the usual build ({type(error).__name__}: {error})") from None
+    except (AttributeError, KeyError, TypeError) as error:  # a file of unusual structure
+        raise DataError(f"{path}: is not a valid tokenizer.json ({type(error).__name__}: {error})") from None
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def byte_tokenizer_json(eod_id: int) -> dict[str, Any]:
-    """The byte tokenizer as a tokenizer.json: a byte-level BPE that has no merges, its ids the bytes themselves."""
+    """Return the byte tokenizer as a tokenizer.json: a byte-level BPE without merges, whose ids are the bytes."""
     vocabulary = {}
     for code in range(0x144):
-        with contextlib.suppress(KeyError):  # the characters that stand for no byte
+        with contextlib.suppress(KeyError):  # a character that represents no byte
             vocabulary[chr(code)] = token_bytes(chr(code))[0]
     end = {"id": eod_id, "content": END_OF_DOCUMENT, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -71,7 +71,7 @@ def byte_tokenizer_json(eod_id: int) -> dict[str, Any]:
 
 
 def _model(model: dict[str, Any]) -> dict[str, Any]:
-    """Without what is off; merges as pairs, which older files write as one string, and the type, which they omit."""
+    """Normalize a model: drop unset options, write merges as pairs and add the type, which older files omit."""
     merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
     kept = {key: value for key, value in model.items() if value not in (None, False, "", [])}
     return {"type": "BPE" if "merges" in model else None, **kept, "merges": merges}

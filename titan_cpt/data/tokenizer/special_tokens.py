@@ -1,9 +1,9 @@
-"""Special tokens of a tokenizer.json: their names, their ids, and a model that never makes one from text.
+"""Special tokens of a tokenizer.json: their names and ids, and how to keep their names in a text from becoming them.
 
-A special token's name inside a text, such as a literal </s>, is text. The `tokenizers` library can leave special tokens
-unmatched, but its models still know their names: a Unigram, WordLevel or WordPiece model has them in its vocabulary, a
-BPE may reach them by merging, and <0x0A> is the newline's byte token in all vocabularies with byte fallback. So the
-names are taken out of the reach of text before a model is built: `keep_text_as_text`.
+A literal </s> in a text is text. The `tokenizers` library can skip matching special tokens, but its models still know
+their names: a Unigram, WordLevel or WordPiece model has them in its vocabulary, a BPE may merge them, and with byte
+fallback <0x0A> is the byte token of the newline. `keep_text_as_text` therefore renames these entries, so that no text
+can match them.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ END_NAMES = (
     *("<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "</s>"),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-"""The usual names. </s> and <s> come late: in Gemma's vocabulary, beside <eos> and <bos>, they are tags of HTML."""
+"""Usual names, in order of preference. </s> and <s> come late: in Gemma's vocabulary, beside <eos> and <bos>, they are
+HTML tags."""
 BEGIN_NAMES = (
     *("<|begin_of_text|>", "<bos>", "<|bos|>", "<s>"),
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
@@ -29,38 +30,38 @@ BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 class GuardedSpec(NamedTuple):
-    """A tokenizer.json whose special tokens no text can become."""
+    """The content of a tokenizer.json, changed so that no text becomes a special token."""
 
     spec: dict[str, Any]
-    """The content to build the encoder from; the given one where nothing had to be changed."""
+    """Content to build the encoder from; the original if nothing had to be changed."""
     names: dict[str, int]
-    """Special tokens by name; their ids never come from a text."""
+    """Name -> id of the special tokens; no text is encoded to these ids."""
     unknown_id: int | None
-    """The id of characters that the model does not know, None if it has none."""
+    """Id of the unknown token, or None."""
     byte_ids: tuple[int, ...]
-    """Ids of <0x00> to <0xFF> where both the fallback to bytes and a text may give them, otherwise ()."""
+    """Ids of <0x00> to <0xFF> if both byte fallback and their names in a text may give them, otherwise ()."""
 
 
 class BosToken(NamedTuple):
-    """What stands before a text."""
+    """The begin-of-document (BOS) token of a tokenizer, or several such tokens."""
 
     ids: tuple[int, ...]
     name: str
     added: bool
-    """Whether the file's post-processor puts it there, as transformers then does by default."""
+    """Whether the file's post-processor adds it to each text, as transformers does by default."""
 
 
 def model_vocab(model: dict[str, Any]) -> dict[str, int]:
-    """Token to id without added tokens; a Unigram model lists [token, score] in the order of ids."""
+    """Return token -> id without added tokens; a Unigram model lists [token, score] in the order of ids."""
     vocab = model["vocab"]
     return vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
 
 
 def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
-    """Compare the ids of the added tokens with those that the `tokenizers` library gives them.
+    """Compare the ids of the added tokens with those that the `tokenizers` library assigns.
 
-    The library ignores the ids in the file: an added token has the id of the model's vocabulary if it is in there, and
-    otherwise the vocabulary's length plus its place among the new ones. transformers does the same with an export.
+    The library ignores the ids in the file: an added token that is in the model's vocabulary has the id from there, and
+    the others follow the vocabulary in order. transformers does the same when it loads an export.
 
     Raises:
         DataError: an id differs, or two tokens share one.
@@ -75,8 +76,8 @@ def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
             numbered[content] = known.get(content, following)
             following += content not in known
         if not content or token["id"] != numbered[content]:
-            wanted = f"{numbered[content]} by the library" if content else "none by the library: it is empty"
-            faults.append(f"{content!r} has id {token['id']} in the file and {wanted}")
+            expected = f"{numbered[content]} in the library" if content else "none in the library, because it is empty"
+            faults.append(f"{content!r} has id {token['id']} in the file, but {expected}")
     owners: dict[int, str] = {}
     for content, number in {**known, **numbered}.items():
         if owners.setdefault(number, content) != content:
@@ -84,18 +85,18 @@ def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise DataError(
-            f"{path}: the `tokenizers` library, and transformers with it, numbers tokens otherwise than the file says: "
+            f"{path}: the `tokenizers` library, which transformers uses, assigns other ids than the file: "
             f"{'; '.join(faults[:3])}{more}. Added tokens must follow the vocabulary without gaps, in the order of "
             "their ids: sort added_tokens by id and fill each gap with an unused token, such as <|unused0|>"
         )
 
 
 def find_bos_token(spec: dict[str, Any], numbers: dict[str, int]) -> BosToken | None:
-    """The begin-of-document token: what the post-processor puts before a text, otherwise the first usual name.
+    """Return the begin-of-document token: the one that the post-processor adds, otherwise the first usual name.
 
     Args:
-        spec: the content of a tokenizer.json.
-        numbers: token to id, added tokens included.
+        spec: content of a tokenizer.json.
+        numbers: token -> id, added tokens included.
     """
     for part in _post_processors(spec):
         ids, names = _before_text(part)
@@ -106,19 +107,19 @@ def find_bos_token(spec: dict[str, Any], numbers: dict[str, int]) -> BosToken | 
 
 
 def usual_name(names: Iterable[str], spec: dict[str, Any], numbers: Mapping[str, int]) -> str | None:
-    """The first of these names that the file declares as special, otherwise the first that the vocabulary has."""
+    """Return the first name that the file declares special, otherwise the first that the vocabulary contains."""
     declared = {token["content"] for token in spec.get("added_tokens") or [] if token.get("special")}
     there = [name for name in names if name in numbers]
     return next((name for name in there if name in declared), there[0] if there else None)
 
 
 def keep_text_as_text(spec: dict[str, Any], eod: str) -> GuardedSpec:
-    """Rename what the model would otherwise make of a special token's name, and drop merges that lead to it.
+    """Rename the vocabulary entries that a special token's name would match, and drop the merges that produce it.
 
-    Ids stay as they are. Names that no text reaches are left alone, so that most byte-level BPEs come back unchanged.
+    Ids do not change. Names that no text can match are kept, so most byte-level BPEs are returned unchanged.
 
     Args:
-        spec: the content of a tokenizer.json.
+        spec: content of a tokenizer.json.
         eod: name of the end-of-document token.
     """
     model = spec["model"]
@@ -150,13 +151,13 @@ def keep_text_as_text(spec: dict[str, Any], eod: str) -> GuardedSpec:
 
 
 def without_byte_fallback(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same model with byte tokens that no text reaches, and without its fallback to them."""
+    """Return the same model without byte fallback, and with byte tokens that no text can match."""
     hidden = _hide(spec, {*BYTE_NAMES}, {*BYTE_NAMES})
     return {**hidden, "model": {**hidden["model"], "byte_fallback": False}}
 
 
 def kind_of(model: dict[str, Any]) -> str:
-    """The model's type; old files leave it out."""
+    """Return the type of the model, which old files omit."""
     if model.get("type"):
         return str(model["type"])
     if isinstance(model["vocab"], list):
@@ -165,25 +166,25 @@ def kind_of(model: dict[str, Any]) -> str:
 
 
 def is_byte_level(spec: dict[str, Any]) -> bool:
-    """Whether the vocabulary is over the 256 characters that stand for bytes."""
+    """Whether the vocabulary uses the 256 characters that represent bytes."""
     return "ByteLevel" in json.dumps(spec.get("pre_tokenizer"))
 
 
 def literals(names: Iterable[str]) -> Iterator[str]:
-    """Texts that hold the names of special tokens."""
+    """Yield texts that contain the names of special tokens."""
     for name in names:
         yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
 
 
 def _post_processors(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of the post-processor that may add tokens."""
+    """Return the parts of the post-processor that may add tokens."""
     whole = spec.get("post_processor") or {}
     parts = whole["processors"] if whole.get("type") == "Sequence" else [whole]
     return [part for part in parts if part.get("type") in ("TemplateProcessing", "RobertaProcessing", "BertProcessing")]
 
 
 def _before_text(part: dict[str, Any]) -> tuple[tuple[int, ...], list[str]]:
-    """Ids and names of the tokens that a post-processor puts before a single text."""
+    """Return ids and names of the tokens that a post-processor adds before a single text."""
     if part["type"] != "TemplateProcessing":
         name, number = part["cls"]
         return (int(number),), [str(name)]
@@ -197,7 +198,7 @@ def _before_text(part: dict[str, Any]) -> tuple[tuple[int, ...], list[str]]:
 
 
 def _unknown(model: dict[str, Any]) -> str | None:
-    """The name of the unknown token; a Unigram model gives its place in the vocabulary."""
+    """Return the name of the unknown token; a Unigram model has its index in the vocabulary."""
     if kind_of(model) == "Unigram":
         place = model.get("unk_id")
         return None if place is None else str(model["vocab"][place][0])
@@ -205,7 +206,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _merges(model: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(left, right, product) of each merge of a BPE, in order."""
+    """Yield (left, right, product) of each merge of a BPE, in order."""
     prefix = len(model.get("continuing_subword_prefix") or "")
     for merge in model.get("merges") or []:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
@@ -213,14 +214,14 @@ def _merges(model: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _reachable(model: dict[str, Any], merged: set[str]) -> Any:
-    """Whether a text can become the vocabulary entry of a name: always, except where a BPE would have to merge it."""
+    """Return a predicate: can a text match this vocabulary entry? Always, unless a BPE has no merge for it."""
     if kind_of(model) != "BPE" or model.get("ignore_merges"):
         return lambda name: True
     return lambda name: name in merged or len(name) == 1
 
 
 def _hide(spec: dict[str, Any], hidden: set[str], unmerged: set[str]) -> dict[str, Any]:
-    """A copy in which the hidden names are called otherwise, and in which no merge makes or uses an unmerged one."""
+    """Return a copy with the hidden names renamed, and without merges that produce or use an unmerged name."""
     other = {name: f"\ufdd0{hashlib.sha256(name.encode()).hexdigest()}\ufdd0" for name in hidden}
     model = dict(spec["model"])
     if isinstance(model["vocab"], dict):
@@ -234,7 +235,7 @@ def _hide(spec: dict[str, Any], hidden: set[str], unmerged: set[str]) -> dict[st
         model["unk_token"] = other[model["unk_token"]]
     added = spec.get("added_tokens") or []
     renamed = [{**token, "content": other.get(token["content"], token["content"])} for token in added]
-    # The library still has to see the names themselves: a special token hides other added tokens inside its name.
+    # The library must still match the names: a special token hides other added tokens inside its name.
     last = max([*model_vocab(model).values(), *(token["id"] for token in added)], default=-1)
     names = [token for token in added if token["content"] in other and token.get("special")]
     extra = [{**token, "id": last + place} for place, token in enumerate(names, 1)]

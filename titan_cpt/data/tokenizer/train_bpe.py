@@ -12,20 +12,20 @@ from titan_cpt.errors import DataError, how_to_install
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: bool = False) -> bool:
-    """Train a byte-level BPE with GPT-2's pattern and write it as a tokenizer.json, whole or not at all.
+    """Train a byte-level BPE with GPT-2's pattern and write it atomically as a tokenizer.json.
 
     Args:
-        texts: what it is trained on.
-        vocab_size: entries in all: 256 bytes, <|endoftext|>, and the merges.
+        texts: training texts.
+        vocab_size: size of the vocabulary: 256 bytes, <|endoftext|> and the merges.
         output: the file to write.
-        force: replace another tokenizer.json.
+        force: replace a different tokenizer.json.
 
     Returns:
-        Whether the file was written; it is not where the same tokenizer is there already.
+        Whether the file was written; False if it already contains the same tokenizer.
 
     Raises:
-        DataError: the `tokenizers` library is not installed, the texts do not yield that many entries, or the file
-            exists and is another tokenizer, or no tokenizer at all, which `force` does not replace either.
+        DataError: the `tokenizers` library is not installed, the texts yield fewer entries, or the file exists and is
+            a different tokenizer (unless `force`) or not a tokenizer.
     """
     try:
         import tokenizers
@@ -34,7 +34,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
             f"training a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
         ) from fault
     if vocab_size < 257:
-        raise DataError(f"{output}: a vocabulary of {vocab_size}; allowed is 257 (bytes and {END_OF_DOCUMENT}) or more")
+        raise DataError(f"{output}: a vocabulary of {vocab_size}; the minimum is 257 (256 bytes and {END_OF_DOCUMENT})")
     _require_replaceable(output, vocab_size, force=force)
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -49,7 +49,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
     tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
         raise DataError(
-            f"{output}: the texts yield {size} entries, asked for were {vocab_size}: ask for {size} at most"
+            f"{output}: the texts yield only {size} entries, not {vocab_size}: choose a vocabulary of at most {size}"
         )
     content = tokenizer.to_str(pretty=True).encode()
     if output.exists() and output.read_bytes() == content:
@@ -61,7 +61,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
 
 
 def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
-    """Refuse a file that is not a tokenizer.json, and without `force` one that the training cannot give again."""
+    """Refuse a file that is not a tokenizer.json, and, without `force`, one with another vocabulary size."""
     if output.is_dir():
         raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'tokenizer.json'}")
     require_writable(output)
@@ -71,15 +71,15 @@ def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
         entries = vocab_size_of(str(output))
     except DataError as fault:
         raise DataError(
-            f"{output}: exists and is not a tokenizer that could be replaced; choose another --output, or rename or "
+            f"{output}: exists and is not a tokenizer, so it is not replaced; choose another --output, or rename or "
             f"remove it ({fault})"
         ) from None
     if entries != vocab_size and not force:
-        raise _another_tokenizer(output, f"it has {entries:,} entries and not {vocab_size:,}")
+        raise _another_tokenizer(output, f"it has {entries:,} entries, not {vocab_size:,}")
 
 
 def _another_tokenizer(output: Path, difference: str) -> DataError:
     return DataError(
-        f"{output}: exists and is another tokenizer, fingerprint {fingerprint_of(str(output))[:12]}: {difference}. All "
-        "data made with it would be refused afterwards. Choose another --output, or replace it with --force"
+        f"{output}: exists and is another tokenizer, fingerprint {fingerprint_of(str(output))[:12]}: {difference}. "
+        "Data tokenized with it could not be used with the new one. Choose another --output, or replace it with --force"
     )

@@ -289,7 +289,7 @@ def test_a_tokenizer_is_replaced_with_force_only(data):
     first = path.read_bytes()
     assert not train_tokenizer([str(data / "a.jsonl")], "text", 300, path, force=False)
     for text, entries, message in [
-        (data / "a.jsonl", 301, "it has 300 entries and not 301"),
+        (data / "a.jsonl", 301, "it has 300 entries, not 301"),
         (other, 300, "is another tokenizer, fingerprint [0-9a-f]{12}: the one trained now is [0-9a-f]{12}.*--force"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -303,7 +303,7 @@ def test_a_tokenizer_is_replaced_with_force_only(data):
     for output, message in [(other, "is an input"), (data / "link.json", "is an input"), (data, "is a folder")]:
         with pytest.raises(DataError, match=message):
             train_tokenizer([str(other)], "text", 300, output, force=True)
-    with pytest.raises(DataError, match="is not a tokenizer that could be replaced"):
+    with pytest.raises(DataError, match="is not a tokenizer, so it is not replaced"):
         train_tokenizer([str(other)], "text", 300, data / "a.jsonl", force=True)
     (data / "link.json").unlink()
     assert snapshot(data) == before

@@ -59,7 +59,7 @@ def test_bpe_dropout_is_off_and_said(tmp_path):
     ours = load_tokenizer(saved(tmp_path, dropout=0.9))
 
     assert ours.encode("abab " * 40) == [257, ours.encode(" ")[0]] * 40
-    assert [note for note in tokenizer_notes(ours) if "dropout of 0.9" in note and "is off here" in note]
+    assert [note for note in tokenizer_notes(ours) if "dropout of 0.9" in note and "is disabled" in note]
 
 
 @pytest.mark.parametrize("form", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
@@ -70,6 +70,6 @@ def test_another_end_of_text_beside_the_tokenizer_is_said(tmp_path, form):
     (note,) = tokenizer_notes(load_tokenizer(path))
 
     assert "documents end with <|endoftext|> (id 258)" in note
-    assert "names <|im_end|> as the end of a text" in note
+    assert "it has eos_token = <|im_end|>" in note
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     assert tokenizer_notes(load_tokenizer(path)) == []

@@ -133,7 +133,7 @@ def test_a_byte_name_that_a_bpe_cannot_tell_from_the_byte_is_refused_and_bytes_a
     ours = load_tokenizer(path)
 
     assert ours.encode("a\n") == [257, 10]
-    with pytest.raises(DataError, match="holds the name of a byte token"):
+    with pytest.raises(DataError, match="contains the name of a byte token"):
         ours.encode("<0x0A>")
 
 
@@ -148,7 +148,7 @@ def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monke
         load_tokenizer(unigram(tmp_path, fallback=False)).encode("plain text")
 
 
-def test_the_self_check_sees_it_of_any_engine():
+def test_the_self_check_sees_it_of_any_backend():
     """Not only of the `tokenizers` library: whatever is used is asked."""
     guarded = GuardedSpec({}, {"<|endoftext|>": 256}, None, ())
     wrong = backends.BytesBackend([bytes([byte]) for byte in range(256)])
@@ -180,14 +180,14 @@ BASE = {"a": 0, "b": 1, "</s>": 2}
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([("<x>", 5, True), ("<y>", 6, False)], "'<x>' has id 5 in the file and 3 by the library.*'<y>' has id 6"),
-        ([("<x>", 3, True), ("<y>", 5, True)], "'<y>' has id 5 in the file and 4 by the library"),
-        ([("<x>", 4, True), ("<y>", 3, False)], "'<x>' has id 4 in the file and 3 by the library"),
-        ([("b", 3, False)], "'b' has id 3 in the file and 1 by the library"),
-        ([("<x>", 3, True), ("<x>", 4, True)], "'<x>' has id 4 in the file and 3 by the library"),
-        ([("</s>", 3, True)], "'</s>' has id 3 in the file and 2 by the library"),
-        ([("<x>", 1, True)], "'<x>' has id 1 in the file and 3 by the library"),
-        ([("", 3, True)], "'' has id 3 in the file and none by the library"),
+        ([("<x>", 5, True), ("<y>", 6, False)], "'<x>' has id 5 in the file, but 3 in the library.*'<y>' has id 6"),
+        ([("<x>", 3, True), ("<y>", 5, True)], "'<y>' has id 5 in the file, but 4 in the library"),
+        ([("<x>", 4, True), ("<y>", 3, False)], "'<x>' has id 4 in the file, but 3 in the library"),
+        ([("b", 3, False)], "'b' has id 3 in the file, but 1 in the library"),
+        ([("<x>", 3, True), ("<x>", 4, True)], "'<x>' has id 4 in the file, but 3 in the library"),
+        ([("</s>", 3, True)], "'</s>' has id 3 in the file, but 2 in the library"),
+        ([("<x>", 1, True)], "'<x>' has id 1 in the file, but 3 in the library"),
+        ([("", 3, True)], "'' has id 3 in the file, but none in the library"),
     ],
 )
 def test_added_tokens_that_the_library_numbers_otherwise_are_refused(tmp_path, tokens, message):
@@ -264,7 +264,7 @@ def test_a_table_that_the_library_has_otherwise_is_refused(tmp_path, monkeypatch
     path = saved(tmp_path, models.BPE(BASE, []), [("<x>", 5, True)])
     monkeypatch.setattr("titan_cpt.data.tokenizer.tokenizer.check_added_tokens", lambda path, spec: None)
 
-    with pytest.raises(DataError, match="'<x>' has id 5 in the file, and 3 in the `tokenizers` library"):
+    with pytest.raises(DataError, match="'<x>' has id 5 in the file, but 3 in the `tokenizers` library"):
         load_tokenizer(path).encode("a")
 
 

@@ -242,12 +242,12 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
     words = [f"{number:b}"[1:].replace("0", "a").replace("1", "b") for number in range(2, 2**8)]
 
     try:
-        engine = TiktokenBackend(
+        backend = TiktokenBackend(
             to_tiktoken(json.loads(library.to_str())), [b"?"] * len(vocab), lambda: pytest.fail("unused")
         )
     except CannotConvertError:
         return
-    ids, lengths, _ = engine.encode(words)
+    ids, lengths, _ = backend.encode(words)
     expected = [part.ids for part in library.encode_batch(words)]
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
 
@@ -311,7 +311,7 @@ def test_a_conversion_that_differs_on_the_battery_is_not_used(tmp_path, monkeypa
     ours = load_tokenizer(str(path))
 
     assert ours.encode("It's  so") == reference(path).encode("It's  so").ids
-    assert "tiktoken gives" in (ours.note or "")
+    assert "tiktoken encodes" in (ours.note or "")
 
 
 def test_an_end_of_document_that_is_not_marked_special_is_still_not_made_by_a_text(tmp_path):
@@ -370,7 +370,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file.*'bytes', a tokenizer.json, or a folder"),
+        (None, "No such file.*'bytes', a tokenizer.json, or the folder"),
         ("\x00", "is not JSON"),
         ("[]", "has no model.vocab"),
         ('{"model": {"vocab": {}}}', "has no model.vocab"),
@@ -407,7 +407,7 @@ def test_a_trained_tokenizer_has_the_size_asked_for(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["tokenizer.json"]
 
 
-@pytest.mark.parametrize(("size", "message"), [(256, "allowed is 257"), (5000, "the texts yield")])
+@pytest.mark.parametrize(("size", "message"), [(256, "the minimum is 257"), (5000, "the texts yield")])
 def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path, size, message):
     """Neither too small for the bytes nor silently smaller than asked for; no file is left."""
     with pytest.raises(DataError, match=message):
