@@ -15,7 +15,7 @@ from pathlib import Path
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_files import WeightFiles, read_config
 from titan_cpt.checkpoint.storage import read_index
-from titan_cpt.common.metrics_file import losses_before, open_record, read_metrics
+from titan_cpt.common.metrics_file import baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.config.load import load_config
 from titan_cpt.data.formats.indexed import IndexedTokens
 from titan_cpt.data.prepare.provenance import read_record, tokenizer_provenance
@@ -205,10 +205,10 @@ def _record(folder: Path) -> None:
 
 
 def _metrics(folder: Path) -> None:
-    open_record(folder / "metrics.jsonl").close()
+    open_metrics_file(folder / "metrics.jsonl").close()
     record = read_run(folder)
     summarize_log(record)
-    losses_before(read_metrics(folder))
+    baseline_losses(read_metrics(folder))
 
 
 def _score(folder: Path) -> None:

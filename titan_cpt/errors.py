@@ -1,8 +1,7 @@
-"""The six errors that the package raises on purpose.
+"""The six exceptions that the package raises for its users, and messages for errors of the operating system.
 
-Each carries one message for its reader: where the fault is, what was found, what is allowed and what to do. The command
-line prints that message and no traceback. `exit_status` is what a program that called us may rely on. An OSError, which
-the operating system raises, is put into the same form by `os_error_message`.
+A message says where the problem is, what was found, what is allowed and what to do. The command line prints it without
+a traceback and exits with `exit_status`. `os_error_message` formats an OSError in the same way.
 """
 
 import errno
@@ -10,10 +9,11 @@ import os
 
 
 class TitanError(Exception):
-    """What the six share: a message meant for the user, and the exit status that goes with it.
+    """Base class: an error with a message for the user.
 
     Attributes:
-        on_every_rank: every rank raises this error or one for the same reason, so that only rank 0 prints it.
+        exit_status: exit status of the command that raises it.
+        on_every_rank: every rank raises it, or another error for the same reason; only rank 0 prints its message.
     """
 
     exit_status = 2
@@ -21,33 +21,33 @@ class TitanError(Exception):
 
 
 class ConfigError(TitanError):
-    """The TOML or a command-line override is at fault; the message lists every problem found."""
+    """The TOML file, an override or another option of the command line is wrong; the message lists every problem."""
 
 
 class PlanError(TitanError):
-    """The config is well formed, yet cannot be carried out (a budget that no data covers, a layout that cannot be)."""
+    """The config is valid but cannot be trained: too little data for a token budget, impossible parallelism degrees."""
 
 
 class DataError(TitanError):
-    """A text, token or tokenizer file is missing, damaged, or not what the run was planned on."""
+    """A text, token or tokenizer file is missing, damaged, or differs from the one that the run was planned with."""
 
 
 class CheckpointError(TitanError):
-    """A checkpoint is missing or damaged, or belongs to another recipe than the config's."""
+    """A checkpoint is missing or damaged, or was trained with other settings than the config has."""
 
 
 class AccessError(TitanError):
-    """The system does not let a file be read, written or locked: permission or input/output. That is not damage."""
+    """The operating system refuses to read, write or lock a file (permission or I/O error); the file may be intact."""
 
 
 class NumericsError(TitanError):
-    """A loss or a gradient is not finite. Not the user's mistake: the weights are as they were before that step."""
+    """A loss or gradient is not finite. The update was not applied: the weights are those before that step."""
 
     exit_status = 1
-    on_every_rank = True  # losses and norms are reduced over all ranks before they are looked at
+    on_every_rank = True  # losses and gradient norms are reduced over all ranks before they are checked
 
 
-_EXTRAS = {  # of pyproject.toml; packages that are not here come with titan_cpt itself
+_EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packages are required ones
     "tokenizers": "hf",
     "huggingface_hub": "hf",
     "lm_eval": "eval",
@@ -59,37 +59,37 @@ _EXTRAS = {  # of pyproject.toml; packages that are not here come with titan_cpt
 
 
 def how_to_install(package: str) -> str:
-    """The commands that install a package that is missing: from a clone of the repository, and by pip."""
+    """The commands that install a missing package: in a clone of the repository, and with pip."""
     extra = _EXTRAS.get(package)
     wanted = "titan_cpt" if extra is None else f"'titan_cpt[{extra}]'"
-    return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, else `pip install {wanted}`"
+    return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, or `pip install {wanted}`"
 
 
-_ROOM = "Make room, then run the same command again"
+_FREE_SPACE = "Free disk space, then run the same command again"
 _REMEDIES = {
     errno.EACCES: "Change its permissions or those of its folder (`ls -ld` shows them), or choose another path",
     errno.EPERM: "Change its permissions or attributes, or choose another path",
     errno.EROFS: "The file system is read-only: choose a path on another one",
     errno.ENOENT: "Check the path",
-    errno.ENOTDIR: "A part of the path is a file and not a folder: choose another path",
-    errno.EISDIR: "It is a folder, and a file is needed: name a file",
+    errno.ENOTDIR: "A part of the path is a file, not a folder: choose another path",
+    errno.EISDIR: "It is a folder: give the path of a file",
     errno.EEXIST: "Rename or remove it, or choose another path",
     errno.ENOTEMPTY: "Rename or remove it, or choose another path",
     errno.ENAMETOOLONG: "Choose a shorter name",
-    errno.ELOOP: "Its symbolic links lead in a circle: mend them, or choose another path",
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: "The file system, or `ulimit -f`, allows no file of that size: " + _ROOM[0].lower() + _ROOM[1:],
+    errno.ELOOP: "Its symbolic links form a loop: fix them, or choose another path",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "The file system or `ulimit -f` does not allow files of this size: choose another path",
     errno.EMFILE: "Allow more open files (`ulimit -n`)",
     errno.ENFILE: "The machine has too many open files: close some, or wait",
-    errno.EIO: "The disk or its connection fails: check it, or choose another path",
-    errno.ESTALE: "The network file system was mounted anew: run the same command again",
-    errno.ETXTBSY: "It is a program that is running now: choose another path",
+    errno.EIO: "The disk or its connection failed: check it, or choose another path",
+    errno.ESTALE: "The network file system was remounted: run the same command again",
+    errno.ETXTBSY: "It is a running program: choose another path",
 }
 
 
 def os_error_message(error: OSError) -> str:
-    """What the operating system refused: the path or paths, its reason, and what to do."""
+    """The path or paths of an OSError, the reason that the operating system gives, and what to do."""
     paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
     reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
     where = f"{' -> '.join(paths)}: " if paths else ""

@@ -107,11 +107,11 @@ def test_folders_without_permission(tmp_path, capsys, words, kind):
     ("error", "message"),
     [
         (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied. Change its permissions or"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room, then run the same"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free disk space, then run"),
         (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a -> b: Invalid cross-device link"),
         (
             OSError(errno.EISDIR, "Is a directory", b"\xff"),
-            "\udcff: Is a directory. It is a folder, and a file is needed",
+            "\udcff: Is a directory. It is a folder: give the path of a file",
         ),
         (OSError("no number"), "no number"),
         (TimeoutError(), "TimeoutError"),

@@ -1,4 +1,4 @@
-"""The console that tables and messages are printed to."""
+"""The rich console that prints tables and messages."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rich.console import Console
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """A console on standard output; 140 columns wide if that is not a terminal, so that tables fit."""
     return Console(width=None if sys.stdout.isatty() else 140)

@@ -1,8 +1,8 @@
-"""Exclusive locks: one process at a time trains in a run's folder, trains what sweep runs share, or prepares an output.
+"""Exclusive file locks: one process at a time trains in a run's folder, trains shared stages, or prepares an output.
 
-A lock is a POSIX record lock (fcntl) on a file, and the kernel releases it however the process ends. Not flock, which
-child processes inherit and keep for seconds after a kill -9. The file holds who has the lock; that text is advice for
-messages and never decides anything, as a killed process leaves its text behind.
+A lock is a POSIX record lock (fcntl), which the kernel releases however the process ends. flock is not used: child
+processes inherit it and keep it for seconds after a kill -9. The lock file contains the name of its holder, which is
+used in messages only: a killed process cannot remove it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 
 from titan_cpt.errors import AccessError
 
-_HELD = (errno.EACCES, errno.EAGAIN)  # POSIX lets fcntl answer with either
-# No locks on this file system: Lustre without -o flock, NFS without a lock daemon, FUSE; EINVAL is POSIX's answer.
+_HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either
+# The file system has no locks: Lustre without -o flock, NFS without a lock daemon, FUSE; POSIX specifies EINVAL.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _LONGEST_TEXT_BYTES = 4096
-_LOOKS_FOR_HOLDER = 5  # a new holder writes its name a moment after it gets the lock
+_HOLDER_READS = 5  # a new holder writes its name a moment after it gets the lock
 
 
 def _warn(message: str) -> None:
@@ -32,11 +32,11 @@ def _warn(message: str) -> None:
 
 
 class FileLock:
-    """A lock file, opened and not locked yet.
+    """A lock file that is open and not locked yet.
 
     Args:
-        path: the lock file, created if it is missing; its folder exists.
-        warn: called with a message if the file system has no locks; `acquire` then succeeds without one.
+        path: the lock file, created if it is missing; its folder must exist.
+        warn: receives a message if the file system has no locks; `acquire` then succeeds without one.
 
     Raises:
         OSError: the file cannot be opened for writing.
@@ -50,7 +50,7 @@ class FileLock:
         """Take the lock without waiting; False if another process has it.
 
         Raises:
-            AccessError: the system refuses for another reason than these two; names the file.
+            AccessError: the operating system refuses the lock for another reason.
         """
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,19 +61,19 @@ class FileLock:
                 raise AccessError(f"{self.path}: cannot be locked: {error.strerror}") from None
             last = self.holder()
             self._warn(
-                f"warning: {self.path}: this file system has no file locks ({error.strerror}), so nothing keeps a "
-                "second process out. Make sure that only one process works here"
-                + (f"; {last} started here and has not ended, or was killed" if last else "")
+                f"warning: {self.path}: this file system has no file locks ({error.strerror}), so a second process "
+                "is not prevented from working here. Make sure that only one does"
+                + (f"; {last} started here and is running, or was killed" if last else "")
             )
         self._write(json.dumps(_myself()))
         return True
 
     def holder(self) -> str:
-        """Who has the lock: process id, host and Slurm job, as the holder wrote them; "" if that is not known.
+        """Process id, host and Slurm job of the lock's holder, as it wrote them; "" if they are not known.
 
-        A text is not believed if it names a process of this host that no longer exists.
+        A process of this host that no longer exists is not reported.
         """
-        for attempt in range(_LOOKS_FOR_HOLDER):
+        for attempt in range(_HOLDER_READS):
             if attempt:
                 time.sleep(0.02)
             with suppress(OSError):
@@ -82,9 +82,9 @@ class FileLock:
         return ""
 
     def release(self) -> None:
-        """Release the lock; may be acquired again."""
+        """Release the lock; `acquire` can take it again."""
         self._write("")
-        with suppress(OSError):  # where there are no locks
+        with suppress(OSError):  # the file system has no locks
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -92,21 +92,22 @@ class FileLock:
         os.close(self._descriptor)
 
     def _write(self, text: str) -> None:
-        with suppress(OSError):  # a full disk: the lock is what counts
+        with suppress(OSError):  # such as a full disk; the lock is held nevertheless
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, text.encode(), 0)
 
 
 @contextmanager
 def exclusive(path: Path, *, held: Callable[[str], Exception]) -> Iterator[None]:
-    """Hold the lock for as long as the block runs.
+    """Hold the lock during the block.
 
     Args:
-        held: makes the error to raise if another process has the lock; called with that process in words, such as
-            " (process 1234 on host gpu07, Slurm job 99)", or "" if it is not known.
+        held: returns the exception to raise if another process has the lock; its argument describes that process, such
+            as " (process 1234 on host gpu07, Slurm job 99)", or is "" if it is not known.
 
     Raises:
-        OSError, AccessError: the file cannot be opened, or not locked.
+        OSError: the lock file cannot be opened.
+        AccessError: the lock file cannot be locked.
     """
     lock = FileLock(path)
     try:
@@ -133,10 +134,10 @@ def _myself() -> dict[str, object]:
 
 def _described(text: bytes) -> str:
     try:
-        told = json.loads(text)
-        pid, host, job, since = (told[key] for key in ("pid", "host", "slurm_job_id", "since"))
+        holder = json.loads(text)
+        pid, host, job, since = (holder[key] for key in ("pid", "host", "slurm_job_id", "since"))
     except (ValueError, KeyError, TypeError, RecursionError):
-        return ""  # empty, half written, or of an older version
+        return ""  # empty, incomplete, or of an older version
     words = (host, since) if job is None else (host, since, job)
     if type(pid) is not int or pid <= 0 or not all(isinstance(each, str) and each.isprintable() for each in words):
         return ""
@@ -151,5 +152,5 @@ def _is_alive(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True  # another user's
+        return True  # a process of another user
     return True

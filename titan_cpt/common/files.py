@@ -1,4 +1,4 @@
-"""Files written whole, and never over or beside what is not ours: temporary names, partial folders, file identity."""
+"""Writing files atomically (temporary name, fsync, rename), folders that appear only when complete, file identity."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 
 from titan_cpt.common.file_lock import exclusive
 
-_MARK, _CONTENT = "titan_cpt.lock", "content"  # of a partial folder: what proves that it is ours, and what is written
-_NAME_CHARACTERS = 40  # of the file's own name in its temporary name: 255 bytes are the limit of most file systems
+_MARK = "titan_cpt.lock"  # in a partial folder: shows that titan_cpt made it
+_CONTENT = "content"  # in a partial folder: the folder that is written and renamed at the end
+_NAME_CHARACTERS = 40  # of the file's name that its temporary name has; most file systems allow 255 bytes
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content: after a power failure the file holds the old content or the new one, whole.
+    """Replace a file's content; after a crash or power failure the file has either the complete old or new content.
 
     Raises:
-        OSError: the content cannot be written; the file is as it was.
+        OSError: the content cannot be written; the file is unchanged.
     """
     temporary, descriptor = _create_beside(path)
     try:
@@ -30,31 +31,33 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except BaseException as fault:
         temporary.unlink(missing_ok=True)
-        if isinstance(fault, OSError) and fault.errno and fault.filename is None:  # of a write, such as on a full disk
+        if (
+            isinstance(fault, OSError) and fault.errno and fault.filename is None
+        ):  # an OSError of write(), such as a full disk, names no file
             fault.filename = str(path)
         raise
     fsync(path.parent)
 
 
 def require_writable(path: Path) -> None:
-    """Make the folder of a file that is going to be written, and try to write there: before hours of work, not after.
+    """Create the folder of a file that will be written later and test that it is writable, before hours of work.
 
     Raises:
-        OSError: the folder cannot be made, or no file can be made in it.
+        OSError: the folder cannot be created, or is not writable.
     """
     make_folder(path.parent)
     with suppress(FileNotFoundError):
-        os.lstat(path)  # raises where the name itself is impossible, such as one that is too long
+        os.lstat(path)  # raises OSError if the name is impossible, such as one that is too long
     temporary, descriptor = _create_beside(path)
     os.close(descriptor)
     temporary.unlink()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; one that is there is left as it is.
+    """Create a folder and its parents, unless it exists.
 
     Raises:
-        OSError: it cannot be made; NotADirectoryError if it, or one above it, is a file.
+        OSError: it cannot be created; NotADirectoryError if it or a parent is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _create_beside(path: Path) -> tuple[Path, int]:
-    """A file that did not exist before, in the same folder, because a rename does not cross file systems."""
+    """Path and descriptor of a new file in the same folder, because a rename does not cross file systems."""
     number = 0
     while True:
         temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{os.getpid()}-{number}.tmp")
@@ -74,7 +77,7 @@ def _create_beside(path: Path) -> tuple[Path, int]:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode: equal for two names of one file, be it by links, by `..` or by case; None if there is none."""
+    """Device and inode, equal for all names of one file (links, `..`, upper and lower case); None if it is missing."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -83,21 +86,21 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def same_file(path: Path, others: Iterable[Path]) -> Path | None:
-    """The first of `others` that is the same file on the disk as `path`, under whatever name."""
+    """The first of `others` that is the same file on disk as `path`, possibly under another name; None if none is."""
     wanted = identity(path)
     return None if wanted is None else next((other for other in others if identity(other) == wanted), None)
 
 
 @contextmanager
 def partial_folder(out: Path) -> Iterator[Path]:
-    """A new folder to write into, which is renamed to `out` at the end of the block, and removed if the block fails.
+    """A new folder to write into; it is renamed to `out` at the end of the block, and removed if the block fails.
 
-    It is inside `.NAME.partial` beside `out`. What an interrupted attempt left there is recognized by its lock file and
-    removed.
+    It is inside `.NAME.partial` beside `out`. The remains of an interrupted attempt, which have our lock file, are
+    removed first.
 
     Raises:
-        FileExistsError: `.NAME.partial` exists and is not known to be ours.
-        BlockingIOError: another process is writing it now.
+        FileExistsError: `.NAME.partial` exists without our lock file.
+        BlockingIOError: another process is writing `out`.
     """
     out = Path(os.path.realpath(out))
     folder = out.with_name(f".{out.name}.partial")
@@ -114,13 +117,13 @@ def partial_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder / _CONTENT, ignore_errors=True)
             (folder / _MARK).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: someone put a file there, which stays
+            with suppress(OSError):  # not empty: a user's file in it stays
                 folder.rmdir()
     fsync(out.parent)
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what NFS makes of files that were removed while they were open."""
+    """Whether a folder has no files, except .nfs files, which NFS keeps for removed files that are still open."""
     return folder.is_dir() and all(path.name.startswith(".nfs") for path in folder.iterdir())
 
 
@@ -131,12 +134,12 @@ def _held(out: Path, by: str) -> OSError:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """The whole text or what was there before, whenever the power fails."""
+    """`write_bytes_atomically` for text, as UTF-8."""
     write_bytes_atomically(path, text.encode())
 
 
 def fsync(path: Path) -> None:
-    """Write a file's content, or a folder's list of names, to the disk."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

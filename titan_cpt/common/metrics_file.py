@@ -1,8 +1,8 @@
-"""Reading metrics.jsonl: which of its lines describe the weights that the run has now. Does not import torch.
+"""Reading metrics.jsonl: the lines that describe the run's current weights.
 
-The file is only ever appended to. After a crash, a rollback or a stage that is trained again it also holds lines of
-steps that were undone; every reader (report, figures, comparison, model card, branches, sweeps, forgetting) goes
-through `read_metrics`, which leaves those out.
+The file is append-only. After a crash, a rollback or a stage that was trained again it also has lines of steps that
+were undone. Every reader (report, figures, comparison, model card, branches, sweeps, forgetting) uses `read_metrics`,
+which drops those lines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "validation": {"stage": str, "step": int, "dataset": str, "loss_nats_per_token": (int, float, type(None))},
     "event": {"name": str},
 }
-_NUMBERS = (  # or null, where a step or a measurement has them: what is not finite is written as null
+_NUMBERS = (  # keys whose value, if present, is a number or null; a value that is not finite is written as null
     *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr"),
     *("tokens_per_s", "mfu", "memory_gib", "tokens", "run_step", "replayed_tokens"),
 )
@@ -32,15 +32,15 @@ _NUMBERS = (  # or null, where a step or a measurement has them: what is not fin
 
 @dataclass
 class Metrics:
-    """What metrics.jsonl says of the run's present weights, each thing once, in the order in which it was written.
+    """The lines of metrics.jsonl that describe the run's current weights, without duplicates.
 
     Attributes:
-        trains: lines of steps.
-        validations: lines of measurements.
-        renewed: measurements of a stage's first weights that were made again later, on other validation data.
-        checkpoints: `checkpoint` events of present weights, as far as they name their stage and step.
-        events: all events, those of undone steps too.
-        problems: a sentence for each thing that could not be read and was skipped.
+        trains: one line for each training step.
+        validations: one line for each validation of a dataset.
+        renewed: validations of a stage's initial weights that were repeated later on other validation data.
+        checkpoints: `checkpoint` events that name their stage and step.
+        events: all events in the order of the file, including those of undone steps.
+        problems: one sentence for each damaged part of the file that was skipped.
     """
 
     trains: list[Line] = field(default_factory=list)
@@ -52,22 +52,23 @@ class Metrics:
 
 
 def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
-    """The lines of a run's metrics.jsonl that count.
+    """Read a run's metrics.jsonl and drop the lines of steps that were undone.
 
-    Undone are, in the order of the file:
-    - at a `transition` event: all lines of its stage and of later stages, which are trained again from there; those
-      of its step 0 stay where a rollback (a `skip_batch` right before it) went back to the same first weights;
-    - at a `resume` event: lines of its stage behind its step, and of later stages;
-    - at a `skip_batch` event: lines of its stage from its step on, and at a `stop` event those behind its step: the
-      update guard held these steps back;
-    - at the line of a step that is not above the one before it (where such an event was lost): the lines of its stage
-      from that step on, and of later stages.
+    These lines are dropped, as the file is read from top to bottom:
+    - at a `transition` event: all earlier lines of its stage and of later stages, which are trained again. The lines of
+      step 0 stay if a rollback (a `skip_batch` directly before it) returned to the same initial weights;
+    - at a `resume` event: lines of its stage after its step, and of later stages;
+    - at a `skip_batch` event: lines of its stage from its step on, and at a `stop` event those after its step, because
+      the update guard did not apply these steps;
+    - at a training step that is not greater than the one before it, where such an event was lost: the lines of its
+      stage from that step on, and of later stages.
 
     Args:
-        stages: names in the order of the plan; others follow in the order in which the file names them.
+        run: the run's folder.
+        stages: names of the stages in the order of the plan; other stages follow in the order of the file.
 
     Raises:
-        DataError: there is no such file, or it cannot be opened. A damaged line is skipped and put into `problems`.
+        DataError: the file is missing or cannot be opened. A damaged line is skipped and reported in `problems`.
     """
     found, damaged = Metrics(), list[int]()
     history = _History(stages)
@@ -83,19 +84,21 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
             history.measured(line)
     if damaged and damaged[-1] == number and _is_cut(path):
         damaged.pop()
-        found.problems.append(f"{path}: its last line is incomplete (a crash, or it is being written) and was skipped")
+        found.problems.append(
+            f"{path}: skipped its last line, which is incomplete (after a crash, or while it is being written)"
+        )
     if damaged:
         more = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
-        found.problems.append(f"{path}:{damaged[0]}: damaged line skipped{more}; what it recorded is unknown")
+        found.problems.append(f"{path}:{damaged[0]}: skipped a damaged line{more}")
     found.trains, found.validations, found.checkpoints = history.lines()
     found.renewed = history.renewed()
     return found
 
 
-def losses_before(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | None]]:
-    """By (stage, dataset), the loss at step 0 from which forgetting is counted, and the identity of what was measured.
+def baseline_losses(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | None]]:
+    """{(stage, dataset): (loss, identity)}: the validation losses at step 0, from which forgetting is measured.
 
-    Lines of older versions name no identity: None.
+    The identity names the validation data; it is None in lines of older versions, which do not have it.
     """
     return {
         (line["stage"], line["dataset"]): (line["loss_nats_per_token"], line.get("validation_id"))
@@ -104,24 +107,24 @@ def losses_before(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | 
     }
 
 
-def open_record(path: Path) -> FileIO:
-    """Open metrics.jsonl to append, unbuffered; a last line that a kill cut short is removed."""
+def open_metrics_file(path: Path) -> FileIO:
+    """Open metrics.jsonl for appending, unbuffered, after removing a last line that a kill left incomplete."""
     path.touch()
     with path.open("rb+") as file:
         content = file.read()
         end = content.rfind(b"\n") + 1
         if _parse(content[end:].decode(errors="replace")) is not None:
-            file.write(b"\n")  # whole, without the newline at its end
+            file.write(b"\n")  # a complete line that lacks only its newline
         else:
             file.truncate(end)
     return path.open("ab", buffering=0)
 
 
 class _History:
-    """Lines by stage; later lines undo earlier ones."""
+    """The lines that still count, by stage, while the file is read; later lines undo earlier ones."""
 
     def __init__(self, stages: Sequence[str]) -> None:
-        self._places = {name: place for place, name in enumerate(stages)}
+        self._stage_index = {name: index for index, name in enumerate(stages)}
         self._trains: dict[str, dict[int, Line]] = {}
         self._validations: dict[str, dict[tuple[int, str], Line]] = {}
         self._checkpoints: dict[str, dict[int, Line]] = {}
@@ -129,12 +132,12 @@ class _History:
         self._skipped_in: str | None = None  # the stage of the last event, if that was a `skip_batch`
 
     def event(self, line: Line) -> None:
-        """Take an event into account."""
+        """Process an event, which may undo earlier lines."""
         stage, step, name = line.get("stage"), line.get("step"), line["name"]
         rolls_back, self._skipped_in = self._skipped_in == stage, stage if name == "skip_batch" else None
         if not isinstance(stage, str) or not isinstance(step, int):
             return
-        self._place(stage)
+        self._index_of(stage)
         if name in ("transition", "resume"):
             self._undo(stage, after=step if name == "resume" or rolls_back else -1)
             self._undo_later_than(stage)
@@ -144,12 +147,12 @@ class _History:
             self._checkpoints.setdefault(stage, {})[step] = line
 
     def measured(self, line: Line) -> None:
-        """Take the line of a step or of a measurement into account."""
+        """Process the line of a training step or of a validation."""
         stage, step = line["stage"], line["step"]
-        self._place(stage)
+        self._index_of(stage)
         if line["kind"] == "validation":
-            kept = self._renewed if line.get("measured_again") else self._validations
-            kept.setdefault(stage, {})[step, line["dataset"]] = line
+            lines = self._renewed if line.get("measured_again") else self._validations
+            lines.setdefault(stage, {})[step, line["dataset"]] = line
             return
         trains = self._trains.setdefault(stage, {})
         if trains and step <= next(reversed(trains)):
@@ -158,8 +161,8 @@ class _History:
         trains[step] = line
 
     def lines(self) -> tuple[list[Line], list[Line], list[Line]]:
-        """Lines of steps, of measurements and of checkpoints, in the order of the stages, then of steps."""
-        order = sorted(self._places, key=self._places.__getitem__)
+        """Lines of training steps, validations and checkpoints, ordered by stage, then by step."""
+        order = sorted(self._stage_index, key=self._stage_index.__getitem__)
         trains = [line for name in order for _, line in sorted(self._trains.get(name, {}).items())]
         saved = [line for name in order for _, line in sorted(self._checkpoints.get(name, {}).items())]
         measured = [
@@ -170,11 +173,11 @@ class _History:
         return trains, measured, saved
 
     def renewed(self) -> list[Line]:
-        """Measurements that were made again."""
+        """Validations of initial weights that were repeated on other data."""
         return [line for lines in self._renewed.values() for line in lines.values()]
 
-    def _place(self, stage: str) -> int:
-        return self._places.setdefault(stage, len(self._places))
+    def _index_of(self, stage: str) -> int:
+        return self._stage_index.setdefault(stage, len(self._stage_index))
 
     def _undo(self, stage: str, *, after: int) -> None:
         for lines in (self._trains, self._checkpoints):
@@ -185,13 +188,13 @@ class _History:
                 del of[stage][key]
 
     def _undo_later_than(self, stage: str) -> None:
-        for other, place in self._places.items():
-            if place > self._places[stage]:
+        for other, index in self._stage_index.items():
+            if index > self._stage_index[stage]:
                 self._undo(other, after=-1)
 
 
 def _parsed(path: Path) -> Iterator[tuple[int, Line | None]]:
-    """Number and content of every line; None for a damaged one."""
+    """(line number, content) of every line; the content of a damaged line is None."""
     try:
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for number, text in enumerate(file, 1):
@@ -220,7 +223,7 @@ def _is_whole(line: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Null, or a number that arithmetic with floats does not end at."""
+    """Whether a value is null, or a number that converts to a float."""
     return value is None or (isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > 1e100))
 
 

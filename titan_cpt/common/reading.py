@@ -1,7 +1,7 @@
-"""Reading files that an earlier run left: absent, damaged and unreadable are three different things.
+"""Reading files of an earlier run: a file may be missing, damaged or unreadable, and callers treat these differently.
 
-What is absent may be made anew and what is damaged may be replaced. What the system does not let us read (permission,
-an input/output error, a stale network mount) may be whole: nothing is made or written in its place.
+A missing file can be written anew and a damaged one replaced. A file that the operating system does not let us read
+(permission, I/O error, stale network mount) may be intact, so nothing is written in its place.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from titan_cpt.errors import AccessError
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
-_NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # something else under that name: damage, not permission
+_NO_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the name is not that of a file: damage, not permission
 
 
 def read_text(path: Path) -> str:
-    """A file's text, UTF-8.
+    """The text of a UTF-8 file.
 
     Raises:
-        FileNotFoundError: it is absent.
-        ValueError: it is no text, or no file: damaged.
-        AccessError: it is there and the system does not let it be read.
+        FileNotFoundError: the file is missing.
+        ValueError: it is not a file, or not UTF-8: damaged.
+        AccessError: it exists, and the operating system refuses to read it.
     """
     with readable(path):
         return path.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def is_there(path: Path) -> bool:
     """Whether a file or folder exists.
 
     Raises:
-        AccessError: the system does not let us see.
+        AccessError: the operating system does not say.
     """
     try:
         with readable(path):
@@ -46,9 +46,9 @@ def is_there(path: Path) -> bool:
 
 
 def matching(folder: Path, *patterns: str) -> list[Path]:
-    """The paths folder/a/b/... whose parts match the patterns one by one, sorted; [] if the folder is absent.
+    """The paths folder/a/b/... whose parts match the patterns one by one, sorted; [] if the folder is missing.
 
-    Unlike `Path.glob`, which leaves out what it is not allowed to see.
+    Unlike `Path.glob` it does not silently omit folders that it may not read.
 
     Raises:
         AccessError: a folder on the way cannot be read.
@@ -66,17 +66,17 @@ def _children(folder: Path, pattern: str) -> list[Path]:
         with readable(folder), os.scandir(folder) as entries:
             return sorted(Path(entry.path) for entry in entries if fnmatchcase(entry.name, pattern))
     except (FileNotFoundError, ValueError):
-        return []  # absent, or a file
+        return []  # missing, or a file
 
 
 def is_absent(error: BaseException | None) -> bool:
-    """Whether an error says that a file does not exist, or that something which is no file has its name."""
+    """Whether an error means that a file does not exist, or that its name is not that of a file."""
     return isinstance(error, OSError) and error.errno in (*_ABSENT, *_NO_FILE)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Sort the system's errors within the block: FileNotFoundError, ValueError or AccessError, as `read_text`."""
+    """Translate OSErrors in the block into FileNotFoundError, ValueError or AccessError, as `read_text` raises them."""
     try:
         yield
     except OSError as error:
@@ -85,6 +85,6 @@ def readable(path: Path) -> Iterator[None]:
         if error.errno in _NO_FILE:
             raise ValueError(f"{path}: {error.strerror}") from None
         raise AccessError(
-            f"{path}: cannot be read: {error.strerror}. That is not damage, so nothing is made in its place: change "
-            "its permissions or repair the file system, then run the command again; or move it out of this folder"
+            f"{path}: cannot be read: {error.strerror}. It may be intact, so it was not replaced: change its "
+            "permissions or repair the file system, then run the command again; or move it out of this folder"
         ) from None

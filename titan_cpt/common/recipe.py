@@ -1,4 +1,4 @@
-"""Recipes: the settings that fix a run's numbers, compared key by key and hashed. The keys are listed by hand."""
+"""Recipes: the settings that determine a run's numbers, listed by hand in planning/; comparing and hashing them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every key of two recipes that is not the same."""
+    """`key: old -> new` for every key in which two recipes differ, sorted."""
     lines = []
     for key in sorted({*recorded, *planned}):
         old, new = recorded.get(key, "not set"), planned.get(key, "not set")
@@ -23,5 +23,5 @@ def _shown(value: Any) -> str:
 
 
 def fingerprint(recipe: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits over a recipe, independent of the order of its keys."""
+    """Hash of a recipe in eight hexadecimal digits; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]

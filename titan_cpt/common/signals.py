@@ -1,4 +1,4 @@
-"""Signals that request a stop: SIGTERM, SIGUSR1 and the first Ctrl-C. Does not import torch."""
+"""Stopping on a signal: SIGTERM, SIGUSR1 or the first Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and the first SIGINT into a request that the training loop honours between two steps.
+    """Context manager that records SIGTERM, SIGUSR1 and the first SIGINT; the training loop then stops after a step.
 
-    SIGUSR1 is what Slurm is told to send before a time limit. A second SIGINT ends the process at once: checkpoints
-    count only with their manifest, so that nothing is harmed.
+    Slurm sends SIGUSR1 before the time limit of a job. A second SIGINT ends the process at once, which damages nothing:
+    a checkpoint is valid only once its manifest is written.
+
+    Attributes:
+        name: name of the last signal received, such as "SIGTERM"; "" before the first.
     """
 
     def __init__(self) -> None:
@@ -23,18 +26,18 @@ class StopRequest:
         self._interrupting = False
 
     def __enter__(self) -> StopRequest:
-        """Listen from here on."""
+        """Install the signal handlers."""
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within the block a signal raises KeyboardInterrupt at once: for work that has no steps to stop between."""
+        """Within the block a signal raises KeyboardInterrupt, for work without steps such as data preparation."""
         self._interrupting = True
         try:
             yield

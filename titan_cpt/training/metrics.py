@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from titan_cpt.common.metrics_file import Metrics, losses_before, open_record, read_metrics
+from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.common.run_folder import METRICS_FILE
 
 # Dense bfloat16 peak of one device, FLOP/s, from the data sheets.
@@ -70,14 +70,14 @@ class MetricsLog:
         peak_flops: float,
         stages: Sequence[str] = (),
     ) -> None:
-        self._record = open_record(run / METRICS_FILE) if writing else None
+        self._record = open_metrics_file(run / METRICS_FILE) if writing else None
         self._unwritten = b""
         self.trouble = ""
         """Why lines could not be written and wait in memory; empty if there are none."""
         recorded = read_metrics(run, stages) if writing else Metrics()
         self.problems = recorded.problems
         """Lines of the existing metrics.jsonl that could not be read."""
-        self.before = losses_before(recorded)
+        self.before = baseline_losses(recorded)
         """Baselines of forgetting by (stage, dataset): the loss at step 0, and the identity of its validation set (None
         in lines of older versions)."""
         self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})

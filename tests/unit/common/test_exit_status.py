@@ -65,9 +65,9 @@ def test_a_package_that_is_missing_is_one_message(raw, tmp_path, package, tables
 def test_how_a_package_is_installed():
     """From a clone and by pip; what titan_cpt itself brings has no extra."""
     assert how_to_install("lm_eval").endswith(
-        "`./scripts/setup.sh eval` in a clone, else `pip install 'titan_cpt[eval]'`"
+        "`./scripts/setup.sh eval` in a clone, or `pip install 'titan_cpt[eval]'`"
     )
-    assert how_to_install("zstandard").endswith("`./scripts/setup.sh` in a clone, else `pip install titan_cpt`")
+    assert how_to_install("zstandard").endswith("`./scripts/setup.sh` in a clone, or `pip install titan_cpt`")
 
 
 def test_a_terminal_without_the_letters_ends_no_run(raw, tmp_path):
@@ -86,7 +86,7 @@ def test_compiling_without_a_compiler_is_told_before_the_first_step(monkeypatch,
     """On the CPU g++ or CXX; torch's own message is the end of a long traceback."""
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"compile\.enable: .*none of g\+\+ is there: install one"):
+    with pytest.raises(ConfigError, match=r"compile\.enable: .*none of g\+\+ is installed: install one"):
         require_compiler(torch.device("cpu"))
     monkeypatch.setenv("CXX", "mine++")
     with pytest.raises(ConfigError, match=r"CXX=mine\+\+, which is not there"):

@@ -5,7 +5,7 @@ import json
 import pytest
 from permissions import modes_count
 
-from titan_cpt.common.metrics_file import losses_before, open_record, read_metrics
+from titan_cpt.common.metrics_file import baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.errors import DataError
 
 START = b'{"kind": "event", "name": "start"}\n'
@@ -144,7 +144,7 @@ def test_forgetting_counts_from_the_step_0_of_the_present_training(read):
     """Trained again, a stage's step 0 was measured anew; the later stage has none any more."""
     lines = [measured("a", 0, 9.0), *steps("a", 1, 1), measured("b", 0, 5.0), event("transition", "a", 0)]
 
-    assert losses_before(read([*lines, measured("a", 0, 8.0)])) == {("a", "x"): (8.0, None)}
+    assert baseline_losses(read([*lines, measured("a", 0, 8.0)])) == {("a", "x"): (8.0, None)}
 
 
 def test_a_measurement_made_again_is_a_baseline_and_not_the_measurement_of_that_time(read):
@@ -154,8 +154,8 @@ def test_a_measurement_made_again_is_a_baseline_and_not_the_measurement_of_that_
     found, undone = read(lines), read([*lines, event("transition", "b", 0)])
 
     assert losses(found)["b", 0] == 5.0
-    assert losses_before(found)["b", "x"] == (7.0, "B")
-    assert ("b", "x") not in losses_before(undone)
+    assert baseline_losses(found)["b", "x"] == (7.0, "B")
+    assert ("b", "x") not in baseline_losses(undone)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,7 @@ def test_a_damaged_line_is_skipped_and_named(tmp_path, damage):
     found = read_metrics(tmp_path)
 
     assert len(found.events) == 2
-    assert [problem.partition("metrics.jsonl")[2] for problem in found.problems] == [
-        ":2: damaged line skipped; what it recorded is unknown"
-    ]
+    assert [problem.partition("metrics.jsonl")[2] for problem in found.problems] == [":2: skipped a damaged line"]
 
 
 def test_many_damaged_lines_are_one_sentence(tmp_path):
@@ -183,7 +181,7 @@ def test_many_damaged_lines_are_one_sentence(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(START + b"\x00\n" * 1200 + START)
 
     assert [problem.partition(":2: ")[2] for problem in read_metrics(tmp_path).problems] == [
-        "damaged line skipped and 1,199 more; what it recorded is unknown"
+        "skipped a damaged line and 1,199 more"
     ]
 
 
@@ -195,7 +193,7 @@ def test_a_last_line_that_is_cut_short_is_skipped_and_said(tmp_path):
 
     assert len(found.events) == 1
     assert [problem.partition("metrics.jsonl: ")[2] for problem in found.problems] == [
-        "its last line is incomplete (a crash, or it is being written) and was skipped"
+        "skipped its last line, which is incomplete (after a crash, or while it is being written)"
     ]
     assert path.read_bytes().endswith(b'"st')
 
@@ -205,7 +203,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(START + START.rstrip())
     read = read_metrics(tmp_path)
-    with open_record(path) as file:
+    with open_metrics_file(path) as file:
         file.write(START)
 
     assert (len(read.events), read.problems) == (2, [])

@@ -30,7 +30,7 @@ def test_a_file_that_may_not_be_read_is_neither_absent_nor_damaged(tmp_path):
     """Mode 000: an error of its own; a missing file, a file for a folder and a folder for a file are not."""
     (tmp_path / "file").write_text("text")
     (tmp_path / "file").chmod(0)
-    with modes_count(), pytest.raises(AccessError, match=r"file: cannot be read: Permission denied.*not damage"):
+    with modes_count(), pytest.raises(AccessError, match=r"file: cannot be read: Permission denied.*may be intact"):
         read_text(tmp_path / "file")
     (tmp_path / "file").chmod(0o644)
 

@@ -255,7 +255,7 @@ def test_one_run_that_cannot_be_read_does_not_end_the_report_of_the_others(run, 
     two = capsys.readouterr()
 
     assert (status, both) == (0, 2)
-    assert "metrics.jsonl:2: damaged line skipped" in " ".join(one.out.split())
+    assert "metrics.jsonl:2: skipped a damaged line" in " ".join(one.out.split())
     assert "1.5000" in one.out
     assert "1.5000" in two.out
     assert "nowhere: no such file or folder" in two.err

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from titan_cpt.common.metrics_file import open_record
+from titan_cpt.common.metrics_file import open_metrics_file
 from titan_cpt.training import metrics
 from titan_cpt.training.metrics import MetricsLog, peak_flops
 
@@ -145,7 +145,7 @@ def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
     """After a crash in the middle of a line; the whole lines stay as they are."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "event", "name": "start"}\n{"kind": "train", "st')
-    with open_record(path) as file:
+    with open_metrics_file(path) as file:
         file.write(b'{"kind": "event", "name": "resume"}\n')
 
     assert [line["name"] for line in written(tmp_path)] == ["start", "resume"]
@@ -156,7 +156,7 @@ def test_a_record_without_a_whole_line_becomes_empty(tmp_path, content):
     """Nothing but the beginning of a line, or nothing."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    open_record(path).close()
+    open_metrics_file(path).close()
 
     assert path.read_text() == ""
 
