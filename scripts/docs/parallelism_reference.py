@@ -12,7 +12,8 @@ from typing import Any
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.parallel_dims import SCHEDULES
 from titan_cpt.models.registry import named_size
-from titan_cpt.planning.parallel_rules import CPU_RULES, RULES, parallel_problems
+from titan_cpt.planning.device_rules import CPU_RULES
+from titan_cpt.planning.parallel_rules import RULES, parallel_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "distributed"))
 from parity_layouts import CASES, FLOAT8, LLAMAS, Case

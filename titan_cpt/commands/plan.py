@@ -84,17 +84,17 @@ def _as_json(plan: Plan, options: argparse.Namespace, device_bytes: int | None) 
 
 def _suggest(config: Config, world_size: int, device_bytes: int | None, *, as_json: bool) -> int:
     from titan_cpt.data.inventory import take_inventory
-    from titan_cpt.planning.suggest import assumed, device_of, suggestions
+    from titan_cpt.planning.suggest import assumptions, nearest_device, suggest
 
     if device_bytes is None:
         raise PlanError("--suggest needs the memory of the device: add --device-memory, such as 80GiB")
-    found = suggestions(config, take_inventory(config), world_size, device_bytes)
+    found = suggest(config, take_inventory(config), world_size, device_bytes)
     if as_json:
         lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
-        print(json.dumps({"assumed": assumed(device_of(device_bytes)), "suggestions": lines}))
+        print(json.dumps({"assumed": assumptions(nearest_device(device_bytes)), "suggestions": lines}))
         return 0
     print(f"{len(found)} layouts of {world_size} ranks fit, fastest estimated step first")
-    print(assumed(device_of(device_bytes)))
+    print(assumptions(nearest_device(device_bytes)))
     for place, suggestion in enumerate(found[:5], 1):
         overrides = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
         print(f"{place}. {suggestion.plan.parallel_dims.describe()}: {suggestion.step_s:.2f} s a step")

@@ -1,10 +1,9 @@
-"""Learning-rate schedules: a schedule is a tuple of phases, and lr_at reads it. Pure; no state, no torch.
+"""Learning-rate schedules: a schedule is a tuple of phases, and `lr_at` evaluates it. Pure; no state, no torch.
 
-The convention, once for all: t counts optimizer steps inside the stage from 1, so that eta(t) of the paper is used by
-the t-th step and no step runs at LR 0. A phase covers (start, end], its `end` an END POINT that need not be whole: the
-value at t = end belongs to the phase that ends there. After the last phase the LR stays what that phase ended on.
+t counts the optimizer steps of the stage from 1: the t-th step uses eta(t) of the paper, and no step has LR 0. A phase
+covers (start, end]; its end point need not be a whole step. After the last phase the LR stays at its last value.
 
-Source, unless a constructor names another: Ibrahim et al. 2024, arXiv:2403.08763, sections 4 and 7.
+Source, unless a function names another: Ibrahim et al. 2024, arXiv:2403.08763, sections 4 and 7.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Shape = Literal["linear", "cosine", "inv_sqrt", "one_minus_sqrt", "exponential", "inv_sqrt_tail"]
+PhaseShape = Literal["linear", "cosine", "inv_sqrt", "one_minus_sqrt", "exponential", "inv_sqrt_tail"]
 DecayShape = Literal["linear", "sqrt", "exponential", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A piece of an LR curve on (start, end], in steps, from lr_from (exclusive) to lr_to (reached at end).
+    """A phase of a schedule on (start, end], in steps, from lr_from (exclusive) to lr_to (reached at end).
 
     `parameter` is alpha for "inv_sqrt"; for "inv_sqrt_tail" it is the timescale in steps, and lr_to the floor.
     """
 
     name: str
-    shape: Shape
+    shape: PhaseShape
     start: float
     end: float
     lr_from: float
@@ -39,7 +38,7 @@ Schedule = tuple[Phase, ...]
 
 
 def lr_at(schedule: Schedule, t: float) -> float:
-    """The LR of the t-th step of the stage, t >= 0; past the end it stays at the last value.
+    """The LR of the t-th step of the stage, t >= 0; after the end it stays at the last value.
 
     Raises:
         ValueError: t is negative.
@@ -53,7 +52,7 @@ def lr_at(schedule: Schedule, t: float) -> float:
 
 
 def phase_at(schedule: Schedule, t: float) -> str:
-    """The name of the phase that the t-th step belongs to."""
+    """The name of the phase of the t-th step."""
     return next((phase.name for phase in schedule if t <= phase.end), schedule[-1].name)
 
 
@@ -62,7 +61,7 @@ def _value(phase: Phase, t: float) -> float:
         elapsed = max(t - phase.start, 0.0)
         return max(phase.lr_to, phase.lr_from * math.sqrt(phase.parameter / (phase.parameter + elapsed)))
     if t >= phase.end:
-        return phase.lr_to  # exact: a share of 1.0 multiplied out need not be
+        return phase.lr_to  # the formulas below are not exact at the end
     if t <= phase.start:
         return phase.lr_from
     x = (t - phase.start) / (phase.end - phase.start)
@@ -72,7 +71,7 @@ def _value(phase: Phase, t: float) -> float:
 
 
 def _remaining(phase: Phase, x: float) -> float:
-    """The share of the way from lr_from to lr_to that is still ahead at x in [0, 1]: 1 at 0, 0 at 1."""
+    """The remaining share of the change from lr_from to lr_to at x in [0, 1]: 1 at x = 0, and 0 at x = 1."""
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda x: 1 - x,
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -83,7 +82,7 @@ def _remaining(phase: Phase, x: float) -> float:
 
 
 def _inv_sqrt_drop(alpha: float, x: float) -> float:
-    """h(x) = 1 / sqrt(1 + alpha x) - 1, which falls from 0; h(1) = -0.69849 at alpha = 10."""
+    """h(x) = 1 / sqrt(1 + alpha x) - 1, decreasing from h(0) = 0; h(1) = -0.69849 for alpha = 10."""
     return 1 / math.sqrt(1 + alpha * x) - 1
 
 
@@ -94,10 +93,10 @@ def cosine(*, warmup_until: float, end: float, peak: float, final: float) -> Sch
         lr(t) = final + (peak - final) * (1 + cos(pi (t - t_w)/(end - t_w))) / 2  t_w < t <= end
 
     Args:
-        warmup_until: t_w, in steps; 0 starts at the peak's side of the cosine.
+        warmup_until: t_w, in steps; 0 for no warm-up.
         end: the stage's last step.
         peak: LR at t_w.
-        final: LR at `end`; 0 is legal.
+        final: LR at `end`, may be 0.
 
     Raises:
         ValueError: end points out of order.
@@ -110,14 +109,14 @@ def linear(*, warmup_until: float, end: float, peak: float, final: float) -> Sch
     return _decaying("linear", warmup_until, end, peak, final)
 
 
-def _decaying(shape: Shape, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
+def _decaying(shape: PhaseShape, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
     _check_order(warmup_until=warmup_until, end=end)
     decay = Phase(name="decay", shape=shape, start=warmup_until, end=end, lr_from=peak, lr_to=final)
     return _without_empty(_warmup(warmup_until, peak), decay)
 
 
 def constant(*, warmup_until: float, end: float, peak: float) -> Schedule:
-    """Linear warm-up, then `peak` to the end: the paper's two constant baselines."""
+    """Linear warm-up, then constant at `peak`: the two constant baselines of the paper."""
     _check_order(warmup_until=warmup_until, end=end)
     return _without_empty(_warmup(warmup_until, peak), _flat("constant", warmup_until, end, peak))
 
@@ -142,31 +141,31 @@ def infinite(
         lr(t) = constant                                                  t_const < t <= t_ann
         lr(t) = constant * (final / constant)^((t - t_ann)/(end - t_ann)) t_ann < t <= end
 
-    with x = (t - t_cd) / (t_const - t_cd) and h(x) = 1/sqrt(1 + alpha x) - 1. The arguments are END POINTS, as the
-    authors' 0.01 / 0.60 / 0.85 are; read as durations, such a schedule would never anneal.
+    with x = (t - t_cd) / (t_const - t_cd) and h(x) = 1/sqrt(1 + alpha x) - 1. The arguments are end points, not
+    durations, as are the authors' 0.01 / 0.60 / 0.85.
 
     Args:
         cooldown: shape of the cool-down.
-        warmup_until: t_cd; 0, with cooldown_until 0, starts at constant_lr, as a later stage does.
+        warmup_until: t_cd; 0 together with cooldown_until = 0 starts at constant_lr, as a later stage does.
         cooldown_until: t_const.
-        constant_until: t_ann; equal to `end` the stage does not anneal.
+        constant_until: t_ann; the stage does not anneal if it equals `end`.
         end: the stage's last step.
-        peak: LR at t_cd; not used where there is neither warm-up nor cool-down.
+        peak: LR at t_cd; unused without warm-up and cool-down.
         constant_lr: LR of the constant phase.
         final: LR at `end`, above 0.
         alpha: steepness of an inv_sqrt cool-down.
 
     Raises:
-        ValueError: end points out of order, a final LR of 0, or a cool-down of no length that would jump from peak to
-            constant.
+        ValueError: the end points are out of order, the final LR is 0, or a cool-down of length 0 would jump from peak
+            to constant.
     """
     _check_order(warmup_until=warmup_until, cooldown_until=cooldown_until, constant_until=constant_until, end=end)
     if final <= 0:
-        raise ValueError("an exponential annealing never reaches 0: min must be above 0")
+        raise ValueError("exponential annealing cannot reach 0: min must be above 0")
     if 0 < warmup_until == cooldown_until and peak != constant_lr:
         raise ValueError(
-            "cooldown_until equals warmup_until, so that the LR would jump from max to constant: "
-            "give the cool-down a length, or set both to 0 to start at constant"
+            "cooldown_until equals warmup_until, so the LR would jump from max to constant: "
+            "make cooldown_until larger, or set both to 0 to start at constant"
         )
     cool = Phase(
         name="cooldown",
@@ -185,7 +184,7 @@ def infinite(
 def wsd(
     *, warmup_until: float, decay_from: float, end: float, peak: float, final: float, decay: DecayShape
 ) -> Schedule:
-    """Warm-up, stable, decay from decay_from to the end; "sqrt" is 1 - sqrt(x).
+    """Warm-up, stable, decay from decay_from to the end; decay "sqrt" is 1 - sqrt(x).
 
     Source: Hu et al. 2024, arXiv:2404.06395; the 1 - sqrt shape: Hägele et al. 2024, arXiv:2405.18392.
 
@@ -194,15 +193,15 @@ def wsd(
     """
     _check_order(warmup_until=warmup_until, decay_from=decay_from, end=end)
     if decay == "exponential" and final == 0:
-        raise ValueError("an exponential decay never reaches 0: min must be above 0, or take another decay")
-    shape: Shape = "one_minus_sqrt" if decay == "sqrt" else decay
+        raise ValueError("an exponential decay cannot reach 0: min must be above 0, or choose another decay")
+    shape: PhaseShape = "one_minus_sqrt" if decay == "sqrt" else decay
     stable = _flat("stable", warmup_until, decay_from, peak)
     fall = Phase(name="decay", shape=shape, start=decay_from, end=end, lr_from=peak, lr_to=final)
     return _without_empty(_warmup(warmup_until, peak), stable, fall)
 
 
 def inv_sqrt(*, warmup_until: float, end: float, peak: float, floor: float, timescale: float) -> Schedule:
-    """Warm-up, then an inverse square root that has no end of its own.
+    """Warm-up, then an inverse square root without a fixed end.
 
         lr(t) = max(floor, peak * sqrt(timescale / (timescale + t - t_w)))        t > t_w
 
@@ -242,7 +241,7 @@ def _without_empty(*phases: Phase) -> Schedule:
 
 
 def _check_order(**points: float) -> None:
-    """End points in the order given, the first not below 0."""
+    """Check that the end points are in this order, and the first is not negative."""
     names = list(points)
     if points[names[0]] < 0:
         raise ValueError(f"{names[0]} must not be negative, got step {points[names[0]]:g}")
@@ -250,6 +249,6 @@ def _check_order(**points: float) -> None:
         if points[earlier] > points[later]:
             limit = "the stage's end" if later == "end" else later
             raise ValueError(
-                f"{earlier} is an end point and must not lie after {limit}: "
+                f"{earlier} is an end point and must not be after {limit}: "
                 f"step {points[earlier]:g} is after step {points[later]:g}"
             )

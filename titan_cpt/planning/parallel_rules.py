@@ -1,4 +1,4 @@
-"""Every combination of layout, model and batch that is refused, with the reason and the nearest valid choice.
+"""Combinations of parallelism, model and batch that are refused, each with its reason and the nearest valid choice.
 
 `make_plan` calls `parallel_problems`; docs/parallelism.md is generated from the same `RULES`. Each rule excludes what
 torch cannot do, or what it computes wrongly without an error.
@@ -13,7 +13,6 @@ from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
-from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import parallel_dims_of
 
@@ -22,25 +21,16 @@ _PARALLELISM = "parallelism."
 
 @dataclass(frozen=True)
 class RuleInput:
-    """What the rules look at."""
+    """The inputs of every rule."""
 
     config: Config
     spec: ModelSpec
     world_size: int
 
     @property
-    def layout(self) -> ParallelDims:
-        """The layout asked for, possible or not."""
+    def dims(self) -> ParallelDims:
+        """The configured parallelism degrees, valid or not."""
         return parallel_dims_of(self.config, self.world_size)
-
-
-@dataclass(frozen=True)
-class CPURule:
-    """What is refused on a CPU; see `Rule`."""
-
-    refused: str
-    because: str
-    fault: Callable[[Config], str | None]
 
 
 @dataclass(frozen=True)
@@ -50,134 +40,130 @@ class Rule:
     Attributes:
         refused: the combination, in a few words for the documentation.
         because: the reason.
-        fault: the message for what was asked, or None where the rule has nothing against it.
+        problem: returns the error message for a config that breaks the rule, None for others.
     """
 
     refused: str
     because: str
-    fault: Callable[[RuleInput], str | None]
-
-
-def check_device(config: Config, device: str) -> None:
-    """Refuse what this kind of device cannot do; the plan, which may be made on another machine, says nothing of it.
-
-    Raises:
-        PlanError: names every such key.
-    """
-    faults = [rule.fault(config) for rule in CPU_RULES] if device == "cpu" else []
-    found = [fault for fault in faults if fault]
-    if found:
-        raise PlanError("\n".join(["not on a CPU:", *(f"  - {fault}" for fault in found)]))
+    problem: Callable[[RuleInput], str | None]
 
 
 def parallel_problems(config: Config, spec: ModelSpec, world_size: int) -> Iterator[str]:
-    """A message for every rule that the config breaks on so many ranks."""
-    asked = RuleInput(config, spec, world_size)
+    """An error message for every rule that the config breaks on `world_size` ranks."""
+    inputs = RuleInput(config, spec, world_size)
     if config.parallelism.pipeline_parallel_degree > 1:
-        unknown = _unknown_schedule(asked)
+        unknown = _unknown_schedule(inputs)
         if unknown:
             yield unknown
-            return  # nothing else can be said of a schedule that does not exist
+            return  # the other rules need a schedule that exists
     for rule in RULES:
-        if rule.fault is not _unknown_schedule and (fault := rule.fault(asked)):
-            yield fault
+        if rule.problem is not _unknown_schedule and (problem := rule.problem(inputs)):
+            yield problem
 
 
-def _unknown_schedule(asked: RuleInput) -> str | None:
-    name = asked.config.parallelism.pipeline_parallel_schedule
+def _unknown_schedule(inputs: RuleInput) -> str | None:
+    name = inputs.config.parallelism.pipeline_parallel_schedule
     if name in SCHEDULES:
         return None
     hint = did_you_mean(name, SCHEDULES) or "."
     return f"{_PARALLELISM}pipeline_parallel_schedule: unknown {name!r}{hint} Allowed: {', '.join(SCHEDULES)}"
 
 
-def _ranks_do_not_divide(asked: RuleInput) -> str | None:
-    layout = asked.layout
-    degree = layout.tp * layout.pp * layout.cp * layout.dp_replicate
-    if asked.world_size % degree == 0:
+def _ranks_do_not_divide(inputs: RuleInput) -> str | None:
+    dims = inputs.dims
+    degree = dims.tp * dims.pp * dims.cp * dims.dp_replicate
+    if inputs.world_size % degree == 0:
         return None
-    near = max(degree, asked.world_size // degree * degree)
+    near = max(degree, inputs.world_size // degree * degree)
     return (
-        f"parallelism: {asked.world_size} ranks do not divide into groups of {degree} (tensor {layout.tp} x pipeline "
-        f"{layout.pp} x context {layout.cp} x replicate {layout.dp_replicate}): use {near} ranks or change a degree"
+        f"parallelism: {inputs.world_size} ranks do not divide into groups of {degree} (tensor {dims.tp} x pipeline "
+        f"{dims.pp} x context {dims.cp} x replicate {dims.dp_replicate}): use {near} ranks or change a degree"
     )
 
 
-def _shard_degree(asked: RuleInput) -> str | None:
-    layout, degree = asked.layout, asked.config.parallelism.data_parallel_shard_degree
-    rest, left_over = divmod(asked.world_size, layout.tp * layout.pp * layout.cp * layout.dp_replicate)
-    if degree is None or left_over or degree == rest:
+def _shard_degree(inputs: RuleInput) -> str | None:
+    dims = inputs.dims
+    degree = inputs.config.parallelism.data_parallel_shard_degree
+    needed, remainder = divmod(inputs.world_size, dims.tp * dims.pp * dims.cp * dims.dp_replicate)
+    if degree is None or remainder or degree == needed:
         return None
     return (
-        f"{_PARALLELISM}data_parallel_shard_degree: must be {rest} on {asked.world_size} ranks, or left out, "
-        f"got {degree}"
+        f"{_PARALLELISM}data_parallel_shard_degree: must be {needed} on {inputs.world_size} ranks, or "
+        f"omitted, got {degree}"
     )
 
 
-def _heads(asked: RuleInput) -> str | None:
-    heads, tp = asked.spec.heads, asked.layout.tp
+def _heads(inputs: RuleInput) -> str | None:
+    heads = inputs.spec.heads
+    tp = inputs.dims.tp
     return None if heads % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, heads, "attention heads")
 
 
-def _kv_heads(asked: RuleInput) -> str | None:
-    spec, tp = asked.spec, asked.layout.tp
+def _kv_heads(inputs: RuleInput) -> str | None:
+    spec = inputs.spec
+    tp = inputs.dims.tp
     if spec.key_value_heads % tp == 0 or spec.heads % tp:
         return None
     return _not_a_divisor("tensor_parallel_degree", tp, spec.key_value_heads, "key/value heads")
 
 
-def _tied(asked: RuleInput) -> str | None:
-    if not asked.spec.tied or asked.layout.pp == 1:
+def _tied(inputs: RuleInput) -> str | None:
+    if not inputs.spec.tied or inputs.dims.pp == 1:
         return None
     return (
-        "model.tie_embeddings: a head that is the embedding cannot be cut off from it into another pipeline stage: "
-        f"set {_PARALLELISM}pipeline_parallel_degree to 1, or tie_embeddings to false"
+        "model.tie_embeddings: tied weights cannot be on two pipeline stages, the embedding on the first and the head "
+        f"on the last: set {_PARALLELISM}pipeline_parallel_degree to 1, or tie_embeddings to false"
     )
 
 
-def _mlp_width(asked: RuleInput) -> str | None:
-    width, tp = asked.spec.mlp_width, asked.layout.tp
-    return None if width % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, width, "features of the MLP")
+def _mlp_width(inputs: RuleInput) -> str | None:
+    width = inputs.spec.mlp_width
+    tp = inputs.dims.tp
+    return None if width % tp == 0 else _not_a_divisor("tensor_parallel_degree", tp, width, "MLP features")
 
 
-def _sequence(asked: RuleInput) -> str | None:
-    layout, length = asked.layout, asked.config.training.seq_len
-    parts = 2 * layout.tp * layout.cp
-    if layout.cp == 1 or length % parts == 0:
+def _sequence(inputs: RuleInput) -> str | None:
+    dims = inputs.dims
+    length = inputs.config.training.seq_len
+    parts = 2 * dims.tp * dims.cp
+    if dims.cp == 1 or length % parts == 0:
         return None
-    lower, upper = length // parts * parts, -(-length // parts) * parts
+    lower = length // parts * parts
+    upper = -(-length // parts) * parts
     near = f"{lower} or {upper}" if lower else str(upper)
     return (
         f"training.seq_len: {length} does not divide into {parts} equal parts, which context parallelism needs "
-        f"(2 x context {layout.cp} x tensor {layout.tp}): use {near}"
+        f"(2 x context {dims.cp} x tensor {dims.tp}): use {near}"
     )
 
 
-def _ring_window(asked: RuleInput) -> str | None:
-    ring = asked.config.parallelism.context_parallel_method == "ring" and asked.layout.cp > 1
-    if not ring or asked.spec.sliding_window is None:
+def _ring_window(inputs: RuleInput) -> str | None:
+    ring = inputs.config.parallelism.context_parallel_method == "ring" and inputs.dims.cp > 1
+    if not ring or inputs.spec.sliding_window is None:
         return None
     return (
-        f"{_PARALLELISM}context_parallel_method: torch's ring attention knows no sliding window "
-        f'({asked.spec.sliding_window} positions here): use "gather"'
+        f"{_PARALLELISM}context_parallel_method: torch's ring attention has no sliding window "
+        f'(model.sliding_window = {inputs.spec.sliding_window}): use "gather"'
     )
 
 
-def _layers(asked: RuleInput) -> str | None:
-    layout, layers = asked.layout, asked.spec.layers
-    if layout.pp == 1 or layers % layout.pipeline_stages == 0:
+def _layers(inputs: RuleInput) -> str | None:
+    dims = inputs.dims
+    layers = inputs.spec.layers
+    if dims.pp == 1 or layers % dims.pipeline_stages == 0:
         return None
-    each = layout.schedule_kind.stages_per_rank
+    each = dims.schedule_kind.stages_per_rank
     valid = [degree for degree in _divisors(layers) if layers % (degree * each) == 0]
     return (
-        f"{_PARALLELISM}pipeline_parallel_degree: {layers} layers do not divide into {layout.pipeline_stages} stages "
-        f"({layout.pp} ranks x {each} of {layout.schedule}): {_nearest(layout.pp, valid)}"
+        f"{_PARALLELISM}pipeline_parallel_degree: {layers} layers do not divide into {dims.pipeline_stages} pipeline "
+        f"stages ({dims.pp} ranks x {each} of {dims.schedule}): {_nearest(dims.pp, valid)}"
     )
 
 
-def _microbatch_size(asked: RuleInput) -> str | None:
-    size, local = asked.config.parallelism.pipeline_parallel_microbatch_size, asked.config.training.local_batch_size
-    if asked.layout.pp == 1 or local % size == 0:
+def _microbatch_size(inputs: RuleInput) -> str | None:
+    size = inputs.config.parallelism.pipeline_parallel_microbatch_size
+    local = inputs.config.training.local_batch_size
+    if inputs.dims.pp == 1 or local % size == 0:
         return None
     return (
         f"{_PARALLELISM}pipeline_parallel_microbatch_size: must divide training.local_batch_size = {local}, got "
@@ -185,115 +171,116 @@ def _microbatch_size(asked: RuleInput) -> str | None:
     )
 
 
-def _microbatches(asked: RuleInput) -> str | None:
-    layout, config = asked.layout, asked.config
-    if layout.pp == 1 or config.training.local_batch_size % config.parallelism.pipeline_parallel_microbatch_size:
+def _microbatches(inputs: RuleInput) -> str | None:
+    dims = inputs.dims
+    size = inputs.config.parallelism.pipeline_parallel_microbatch_size
+    if dims.pp == 1 or inputs.config.training.local_batch_size % size:
         return None
-    fewest = {"1F1B": layout.pp, "DualPipeV": layout.pipeline_stages}.get(layout.schedule, 1)
-    rounds = max(1, layout.microbatches // layout.pp)
-    uneven = layout.schedule.startswith("Interleaved") and layout.microbatches % rounds != 0
-    if layout.microbatches >= fewest and not uneven:
+    fewest = {"1F1B": dims.pp, "DualPipeV": dims.pipeline_stages}.get(dims.schedule, 1)
+    rounds = max(1, dims.microbatches // dims.pp)
+    uneven = dims.schedule.startswith("Interleaved") and dims.microbatches % rounds != 0
+    if dims.microbatches >= fewest and not uneven:
         return None
     need = f"a multiple of {rounds}" if uneven else f"at least {fewest}"
-    local = layout.microbatches // layout.pp * layout.pp if uneven else fewest
+    local = dims.microbatches // dims.pp * dims.pp if uneven else fewest
     return (
-        f"training.local_batch_size: gives {layout.microbatches} pipeline micro-batches of "
-        f"{config.parallelism.pipeline_parallel_microbatch_size}; {layout.schedule} on {layout.pp} ranks needs {need}: "
-        f"use {local * config.parallelism.pipeline_parallel_microbatch_size} sequences"
+        f"training.local_batch_size: gives {dims.microbatches} pipeline micro-batches of {size}; {dims.schedule} on "
+        f"{dims.pp} ranks needs {need}: use {local * size} sequences"
     )
 
 
-def _split_backward_resharding(asked: RuleInput) -> str | None:
-    reshard = asked.config.parallelism.fsdp_reshard_after_forward
-    if not asked.layout.schedule_kind.splits_backward or reshard != "always":
+def _split_backward_resharding(inputs: RuleInput) -> str | None:
+    reshard = inputs.config.parallelism.fsdp_reshard_after_forward
+    if not inputs.dims.schedule_kind.splits_backward or reshard != "always":
         return None
     return (
         f'{_PARALLELISM}fsdp_reshard_after_forward: "always" gives wrong gradients without an error under '
-        f'{asked.layout.schedule}, which splits the backward pass: use "never", or leave it out'
+        f'{inputs.dims.schedule}, which splits the backward pass: use "never" or "default"'
     )
 
 
-def _split_backward_compiled(asked: RuleInput) -> str | None:
-    if not asked.layout.schedule_kind.splits_backward or not asked.config.compile.enable:
+def _split_backward_compiled(inputs: RuleInput) -> str | None:
+    if not inputs.dims.schedule_kind.splits_backward or not inputs.config.compile.enable:
         return None
     return (
-        f"compile.enable: torch.compile cannot split a backward pass as {asked.layout.schedule} does: set it to false, "
-        f"or use Interleaved1F1B"
+        f"compile.enable: torch.compile cannot split the backward pass, which {inputs.dims.schedule} needs: set it to "
+        "false, or use Interleaved1F1B"
     )
 
 
-def _compiled_tensor_parallel(asked: RuleInput) -> str | None:
-    asynchronous = asked.config.parallelism.enable_async_tensor_parallel  # on CUDA alone, which the device's rule holds
-    if asked.layout.tp == 1 or not asked.config.compile.enable or asynchronous:
+def _compiled_tensor_parallel(inputs: RuleInput) -> str | None:
+    async_tp = inputs.config.parallelism.enable_async_tensor_parallel  # needs CUDA (device_rules.py), and torch.compile
+    if inputs.dims.tp == 1 or not inputs.config.compile.enable or async_tp:
         return None
     return (
         "compile.enable: gives wrong gradients without an error under tensor parallelism (torch 2.13 on gloo, up to "
-        f"12 % of their norm; not proven elsewhere): set it to false, or {_PARALLELISM}tensor_parallel_degree to 1"
+        f"12 % of their norm; untested elsewhere): set it to false, or {_PARALLELISM}tensor_parallel_degree to 1"
     )
 
 
-def _float8_gather(asked: RuleInput) -> str | None:
-    float8 = asked.config.float8
+def _float8_gather(inputs: RuleInput) -> str | None:
+    float8 = inputs.config.float8
     if not float8.enable_fsdp_float8_all_gather or float8.recipe_name == "tensorwise":
         return None
-    found = f'"{float8.recipe_name}" scales each row by itself' if float8.recipe_name else "there is no recipe"
+    found = f'"{float8.recipe_name}" has a scale for each row' if float8.recipe_name else "no float8 recipe is set"
     return (
-        f"float8.enable_fsdp_float8_all_gather: {found}, and FSDP2 gathers weights with one scale each: set "
-        'float8.recipe_name = "tensorwise", or leave it out'
+        f"float8.enable_fsdp_float8_all_gather: {found}, and FSDP2 gathers weights with one scale per tensor: set "
+        'float8.recipe_name = "tensorwise", or enable_fsdp_float8_all_gather = false'
     )
 
 
-def _float8_nothing(asked: RuleInput) -> str | None:
-    float8, spec = asked.config.float8, asked.spec
-    if float8.recipe_name is None or asked.spec.heads % asked.layout.tp:
+def _float8_no_layer(inputs: RuleInput) -> str | None:
+    float8 = inputs.config.float8
+    if float8.recipe_name is None or inputs.spec.heads % inputs.dims.tp:
         return None
-    matrices = [(f"blocks.0.{name}", size) for name, size, _ in spec.block_parameters() if len(size) == 2]
-    if any(in_float8(name, size, tp=asked.layout.tp, filter_fqns=float8.filter_fqns) for name, size in matrices):
+    matrices = [(f"blocks.0.{name}", size) for name, size, _ in inputs.spec.block_parameters() if len(size) == 2]
+    if any(in_float8(name, size, tp=inputs.dims.tp, filter_fqns=float8.filter_fqns) for name, size in matrices):
         return None
     return (
-        f"float8.recipe_name: no layer of a block is left to convert: both sides of a weight must divide by "
-        f"{16 * asked.layout.tp} (16 x tensor {asked.layout.tp}) and its name hold none of float8.filter_fqns = "
-        f"{list(float8.filter_fqns)}: leave float8 out, or choose model.width and model.mlp_width so"
+        f"float8.recipe_name: no layer can be converted: both dimensions of a weight must be multiples of "
+        f"{16 * inputs.dims.tp} (16 x tensor {inputs.dims.tp}), and its name must contain none of float8.filter_fqns = "
+        f"{list(float8.filter_fqns)}: remove float8.recipe_name, or change model.width and model.mlp_width"
     )
 
 
-def _offload_of_one(asked: RuleInput) -> str | None:
-    if not asked.config.training.enable_cpu_offload or asked.world_size > 1:
+def _offload_on_one_rank(inputs: RuleInput) -> str | None:
+    if not inputs.config.training.enable_cpu_offload or inputs.world_size > 1:
         return None
     return (
-        "training.enable_cpu_offload: FSDP2 moves what it shards, and a single process shards nothing: use 2 ranks or "
-        "more, or leave it out"
+        "training.enable_cpu_offload: FSDP2 offloads sharded parameters, and a single rank has none: use 2 ranks or "
+        "more, or set it to false"
     )
 
 
-def _asynchronous(asked: RuleInput) -> str | None:
-    wanted = asked.config.parallelism.enable_async_tensor_parallel
-    if not wanted or (asked.layout.tp > 1 and asked.config.compile.enable):
+def _async_tp(inputs: RuleInput) -> str | None:
+    async_tp = inputs.config.parallelism.enable_async_tensor_parallel
+    if not async_tp or (inputs.dims.tp > 1 and inputs.config.compile.enable):
         return None
     return (
-        f"{_PARALLELISM}enable_async_tensor_parallel: torch.compile overlaps the traffic of tensor-parallel ranks: set "
-        f"{_PARALLELISM}tensor_parallel_degree to 2 or more and compile.enable = true, or leave it out"
+        f"{_PARALLELISM}enable_async_tensor_parallel: needs torch.compile, and tensor parallelism: set "
+        f"{_PARALLELISM}tensor_parallel_degree to 2 or more and compile.enable = true, or set it to false"
     )
 
 
-def _split_backward_selective(asked: RuleInput) -> str | None:
-    kept = asked.config.activation_checkpoint
-    if not asked.layout.schedule_kind.splits_backward or kept.mode != "selective" or kept.selective_ac_option != "op":
+def _split_backward_selective(inputs: RuleInput) -> str | None:
+    checkpointing = inputs.config.activation_checkpoint
+    is_per_operator = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+    if not inputs.dims.schedule_kind.splits_backward or not is_per_operator:
         return None
     return (
-        f'activation_checkpoint.selective_ac_option: what "op" keeps is used up once, and {asked.layout.schedule} '
-        f'goes backward twice: use a number n (every n-th block), or mode = "full"'
+        'activation_checkpoint.selective_ac_option: "op" allows one backward pass through each activation, and '
+        f'{inputs.dims.schedule} makes two: use a number n (every n-th block), or mode = "full"'
     )
 
 
-def _budget_without_compile(asked: RuleInput) -> str | None:
-    if asked.config.activation_checkpoint.mode != "memory_budget" or asked.config.compile.enable:
+def _budget_without_compile(inputs: RuleInput) -> str | None:
+    if inputs.config.activation_checkpoint.mode != "memory_budget" or inputs.config.compile.enable:
         return None
-    return 'activation_checkpoint.mode: "memory_budget" is torch.compile\'s: set compile.enable = true, or use "full"'
+    return 'activation_checkpoint.mode: "memory_budget" needs torch.compile: set compile.enable = true, or use "full"'
 
 
-def _selection(asked: RuleInput) -> str | None:
-    option = asked.config.activation_checkpoint.selective_ac_option
+def _selective_option(inputs: RuleInput) -> str | None:
+    option = inputs.config.activation_checkpoint.selective_ac_option
     if option == "op" or (option.isdecimal() and int(option) > 0):
         return None
     return (
@@ -302,9 +289,9 @@ def _selection(asked: RuleInput) -> str | None:
     )
 
 
-def _not_a_divisor(key: str, degree: int, count: int, of_what: str) -> str:
+def _not_a_divisor(key: str, degree: int, count: int, unit: str) -> str:
     nearest = _nearest(degree, _divisors(count))
-    return f"{_PARALLELISM}{key}: {count} {of_what} cannot be split evenly over {degree} ranks: {nearest}"
+    return f"{_PARALLELISM}{key}: {count} {unit} cannot be split evenly over {degree} ranks: {nearest}"
 
 
 def _divisors(count: int) -> list[int]:
@@ -312,7 +299,7 @@ def _divisors(count: int) -> list[int]:
 
 
 def _nearest(wanted: int, valid: Iterable[int]) -> str:
-    """The valid numbers on both sides of the wanted one, as advice."""
+    """ "use A or B", the valid numbers next below and next above the wanted one."""
     lower = max((number for number in valid if number < wanted), default=None)
     upper = min((number for number in valid if number > wanted), default=None)
     near = [str(number) for number in (lower, upper) if number is not None]
@@ -320,17 +307,17 @@ def _nearest(wanted: int, valid: Iterable[int]) -> str:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("ranks that do not divide by the degrees", "every degree is a dimension of one mesh", _ranks_do_not_divide),
-    Rule("a shard degree that leaves ranks over", "every rank has a place in the mesh", _shard_degree),
+    Rule("a number of ranks that the degrees do not divide", "every degree is a mesh dimension", _ranks_do_not_divide),
+    Rule("a shard degree that does not use all ranks", "every rank is in the mesh", _shard_degree),
     Rule("heads that cannot be split evenly over TP", "a rank computes whole heads", _heads),
-    Rule("key/value heads that cannot be split evenly over TP", "no head of them is held twice", _kv_heads),
-    Rule("tied embeddings over a pipeline", "the last stage would need the first one's weight", _tied),
-    Rule("MLP width that does not divide by TP", "a rank computes an equal share of the features", _mlp_width),
-    Rule("CP with a seq_len that does not divide by 2 x CP x TP", "a rank holds two equal pieces", _sequence),
-    Rule("ring attention with a sliding window", "torch's ring knows none", _ring_window),
+    Rule("key/value heads that cannot be split evenly over TP", "key/value heads are not replicated", _kv_heads),
+    Rule("tied embeddings with pipeline parallelism", "the last stage would need the weight of the first", _tied),
+    Rule("an MLP width that TP does not divide", "every rank has the same number of features", _mlp_width),
+    Rule("CP with a seq_len that 2 x CP x TP does not divide", "a rank holds two pieces of equal length", _sequence),
+    Rule("ring attention with a sliding window", "torch's ring attention has none", _ring_window),
     Rule("an unknown pipeline schedule", "torch has no such schedule", _unknown_schedule),
-    Rule("layers that do not divide into the stages", "stages are equal shares of the layers", _layers),
-    Rule("local batch that does not divide into micro-batches", "a schedule's shapes are fixed", _microbatch_size),
+    Rule("layers that do not divide into pipeline stages", "stages have equal numbers of layers", _layers),
+    Rule("a local batch that does not divide into micro-batches", "micro-batches have one shape", _microbatch_size),
     Rule("too few or uneven micro-batches", "1F1B needs pp, DualPipeV 2 pp, Interleaved* whole rounds", _microbatches),
     Rule(
         'split-backward schedules with resharding "always"',
@@ -339,7 +326,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "split-backward schedules with torch.compile",
-        "torch raises when the schedule is made",
+        "torch raises when the schedule is built",
         _split_backward_compiled,
     ),
     Rule("TP with torch.compile", "wrong gradients without an error in torch 2.13 on gloo", _compiled_tensor_parallel),
@@ -348,45 +335,10 @@ RULES: tuple[Rule, ...] = (
         "torch raises in the second half of the backward pass",
         _split_backward_selective,
     ),
-    Rule('"memory_budget" without torch.compile', "the budget is spent by its partitioner", _budget_without_compile),
+    Rule('"memory_budget" without torch.compile', "the compiler chooses what to keep", _budget_without_compile),
     Rule("float8 all-gather without the tensorwise recipe", "a gathered weight has one scale", _float8_gather),
-    Rule("float8 that converts no layer", "its products take sides that divide by 16", _float8_nothing),
-    Rule("CPU offload in a single process", "FSDP2 moves what it shards", _offload_of_one),
-    Rule("async TP without TP or torch.compile", "the compiler overlaps traffic and products", _asynchronous),
-    Rule("a selection that is neither op nor a number", "nothing else is defined", _selection),
-)
-
-
-def _asynchronous_on_cpu(config: Config) -> str | None:
-    if not config.parallelism.enable_async_tensor_parallel:
-        return None
-    return (
-        f"{_PARALLELISM}enable_async_tensor_parallel: goes through symmetric memory, which only CUDA has: set it and "
-        "compile.enable to false here"
-    )
-
-
-def _ring_on_cpu(config: Config) -> str | None:
-    asked = config.parallelism
-    if asked.context_parallel_degree == 1 or asked.context_parallel_method != "ring":
-        return None
-    return f'{_PARALLELISM}context_parallel_method: torch 2.13 has no ring for the CPU\'s attention: use "gather"'
-
-
-def _compiled_float8_on_cpu(config: Config) -> str | None:
-    bf16 = config.training.mixed_precision_param == "bfloat16"
-    if not config.compile.enable or config.float8.recipe_name is None or not bf16:
-        return None
-    return (
-        "compile.enable: torch 2.13 cannot compile emulated float8 in bfloat16: set it to false, or "
-        'training.mixed_precision_param to "float32"'
-    )
-
-
-CPU_RULES: tuple[CPURule, ...] = (
-    CPURule("ring attention", "torch 2.13 has no ring for the CPU's kernel", _ring_on_cpu),
-    CPURule("async TP", "it goes through symmetric memory, which only CUDA has", _asynchronous_on_cpu),
-    CPURule(
-        "float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8_on_cpu
-    ),
+    Rule("float8 that converts no layer", "dimensions must be multiples of 16", _float8_no_layer),
+    Rule("CPU offload on a single rank", "FSDP2 offloads sharded parameters only", _offload_on_one_rank),
+    Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
+    Rule("a selective option other than op or a number", "there is no other", _selective_option),
 )

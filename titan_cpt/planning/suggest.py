@@ -1,8 +1,8 @@
-"""Layouts for a number of ranks and a device, ranked by an estimate of a step's time. Pure; no device is asked.
+"""Parallelism degrees for a number of ranks and a device, fastest first by an estimate of the step time.
 
-The estimate is coarse and says what it is made of: products at half of the device's peak, the pipeline's idle time,
-recomputation, and communication over links of two speeds, of which FSDP's and the pipeline's is hidden behind products.
-Which device that is, its memory tells; `assumed` puts it into words.
+The estimate is coarse: matmuls at half of the device's peak, the pipeline bubble, recomputation, and communication
+over links of two speeds; FSDP and pipeline communication overlaps with computation. The device is the one of `DEVICES`
+whose memory is nearest. Pure; no device is queried.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from titan_cpt.planning.memory import fits
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
 
-RANKS_OF_A_NODE = 8
-REACHED = 0.5  # of every figure of a data sheet
-NETWORK_BYTES_PER_S = 50e9  # what a rank sends between nodes: 400 Gbit/s
-_RECOMPUTED = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}  # more work, as a share of forward and backward
+RANKS_PER_NODE = 8
+REACHED = 0.5  # share of every figure of a data sheet that training is assumed to reach
+NETWORK_BYTES_PER_S = 50e9  # of one rank, between nodes: 400 Gbit/s
+_RECOMPUTED = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}  # recomputed FLOPs, relative to forward and backward
 
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a data sheet: memory in bytes, products in dense bfloat16, and what it sends inside a node."""
+    """Figures of a data sheet: memory in bytes, dense bfloat16 FLOP/s, and bytes per second between GPUs of a node."""
 
     name: str
     memory: float
@@ -34,39 +34,39 @@ class Device:
 
 
 DEVICES = (
-    Device("RTX 4090", 24e9, 165e12, 32e9),  # PCIe 4, one way, as the L40S
+    Device("RTX 4090", 24e9, 165e12, 32e9),  # PCIe 4, one direction, as the L40S
     Device("A100 40 GB", 40e9, 312e12, 300e9),
     Device("L40S", 48e9, 362e12, 32e9),
     Device("H100 SXM", 80e9, 989e12, 450e9),
     Device("H200", 141e9, 989e12, 450e9),
     Device("B200", 180e9, 2250e12, 900e9),
 )
-"""Those of NVIDIA's data sheets, by memory; the one whose memory is nearest stands for a device."""
+"""From NVIDIA's data sheets, sorted by memory."""
 
 
-def device_of(memory: int) -> Device:
-    """The device whose figures are taken for one of so many bytes."""
-    return min(DEVICES, key=lambda device: abs(device.memory / memory - 1))
+def nearest_device(memory_bytes: int) -> Device:
+    """The device with the nearest amount of memory."""
+    return min(DEVICES, key=lambda device: abs(device.memory / memory_bytes - 1))
 
 
-def assumed(device: Device) -> str:
-    """What the estimates rest on, in a sentence."""
+def assumptions(device: Device) -> str:
+    """The assumptions of the estimates, in a sentence."""
     return (
         f"assumed: {REACHED:.0%} of an {device.name}'s {device.flops / 1e12:.0f} TFLOP/s in bfloat16, of "
-        f"{device.node_bytes_per_s / 1e9:.0f} GB/s inside a node of {RANKS_OF_A_NODE} and of "
-        f"{NETWORK_BYTES_PER_S / 1e9:.0f} GB/s between nodes; other figures change the order"
+        f"{device.node_bytes_per_s / 1e9:.0f} GB/s inside a node of {RANKS_PER_NODE} and of "
+        f"{NETWORK_BYTES_PER_S / 1e9:.0f} GB/s between nodes; the order depends on these"
     )
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One layout that fits.
+    """Parallelism degrees and batch that fit the device.
 
     Attributes:
-        plan: of the config with `overrides`.
-        overrides: what to write on the command line.
-        step_s: the estimate.
-        reason: what the step's time is made of.
+        plan: the plan of the config with `overrides`.
+        overrides: values to set, by dotted key.
+        step_s: estimated step time in seconds.
+        reason: the parts of the step time, in words.
     """
 
     plan: Plan
@@ -75,13 +75,13 @@ class Suggestion:
     reason: str
 
 
-def suggestions(config: Config, inventory: DataInventory, world_size: int, device_bytes: int) -> list[Suggestion]:
-    """All layouts tried that keep the rules and fit, the fastest first, at most one for each set of degrees.
+def suggest(config: Config, inventory: DataInventory, world_size: int, device_bytes: int) -> list[Suggestion]:
+    """Combinations of degrees that are valid and fit, fastest first; for each (tp, pp, cp) only the fastest batch.
 
     Raises:
-        PlanError: none fits, or the config is wrong under every layout.
+        PlanError: none fits, or the config is invalid with all of them.
     """
-    device = device_of(device_bytes)
+    device = nearest_device(device_bytes)
     best: dict[tuple[int, ...], Suggestion] = {}
     error: PlanError | None = None
     for overrides in _candidates(config, world_size):
@@ -91,35 +91,34 @@ def suggestions(config: Config, inventory: DataInventory, world_size: int, devic
             error = refused
             continue
         if fits(plan.footprint, device_bytes):
-            found = _estimated(plan, overrides, device)
-            layout = plan.parallel_dims
-            degrees = (layout.tp, layout.pp, layout.cp)
+            found = _estimate(plan, overrides, device)
+            degrees = (plan.parallel_dims.tp, plan.parallel_dims.pp, plan.parallel_dims.cp)
             if degrees not in best or found.step_s < best[degrees].step_s:
                 best[degrees] = found
     if not best:
-        why = f"; the last one tried: {error}" if error else ""
+        reason = f"; the last one tried: {error}" if error else ""
         raise PlanError(
-            f"--suggest: no layout of {world_size} ranks keeps the rules and fits {device_bytes / 2**30:.0f} GiB{why}. "
-            "Take more ranks, or a global_batch_size with more divisors"
+            f"--suggest: no layout of {world_size} ranks is valid and fits {device_bytes / 2**30:.0f} GiB{reason}. "
+            "Use more ranks, or a global_batch_size with more divisors"
         )
     return sorted(best.values(), key=lambda suggestion: suggestion.step_s)
 
 
 def _candidates(config: Config, world_size: int) -> Iterator[dict[str, str]]:
-    for tp in range(1, RANKS_OF_A_NODE + 1):
+    for tp in range(1, RANKS_PER_NODE + 1):
         for pp in (1, 2, 3, 4, 6, 8, 12, 16):
             if world_size % (tp * pp):
                 continue
-            share, left_over = divmod(config.training.global_batch_size, world_size // (tp * pp))
-            if left_over:
+            local_batch, remainder = divmod(config.training.global_batch_size, world_size // (tp * pp))
+            if remainder:
                 continue
-            for rows in (size for size in (1, 2, 3, 4, 6, 8) if share % size == 0):
+            for rows in (size for size in (1, 2, 3, 4, 6, 8) if local_batch % size == 0):
                 for recompute in _RECOMPUTED:
                     yield {
                         "parallelism.tensor_parallel_degree": str(tp),
                         "parallelism.pipeline_parallel_degree": str(pp),
                         "parallelism.pipeline_parallel_microbatch_size": str(rows),
-                        "training.local_batch_size": str(share if pp > 1 else rows),
+                        "training.local_batch_size": str(local_batch if pp > 1 else rows),
                         "activation_checkpoint.mode": recompute,
                     }
 
@@ -134,19 +133,20 @@ def _with(config: Config, overrides: dict[str, str]) -> Config:
     )
 
 
-def _estimated(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
-    layout, costs = plan.parallel_dims, plan.footprint
-    again = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
-    products = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size / (device.flops * REACHED)
-    computing = products * (1 + again) / (1 - costs.bubble)
-    tensor = costs.traffic.tensor / (device.node_bytes_per_s * REACHED)
-    network = device.node_bytes_per_s if plan.world_size <= RANKS_OF_A_NODE else NETWORK_BYTES_PER_S
-    behind = (costs.traffic.fsdp + costs.traffic.pipeline) / (network * REACHED)
-    step = computing + tensor + max(0.0, behind - computing)
+def _estimate(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
+    costs = plan.footprint
+    recomputed = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
+    flops_per_rank = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size
+    matmul_s = flops_per_rank / (device.flops * REACHED)
+    compute_s = matmul_s * (1 + recomputed) / (1 - costs.bubble)
+    tensor_s = costs.traffic.tensor / (device.node_bytes_per_s * REACHED)
+    network = device.node_bytes_per_s if plan.world_size <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
+    overlapped_s = (costs.traffic.fsdp + costs.traffic.pipeline) / (network * REACHED)
+    step_s = compute_s + tensor_s + max(0.0, overlapped_s - compute_s)
     reason = (
-        f"products {products:.2f} s, recomputed {again:.0%}, pipeline idle {costs.bubble:.0%}, tensor-parallel traffic "
-        f"{tensor:.2f} s, other traffic {behind:.2f} s ({'hidden' if behind <= computing else 'not hidden'}); "
-        f"{costs.memory / 2**30:.1f} GiB"
+        f"matmuls {matmul_s:.2f} s, recomputation {recomputed:.0%}, pipeline bubble {costs.bubble:.0%}, "
+        f"tensor-parallel communication {tensor_s:.2f} s, other communication {overlapped_s:.2f} s "
+        f"({'overlapped' if overlapped_s <= compute_s else 'not fully overlapped'}); {costs.memory / 2**30:.1f} GiB"
     )
-    shown = {key: value for key, value in overrides.items() if layout.pp > 1 or "microbatch" not in key}
-    return Suggestion(plan, shown, step, reason)
+    shown = {key: value for key, value in overrides.items() if plan.parallel_dims.pp > 1 or "microbatch" not in key}
+    return Suggestion(plan, shown, step_s, reason)

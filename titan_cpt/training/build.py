@@ -33,7 +33,7 @@ from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
 from titan_cpt.models.common.ops import multiplied_in_float32
-from titan_cpt.planning.parallel_rules import check_device
+from titan_cpt.planning.device_rules import check_device
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.plan_text import print_plan

@@ -276,9 +276,9 @@ def test_an_exponential_fall_to_zero_is_refused():
             lambda: lr_schedules.linear(warmup_until=-1, end=10, peak=1.0, final=0.1),
             "warmup_until must not be negative",
         ),
-        (lambda: lr_schedules.constant(warmup_until=11, end=10, peak=1.0), "must not lie after the stage's end"),
-        (lambda: short_infinite(warmup_until=41), "warmup_until is an end point and must not lie after cooldown_until"),
-        (lambda: short_infinite(cooldown_until=71), "cooldown_until is .* not lie after constant_until: step 71"),
+        (lambda: lr_schedules.constant(warmup_until=11, end=10, peak=1.0), "must not be after the stage's end"),
+        (lambda: short_infinite(warmup_until=41), "warmup_until is an end point and must not be after cooldown_until"),
+        (lambda: short_infinite(cooldown_until=71), "cooldown_until is .* not be after constant_until: step 71"),
         (
             lambda: short_infinite(constant_until=101),
             "constant_until is .* the stage's end: step 101 is after step 100",
@@ -286,11 +286,11 @@ def test_an_exponential_fall_to_zero_is_refused():
         (lambda: short_infinite(cooldown_until=10), "would jump from max to constant"),
         (
             lambda: lr_schedules.wsd(warmup_until=9, decay_from=8, end=10, peak=1.0, final=0.1, decay="cosine"),
-            "warmup_until is an end point and must not lie after decay_from",
+            "warmup_until is an end point and must not be after decay_from",
         ),
         (
             lambda: lr_schedules.wsd(warmup_until=0, decay_from=11, end=10, peak=1.0, final=0.1, decay="cosine"),
-            "decay_from is an end point and must not lie after the stage's end",
+            "decay_from is an end point and must not be after the stage's end",
         ),
         (
             lambda: lr_schedules.inv_sqrt(warmup_until=11, end=10, peak=1.0, floor=0.1, timescale=1),

@@ -18,7 +18,7 @@ from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.suggest import device_of, suggestions
+from titan_cpt.planning.suggest import nearest_device, suggest
 from titan_cpt.training.dry_run import check_layout
 
 ROOT = Path(__file__).parents[3]
@@ -119,13 +119,13 @@ def test_suggestions_fit_and_come_fastest_first() -> None:
     """Each one is a layout of all ranks that keeps the rules; too small a device is refused with the reason."""
     config = load_config(TEN_BILLION)
     inventory = take_inventory(config)
-    found = suggestions(config, inventory, 64, 80 * 2**30)
+    found = suggest(config, inventory, 64, 80 * 2**30)
 
     assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
     assert all(suggestion.plan.world_size == 64 for suggestion in found)
     assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
-    with pytest.raises(PlanError, match="no layout of 64 ranks keeps the rules and fits 1 GiB"):
-        suggestions(config, inventory, 64, 2**30)
+    with pytest.raises(PlanError, match="no layout of 64 ranks is valid and fits 1 GiB"):
+        suggest(config, inventory, 64, 2**30)
 
 
 def test_suggestions_say_what_device_they_assume() -> None:
@@ -137,7 +137,7 @@ def test_suggestions_say_what_device_they_assume() -> None:
     assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
     assert refused.returncode == 2
     assert "--device-memory" in refused.stderr
-    assert [device_of(size).name for size in (40 * 10**9, 140 * 2**30, 16 * 10**9)] == [
+    assert [nearest_device(size).name for size in (40 * 10**9, 140 * 2**30, 16 * 10**9)] == [
         "A100 40 GB",
         "H200",
         "RTX 4090",

@@ -160,7 +160,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(one_stage, make,
 
 def test_a_shard_degree_must_be_the_ranks_there_are(one_stage, make):
     """On five ranks only 5; the message says so."""
-    with pytest.raises(PlanError, match=r"data_parallel_shard_degree: must be 5 on 5 ranks, or left out, got 2"):
+    with pytest.raises(PlanError, match=r"data_parallel_shard_degree: must be 5 on 5 ranks, or omitted, got 2"):
         make(one_stage, ("parallelism.data_parallel_shard_degree", "2"), world_size=5)
 
     assert make(one_stage, ("parallelism.data_parallel_shard_degree", "5"), world_size=5).data_parallel == 5

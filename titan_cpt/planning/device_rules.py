@@ -1,0 +1,66 @@
+"""Settings that are refused on a CPU. Not part of the plan, which may be made on another machine than the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from titan_cpt.config.schema import Config
+from titan_cpt.errors import PlanError
+
+
+@dataclass(frozen=True)
+class CPURule:
+    """A setting that is refused on a CPU; the attributes are those of `Rule`."""
+
+    refused: str
+    because: str
+    problem: Callable[[Config], str | None]
+
+
+def check_device(config: Config, device: str) -> None:
+    """Refuse settings that this kind of device does not support.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        PlanError: the message lists all such settings.
+    """
+    problems = [rule.problem(config) for rule in CPU_RULES] if device == "cpu" else []
+    found = [problem for problem in problems if problem]
+    if found:
+        raise PlanError("\n".join(["not supported on a CPU:", *(f"  - {problem}" for problem in found)]))
+
+
+def _async_tp(config: Config) -> str | None:
+    if not config.parallelism.enable_async_tensor_parallel:
+        return None
+    return (
+        "parallelism.enable_async_tensor_parallel: needs symmetric memory, which only CUDA has: set it and "
+        "compile.enable to false"
+    )
+
+
+def _ring_attention(config: Config) -> str | None:
+    parallelism = config.parallelism
+    if parallelism.context_parallel_degree == 1 or parallelism.context_parallel_method != "ring":
+        return None
+    return 'parallelism.context_parallel_method: torch 2.13 has no ring attention on a CPU: use "gather"'
+
+
+def _compiled_float8(config: Config) -> str | None:
+    bf16 = config.training.mixed_precision_param == "bfloat16"
+    if not config.compile.enable or config.float8.recipe_name is None or not bf16:
+        return None
+    return (
+        "compile.enable: torch 2.13 cannot compile emulated float8 in bfloat16: set it to false, or "
+        'training.mixed_precision_param to "float32"'
+    )
+
+
+CPU_RULES: tuple[CPURule, ...] = (
+    CPURule("ring attention", "torch 2.13 has no ring attention on a CPU", _ring_attention),
+    CPURule("async TP", "it needs symmetric memory, which only CUDA has", _async_tp),
+    CPURule("float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8),
+)
