@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 
 from titan_cpt.checkpoint.storage import ShardReader
-from titan_cpt.distributed.float8 import in_high_precision
+from titan_cpt.distributed.float8 import without_float8_wrappers
 from titan_cpt.errors import CheckpointError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -33,7 +33,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 def state_to_save(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """This rank's shards of the weights (float8 weights in high precision) and of the optimizer's tensors."""
     return {
-        "model": in_high_precision(get_model_state_dict(model)),
+        "model": without_float8_wrappers(get_model_state_dict(model)),
         "optimizer": _only_tensors(_optimizer_state(model, optimizer)),
     }
 
@@ -44,7 +44,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     Raises:
         CheckpointError: the folder cannot be read, or its tensors are not those of the model.
     """
-    state: dict[str, Any] = {"model": in_high_precision(get_model_state_dict(model))}
+    state: dict[str, Any] = {"model": without_float8_wrappers(get_model_state_dict(model))}
     optimizer_state: dict[str, Any] = {}
     if optimizer is not None:
         optimizer_state = _optimizer_state(model, optimizer)

@@ -1,13 +1,12 @@
-"""Context parallelism: the positions of a sequence are split over ranks, and attention gathers the others' keys.
+"""Context parallelism: a sequence's positions are sharded over ranks; attention all-gathers keys and values.
 
-A sequence is cut into 2 x cp equal pieces; rank r holds pieces r and 2 cp - 1 - r, an early and a late one, so that
-under a causal mask every rank has the same number of keys to look at. Queries stay where they are; keys and values are
-gathered, which works on every device and, with grouped or wide heads, costs less than attention itself; under a sliding
-window the gathered ones are cut to what a piece can see. Source of the balance and of gathering: Llama 3,
-arXiv:2407.21783, section 3.3.2.
+A sequence is split into 2 x cp equal chunks. Rank r holds chunks r and 2 cp - 1 - r, one early and one late, so that
+causal attention is the same amount of work on each rank. Queries stay local; keys and values are all-gathered, which
+works on every device and costs little beside attention. With a sliding window each chunk uses only the keys inside it.
+Source of the load balancing and of all-gathering: Llama 3, arXiv:2407.21783, section 3.3.2.
 
-Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, S positions that a piece of it
-may see, N heads, H head width.
+Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, S positions that a chunk
+attends to, N heads, H head width, R half of a head's rotated features.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ def apply_cp(model: LanguageModel, group: dist.ProcessGroup, *, ring: bool) -> N
         block_attention.core = ContextParallelAttention(core, group) if mesh is None else RingAttention(core, mesh)
 
 
-def own_positions(length: int, rank: int, degree: int) -> Tensor:
-    """The positions of a sequence of `length` that a context rank holds, ascending, int64 [P]."""
-    pieces = torch.arange(length).chunk(2 * degree)
-    return torch.cat((pieces[rank], pieces[2 * degree - 1 - rank]))
+def local_positions(length: int, rank: int, degree: int) -> Tensor:
+    """The positions of a sequence of `length` that a context-parallel rank holds, ascending, int64 [P]."""
+    chunks = torch.arange(length).chunk(2 * degree)
+    return torch.cat((chunks[rank], chunks[2 * degree - 1 - rank]))
 
 
 class ContextParallelAttention(nn.Module):
-    """Takes the place of `RotaryCausalAttention` on a rank that holds two pieces of every sequence; no weights."""
+    """Replaces `RotaryCausalAttention` under context parallelism, with all-gathered keys and values; no weights."""
 
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -61,10 +60,10 @@ class ContextParallelAttention(nn.Module):
         self.scaling, self.window = plain.scaling, plain.window
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
-        """Attention's result for this rank's positions, out_BPNH; keys and values may have fewer heads than queries."""
+        """Attention's output for this rank's positions, out_BPNH; k and v may have fewer heads (GQA)."""
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own, device = q_BPNH.shape[1], q_BPNH.device
-        positions_P = own_positions(own * degree, rank, degree).to(device)
+        positions_P = local_positions(own * degree, rank, degree).to(device)
         cos_PR, sin_PR = rotary_tables(
             positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
         )
@@ -72,74 +71,74 @@ class ContextParallelAttention(nn.Module):
         k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNLH = _in_sequence_order(k_BNPH, self.group)
         v_BNLH = _in_sequence_order(v_BPNH.transpose(1, 2), self.group)
-        shared_by = q_BNPH.shape[1] // k_BNLH.shape[1]
-        # After they were sent: the kernels that take a mask want as many heads of keys as of queries.
-        k_BNLH, v_BNLH = (x.repeat_interleave(shared_by, dim=1) if shared_by > 1 else x for x in (k_BNLH, v_BNLH))
+        group = q_BNPH.shape[1] // k_BNLH.shape[1]
+        # After the all-gather: fused kernels with a mask need as many key heads as query heads.
+        k_BNLH, v_BNLH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNLH, v_BNLH))
 
-        piece, out = own // 2, []
+        out: list[Tensor] = []
+        chunk = own // 2
         window = own * degree if self.window is None else self.window
-        for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * piece, (2 * degree - 1 - rank) * piece), strict=True):
-            since, until = max(0, first - window + 1), first + piece  # nothing of this piece looks farther
-            mask = torch.ones(piece, until - since, dtype=torch.bool, device=device)
-            mask = mask.tril(first - since).triu(first - since - window + 1)  # position p sees p - window + 1 to p
+        for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * chunk, (2 * degree - 1 - rank) * chunk), strict=True):
+            since, until = max(0, first - window + 1), first + chunk  # the keys that this chunk attends to
+            mask = torch.ones(chunk, until - since, dtype=torch.bool, device=device)
+            mask = mask.tril(first - since).triu(first - since - window + 1)  # position p: from p - window + 1 to p
             k_BNSH, v_BNSH = k_BNLH[:, :, since:until], v_BNLH[:, :, since:until]
             out.append(attention(half, k_BNSH, v_BNSH, attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 
 
 class RingAttention(nn.Module):
-    """As `ContextParallelAttention`, by torch's ring: keys and values come by piece by piece, none is held whole.
+    """Replaces `RotaryCausalAttention` with torch's ring attention: no rank holds all keys and values at once.
 
-    On CUDA, whose attention kernels return what partial results are merged by. Torch takes the rank's positions to be
-    an early and a late piece, as `own_positions` cuts them (a test holds the two together). Never run by us: no GPU was
-    at hand. Source: Liu et al. 2023, arXiv:2310.01889.
+    CUDA only: partial results are merged with the log-sum-exp that CUDA's attention kernels return. torch expects one
+    early and one late chunk per rank, as in `local_positions`; a test compares the two. Not run by us on a GPU.
+    Source: Liu et al. 2023, arXiv:2310.01889.
     """
 
     def __init__(self, plain: RotaryCausalAttention, mesh: DeviceMesh) -> None:
         super().__init__()
-        assert plain.window is None, "torch's ring knows no sliding window; the rules refuse it"
+        assert plain.window is None, "torch's ring attention has no sliding window; the plan refuses this"
         self.rotary_width, self.rope_base, self.scaling = plain.rotary_width, plain.rope_base, plain.scaling
         self.group = mesh.get_group()
         _enable_context_parallel_dispatcher()
         style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
-        self.attend = parallelize_module(_CausalProduct(), mesh, style)
+        self.attend = parallelize_module(_CausalAttention(), mesh, style)
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
-        """Attention's result for this rank's positions, out_BPNH; keys and values may have fewer heads than queries."""
+        """Attention's output for this rank's positions, out_BPNH; k and v may have fewer heads (GQA)."""
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        positions_P = own_positions(q_BPNH.shape[1] * degree, rank, degree).to(q_BPNH.device)
+        positions_P = local_positions(q_BPNH.shape[1] * degree, rank, degree).to(q_BPNH.device)
         cos_PR, sin_PR = rotary_tables(
             positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
         )
         q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
-        shared_by = q_BPNH.shape[2] // k_BPNH.shape[2]
-        k_BNPH, v_BNPH = (
-            x.repeat_interleave(shared_by, dim=1) if shared_by > 1 else x for x in (k_BNPH, v_BPNH.transpose(1, 2))
-        )
+        group = q_BPNH.shape[2] // k_BPNH.shape[2]
+        v_BNPH = v_BPNH.transpose(1, 2)
+        k_BNPH, v_BNPH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNPH, v_BNPH))
         out_BNPH: Tensor = self.attend(q_BNPH, k_BNPH, v_BNPH)
         return out_BNPH.transpose(1, 2)
 
 
-class _CausalProduct(nn.Module):
-    """Attention proper, in a module of its own, for torch to lay its ring around."""
+class _CausalAttention(nn.Module):
+    """Scaled dot-product attention, as a module that torch's context parallelism can wrap."""
 
     def forward(self, q_BNPH: Tensor, k_BNPH: Tensor, v_BNPH: Tensor) -> Tensor:
-        """As if these were all the positions there are."""
+        """Causal attention over these positions; torch adds the other ranks' keys and values."""
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             return F.scaled_dot_product_attention(q_BNPH, k_BNPH, v_BNPH, is_causal=True)
 
 
 def _in_sequence_order(x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' pieces, in the order of the sequence, x_BNLH."""
+    """All-gather over the ranks, in sequence order, x_BNLH."""
     degree = dist.get_world_size(group)
     gathered: Tensor = _GatherPositions.apply(x_BNPH, group)  # type: ignore[no-untyped-call]
-    pieces = gathered.chunk(2 * degree, dim=2)  # rank 0's early and late piece, then rank 1's ...
-    return torch.cat((*pieces[0::2], *pieces[1::2][::-1]), dim=2)
+    chunks = gathered.chunk(2 * degree, dim=2)  # rank 0's early and late chunk, then rank 1's ...
+    return torch.cat((*chunks[0::2], *chunks[1::2][::-1]), dim=2)
 
 
 class _GatherPositions(torch.autograd.Function):
-    """Concatenates the ranks' positions, rank after rank; the gradient is summed over ranks in fp32 and cut again."""
+    """All-gather of positions, rank by rank; backward reduce-scatters the gradient in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -73,7 +73,7 @@ def refresh_scales(model: nn.Module) -> None:
     precompute_float8_dynamic_scale_for_fsdp(model)
 
 
-def in_high_precision(state: Mapping[str, Any]) -> dict[str, Any]:
+def without_float8_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with plain float32 tensors in the place of those that FSDP2 casts, sharing their memory.
 
     So that a checkpoint holds nothing of torchao's and is read under any layout, with float8 or without.

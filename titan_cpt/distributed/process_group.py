@@ -170,7 +170,7 @@ def rank_0_first() -> Iterator[None]:
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """A TitanError that some ranks raise within the block is raised by every rank at its end; collective.
 
     Nothing within the block may be collective unless every rank does all of it: the others would wait for the one that

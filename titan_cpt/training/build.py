@@ -31,7 +31,7 @@ from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
-from titan_cpt.distributed.process_group import ProcessInfo, agreed, set_timeouts
+from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
 from titan_cpt.models.common.ops import multiplied_in_float32
 from titan_cpt.planning.device_rules import check_device
 from titan_cpt.planning.plan import Plan
@@ -76,7 +76,7 @@ def build(
     """
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console() if process.rank == 0 else Console(quiet=True)
-    with agreed():  # before anything collective: files may be missing on some nodes only
+    with raise_on_all_ranks():  # before anything collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size)
         data = _open_data(config, tokenizer)
@@ -96,7 +96,7 @@ def build(
         keep_every=config.checkpoint.keep_every,
         async_save=config.checkpoint.async_mode == "async",
     )
-    with agreed():
+    with raise_on_all_ranks():
         found = find_checkpoint(plan, checkpoints, data.identities, console)
         if found is not None and config.job.deterministic:
             check_same_machine(found, process)

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor.parallel import loss_parallel
 
-from titan_cpt.distributed.context_parallel import own_positions
+from titan_cpt.distributed.context_parallel import local_positions
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
@@ -184,7 +184,7 @@ def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     tokens_BL = tokens_BL.to(mesh.process.device, non_blocking=True)
     if mesh.parallel_dims.cp == 1:
         return tokens_BL
-    positions = own_positions(tokens_BL.shape[1], mesh.coordinates.context, mesh.parallel_dims.cp)
+    positions = local_positions(tokens_BL.shape[1], mesh.coordinates.context, mesh.parallel_dims.cp)
     return tokens_BL[:, positions.to(tokens_BL.device)]
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.distributed.tensor.experimental._context_parallel import _HeadTailLoadBalancer
 
-from titan_cpt.distributed.context_parallel import own_positions
+from titan_cpt.distributed.context_parallel import local_positions
 
 
 def test_the_positions_by_hand() -> None:
     """Eight positions over two ranks: the first and the last quarter, and the two in the middle."""
-    assert own_positions(8, 0, 2).tolist() == [0, 1, 6, 7]
-    assert own_positions(8, 1, 2).tolist() == [2, 3, 4, 5]
+    assert local_positions(8, 0, 2).tolist() == [0, 1, 6, 7]
+    assert local_positions(8, 1, 2).tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
@@ -20,6 +20,6 @@ def test_a_rank_holds_what_torchs_ring_takes_it_to_hold(degree: int) -> None:
     """Torch's ring attention knows by its own balance which keys a rank's queries may see: it must be ours."""
     length = 24 * degree
     balance = _HeadTailLoadBalancer(length, degree, "cpu")._generate_indices(restore=False).flatten()
-    ours = torch.cat([own_positions(length, rank, degree) for rank in range(degree)])
+    ours = torch.cat([local_positions(length, rank, degree) for rank in range(degree)])
 
     assert ours.tolist() == balance.tolist()
