@@ -2,8 +2,8 @@
 
 import json
 
-import opened
 import pytest
+import small_checkpoints
 import training
 from prepared import jsonl, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -19,7 +19,7 @@ from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.errors import DataError
 from titan_cpt.evaluation.generate import Sampling, generate
 from titan_cpt.evaluation.inference import open_checkpoint
-from titan_cpt.evaluation.prompts import continued
+from titan_cpt.evaluation.prompts import generate_texts
 from titan_cpt.planning.planner import make_plan
 
 TEXTS = ["ab ba", "b\u00e9 </s><s>", " a"]
@@ -236,7 +236,7 @@ def test_prompts_begin_as_the_training_documents_did(tmp_path):
 def imported(tmp_path_factory):
     """A release whose tokenizer puts a token before each text, imported."""
     folder = tmp_path_factory.mktemp("imported")
-    checkpoint = opened.released_and_imported(folder, "llama")
+    checkpoint = small_checkpoints.imported(folder, "llama")
     saved(llama_3()[0], folder / "released")
     return checkpoint
 
@@ -250,7 +250,7 @@ def test_generate_puts_the_token_before_a_prompt(imported):
         for first in ([257], [])
     )
 
-    assert continued(model, prompts, 12, Sampling()) == [
+    assert generate_texts(model, prompts, 12, Sampling()) == [
         model.tokenizer.decode([token for token in tokens if token < 259]) for tokens in with_bos
     ]
     assert with_bos != without
@@ -263,7 +263,7 @@ def test_scores_are_those_of_the_harness_own_model_with_its_token(imported, tmp_
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from titan_cpt.evaluation.lm_eval import CheckpointLM
+    from titan_cpt.evaluation.lm_eval_model import CheckpointLM
 
     lines: list[str] = []
     export(imported, tmp_path / "out", dtype="float32", log=lines.append)

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-import opened
 import pytest
+import small_checkpoints
 import torch.distributed as dist
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
@@ -20,7 +20,7 @@ TASKS = ("sums:2", "sums_text:1")
 def places(tmp_path_factory):
     """(a checkpoint, the tasks' folder)."""
     folder = tmp_path_factory.mktemp("evaluated")
-    return opened.released_and_imported(folder, "llama"), opened.write_tasks(folder)
+    return small_checkpoints.imported(folder, "llama"), small_checkpoints.write_tasks(folder)
 
 
 def evaluated(launcher, places, *words):

@@ -16,7 +16,6 @@ NOT_YET = {
     "distributed",
     "data",
     "planning",
-    "evaluation",
     "reporting",
     "training",
     "train",

@@ -1,4 +1,4 @@
-"""Which checkpoints are meant by a path, and where what is found out about them is kept."""
+"""Paths of evaluation: the folder of a checkpoint's scores, and the stage-end checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from titan_cpt.errors import CheckpointError
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to; None for one outside of runs, such as an import."""
+    """The folder of the run that a checkpoint belongs to; None outside of runs, as for an imported model."""
     run = checkpoint.absolute().parent.parent
     return run if is_there(run / CONFIG_FILE) else None
 
 
 def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
-    """Where the scores of a checkpoint are kept: in its run's folder, else beside it."""
+    """The folder of a checkpoint's scores: in its run's folder, or beside a checkpoint outside of runs."""
     run = run_of(checkpoint)
     if run is None:
         return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{EVALUATIONS_FOLDER}")
@@ -35,10 +35,10 @@ def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
 
 
 def stage_ends(path: Path) -> list[Path]:
-    """A checkpoint itself, or the ends of a run's stages in the order of training.
+    """The checkpoints that a path stands for: a checkpoint itself, or the checkpoints at a run's stage ends, in order.
 
     Raises:
-        CheckpointError: the folder is neither, or the run has not come to the end of a stage.
+        CheckpointError: the folder is neither, or the run has not completed a stage.
     """
     if is_there(path / MANIFEST_FILE) or not is_there(path / PLAN_FILE):
         manifest.read(path)
@@ -50,5 +50,5 @@ def stage_ends(path: Path) -> list[Path]:
         if record["kind"] == STAGE_END and manifest.is_in_place(folder, record)
     )
     if not ends:
-        raise CheckpointError(f"{path}: no stage of this run has come to its end; name a checkpoint of it")
+        raise CheckpointError(f"{path}: no stage of this run is complete; give one of its checkpoints")
     return [folder for _, folder in ends]

@@ -1,8 +1,7 @@
-"""Benchmarks on checkpoints: each task's score is kept as soon as it is there, and a task that is done is not repeated.
+"""Run benchmarks on checkpoints. Each task's score is written as soon as it is known, and is reused by the next call.
 
-A checkpoint is met through its folder only, in whatever layout it was saved, also inside a run that is still training:
-the weights are read into a model of their own, and the random numbers of the process are put back, so that the run goes
-on as if nothing had happened.
+A checkpoint is read from its folder into a separate model, under any parallelism degrees, so that a run can evaluate a
+checkpoint while it trains: the live model is not used, and the state of the random number generators is restored.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import gc
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, precision_of_run
@@ -30,24 +28,27 @@ from titan_cpt.common.run_folder import TENSORBOARD_FOLDER
 from titan_cpt.config.suites import Task
 from titan_cpt.distributed.process_group import ProcessInfo, barrier
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
+from titan_cpt.evaluation.agreement import load_on_all_ranks, on_all_ranks
 from titan_cpt.evaluation.checkpoint_paths import run_of, scores_folder, stage_ends
 from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
 from titan_cpt.evaluation.prompts import has_example_generations, save_example_generations
-from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score
+from titan_cpt.evaluation.scores import Score, average_score, file_name, read_score, write_score
 
 if TYPE_CHECKING:
-    from titan_cpt.evaluation.lm_eval import Answers, CheckpointLM, Tasks
+    from titan_cpt.evaluation.lm_eval import TaskResult
+    from titan_cpt.evaluation.lm_eval_model import CheckpointLM
+    from titan_cpt.evaluation.lm_eval_tasks import TaskCatalog
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is asked of every checkpoint, and how it is opened; see `open_checkpoint`.
+    """Which tasks to run on each checkpoint, and how to load it; see `open_checkpoint` for the other attributes.
 
     Attributes:
-        suite: the name under which the tasks' average is kept; None for tasks by themselves.
-        folder: of tasks beside the harness's own.
-        limit: only so many samples of each task, evenly spread.
-        again: repeat what is done already.
+        suite: name for the average over the tasks; None for single tasks, which have no average.
+        folder: folder of further tasks (YAML files), beside those of lm-evaluation-harness.
+        limit: number of samples per task, evenly spaced; None for all.
+        again: also run tasks that already have a score.
     """
 
     tasks: tuple[Task, ...]
@@ -63,300 +64,285 @@ class EvalRequest:
 
 
 @cache
-def open_tasks(asked: tuple[Task, ...], folder: Path | None) -> Tasks:
-    """The harness, once it is known that it has all these tasks; it takes seconds, once in a process.
+def open_tasks(tasks: tuple[Task, ...], folder: Path | None) -> TaskCatalog:
+    """lm-evaluation-harness with these tasks; takes seconds, and is cached for the process.
 
     Raises:
-        ConfigError: it is not installed, or has no such task.
-        DataError: the folder of tasks holds none.
+        ConfigError: it is not installed, or lacks a task.
+        DataError: the folder of further tasks holds no task.
     """
     try:
-        from titan_cpt.evaluation.lm_eval import Tasks, not_fetched
+        from titan_cpt.evaluation.lm_eval_tasks import TaskCatalog, not_fetched_message
     except ImportError as error:
         raise ConfigError(f"benchmarks need lm-evaluation-harness ({error}); {how_to_install('lm_eval')}") from None
-    tasks = Tasks(folder, asked)
-    if all(tasks.is_not_fetched(task) for task in asked):
-        raise ConfigError(not_fetched([task.name for task in asked], folder))
-    for task in asked:
-        if not tasks.is_not_fetched(task):  # one of several says so when it is loaded, and the others are asked
-            tasks.require(task)
-    return tasks
+    catalog = TaskCatalog(folder, tasks)
+    if all(catalog.is_not_fetched(task) for task in tasks):
+        raise ConfigError(not_fetched_message([task.name for task in tasks], folder))
+    for task in tasks:
+        if not catalog.is_not_fetched(task):  # if only some are missing, `load` reports those and the others are run
+            catalog.require(task)
+    return catalog
 
 
 def evaluate(
     checkpoint: Path,
-    ranks: ProcessInfo,
-    asked: EvalRequest,
+    process: ProcessInfo,
+    request: EvalRequest,
     *,
     log: Callable[[str], None],
     examples: bool = False,
     verify_checksums: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[Score], list[str]]:
-    """Scores of one checkpoint, those that were kept and those that were still missing; collective.
+    """Scores of one checkpoint: stored ones, and new ones for tasks without a score; collective.
 
     Args:
-        tell: is given a line for each task; on rank 0 only.
-        examples: continue the example prompts as well.
-        checked: compare the checkpoint's checksums first.
-        interrupted: asked before each task, with the same answer on every rank; the rest is left out once it says so.
+        log: called on rank 0 with a line for each task.
+        examples: also generate continuations of the example prompts.
+        verify_checksums: compare the checkpoint's files with their checksums first.
+        should_stop: called before each task, returns the same on every rank; if True, the remaining tasks are skipped.
 
     Returns:
-        The scores, and the names of tasks that have none: their dataset could not be loaded, or they failed.
+        The scores, and the names of tasks without one: their dataset could not be loaded, or they failed.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint.
+        CheckpointError: the folder is not a complete checkpoint.
     """
-    say = log if ranks.rank == 0 else _nothing
-    bench = _Bench(checkpoint, ranks, asked, verify_checksums)
-    scores, missing, asked_now = list[Score](), list[str](), list[Score]()
-    with _undisturbed():
-        for task in asked.tasks:
-            path = bench.folder / file_name(task.name, task.shots, asked.limit)
-            kept, unreadable = (None, "") if asked.again else _kept(path, bench, task)
-            if not _everywhere(not unreadable, ranks):  # it may be whole: not asked again and written over
-                say(f"  {unreadable or f'{path}: another rank cannot read it'}")
+    log = log if process.rank == 0 else _ignore
+    target = _CheckpointEval(checkpoint, process, request, verify_checksums)
+    scores: list[Score] = []
+    missing: list[str] = []
+    new_scores: list[Score] = []
+    with _preserve_rng_state():
+        for task in request.tasks:
+            path = target.folder / file_name(task.name, task.shots, request.limit)
+            stored, unreadable = (None, "") if request.again else _stored_score(path, target, task)
+            if not on_all_ranks(not unreadable, process):  # the file may be intact, so it is not overwritten
+                log(f"  {unreadable or f'{path}: another rank cannot read it'}")
                 missing.append(task.name)
                 continue
-            if _everywhere(kept is not None, ranks) and kept is not None:
-                say(f"  {task.name}: {_said(kept)}, kept from before")
-                scores.append(kept)
+            if on_all_ranks(stored is not None, process) and stored is not None:
+                log(f"  {task.name}: {_format(stored)}, kept from before")
+                scores.append(stored)
                 continue
             if should_stop():
                 break
             try:
-                tasks = open_tasks(asked.tasks, asked.folder)
-                loaded = _agreed(lambda task=task, tasks=tasks: tasks.load(task), ranks)  # type: ignore[misc]
-                scores.append(_score(bench, task, loaded, path))
-                asked_now.append(scores[-1])
+                score = _run_task(target, task, path)
             except DataError as error:
-                say(f"  {error}")
+                log(f"  {error}")
                 missing.append(task.name)
                 continue
-            say(f"  {task.name}: {_said(scores[-1])}, {scores[-1].samples:,} samples, {scores[-1].seconds:.1f} s")
-        if examples and not should_stop() and not _everywhere(has_example_generations(checkpoint, bench.record), ranks):
-            save_example_generations(bench.opened())
-        bench.close()
-    if ranks.rank == 0 and asked_now:
-        _chart(bench, asked, scores, asked_now, whole=len(scores) == len(asked.tasks))
+            scores.append(score)
+            new_scores.append(score)
+            log(f"  {task.name}: {_format(score)}, {score.samples:,} samples, {score.seconds:.1f} s")
+        if examples and not should_stop() and not on_all_ranks(target.has_generations(), process):
+            save_example_generations(target.load())
+        target.close()
+    if process.rank == 0 and new_scores:
+        _write_summary(target, scores, new_scores)
     barrier()
     return scores, missing
 
 
 def evaluate_all(
-    paths: Sequence[Path], ranks: ProcessInfo, asked: EvalRequest, *, log: Callable[[str], None]
+    paths: Sequence[Path], process: ProcessInfo, request: EvalRequest, *, log: Callable[[str], None]
 ) -> tuple[dict[str, list[Score]], list[str]]:
-    """Scores of several checkpoints by their names, and the tasks that some of them lack; collective.
+    """Scores of several checkpoints, keyed by path, and the tasks that some checkpoint has no score of; collective.
+
+    Only tasks with a score on every checkpoint are in the result.
 
     Args:
-        paths: checkpoints, or runs, of which the ends of all stages are meant.
+        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages.
 
     Raises:
         CheckpointError: a folder is neither.
-        ConfigError: the harness is not installed, or has no such task.
+        ConfigError: lm-evaluation-harness is not installed, or lacks a task.
     """
     checkpoints = [checkpoint for path in paths for checkpoint in stage_ends(path)]
-    open_tasks(asked.tasks, asked.folder)
-    found, lacking = {}, set[str]()
+    open_tasks(request.tasks, request.folder)
+    found: dict[str, list[Score]] = {}
+    lacking: set[str] = set()
     for checkpoint in checkpoints:
-        if ranks.rank == 0:
+        if process.rank == 0:
             log(f"{checkpoint}")
-        scores, missing = evaluate(checkpoint, ranks, asked, log=log)
+        scores, missing = evaluate(checkpoint, process, request, log=log)
         found[str(checkpoint)] = scores
         lacking.update(missing)
     columns = {name: [score for score in scores if score.task not in lacking] for name, scores in found.items()}
     return columns, sorted(lacking)
 
 
-class _Bench:
-    """A checkpoint under examination; its weights are loaded when the first question is put to them."""
+class _CheckpointEval:
+    """One checkpoint to evaluate. Its weights are loaded when the first task needs them."""
 
-    def __init__(self, checkpoint: Path, ranks: ProcessInfo, asked: EvalRequest, verify_checksums: bool) -> None:
-        self.checkpoint, self.ranks, self.asked, self._verify_checksums = checkpoint, ranks, asked, verify_checksums
+    def __init__(self, checkpoint: Path, process: ProcessInfo, request: EvalRequest, verify_checksums: bool) -> None:
+        self.checkpoint = checkpoint
+        self.process = process
+        self.request = request
+        self._verify_checksums = verify_checksums
         self.record = manifest.read(checkpoint)
         self.run = run_of(checkpoint)
         self.folder = scores_folder(checkpoint, self.record)
-        self._opened: LoadedModel | None = None
+        self._loaded: LoadedModel | None = None
         self._model: CheckpointLM | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the answers, as far as it is known without loading anything."""
+        """Everything that decides the scores and is known without loading the weights; see `Score.identity`."""
         return {
             "files": manifest.digest_of_files(self.record),
-            "precision": self.asked.precision or precision_of_run(self.checkpoint),
-            "tokenizer": self.asked.tokenizer,
-            **({"add_bos": True} if self._puts_bos_before_texts() else {}),
-            "max_length": self.asked.max_length,
+            "precision": self.request.precision or precision_of_run(self.checkpoint),
+            "tokenizer": self.request.tokenizer,
+            **({"add_bos": True} if self._adds_bos() else {}),
+            "max_length": self.request.max_length,
             "harness": version("lm_eval"),
         }
 
-    def _puts_bos_before_texts(self) -> bool:
-        """A release's scores depend on its tokenizer's post-processor, which earlier versions left out."""
+    def _adds_bos(self) -> bool:
+        """Whether texts begin with the begin-of-document token. Older versions never added it for imported models."""
         if "released" not in self.record:
             return self.record["recipe"].get("tokenizer.add_bos", False) is True
+        base_model = find_base_model(self.record)
         try:
-            words = find_tokenizer(self.record, self.checkpoint, self.asked.tokenizer, find_base_model(self.record))
-        except DataError:  # which is raised again when the checkpoint is opened
+            tokenizer = find_tokenizer(self.record, self.checkpoint, self.request.tokenizer, base_model)
+        except DataError:  # raised again when the checkpoint is loaded
             return False
-        return words is not None and words.add_bos
+        return tokenizer is not None and tokenizer.add_bos
 
-    def opened(self) -> LoadedModel:
-        """The checkpoint, loaded."""
-        if self._opened is None:
-            asked = self.asked
-            self._opened = open_checkpoint(
+    def has_generations(self) -> bool:
+        """Whether continuations of the example prompts are stored for these weights."""
+        return has_example_generations(self.checkpoint, self.record)
+
+    def load(self) -> LoadedModel:
+        """The loaded checkpoint; loads it on the first call."""
+        if self._loaded is None:
+            request = self.request
+            self._loaded = open_checkpoint(
                 self.checkpoint,
-                self.ranks,
-                precision=asked.precision,
-                tokenizer=asked.tokenizer,
-                max_length=asked.max_length,
-                sharded=asked.sharded,
-                batch_tokens=asked.batch_tokens,
+                self.process,
+                precision=request.precision,
+                tokenizer=request.tokenizer,
+                max_length=request.max_length,
+                sharded=request.sharded,
+                batch_tokens=request.batch_tokens,
                 verify_checksums=self._verify_checksums,
             )
-        return self._opened
+        return self._loaded
 
-    def ask(self, loaded: Any, task: Task) -> Answers:
-        """Put a task's questions to the checkpoint."""
-        from titan_cpt.evaluation.lm_eval import CheckpointLM, ask
+    def run_harness_task(self, harness_task: Any, task: Task) -> TaskResult:
+        """Run a loaded task on the checkpoint."""
+        from titan_cpt.evaluation.lm_eval import run_task
+        from titan_cpt.evaluation.lm_eval_model import CheckpointLM
 
         if self._model is None:
-            self._model = CheckpointLM(self.opened())
+            self._model = CheckpointLM(self.load())
         try:
-            return ask(self._model, loaded, task, self.asked.limit)
+            return run_task(self._model, harness_task, task, self.request.limit)
         except (TitanError, KeyboardInterrupt):
             raise
-        except Exception as error:  # of a task's own code, or of the device; other tasks may still be possible
-            raise DataError(f"task {task.name}: cannot be asked: {type(error).__name__}: {error}") from error
+        except Exception as error:  # of the task's own code, or of the device; other tasks may still run
+            raise DataError(f"task {task.name}: failed: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Give the memory back; a training run has the collector switched off."""
-        self._opened = self._model = None
+        """Free the memory; a training run has Python's garbage collector switched off."""
+        self._loaded = self._model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _score(bench: _Bench, task: Task, loaded: Any, path: Path) -> Score:
+def _run_task(target: _CheckpointEval, task: Task, path: Path) -> Score:
+    """Load a task's dataset, run the task, and write its score on rank 0; collective."""
+    catalog = open_tasks(target.request.tasks, target.request.folder)
+    harness_task = load_on_all_ranks(lambda: catalog.load(task), target.process)
     began = time.perf_counter()
-    answers = bench.ask(loaded, task)
-    metric = task.metric or next(iter(answers.metrics))
-    if metric not in answers.metrics:
-        raise DataError(f"task {task.name}: has no metric {metric!r}; it has {', '.join(answers.metrics)}")
-    record = bench.record
+    result = target.run_harness_task(harness_task, task)
+    metric = task.metric or next(iter(result.metrics))
+    if metric not in result.metrics:
+        raise DataError(f"task {task.name}: has no metric {metric!r}; it has {', '.join(result.metrics)}")
+    record = target.record
     score = Score(
         task=task.name,
         metric=metric,
-        **asdict(answers),
-        limit=bench.asked.limit,
-        identity=bench.identity,
-        checkpoint=str(bench.checkpoint),
-        stage=str(record["stage"]) if bench.run is not None else "",
+        **asdict(result),
+        limit=target.request.limit,
+        identity=target.identity,
+        checkpoint=str(target.checkpoint),
+        stage=str(record["stage"]) if target.run is not None else "",
         stage_index=int(record["stage_index"]),
         steps_done=int(record["steps_done"]),
         run_step=int(record["run_step"]),
         seconds=time.perf_counter() - began,
     )
-    if bench.ranks.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, **asdict(score), "per_sample": _short(score.per_sample)})
-        write_text_atomically(path, text)
+    if target.process.rank == 0:
+        write_score(path, score)
     return score
 
 
-def _short(per_sample: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """0 and 1 in the place of 0.0 and 1.0, of which there are hundreds of thousands."""
-    return {
-        metric: [int(value) if value == int(value) else value for value in values]
-        for metric, values in per_sample.items()
-    }
-
-
-def _kept(path: Path, bench: _Bench, task: Task) -> tuple[Score | None, str]:
-    """The score of an earlier evaluation, if the same weights were asked the same in the same way."""
+def _stored_score(path: Path, target: _CheckpointEval, task: Task) -> tuple[Score | None, str]:
+    """The score of an earlier evaluation of the same weights in the same way, if any; else why it cannot be read."""
     try:
         score = read_score(path)
     except DataError:
-        return None, ""  # none yet, or damaged: it is made again
+        return None, ""  # there is none, or it is damaged: the task is run again
     except AccessError as error:
         return None, str(error)
-    if score.identity != bench.identity or (task.metric or score.metric) not in score.metrics:
+    if score.identity != target.identity or (task.metric or score.metric) not in score.metrics:
         return None, ""
     return replace(score, metric=task.metric or score.metric), ""
 
 
-def _chart(bench: _Bench, asked: EvalRequest, scores: Sequence[Score], new: Sequence[Score], *, whole: bool) -> None:
-    """The suite's average on disk; it and the new scores in the run's TensorBoard, if it has one."""
+def _write_summary(target: _CheckpointEval, scores: Sequence[Score], new: Sequence[Score]) -> None:
+    """Write the suite's average, and the new scores to the run's TensorBoard if it has one."""
+    suite = target.request.suite
+    complete = suite is not None and len(scores) == len(target.request.tasks)
     mean, error = average_score(scores)
-    if asked.suite and whole:
+    if complete:
+        limit = target.request.limit
         values = {
             score.task: {"metric": score.metric, "value": score.value, "stderr": score.stderr} for score in scores
         }
-        summary = {"suite": asked.suite, "limit": asked.limit, "average": mean, "stderr": error, "tasks": values}
-        name = f"{asked.suite}{'' if asked.limit is None else f'-limit{asked.limit}'}.json"
-        write_text_atomically(bench.folder / name, json.dumps(summary, indent=1))
-    if bench.run is None or not (bench.run / TENSORBOARD_FOLDER).is_dir():
+        summary = {"suite": suite, "limit": limit, "average": mean, "stderr": error, "tasks": values}
+        name = f"{suite}{'' if limit is None else f'-limit{limit}'}.json"
+        write_text_atomically(target.folder / name, json.dumps(summary, indent=1))
+    if target.run is None or not (target.run / TENSORBOARD_FOLDER).is_dir():
         return
-    from torch.utils.tensorboard import SummaryWriter  # half a second
+    from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
 
-    writer = SummaryWriter(str(bench.run / TENSORBOARD_FOLDER))
-    step = int(bench.record["run_step"])
+    writer = SummaryWriter(str(target.run / TENSORBOARD_FOLDER))
+    step = int(target.record["run_step"])
     for score in new:
         writer.add_scalar(f"evaluation/{score.task}/{score.metric}", score.value, step)
-    if asked.suite and whole:
-        writer.add_scalar(f"evaluation/{asked.suite}/average", mean, step)
+    if complete:
+        writer.add_scalar(f"evaluation/{suite}/average", mean, step)
     writer.close()
 
 
-def _agreed(load: Callable[[], Any], ranks: ProcessInfo) -> Any:
-    """What every rank loads; if one cannot, none goes on, since they would wait for each other."""
-    failure: DataError | None = None
-    try:
-        loaded = load()
-    except DataError as error:
-        failure = error
-    if ranks.world_size > 1:
-        failed = torch.tensor(int(failure is not None))
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if failed.item() and failure is None:
-            failure = DataError("another rank could not load the dataset of a task")
-    if failure is not None:
-        raise failure
-    return loaded
-
-
-def _everywhere(found: bool, ranks: ProcessInfo) -> bool:
-    """Whether every rank has found it; else all of them go to work."""
-    if ranks.world_size == 1:
-        return found
-    lacking = torch.tensor(int(not found))
-    dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
-    return not lacking.item()
-
-
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Random numbers go on afterwards as if nobody had drawn any; within it they begin at the same place every time."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _preserve_rng_state() -> Iterator[None]:
+    """Seed all random number generators for the block, and restore their state afterwards."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random.seed(0)
     np.random.seed(1234)
     torch.manual_seed(1234)
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
 
 
-def _said(score: Score) -> str:
+def _format(score: Score) -> str:
     error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
     return f"{score.metric} {score.value:.4f}{error}"
 
 
-def _nothing(_line: str) -> None:
+def _ignore(_line: str) -> None:
     pass

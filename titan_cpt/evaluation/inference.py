@@ -1,9 +1,9 @@
-"""A checkpoint as a model that answers: opened in one process or over all ranks, and asked for log-likelihoods.
+"""Inference with a checkpoint: load it in one process or on all ranks, and compute log-likelihoods of continuations.
 
-Without peers, and where a rank holds the whole model, ranks share the work and not the weights; `sharded` spreads the
-weights over them besides (FSDP2), for models that do not fit. The layout that a checkpoint was saved in means nothing.
+Every rank holds the whole model and takes a share of the batches. With `sharded`, FSDP2 also shards the weights, for
+models that do not fit on one device. The parallelism degrees of training do not matter.
 
-Shape letters: B sequences, L positions, T positions of all sequences that are scored, D width, V vocabulary.
+Shape letters: B sequences, L positions, T scored positions of all sequences, W scored tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,26 +36,27 @@ from titan_cpt.models.registry import spec_from_recipe
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LOGIT_ROWS = 1024
-"""Positions whose log-probabilities are worked out at once, in float32."""
+"""Number of positions whose log-probabilities are computed at a time, in float32."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A checkpoint that answers, the same on every rank.
+    """A checkpoint's model and tokenizer, ready for inference, the same on every rank.
 
     Attributes:
         folder: the checkpoint.
         record: its manifest.
-        max_length: tokens that it is given at most.
-        sharded: forward passes are collective: every rank makes as many as the others.
-        batch_tokens: of one forward pass, filled-in ones included.
+        precision: dtype of weights and matrix products, a key of `PRECISIONS`.
+        max_length: longest input in tokens.
+        sharded: weights are sharded, so every forward pass is collective and each rank runs the same number of them.
+        batch_tokens: tokens of one forward pass, padding included.
     """
 
     folder: Path
     record: Mapping[str, Any]
     model: LanguageModel
     tokenizer: Tokenizer
-    ranks: ProcessInfo
+    process: ProcessInfo
     precision: str
     max_length: int
     sharded: bool
@@ -64,7 +65,7 @@ class LoadedModel:
 
 def open_checkpoint(
     folder: Path,
-    ranks: ProcessInfo,
+    process: ProcessInfo,
     *,
     precision: str | None = None,
     tokenizer: str | None = None,
@@ -76,35 +77,37 @@ def open_checkpoint(
     """Build the checkpoint's model and load its weights; collective.
 
     Args:
-        precision: a key of `PRECISIONS`: of weights and products; left out, what the run computes in, float32 outside
-            of runs. Log-probabilities are float32 in any case.
-        tokenizer: "bytes", a tokenizer.json or a folder that holds one; left out, the run's own.
-        max_length: left out, what the run was trained on or the release promises, the longer one.
-        sharded: spread the weights over all ranks.
+        precision: a key of `PRECISIONS`, the dtype of weights and matrix products; None for the run's compute dtype,
+            or float32 outside of runs. Log-probabilities are always float32.
+        tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
+        max_length: longest input in tokens; None for the larger of training.seq_len and the base model's
+            max_position_embeddings.
+        sharded: shard the weights over all ranks (FSDP2).
+        batch_tokens: tokens of one forward pass, padding included.
         checked: read every file once more to compare its checksum.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint.
-        DataError: its tokenizer is not known, or not the one that is given.
+        CheckpointError: the folder is not a complete checkpoint.
+        DataError: its tokenizer is unknown, or is not the one that is given.
     """
-    record = manifest.verify(folder) if verify_checksums and ranks.rank == 0 else manifest.read(folder)
+    record = manifest.verify(folder) if verify_checksums and process.rank == 0 else manifest.read(folder)
     try:
         spec = spec_from_recipe(record["recipe"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST_FILE}: {error}") from None
     base_model = find_base_model(record)
-    words = find_tokenizer(record, folder, tokenizer, base_model)
-    if words is None:
+    loaded_tokenizer = find_tokenizer(record, folder, tokenizer, base_model)
+    if loaded_tokenizer is None:
         raise DataError(f"{folder}: no tokenizer is known for these weights; give --tokenizer PATH")
     precision = precision or precision_of_run(folder)
-    sharded = sharded and ranks.world_size > 1
+    sharded = sharded and process.world_size > 1
     if sharded:
-        mesh = build_mesh(ranks, ParallelDims(dp_shard=ranks.world_size))
+        mesh = build_mesh(process, ParallelDims(dp_shard=process.world_size))
         model, _, _ = build_parallel_model(spec, mesh, ParallelOptions(PRECISIONS[precision]))
     else:
         with torch.device("meta"):
             model = build.build_model(spec)
-        model.to_empty(device=ranks.device)
+        model.to_empty(device=process.device)
     with without_dist_warning():
         load_state(folder, model, None)
     if not sharded:
@@ -114,8 +117,8 @@ def open_checkpoint(
         folder=folder,
         record=record,
         model=model.eval(),
-        tokenizer=words,
-        ranks=ranks,
+        tokenizer=loaded_tokenizer,
+        process=process,
         precision=precision,
         max_length=max_length or max_sequence_length(record, base_model),
         sharded=sharded,
@@ -124,58 +127,62 @@ def open_checkpoint(
 
 
 @torch.no_grad()
-def score(opened: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """How likely each continuation is after its context, and whether the model itself would have written it.
+def loglikelihoods(loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation after its context, and whether it is the greedy continuation; collective.
 
-    Pairs that put the same tokens into the model, such as the answers A to D after one question, cost one pass. A
-    context that is too long loses its beginning. The same result on every rank, whatever their number.
+    Pairs with the same input tokens, such as the answers A to D after one question, share a forward pass. A context
+    that is too long is truncated at its beginning. The result is the same on every rank, for any number of ranks.
 
     Args:
-        pairs: (context, continuation) in tokens, neither of them empty.
+        pairs: (context, continuation) as token ids, at least one each.
 
     Returns:
         The continuation's summed log-probability in nats, and whether each of its tokens is the most likely one.
 
     Raises:
-        DataError: a continuation is longer than what the model is given.
+        DataError: a continuation is longer than the model's longest input.
     """
-    asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    scored: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
     for number, (context, continuation) in enumerate(pairs):
-        if len(continuation) > opened.max_length:
+        if len(continuation) > loaded.max_length:
             raise DataError(
-                f"a continuation of {len(continuation)} tokens; this model is given {opened.max_length} at most"
+                f"a continuation has {len(continuation)} tokens; the longest input of this model is {loaded.max_length}"
             )
-        tokens = (context + continuation)[-(opened.max_length + 1) :]
-        asked.setdefault(tuple(tokens[:-1]), []).append((number, continuation))
+        tokens = (context + continuation)[-(loaded.max_length + 1) :]
+        scored.setdefault(tuple(tokens[:-1]), []).append((number, continuation))
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for batch, counts in shard_batches(
-        opened, batches(sorted(asked, key=lambda tokens: (-len(tokens), tokens)), opened)
-    ):
-        answers = _score_batch(opened, batch, [asked[tokens] for tokens in batch])
+    longest_first = sorted(scored, key=lambda tokens: (-len(tokens), tokens))
+    for batch, counts in shard_batches(loaded, batches(longest_first, loaded)):
+        results = _batch_loglikelihoods(loaded, batch, [scored[tokens] for tokens in batch])
         if counts:
-            for number, nats, greedy in answers:
+            for number, nats, greedy in results:
                 found[number, 0], found[number, 1] = nats, greedy
-    return [(nats, bool(greedy)) for nats, greedy in summed(opened, found).tolist()]
+    return [(nats, bool(greedy)) for nats, greedy in sum_over_ranks(loaded, found).tolist()]
 
 
-def _score_batch(
-    opened: LoadedModel, inputs: Sequence[tuple[int, ...]], asked: Sequence[Sequence[tuple[int, list[int]]]]
+def _batch_loglikelihoods(
+    loaded: LoadedModel, inputs: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[tuple[int, list[int]]]]
 ) -> list[tuple[int, float, bool]]:
-    """(number, nats, greedy) of every continuation asked for after one of the inputs."""
-    longest = [max(len(continuation) for _, continuation in continuations) for continuations in asked]
-    places = [
+    """(pair index, nats, greedy) of every continuation of a batch of inputs.
+
+    Args:
+        inputs: token ids, [B][L].
+        continuations: for each input, its (pair index, continuation) pairs.
+    """
+    longest = [max(len(continuation) for _, continuation in of_input) for of_input in continuations]
+    positions = [
         (row, position)
-        for row, (tokens, scored) in enumerate(zip(inputs, longest, strict=True))
-        for position in range(len(tokens) - scored, len(tokens))
+        for row, (tokens, count) in enumerate(zip(inputs, longest, strict=True))
+        for position in range(len(tokens) - count, len(tokens))
     ]
-    device = opened.ranks.device
-    rows_T, positions_T = torch.tensor(places, device=device).T
-    logits_TV = logits_at(opened.model, padded(inputs, device), rows_T, positions_T)
+    device = loaded.process.device
+    rows_T, positions_T = torch.tensor(positions, device=device).T
+    logits_TV = logits_at(loaded.model, padded(inputs, device), rows_T, positions_T)
     ends = torch.tensor(longest).cumsum(0).tolist()
     wanted = [
         (number, token, end - len(continuation) + place)
-        for end, continuations in zip(ends, asked, strict=True)
-        for number, continuation in continuations
+        for end, of_input in zip(ends, continuations, strict=True)
+        for number, continuation in of_input
         for place, token in enumerate(continuation)
     ]
     at_W = torch.tensor([place for _, _, place in wanted], device=device)
@@ -194,7 +201,7 @@ def _score_batch(
 
 
 def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
-    """Logits at some positions of some sequences, logits_TV: the others never go through the head, the widest layer."""
+    """logits_TV at the given positions only: the output layer, the widest one, skips all others."""
 
     def project(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
         return linear(x_BLD[rows_T, positions_T], weight_VD)
@@ -204,42 +211,47 @@ def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Sequences filled up at the end, where causal attention never looks at it, to one length, int64 [B, L]."""
+    """Sequences padded at the end to one length, int64 [B, L]. Causal attention never attends to the padding."""
     longest = max(len(tokens) for tokens in sequences)
     return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)
 
 
 def batches(
-    longest_first: Sequence[tuple[int, ...]], opened: LoadedModel, room: int = 0
+    longest_first: Sequence[tuple[int, ...]], loaded: LoadedModel, room: int = 0
 ) -> list[Sequence[tuple[int, ...]]]:
-    """Neighbours in the order of length together, as many as `batch_tokens` holds.
+    """Batches of sequences of similar length, with at most `batch_tokens` tokens each.
 
     Args:
-        room: tokens that each sequence may grow by.
+        longest_first: sequences, sorted by length.
+        room: tokens by which each sequence may grow.
     """
     found: list[Sequence[tuple[int, ...]]] = []
     start = 0
     while start < len(longest_first):
-        rows = max(1, opened.batch_tokens // (len(longest_first[start]) + room))
+        rows = max(1, loaded.batch_tokens // (len(longest_first[start]) + room))
         found.append(longest_first[start : start + rows])
         start += rows
     return found
 
 
 def shard_batches(
-    opened: LoadedModel, all_batches: Sequence[Sequence[tuple[int, ...]]]
+    loaded: LoadedModel, all_batches: Sequence[Sequence[tuple[int, ...]]]
 ) -> Iterator[tuple[Sequence[tuple[int, ...]], bool]]:
-    """This rank's batches; where passes are collective, one that stands in for a missing one and does not count."""
-    rank, ranks = opened.ranks.rank, opened.ranks.world_size
-    for first in range(0, len(all_batches), ranks):
+    """This rank's share of the batches, and whether each one counts.
+
+    With sharded weights every rank must run the same number of forward passes: a rank without a batch left gets another
+    rank's, whose result does not count.
+    """
+    rank = loaded.process.rank
+    for first in range(0, len(all_batches), loaded.process.world_size):
         if first + rank < len(all_batches):
             yield all_batches[first + rank], True
-        elif opened.sharded:
+        elif loaded.sharded:
             yield all_batches[-1][:1], False
 
 
-def summed(opened: LoadedModel, found: Tensor) -> Tensor:
-    """What all ranks found together: each number is 0 on all of them but one."""
-    if opened.ranks.world_size > 1:
+def sum_over_ranks(loaded: LoadedModel, found: Tensor) -> Tensor:
+    """The sum over ranks, of which all but one have 0 for each result."""
+    if loaded.process.world_size > 1:
         dist.all_reduce(found)
     return found

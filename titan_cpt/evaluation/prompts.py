@@ -1,4 +1,4 @@
-"""What checkpoints make of the same prompts: told at once, and for the example prompts kept for the run's report."""
+"""Continue prompts with checkpoints: print the texts, and store those of the example prompts for the run's report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXAMPLE_SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=0)
 
 def continue_prompts(
     paths: Sequence[Path],
-    ranks: ProcessInfo,
+    process: ProcessInfo,
     prompts: Sequence[str],
     *,
     sampling: Sampling,
@@ -46,13 +46,16 @@ def continue_prompts(
     open_options: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    """Tell what each checkpoint makes of each prompt; collective.
+    """Print each checkpoint's continuation of each prompt; collective.
 
     Args:
-        paths: checkpoints, or runs, of which the ends of all stages are meant.
-        tokens: that a continuation has at most.
-        examples: continue the example prompts as well, in the way that is the same for all, and keep them.
-        opening: keyword arguments of `open_checkpoint`.
+        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages.
+        prompts: beginnings of texts.
+        sampling: temperature, nucleus (top-p) and seed.
+        tokens: longest continuation in tokens.
+        examples: also continue the example prompts, with fixed sampling parameters, and store the texts.
+        open_options: keyword arguments of `open_checkpoint`.
+        log: called on rank 0 with each line to print.
 
     Raises:
         CheckpointError: a folder is neither a checkpoint nor a run.
@@ -61,39 +64,39 @@ def continue_prompts(
     if not all(prompts):
         raise ConfigError("command line: --prompt is empty; give the beginning of a text")
     for checkpoint in [checkpoint for path in paths for checkpoint in stage_ends(path)]:
-        opened = open_checkpoint(checkpoint, ranks, **open_options)
-        told = list(zip(prompts, continued(opened, prompts, tokens, sampling), strict=True))
+        loaded = open_checkpoint(checkpoint, process, **open_options)
+        texts = list(zip(prompts, generate_texts(loaded, prompts, tokens, sampling), strict=True))
         if examples:
-            told += [(text["prompt"], text["continuation"]) for text in save_example_generations(opened)]
-        if ranks.rank == 0:
+            texts += [(text["prompt"], text["continuation"]) for text in save_example_generations(loaded)]
+        if process.rank == 0:
             log(f"{checkpoint}")
-            for prompt, text in told:
+            for prompt, text in texts:
                 log(f"  {prompt} |{text}")
 
 
-def continued(opened: LoadedModel, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
-    """The texts that follow the prompts; collective."""
-    words = opened.tokenizer
-    ids = generate(opened, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
-    # A model has rows that only fill its vocabulary up; they stand for nothing.
+def generate_texts(loaded: LoadedModel, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
+    """A continuation of each prompt, as text; collective."""
+    words = loaded.tokenizer
+    ids = generate(loaded, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
+    # Ids beyond the tokenizer's are padding of the model's vocabulary and have no text.
     return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
 
 
 def has_example_generations(checkpoint: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the example prompts were continued by these very weights."""
+    """Whether continuations of the example prompts by these weights are stored."""
     try:
         kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_FILE))
-    except (FileNotFoundError, ValueError):  # none yet, or damaged: they are continued again
+    except (FileNotFoundError, ValueError):  # none yet, or damaged: they are generated again
         return False
     return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
 
 
-def save_example_generations(opened: LoadedModel) -> list[dict[str, str]]:
-    """Continue the example prompts and keep what comes of it beside the checkpoint's scores; collective."""
-    texts = continued(opened, EXAMPLES, min(EXAMPLE_TOKENS, opened.max_length // 2), EXAMPLE_SAMPLING)
+def save_example_generations(loaded: LoadedModel) -> list[dict[str, str]]:
+    """Continue the example prompts, store the texts beside the checkpoint's scores, and return them; collective."""
+    texts = generate_texts(loaded, EXAMPLES, min(EXAMPLE_TOKENS, loaded.max_length // 2), EXAMPLE_SAMPLING)
     pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]
-    if opened.ranks.rank == 0:
-        record, folder = opened.record, scores_folder(opened.folder, opened.record)
+    if loaded.process.rank == 0:
+        record, folder = loaded.record, scores_folder(loaded.folder, loaded.record)
         folder.mkdir(parents=True, exist_ok=True)
         place = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
         kept = {

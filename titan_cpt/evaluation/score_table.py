@@ -1,4 +1,4 @@
-"""Scores of several checkpoints beside each other, on a terminal and as JSON."""
+"""Table of the scores of several checkpoints, for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from titan_cpt.evaluation.scores import Score, ScoreChange, average_score, score
 
 
 def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None:
-    """A row for each task, a column for each checkpoint, and what changed from the first one to the last.
+    """Print a row per task and a column per checkpoint, and the change from the first checkpoint to the last.
 
     Args:
-        found: the scores by the checkpoint's name, the same tasks in the same order.
+        found: scores by checkpoint path; the same tasks in the same order for each.
+        console: where to print.
     """
     titles, columns = [_title(name, scores) for name, scores in found.items()], list(found.values())
     if not columns[0]:
@@ -30,40 +31,40 @@ def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None
             table.add_column(name, justify="right")
     for row in zip(*columns, strict=True):
         cells = [row[0].task, str(row[0].shots), row[0].metric, f"{row[0].samples:,}"]
-        cells += [in_words(score.value, score.stderr) for score in row]
+        cells += [format_score(score.value, score.stderr) for score in row]
         if len(columns) > 1:
             change = score_change(row[0], row[-1])
-            cells += [in_words(change.value, change.stderr, signed=True), probability(change)]
+            cells += [format_score(change.value, change.stderr, signed=True), format_p(change)]
         table.add_row(*cells)
     if len(columns[0]) > 1:
         means = [average_score(scores) for scores in columns]
-        cells = ["average", "", "", "", *(in_words(*mean) for mean in means)]
+        cells = ["average", "", "", "", *(format_score(*mean) for mean in means)]
         table.add_row(*cells, *([f"{means[-1][0] - means[0][0]:+.4f}", ""] if len(columns) > 1 else []), style="bold")
     console.print(table)
-    console.print("± is the standard error; p: how likely such a change is by chance (two-sided; * samples differ)")
+    console.print("± is the standard error; p: two-sided p-value of the change (* not paired: the samples differ)")
 
 
 def _title(name: str, scores: Sequence[Score]) -> str:
-    """A run's checkpoint by stage and step, another one by its folder."""
+    """Stage and step for a run's checkpoint; the path for another one."""
     if scores and scores[0].stage:
         return f"{scores[0].stage} {scores[0].steps_done:,}"
     return name
 
 
-def in_words(value: float, stderr: float | None, *, signed: bool = False) -> str:
-    """A value with its standard error, if it has one."""
+def format_score(value: float, stderr: float | None, *, signed: bool = False) -> str:
+    """A value, with its standard error if there is one."""
     return f"{value:{'+' if signed else ''}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def probability(change: ScoreChange) -> str:
-    """p with a star where the samples are not the same ones."""
+def format_p(change: ScoreChange) -> str:
+    """The p-value, with a star if the samples are not paired."""
     if change.p is None:
         return ""
     return ("< 0.0001" if change.p < 1e-4 else f"{change.p:.4f}") + ("" if change.paired else " *")
 
 
 def scores_as_json(found: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
-    """The table's content: each checkpoint's tasks with value, error, samples; what changed from first to last."""
+    """The table as JSON: each checkpoint's scores with errors and sample counts, and the changes from first to last."""
     answer: dict[str, Any] = {"checkpoints": {}, "changes": {}}
     columns = list(found.values())
     for title, scores in found.items():

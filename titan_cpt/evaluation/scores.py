@@ -1,7 +1,7 @@
-"""What a model scored, as it is kept on disk, and whether two scores differ by more than chance.
+"""Benchmark scores on disk, and the significance of differences between them.
 
-A file for each task, below `evaluations/` in the run's folder, written as soon as the task is done; with the result on
-every single sample, so that two models are compared sample by sample.
+Each task has a file below `evaluations/` in the run's folder. It holds the result on every sample, so that two models
+are compared sample by sample (paired).
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import read_text
 from titan_cpt.common.run_folder import EVALUATIONS_FOLDER
 from titan_cpt.errors import DataError, TitanError
 
 FORMAT = 1
-_LARGEST = 1e100  # squares and sums of scores stay finite
+_LARGEST = 1e100  # so that squares and sums of scores are finite
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,19 @@ class Score:
     """One task's result on one checkpoint.
 
     Attributes:
-        identity: what decides the answers: the checkpoint's files, precision, longest input, versions. A score whose
-            identity is another one's is not taken for it.
-        shots: worked examples before each question.
-        limit: only so many samples of each part of the task were asked, evenly spread; None for all.
-        metric: the one that counts, a key of `metrics`.
-        metrics: name to (value, standard error), the error None where the harness has none.
-        documents: a digest of the samples and of how they were asked, in order: equal digests make a pair.
-        per_sample: metric to each sample's value, in order; only metrics that are a mean of these.
-        stage: of the run, "" for a checkpoint outside of runs; `steps_done` in it, `run_step` in all.
-        seconds: that it took.
+        shots: number of few-shot examples.
+        metric: the main metric, a key of `metrics`.
+        metrics: name -> (value, standard error); the error is None if the harness does not give one.
+        limit: number of samples of each subtask, evenly spaced; None for all.
+        documents: digest of the samples and their prompts, in order. Scores with equal digests can be paired.
+        per_sample: metric name -> each sample's value, in order; only metrics that are the mean of these.
+        identity: everything that decides the result: the checkpoint's files, precision, longest input, versions. A
+            stored score is reused only for an equal identity.
+        checkpoint: path of the checkpoint.
+        stage: the stage's name; "" for a checkpoint outside of runs.
+        steps_done: steps of that stage.
+        run_step: steps of the whole run.
+        seconds: run time.
     """
 
     task: str
@@ -56,12 +60,12 @@ class Score:
 
     @property
     def value(self) -> float:
-        """Of the metric that counts."""
+        """Value of the main metric."""
         return self.metrics[self.metric][0]
 
     @property
     def stderr(self) -> float | None:
-        """Its standard error."""
+        """Standard error of the main metric."""
         return self.metrics[self.metric][1]
 
 
@@ -70,10 +74,9 @@ class ScoreChange:
     """A later score minus an earlier one.
 
     Attributes:
-        stderr: of the difference: of the samples' own differences where both were asked the same, else from both
-            scores' errors.
-        p: probability of a difference at least this large if there were none (two-sided, normal).
-        paired: the samples are the same.
+        stderr: standard error: from the samples' differences if paired, else from the standard errors of both scores.
+        p: two-sided p-value of a normal test.
+        paired: both scores are on the same samples.
     """
 
     value: float
@@ -83,11 +86,11 @@ class ScoreChange:
 
 
 def score_change(before: Score, after: Score, metric: str | None = None) -> ScoreChange:
-    """What changed in a metric, `after`'s own if none is named, and whether it may be chance.
+    """Change of a metric and its significance; `metric` defaults to the main metric of `after`.
 
         d_i = after_i - before_i        stderr = sqrt(sum (d_i - mean d)^2 / (n (n - 1)))        z = mean d / stderr
 
-    Samples count as independent of each other; those made from one template are less so, and p is then too small.
+    Samples are assumed to be independent; if many are made from one template, p is too small.
     """
     metric = metric or after.metric
     value = after.metrics[metric][0] - before.metrics[metric][0]
@@ -111,7 +114,7 @@ def _two_sided(value: float, stderr: float) -> float:
 
 
 def average_score(scores: Sequence[Score]) -> tuple[float, float | None]:
-    """The plain mean of several tasks' metrics and its standard error, the tasks independent of each other."""
+    """The unweighted mean of the tasks' main metrics, and its standard error if the tasks are independent."""
     values = [score.value for score in scores]
     value = (math.fsum if all(map(math.isfinite, values)) else sum)(values) / len(scores)
     errors = [score.stderr for score in scores]
@@ -121,17 +124,17 @@ def average_score(scores: Sequence[Score]) -> tuple[float, float | None]:
 
 
 def file_name(task: str, shots: int | None, limit: int | None) -> str:
-    """Where a task's score lies in the folder of its checkpoint's scores."""
+    """File name of a task's score in the folder of its checkpoint's scores."""
     name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task)
     return f"{name}-{'own' if shots is None else shots}shot{'' if limit is None else f'-limit{limit}'}.json"
 
 
 def read_score(path: Path) -> Score:
-    """A score as it was kept.
+    """Read a score.
 
     Raises:
-        DataError: the file is missing or damaged, or of another version.
-        AccessError: the system does not let it be read.
+        DataError: the file is missing or damaged, or has another format version.
+        AccessError: the system refuses to read it.
     """
     try:
         found = json.loads(read_text(path))
@@ -142,32 +145,42 @@ def read_score(path: Path) -> Score:
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}. Remove it and evaluate again") from None
     if version != FORMAT:
-        raise DataError(f"{path}: is of format {version!r}, this version reads {FORMAT}. Remove it and evaluate again")
+        raise DataError(f"{path}: has format {version!r}, this version reads {FORMAT}. Remove it and evaluate again")
     return score
 
 
-def read_scores(run: Path, complain: Callable[[str], None] | None = None) -> list[Score]:
-    """Every score that a run's folder holds, in the order of training, then of tasks.
+def write_score(path: Path, score: Score) -> None:
+    """Write a score, atomically; creates its folder."""
+    per_sample = {
+        metric: [int(value) if value == int(value) else value for value in values]  # 0 and 1, not 0.0 and 1.0
+        for metric, values in score.per_sample.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, json.dumps({"format": FORMAT, **asdict(score), "per_sample": per_sample}))
+
+
+def read_scores(run: Path, on_unreadable: Callable[[str], None] | None = None) -> list[Score]:
+    """All scores in a run's folder, sorted by training step, then task.
 
     Args:
-        complain: called with a sentence for each file that cannot be read, which is then left out.
+        on_unreadable: called with a message for each file that cannot be read, which is then skipped.
 
     Raises:
-        DataError, AccessError: a file is damaged or cannot be read, and nobody is told of it.
+        DataError, AccessError: a file is damaged or cannot be read, and `on_unreadable` is None.
     """
     found = []
     for path in sorted((run / EVALUATIONS_FOLDER).glob("**/*shot*.json")):
         try:
             found.append(read_score(path))
         except TitanError as error:
-            if complain is None:
+            if on_unreadable is None:
                 raise
-            complain(str(error))
+            on_unreadable(str(error))
     return sorted(found, key=lambda score: (score.stage_index, score.steps_done, score.task, score.shots))
 
 
 def _check(score: Score) -> None:
-    """Raise ValueError if a field of a score that was read from a file is of another kind than `Score` says."""
+    """Raise ValueError if a field of a score read from a file has the wrong type."""
     kinds: dict[str, type | tuple[type, ...]] = {
         **dict.fromkeys(("task", "metric", "documents", "checkpoint", "stage"), str),
         **dict.fromkeys(("shots", "samples", "stage_index", "steps_done", "run_step"), int),
@@ -176,21 +189,21 @@ def _check(score: Score) -> None:
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(score, name), kind)]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)}: of another kind than a score's")
+        raise ValueError(f"{', '.join(wrong)}: of the wrong type")
     if score.metric not in score.metrics:
-        raise ValueError(f"metrics: without {score.metric!r}, the one that counts")
+        raise ValueError(f"metrics: {score.metric!r} is missing")
     _number(score.seconds)
     for values in score.per_sample.values():
         if not isinstance(values, list):
-            raise ValueError("per_sample: not lists of numbers")
+            raise ValueError("per_sample: not a list of numbers")
         for value in values:
             _number(value)
 
 
 def _number(value: Any, *, null: bool = False) -> Any:
-    """The value itself, if it is a number of a size that can be squared and summed, or null where that is allowed."""
+    """The value, if it is a number small enough to be squared and summed, or None where `null` allows it."""
     if value is None and null:
         return None
     if not isinstance(value, int | float) or (abs(value) > _LARGEST and value not in (math.inf, -math.inf)):
-        raise ValueError(f"{value!r:.40} is not a number of a score")
+        raise ValueError(f"{value!r:.40} is not a valid number")
     return value

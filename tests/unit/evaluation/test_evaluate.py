@@ -4,8 +4,8 @@ import json
 import shutil
 import signal
 
-import opened
 import pytest
+import small_checkpoints
 import training
 
 pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """Data, tasks and runs."""
     folder = tmp_path_factory.mktemp("evaluated")
     training.write_languages(folder)
-    opened.write_minimal_pairs(folder)
+    small_checkpoints.write_minimal_pairs(folder)
     return folder
 
 
@@ -130,7 +130,7 @@ def test_a_score_of_other_weights_is_not_taken_for_ones_own(evaluated, folder, c
 def test_an_evaluation_that_was_killed_loses_no_task(raw, folder, evaluated):
     """Killed before the fourth task: three are kept, the second run adds the others, and no number differs."""
     written = config(raw, folder, "killed")
-    dead = training.train(written, fault=training.Fault("titan_cpt.evaluation.evaluate:_score", 5))
+    dead = training.train(written, fault=training.Fault("titan_cpt.evaluation.evaluate:_run_task", 5))
     kept = len(scores_of(folder / "killed"))
     outcome = training.train(written)
 
@@ -160,7 +160,7 @@ def test_a_signal_ends_an_evaluation_between_two_tasks(raw, folder, evaluated):
 
 def test_questions_that_are_missing_are_told_before_any_step(raw, folder):
     """Status 2 at the start of a new run; in a run under way they are told, and training goes on."""
-    tasks = opened.write_minimal_pairs(folder / "other")
+    tasks = small_checkpoints.write_minimal_pairs(folder / "other")
     written = config(raw, folder, "missing", evaluation={"tasks_dir": str(tasks), "every": 5})
     lost = tasks.parent / "blimp_en.jsonl"
     content = lost.read_text()

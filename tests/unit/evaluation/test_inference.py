@@ -3,8 +3,8 @@
 import json
 import math
 
-import opened
 import pytest
+import small_checkpoints
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.evaluation.checkpoint_paths import stage_ends
 from titan_cpt.evaluation.generate import Sampling, _choose, generate
-from titan_cpt.evaluation.inference import score
+from titan_cpt.evaluation.inference import loglikelihoods
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.kv_cache import CachedAttention, kv_cache
 
@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory):
 
     def checkpoint(name):
         if name not in made:
-            made[name] = opened.released_and_imported(tmp_path_factory.mktemp(name), name)
+            made[name] = small_checkpoints.imported(tmp_path_factory.mktemp(name), name)
         return made[name]
 
     return checkpoint
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory):
 
 def plain(checkpoint, name):
     """The model by itself, its weights read in the ordinary way."""
-    model = build_model(opened.SPECS[name])
+    model = build_model(small_checkpoints.SPECS[name])
     load_state(checkpoint, model, None)
     return model
 
@@ -51,20 +51,20 @@ def greedily(model, prompt, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("name", opened.SPECS)
+@pytest.mark.parametrize("name", small_checkpoints.SPECS)
 def test_the_cache_changes_no_token(name, checkpoints):
     """Prompts of 1 to 50 tokens in one batch, each continued as if it were alone and nothing were kept."""
     model = plain(checkpoints(name), name)
-    ours = generate(opened.opened(checkpoints(name)), PROMPTS, max_new_tokens=14)
+    ours = generate(small_checkpoints.load(checkpoints(name)), PROMPTS, max_new_tokens=14)
     slow = [greedily(model, prompt, 14)[len(prompt) :] for prompt in PROMPTS]
 
     assert ours == [tokens[: tokens.index(256)] if 256 in tokens else tokens for tokens in slow]
 
 
-@pytest.mark.parametrize("name", opened.SPECS)
+@pytest.mark.parametrize("name", small_checkpoints.SPECS)
 def test_cached_logits_are_the_plain_ones(name, checkpoints):
     """Two sequences of different lengths, three tokens at once and then one: every logit within 1e-4."""
-    opening = opened.opened(checkpoints(name))
+    opening = small_checkpoints.load(checkpoints(name))
     model, tokens = opening.model, torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([5, 8])
     with torch.no_grad(), kv_cache(model, sequences=2, capacity=12, device=torch.device("cpu")) as cache:
@@ -83,7 +83,7 @@ def test_cached_logits_are_the_plain_ones(name, checkpoints):
 
 def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
     """Attention's own core is back, also after an error."""
-    model = opened.opened(checkpoints("llama")).model
+    model = small_checkpoints.load(checkpoints("llama")).model
     within = []
 
     def fail():
@@ -101,7 +101,7 @@ def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
 @pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
 def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
     """By hand from the model's logits, whatever the batches; the same input twice, and a context that is cut."""
-    opening = opened.opened(checkpoints("gpt_neox"), batch_tokens=batch_tokens, max_length=20)
+    opening = small_checkpoints.load(checkpoints("gpt_neox"), batch_tokens=batch_tokens, max_length=20)
     pairs = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), (list(range(40)), [5, 6, 7]), ([9], [8] * 20), ([1, 2], [3])]
     expected = []
     for context, continuation in pairs:
@@ -110,7 +110,7 @@ def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
             logits = opening.model(torch.tensor([tokens[:-1]]))[0, -len(continuation) :].double()
         picked = logits.log_softmax(-1)[range(len(continuation)), continuation]
         expected.append((float(picked.sum()), bool((logits.argmax(-1) == torch.tensor(continuation)).all())))
-    found = score(opening, pairs)
+    found = loglikelihoods(opening, pairs)
 
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -118,18 +118,21 @@ def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
 
 def test_what_the_model_would_write_is_greedy(checkpoints):
     """The most likely continuation counts as such, and with another last token it does not."""
-    opening = opened.opened(checkpoints("gpt_neox"))
+    opening = small_checkpoints.load(checkpoints("gpt_neox"))
     (written,) = generate(opening, [PROMPTS[0]], max_new_tokens=5)
     other = [*written[:-1], (written[-1] + 1) % 256]
 
-    assert [greedy for _, greedy in score(opening, [(PROMPTS[0], written), (PROMPTS[0], other)])] == [True, False]
+    assert [greedy for _, greedy in loglikelihoods(opening, [(PROMPTS[0], written), (PROMPTS[0], other)])] == [
+        True,
+        False,
+    ]
 
 
 def test_bfloat16_is_near_float32(checkpoints):
     """Weights and products in bfloat16 move a token's log-probability by less than a tenth."""
     pairs = [(PROMPTS[2], PROMPTS[1]), (PROMPTS[1], PROMPTS[2])]
-    exact = score(opened.opened(checkpoints("gpt_neox")), pairs)
-    rough = score(opened.opened(checkpoints("gpt_neox"), precision="bfloat16"), pairs)
+    exact = loglikelihoods(small_checkpoints.load(checkpoints("gpt_neox")), pairs)
+    rough = loglikelihoods(small_checkpoints.load(checkpoints("gpt_neox"), precision="bfloat16"), pairs)
 
     for (context_and, continuation), (one, _), (other, _) in zip(pairs, exact, rough, strict=True):
         assert context_and
@@ -138,17 +141,17 @@ def test_bfloat16_is_near_float32(checkpoints):
 
 def test_too_long_is_refused(checkpoints):
     """A continuation that does not fit is not scored in part, and no text is made shorter than was asked for."""
-    opening = opened.opened(checkpoints("gpt_neox"), max_length=8)
+    opening = small_checkpoints.load(checkpoints("gpt_neox"), max_length=8)
 
-    with pytest.raises(DataError, match="9 tokens; this model is given 8"):
-        score(opening, [([1], [2] * 9)])
+    with pytest.raises(DataError, match="9 tokens; the longest input of this model is 8"):
+        loglikelihoods(opening, [([1], [2] * 9)])
     with pytest.raises(DataError, match="leave no room"):
         generate(opening, [[1]], max_new_tokens=8)
 
 
 def test_draws_depend_on_seed_and_prompt_alone(checkpoints):
     """Alone, in a batch, in another order: the same text; another seed draws another."""
-    opening = opened.opened(checkpoints("llama"), batch_tokens=100)
+    opening = small_checkpoints.load(checkpoints("llama"), batch_tokens=100)
     drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
     together = generate(opening, PROMPTS, max_new_tokens=10, sampling=drawn)
     apart = [generate(opening, [prompt], max_new_tokens=10, sampling=drawn)[0] for prompt in reversed(PROMPTS)]
@@ -183,7 +186,10 @@ def test_draws_follow_the_probabilities():
 def test_generation_stops_where_it_is_told(checkpoints):
     """After the token that satisfies `stop`, and no later."""
     (tokens,) = generate(
-        opened.opened(checkpoints("gpt_neox")), [[65]], max_new_tokens=20, stop=lambda written: len(written) == 4
+        small_checkpoints.load(checkpoints("gpt_neox")),
+        [[65]],
+        max_new_tokens=20,
+        stop=lambda written: len(written) == 4,
     )
 
     assert len(tokens) == 4
@@ -195,11 +201,11 @@ def test_generate_on_the_command_line(checkpoints, capsys):
     words = ["--prompt", "The dog", "--tokens", "6", "--temperature", "0", "--tokenizer", "bytes", "--examples"]
     with pytest.raises(SystemExit) as left:
         main(["generate", str(checkpoint), *words])
-    (tokens,) = generate(opened.opened(checkpoint), [PROMPTS[0]], max_new_tokens=6)
+    (tokens,) = generate(small_checkpoints.load(checkpoint), [PROMPTS[0]], max_new_tokens=6)
     kept_texts = json.loads((checkpoint.parent / "imported-evaluations" / "generations.json").read_text())["texts"]
 
     assert left.value.code == 0
-    assert f"  The dog |{opened.opened(checkpoint).tokenizer.decode([t for t in tokens if t < 257])}" in (
+    assert f"  The dog |{small_checkpoints.load(checkpoint).tokenizer.decode([t for t in tokens if t < 257])}" in (
         capsys.readouterr().out
     )
     assert [text["prompt"] for text in kept_texts[:1]] == ["Der Hund lief über die Straße, weil"]
@@ -207,12 +213,12 @@ def test_generate_on_the_command_line(checkpoints, capsys):
 
 def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
     """Nor is a folder that is none: one message, status 2."""
-    checkpoint = opened.released_and_imported(tmp_path, "gpt_neox")
+    checkpoint = small_checkpoints.imported(tmp_path, "gpt_neox")
     victim = next(checkpoint.glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"!")
 
     with pytest.raises(CheckpointError, match="changed since it was saved"):
-        opened.opened(checkpoint)
+        small_checkpoints.load(checkpoint)
     with pytest.raises(CheckpointError, match=MANIFEST_FILE):
         stage_ends(tmp_path)
     with pytest.raises(SystemExit) as left:

@@ -3,8 +3,8 @@
 import socket
 import time
 
-import opened
 import pytest
+import small_checkpoints
 
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.cli import main
@@ -19,9 +19,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from titan_cpt.errors import ConfigError, DataError
-from titan_cpt.evaluation import lm_eval
+from titan_cpt.evaluation import lm_eval_tasks
 from titan_cpt.evaluation.evaluate import open_tasks
-from titan_cpt.evaluation.lm_eval import CheckpointLM, Tasks, ask
+from titan_cpt.evaluation.lm_eval import run_task
+from titan_cpt.evaluation.lm_eval_model import CheckpointLM
+from titan_cpt.evaluation.lm_eval_tasks import TaskCatalog
 
 CONTEXTS = ("The dog", "The dog ran over the", "", "a" * 100, "Ünïcode und ein Satz ", "x\ny ")
 CONTINUATIONS = (" ran", " over the street because it was late", "b", "\n", " it.", "ü")
@@ -31,22 +33,24 @@ CONTINUATIONS = (" ran", " over the street because it was late", "b", "\n", " it
 def pair(request, tmp_path_factory):
     """(our model, the harness's own on the export) of the same weights in float32, for each family."""
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = opened.released_and_imported(folder, request.param)
+    checkpoint = small_checkpoints.imported(folder, request.param)
     export(checkpoint, folder / "exported", dtype="float32", tokenizer="bytes", log=lambda line: None)
     theirs = HFLM(pretrained=str(folder / "exported"), dtype="float32", batch_size=3, device="cpu")
-    return CheckpointLM(opened.opened(checkpoint, batch_tokens=150)), theirs
+    return CheckpointLM(small_checkpoints.load(checkpoint, batch_tokens=150)), theirs
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """The harness with two small tasks of ours."""
-    return Tasks(opened.write_tasks(tmp_path_factory.mktemp("tasks")), [Task("sums"), Task("sums_text")])
+    return TaskCatalog(
+        small_checkpoints.write_tasks(tmp_path_factory.mktemp("tasks")), [Task("sums"), Task("sums_text")]
+    )
 
 
 @pytest.fixture(scope="module")
 def all_tasks():
     """The harness with all of its own."""
-    return Tasks(None)
+    return TaskCatalog(None)
 
 
 def requests(kind, arguments):
@@ -87,7 +91,7 @@ def test_greedy_generations_are_those_of_the_harness_own_model(pair):
 @pytest.mark.parametrize("task", [Task("sums", 0), Task("sums", 3), Task("sums_text", 1)], ids=str)
 def test_a_task_is_scored_the_same(pair, tasks, task):
     """Every metric, its error, and every sample; without and with worked examples."""
-    found = [ask(model, tasks.load(task), task, 7) for model in pair]
+    found = [run_task(model, tasks.load(task), task, 7) for model in pair]
 
     assert found[0] == found[1]
     assert found[0].samples == 7
@@ -109,14 +113,14 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    lm_eval.hub_trouble.cache_clear()
+    lm_eval_tasks.hub_problem.cache_clear()
     folder = tmp_path / "tasks"
     folder.mkdir()
     text = "task: far\ndataset_path: nobody/nothing-of-this-name\noutput_type: multiple_choice\nvalidation_split: a\n"
     (folder / "far.yaml").write_text(text + 'doc_to_text: "{{a}}"\ndoc_to_target: 0\ndoc_to_choice: ["x", "y"]\n')
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield lambda path="": monkeypatch.setattr(constants, "ENDPOINT", path or address_of(server)), folder, server
-    lm_eval.hub_trouble.cache_clear()
+    lm_eval_tasks.hub_problem.cache_clear()
 
 
 def address_of(server):
@@ -127,8 +131,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch):
     """It accepts a connection and says nothing: one wait for two tasks, in place of half a minute for each."""
     choose, folder, server = hub
     choose()
-    monkeypatch.setattr(lm_eval, "HUB_TIMEOUT_S", 0.3)
-    tasks, began = Tasks(folder, [Task("far")]), time.monotonic()
+    monkeypatch.setattr(lm_eval_tasks, "HUB_TIMEOUT_S", 0.3)
+    tasks, began = TaskCatalog(folder, [Task("far")]), time.monotonic()
     for _ in range(2):
         with pytest.raises(DataError, match=r"task far: .*does not answer .*the cache \(HF_HOME\) does not hold it"):
             tasks.load(Task("far"))
@@ -147,7 +151,7 @@ def test_a_hub_that_refuses_is_reported_at_once(hub):
     server.close()
     began = time.monotonic()
     with pytest.raises(DataError, match=r"does not answer .*use --suite offline with scripts/fetch_benchmarks.py"):
-        Tasks(folder, [Task("far")]).load(Task("far"))
+        TaskCatalog(folder, [Task("far")]).load(Task("far"))
 
     assert time.monotonic() - began < 5
 
@@ -159,7 +163,7 @@ def test_a_user_who_is_offline_on_purpose_is_not_made_to_wait(hub, monkeypatch, 
     choose()
     monkeypatch.setenv(name, "1")
     with pytest.raises(DataError, match=f"{name} is set, and the cache"):
-        Tasks(folder, [Task("far")]).load(Task("far"))
+        TaskCatalog(folder, [Task("far")]).load(Task("far"))
 
     server.settimeout(0.1)
     with pytest.raises(TimeoutError):
@@ -168,7 +172,7 @@ def test_a_user_who_is_offline_on_purpose_is_not_made_to_wait(hub, monkeypatch, 
 
 def test_tasks_that_were_not_fetched_are_named_with_the_script(tmp_path, capsys):
     """No folder, one that is not there, one without any of the suite's; of a suite in part, the others are loaded."""
-    whole = opened.write_minimal_pairs(tmp_path)
+    whole = small_checkpoints.write_minimal_pairs(tmp_path)
     for words in ((), ("--tasks-dir", str(tmp_path / "nowhere"))):
         with pytest.raises(SystemExit) as left:
             main(["eval", str(tmp_path), "--suite", "minimal_pairs", *words])
@@ -187,11 +191,11 @@ def test_tasks_that_were_not_fetched_are_named_with_the_script(tmp_path, capsys)
 
 def test_questions_that_cannot_be_had_are_told(tmp_path):
     """The file of a local task is gone: one message that names the task and the cause."""
-    folder = opened.write_tasks(tmp_path)
+    folder = small_checkpoints.write_tasks(tmp_path)
     (folder.parent / "sums.jsonl").unlink()
 
     with pytest.raises(DataError, match=r"task sums: .*sums.jsonl"):
-        Tasks(folder, [Task("sums")]).load(Task("sums"))
+        TaskCatalog(folder, [Task("sums")]).load(Task("sums"))
 
 
 def test_a_way_of_sampling_that_is_not_here_is_refused(pair):

@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: checkpoints of small models whose answers are not all alike, and a local task."""
+"""Small checkpoints and local tasks for the tests of evaluation: models whose logits are far from uniform."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SPECS = {
 POSITIONS = 64
 
 
-def released_and_imported(folder: Path, name: str) -> Path:
-    """A release of a model with far from even logits, in `folder`/released, and its import, which is returned."""
+def imported(folder: Path, name: str) -> Path:
+    """Write a Hugging Face model with uneven logits to `folder`/released and import it; returns the checkpoint."""
     spec = SPECS[name]
     model = build_model(spec)
     model.init_weights(1)
@@ -46,8 +46,8 @@ def released_and_imported(folder: Path, name: str) -> Path:
     return folder / "imported"
 
 
-def opened(checkpoint: Path, **how: object) -> LoadedModel:
-    """The checkpoint in this process, with the byte tokenizer."""
+def load(checkpoint: Path, **how: object) -> LoadedModel:
+    """Load a checkpoint in this process, with the byte tokenizer."""
     return open_checkpoint(checkpoint, init_process_group(), tokenizer="bytes", **how)  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ QUESTIONS = [
 
 
 def write_tasks(folder: Path) -> Path:
-    """Two tasks over one local file, one of choices and one of texts; returns the folder of their YAML files."""
+    """Two tasks on one local file, multiple choice and text generation; returns the folder of their YAML files."""
     tasks = folder / "bench" / "tasks"
     tasks.mkdir(parents=True)
     (tasks.parent / "sums.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
@@ -80,7 +80,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 def write_minimal_pairs(folder: Path) -> Path:
-    """The three tasks of suite `minimal_pairs`, a few short sentences each; returns the folder of their YAML files."""
+    """The three tasks of suite `minimal_pairs`, a few sentences each; returns the folder of their YAML files."""
     tasks = folder / "pairs" / "tasks"
     tasks.mkdir(parents=True)
     for number, name in enumerate(("clams_de", "clams_en", "blimp_en")):
