@@ -7,6 +7,7 @@ weights, the optimizer's moments and the number of steps done.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import warnings
 from contextlib import ExitStack
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.common.console import make_console
 from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
-from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, locked
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, SUMMARY_FILE, TENSORBOARD_FOLDER, locked
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
@@ -34,12 +37,12 @@ from titan_cpt.distributed.process_group import (
     set_timeouts,
 )
 from titan_cpt.planning.plan import StagePlan
+from titan_cpt.reporting.summary import print_summary, summarize
 from titan_cpt.training.allocator import keep_freed_memory
 from titan_cpt.training.bad_steps import first_held_back, handle_bad_step
 from titan_cpt.training.benchmarks import require_benchmarks, run_benchmarks
 from titan_cpt.training.build import build
 from titan_cpt.training.due import actions_due, benchmarks_due
-from titan_cpt.training.final_summary import print_final_summary, print_newest_checkpoint, write_summary
 from titan_cpt.training.forgetting import renew_baselines
 from titan_cpt.training.optimizer import clip_grad_norm, set_lr
 from titan_cpt.training.resume import first_unfinished_stage, log_start
@@ -124,13 +127,11 @@ class Trainer(TrainerState):
             steps_done = begin_stage(self, stage) if found is None else resume_stage(self, found)
             found = None
             steps_done, complete = self.train_stage(stage, steps_done, validate_first=validate_first)
-            write_summary(self)
+            self.write_summary()
             finished = complete and steps_done == stage.steps and stage is self.plan.stages[-1]
             if any_rank_stops(self.stop) and not finished:
                 return self.stopped_early(stage, steps_done)
-        self.checkpoints.wait()
-        print_final_summary(self)
-        return SUCCESS
+        return self.finish()
 
     def train_stage(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> tuple[int, bool]:
         """Train a stage from `steps_done` to its end, or until a signal requests a stop.
@@ -242,5 +243,26 @@ class Trainer(TrainerState):
         self.checkpoints.wait()
         self.log.event("stop", stage=stage.name, step=steps_done, signal=self.stop.name)
         self.display.say(f"stopped by {self.stop.name}; everything is saved, the same command resumes from here")
-        print_newest_checkpoint(self)
+        self.print_newest_checkpoint()
         return STOPPED_EARLY
+
+    def finish(self) -> int:
+        """Finish the last save and print the table of losses; returns the exit status of a run that is done."""
+        self.checkpoints.wait()
+        if self.process.rank == 0:
+            print_summary(summarize(self.folder), make_console())
+        self.print_newest_checkpoint()
+        self.display.say(f"this table again: titan-cpt report {self.folder}")
+        if self.config.metrics.enable_tensorboard:
+            self.display.say(f"the curves: tensorboard --logdir {self.folder / TENSORBOARD_FOLDER}")
+        return SUCCESS
+
+    def write_summary(self) -> None:
+        """Write summary.json: losses, forgetting and adaptation of all stages so far."""
+        if self.process.rank == 0:
+            write_text_atomically(self.folder / SUMMARY_FILE, json.dumps(summarize(self.folder), indent=1))
+
+    def print_newest_checkpoint(self) -> None:
+        """Print the folder of the newest checkpoint, if there is one."""
+        if self.process.rank == 0 and (found := next(iter(self.checkpoints.listed()), None)):
+            self.display.say(f"newest checkpoint: {found.folder}")

@@ -17,8 +17,6 @@ NOT_YET = {
     "data",
     "planning",
     "reporting",
-    "training",
-    "train",
     "commands",
     "cli",
 }

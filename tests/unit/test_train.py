@@ -76,7 +76,7 @@ def gradients(model, rows, max_norm=1.0):
     return loss.item(), norm.item()
 
 
-def test_a_cpu_without_bfloat16_trains_in_it_all_the_same_and_says_how(raw, monkeypatch, capfd):
+def test_bfloat16_works_on_a_cpu_without_bfloat16_and_the_run_says_that_it_is_emulated(raw, monkeypatch, capfd):
     """Losses and gradient norms of five steps are torch's own within bfloat16's rounding; a note before them."""
     raw["training"]["mixed_precision_param"] = "bfloat16"
     found, said = {}, {}
@@ -175,7 +175,7 @@ def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_check
     assert any(value.abs().sum() > 0 for name, value in moments.items() if name.endswith("exp_avg"))
 
 
-def test_the_first_step_after_a_transition_that_keeps_the_optimizer_uses_the_new_stages_numbers(raw):
+def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperparameters(raw):
     """AdamW's step by hand, in fp64, from the kept moments: new betas, eps, decay, LR, and step count 10."""
     raw["stages"][1]["optimizer"] = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.6}
     with training.cast(training.config_of(raw)) as trainer:
@@ -292,7 +292,7 @@ def test_forgetting_is_the_loss_minus_the_loss_when_the_weights_left_the_dataset
     assert len([value for value in expected.values() if value]) == 3 + 4 + 3
 
 
-def test_a_transition_says_what_it_carried(finished):
+def test_the_transition_event_names_weights_optimizer_and_lr(finished):
     """Weights from where, optimizer kept or reset, the first LR, the cursors of every source."""
     told = {event["stage"]: event for event in training.events_of(finished, "transition")}
 
@@ -320,7 +320,7 @@ def test_stage_ends_and_the_pre_anneal_point_stay_and_two_intervals(finished):
     }
 
 
-def test_the_events_tell_the_run_in_order(finished):
+def test_the_events_are_those_of_the_run_in_order(finished):
     """One start, a transition a stage, the annealing, and every checkpoint that came to exist."""
     names = [event["name"] for event in training.events_of(finished)]
 
@@ -328,7 +328,7 @@ def test_the_events_tell_the_run_in_order(finished):
     assert Counter(names) == {"start": 1, "transition": 3, "anneal": 1, "checkpoint": 2 + 2 + 3 + 2}
 
 
-def test_the_summary_is_what_the_record_says(finished):
+def test_the_summary_agrees_with_metrics_jsonl(finished):
     """Per stage: losses before and after, forgetting, adaptation, final loss, tokens by dataset, seconds."""
     summary = json.loads((finished / "summary.json").read_text())
     lines = training.lines_of(finished, "validation")
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_of_the_step_be
     assert all(torch.isfinite(tensor).all() for tensor in training.tensors_of(saved).values())
 
 
-def test_after_bad_numbers_the_same_command_goes_on_from_the_step_before(raw, monkeypatch):
+def test_after_a_bad_step_the_same_command_resumes_from_the_step_before(raw, monkeypatch):
     """With the cause gone (cosmic rays), the run ends as if nothing had been."""
     config = training.config_of(training.changed(raw, job={"name": "whole"}))
     run(config)
@@ -473,7 +473,7 @@ def test_a_poisoned_weight_stops_the_run_at_its_first_step(raw, capsys, monkeypa
     assert training.checkpoints_of(training.Path(raw["job"]["output_dir"]) / "run") == []
 
 
-def test_bad_numbers_right_after_the_pre_anneal_point_leave_it_what_it_is(raw, monkeypatch):
+def test_a_bad_step_right_after_the_pre_anneal_checkpoint_leaves_it_unchanged(raw, monkeypatch):
     """The tenth step, whose predecessor is saved already: not as an interval, which pruning would take away."""
     poison(monkeypatch, 19)
     status = command(raw)
@@ -483,7 +483,7 @@ def test_bad_numbers_right_after_the_pre_anneal_point_leave_it_what_it_is(raw, m
     assert manifest.verify(folder / "english" / "step-00000009")["kind"] == "pre_anneal"
 
 
-def test_bad_numbers_are_not_told_before_the_device_is_read(raw, monkeypatch):
+def test_a_bad_step_is_not_reported_before_the_metrics_are_flushed(raw, monkeypatch):
     """With a logging interval of 100 and no checkpoint due, only the stage's end reads: nothing good is saved after."""
     poison(monkeypatch, 5)
     quiet = {"metrics": {"log_freq": 100}, "checkpoint": {"interval": 100}, "validation": {"interval": 100}}
@@ -495,7 +495,7 @@ def test_bad_numbers_are_not_told_before_the_device_is_read(raw, monkeypatch):
     assert training.checkpoints_of(folder) == ["english/step-00000002"]
 
 
-def test_the_data_that_a_stage_is_told_to_use_is_what_the_model_saw(finished):
+def test_the_logged_batch_hashes_are_those_of_the_plan(finished):
     """The hash in the record is the reader's of the plan's draws, for every step."""
     config = training.load_config(finished / "config.toml")
     with training.cast(config) as trainer:

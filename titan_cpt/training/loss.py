@@ -134,7 +134,7 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor
 
 
 def _softmax_in_one(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Like `_softmax`, written so that it compiles into few passes over the logits without an fp32 copy of them."""
+    """Like `_softmax`, written so that it compiles into few kernels without an fp32 copy of the logits."""
     scores_CV = logits_CV.float()
     log_norms_C1 = scores_CV.logsumexp(dim=-1, keepdim=True)
     losses_C1 = log_norms_C1 - scores_CV.gather(-1, targets_C[:, None])

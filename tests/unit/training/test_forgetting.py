@@ -113,7 +113,7 @@ def test_new_validation_data_is_no_reason_to_refuse_a_run(raw, data, resumed, tm
     assert "has changed for en (data, windows or tokenizer)" in output
 
 
-def test_what_does_not_decide_the_loss_is_no_change(unbroken, resumed, tmp_path):
+def test_settings_that_do_not_change_the_validation_loss_do_not_renew_baselines(unbroken, resumed, tmp_path):
     """The batch of a forward pass and the same text under another name: no mark, nothing is measured again."""
 
     def rename(run):
@@ -135,7 +135,7 @@ def test_what_does_not_decide_the_loss_is_no_change(unbroken, resumed, tmp_path)
         assert numbers[2] == pytest.approx(expected[key][2], abs=1e-6)
 
 
-def test_where_the_weights_are_gone_forgetting_is_unknown_and_no_wrong_number(resumed):
+def test_forgetting_is_unknown_where_the_weights_were_removed(resumed):
     """English's checkpoints were removed to save disk: training goes on, and the line says null."""
     run, output = resumed(*FEWER, before=lambda run: shutil.rmtree(run / "english"))
 
@@ -229,7 +229,7 @@ def test_a_branch_finds_its_baseline_in_the_run_that_it_left(raw, tmp_path):
         ({"data": {"datasets.x.validation": "c"}, "validation": {"x": "1"}}, []),
     ],
 )
-def test_a_change_is_one_of_a_dataset_that_both_sessions_measure(last_start, changed):
+def test_only_datasets_that_both_sessions_measure_can_change(last_start, changed):
     """Datasets that come or go are no change; of an older version only the data is known."""
     data = {"datasets.x.validation": "a", "datasets.y.validation": "b"}
 

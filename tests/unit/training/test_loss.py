@@ -115,7 +115,7 @@ def head_example(dtype, *, vocabulary=50, width=6):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 14, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
-def test_head_and_loss_are_the_loss_of_the_heads_logits(dtype, tolerance, chunk_tokens, monkeypatch):
+def test_the_fused_loss_is_the_loss_of_the_heads_logits(dtype, tolerance, chunk_tokens, monkeypatch):
     """Value and both gradients against torch in fp64 through whole logits; the result is scaled once more behind it."""
     monkeypatch.setattr(loss, "LOGITS_CHUNK", 50 * chunk_tokens)
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
@@ -133,7 +133,7 @@ def test_head_and_loss_are_the_loss_of_the_heads_logits(dtype, tolerance, chunk_
         assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm()
 
 
-def test_the_form_for_the_compiler_gives_the_same(monkeypatch):
+def test_the_softmax_for_torch_compile_gives_the_same(monkeypatch):
     """It runs on CUDA alone, where the chunks of the other one would be many small kernels."""
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
     logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))

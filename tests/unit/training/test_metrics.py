@@ -152,7 +152,7 @@ def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", '{"kind": "tr'])
-def test_a_record_without_a_whole_line_becomes_empty(tmp_path, content):
+def test_a_metrics_file_without_a_whole_line_becomes_empty(tmp_path, content):
     """Nothing but the beginning of a line, or nothing."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)

@@ -140,7 +140,7 @@ def test_nothing_moves_from_the_first_bad_step_on_until_the_reset(fault):
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf")])
-def test_an_infinite_gradient_is_kept_out_too(poison):
+def test_an_infinite_gradient_changes_no_weight_either(poison):
     """Clipping by an infinite norm turns the sound gradients into 0 and the infinite one into NaN; neither arrives."""
     model = Small()
     optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
@@ -184,7 +184,7 @@ def test_a_healthy_run_is_that_of_torchs_adamw_bit_for_bit():
     assert same_bits(everything(model, optimizer), everything(plain_model, plain))
 
 
-def test_the_new_stages_numbers_hold_after_an_old_state_is_loaded():
+def test_new_hyperparameters_stay_after_an_old_state_is_loaded():
     """Loading puts the old stage's numbers back; `set_hyperparameters` then wins, and vectors still do not decay."""
     old_model, model = Small(), Small()
     old = build_adamw(old_model, lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.7)
@@ -207,7 +207,7 @@ def test_the_new_stages_numbers_hold_after_an_old_state_is_loaded():
     assert optimizer.state[model.bias]["step"].item() == 1
 
 
-def test_a_reset_optimizer_goes_on_like_a_new_one():
+def test_a_reset_optimizer_continues_like_a_new_one():
     """Three steps, reset, two steps: the same bits as two steps of an optimizer made at that point."""
     model = Small()
     optimizer = build_adamw(model, lr=1e-2, **NUMBERS)

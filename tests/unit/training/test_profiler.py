@@ -25,7 +25,7 @@ def train(raw, folder, **tables):
     return folder / "out" / raw["job"]["name"]
 
 
-def test_every_so_many_steps_one_is_traced_and_no_number_changes(raw, tmp_path):
+def test_one_step_in_every_n_is_traced_and_no_number_changes(raw, tmp_path):
     """Every fifth step of 22, by stage and step; a trace names torch's operators; losses and weights are the same."""
     traced = train(raw, tmp_path / "traced", profiling={"enable_profiling": True, "profile_freq": 5})
     plain = train(raw, tmp_path / "plain")

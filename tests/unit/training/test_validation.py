@@ -97,7 +97,7 @@ def test_measuring_twice_gives_the_same_bits_and_leaves_no_trace(model, stream):
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(stream):
+def test_the_loss_of_a_uniform_model_is_the_log_of_the_vocabulary_size(stream):
     """A head of zeros: log 384 nats for each token, whatever the text."""
 
     class Nothing(nn.Module):
@@ -119,7 +119,7 @@ def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
     assert math.isnan(found.bits_per_byte)
 
 
-def test_a_held_out_set_shorter_than_a_sequence_is_refused_before_training(tmp_path):
+def test_a_validation_set_shorter_than_a_sequence_is_refused_before_training(tmp_path):
     """It cannot be measured; the message says which and why. One window is enough."""
     with IndexedWriter(tmp_path / "short", 257) as writer:
         writer.add_document(np.arange(8))
