@@ -1,4 +1,4 @@
-"""The TOML of docs/data.md and docs/scenarios.md is read by the program, and means what the text says."""
+"""The TOML of docs/data.md and docs/scenarios.md loads, and means what the pages say."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,19 @@ def blocks(page):
     return re.findall(r"^```toml\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
+def test_the_data_page_prepares_text_and_trains_its_tokenizer(write, one_stage):
+    """The page's first tables, in a config that has no `german` of its own."""
+    tables, _ = blocks("data.md")
+    config = load_config(write(one_stage.replace("german", "other") + tables))
+    source = config.datasets["german"].source
+
+    assert config.tokenizer.train.dataset == "german"
+    assert (source.text, source.holdout) == (("raw/german/*.jsonl.zst",), 0.01)
+
+
 def test_the_datasets_of_the_data_page_load(write, one_stage):
-    """Both tables, beside a stage on another dataset."""
-    (tables,) = blocks("data.md")
+    """The tables of tokens that other programs made, beside a stage on another dataset."""
+    _, tables = blocks("data.md")
     config = load_config(write(tables.replace("datasets.pile", "datasets.other") + one_stage))
 
     assert [config.datasets[name].format for name in ("other", "web")] == ["presequenced", "megatron_order"]
@@ -25,8 +35,8 @@ def test_the_datasets_of_the_data_page_load(write, one_stage):
 
 
 def test_the_scenarios_are_one_file_that_grows(write):
-    """The third appends to the first: it begins before the annealing, with replay of both earlier datasets."""
-    first, third, *_ = blocks("scenarios.md")  # those behind are held by test_scenarios.py
+    """The third appends to the first: it starts before the annealing, with replay of both earlier datasets."""
+    first, third, *_ = blocks("scenarios.md")  # test_scenarios.py tests the others
     before, after = (load_config(write(text)) for text in (first, first + third))
     plan = make_plan(after, take_inventory(after), 8)
     german, news = plan.stages
