@@ -14,8 +14,8 @@ from titan_cpt.config.datasets import OWN_ORDER
 from titan_cpt.config.schema import Config, StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
-from titan_cpt.planning.stage_mixture import normalized_weights
-from titan_cpt.planning.stage_schedule import final_lr
+from titan_cpt.planning.stages.mixture import normalized_weights
+from titan_cpt.planning.stages.schedule import final_lr
 
 
 def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.planning import lr_schedules
-from titan_cpt.planning.data_budget import count_sequences, dataset_use, stage_steps, stored_order_notes
 from titan_cpt.planning.input_notes import input_notes
 from titan_cpt.planning.memory import footprint
 from titan_cpt.planning.model_spec import model_spec
@@ -16,11 +15,12 @@ from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, stage_recipe
-from titan_cpt.planning.stage_mixture import mixture_tree, new_data_leaves
-from titan_cpt.planning.stage_notes import stage_notes
-from titan_cpt.planning.stage_replay import check_replay_lasts, replay_leaves
-from titan_cpt.planning.stage_schedule import end_points, final_window, pre_anneal_step, schedule_of
-from titan_cpt.planning.stage_start import history_of, initial_weights
+from titan_cpt.planning.stages.data_budget import count_sequences, dataset_use, stage_steps, stored_order_notes
+from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
+from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
+from titan_cpt.planning.stages.notes import stage_notes
+from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
+from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
 
 
 def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> Plan:

@@ -12,7 +12,7 @@ from titan_cpt.config.schema import ReplayConfig, StageConfig
 from titan_cpt.data.mixture import Leaf, leaf_counts
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan, TrainingHistory, ancestors
 from titan_cpt.planning.plan_draft import PlanDraft
-from titan_cpt.planning.stage_mixture import normalized_weights, weighted_leaves
+from titan_cpt.planning.stages.mixture import normalized_weights, weighted_leaves
 
 
 def replay_leaves(
