@@ -1,4 +1,4 @@
-"""Pieces of TOML that tests of the plan are written with, and what a plan draws."""
+"""Pieces of TOML for tests of the plan, and the sequences that a plan draws."""
 
 COSINE = 'schedule = "cosine", max = 1e-3, min = 1e-4'
 INFINITE = 'schedule = "infinite_cosine", max = 1e-3, constant = 5e-4, cooldown_until = 0.6, constant_until = 0.85'
@@ -15,6 +15,16 @@ SLIMPAJAMA = {
 }
 
 
+PAPER = {"= 20\n": "= 1104\n", "local_batch_size = 2": "local_batch_size = 4", "= 16\n": "= 2048\n"}
+
+
+def paper_batch(head):
+    """The config with the batch of the paper: 1104 sequences of 2048 tokens."""
+    for old, new in PAPER.items():
+        head = head.replace(old, new)
+    return head
+
+
 def stage(name, dataset, budget, lr=COSINE, **more):
     """One [[stages]] table; `more` is TOML by key."""
     dataset = dataset if dataset.startswith("{") else f'"{dataset}"'
@@ -24,14 +34,16 @@ def stage(name, dataset, budget, lr=COSINE, **more):
 
 
 def datasets(*names):
+    """[datasets] tables with these names."""
     return "".join(f'\n[datasets.{name}]\ntrain = "{name}"\nvalidation = "{name}-validation"\n' for name in names)
 
 
 def drawn(plan, name):
-    """All draws of a stage, in order."""
+    """The draws of all steps of a stage, in order."""
     stage = plan.stage(name)
     return [draw for step in range(stage.steps) for draw in plan.batch(stage, step)]
 
 
 def ordinals(plan, name, source, *, replayed):
+    """The ordinals that a stage draws from a source, as new data or as replay."""
     return [draw.ordinal for draw in drawn(plan, name) if (draw.source, draw.replayed) == (source, replayed)]

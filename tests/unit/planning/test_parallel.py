@@ -1,4 +1,4 @@
-"""The plan at scale: what `titan-cpt plan` says of layouts, the shipped configs, and the page made from the rules."""
+"""Parallelism degrees, the layers of each pipeline rank, and plans for hundreds of ranks without and with torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import torch
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.distributed.options import ParallelOptions
-from titan_cpt.errors import PlanError
-from titan_cpt.planning.memory import fits
+from titan_cpt.distributed.parallel_dims import ParallelDims
+from titan_cpt.planning.parallel import min_world_size, parallel_dims_of, pipeline_rank_contents
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.suggest import nearest_device, suggest
 from titan_cpt.training.dry_run import check_layout
 
 ROOT = Path(__file__).parents[3]
@@ -31,8 +30,30 @@ def titan_cpt(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
+def test_data_parallel_sharding_takes_the_ranks_that_the_other_degrees_leave() -> None:
+    """The 10B config has TP 6 x PP 4: 24 ranks at least, and 69 shards on 1656 ranks."""
+    config = load_config(TEN_BILLION)
+    dims = parallel_dims_of(config, 1656)
+
+    assert min_world_size(config) == 24
+    assert (dims.tp, dims.pp, dims.dp_shard, dims.dp_replicate) == (6, 4, 69, 1)
+    assert dims.world_size == 1656
+    assert parallel_dims_of(config, 24).dp_shard == 1
+
+
+def test_pipeline_ranks_hold_the_layers_of_their_stages() -> None:
+    """Two ranks of a "v" schedule: the first and last quarter with embedding and head, and the two in the middle."""
+    found = list(pipeline_rank_contents(ParallelDims(pp=2, tp=2, schedule="DualPipeV", microbatches=4), layers=8))
+
+    assert [(each.pipeline_rank, each.ranks) for each in found] == [(0, range(2)), (1, range(2, 4))]
+    assert [each.parts for each in found] == [
+        ["embedding", "layers 0 to 1", "layers 6 to 7", "final norm and head"],
+        ["layers 2 to 3", "layers 4 to 5"],
+    ]
+
+
 def test_the_10b_model_is_checked_for_1656_ranks() -> None:
-    """TP 6 x PP 4 x 69 replicas, in under 30 s and 2 GiB, with the counts that the plan worked out without torch."""
+    """TP 6 x PP 4 x 69 shards, in under 30 s and 2 GiB, with the parameter counts of the plan."""
     done = titan_cpt("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--check-layout")
     checked = re.search(r"checked in ([0-9.]+) s and ([0-9.]+) GiB", done.stdout)
 
@@ -53,7 +74,7 @@ def test_the_10b_model_is_checked_for_1656_ranks() -> None:
     ],
 )
 def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[str, str], world_size: int) -> None:
-    """Grouped keys, biases, norms of queries and keys, tied embeddings: torch holds what the plan counted."""
+    """Grouped-query attention, biases, QK norm, tied embeddings: the sharded model has the planned parameter counts."""
     toml = tmp_path / "llama.toml"
     toml.write_text(f'extends = "{TEN_BILLION}"\n[model]\nfamily = "llama"\nsize = "{size}"\n')
     degrees = {"tensor_parallel_degree": "1", "pipeline_parallel_degree": "1", **overrides}
@@ -70,8 +91,10 @@ def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[
     ("name", "world_size", "parameters", "per_step"),
     [("10b_pile_to_german", 1656, 9_642_249_216, 16), ("405m_pile_to_german", 276, 405_334_016, 4)],
 )
-def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_step: int) -> None:
-    """METHOD section 4: parameters, batch, steps, LR and layout of the shipped configs."""
+def test_the_shipped_configs_have_the_papers_numbers(
+    name: str, world_size: int, parameters: int, per_step: int
+) -> None:
+    """METHOD.md section 4: parameters, batch, steps, LR and parallelism."""
     config = load_config(ROOT / "train_configs" / f"{name}.toml")
     plan = make_plan(config, take_inventory(config), world_size)
 
@@ -85,8 +108,8 @@ def test_the_papers_numbers(name: str, world_size: int, parameters: int, per_ste
     )
 
 
-def test_the_plan_imports_no_torch() -> None:
-    """With a layout, its memory and suggestions."""
+def test_a_plan_does_not_import_torch() -> None:
+    """Nor with memory estimates and suggestions."""
     for extra in (["--device-memory", "80GiB"], ["--suggest", "--device-memory", "80GiB"]):
         words = ["plan", "--config", str(TEN_BILLION), "--world-size", "1656", *extra]
         code = (
@@ -99,8 +122,8 @@ def test_the_plan_imports_no_torch() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_layout_in_json() -> None:
-    """Degrees, holdings, bytes and whether they fit."""
+def test_the_json_has_parallelism_and_memory() -> None:
+    """Degrees, layers of each pipeline rank, and whether the memory fits the device."""
     words = ("plan", "--config", str(TEN_BILLION), "--world-size", "1656", "--json", "--device-memory")
     layout = json.loads(titan_cpt(*words, "80GiB").stdout)["layout"]
 
@@ -115,37 +138,8 @@ def test_the_layout_in_json() -> None:
     assert json.loads(titan_cpt(*words, "4GiB").stdout)["layout"]["fits"] is False
 
 
-def test_suggestions_fit_and_come_fastest_first() -> None:
-    """Each one is a layout of all ranks that keeps the rules; too small a device is refused with the reason."""
-    config = load_config(TEN_BILLION)
-    inventory = take_inventory(config)
-    found = suggest(config, inventory, 64, 80 * 2**30)
-
-    assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
-    assert all(suggestion.plan.world_size == 64 for suggestion in found)
-    assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
-    with pytest.raises(PlanError, match="no layout of 64 ranks is valid and fits 1 GiB"):
-        suggest(config, inventory, 64, 2**30)
-
-
-def test_suggestions_say_what_device_they_assume() -> None:
-    """The one whose memory is nearest; without a memory there is nothing to assume. Figures of NVIDIA's data sheets."""
-    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "64", "--suggest")
-    done = titan_cpt(*words, "--device-memory", "80GiB")
-    refused = titan_cpt(*words)
-
-    assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
-    assert refused.returncode == 2
-    assert "--device-memory" in refused.stderr
-    assert [nearest_device(size).name for size in (40 * 10**9, 140 * 2**30, 16 * 10**9)] == [
-        "A100 40 GB",
-        "H200",
-        "RTX 4090",
-    ]
-
-
-def test_the_page_on_parallelism_is_made_from_the_rules() -> None:
-    """docs/parallelism.md is what the script prints."""
+def test_the_page_on_parallelism_is_generated() -> None:
+    """docs/parallelism.md is the output of the script."""
     script = ROOT / "scripts" / "docs" / "parallelism_reference.py"
     spec = importlib.util.spec_from_file_location("parallelism_reference", script)
     assert spec is not None

@@ -156,13 +156,3 @@ def test_every_rule_is_tested_here() -> None:
 def test_valid_combinations_are_planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> None:
     """Each is close to a refused one."""
     assert planned(tmp_path, world_size, overrides)
-
-
-def test_a_vocabulary_padded_for_tensor_parallelism_is_noted(tmp_path: Path) -> None:
-    """257 byte tokens: 384 rows with degree 1, 512 with degree 2. A configured vocabulary size needs no note."""
-    padded = planned(tmp_path, 2, {TP: "2"}).notes
-    fixed = planned(tmp_path, 2, {TP: "2", "model.vocab_size": "512"}).notes
-    one_rank = planned(tmp_path, 1, {}).notes
-
-    assert any("512 rows, padded to 128 x tensor-parallel degree 2 (384 with degree 1)" in note for note in padded)
-    assert not any("rows, padded" in note for note in (*fixed, *one_rank))

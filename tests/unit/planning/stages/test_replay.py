@@ -1,13 +1,12 @@
-"""The plan's replay, lineage and cursors: METHOD's table, what may be replayed, where a stage goes on."""
+"""Replay: shares as in the paper, order, cursors over stages, and what cannot be replayed."""
 
 import time
 from fractions import Fraction
 
 import pytest
-from plans import COSINE, INFINITE, SPLITS, datasets, drawn, ordinals, stage
+from plans import INFINITE, SLIMPAJAMA, SPLITS, datasets, drawn, ordinals, stage
 
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.plan_json import plan_as_json
 
 
@@ -20,8 +19,8 @@ def splits(budgets):
     )
 
 
-def test_the_shares_are_the_papers_table_exactly(head, make):
-    """Total replay 5 %, inside it each old dataset by the tokens of it trained on so far, replay included."""
+def test_the_shares_are_exactly_those_of_the_paper(head, make):
+    """5 % replay in total, divided among old datasets by the tokens trained on so far, replay included."""
     plan = make(head + splits((3000, 1000, 1000, 1000)))
 
     assert [dict(stage.shares) for stage in plan.stages] == [
@@ -37,8 +36,8 @@ def test_the_shares_are_the_papers_table_exactly(head, make):
     ]
 
 
-def test_the_tokens_in_the_json_are_the_papers_table(head, make):
-    """300B and three times 100B in batches of 1000 x 2000: each dataset's tokens to less than two sequences."""
+def test_the_tokens_in_the_json_are_those_of_the_paper(head, make):
+    """300B and three times 100B tokens in batches of 1000 x 2000: exact to less than two sequences."""
     text = head.replace("= 20\n", "= 1000\n").replace("= 16\n", "= 2000\n") + splits(("300B", "100B", "100B", "100B"))
     answer = plan_as_json(make(text))
     table = [
@@ -57,7 +56,7 @@ def test_the_tokens_in_the_json_are_the_papers_table(head, make):
 
 
 def test_replay_never_adds_compute(head, make):
-    """METHOD.md's example in small: 100 + 100 steps at 5 % are 95 + 5, and 200 in all."""
+    """METHOD.md's example in small: 100 + 100 steps at 5 % are 95 + 5, and 200 in total."""
     text = head + stage("a", "pile", 100) + stage("b", "german", 100, replay="{ fraction = 0.05 }")
     answer = plan_as_json(make(text))
     use = answer["stages"][1]["datasets"]
@@ -67,8 +66,8 @@ def test_replay_never_adds_compute(head, make):
     assert answer["total_tokens"] == answer["retraining_tokens"] == 200 * 320
 
 
-def test_replay_draws_what_was_trained_on_first_in_that_order(two_stages, make):
-    """25 % of 50 steps x 20: the first 250 sequences of the pile's 2000, as they were first seen."""
+def test_replay_draws_sequences_in_the_order_they_were_trained_on(two_stages, make):
+    """25 % of 50 steps x 20: the first 250 of the pile's 2000 sequences."""
     plan = make(two_stages)
 
     assert ordinals(plan, "first", "pile", replayed=False) == list(range(2000))
@@ -76,8 +75,8 @@ def test_replay_draws_what_was_trained_on_first_in_that_order(two_stages, make):
     assert ordinals(plan, "second", "german", replayed=False) == list(range(750))
 
 
-def test_the_next_replay_goes_on_where_the_last_one_ended(two_stages, make):
-    """Each stage replays fresh sequences; a dataset met later is replayed from its own first one."""
+def test_replay_continues_where_the_last_stage_ended_it(two_stages, make):
+    """Each stage replays other sequences; a dataset replayed for the first time starts with its first sequence."""
     plan = make(two_stages + datasets("books") + stage("third", "books", 50, replay="{ fraction = 0.25 }"))
     pile = ordinals(plan, "third", "pile", replayed=True)
     german = ordinals(plan, "third", "german", replayed=True)
@@ -89,8 +88,8 @@ def test_the_next_replay_goes_on_where_the_last_one_ended(two_stages, make):
     assert plan.stage("third").history.replayed == {"pile": 250}
 
 
-def test_new_data_goes_on_where_it_was_left(head, make):
-    """A dataset that comes back as new data takes up its next ordinal, whatever was replayed of it meanwhile."""
+def test_new_data_continues_where_an_earlier_stage_ended(head, make):
+    """A dataset that is new data again draws its next ordinals, whatever was replayed of it in between."""
     plan = make(
         head
         + stage("a", "pile", 10)
@@ -103,8 +102,8 @@ def test_new_data_goes_on_where_it_was_left(head, make):
     assert ordinals(plan, "c", "pile", replayed=True) == []
 
 
-def test_cursors_add_up_over_all_stages(head, make):
-    """Pile three times, and replayed three times: every leg goes on where the legs before it ended."""
+def test_positions_add_up_over_all_stages(head, make):
+    """Pile three times as new data and three times as replay: every stage continues where the last one ended."""
     fifth = {"replay": '{ fraction = 0.2, from = "pile" }'}
     plan = make(
         head
@@ -123,8 +122,8 @@ def test_cursors_add_up_over_all_stages(head, make):
     assert plan.stage("f").history.exposure == {"pile": 200 + 40 + 200 + 40 + 100, "german": 160 + 160}
 
 
-def test_replay_that_runs_out_is_refused(head, make):
-    """10 steps were seen, 25 steps' worth would be replayed: 500 sequences of 200; all of the 200 would be fine."""
+def test_replay_of_more_than_was_trained_on_is_refused(head, make):
+    """200 sequences were trained on; 25 steps' worth of replay are 500. Exactly 200 are allowed."""
     text = head + stage("a", "pile", 10) + stage("b", "german", 50, replay="{ fraction = 0.5 }")
     with pytest.raises(PlanError) as refusal:
         make(text)
@@ -138,8 +137,8 @@ def test_replay_that_runs_out_is_refused(head, make):
         make(text, ("stages.b.steps", "21"))
 
 
-def test_only_what_was_seen_can_be_replayed_however_much_there_is(head, make):
-    """1000 sequences lie on disk, 200 were trained on: the 201st is refused."""
+def test_only_trained_sequences_can_be_replayed(head, make):
+    """The file has 1000 sequences, 200 were trained on: the 201st is refused."""
     text = head + stage("a", "pile", 10) + stage("b", "german", 20, replay="{ fraction = 0.5 }")
 
     assert ordinals(make(text, tokens={"pile": 16_001}), "b", "pile", replayed=True) == list(range(200))
@@ -148,7 +147,7 @@ def test_only_what_was_seen_can_be_replayed_however_much_there_is(head, make):
 
 
 def test_a_domain_that_was_never_drawn_cannot_be_replayed(head, make):
-    """A weight of 1 in 1001 gets none of 20 sequences: not even on_exhausted = "repeat" has anything to repeat."""
+    """A weight of 1 in 1001 gets none of 20 sequences: even on_exhausted = "repeat" has nothing to repeat."""
     text = (
         head
         + '[datasets.web.domains]\nbig = { train = "x", weight = 1000 }\nsmall = { train = "y", weight = 1 }\n'
@@ -162,7 +161,7 @@ def test_a_domain_that_was_never_drawn_cannot_be_replayed(head, make):
 
 
 def test_replay_that_runs_out_over_two_stages_is_refused_in_the_second(head, make):
-    """The cursor counts: 150 and then 150 of 200."""
+    """150 of 200 sequences, and then 150 more."""
     half = {"replay": '{ fraction = 0.5, from = "pile" }'}
     text = head + stage("a", "pile", 10) + stage("b", "german", 15, **half) + stage("c", "german", 15, **half)
     with pytest.raises(
@@ -171,8 +170,8 @@ def test_replay_that_runs_out_over_two_stages_is_refused_in_the_second(head, mak
         make(text)
 
 
-def test_replay_may_repeat_where_it_is_asked_to(head, make):
-    """Then it starts over with the first sequence, and the plan says so."""
+def test_replay_repeats_with_on_exhausted_repeat(head, make):
+    """It starts again with the first sequence, and the plan has a note."""
     plan = make(
         head + stage("a", "pile", 10) + stage("b", "german", 50, replay='{ fraction = 0.5, on_exhausted = "repeat" }')
     )
@@ -181,8 +180,8 @@ def test_replay_may_repeat_where_it_is_asked_to(head, make):
     assert any('they repeat (on_exhausted = "repeat")' in note for note in plan.notes)
 
 
-def test_reshuffled_replay_takes_the_seen_sequences_in_another_order(head, make):
-    """All 200 that were seen, each once, not as they came; another seed is another order."""
+def test_reshuffled_replay_is_a_permutation_of_the_trained_sequences(head, make):
+    """All 200, each once, in another order; another seed gives another order."""
     text = head + stage("a", "pile", 10) + stage("b", "german", 20, replay='{ fraction = 0.5, order = "reshuffled" }')
     first = ordinals(make(text), "b", "pile", replayed=True)
     other = ordinals(make(text, ("job.seed", "1")), "b", "pile", replayed=True)
@@ -191,8 +190,8 @@ def test_reshuffled_replay_takes_the_seen_sequences_in_another_order(head, make)
     assert len({tuple(order) for order in (first, other, range(200))}) == 3
 
 
-def test_replay_may_name_its_datasets_and_weigh_them(head, make):
-    """A list is weighed by what was seen, a table as it says."""
+def test_replay_datasets_can_be_named_and_weighted(head, make):
+    """A list is weighted by the sequences trained on, a table by its values."""
     old = head + datasets("books", "news") + stage("a", "pile", 30) + stage("b", "german", 10) + stage("c", "news", 10)
     by_list = make(old + stage("d", "books", 10, replay='{ fraction = 0.5, from = ["pile", "german"] }'))
     by_table = make(old + stage("d", "books", 10, replay="{ fraction = 0.5, from = { pile = 1, german = 3 } }"))
@@ -212,16 +211,16 @@ def test_replay_may_name_its_datasets_and_weigh_them(head, make):
 
 
 def in_turn(head, count, names, **more):
-    """Stages of 30 + i steps on the datasets in turn, each with the default replay of a tenth."""
+    """Stages of 30 + i steps on the datasets in turn, each with a tenth of replay."""
     replay = {"replay": '{ fraction = 0.1, on_exhausted = "repeat" }'}
     stages = (stage(f"s{i}", names[i % len(names)], 30 + i, **(replay if i else {})) for i in range(count))
     return head + datasets(*names[2:]) + "".join(stages)
 
 
-def test_datasets_that_recur_are_replayed_by_their_exact_shares(head, make):
-    """Thirteen stages on three datasets in turn, the shares worked out here in exact fractions of 2,000 digits.
+def test_recurring_datasets_are_replayed_by_their_exact_shares(head, make):
+    """Thirteen stages on three datasets in turn; the shares are computed here in exact fractions of 2,000 digits.
 
-    Every dataset's count is off by less than two sequences in every stage, and its cursor by less than two a stage.
+    Every dataset's count is off by less than two sequences in every stage.
     """
     names = ["pile", "german", "x"]
     plan = make(in_turn(head, 13, names))
@@ -240,7 +239,7 @@ def test_datasets_that_recur_are_replayed_by_their_exact_shares(head, make):
 
 
 def test_two_hundred_stages_on_fifty_recurring_datasets_are_planned_in_two_seconds(head, make):
-    """Of this process's time; every stage's sequences are shared out among all datasets so far."""
+    """Process time; every stage replays all datasets so far."""
     names = ["pile", "german", *(f"d{i}" for i in range(48))]
     text = in_turn(head, 200, names)
     began = time.process_time()
@@ -256,8 +255,8 @@ def test_two_hundred_stages_on_fifty_recurring_datasets_are_planned_in_two_secon
     assert abs(sum(last.history.exposure.values()) - trained) < Fraction(1, 2**400)
 
 
-def test_a_foreign_checkpoints_data_is_replayed_as_if_seen_once(head, make):
-    """1601 tokens are 100 windows of 16 and one more token; the 101st replayed sequence is refused."""
+def test_data_of_a_pretrained_model_counts_as_seen_once(head, make):
+    """1601 tokens are 100 sequences of 16 and one more token; the 101st replayed sequence is refused."""
     text = head + stage("a", "german", 10, init='"checkpoint:x"', replay='{ fraction = 0.5, from = ["pile"] }')
 
     assert ordinals(make(text, tokens={"pile": 1601}), "a", "pile", replayed=True) == list(range(100))
@@ -265,8 +264,8 @@ def test_a_foreign_checkpoints_data_is_replayed_as_if_seen_once(head, make):
         make(text, tokens={"pile": 1600})
 
 
-def test_a_reshuffled_order_is_only_known_with_its_data(head, make):
-    """The plan can be made; the batch is refused until the data is there."""
+def test_a_reshuffled_order_needs_the_size_of_its_data(head, make):
+    """The plan can be made; its batches are refused until the data exists."""
     replay = '{ fraction = 0.5, from = ["pile"], order = "reshuffled" }'
     text = head + stage("a", "german", 10, init='"checkpoint:x"', replay=replay)
     plan = make(text)
@@ -304,8 +303,8 @@ def test_a_reshuffled_order_is_only_known_with_its_data(head, make):
         ),
     ],
 )
-def test_replay_of_nothing_is_refused(head, make, stages, expected):
-    """No earlier data in the lineage, or none whose share is known: an error that says what to name."""
+def test_replay_without_earlier_data_is_refused(head, make, stages, expected):
+    """No earlier data on the lineage, or none with a known share: the error says what to name."""
     with pytest.raises(PlanError) as refusal:
         make(head + stages)
 
@@ -313,7 +312,7 @@ def test_replay_of_nothing_is_refused(head, make, stages, expected):
 
 
 def test_data_of_a_later_stage_cannot_be_replayed(head, make):
-    """Weights from random have not seen it, whatever form `from` has; weights from elsewhere may have."""
+    """Weights trained from scratch have not seen it, in every form of `from`; a pretrained model may have."""
     later = stage("c", "books", 10)
     for asked in ('["books"]', '"books"', "{ books = 1, pile = 1 }", '["pile", "books"]'):
         replay = f"{{ fraction = 0.1, from = {asked} }}"
@@ -328,7 +327,7 @@ def test_data_of_a_later_stage_cannot_be_replayed(head, make):
 
 
 def test_replay_of_data_that_is_never_trained_on_is_noted(head, make):
-    """It is new data under the name of replay; a dataset that is part of the stage is no such case."""
+    """It is new data; a dataset of the stage itself has no such note."""
     text = head + datasets("books") + stage("a", "pile", 10)
     notes = make(text + stage("b", "german", 10, replay='{ fraction = 0.1, from = "books" }')).notes
     own = make(text + stage("b", "pile", 10, replay='{ fraction = 0.1, from = "pile" }')).notes
@@ -338,46 +337,13 @@ def test_replay_of_data_that_is_never_trained_on_is_noted(head, make):
 
 
 def test_a_replay_of_zero_is_no_replay(two_stages, make):
-    """The baseline without replay by one override, even where there is nothing to replay."""
+    """The baseline without replay by one override, even if there is nothing to replay."""
     plan = make(two_stages, ("stages.second.replay.fraction", "0"), ("stages.second.init", "random"))
 
     assert {draw.source for draw in drawn(plan, "second")} == {"german"}
 
 
-# Lineage
-
-
-@pytest.mark.parametrize(
-    ("lr", "init", "steps_done"),
-    [
-        (COSINE, None, 100),
-        (COSINE, "stage:a", 100),
-        (INFINITE, None, 85),
-        (INFINITE, "previous", 85),
-        (INFINITE, "stage:a", 100),
-        (INFINITE, "stage:a@pre_anneal", 85),
-        (INFINITE.replace("0.85", "1.0"), None, 100),
-        (INFINITE.replace("0.85", "0.857"), None, 85),
-        (INFINITE.replace("0.85", "90"), None, 90),
-        (INFINITE.replace("0.85", '"22_400"'), None, 70),
-        ('schedule = "wsd", max = 1e-3, decay_from = 0.8, decay = "sqrt"', None, 100),
-        ('schedule = "wsd", max = 1e-3, decay_from = 0.8, decay = "sqrt"', "stage:a@pre_anneal", 80),
-    ],
-)
-def test_a_stage_goes_on_from_the_right_point(head, make, lr, init, steps_done):
-    """After an infinite stage "previous" is its pre-anneal point; the data of the annealing is not used up by then."""
-    more = {} if init is None else {"init": f'"{init}"'}
-    plan = make(head + stage("a", "pile", 100, lr) + stage("b", "pile", 10, **more))
-    second = plan.stage("b")
-
-    assert second.init == StageCheckpoint("a", steps_done)
-    assert second.history.steps == steps_done
-    assert second.history.trained == {"pile": 20 * steps_done}
-    assert second.history.exposure == {"pile": 20 * steps_done}
-    assert plan.batch(second, 0)[0].ordinal == 20 * steps_done
-
-
-def test_replay_after_an_infinite_stage_knows_only_what_was_seen_before_the_annealing(head, make):
+def test_replay_after_an_infinite_stage_ends_before_its_annealing(head, make):
     """85 of 100 steps: 1700 sequences can be replayed, the 1701st is refused."""
     text = head + stage("a", "pile", 100, INFINITE) + stage("b", "german", 100, replay="{ fraction = 0.85 }")
 
@@ -388,59 +354,15 @@ def test_replay_after_an_infinite_stage_knows_only_what_was_seen_before_the_anne
         make(text, ("stages.b.replay.fraction", "0.86"))
 
 
-def test_a_branch_does_not_see_its_sisters_data(head, make):
-    """Two stages from the same one both go on at its cursors; the second knows nothing of the first's data."""
-    five = {"replay": "{ fraction = 0.05 }"}
-    plan = make(
-        head
-        + datasets("books")
-        + stage("a", "pile", 100)
-        + stage("b", "german", 100, **five)
-        + stage("c", "books", 100, init='"stage:a"', **five)
-        + stage("d", "pile", 10, init='"random"')
-    )
+def test_domains_are_replayed_by_their_weights(domains, make):
+    """10 % of 1000 sequences: 52 of CommonCrawl, its first ones in order; epochs only if all domains exist."""
+    text = domains + stage("a", "slim", 500) + stage("b", "german", 50, replay="{ fraction = 0.1 }")
+    tokens = {f"slim.{name}": 16_001 for name in SLIMPAJAMA}
+    plan = make(text, tokens=tokens)
+    crawl = ordinals(plan, "b", "slim.commoncrawl", replayed=True)
 
-    assert dict(plan.stage("c").shares) == {"books": Fraction(19, 20), "pile": Fraction(1, 20)}
-    assert ordinals(plan, "c", "pile", replayed=True) == list(range(100))
-    assert plan.stage("d").history.steps == 0
-    assert ordinals(plan, "d", "pile", replayed=False) == list(range(200))
-
-
-def test_no_pre_anneal_point_where_nothing_is_annealed(two_stages, make):
-    """A cosine has none."""
-    with pytest.raises(
-        PlanError,
-        match=r"stages\.second\.init: stage 'first' has no annealing, so no pre-anneal point: write stage:first for",
-    ):
-        make(two_stages, ("stages.second.init", "stage:first@pre_anneal"))
-
-
-def test_forgetting_is_counted_from_where_the_weights_left_a_dataset(head, make):
-    """The first stage after the last one of the lineage in which the dataset was new; replay does not count as new."""
-    five = {"replay": "{ fraction = 0.05 }"}
-    plan = make(
-        head
-        + datasets("books")
-        + stage("a", "pile", 100)
-        + stage("b", "german", 100, **five)
-        + stage("c", "books", 100, **five)
-        + stage("d", "german", 100)
-        + stage("e", "books", 100, init='"stage:b"')
-        + stage("f", "books", 100, init='"checkpoint:x"')
-        + stage("g", "books", 100)
-    )
-    since = {
-        name: [plan.forgetting_since(plan.stage(name), dataset) for dataset in ("pile", "german", "books")]
-        for name in "abcdefg"
-    }
-
-    assert since == {
-        "a": [None, None, None],
-        "b": ["b", None, None],
-        "c": ["b", "c", None],
-        "d": ["b", None, "d"],
-        "e": ["b", "e", None],
-        "f": ["f", "f", None],
-        "g": ["f", "f", None],
-    }
-    assert plan.forgetting_since(plan.stage("c"), "german.web") == "c"
+    assert crawl == list(range(len(crawl)))
+    assert abs(len(crawl) - 52.09) < 2
+    assert plan_as_json(plan)["stages"][1]["datasets"]["slim"]["tokens"] == 100 * 16
+    assert plan.stages[0].use_by_dataset["slim"].epochs == pytest.approx(10_000 / 7000, rel=1e-3)
+    assert make(text, tokens=tokens | {"slim.book": None}).stages[0].use_by_dataset["slim"].epochs is None

@@ -1,0 +1,53 @@
+"""Suggested parallelism: valid, fits the device, fastest first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.errors import PlanError
+from titan_cpt.planning.memory import fits
+from titan_cpt.planning.suggest import nearest_device, suggest
+
+ROOT = Path(__file__).parents[3]
+TEN_BILLION = ROOT / "train_configs" / "10b_pile_to_german.toml"
+
+
+def titan_cpt(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "titan_cpt", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_suggestions_fit_and_come_fastest_first() -> None:
+    """Each one uses all ranks and is valid; a device that is too small is refused with the reason."""
+    config = load_config(TEN_BILLION)
+    inventory = take_inventory(config)
+    found = suggest(config, inventory, 64, 80 * 2**30)
+
+    assert found == sorted(found, key=lambda suggestion: suggestion.step_s)
+    assert all(suggestion.plan.world_size == 64 for suggestion in found)
+    assert all(fits(suggestion.plan.footprint, 80 * 2**30) for suggestion in found)
+    with pytest.raises(PlanError, match="no layout of 64 ranks is valid and fits 1 GiB"):
+        suggest(config, inventory, 64, 2**30)
+
+
+def test_suggestions_print_the_assumed_device() -> None:
+    """The device with the nearest memory, with figures of NVIDIA's data sheets; --device-memory is required."""
+    words = ("plan", "--config", str(TEN_BILLION), "--world-size", "64", "--suggest")
+    done = titan_cpt(*words, "--device-memory", "80GiB")
+    refused = titan_cpt(*words)
+
+    assert "assumed: 50% of an H100 SXM's 989 TFLOP/s in bfloat16, of 450 GB/s inside a node of 8" in done.stdout
+    assert refused.returncode == 2
+    assert "--device-memory" in refused.stderr
+    assert [nearest_device(size).name for size in (40 * 10**9, 140 * 2**30, 16 * 10**9)] == [
+        "A100 40 GB",
+        "H200",
+        "RTX 4090",
+    ]
