@@ -1,4 +1,4 @@
-"""What run_train.sh starts: checks before any process, nodes that meet, and one message where torchrun writes a log."""
+"""titan_cpt.commands.launch: checks before processes start, nodes that meet, one message instead of torchrun's log."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import training
 
 from titan_cpt.commands import launch
-from titan_cpt.commands.launch import Node, Refused, check_gpus, meet
+from titan_cpt.commands.launch import LaunchError, Node, check_gpus, meet
 from titan_cpt.distributed import process_group
 from titan_cpt.errors import PlanError
 
@@ -30,29 +30,30 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def port():
-    """A free one."""
+    """A free port."""
     return faulty.free_port()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A run of several thousand steps of 4 sequences, 2 a micro-step."""
+    """A config of several thousand steps with a global batch of 4 sequences and a local batch of 2."""
     folder = tmp_path_factory.mktemp("launch")
     raw = training.two_stages(training.write_languages(folder), folder)
     raw["stages"][0]["steps"] = 5000
     return training.write_config(training.changed(raw, checkpoint={"interval": 1000}), folder / "c.toml")
 
 
-def meet_as(nodes, port, **mistakes):
-    """How `meet` ends on each node: the message it was refused with, or None. Threads stand for the nodes."""
-    ends, stores = {}, []
+def meet_as(nodes, port, **problems):
+    """Run `meet` in one thread per node; returns its (message, status) for each node, or None where it succeeded."""
+    ends = {}
+    stores = []
 
     def one(rank):
         try:
-            stores.append(meet(Node(rank, nodes, "127.0.0.1", port), mistakes.get(f"node{rank}", ""), 20))
+            stores.append(meet(Node(rank, nodes, "127.0.0.1", port), problems.get(f"node{rank}", ""), 20))
             ends[rank] = None
-        except Refused as refused:
-            ends[rank] = (str(refused), refused.status)
+        except LaunchError as error:
+            ends[rank] = (str(error), error.status)
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(nodes)]
     for thread in threads:
@@ -62,27 +63,27 @@ def meet_as(nodes, port, **mistakes):
     return [ends[rank] for rank in range(nodes)]
 
 
-def test_nodes_without_a_mistake_meet(port):
-    """Three of them."""
+def test_nodes_without_an_error_meet(port):
+    """Three nodes."""
     assert meet_as(3, port) == [None, None, None]
 
 
-def test_a_mistake_that_every_node_finds_is_told_by_node_0(port):
-    """Once for all, and every node ends with 2."""
+def test_an_error_that_every_node_finds_is_printed_by_node_0_only(port):
+    """Every node exits with 2."""
     said = {f"node{rank}": "PlanError: 8 into 3" for rank in range(3)}
 
     assert meet_as(3, port, **said) == [("PlanError: 8 into 3", 2), ("", 2), ("", 2)]
 
 
-def test_a_mistake_of_one_node_ends_all_and_names_it(port):
-    """A config that is missing on node 2 only: node 0 tells it, whose own output is what people look at."""
+def test_an_error_of_one_node_stops_all_and_names_that_node(port):
+    """A config is missing on node 2 only: node 0 prints it, because users look at the output of node 0."""
     ends = meet_as(3, port, node2="ConfigError: no file")
 
     assert ends == [(f"node 2 ({socket.gethostname()}): ConfigError: no file", 2), ("", 2), ("", 2)]
 
 
 @pytest.mark.parametrize(
-    ("node", "told"),
+    ("node", "message"),
     [
         (
             0,
@@ -91,52 +92,54 @@ def test_a_mistake_of_one_node_ends_all_and_names_it(port):
         (1, "node 1 has waited 1 s for node 0 at 127.0.0.1:{port}: [Errno 111] Connection refused. Check that"),
     ],
 )
-def test_a_node_that_waits_says_for_whom_where_and_what_to_check(port, node, told, monkeypatch, capsys):
-    """Every so often, and in the end with status 1: it need not be a mistake."""
+def test_a_waiting_node_prints_which_nodes_are_missing_and_what_to_check(port, node, message, monkeypatch, capsys):
+    """At intervals; in the end with status 1, because it may not be the user's mistake."""
     monkeypatch.setattr(launch, "_SECONDS_BETWEEN_REMINDERS", 0.5)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(LaunchError) as error:
         meet(Node(node, 2, "127.0.0.1", port), "", 1.2)
 
-    assert told.format(port=port) in capsys.readouterr().err
-    assert refused.value.status == 1
+    assert message.format(port=port) in capsys.readouterr().err
+    assert error.value.status == 1
 
 
-def test_a_node_with_a_mistake_does_not_wait_long_for_the_others_to_hear_it(port, monkeypatch):
-    """Node 0 never comes."""
-    monkeypatch.setattr(launch, "_SECONDS_FOR_A_MISTAKE", 0.2)
-    with pytest.raises(Refused, match="PlanError: mine"):
+def test_a_node_with_an_error_does_not_wait_long_for_the_others(port, monkeypatch):
+    """Node 0 never joins."""
+    monkeypatch.setattr(launch, "_SECONDS_TO_SHARE_AN_ERROR", 0.2)
+    with pytest.raises(LaunchError, match="PlanError: mine"):
         meet(Node(1, 2, "127.0.0.1", port), "PlanError: mine", 60)
 
 
-def test_a_port_in_use_is_told_with_what_to_do():
-    """Status 2; `[Errno 98]` and 46 lines of torch before."""
+def test_a_port_in_use_is_an_error_that_says_what_to_do():
+    """Status 2, and not 46 lines of torch that end with `[Errno 98]`."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(Refused, match=rf"port {port} of .* is in use .*Set MASTER_PORT to a free port") as refused:
+        with pytest.raises(
+            LaunchError, match=rf"port {port} of .* is in use .*Set MASTER_PORT to a free port"
+        ) as error:
             meet(Node(0, 2, "127.0.0.1", port), "", 5)
 
-    assert refused.value.status == 2
+    assert error.value.status == 2
 
 
-def test_an_address_that_nobody_knows_is_told(port):
-    """Before anything waits for it."""
-    with pytest.raises(Refused, match=r"MASTER_ADDR 'no such host' is not known on"):
+def test_an_unknown_address_is_an_error_at_once(port):
+    """No node waits for it."""
+    with pytest.raises(LaunchError, match=r"MASTER_ADDR 'no such host' is not known on"):
         meet(Node(1, 2, "no such host", port), "", 5)
 
 
-def test_fewer_gpus_than_processes_is_told_before_any_starts(monkeypatch):
-    """Without GPUs any number of processes computes on the CPU."""
+def test_fewer_gpus_than_processes_is_an_error_before_any_starts(monkeypatch):
+    """Without a GPU, any number of processes trains on the CPU."""
     check_gpus(4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_gpus(2)
 
-    with pytest.raises(PlanError, match=r"^4 processes on .* has 2 GPUs .*NPROC=2"):
+    with pytest.raises(PlanError, match=r"^4 processes on .* has 2 GPUs: .*NPROC=2"):
         check_gpus(4)
 
 
-def test_a_process_whose_gpu_does_not_exist_or_is_taken_says_so(monkeypatch):
-    """Under somebody else's launcher: "CUDA error: invalid device ordinal" before."""
+def test_a_gpu_that_does_not_exist_or_is_in_use_is_a_plan_error(monkeypatch):
+    """Under another launcher, and not "CUDA error: invalid device ordinal"."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
@@ -152,7 +155,7 @@ def test_a_process_whose_gpu_does_not_exist_or_is_taken_says_so(monkeypatch):
         process_group.init_process_group()
 
 
-def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
+def test_a_port_in_use_is_a_plan_error_under_another_launcher(monkeypatch):
     """torchrun itself, with --master-port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -163,8 +166,8 @@ def test_a_port_in_use_under_somebody_elses_launcher_is_told(monkeypatch):
             process_group.init_process_group(5)
 
 
-def test_the_users_mistake_is_one_message_under_several_processes(config, tmp_path):
-    """A batch of 4 does not divide into 3 x 2: 55 lines before, 45 of them torchrun's."""
+def test_a_plan_error_is_one_message_under_several_processes(config, tmp_path):
+    """A batch of 4 is not divisible by 3 x 2; the message is not repeated per process, and torchrun prints no log."""
     environment = {**os.environ, "NPROC": "3", "PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix}
     done = subprocess.run(
         [str(ROOT / "run_train.sh"), "--config", str(config), "--job.output_dir", str(tmp_path)],
@@ -186,7 +189,7 @@ def test_the_users_mistake_is_one_message_under_several_processes(config, tmp_pa
 
 
 def test_a_stop_on_a_signal_shows_no_traceback(config, tmp_path):
-    """torchrun raises SignalException on SIGTERM; the ranks save and leave with 75."""
+    """torchrun raises SignalException on SIGTERM; the ranks save and exit with 75."""
     run, status = tmp_path / "run", tmp_path / "status"
     command = [
         sys.executable,
@@ -220,7 +223,7 @@ def test_a_stop_on_a_signal_shows_no_traceback(config, tmp_path):
 
 
 def test_a_killed_process_is_named(tmp_path):
-    """With its number, host and signal, in a line."""
+    """One line with its number, host and signal."""
     (tmp_path / "child.py").write_text(
         "import os, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(60)"
     )
@@ -238,28 +241,28 @@ def test_a_killed_process_is_named(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"process 1 of {socket.gethostname()} (pid ")
-    assert line.endswith("was killed by SIGKILL: often too little host memory")
+    assert line.endswith("was killed by SIGKILL, often because host memory ran out")
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """One rank stands in a folder where relative paths lead nowhere, as on a node that lacks the files."""
+    """One rank's working directory is a folder in which relative paths do not exist, as on a node without the files."""
 
     rank: int
-    folder: str
+    data: Path
 
     def lay(self):
-        """On that rank only."""
-        os.chdir("/" if os.environ["RANK"] == str(self.rank) else self.folder)
+        """Every other rank works in the folder that has the data."""
+        os.chdir("/" if os.environ["RANK"] == str(self.rank) else self.data)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_files_that_are_missing_on_one_node_end_every_rank_and_are_told_once(tmp_path, rank):
-    """The others waited in a collective for the rank that had left, until it failed with a traceback."""
+def test_files_missing_on_one_node_stop_every_rank_with_one_message(tmp_path, rank):
+    """No rank waits in a collective for the rank that has left."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["datasets"]["en"]["train"] = "en"
     config = training.write_config(raw, tmp_path / "c.toml")
-    outcomes = faulty.launch(config, faults=[Elsewhere(rank, str(tmp_path))], ranks=2)
+    outcomes = faulty.launch(config, faults=[Elsewhere(rank, tmp_path)], ranks=2)
 
     assert [outcome.status for outcome in outcomes] == [2, 2], outcomes[0].output + outcomes[1].output
     assert ("rank 1: " in outcomes[0].output) == (rank == 1)
@@ -267,8 +270,8 @@ def test_files_that_are_missing_on_one_node_end_every_rank_and_are_told_once(tmp
     assert outcomes[1].output == ""
 
 
-def test_what_only_rank_0_finds_ends_every_rank(tmp_path):
-    """The run's folder cannot be made: rank 0 alone takes the lock."""
+def test_an_error_that_only_rank_0_finds_stops_every_rank(tmp_path):
+    """The run folder cannot be created; only rank 0 takes its lock."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path / "file")
     (tmp_path / "file").write_text("")
     outcomes = faulty.launch(training.write_config(raw, tmp_path / "c.toml"), ranks=2)

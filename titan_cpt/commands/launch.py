@@ -1,10 +1,11 @@
-"""torchrun as run_train.sh starts it: the same processes, and one message in the place of torchrun's log of a failure.
+"""torchrun with early checks and short error messages; run_train.sh starts it.
 
     python -m titan_cpt.commands.launch [--node RANK/NODES@ADDRESS:PORT] [--patience SECONDS] \
         TORCHRUN_OPTION... -m titan_cpt train TRAIN_OPTION...
 
-Before any process starts, the config, its layout and the number of GPUs are checked; on several nodes all of them meet
-at ADDRESS:PORT, say whom they wait for, and a mistake that any of them found ends all of them, told once.
+Before it starts processes it checks the config, its parallel layout and the number of GPUs. With several nodes, all of
+them first meet at ADDRESS:PORT and print which nodes are missing. If one node finds an error, it is printed once and no
+node starts.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from titan_cpt.errors import PlanError, TitanError
 from titan_cpt.planning.planner import make_plan
 
 _SECONDS_BETWEEN_REMINDERS = 30.0
-_SECONDS_FOR_A_MISTAKE = 20.0  # how long a node that found a mistake waits for the others, for it to be told once
-_SECONDS_TO_READ = 10.0  # that node 0 waits for the others to read that nothing starts
+_SECONDS_TO_SHARE_AN_ERROR = 20.0  # a node that found an error waits this long for the others, so as to print it once
+_SECONDS_TO_READ = 10.0  # node 0 waits this long for the others to read that no node starts
 _VERDICT, _READ = "titan_cpt/verdict", "titan_cpt/read"
-_NOISE = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+_SILENCED_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 @dataclass(frozen=True)
 class Node:
-    """This node among those of the run, and where they meet: an address and a port of node 0."""
+    """This node's rank among the nodes of the run, and the address and port of node 0 where they meet."""
 
     rank: int
     count: int
@@ -56,7 +57,7 @@ class Node:
 
     @classmethod
     def parse(cls, text: str) -> Node:
-        """From RANK/NODES@ADDRESS:PORT."""
+        """Parse RANK/NODES@ADDRESS:PORT."""
         match = re.fullmatch(r"(\d+)/(\d+)@(.+):(\d+)", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"must be RANK/NODES@ADDRESS:PORT, got {text!r}")
@@ -64,11 +65,11 @@ class Node:
         return cls(int(rank), int(count), address, int(port))
 
 
-class Refused(Exception):
-    """Nothing starts.
+class LaunchError(Exception):
+    """No process is started.
 
     Attributes:
-        status: 2 for the user's mistake; 1 if it may be none, as a node that did not come.
+        status: exit status: 2 for the user's mistake, 1 for what may not be one, such as a node that did not join.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -77,30 +78,33 @@ class Refused(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Check, meet, run torchrun, and leave with an exit status; the processes' own goes into the status file."""
+    """Check the config, meet the other nodes, run torchrun, and exit with its status.
+
+    The exit status of the training processes is in the file TITAN_CPT_STATUS_FILE.
+    """
     parser = argparse.ArgumentParser(prog="python -m titan_cpt.commands.launch", allow_abbrev=False)
     parser.add_argument("--node", type=Node.parse)
     parser.add_argument("--patience", type=float, default=1800.0)
     options, words = parser.parse_known_args(arguments)
     try:
-        mistake = find_mistake(words, nodes=1 if options.node is None else options.node.count)
-        if mistake and options.node is None:
-            raise Refused(mistake, USER_ERROR)
-        store = None if options.node is None else meet(options.node, mistake, options.patience)
-    except Refused as refused:
-        if str(refused):
-            _say(str(refused))
-        exit_with(refused.status)
+        problem = find_problem(words, nodes=1 if options.node is None else options.node.count)
+        if problem and options.node is None:
+            raise LaunchError(problem, USER_ERROR)
+        store = None if options.node is None else meet(options.node, problem, options.patience)
+    except LaunchError as error:
+        if str(error):
+            _say(str(error))
+        exit_with(error.status)
     status = _run(words)
-    del store  # node 0's holds the server that torchrun shares
+    del store  # on node 0 it holds the server that torchrun uses too
     sys.exit(status)
 
 
-def find_mistake(words: Sequence[str], *, nodes: int) -> str:
-    """What the user would have to change before these processes can train, as a message; "" if nothing is known.
+def find_problem(words: Sequence[str], *, nodes: int) -> str:
+    """The error message of a config or a number of processes that cannot train; "" if none is found.
 
     Args:
-        words: torchrun's options and the program's.
+        words: options of torchrun, then the program and its options.
     """
     options = parse_args(list(words))  # type: ignore[no-untyped-call]  # torch's
     nproc = int(options.nproc_per_node)
@@ -113,27 +117,27 @@ def find_mistake(words: Sequence[str], *, nodes: int) -> str:
 
 
 def check_gpus(nproc: int) -> None:
-    """That this node has a GPU for each process, or none at all, in which case they compute on the CPU.
+    """Check that this node has a GPU for each process; without any GPU, the processes train on the CPU.
 
     Raises:
-        PlanError: there are GPUs, and fewer than processes.
+        PlanError: this node has GPUs, but fewer than processes.
     """
     found = torch.cuda.device_count() if torch.cuda.is_available() else nproc
     if found < nproc:
         raise PlanError(
-            f"{nproc} processes on {socket.gethostname()}, which has {found} GPUs for them: each process takes one. "
+            f"{nproc} processes on {socket.gethostname()}, which has {found} GPUs: each process needs one. "
             f"Start with NPROC={found}, or give the job more GPUs (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
 
 
 def check_training(arguments: Sequence[str], *, world_size: int) -> None:
-    """Raise what `train` would say of a config and of its plan for so many processes.
+    """Check the config and its plan as `titan-cpt train` does; the plan only if all data is prepared.
 
     Args:
-        arguments: from the word `train` on. Data that is still to be prepared leaves the plan unchecked.
+        arguments: those of `titan-cpt`, `train` being the first.
 
     Raises:
-        TitanError: the user's mistake.
+        TitanError: the config or the plan is invalid.
     """
     parser = argparse.ArgumentParser(prog="titan-cpt")
     add_train(parser.add_subparsers(required=True, metavar="COMMAND"))
@@ -143,32 +147,32 @@ def check_training(arguments: Sequence[str], *, world_size: int) -> None:
         make_plan(config, take_inventory(config), world_size)
 
 
-def meet(node: Node, mistake: str, patience_s: float) -> TCPStore:
-    """Wait until every node is there; returns the store in which they met, to be kept until torchrun ends.
+def meet(node: Node, problem: str, patience_s: float) -> TCPStore:
+    """Wait until every node has joined; returns the store in which they met. Keep it until torchrun ends.
 
     Args:
-        mistake: what this node found wrong, "" if nothing. One node's mistake ends all of them.
-        patience_s: longest wait for the other nodes.
+        problem: the error message that this node found, "" if none. The error of one node ends all of them.
+        patience_s: longest wait for the other nodes, in seconds.
 
     Raises:
-        Refused: the address is unknown, the port in use, a node did not come, or a node found a mistake. Its message is
-            empty where node 0 tells the same.
+        LaunchError: the address is unknown, the port in use, a node did not join, or a node found an error. The message
+            is empty if node 0 prints the same.
     """
     try:
         socket.getaddrinfo(node.address, node.port)
     except OSError as error:
-        raise Refused(
+        raise LaunchError(
             f"MASTER_ADDR {node.address!r} is not known on {socket.gethostname()}: {error.strerror}. It must be a name "
             "or an address of node 0 that every node can resolve",
-            2,
+            USER_ERROR,
         ) from None
-    patience_s = min(patience_s, _SECONDS_FOR_A_MISTAKE) if mistake else patience_s
-    entry = json.dumps([socket.gethostname(), mistake])
+    patience_s = min(patience_s, _SECONDS_TO_SHARE_AN_ERROR) if problem else patience_s
+    entry = json.dumps([socket.gethostname(), problem])
     if node.rank == 0:
         store = _host(node)
         store.set(_key(0), entry)
-        mistakes = _collect(store, node, patience_s)
-        _decide(store, node, mistakes)
+        problems = _collect(store, node, patience_s)
+        _decide(store, node, problems)
         return store
     try:
         store = _join(node, patience_s)
@@ -177,16 +181,16 @@ def meet(node: Node, mistake: str, patience_s: float) -> TCPStore:
             time.sleep(0.2)
         known = json.loads(store.get(_VERDICT))
         store.add(_READ, 1)
-    except (DistError, Refused) as error:
-        lost = str(error) if isinstance(error, Refused) else f"node 0 at {_where(node)} ended: {_first_line(error)}"
-        raise Refused(mistake or lost, 2 if mistake else 1) from None
+    except (DistError, LaunchError) as error:
+        lost = str(error) if isinstance(error, LaunchError) else f"node 0 at {_where(node)} ended: {_first_line(error)}"
+        raise LaunchError(problem or lost, USER_ERROR if problem else FAILURE) from None
     if known is not None:
-        raise Refused("" if node.rank in known else mistake, 2)
+        raise LaunchError("" if node.rank in known else problem, USER_ERROR)
     return store
 
 
 def _collect(store: TCPStore, node: Node, patience_s: float) -> dict[str, list[int]]:
-    """On node 0: each mistake that nodes found, with their ranks; waits for all nodes."""
+    """On node 0: wait for all nodes; returns each error that nodes found, with these nodes' ranks."""
     begin = reminded = time.monotonic()
     while lacking := [rank for rank in range(node.count) if not store.check([_key(rank)])]:
         waited = time.monotonic() - begin
@@ -196,30 +200,30 @@ def _collect(store: TCPStore, node: Node, patience_s: float) -> dict[str, list[i
             reminded = time.monotonic()
             _say(_lacking(node, lacking, waited))
         time.sleep(0.2)
-    mistakes: dict[str, list[int]] = {}
+    problems: dict[str, list[int]] = {}
     for rank in set(range(node.count)) - set(lacking):
         found = json.loads(store.get(_key(rank)))[1]
         if found:
-            mistakes.setdefault(found, []).append(rank)
-    if lacking and not mistakes:
-        raise Refused(_lacking(node, lacking, time.monotonic() - begin), 1)
-    return mistakes
+            problems.setdefault(found, []).append(rank)
+    if lacking and not problems:
+        raise LaunchError(_lacking(node, lacking, time.monotonic() - begin), FAILURE)
+    return problems
 
 
-def _decide(store: TCPStore, node: Node, mistakes: dict[str, list[int]]) -> None:
-    """On node 0: tell the other nodes whether to start; if not, wait until they have read that and raise Refused."""
-    ranks = [rank for found in mistakes.values() for rank in found]
+def _decide(store: TCPStore, node: Node, problems: dict[str, list[int]]) -> None:
+    """On node 0: publish whether the nodes start; if not, wait until they have read it and raise LaunchError."""
+    ranks = [rank for found in problems.values() for rank in found]
     store.set(_VERDICT, json.dumps(ranks or None))
-    if not mistakes:
+    if not problems:
         return
     until = time.monotonic() + _SECONDS_TO_READ
     while store.add(_READ, 0) < node.count - 1 and time.monotonic() < until:
         time.sleep(0.1)
     lines = [
         found if 0 in where else f"node {_shortened(where)} ({json.loads(store.get(_key(where[0])))[0]}): {found}"
-        for found, where in mistakes.items()
+        for found, where in problems.items()
     ]
-    raise Refused("\n".join(lines), 2)
+    raise LaunchError("\n".join(lines), USER_ERROR)
 
 
 def _host(node: Node) -> TCPStore:
@@ -229,26 +233,26 @@ def _host(node: Node) -> TCPStore:
             node.port,
             is_master=True,
             wait_for_workers=False,
-            multi_tenant=True,  # torchrun's own store of this process is served by the same server
+            multi_tenant=True,  # torchrun's own store in this process uses the same server
             timeout=timedelta(seconds=60),
         )
     except DistError as error:
         if "EADDRINUSE" in str(error):
-            raise Refused(
-                f"port {node.port} of {socket.gethostname()} is in use by another program, perhaps a run that has not "
-                f"ended (`ss -ltnp 'sport = :{node.port}'` names it). Set MASTER_PORT to a free port, the same on all "
-                "nodes",
-                2,
+            raise LaunchError(
+                f"port {node.port} of {socket.gethostname()} is in use by another program, perhaps by a run that has "
+                f"not ended (`ss -ltnp 'sport = :{node.port}'` shows it). Set MASTER_PORT to a free port, the same on "
+                "all nodes",
+                USER_ERROR,
             ) from None
-        raise Refused(
+        raise LaunchError(
             f"node 0 cannot listen at {_where(node)}: {_first_line(error)}. MASTER_ADDR must be an address of "
             "this node",
-            2,
+            USER_ERROR,
         ) from None
 
 
 def _join(node: Node, patience_s: float) -> TCPStore:
-    """On another node: connect to node 0."""
+    """On every other node: connect to node 0, however long it takes to start, up to `patience_s` seconds."""
     begin = reminded = time.monotonic()
     while True:
         try:
@@ -257,16 +261,16 @@ def _join(node: Node, patience_s: float) -> TCPStore:
         except (OSError, DistError) as error:
             reason = _first_line(error)
         waited = time.monotonic() - begin
-        told = (
+        message = (
             f"node {node.rank} has waited {waited:.0f} s for node 0 at {_where(node)}: {reason}. Check that "
             f"run_train.sh runs on node 0 (NODE_RANK=0, NNODES={node.count}), that MASTER_ADDR is an address "
             "of it, and that no firewall blocks the port"
         )
         if waited > patience_s:
-            raise Refused(told, 1)
+            raise LaunchError(message, FAILURE)
         if time.monotonic() - reminded >= _SECONDS_BETWEEN_REMINDERS:
             reminded = time.monotonic()
-            _say(told)
+            _say(message)
         time.sleep(1)
 
 
@@ -279,24 +283,24 @@ def _lacking(node: Node, ranks: Sequence[int], waited_s: float) -> str:
 
 
 def _run(words: Sequence[str]) -> int:
-    """torchrun, without its account of how it ended; exit status 0, or 1, or that of a signal."""
-    for name in _NOISE:
+    """Run torchrun without its own log of a failure; returns 0, 1, or 128 + the number of the signal that ended it."""
+    for name in _SILENCED_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         torchrun(list(words))
     except ChildFailedError as error:
         for local_rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:  # which is how torchrun ends the others
+            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:  # torchrun stops the others by SIGTERM
                 _say(
                     f"process {local_rank} of {socket.gethostname()} (pid {failure.pid}) was killed by "
                     f"{failure.signal_name()}"
-                    + (": often too little host memory" if -failure.exitcode == signal.SIGKILL else "")
+                    + (", often because host memory ran out" if -failure.exitcode == signal.SIGKILL else "")
                 )
         return FAILURE
     except SignalException as error:
         return 128 + int(error.sigval)
     except DistError as error:
-        _say(f"the nodes lost each other: {_first_line(error)}")
+        _say(f"lost the connection between the nodes: {_first_line(error)}")
         return FAILURE
     return SUCCESS
 

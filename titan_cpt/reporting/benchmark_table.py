@@ -1,4 +1,4 @@
-"""What a run's folder holds of benchmarks: scores after each stage, what each stage changed, and continued prompts."""
+"""Benchmark scores in a run folder: after each stage, and their change between stages; and the generated examples."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import Score, read_scores, score_change
 from titan_cpt.reporting.run_log import RunLog
 
+_TaskKey = tuple[str, int, int | None]  # name, number of few-shot examples, limit of samples
+
 
 @dataclass(frozen=True)
 class BenchmarkTable:
-    """Scores of one run: a row for each task, the stages in the order of training."""
+    """Scores of one run: one row per task, one column per stage in the order of training, then the changes."""
 
     head: list[str]
     rows: list[list[str]]
 
 
-def benchmark_table(record: RunLog, complain: Callable[[str], None]) -> BenchmarkTable | None:
-    """Every task's score after each stage, with its standard error, and what each further stage changed.
+def benchmark_table(run: RunLog, report_error: Callable[[str], None]) -> BenchmarkTable | None:
+    """Each task's score after each stage, with its standard error, and the change from stage to stage.
 
-    Of a stage that was evaluated several times the last evaluation counts. A change stands with the standard error and
-    the p of `difference`, sample by sample where the same samples were asked. Scores of checkpoints that were removed
-    and trained again do not count. None without any score.
+    If several checkpoints of a stage were evaluated, the last one counts. Scores of checkpoints whose steps were
+    undone and trained again do not count. A change comes with its standard error and p-value (see `score_change`).
 
     Args:
-        complain: called with a sentence for each score that cannot be read.
+        report_error: called with a sentence for each score that cannot be read.
+
+    Returns:
+        The table, or None if the run has no scores.
     """
-    found: dict[tuple[str, int, int | None], dict[str, Score]] = {}
+    found: dict[_TaskKey, dict[str, Score]] = {}
     stages: list[str] = []
-    for score in read_scores(record.folder, complain):  # in the order of training, so that the last of a stage stays
-        if not _is_of_present_weights(record, score.stage, score.steps_done, score.identity.get("files")):
+    for score in read_scores(run.folder, report_error):  # in the order of training: a stage's last score wins
+        if not _is_current(run, score.stage, score.steps_done, score.identity.get("files")):
             continue
         found.setdefault((score.task, score.shots, score.limit), {})[score.stage] = score
         if score.stage not in stages:
@@ -51,56 +55,56 @@ def benchmark_table(record: RunLog, complain: Callable[[str], None]) -> Benchmar
         found.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or 0)
     ):
         some = next(iter(by_stage.values()))
-        row = [task, str(shots), some.metric, f"{some.samples:,}{'' if limit is None else ' (of more)'}"]
+        row = [task, str(shots), some.metric, f"{some.samples:,}{'' if limit is None else ' (limited)'}"]
         row += [_value(by_stage.get(stage)) for stage in stages]
         row += [_change(by_stage, earlier, later, some.metric) for earlier, later in pairs]
         rows.append(row)
     return BenchmarkTable(head, rows)
 
 
-def example_generations(record: RunLog, complain: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Each example prompt, and the text that the run made of it after each stage.
+def example_generations(run: RunLog, report_error: Callable[[str], None]) -> list[tuple[str, str]]:
+    """(prompt, text generated from it after each stage) for each example prompt of `generate --examples`.
 
     Args:
-        complain: called with a sentence for each file that cannot be read.
+        report_error: called with a sentence for each file that cannot be read.
     """
-    kept: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}
-    for path in sorted((record.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_FILE}")):
+    latest: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}  # by the stage's index
+    for path in sorted((run.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_FILE}")):
         try:
             found = json.loads(read_text(path))
-            place = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
-            index, files = int(found["stage_index"]), found.get("files")
+            generated = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
+            index = int(found["stage_index"])
+            files = found.get("files")
         except TitanError as error:
-            complain(str(error))
+            report_error(str(error))
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            complain(f"{path}: cannot be read: {error}. Remove it and continue the examples again")
+            report_error(f"{path}: cannot be read: {error}. Remove it and run `titan-cpt generate --examples` again")
             continue
-        if not _is_of_present_weights(record, place[1], place[0], files):
-            continue
-        kept[index] = max(kept.get(index, (-1, "", [])), place, key=lambda one: one[0])
+        if _is_current(run, generated[1], generated[0], files):
+            latest[index] = max(latest.get(index, (-1, "", [])), generated, key=lambda one: one[0])
     by_prompt: dict[str, list[str]] = {}
-    for _, (steps, stage, texts) in sorted(kept.items()):
+    for _, (steps, stage, texts) in sorted(latest.items()):
         for text in texts:
-            told = f"after {stage} ({steps:,} steps): {text['prompt']}{text['continuation']}"
-            by_prompt.setdefault(text["prompt"], []).append(told)
+            entry = f"after {stage} ({steps:,} steps): {text['prompt']}{text['continuation']}"
+            by_prompt.setdefault(text["prompt"], []).append(entry)
     return [(prompt, "\n\n".join(texts)) for prompt, texts in by_prompt.items()]
 
 
-def _is_of_present_weights(record: RunLog, stage: str, step: int, files: str | None) -> bool:
-    """Whether what was found out of a checkpoint still holds: its stage may have been removed and trained again.
+def _is_current(run: RunLog, stage: str, step: int, files: str | None) -> bool:
+    """Whether an evaluated checkpoint belongs to the run's present weights; its steps may have been trained again.
 
     Args:
-        files: digest of the checkpoint's files; None where an older version did not keep it.
+        files: digest of the checkpoint's files at the evaluation; None for results of older versions.
     """
-    saved = [event.get("files") for event in record.checkpoints if (event["stage"], event["step"]) == (stage, step)]
+    saved = [event.get("files") for event in run.checkpoints if (event["stage"], event["step"]) == (stage, step)]
     if files is not None:
         try:
-            return manifest.digest_of_files(manifest.read(checkpoint_folder(record.folder, stage, step))) == files
-        except TitanError:  # pruned, or unreadable: the record knows which one it was
+            return manifest.digest_of_files(manifest.read(checkpoint_folder(run.folder, stage, step))) == files
+        except TitanError:  # the checkpoint was removed, or is unreadable: the log has its digest
             if any(saved):
                 return files in saved
-    lines = [*record.trains, *record.validations, *record.checkpoints]
+    lines = [*run.trains, *run.validations, *run.checkpoints]
     return step <= max((line["step"] for line in lines if line["stage"] == stage), default=-1)
 
 

@@ -1,4 +1,4 @@
-"""What a run learnt and forgot, read from its folder (plan.json and metrics.jsonl), finished or still training."""
+"""What a run learned and forgot: losses per stage and dataset, computed from its folder and printed as tables."""
 
 from __future__ import annotations
 
@@ -12,144 +12,176 @@ from rich.table import Table
 
 from titan_cpt.reporting.run_log import RunLog, read_run
 
+_LEGEND = (
+    "validation losses in nats per token; left at: the loss when training on that dataset last ended; forgetting = "
+    "after - left at; bold: new data of the stage, whose loss after it is the adaptation"
+)
 
-def summarize(run: Path) -> dict[str, Any]:
-    """Per stage: the losses on every dataset before and after, forgetting, adaptation, tokens by dataset, seconds.
 
-    Losses are in nats per token. "after" is the last measurement of a stage, at its step `measured_at`. Forgetting is
-    given for datasets that are not new in the stage, as after - left_at; adaptation for those that are. `tokens` are
-    those of the whole stage by its plan, `trained_tokens` those of the steps taken. `seconds` are of `timed_steps`
-    steps, which are fewer than `steps_done` where the record lacks lines.
+def summarize(folder: Path) -> dict[str, Any]:
+    """The summary of a run folder, as in summary.json: for each stage the losses, forgetting, tokens and seconds.
+
+    Losses are in nats per token. Keys of a stage:
+        before, after: loss of each dataset at step 0 and at the last validation, which is that of step `measured_at`.
+        left_at, forgetting: of datasets that are not new in the stage: the loss when training on the dataset last
+            ended, and after - left_at.
+        adaptation: loss after the stage of each dataset that is new in it.
+        tokens, replayed_tokens: planned tokens of each dataset. trained_tokens: those of the steps done.
+        seconds: duration of `timed_steps` steps; fewer than `steps_done` if lines of metrics.jsonl are missing.
 
     Raises:
-        DataError: the folder is not a run's, or its plan cannot be read.
+        DataError: `folder` is not a run folder, or its plan.json cannot be read.
     """
-    return summarize_log(read_run(run))
+    return summarize_log(read_run(folder))
 
 
-def summarize_log(record: RunLog) -> dict[str, Any]:
-    """As `summarize`, of a record that was read already."""
-    stages = [_stage_summary(record, stage) for stage in record.plan["stages"]]
+def summarize_log(run: RunLog) -> dict[str, Any]:
+    """As `summarize`, of a run that has been read."""
     return {
-        "name": record.name,
-        "folder": str(record.folder),
-        "fingerprint": record.plan["fingerprint"],
-        "stages": stages,
-        "problems": list(record.problems),
+        "name": run.name,
+        "folder": str(run.folder),
+        "fingerprint": run.plan["fingerprint"],
+        "stages": [_stage_summary(run, stage) for stage in run.plan["stages"]],
+        "problems": list(run.problems),
     }
 
 
-def _stage_summary(record: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
-    name, new = stage["name"], stage["new_datasets"]
-    trains, lines, saved = (
-        [line for line in of if line["stage"] == name] for of in (record.trains, record.validations, record.checkpoints)
+def _stage_summary(run: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
+    name = stage["name"]
+    trains, validations, checkpoints = (
+        [line for line in lines if line["stage"] == name] for lines in (run.trains, run.validations, run.checkpoints)
     )
-    measured = {(line["step"], line["dataset"]): line for line in lines if line["loss_nats_per_token"] is not None}
-    measured_at = max((step for step, _ in measured), default=None)
-    done = max((line["step"] for line in [*trains, *lines, *saved]), default=0)
-    after = {d: line for (step, d), line in measured.items() if step == measured_at}
-    before = _before(record, name, measured, after)
-    window = {dataset: _final_loss(record, measured, dataset, stage["final_window"]) for dataset in after}
-    forgetting = {d: line.get("forgetting_nats_per_token") for d, line in after.items()}
-    known = {d: value for d, value in forgetting.items() if value is not None}
+    done = max((line["step"] for line in [*trains, *validations, *checkpoints]), default=0)
     speeds = [line["tokens_per_s"] for line in trains if line.get("tokens_per_s")]
+    losses, measured_at = _losses(run, stage, validations)
     return {
         "name": name,
         "steps": stage["steps"],
         "steps_done": done,
-        "is_begun": bool(trains or lines or saved),
-        "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not record.validations),
+        "is_begun": bool(trains or validations or checkpoints),
+        "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not run.validations),
         "measured_at": measured_at,
+        **losses,
+        "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
+        "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
+        "trained_tokens": done * run.plan["step_tokens"],
+        "seconds": sum(run.plan["step_tokens"] / speed for speed in speeds),
+        "timed_steps": len(speeds),
+    }
+
+
+def _losses(
+    run: RunLog, stage: Mapping[str, Any], validations: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], int | None]:
+    """The keys of a stage's summary that concern losses, and the step of the last validation."""
+    measured = {
+        (line["step"], line["dataset"]): line for line in validations if line["loss_nats_per_token"] is not None
+    }
+    measured_at = max((step for step, _ in measured), default=None)
+    after = {dataset: line for (step, dataset), line in measured.items() if step == measured_at}
+    before = _before(run, stage["name"], measured, after)
+    final = {dataset: _final_loss(run, measured, dataset, stage["final_window"]) for dataset in after}
+    forgetting = {d: line.get("forgetting_nats_per_token") for d, line in after.items()}
+    known = {d: value for d, value in forgetting.items() if value is not None}
+    losses = {
         "before": {d: line["loss_nats_per_token"] for d, line in before.items()},
-        "not_comparable": sorted(d for d in after if d in before and not record.comparable(before[d], after[d])),
+        "not_comparable": sorted(d for d in after if d in before and not run.comparable(before[d], after[d])),
         "validation_ids": {d: line.get("validation_id") for d, line in after.items()},
         "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
         "bits_per_byte": {
             d: line["bits_per_byte"] for d, line in after.items() if line.get("bits_per_byte") is not None
         },
-        "final_loss": {d: loss for d, loss in window.items() if loss is not None},
+        "final_loss": {d: loss for d, loss in final.items() if loss is not None},
         "forgetting": known,
         "left_at": {d: after[d]["loss_nats_per_token"] - value for d, value in known.items()},
-        "adaptation": {d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in new},
-        "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
-        "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
-        "trained_tokens": done * record.plan["step_tokens"],
-        "seconds": sum(record.plan["step_tokens"] / speed for speed in speeds),
-        "timed_steps": len(speeds),
+        "adaptation": {
+            d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in stage["new_datasets"]
+        },
     }
+    return losses, measured_at
 
 
 def _before(
-    record: RunLog,
+    run: RunLog,
     stage: str,
     measured: Mapping[tuple[int, str], Mapping[str, Any]],
     after: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Mapping[str, Any]]:
-    """Measurements of a stage's first weights; where these were made again for what `after` measures, those."""
+    """Validation lines of a stage's initial weights.
+
+    If they were measured again on the validation data of `after`, these lines replace those of step 0.
+    """
     before = {dataset: line for (step, dataset), line in measured.items() if step == 0}
-    for line in record.renewed:
+    for line in run.renewed:
         dataset = line["dataset"]
         if line["stage"] == stage and dataset in before and line["loss_nats_per_token"] is not None:
             last = after.get(dataset, before[dataset])
-            if record.comparable(line, last) and not record.comparable(before[dataset], last):
+            if run.comparable(line, last) and not run.comparable(before[dataset], last):
                 before[dataset] = line
     return before
 
 
 def _final_loss(
-    record: RunLog, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
+    run: RunLog, measured: Mapping[tuple[int, str], Mapping[str, Any]], dataset: str, window: Sequence[int]
 ) -> float | None:
-    """The paper's final loss, where the run took all its samples of the same validation data."""
+    """Mean loss over the steps of the final window; None if one is missing or had other validation data.
+
+    Source: Ibrahim et al. 2024, arXiv:2403.08763: the mean over the last 100 steps, sampled every 10.
+    """
     lines = [line for step in window if (line := measured.get((step, dataset))) is not None]
-    losses = [line["loss_nats_per_token"] for line in lines if record.comparable(line, lines[-1])]
+    losses = [line["loss_nats_per_token"] for line in lines if run.comparable(line, lines[-1])]
     return sum(losses) / len(losses) if losses and len(losses) == len(window) else None
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
-    """A table for each stage that has begun, a line for each that has not."""
+    """Print a table for each stage that has begun, and a line for each that has not."""
     for stage in summary["stages"]:
-        if not stage["is_begun"]:
+        if stage["is_begun"]:
+            console.print(_table(summary, stage))
+        else:
             text = f"{summary['name']}, stage {stage['name']}: not begun, {stage['steps']:,} steps planned"
             console.print(escape(text), style="bold", highlight=False)
-            continue
-        of_plan = "" if stage["steps_done"] >= stage["steps"] else "planned "
-        table = Table(title=escape(_title(summary, stage)), title_justify="left", header_style="bold")
-        table.add_column("dataset")
-        columns = (f"{of_plan}tokens", f"{of_plan}replay", "loss before", "left at", "after", "forgetting")
-        for column in (*columns, "bits per byte"):
-            table.add_column(column, justify="right")
-        for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
-            table.add_row(dataset, *_row(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
-        console.print(table)
-    console.print(
-        "losses in nats per token; left at: the loss at which the weights left the stage that trained on that dataset; "
-        "forgetting = after - left at; bold: the stage's own data, whose loss after it is the adaptation"
-    )
+    console.print(_LEGEND)
     if any(stage["not_comparable"] for stage in summary["stages"]):
         console.print("* measured on other validation data or windows than the loss after it: not comparable")
     for problem in summary["problems"]:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
 
 
+def _table(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> Table:
+    planned = "" if stage["steps_done"] >= stage["steps"] else "planned "
+    table = Table(title=escape(_title(summary, stage)), title_justify="left", header_style="bold")
+    table.add_column("dataset")
+    columns = (f"{planned}tokens", f"{planned}replay", "loss before", "left at", "after", "forgetting", "bits per byte")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
+        table.add_row(dataset, *_cells(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
+    return table
+
+
 def _title(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
-    done, at = stage["steps_done"], stage["measured_at"]
+    done = stage["steps_done"]
+    measured_at = stage["measured_at"]
     parts = [f"{stage['steps']:,} steps"]
     if done < stage["steps"]:
         parts.append(f"{done:,} done")
-    if at is not None and at != done:
-        parts.append(f"losses after step {at:,}")
-    seconds = f"{stage['seconds']:.0f} s"
-    if stage["timed_steps"] < done:
-        seconds = f"{seconds} for the {stage['timed_steps']:,} steps that are recorded" if stage["timed_steps"] else ""
-    parts.append(seconds or "duration not recorded")
+    if measured_at is not None and measured_at != done:
+        parts.append(f"losses after step {measured_at:,}")
+    if stage["timed_steps"] == 0 and done > 0:
+        parts.append("duration not recorded")
+    elif stage["timed_steps"] < done:
+        parts.append(f"{stage['seconds']:.0f} s for the {stage['timed_steps']:,} steps that are recorded")
+    else:
+        parts.append(f"{stage['seconds']:.0f} s")
     return f"{summary['name']}, stage {stage['name']} ({', '.join(parts)})"
 
 
-def _row(stage: Mapping[str, Any], dataset: str) -> list[str]:
-    forms = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
-    forms |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
-    values = [(stage[key].get(dataset), form) for key, form in forms.items()]
+def _cells(stage: Mapping[str, Any], dataset: str) -> list[str]:
+    formats = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
+    formats |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
+    values = [(stage[key].get(dataset), form) for key, form in formats.items()]
     cells = ["" if value is None else format(value, form) for value, form in values]
     if dataset in stage["not_comparable"]:
-        cells[list(forms).index("before")] += " *"
+        cells[list(formats).index("before")] += " *"
     return cells

@@ -15,8 +15,9 @@ from rich.console import Console
 from titan_cpt.cli import main
 from titan_cpt.reporting.comparison import ComparisonRow, compare, incomparable_datasets, print_comparison
 from titan_cpt.reporting.figures import plot_losses, plot_trade_off
-from titan_cpt.reporting.html_page import default_folder, sections
+from titan_cpt.reporting.html_page import default_folder
 from titan_cpt.reporting.run_log import read_run, with_unique_names
+from titan_cpt.reporting.sections import sections
 
 STEP_TOKENS = 1000
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -166,7 +167,7 @@ def test_the_page_holds_everything_and_fetches_nothing(write_run, capsys):
 def test_the_lowest_number_of_each_column_is_bold(write_run):
     """Of en 5.1 and 4.2 the second; of AVG 4.15 and 3.7 the second; a column with one number has no best."""
     records = [read_run(write_run("5_percent", EN_DE)), read_run(union_of(write_run))]
-    (grid,) = next(iter(sections(records))).grids
+    (grid,) = next(iter(sections(records))).tables
     places = {(grid.head[column], row) for row, column in grid.best}
 
     assert {("en", 1), ("AVG", 1)} <= places
@@ -192,7 +193,7 @@ def test_metrics_alone_make_a_page(write_run, tmp_path):
     assert (record.name, record.total_tokens, record.tokens_at("b", 5)) == ("alone", 20_000, 15_000)
     assert status == 0
     assert "5.0000" in text
-    assert "What was learnt and forgotten" in text
+    assert "Validation losses" in text
 
 
 def test_a_run_without_a_single_measurement_makes_a_page(write_run, tmp_path):
@@ -275,7 +276,7 @@ def test_runs_measured_on_different_validation_data_are_not_set_against_each_oth
     records = [one, read_run(other)]
     console = Console(width=140, record=True, file=io.StringIO())
     print_comparison(compare(records), console)
-    (grid,) = (final := next(iter(sections(records)))).grids
+    (grid,) = (final := next(iter(sections(records)))).tables
 
     assert incomparable_datasets(compare(records)) == ["de", "en"]
     assert not {grid.head[column] for _, column in grid.best} & {"en", "de", "AVG"}

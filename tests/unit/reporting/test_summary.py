@@ -240,7 +240,7 @@ def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
 
     assert said(tmp_path / "nowhere").startswith("no such file or folder")
     assert said(mine / "plan.json").startswith("is a file")
-    assert said(tmp_path / "empty").startswith("is not a run's folder")
+    assert said(tmp_path / "empty").startswith("is not a run folder")
     assert said(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {tmp_path / 'outputs/sweep/arm'}")
     assert said(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
     assert said(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
