@@ -9,15 +9,15 @@ A fork with share p sends
 
 of its first k sequences to its left child and k - R(k) to its right one, in exact rational arithmetic. The root splits
 replay from new data, so in every prefix of the stage the number of replayed sequences is within half a sequence of its
-exact share. Below the root, a Huffman tree over the sources (weights: METHOD.md section 3) keeps every inner child's
-share at or below 2/3. A source's count is therefore off its exact share by less than
+exact share. Below the root, a Huffman tree over the sources (planning/stage_replay.py computes their weights) keeps
+every inner child's share at or below 2/3. A source's count is therefore off its exact share by less than
 
     1/2 + p (1/2 + 2/3 (1/2 + 2/3 (...))) < 1/2 + 3/2 p <= 2 sequences    in every prefix of the stage.
 
 A source is a dataset or one domain of it. An ordinal numbers the sequences of a source in the order in which they are
 first trained on: in a source of n sequences, ordinal o belongs to epoch o // n. New data continues at the ordinal where
 the previous stage stopped. Replay starts at ordinal 0, reads only ordinals that were trained on, and in the next stage
-continues where it stopped in this one, so each stage replays fresh sequences (METHOD.md section 3).
+continues where it stopped in this one, so each stage replays fresh sequences.
 """
 
 from __future__ import annotations
