@@ -1,4 +1,4 @@
-"""Inputs for tests of `titan-cpt prepare`, its runs and what they leave."""
+"""Inputs for tests of `titan-cpt prepare`, and helpers that run it and read its output."""
 
 import json
 import random
@@ -17,14 +17,14 @@ def jsonl(documents: list[str], field: str = "text") -> str:
 
 
 def words(count: int, seed: int = 1) -> list[str]:
-    """Documents of random length, no two alike."""
+    """Documents of random length, all different."""
     draw = random.Random(seed)
     return [f"{number} " + " ".join(draw.choices(["one", "zwei", "drei", "four"], k=draw.randrange(1, 40)))
             for number in range(count)]  # fmt: skip
 
 
 def documents_of(prefix: Path) -> list[str]:
-    """The documents of a pair made with the byte tokenizer."""
+    """Decode the documents of a pair made with the byte tokenizer."""
     pair = IndexedTokens(prefix, vocab_size=257)
     found: list[list[int]] = [[]]
     for token in pair.read(0, pair.tokens).tolist():
@@ -37,7 +37,7 @@ def documents_of(prefix: Path) -> list[str]:
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:
-    """What a run leaves: file name to content, the record of how it was made aside."""
+    """{file name: content} of a folder, without the record PREFIX.json."""
     return {
         path.name: path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}*")) if path.suffix != ".json"
     }
@@ -48,7 +48,7 @@ def run(inputs: list[Path | str], output: Path, **options):
 
 
 def make_inputs(folder: Path) -> list[Path]:
-    """A mix of formats of some hundred documents."""
+    """Write inputs of several formats with a few hundred documents."""
     (folder / "a.jsonl").write_text(jsonl(words(400, 1)))
     (folder / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(words(300, 2)).encode()))
     for number, text in enumerate(words(30, 3)):

@@ -1,4 +1,4 @@
-"""The begin-of-document token: as the tokenizer's post-processor puts it, in data, plan, evaluation and export."""
+"""The begin-of-document token, as the tokenizer's post-processor adds it: in data, plan, evaluation and export."""
 
 import json
 
@@ -54,7 +54,7 @@ def llama_3():
 
 
 def gemma():
-    """A BPE that falls back to bytes, without a space before the text, <bos> put by a template."""
+    """A BPE with byte fallback, without a space before the text; <bos> added by a template."""
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *BYTE_NAMES, "\u2581", "a", "b", "ab"]
     numbers = {token: number for number, token in enumerate(vocab)}
     library = Tokenizer(models.BPE(numbers, [("a", "b")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -71,7 +71,7 @@ def saved(library, folder):
 
 
 @pytest.mark.parametrize("kind", [llama_2, llama_3, gemma])
-def test_documents_begin_as_the_library_begins_them(tmp_path, kind):
+def test_documents_begin_as_in_the_library(tmp_path, kind):
     """The ids of the library with its special tokens, then the end of the document; empty texts too."""
     library, bos, eos = kind()
     path = saved(library, tmp_path)
@@ -89,8 +89,8 @@ def test_documents_begin_as_the_library_begins_them(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [llama_2, llama_3, gemma])
-def test_without_the_key_documents_begin_with_their_text_and_prepare_says_so(tmp_path, kind):
-    """As before; the note names the token, the flag and the key."""
+def test_without_add_bos_documents_begin_with_their_text_and_prepare_notes_it(tmp_path, kind):
+    """The note names the token, the flag and the key."""
     library, bos, _ = kind()
     (tmp_path / "a.jsonl").write_text(jsonl(["ab", "b"]))
     result = run([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=saved(library, tmp_path / "t"))
@@ -101,8 +101,8 @@ def test_without_the_key_documents_begin_with_their_text_and_prepare_says_so(tmp
     assert "add_bos" not in json.loads((tmp_path / "out.json").read_text())
 
 
-def test_the_flag_of_prepare_puts_the_token_and_the_record_says_so(tmp_path, capsys):
-    """Same inputs with and without it are two recipes; one is not taken for the other."""
+def test_the_flag_of_prepare_adds_the_token_and_the_record_says_so(tmp_path, capsys):
+    """The same inputs with and without it are two recipes."""
     library, _, _ = llama_3()
     tokenizer = saved(library, tmp_path / "t")
     (tmp_path / "a.jsonl").write_text(jsonl(["ab", "b"]))
@@ -143,7 +143,7 @@ def test_a_tokenizer_without_such_a_token_is_refused(tmp_path):
 
 
 def test_several_tokens_before_a_text_are_refused_by_name(tmp_path):
-    """Which of them would begin a document is not ours to choose."""
+    """Only the user can decide which of them begins a document."""
     library, _, _ = llama_3()
     library.post_processor = processors.TemplateProcessing(
         single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 257), ("<sop>", 258)]
@@ -153,8 +153,8 @@ def test_several_tokens_before_a_text_are_refused_by_name(tmp_path):
         load_tokenizer(saved(library, tmp_path)).with_bos(True)
 
 
-def test_a_template_whose_id_is_another_tokens_is_refused(tmp_path):
-    """The library would put the template's id, whatever the vocabulary says of the name."""
+def test_a_template_with_the_id_of_another_token_is_refused(tmp_path):
+    """The library would add the template's id, whatever id the vocabulary has."""
     library, _, _ = llama_3()
     path = saved(library, tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -165,8 +165,8 @@ def test_a_template_whose_id_is_another_tokens_is_refused(tmp_path):
         load_tokenizer(path).with_bos(True)
 
 
-def test_roberta_and_bert_put_their_first_token_too(tmp_path):
-    """Their processors have a form of their own."""
+def test_roberta_and_bert_add_their_first_token_too(tmp_path):
+    """Their post-processors have another form."""
     for processor in (
         processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
         processors.BertProcessing(("</s>", 2), ("<s>", 1)),
@@ -204,7 +204,7 @@ def test_data_and_config_must_agree(prepared):
         take_inventory(prepared(data=False, key={"add_bos": True}))
 
 
-def test_the_key_is_part_of_the_recipe_where_it_is_set(prepared):
+def test_the_key_is_part_of_the_recipe_if_it_is_set(prepared):
     """Runs of earlier versions keep their fingerprint."""
     plans = []
     for key in ({}, {"add_bos": False}, {"add_bos": True}):
@@ -234,15 +234,15 @@ def test_prompts_begin_as_the_training_documents_did(tmp_path):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A release whose tokenizer puts a token before each text, imported."""
+    """An imported release whose tokenizer adds a token before each text."""
     folder = tmp_path_factory.mktemp("imported")
     checkpoint = small_checkpoints.imported(folder, "llama")
     saved(llama_3()[0], folder / "released")
     return checkpoint
 
 
-def test_generate_puts_the_token_before_a_prompt(imported):
-    """The same continuation as of the ids with the token, and another one than without it."""
+def test_generate_adds_the_token_before_a_prompt(imported):
+    """The same continuation as from the ids with the token, and another one than without it."""
     model = open_checkpoint(imported, init_process_group())
     prompts = ["The dog", "ab"]
     with_bos, without = (
@@ -256,8 +256,8 @@ def test_generate_puts_the_token_before_a_prompt(imported):
     assert with_bos != without
 
 
-def test_scores_are_those_of_the_harness_own_model_with_its_token(imported, tmp_path):
-    """Choices, empty contexts and whole texts; the harness lets transformers put the token."""
+def test_scores_equal_those_of_lm_evals_own_model_with_its_token(imported, tmp_path):
+    """Choices, empty contexts and whole texts; in lm-eval, transformers adds the token."""
     pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
     pytest.importorskip("accelerate", reason="needs accelerate, which the test extra brings")
     from lm_eval.api.instance import Instance

@@ -1,4 +1,4 @@
-"""`titan-cpt prepare` interrupted: what is finished is used again, and what is published is whole."""
+"""`titan-cpt prepare` interrupted: finished parts are reused, and the output is complete or absent."""
 
 import json
 import os
@@ -31,8 +31,8 @@ if __name__ == "__main__":
     ("workers", "how", "shards_done"),
     [(1, signal.SIGKILL, 1), (2, signal.SIGKILL, 12), (1, signal.SIGINT, 12), (2, signal.SIGINT, 1)],
 )
-def test_a_killed_run_started_again_gives_the_same_bytes(tmp_path, small_chunks, workers, how, shards_done):
-    """No half output, no process left over; finished chunks are used and the rest is done."""
+def test_a_killed_run_that_resumes_gives_the_same_bytes(tmp_path, small_chunks, workers, how, shards_done):
+    """No incomplete output, no process left; finished chunks are reused."""
     inputs = make_inputs(tmp_path)
     (tmp_path / "script.py").write_text(KILLED)
     (tmp_path / "straight").mkdir()
@@ -60,8 +60,8 @@ def test_a_killed_run_started_again_gives_the_same_bytes(tmp_path, small_chunks,
 
 
 @pytest.mark.parametrize("files_in_place", range(5))
-def test_a_run_that_ends_while_it_publishes_is_completed_by_the_next(tmp_path, monkeypatch, files_in_place):
-    """Between any two renames: an .idx stands for a whole pair, and the next run gives the same bytes."""
+def test_the_next_run_completes_one_that_was_killed_while_renaming(tmp_path, monkeypatch, files_in_place):
+    """Between any two renames: an existing .idx means a complete pair, and the next run gives the same bytes."""
     inputs = make_inputs(tmp_path)
     (tmp_path / "straight").mkdir()
     run(inputs, tmp_path / "straight" / "out", holdout=0.2)
@@ -90,8 +90,8 @@ def test_a_run_that_ends_while_it_publishes_is_completed_by_the_next(tmp_path, m
     assert outputs(output) == outputs(tmp_path / "straight" / "out")
 
 
-def test_a_shard_that_was_damaged_is_made_again(tmp_path, small_chunks):
-    """A finished chunk counts by its files and not by its record alone."""
+def test_a_damaged_shard_is_made_again(tmp_path, small_chunks):
+    """A finished chunk is accepted by its files, not only by its counts."""
     lines = jsonl(words(300)).splitlines()
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
     with pytest.raises(DataError, match="251"):
@@ -114,8 +114,8 @@ def wait_for_group(group: int) -> None:
         time.sleep(0.1)
 
 
-def test_a_fault_keeps_what_is_finished(tmp_path, small_chunks):
-    """Mend the line, run again: only what is new is tokenised, and the result is that of a straight run."""
+def test_an_error_keeps_the_finished_parts(tmp_path, small_chunks):
+    """After the line is corrected, only new chunks are tokenized, and the result is that of an uninterrupted run."""
     documents = words(300)
     lines = jsonl(documents).splitlines()
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:250], "{", *lines[251:]]) + "\n")
@@ -128,8 +128,8 @@ def test_a_fault_keeps_what_is_finished(tmp_path, small_chunks):
     assert 0 < result.reused_chunks < result.chunks
 
 
-def test_shards_of_other_options_are_not_taken(tmp_path, small_chunks):
-    """Text field, hold-out and tokenizer belong to what a shard is."""
+def test_shards_of_other_options_are_not_reused(tmp_path, small_chunks):
+    """Text field, hold-out and tokenizer determine a shard."""
     lines = [json.dumps({"text": f"{n} text", "body": f"{n} body", "id": n}) for n in range(100)]
     train_bpe(words(500), 300, tmp_path / "tokenizer.json")
     recipes = [{}, {"text_field": "body"}, {"holdout": 0.5}, {"tokenizer": str(tmp_path / "tokenizer.json")}]
@@ -150,7 +150,7 @@ def test_shards_of_other_options_are_not_taken(tmp_path, small_chunks):
 
 
 def test_the_same_command_again_does_nothing_and_says_so(tmp_path):
-    """Also from more workers; an input that changed, or another option, is refused with the difference."""
+    """Also with more workers; a changed input or option is refused with the difference."""
     (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
     (tmp_path / "b.jsonl").write_text(jsonl(words(5)))
     first = run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
@@ -173,7 +173,7 @@ def test_the_same_command_again_does_nothing_and_says_so(tmp_path):
         run(both[:1], tmp_path / "out", holdout=0.2)
 
 
-def test_force_replaces_the_output_and_what_was_held_out_of_it(tmp_path):
+def test_force_replaces_the_output_and_its_validation_data(tmp_path):
     """No validation pair of the old recipe stays beside the new output."""
     (tmp_path / "a.jsonl").write_text(jsonl(words(50)))
     run([tmp_path / "a.jsonl"], tmp_path / "out", holdout=0.2)
@@ -183,8 +183,8 @@ def test_force_replaces_the_output_and_what_was_held_out_of_it(tmp_path):
     assert (result.already_done, outputs(tmp_path / "out").keys()) == (False, {"out.bin", "out.idx"})
 
 
-def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
-    """Megatron data of someone else has no record beside it; a damaged output is not taken for done."""
+def test_an_output_without_a_record_is_not_replaced(tmp_path):
+    """Megatron data from elsewhere has no record; a damaged output is not accepted as finished."""
     (tmp_path / "a.txt").write_text("a")
     run([tmp_path / "a.txt"], tmp_path / "out")
     whole = (tmp_path / "out.bin").read_bytes()
@@ -204,7 +204,7 @@ def test_an_output_of_unknown_origin_is_not_touched(tmp_path):
 
 
 def test_two_runs_do_not_write_one_output_at_once(tmp_path):
-    """The second is told to wait; the lock goes with its process."""
+    """The second is refused; the lock ends with its process."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "out.partial").mkdir()
     code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True);"
@@ -219,7 +219,7 @@ def test_two_runs_do_not_write_one_output_at_once(tmp_path):
     assert documents_of(tmp_path / "out") == ["a"]
 
 
-def test_there_is_no_bar_without_a_terminal(tmp_path, capfd):
+def test_there_is_no_progress_bar_without_a_terminal(tmp_path, capfd):
     """Logs of a batch job stay clean."""
     (tmp_path / "a.txt").write_text("a")
     run([tmp_path / "a.txt"], tmp_path / "out", show_progress=True)
@@ -227,8 +227,8 @@ def test_there_is_no_bar_without_a_terminal(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_whatever_a_kill_leaves_among_the_parts_is_recognized_and_removed(tmp_path):
-    """Temporary files of shards, of the joined pairs and of the record, and NFS's names for removed open files."""
+def test_files_that_a_kill_leaves_in_the_partial_folder_are_removed(tmp_path):
+    """Temporary files of shards, pairs and the record, and NFS's names for removed open files."""
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "out.partial").mkdir()
     digest = "0123456789abcdef" * 2

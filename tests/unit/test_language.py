@@ -14,7 +14,6 @@ PAGES = {str(page.relative_to(ROOT)): page for page in [*sorted(ROOT.glob("*.md"
 NOT_YET = {
     "models",
     "distributed",
-    "data",
     "planning",
 }
 BANNED = {  # what is never written: what is written instead

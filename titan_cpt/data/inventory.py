@@ -68,28 +68,19 @@ def take_inventory(config: Config) -> DataInventory:
         DataError: an existing file is damaged, is a text file, is used for both training and validation of a dataset,
             or was tokenized with another tokenizer.
     """
-    tokens: dict[str, int | None] = {}
-    sequences: dict[str, int] = {}
+    train = _present(config, "train")
+    validation = _present(config, "validation")
+    counts = {source: _counted(files, config.training.seq_len) for source, files in train.items()}
     validation_tokens: dict[str, int | None] = {}
-    train, validation = _present(config, "train"), _present(config, "validation")
-    for source, _ in training_files(config):
-        tokens[source] = None
-        if source in train:
-            each = train[source]
-            tokens[source], own = _counted(each, config.training.seq_len)
-            if own is not None:
-                sequences[source] = own
     for source, _ in validation_files(config):
         measured = validation.get(source)
         validation_tokens[source] = _counted(measured, config.training.seq_len).tokens if measured else None
-    used = {
-        name for stage in config.stages for name in (*stage.dataset, *((stage.replay and stage.replay.from_) or ()))
-    }
+    used = _used_datasets(config)
     notes = [
-        *_read_twice(each for each in train.values() if each.dataset in used),
+        *_read_twice(files for files in train.values() if files.dataset in used),
         *_trained_and_measured(train.values(), validation.values()),
+        *_absent_weights(config),
     ]
-    notes += _absent_weights(config)
     records = _records(config, [*train.values(), *validation.values()])
     unrecorded = tuple(source for source in train if None in records[source, "train"])
     made = next((record for of_files in records.values() for record in of_files if record is not None), None)
@@ -100,10 +91,24 @@ def take_inventory(config: Config) -> DataInventory:
             f"tokenizer {config.tokenizer.path} does not exist yet; the vocabulary size {vocab_size:,} is from "
             f"{made.record}"
         )
-    return DataInventory(tokens, vocab_size, sequences, unrecorded, validation_tokens, tuple(notes))
+    return DataInventory(
+        tokens={source: counts[source].tokens if source in counts else None for source, _ in training_files(config)},
+        vocab_size=vocab_size,
+        sequences={source: each.sequences for source, each in counts.items() if each.sequences is not None},
+        unrecorded=unrecorded,
+        validation_tokens=validation_tokens,
+        notes=tuple(notes),
+    )
+
+
+def _used_datasets(config: Config) -> set[str]:
+    """Names of the datasets that a stage trains on or replays."""
+    replays = [stage.replay.from_ or () for stage in config.stages if stage.replay]
+    return {name for names in (*(stage.dataset for stage in config.stages), *replays) for name in names}
 
 
 def _present(config: Config, key: str) -> dict[str, _Present]:
+    """Return the files of a key, by source, if all of them exist."""
     found = {}
     for source, files in training_files(config) if key == "train" else validation_files(config):
         _refuse_what_is_not_tokens(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))

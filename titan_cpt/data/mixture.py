@@ -78,7 +78,7 @@ def round_fraction(number: Fraction) -> Fraction:
     """Round to the nearest multiple of 2**-512 if the denominator has more than 512 bits; otherwise return `number`.
 
     Weights are computed from the weights of earlier stages, and exact fractions would double their digits with each
-    stage. An error of 2**-512 changes no draw: `huffman_tree` recovers simple ratios (`_simple`), and
+    stage. An error of 2**-512 changes no draw: `huffman_tree` recovers simple ratios (`_recover_ratio`), and
     floor(k p + 1/2) has ties only if p is a simple ratio.
     """
     if number.denominator.bit_length() <= _BITS:
@@ -93,25 +93,25 @@ def huffman_tree(weights: Mapping[Leaf, Fraction]) -> Tree:
     differ from the exact ones by up to 2**-400 of their sum; the tree is the same.
     """
     total = sum(weights.values())
-    heap = [(_rank(weight, total), leaf.source, weight, leaf) for leaf, weight in weights.items()]
+    heap = [(_sort_key(weight, total), leaf.source, weight, leaf) for leaf, weight in weights.items()]
     queue: list[tuple[int, str, Fraction, Tree]] = [*heap]
     heapq.heapify(queue)
     while len(queue) > 1:
         _, light_name, light, light_tree = heapq.heappop(queue)
         _, heavy_name, heavy, heavy_tree = heapq.heappop(queue)
         both = light + heavy
-        fork = Fork(_simple(light / both), light_tree, heavy_tree)
-        heapq.heappush(queue, (_rank(both, total), min(light_name, heavy_name), both, fork))
+        fork = Fork(_recover_ratio(light / both), light_tree, heavy_tree)
+        heapq.heappush(queue, (_sort_key(both, total), min(light_name, heavy_name), both, fork))
     return queue[0][3]
 
 
-def _rank(weight: Fraction, total: Fraction | int) -> int:
+def _sort_key(weight: Fraction, total: Fraction | int) -> int:
     """A weight as an integer to sort by; weights that differ only by the error of `round_fraction` get the same one."""
     share = weight / total
     return ((share.numerator << 301) + share.denominator) // (2 * share.denominator)
 
 
-def _simple(share: Fraction) -> Fraction:
+def _recover_ratio(share: Fraction) -> Fraction:
     """Undo `round_fraction`: the ratio of integers below 2**64 closest to `share`, if it is within rounding error."""
     if share.denominator.bit_length() <= _BITS // 2:
         return share
@@ -123,25 +123,25 @@ def leaf_counts(tree: Tree, items: int) -> dict[Leaf, int]:
     """Number of sequences that each leaf contributes to the first `items` of a stage; the sum is `items`."""
     if isinstance(tree, Leaf):
         return {tree: items}
-    left = _to_the_left(tree.share, items)
+    left = _left_count(tree.share, items)
     return leaf_counts(tree.left, left) | leaf_counts(tree.right, items - left)
 
 
 def leaves(tree: Tree) -> list[Leaf]:
-    """All leaves, from left to right."""
+    """Return all leaves, from left to right."""
     return [tree] if isinstance(tree, Leaf) else [*leaves(tree.left), *leaves(tree.right)]
 
 
 def draws(tree: Tree, start: int, stop: int) -> list[Draw]:
     """Return the draws of the sequences [start, stop) of the stage, in order."""
-    return [Draw(leaf.source, _ordinal(leaf, k), leaf.replayed) for leaf, k in _taken(tree, start, stop)]
+    return [Draw(leaf.source, _ordinal(leaf, k), leaf.replayed) for leaf, k in _leaf_items(tree, start, stop)]
 
 
-def _to_the_left(share: Fraction, items: int) -> int:
+def _left_count(share: Fraction, items: int) -> int:
     return (2 * items * share.numerator + share.denominator) // (2 * share.denominator)
 
 
-def _taken(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]:
+def _leaf_items(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]:
     """For each item in [start, stop): its leaf, and the number of earlier items of that leaf.
 
     Consecutive items of a fork are consecutive items of each child. So both children are expanded once and merged; the
@@ -149,9 +149,9 @@ def _taken(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]:
     """
     if isinstance(tree, Leaf):
         return [(tree, k) for k in range(start, stop)]
-    left_start, left_stop = _to_the_left(tree.share, start), _to_the_left(tree.share, stop)
-    left = iter(_taken(tree.left, left_start, left_stop))
-    right = iter(_taken(tree.right, start - left_start, stop - left_stop))
+    left_start, left_stop = _left_count(tree.share, start), _left_count(tree.share, stop)
+    left = iter(_leaf_items(tree.left, left_start, left_stop))
+    right = iter(_leaf_items(tree.right, start - left_start, stop - left_stop))
     step, whole = 2 * tree.share.numerator, 2 * tree.share.denominator
     remainder = (step * start + tree.share.denominator) % whole
     merged = []

@@ -1,4 +1,4 @@
-"""From draws to tokens: what a window is, epochs, the same global batch under every layout, and replay."""
+"""From draws to tokens: windows, epochs, the same global batch on any number of ranks, and replay."""
 
 import pickle
 from collections import Counter
@@ -35,7 +35,7 @@ def counting(tmp_path):
 
 @pytest.fixture
 def planned(tmp_path):
-    """A reader over made-up languages, and the plan of two stages on so many ranks."""
+    """A reader over made-up languages, and the plan of two stages on `world_size` ranks."""
     config = training.config_of(training.two_stages(training.write_languages(tmp_path), tmp_path))
     streams = open_sources(training_files(config), 257)
 
@@ -65,7 +65,7 @@ def loader_of(reader, plan, stage, *, rank=0, first_step=0, workers=0):
 
 
 def steps_of(loader, plan, steps):
-    """The batches of a rank by step, its micro-batches one under another, each [B, L + 1]."""
+    """The batches of a rank by step, its micro-batches concatenated, each [B, L + 1]."""
     batches = []
     for step in steps:
         parts = [loader.batch(step, micro) for micro in range(plan.gradient_accumulation_steps)]
@@ -73,8 +73,8 @@ def steps_of(loader, plan, steps):
     return batches
 
 
-def test_windows_are_seq_len_plus_one_tokens_and_begin_on_the_last_token_of_the_one_before(counting):
-    """Token i is the number i, so that a window shows where it lies; the four tokens at the end belong to none."""
+def test_windows_have_seq_len_plus_one_tokens_and_share_one_with_the_next(counting):
+    """Token i is the number i, so a window shows its position; the last four tokens belong to no window."""
     rows = counting.read(of("old", range(WINDOWS)))
     rows = rows[rows[:, 0].argsort()]
 
@@ -84,7 +84,7 @@ def test_windows_are_seq_len_plus_one_tokens_and_begin_on_the_last_token_of_the_
     assert rows[36].tolist() == [180, 181, 182, 183, 184, 185]
 
 
-def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(counting):
+def test_an_epoch_reads_every_window_once_and_the_next_epoch_in_another_order(counting):
     """Three epochs of 37 windows, over two sources."""
     epochs = [counting.windows(of("old", range(e * WINDOWS, (e + 1) * WINDOWS))).tolist() for e in range(3)]
     other = counting.windows(of("new", range(WINDOWS))).tolist()
@@ -94,16 +94,16 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(cou
     assert list(range(37)) not in epochs
 
 
-def test_another_seed_is_another_order(counting):
-    """The seed alone differs."""
+def test_another_seed_gives_another_order(counting):
+    """Only the seed differs."""
     other = SequenceReader(counting.sources, seq_len=SEQ_LEN, seed=4)
     draws = of("old", range(WINDOWS))
 
     assert counting.windows(draws).tolist() != other.windows(draws).tolist()
 
 
-def test_a_batch_over_the_border_of_two_epochs_is_what_each_draw_is_alone(counting):
-    """Draws are independent of their neighbours in a batch: sources and epochs are mixed here."""
+def test_a_batch_across_epochs_contains_the_windows_of_its_draws(counting):
+    """Draws do not depend on the others in a batch: sources and epochs are mixed here."""
     draws = [*of("old", (36, 37, 38)), *of("new", (0, 74)), *of("old", (0,), replayed=True)]
     together = counting.read(draws)
     alone = np.concatenate([counting.read([draw]) for draw in draws])
@@ -112,8 +112,8 @@ def test_a_batch_over_the_border_of_two_epochs_is_what_each_draw_is_alone(counti
 
 
 @pytest.mark.parametrize(("world_size", "local_batch"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_the_global_batch_is_the_same_under_every_layout(planned, world_size, local_batch):
-    """Ranks one after another give the rows of one rank without accumulation, in its order, stage by stage."""
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(planned, world_size, local_batch):
+    """The rows of all ranks, in order, are those of one rank without gradient accumulation, in every stage."""
     reader, plan_for = planned
     alone, plan = plan_for(1, 4), plan_for(world_size, local_batch)
     for one, stage in zip(alone.stages, plan.stages, strict=True):
@@ -124,8 +124,8 @@ def test_the_global_batch_is_the_same_under_every_layout(planned, world_size, lo
         assert all(torch.equal(torch.cat(parts), batch) for batch, *parts in zip(expected, *ranks, strict=True))
 
 
-def test_targets_are_the_inputs_one_token_on(planned):
-    """Of every micro-batch of a stage."""
+def test_targets_are_the_inputs_shifted_by_one_token(planned):
+    """In every micro-batch of a stage."""
     reader, plan_for = planned
     plan = plan_for()
     loader = loader_of(reader, plan, plan.stages[1])
@@ -136,8 +136,8 @@ def test_targets_are_the_inputs_one_token_on(planned):
 
 
 @pytest.mark.parametrize("taken_up", [1, 6, 9])
-def test_a_stage_taken_up_at_a_step_goes_on_as_if_one_had_walked_there(planned, taken_up):
-    """Replay and new data, to the stage's end."""
+def test_a_loader_that_starts_at_any_step_gives_the_same_batches(planned, taken_up):
+    """Replay and new data, to the end of the stage."""
     reader, plan_for = planned
     plan = plan_for()
     german = plan.stage("german")
@@ -147,8 +147,8 @@ def test_a_stage_taken_up_at_a_step_goes_on_as_if_one_had_walked_there(planned, 
     assert all(torch.equal(a, b) for a, b in zip(walked, jumped, strict=True))
 
 
-def test_a_process_that_reads_ahead_gives_the_same_batches(planned):
-    """num_workers 1 against 0, from a step in the middle."""
+def test_loader_workers_give_the_same_batches(planned):
+    """num_workers 1 and 0, from a step in the middle."""
     reader, plan_for = planned
     plan = plan_for()
     german = plan.stage("german")
@@ -158,8 +158,8 @@ def test_a_process_that_reads_ahead_gives_the_same_batches(planned):
     assert all(torch.equal(a, b) for a, b in zip(here, ahead, strict=True))
 
 
-def test_a_reader_can_be_handed_to_another_process(counting):
-    """Workers are forked on Linux and started anew elsewhere, which pickles what they read from."""
+def test_a_reader_can_be_pickled(counting):
+    """Loader workers are forked on Linux and spawned elsewhere, which pickles the reader."""
     draws = of("old", range(5))
     counting.read(draws)
     other = pickle.loads(pickle.dumps(counting))
@@ -167,8 +167,8 @@ def test_a_reader_can_be_handed_to_another_process(counting):
     assert np.array_equal(counting.read(draws), other.read(draws))
 
 
-def test_batches_out_of_order_are_our_own_bug(planned):
-    """The loader is an iterator; asking it for another step must not give that of the next."""
+def test_batches_out_of_order_are_a_bug(planned):
+    """The loader is an iterator: a request for another step must not return the next batch."""
     reader, plan_for = planned
     plan = plan_for()
     loader = loader_of(reader, plan, plan.stages[0])
@@ -178,8 +178,8 @@ def test_batches_out_of_order_are_our_own_bug(planned):
         loader.batch(1, 0)
 
 
-def test_the_hash_of_a_batch_changes_with_any_window_its_source_and_the_order(counting):
-    """Each of eight draws replaced in turn, a source swapped, two draws exchanged."""
+def test_the_batch_hash_depends_on_every_window_its_source_and_the_order(counting):
+    """Each of eight draws replaced in turn, a source changed, two draws exchanged."""
     draws = [*of("old", range(4)), *of("new", range(4))]
     others = [[*draws[:i], Draw(draws[i].source, 11, False), *draws[i + 1 :]] for i in range(8)]
     others += [[*draws[1:], draws[0]], [*of("new", range(4)), *of("old", range(4))], draws[:7]]
@@ -190,20 +190,20 @@ def test_the_hash_of_a_batch_changes_with_any_window_its_source_and_the_order(co
     assert len(hashes[0]) == 16
 
 
-def test_the_same_window_of_another_source_hashes_otherwise(counting):
-    """Window 3 of both, wherever each order has put it."""
+def test_the_same_window_of_another_source_has_another_hash(counting):
+    """Window 3 of both, at its position in each order."""
     window_3 = [of(name, (counting.windows(of(name, range(WINDOWS))).tolist().index(3),)) for name in ("old", "new")]
 
     assert counting.batch_hash(window_3[0]) != counting.batch_hash(window_3[1])
 
 
-def test_the_hash_is_of_windows_so_that_replay_hashes_as_what_it_replays(counting):
+def test_replay_has_the_hash_of_the_windows_that_it_replays(counting):
     """Ordinal 3 as new data and as replay is the same window."""
     assert counting.batch_hash(of("old", (3,))) == counting.batch_hash(of("old", (3,), replayed=True))
 
 
 def test_the_hash_of_a_step_is_the_same_on_any_number_of_ranks(planned):
-    """The plan of 1, 2 and 4 ranks, every step of both stages; and no two steps hash alike."""
+    """The plan of 1, 2 and 4 ranks, every step of both stages; no two steps have the same hash."""
     reader, plan_for = planned
     tables = []
     for world_size in (1, 2, 4):
@@ -214,8 +214,10 @@ def test_the_hash_of_a_step_is_the_same_on_any_number_of_ranks(planned):
     assert len(set(tables[0])) == 22
 
 
-def test_replay_is_what_was_trained_on_before_in_the_order_of_first_sight(planned):
-    """English took 9 steps of 4 before German's weights left it; German replays the first 10 of those 36 windows."""
+def test_replay_repeats_the_windows_of_the_earlier_stage_in_their_order(planned):
+    """English was trained for 9 steps of 4 before the weights of the German stage were saved; German replays the first
+    10 of those 36 windows.
+    """
     reader, plan_for = planned
     plan = plan_for()
     english, german = plan.stages
@@ -229,8 +231,8 @@ def test_replay_is_what_was_trained_on_before_in_the_order_of_first_sight(planne
     assert np.array_equal(rows[replayed], trained[:10])
 
 
-def test_a_third_stage_replays_what_the_second_did_not_and_what_the_second_was_new_in(tmp_path):
-    """Half of a third stage of 40: English goes on after its 10 replayed windows, German begins at its first."""
+def test_a_third_stage_replays_fresh_windows_of_both_datasets(tmp_path):
+    """Half of a third stage of 40: English continues after its 10 replayed windows, German begins at its first."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     third = training.third_stage() | {"dataset": "fr", "steps": 10, "replay": {"fraction": 0.5}}
     training.write_tokens(tmp_path / "fr", language=3, tokens=4000)
@@ -252,8 +254,8 @@ def test_a_third_stage_replays_what_the_second_did_not_and_what_the_second_was_n
     assert replayed["de"] == first_sight["de"][:8]
 
 
-def test_a_stage_that_comes_back_to_a_dataset_goes_on_where_its_weights_left_it(tmp_path):
-    """English again for 20 sequences: none of the 36 that the weights have seen, but those after them."""
+def test_a_stage_that_returns_to_a_dataset_continues_after_its_trained_windows(tmp_path):
+    """English again for 20 sequences: none of the 36 that the weights were trained on, but those after them."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     config = training.config_of(training.changed(raw, stages=[*raw["stages"], training.third_stage()]))
     plan = make_plan(config, take_inventory(config))

@@ -1,4 +1,4 @@
-"""Which sequence comes when: shares exact in every prefix, seekable, independent of the order of names, cursors."""
+"""The mixture: shares exact in every prefix, seekable, independent of the order of names; where replay continues."""
 
 from fractions import Fraction
 
@@ -33,8 +33,8 @@ def mixtures(draw):
 
 
 @given(mixtures())
-def test_every_prefix_has_its_shares(mixture):
-    """In each of the first 400 prefixes replay is off by less than one sequence, each source by less than two."""
+def test_every_prefix_of_a_stage_has_the_exact_shares(mixture):
+    """In each of the first 400 prefixes, replay is off by less than one sequence and each source by less than two."""
     tree, shares, fraction = mixture
     got = dict.fromkeys((leaf.source for leaf in shares), 0)
     off_replay, off_source, replayed = [], [], 0
@@ -49,8 +49,10 @@ def test_every_prefix_has_its_shares(mixture):
 
 
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=9), st.integers(2, 10**9), st.randoms())
-def test_an_error_in_the_last_bits_of_weights_moves_no_sequence(ratios, scale, random):
-    """Small ratios make ties of weights and of places; off by 2**-490 of them, the tree is that of the exact ones."""
+def test_rounding_weights_to_512_bits_changes_no_draw(ratios, scale, random):
+    """Small ratios cause ties of weights and of positions; with errors of 2**-490 the tree is that of the exact
+    weights.
+    """
     exact = new_leaves([Fraction(ratio, 7 * scale) for ratio in ratios])
     rounded = {leaf: weight + weight * random.randint(-9, 9) / 2**490 for leaf, weight in exact.items()}
 
@@ -58,7 +60,7 @@ def test_an_error_in_the_last_bits_of_weights_moves_no_sequence(ratios, scale, r
 
 
 def test_a_fraction_is_kept_exactly_up_to_512_bits():
-    """Beyond that it is the nearest multiple of 2**-512."""
+    """Longer ones are rounded to the nearest multiple of 2**-512."""
     short, long = Fraction(2, 3**300), Fraction(2, 3**330)
 
     assert round_fraction(short) == short
@@ -67,8 +69,8 @@ def test_a_fraction_is_kept_exactly_up_to_512_bits():
 
 
 @given(mixtures(), st.integers(0, 10**15))
-def test_far_prefixes_have_their_shares_too(mixture, items):
-    """10^15 sequences on, the counts still miss their exact shares by less than one and two."""
+def test_far_prefixes_have_the_exact_shares_too(mixture, items):
+    """After 10^15 sequences the counts are still off by less than one and two."""
     tree, shares, fraction = mixture
     got = leaf_counts(tree, items)
 
@@ -78,7 +80,7 @@ def test_far_prefixes_have_their_shares_too(mixture, items):
 
 
 def test_a_long_chain_of_domains_keeps_every_share():
-    """Weights 1, 2, 4, ... make the deepest tree there is: twelve forks, and still less than two sequences off."""
+    """Weights 1, 2, 4, ... give the deepest tree: twelve forks, and every source is off by less than two sequences."""
     weights = {Leaf(f"domain{i:02}", False): Fraction(2**i) for i in range(13)}
     tree, total = huffman_tree(weights), sum(weights.values())
     worst = max(
@@ -91,7 +93,7 @@ def test_a_long_chain_of_domains_keeps_every_share():
 
 
 def test_one_large_domain_beside_many_small_ones_keeps_its_share():
-    """Twenty domains that all round up at once must not take their sum off the large one."""
+    """If twenty small domains round up at once, the large one still has its share."""
     weights = {Leaf("large", False): Fraction(980)} | {Leaf(f"small{i:02}", False): Fraction(1) for i in range(20)}
     tree = huffman_tree(weights)
     worst = max(
@@ -104,7 +106,7 @@ def test_one_large_domain_beside_many_small_ones_keeps_its_share():
 
 
 @given(mixtures(), st.integers(0, 300), st.integers(0, 300))
-def test_seeking_gives_what_walking_gives(mixture, one, other):
+def test_seeking_gives_the_same_draws_as_reading_from_the_start(mixture, one, other):
     """draws(a, b) is the slice [a, b) of draws(0, n)."""
     tree, _, _ = mixture
     start, stop = sorted((one, other))
@@ -113,8 +115,8 @@ def test_seeking_gives_what_walking_gives(mixture, one, other):
 
 
 @given(mixtures(), st.integers(0, 10**12), st.integers(0, 50))
-def test_far_draws_are_what_the_counts_grow_by(mixture, start, number):
-    """Far out too: what a window draws of each source is the difference of the counts at its ends."""
+def test_draws_agree_with_the_difference_of_the_counts(mixture, start, number):
+    """The number of draws of each source in a range is the difference of its counts at both ends, also far out."""
     tree, _, _ = mixture
     before, after = leaf_counts(tree, start), leaf_counts(tree, start + number)
     drawn = draws(tree, start, start + number)
@@ -126,8 +128,8 @@ def test_far_draws_are_what_the_counts_grow_by(mixture, start, number):
 
 
 @given(mixtures(), st.integers(0, 500))
-def test_counts_are_the_tally_of_the_draws(mixture, items):
-    """And each source's ordinals are 0, 1, 2, ... in the order in which they are drawn."""
+def test_counts_are_the_numbers_of_draws(mixture, items):
+    """Each source's ordinals are 0, 1, 2, ... in the order of the draws."""
     tree, _, _ = mixture
     drawn = draws(tree, 0, items)
 
@@ -138,8 +140,8 @@ def test_counts_are_the_tally_of_the_draws(mixture, items):
 
 
 @given(WEIGHTS, st.randoms(use_true_random=False))
-def test_the_order_of_names_does_not_reorder_a_run(weights, random):
-    """The same weights under the same names, listed in another order, make the same tree; equal weights included."""
+def test_the_order_of_names_does_not_change_the_data_order(weights, random):
+    """The same weights listed in another order give the same tree, equal weights included."""
     leaves_of = new_leaves([min(weight, Fraction(3)) for weight in weights])  # many ties
     shuffled = list(leaves_of.items())
     random.shuffle(shuffled)
@@ -149,7 +151,7 @@ def test_the_order_of_names_does_not_reorder_a_run(weights, random):
 
 @given(WEIGHTS, st.fractions(min_value=Fraction(1, 100), max_value=100))
 def test_weights_are_relative(weights, factor):
-    """All of them times a factor: the same tree."""
+    """Multiplying all weights by a factor gives the same tree."""
     scaled = huffman_tree(new_leaves([weight * factor for weight in weights]))
 
     assert scaled == huffman_tree(new_leaves(weights))
@@ -164,8 +166,8 @@ def test_five_per_cent_of_a_batch_is_55_or_56_sequences():
     assert [sum(batches[i : i + 5]) for i in range(0, 50, 5)] == [276] * 10
 
 
-def test_replay_is_spread_and_not_bunched():
-    """A quarter: every run of four sequences has exactly one replayed, from the first four on."""
+def test_replay_is_evenly_spread():
+    """With a quarter of replay, every four consecutive sequences have exactly one replayed."""
     tree = Fork(Fraction(1, 4), Leaf("pile", True), Leaf("german", False))
     drawn = draws(tree, 0, 400)
 
@@ -173,7 +175,7 @@ def test_replay_is_spread_and_not_bunched():
 
 
 def test_a_mixture_by_hand():
-    """A fifth replayed: floor(k/5 + 1/2) rises at the third of every five sequences."""
+    """One fifth of replay: floor(k/5 + 1/2) increases at the third of every five sequences."""
     tree = Fork(Fraction(1, 5), Leaf("old", True), Leaf("new", False))
 
     assert [(draw.source, draw.ordinal) for draw in draws(tree, 0, 10)] == [
@@ -191,22 +193,22 @@ def test_a_mixture_by_hand():
 
 
 @pytest.mark.parametrize(("share", "side"), [(0, "new"), (1, "old")])
-def test_all_or_nothing_is_exact(share, side):
-    """A fork of share 0 or 1 never sends a single sequence to the wrong side."""
+def test_shares_of_zero_and_one_are_exact(share, side):
+    """A fork of share 0 or 1 never draws from the other child."""
     tree = Fork(Fraction(share), Leaf("old", True), Leaf("new", False))
 
     assert {draw.source for draw in draws(tree, 0, 1000)} == {side}
 
 
-def test_new_data_goes_on_at_its_cursor():
-    """A leaf whose first ordinal is 700 draws 700, 701, ..., past one epoch of whatever size the source has."""
+def test_new_data_continues_at_its_first_ordinal():
+    """A leaf whose first ordinal is 700 draws 700, 701, ..., also past the end of an epoch."""
     drawn = draws(Leaf("pile", False, first=700), 5, 8)
 
     assert drawn == [Draw("pile", 705, False), Draw("pile", 706, False), Draw("pile", 707, False)]
 
 
-def test_replay_goes_on_at_its_cursor_and_begins_again_where_the_plan_allowed_it():
-    """Five were seen and three already replayed: 3 and 4, and then from the first one again."""
+def test_replay_continues_where_it_stopped_and_starts_over_after_the_last_seen_sequence():
+    """Five were seen and three replayed: 3 and 4 follow, then the first again."""
     drawn = draws(Leaf("pile", True, first=3, seen=5), 0, 8)
 
     assert [draw.ordinal for draw in drawn] == [3, 4, 0, 1, 2, 3, 4, 0]
@@ -214,16 +216,16 @@ def test_replay_goes_on_at_its_cursor_and_begins_again_where_the_plan_allowed_it
 
 
 @given(st.integers(1, 60), st.integers(0, 200))
-def test_reshuffled_replay_takes_every_seen_sequence_once_a_round(seen, first):
-    """Whatever was replayed before, each round is a permutation of what was seen."""
+def test_reshuffled_replay_draws_every_seen_sequence_once_per_round(seen, first):
+    """Each round is a permutation of the seen sequences, whatever was replayed before."""
     leaf = Leaf("pile", True, first=first, seen=seen, reshuffle_key="0/replay/pile")
     start = -first % seen  # the draw with which the next round begins
 
     assert sorted(draw.ordinal for draw in draws(leaf, start, start + seen)) == list(range(seen))
 
 
-def test_reshuffled_replay_is_another_order_in_every_round():
-    """Not the order of first sight, not the one before, and all of it named by the key."""
+def test_every_round_of_reshuffled_replay_has_another_order():
+    """Neither the order of the first training nor that of the previous round; the key determines it."""
     leaf = Leaf("pile", True, seen=100, reshuffle_key="0/replay/pile")
     rounds = [[draw.ordinal for draw in draws(leaf, i * 100, (i + 1) * 100)] for i in range(3)]
     other = [draw.ordinal for draw in draws(Leaf("pile", True, seen=100, reshuffle_key="1/replay/pile"), 0, 100)]
@@ -231,8 +233,8 @@ def test_reshuffled_replay_is_another_order_in_every_round():
     assert len({tuple(order) for order in (*rounds, other, range(100))}) == 5
 
 
-def test_leaves_are_told_from_left_to_right():
-    """Replay's stand before the new ones."""
+def test_leaves_are_listed_from_left_to_right():
+    """Replay comes before new data."""
     tree = Fork(Fraction(1, 2), Leaf("a", True), Fork(Fraction(1, 2), Leaf("b", False), Leaf("c", False)))
 
     assert [leaf.source for leaf in leaves(tree)] == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""The seeded bijection: every position once, another key another order, no pattern, refusals."""
+"""The seeded permutation: every position once, another key another order, no pattern, errors."""
 
 import hashlib
 import struct
@@ -28,8 +28,8 @@ def test_sizes_around_powers_of_four_are_bijections(size):
 
 
 @pytest.mark.parametrize("size", [2**40 + 12_345, 3 * 10**12, 2**61 + 1, 2**62])
-def test_huge_ranges_keep_samples_apart_and_inside(size):
-    """Both ends and a hundred thousand positions between them go to as many places, spread over all of the range."""
+def test_huge_ranges_have_distinct_images_inside_the_range(size):
+    """Both ends and a hundred thousand positions between them; the images are spread over the whole range."""
     positions = np.unique(np.append(np.arange(100_000) * (size // 100_000), [1, 2, size - 2, size - 1]))
     images = permuted(positions, size, "key")
 
@@ -40,8 +40,8 @@ def test_huge_ranges_keep_samples_apart_and_inside(size):
 
 
 @given(st.integers(1, 10**15), st.lists(st.integers(0, 10**15), max_size=20))
-def test_an_image_does_not_depend_on_what_else_is_asked(size, positions):
-    """Position by position or all at once: the same images, so that any place of the order is reached directly."""
+def test_an_image_does_not_depend_on_the_other_positions(size, positions):
+    """One by one or all at once, positions have the same images, so any position can be computed directly."""
     positions = np.array([position % size for position in positions], dtype=np.int64)
     one_by_one = [int(permuted(positions[i : i + 1], size, "key")[0]) for i in range(positions.size)]
 
@@ -49,7 +49,7 @@ def test_an_image_does_not_depend_on_what_else_is_asked(size, positions):
 
 
 def one_image(position, size, key):
-    """The same cipher in Python's own integers: six rounds over two halves, walked until it falls inside."""
+    """The same cipher in Python integers: six Feistel rounds over two halves, with cycle walking."""
     half = next(bits for bits in range(1, 32) if 4**bits >= size)
     digest = hashlib.blake2b(key.encode(), digest_size=48).digest()
     while True:
@@ -65,15 +65,15 @@ def one_image(position, size, key):
 
 
 @given(st.integers(1, 2**62), st.integers(0, 2**62), st.text(max_size=8))
-def test_numpys_words_do_what_integers_do(size, position, key):
-    """No overflow, sign or shift of 64-bit words changes the cipher."""
+def test_uint64_arithmetic_agrees_with_python_integers(size, position, key):
+    """No overflow, sign or shift of 64-bit words changes the permutation."""
     position %= size
 
     assert permuted(np.array([position]), size, key).tolist() == [one_image(position, size, key)]
 
 
-def test_the_order_is_the_same_for_ever():
-    """The data order of every run rests on these numbers, which `one_image` gives too: another cipher reorders them."""
+def test_the_permutation_never_changes_between_versions():
+    """The data order of every run depends on these numbers, which `one_image` computes too."""
     assert order(10, "0/pile").tolist() == [3, 0, 8, 4, 5, 7, 2, 9, 6, 1]
     assert permuted(np.array([0, 1, 10**12]), 2 * 10**12, "0/pile").tolist() == [
         1_569_057_236_938,
@@ -82,8 +82,10 @@ def test_the_order_is_the_same_for_ever():
     ]
 
 
-def test_another_key_or_size_is_another_order():
-    """Two keys agree in about one place of a thousand, so do sizes of other networks; the same key agrees in all."""
+def test_another_key_or_size_gives_another_order():
+    """Two keys agree at about one position in a thousand, as do sizes of different networks; the same key agrees
+    everywhere.
+    """
     first, other, larger = order(1000, "0/pile/0"), order(1000, "0/pile/1"), order(5000, "0/pile/0")
 
     assert np.array_equal(first, order(1000, "0/pile/0"))
@@ -91,7 +93,7 @@ def test_another_key_or_size_is_another_order():
     assert (first == larger[:1000]).sum() < 10
 
 
-def test_neighbours_do_not_stay_neighbours():
+def test_neighbors_do_not_stay_neighbors():
     """The order has no drift, no runs and no correlation with the position."""
     images = order(20_000).astype(np.float64)
     correlation = np.corrcoef(np.arange(20_000), images)[0, 1]
@@ -102,7 +104,7 @@ def test_neighbours_do_not_stay_neighbours():
     assert (np.abs(np.diff(images)) == 1).sum() < 20
 
 
-def test_any_window_of_the_order_is_spread_over_the_range():
+def test_consecutive_positions_are_spread_over_the_range():
     """500 consecutive positions fall into ten equal parts with about 50 each: chi squared stays below 40."""
     images = order(10_007)
     windows = images[:10_000].reshape(20, 500)
@@ -111,8 +113,8 @@ def test_any_window_of_the_order_is_spread_over_the_range():
     assert (((counts - 50) ** 2) / 50).sum(axis=1).max() < 40
 
 
-def test_small_ranges_take_every_order():
-    """All six orders of three items appear over 300 keys, none of them more than a third of the time."""
+def test_small_ranges_have_every_order():
+    """All six orders of three items occur over 300 keys, none in more than a third of them."""
     seen = [tuple(order(3, str(key)).tolist()) for key in range(300)]
     tally = {one: seen.count(one) for one in set(seen)}
 
@@ -130,12 +132,12 @@ def test_small_ranges_take_every_order():
         ([-1], 5, r"positions must be in \[0, 5\), got -1 to -1"),
     ],
 )
-def test_what_is_out_of_range_is_refused(positions, size, expected):
+def test_positions_and_sizes_out_of_range_are_refused(positions, size, expected):
     """Never a silent wrap."""
     with pytest.raises(ValueError, match=expected):
         permuted(np.array(positions), size, "key")
 
 
-def test_no_positions_have_no_images():
+def test_an_empty_array_has_no_images():
     """An empty question has an empty answer."""
     assert permuted(np.array([], dtype=np.int64), 5, "key").tolist() == []

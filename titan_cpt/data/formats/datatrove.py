@@ -19,7 +19,7 @@ from titan_cpt.errors import DataError
 
 DS_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 DS_SUFFIX = ".ds"
-FULL_CHECK_DOCUMENTS = 16_000_000  # an index of more documents is checked in evenly spread blocks
+FULL_CHECK_DOCUMENTS = 16_000_000  # an index of more documents is checked in evenly spaced blocks
 
 
 class DsTokens(TokenFile):

@@ -173,7 +173,7 @@ def _sizes_of(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
 def _write_index(
     path: Path, code: int, sequences: int, size_blocks: Callable[[], Iterator[npt.NDArray[np.int32]]]
 ) -> None:
-    """Write an .idx in two passes over the sizes: one writes the sizes, the other the pointers computed from them."""
+    """Write an .idx: first the sizes, then the pointers computed from them; `size_blocks` is called twice."""
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, code, sequences, sequences + 1))
         for sizes in size_blocks():

@@ -1,4 +1,4 @@
-"""Read text inputs as chunks of documents. The chunk borders follow from the inputs alone, on every machine.
+"""Read text inputs as chunks of documents. Chunk borders depend only on the inputs, not on the machine.
 
 JSON lines stay bytes until a worker parses them: parsing is the slow part, so it runs in parallel. JSON and parquet
 files of a Hugging Face dataset are read like local ones.
@@ -90,7 +90,7 @@ def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[s
 
 
 def read_chunks(sources: Sequence[TextInput], text_field: str) -> Iterator[Chunk]:
-    """Yield all documents in order, as chunks whose borders follow from the inputs alone.
+    """Yield all documents in order, as chunks whose borders depend only on the inputs.
 
     Raises:
         DataError: an input is damaged, or its content does not match its suffix.

@@ -93,18 +93,18 @@ def replaceable(output: Path, recipe: Mapping[str, Any], *, force: bool) -> list
     records = [each for each in (record, interrupted) if each is not None]
     bin_path, idx, record_file = _files(output)
     pair = [path for path in (idx, bin_path) if _exists(path)]
-    held_out = _held_out_files(output, needed=bool(recipe["holdout"]))
+    validation = _validation_files(output, needed=bool(recipe["holdout"]))
     own_pair = any(_is_pair(output, each["counts"]["tokens"], each) for each in records)
-    own_held_out = any(
+    own_validation = any(
         each["holdout"] and _is_pair(validation_prefix(output), each["counts"]["held_out_tokens"], each)
         for each in records
     ) and not read_record(record_path(validation_prefix(output)))
     foreign = [] if own_pair else pair
-    foreign = foreign + (held_out if recipe["holdout"] and not own_held_out else [])
+    foreign = foreign + (validation if recipe["holdout"] and not own_validation else [])
     foreign += [record_file] if _exists(record_file) and record is None else []
     if foreign:
         raise _foreign_files(foreign, record_file, has_record=record is not None)
-    old = [*pair, *(held_out if own_held_out else [])]
+    old = [*pair, *(validation if own_validation else [])]
     if old and record is not None and recipe_of(record) != recipe and interrupted is None and not force:
         difference = "; ".join(_differences(recipe_of(record), recipe))
         raise DataError(
@@ -179,7 +179,7 @@ def _files(prefix: Path) -> tuple[Path, Path, Path]:
     return *pair_paths(prefix), record_path(prefix)
 
 
-def _held_out_files(output: Path, *, needed: bool) -> list[Path]:
+def _validation_files(output: Path, *, needed: bool) -> list[Path]:
     """Return the existing files of PREFIX-validation, the .idx first."""
     try:
         return [path for path in pair_paths(validation_prefix(output))[::-1] if _exists(path)]

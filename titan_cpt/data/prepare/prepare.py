@@ -67,8 +67,8 @@ class PrepareResult:
         counts = self.counts
         parts = [f"{self.output}: {counts.documents:,} documents, {counts.tokens:,} tokens"]
         if counts.held_out_documents:
-            held_out = f"{counts.held_out_documents:,} documents, {counts.held_out_tokens:,} tokens"
-            parts.append(f"{validation_prefix(self.output)}: {held_out}")
+            validation = f"{counts.held_out_documents:,} documents, {counts.held_out_tokens:,} tokens"
+            parts.append(f"{validation_prefix(self.output)}: {validation}")
         if counts.empty_documents:
             parts.append(f"{counts.empty_documents:,} empty documents skipped")
         if self.reused_chunks:

@@ -116,9 +116,9 @@ def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
     counts = Counts()
     with IndexedWriter(shard, tokenizer.vocab_size) as train:
         if job.holdout:
-            with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size) as held_out:
+            with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size) as validation:
                 for texts, encoded in _batches(chunk, job.text_field):
-                    counts += _write(texts, encoded, tokenizer, job.holdout, train, held_out)
+                    counts += _write(texts, encoded, tokenizer, job.holdout, train, validation)
         else:
             for texts, encoded in _batches(chunk, job.text_field):
                 counts += _write(texts, encoded, tokenizer, 0.0, train, train)
@@ -137,7 +137,7 @@ def start_worker() -> None:
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def is_held_out(text: bytes, holdout: float) -> bool:
+def is_validation(text: bytes, holdout: float) -> bool:
     """Whether a document is validation data. A hash of its text decides, so duplicates are never split."""
     digest = hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held").digest()
     return int.from_bytes(digest, "big") < holdout * 2**64
@@ -178,19 +178,19 @@ def _write(
     tokenizer: Tokenizer,
     holdout: float,
     train: IndexedWriter,
-    held_out: IndexedWriter,
+    validation: IndexedWriter,
 ) -> Counts:
     """Tokenize a batch, and write each document to the training or the validation pair."""
     kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
     tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in kept])
     utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
-    held = np.array([is_held_out(encoded[number], holdout) for number in kept], dtype=np.bool_)
-    train.add_documents(tokens[np.repeat(~held, sizes)], sizes[~held])
-    held_out.add_documents(tokens[np.repeat(held, sizes)], sizes[held])
+    chosen = np.array([is_validation(encoded[number], holdout) for number in kept], dtype=np.bool_)
+    train.add_documents(tokens[np.repeat(~chosen, sizes)], sizes[~chosen])
+    validation.add_documents(tokens[np.repeat(chosen, sizes)], sizes[chosen])
     counted = Counter("".join(lost.values()))
     return Counts(
-        *_totals(~held, sizes, utf8_bytes),
-        *_totals(held, sizes, utf8_bytes),
+        *_totals(~chosen, sizes, utf8_bytes),
+        *_totals(chosen, sizes, utf8_bytes),
         empty_documents=len(texts) - len(kept),
         lost_documents=len(lost),
         lost_characters=counted.total(),

@@ -1,4 +1,4 @@
-"""Megatron's .bin/.idx pairs: what is written is read again, and damage is an error with a name."""
+"""Megatron's .bin/.idx pairs: what is written is read again, and damage is an error that names the file."""
 
 import os
 import pickle
@@ -86,7 +86,7 @@ def test_any_window_of_a_stream_is_the_slice_of_its_documents(tmp_path, shards, 
 
 @REUSED_FOLDER
 @given(shards=st.lists(st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=5), min_size=1, max_size=4))
-def test_joined_shards_are_what_one_writer_would_have_written(tmp_path, shards):
+def test_concatenated_shards_equal_the_output_of_one_writer(tmp_path, shards):
     """Both files, byte for byte."""
     prefixes = [write(tmp_path / f"s{number}", documents) for number, documents in enumerate(shards)]
     write(tmp_path / "whole", [document for documents in shards for document in documents])
@@ -97,7 +97,7 @@ def test_joined_shards_are_what_one_writer_would_have_written(tmp_path, shards):
 
 
 def test_reading_past_either_end_is_refused(tmp_path):
-    """A window never comes back shorter than asked for."""
+    """A window is never shorter than requested."""
     stream = TokenStream([write(tmp_path / "x", [[1, 2, 3]])])
 
     for start, count in [(-1, 1), (0, 4), (3, 1), (2, -1)]:
@@ -106,8 +106,8 @@ def test_reading_past_either_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
-def test_a_file_cut_short_anywhere_is_a_data_error(tmp_path, suffix):
-    """Every length but the right one is refused, by the check on open and by the count for the plan."""
+def test_a_file_of_any_other_length_is_a_data_error(tmp_path, suffix):
+    """The check on open and the count for the plan accept only the right length."""
     prefix = write(tmp_path / "x", [[1, 2, 3], [4], [5, 6]])
     whole = (tmp_path / f"x{suffix}").read_bytes()
 
@@ -142,8 +142,8 @@ def test_a_file_cut_short_anywhere_is_a_data_error(tmp_path, suffix):
         (94, struct.pack("<q", 4), "document indices"),
     ],
 )
-def test_damage_of_the_index_is_named(tmp_path, offset, value, message):
-    """Each field of the index, with what was found."""
+def test_damage_in_each_field_of_the_index_is_named(tmp_path, offset, value, message):
+    """The message has the value that was found."""
     prefix = write(tmp_path / "x", [[1, 2, 3], [4], [5, 6]])
     damage(tmp_path / "x.idx", offset, value)
 
@@ -153,8 +153,8 @@ def test_damage_of_the_index_is_named(tmp_path, offset, value, message):
 
 @REUSED_FOLDER
 @given(offset=st.integers(0, 101), flip=st.integers(1, 255))
-def test_any_one_wrong_byte_of_the_index_is_refused_or_harmless(tmp_path, offset, flip):
-    """A DataError or the same tokens, and never another exception or other tokens."""
+def test_one_wrong_byte_in_the_index_is_refused_or_harmless(tmp_path, offset, flip):
+    """A DataError or the same tokens; never another exception or other tokens."""
     prefix = write(tmp_path / "x", [[1, 2, 3], [4], [5, 6]])
     damage(tmp_path / "x.idx", offset, bytes([(tmp_path / "x.idx").read_bytes()[offset] ^ flip]))
 
@@ -166,8 +166,8 @@ def test_any_one_wrong_byte_of_the_index_is_refused_or_harmless(tmp_path, offset
     assert found is None or offset >= 70  # the first document index and those behind it
 
 
-def test_damage_is_found_between_blocks_too(tmp_path, monkeypatch):
-    """An index larger than a block is checked across the borders of blocks; a huge one at least at its ends."""
+def test_damage_at_the_border_of_two_blocks_is_found(tmp_path, monkeypatch):
+    """A large index is checked across the borders of blocks; a huge one at least at its ends."""
     prefix = write(tmp_path / "x", [[1]] * 200_000)
     header = indexed_layout.read_header(tmp_path / "x.idx")
     IndexedTokens(prefix)
@@ -187,8 +187,8 @@ def test_damage_is_found_between_blocks_too(tmp_path, monkeypatch):
         IndexedTokens(prefix)
 
 
-def test_an_id_beyond_the_vocabulary_is_found_on_open_with_its_position(tmp_path):
-    """The message names file, position, id and what is allowed."""
+def test_an_id_outside_the_vocabulary_is_found_on_open_with_its_position(tmp_path):
+    """The message has the file, the position, the id and the allowed range."""
     prefix = write(tmp_path / "x", [[1, 2], [3, 299, 4]])
     IndexedTokens(prefix, vocab_size=300)
 
@@ -230,8 +230,8 @@ def test_the_scan_in_blocks_covers_both_ends(tmp_path, monkeypatch, place):
         TokenStream([tmp_path / "x"], 299)
 
 
-def test_a_bin_cut_short_or_rewritten_under_an_open_stream_is_a_data_error(tmp_path):
-    """No crash of the process and no other tokens; touching the file is no harm."""
+def test_a_bin_that_changes_while_it_is_open_is_a_data_error(tmp_path):
+    """The process does not crash and reads no other tokens; a new modification time is fine."""
     prefix = write(tmp_path / "x", [list(range(100))])
     stream = TokenStream([prefix])
     assert stream.read(90, 5).tolist() == [90, 91, 92, 93, 94]
@@ -255,7 +255,7 @@ def _read_all(stream: TokenStream) -> list[int]:
 
 
 def test_a_stream_can_be_pickled_and_sent_to_workers(tmp_path):
-    """Data-loader workers get it by pickle; it must work there after it was used here."""
+    """Also after a read; data-loader workers receive it by pickle."""
     stream = TokenStream([write(tmp_path / "a", [[1, 2]]), write(tmp_path / "b", [[3]])], 300)
     assert _read_all(stream) == [1, 2, 3]
     assert _read_all(pickle.loads(pickle.dumps(stream))) == [1, 2, 3]
@@ -264,7 +264,7 @@ def test_a_stream_can_be_pickled_and_sent_to_workers(tmp_path):
         assert pool.apply(_read_all, (stream,)) == [1, 2, 3]
 
 
-def test_more_files_than_may_be_open_are_read(tmp_path, monkeypatch):
+def test_more_files_than_the_limit_of_open_files_are_read(tmp_path, monkeypatch):
     """The number of open files stays bounded, whatever the number of files."""
     monkeypatch.setattr(indexed, "OPEN_FILES", 3)
     stream = TokenStream([write(tmp_path / f"s{number}", [[number]]) for number in range(20)])
@@ -274,8 +274,8 @@ def test_more_files_than_may_be_open_are_read(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) - before <= 3
 
 
-def test_the_fingerprint_follows_the_tokens_and_not_the_place(tmp_path):
-    """Same content elsewhere: same; one token, the order or the cut of the files changed: another."""
+def test_the_fingerprint_depends_on_the_tokens_and_not_on_the_path(tmp_path):
+    """A copy has the same one; another token, file order or division into files has another."""
     (tmp_path / "elsewhere").mkdir()
     same = [write(tmp_path / name, [[1, 2, 3]]) for name in ("x", "elsewhere/y")]
     prints = [TokenStream([prefix]).fingerprint() for prefix in same]
@@ -286,8 +286,8 @@ def test_the_fingerprint_follows_the_tokens_and_not_the_place(tmp_path):
     assert len({TokenStream(prefixes).fingerprint() for prefixes in streams}) == 4
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path):
-    """Neither .bin nor .idx, and no temporary file."""
+def test_an_interrupted_writer_leaves_no_files(tmp_path):
+    """Neither .bin nor .idx nor a temporary file."""
 
     def interrupted() -> None:
         with IndexedWriter(tmp_path / "x", 300) as writer:
@@ -300,8 +300,8 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_open_writer_shows_no_pair(tmp_path):
-    """A killed process cannot clean up: what it leaves must not look like data."""
+def test_a_pair_does_not_exist_before_its_writer_is_closed(tmp_path):
+    """A killed process cannot clean up: its files must not look like data."""
     writer = IndexedWriter(tmp_path / "x", 300)
     writer.add_document([1, 2])
     assert missing_prefixes(str(tmp_path / "*")) == [str(tmp_path / "*")]
@@ -311,14 +311,14 @@ def test_an_open_writer_shows_no_pair(tmp_path):
 
 
 @pytest.mark.parametrize("token", [-1, 300])
-def test_the_writer_refuses_ids_beyond_the_vocabulary(tmp_path, token):
-    """Before they become other ids in uint16."""
+def test_the_writer_refuses_ids_outside_the_vocabulary(tmp_path, token):
+    """uint16 would wrap them to other ids."""
     with pytest.raises(DataError, match=f"id {token}; allowed are ids from 0 to 299"):
         write(tmp_path / "x", [[1, token]])
 
 
-def test_shards_of_different_number_types_are_not_joined(tmp_path):
-    """int32 and uint16 in one .bin would be rubbish."""
+def test_shards_of_different_dtypes_are_not_concatenated(tmp_path):
+    """int32 and uint16 in one .bin would be garbage."""
     shards = [write(tmp_path / "a", [[1]], 300), write(tmp_path / "b", [[1]], 70_000)]
 
     with pytest.raises(DataError, match=r"b: has dtype int32, not uint16"):
@@ -326,7 +326,7 @@ def test_shards_of_different_number_types_are_not_joined(tmp_path):
 
 
 def test_specs_name_prefixes_globs_and_lists(tmp_path):
-    """Globs are sorted, lists keep their order, dots in a prefix and a glob's characters in a name are no matter."""
+    """Globs are sorted, lists keep their order, a prefix may contain dots and glob characters."""
     for name in ("b", "a", "v1.5", "odd[1]"):
         write(tmp_path / name, [[1]])
     at = str(tmp_path)
@@ -338,8 +338,8 @@ def test_specs_name_prefixes_globs_and_lists(tmp_path):
     assert missing_prefixes([f"{at}/a", f"{at}/c", f"{at}/d*"]) == [f"{at}/c", f"{at}/d*"]
 
 
-def test_specs_that_would_mislead_are_refused(tmp_path):
-    """Nothing found, half a pair, a pair twice, and a glob that trains on what is held out."""
+def test_invalid_specs_are_refused(tmp_path):
+    """No match, half a pair, a pair named twice, and a glob that includes the validation data."""
     for name in ("a", "a-validation", "half"):
         write(tmp_path / name, [[1]])
     (tmp_path / "half.bin").unlink()

@@ -1,4 +1,4 @@
-"""Megatron's saved document, sample and shuffle index: the i-th sequence is the one that the earlier run saw i-th."""
+"""The GPTDataset index files of Megatron: the i-th sequence is the one that the earlier run trained on i-th."""
 
 import pickle
 import time
@@ -41,7 +41,7 @@ def files_at(folder):
 
 
 def hand(folder, **changed):
-    """Nine tokens 30 31 32 33 10 11 12 20 21 in samples of 3 + 1: 30 31 32 33 and 33 10 11 12, seen the other way."""
+    """Nine tokens 30 31 32 33 10 11 12 20 21 in samples of 3 + 1: 30 31 32 33 and 33 10 11 12, in reverse order."""
     write_pair(folder / "x", HAND)
     arrays = {"order": [2, 0, 1], "samples": [[0, 0], [0, 3], [1, 2]], "shuffle": [1, 0]}
     save(folder / "order", **arrays | changed)
@@ -49,7 +49,7 @@ def hand(folder, **changed):
 
 
 def build(documents, order, seq_len, rng):
-    """The three indices from their meaning: sample k begins at token k x seq_len of the documents in that order."""
+    """Compute the three index files: sample k begins at token k x seq_len of the documents in that order."""
     sizes = np.array([len(documents[number]) for number in order])
     ends = np.cumsum(sizes)
     samples = (int(ends[-1]) - 1) // seq_len
@@ -63,8 +63,8 @@ def rows(source, seq_len, draws):
 
 
 @pytest.mark.parametrize("endings", [NEOX, CORE])
-def test_samples_come_in_the_order_of_the_shuffle(tmp_path, endings):
-    """By hand, in either naming; the second epoch is the same order once more."""
+def test_samples_come_in_the_order_of_the_shuffle_index(tmp_path, endings):
+    """By hand, in both naming schemes; the second epoch has the same order."""
     write_pair(tmp_path / "x", HAND)
     save(tmp_path / "order", [2, 0, 1], [[0, 0], [0, 3], [1, 2]], [1, 0], endings=endings)
     source = open_source(files_at(tmp_path), 300)
@@ -83,12 +83,10 @@ def test_samples_come_in_the_order_of_the_shuffle(tmp_path, endings):
     seq_len=st.integers(2, 9),
     seed=st.integers(0, 9),
 )
-def test_every_sample_is_a_window_of_the_documents_laid_end_to_end_in_their_order(
-    tmp_path, dtypes, sizes, epochs, seq_len, seed
-):
+def test_every_sample_is_a_window_of_the_concatenated_documents(tmp_path, dtypes, sizes, epochs, seq_len, seed):
     """Law: with documents joined in doc_idx's order, sample s is tokens [s L, s L + L]; sequence i is s = shuffle[i].
 
-    Holds over several epochs of documents, documents longer and shorter than a sample, and empty ones.
+    True for several epochs of documents, documents longer and shorter than a sample, and empty ones.
     """
     rng = np.random.default_rng(seed)
     documents = [rng.integers(0, 300, size=size).tolist() for size in sizes]
@@ -107,8 +105,8 @@ def test_every_sample_is_a_window_of_the_documents_laid_end_to_end_in_their_orde
     assert count_source(files, seq_len) == (sum(sizes), len(shuffle))
 
 
-def test_a_subset_of_documents_twice_over_with_a_last_epoch_of_its_own_is_replayed(tmp_path):
-    """Megatron's train split leaves documents out, and shuffles a last, partial epoch apart."""
+def test_two_epochs_of_a_subset_of_documents_with_a_separate_last_epoch_are_read(tmp_path):
+    """Megatron's train split omits documents, and shuffles a last, partial epoch separately."""
     documents = [[number] * 5 for number in range(8)]
     order = [3, 1, 2, 2, 3, 1]
     samples, _ = build(documents, order, 4, np.random.default_rng(0))
@@ -139,14 +137,14 @@ def test_a_subset_of_documents_twice_over_with_a_last_epoch_of_its_own_is_replay
         ({"samples": [[0, 0]], "shuffle": []}, r"0 entries, but .* has 0 samples"),
     ],
 )
-def test_an_index_that_points_outside_or_disagrees_is_refused_on_open(tmp_path, changed, message):
-    """Each of the three, with the entry and what is allowed."""
+def test_an_index_out_of_range_or_of_other_data_is_refused_on_open(tmp_path, changed, message):
+    """Each of the three files; the message has the entry and the allowed range."""
     with pytest.raises(DataError, match=message):
         open_source(hand(tmp_path, **changed), 300)
 
 
 @pytest.mark.parametrize("ending", NEOX)
-def test_an_index_file_cut_short_anywhere_is_refused(tmp_path, ending):
+def test_a_truncated_index_file_is_refused(tmp_path, ending):
     """By the count for the plan and on open."""
     files = hand(tmp_path)
     path = tmp_path / f"order{ending}"
@@ -168,14 +166,14 @@ def test_an_order_of_another_length_is_refused_by_the_plan(tmp_path):
         SequenceReader({"x": open_source(files, 300)}, seq_len=4, seed=0)
 
 
-def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
-    """The pair is checked as any other."""
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    """As in any other pair."""
     with pytest.raises(DataError, match="has id 33; allowed are ids from 0 to 32"):
         open_source(hand(tmp_path), 33)
 
 
-def test_a_sample_that_was_not_measured_on_open_is_when_it_is_read(tmp_path, monkeypatch):
-    """A large order is checked in blocks: a sample between them that is too short is found later, and not padded."""
+def test_a_sample_that_is_not_checked_on_open_is_checked_when_it_is_read(tmp_path, monkeypatch):
+    """A large order is checked in blocks: a short sample between them is an error when it is read."""
     monkeypatch.setattr(megatron_order, "MEASURED_SAMPLES", 2048)
     samples = [[0, 3 * place] for place in range(9001)]
     samples[4000] = [0, 11999]  # one token early: sample 3999 is short, the next one long
@@ -188,8 +186,8 @@ def test_a_sample_that_was_not_measured_on_open_is_when_it_is_read(tmp_path, mon
         source.window(3999, 3)
 
 
-def test_missing_index_files_are_told_with_the_names_that_are_possible(tmp_path):
-    """None of them leaves the data unknown to the plan; opening names both namings."""
+def test_missing_index_files_are_named(tmp_path):
+    """Without them the plan has no counts; opening names both naming schemes."""
     files = hand(tmp_path)
     (tmp_path / "order_shuffle_idx.npy").unlink()
     assert missing_entries(files) == [str(tmp_path / "order_shuffle_idx.npy")]
@@ -200,8 +198,8 @@ def test_missing_index_files_are_told_with_the_names_that_are_possible(tmp_path)
         open_source(files, 300)
 
 
-def test_the_fingerprint_follows_each_of_the_four_parts(tmp_path):
-    """Another shuffle, other samples, another order of documents, other tokens; and it differs from the bare pair's."""
+def test_the_fingerprint_depends_on_each_of_the_four_files(tmp_path):
+    """Another shuffle, other samples, another order of documents or other tokens."""
     found = [open_source(hand(tmp_path), 300).fingerprint()]
     found.append(open_source(hand(tmp_path, shuffle=[0, 1]), 300).fingerprint())
     found.append(open_source(hand(tmp_path, order=[2, 0, 0]), 300).fingerprint())
@@ -214,15 +212,15 @@ def test_the_fingerprint_follows_each_of_the_four_parts(tmp_path):
     assert len(set(found)) == 5
 
 
-def test_an_order_can_be_handed_to_another_process(tmp_path):
-    """After it was read from here."""
+def test_an_order_can_be_pickled(tmp_path):
+    """After a read."""
     source = open_source(hand(tmp_path), 300)
     here = source.window(0, 3)
 
     assert np.array_equal(pickle.loads(pickle.dumps(source)).window(0, 3), here)
 
 
-def test_a_large_order_is_counted_and_opened_at_once(tmp_path):
+def test_a_large_order_is_counted_and_opened_quickly(tmp_path):
     """Two million samples: milliseconds for the plan, and a bounded check on open."""
     tokens = np.arange(2_000_001 * 4, dtype=np.int64) % 300
     with IndexedWriter(tmp_path / "x", 300) as writer:
@@ -239,7 +237,7 @@ def test_a_large_order_is_counted_and_opened_at_once(tmp_path):
     assert time.perf_counter() - began < 10
 
 
-def test_a_stage_replays_the_order_and_a_later_step_is_reached_without_walking(tmp_path):
+def test_a_stage_follows_the_order_and_starts_at_any_step(tmp_path):
     """Global batch s of 4 is samples shuffle[4 s : 4 s + 4]; the plan counts the order's samples, not windows."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     rng = np.random.default_rng(1)
@@ -264,7 +262,7 @@ def test_a_stage_replays_the_order_and_a_later_step_is_reached_without_walking(t
 
 
 def test_an_order_that_is_too_short_for_the_run_is_noted(tmp_path):
-    """Two samples where 12 steps of 4 are asked for; the plan says at what point it is no longer the earlier run's."""
+    """Two samples, but 12 steps of 4; the plan says where it differs from the earlier run."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     hand(tmp_path)
     index = {"format": "megatron_order", "index_prefix": str(tmp_path / "order")}

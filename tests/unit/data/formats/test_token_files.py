@@ -1,4 +1,4 @@
-"""Tokens that users already have: headerless, datatrove's and pre-sequenced files give what a .bin/.idx gives."""
+"""Headerless, datatrove's and presequenced files give the same windows as a .bin/.idx pair."""
 
 import pickle
 import time
@@ -31,20 +31,20 @@ def write_pair(prefix, sizes=(17,) * SEQUENCES, tokens=TOKENS):
 
 
 def write_raw(path, dtype="uint16", tokens=TOKENS):
-    """As nanoGPT and OLMo write them: one array, nothing else."""
+    """Write one array without a header, as nanoGPT and OLMo do."""
     np.asarray(tokens).astype(np.dtype(dtype).newbyteorder("<")).tofile(path)
     return path
 
 
 def write_ds(path, dtype="uint16", tokens=TOKENS, ends=(100, 100, 250, 680)):
-    """As datatrove writes them: the ids, and beside them where each document ends, in tokens, as u64."""
+    """Write ids, and the end of each document in tokens as u64, as datatrove does."""
     write_raw(path, dtype, tokens)
     np.array(ends, dtype="<u8").tofile(f"{path}.index")
     return path
 
 
 def write_all(folder):
-    """The same tokens in every format; the name of each, and how it is read."""
+    """Write the same tokens in every format; returns {name: TokenFiles}."""
     write_pair(folder / "pair", sizes=(7, 0, 300, SEQUENCES * 17 - 307))
     write_pair(folder / "even")
     for dtype in DTYPES:
@@ -81,8 +81,8 @@ def rows(source, draws=range(SEQUENCES), seed=0, seq_len=SEQ_LEN):
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_every_format_gives_the_sequences_of_the_same_tokens_in_a_pair(files, name):
-    """Windows, count and shuffled order over two epochs are those of .bin/.idx."""
+def test_every_format_gives_the_windows_of_a_pair_with_the_same_tokens(files, name):
+    """Windows, count and shuffled order over two epochs."""
     pair, other = (open_source(files[each], VOCAB) for each in ("pair", name))
 
     assert other.tokens == len(TOKENS)
@@ -92,8 +92,8 @@ def test_every_format_gives_the_sequences_of_the_same_tokens_in_a_pair(files, na
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_presequenced_windows_are_their_own_seq_len_plus_one_tokens_in_the_order_of_the_files(files, name):
-    """Window k is tokens 17 k to 17 k + 16, seen k-th, in the second epoch too; shards are joined inside a sequence."""
+def test_presequenced_windows_share_no_token_and_keep_the_order_of_the_files(files, name):
+    """Window k is tokens 17 k to 17 k + 16, in every epoch; one sequence continues in the next shard."""
     source = open_source(files[name], VOCAB)
 
     assert source.windows(SEQ_LEN) == 40
@@ -102,15 +102,15 @@ def test_presequenced_windows_are_their_own_seq_len_plus_one_tokens_in_the_order
 
 
 @pytest.mark.parametrize("name", ["pair", "shards", "ds"])
-def test_windows_are_seen_as_they_lie_where_that_is_asked_for(files, name):
-    """order = "as_stored": window k is seen k-th, and overlaps the next in a token."""
+def test_order_as_stored_reads_windows_in_stored_order(files, name):
+    """order = "as_stored": window k is the k-th, and shares a token with the next."""
     asked = TokenFiles(files[name].spec, files[name].format, files[name].dtype, True)
     found = rows(open_source(asked, VOCAB), range(42))
 
     assert found[:3].tolist() == [TOKENS[0:17].tolist(), TOKENS[16:33].tolist(), TOKENS[32:49].tolist()]
 
 
-def test_presequenced_data_may_be_shuffled_all_the_same(files):
+def test_presequenced_data_may_be_shuffled(files):
     """All sequences, each once, in another order."""
     asked = TokenFiles(files["even"].spec, "presequenced", None, False)
     found = rows(open_source(asked, VOCAB)).tolist()
@@ -120,8 +120,8 @@ def test_presequenced_data_may_be_shuffled_all_the_same(files):
 
 
 @pytest.mark.parametrize("name", ["pair", *STREAMS, *CUT])
-def test_what_the_plan_counts_from_headers_is_what_is_there(files, name):
-    """Tokens, and sequences where they are not windows of a stream."""
+def test_counts_from_headers_are_right(files, name):
+    """Tokens, and sequences if the files define them."""
     counted, source = count_source(files[name], SEQ_LEN), open_source(files[name], VOCAB)
 
     assert counted.tokens == source.tokens
@@ -130,16 +130,16 @@ def test_what_the_plan_counts_from_headers_is_what_is_there(files, name):
 
 
 @pytest.mark.parametrize("name", ["raw-uint16", "ds", "even-shards"])
-def test_every_source_can_be_handed_to_another_process(files, name):
-    """Workers that are started anew get it by pickle, also after it was read from here."""
+def test_every_source_can_be_pickled(files, name):
+    """Spawned workers receive it by pickle, also after a read."""
     source = open_source(files[name], VOCAB)
     here = rows(source)
 
     assert np.array_equal(rows(pickle.loads(pickle.dumps(source))), here)
 
 
-def test_fingerprints_follow_tokens_type_and_cut(files, tmp_path):
-    """The same content elsewhere is the same; a token, the number type or another way of cutting is not."""
+def test_fingerprints_depend_on_tokens_dtype_and_window_borders(files, tmp_path):
+    """A copy has the same one."""
     print_of = {name: open_source(each, VOCAB).fingerprint() for name, each in files.items()}
     (tmp_path / "elsewhere").mkdir()
     moved = open_source(write_all(tmp_path / "elsewhere")["ds"], VOCAB).fingerprint()
@@ -154,8 +154,10 @@ def test_fingerprints_follow_tokens_type_and_cut(files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["raw-uint16", "ds", "ds-wide", "even-shards", "headed"])
-def test_a_file_cut_short_is_refused(files, name):
-    """Every length that is no whole token, by the count for the plan and on open; .ds and sequences at any length."""
+def test_a_truncated_file_is_refused(files, name):
+    """By the count for the plan and on open: at every length that is not a whole number of tokens; .ds and sequences at
+    any length.
+    """
     path = Path(files[name].spec[0].replace("*", SHARDS[2]))
     whole = path.read_bytes()
     lengths = range(1, 40, 2) if name == "raw-uint16" else range(1, len(whole), 7)
@@ -171,14 +173,14 @@ def test_a_file_cut_short_is_refused(files, name):
 
 @pytest.mark.parametrize(("written", "read"), [("uint32", "uint16"), ("int64", "uint16"), ("int64", "uint32")])
 def test_a_dtype_narrower_than_the_file_is_refused(tmp_path, written, read):
-    """Halves of ids lie in the vocabulary, so that nothing but the zeros between them gives them away."""
+    """Halves of ids are in the vocabulary; only the zeros between them reveal the error."""
     write_raw(tmp_path / "x.bin", written)
 
     with pytest.raises(DataError, match=rf"x\.bin: every second id is 0 or less.*Is the dtype .*int.*, not {read} as"):
         open_source(TokenFiles((str(tmp_path / "x.bin"),), "raw", read), VOCAB)
 
 
-def test_a_narrower_dtype_is_told_for_a_large_vocabulary_too(tmp_path):
+def test_a_narrower_dtype_is_refused_for_a_large_vocabulary_too(tmp_path):
     """Llama 3's 128,256 ids need 17 bits: the upper halves are 0 and 1."""
     write_raw(tmp_path / "x.bin", "uint32", np.random.default_rng(0).integers(0, 128_256, size=1000))
 
@@ -187,7 +189,7 @@ def test_a_narrower_dtype_is_told_for_a_large_vocabulary_too(tmp_path):
 
 
 def test_a_dtype_wider_than_the_file_is_refused(tmp_path):
-    """Two ids read as one lie beyond any vocabulary; the message asks about the dtype."""
+    """Two ids read as one are outside any vocabulary; the message asks about the dtype."""
     write_raw(tmp_path / "x.bin", "uint16")
 
     with pytest.raises(DataError, match=r"x\.bin: token 0 has id \d+; allowed .* 256.* another dtype than uint32"):
@@ -195,7 +197,7 @@ def test_a_dtype_wider_than_the_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["raw-uint16", "ds", "even-shards", "headed"])
-def test_ids_beyond_the_vocabulary_are_refused_on_open(files, name):
+def test_ids_outside_the_vocabulary_are_refused_on_open(files, name):
     """The largest id of these tokens is 256."""
     with pytest.raises(DataError, match="has id 256; allowed are ids from 0 to 255"):
         open_source(files[name], 256)
@@ -210,7 +212,7 @@ def test_ids_beyond_the_vocabulary_are_refused_on_open(files, name):
     ],
 )
 def test_a_npy_header_is_compared_with_the_config(tmp_path, array, message):
-    """Its bytes are never taken for tokens."""
+    """Its bytes are never read as tokens."""
     np.save(tmp_path / "x.npy", array)
 
     with pytest.raises(DataError, match=message):
@@ -226,16 +228,16 @@ def test_a_npy_header_is_compared_with_the_config(tmp_path, array, message):
         ((), "the 0 tokens of its index"),
     ],
 )
-def test_a_ds_index_that_does_not_belong_to_its_file_is_refused(tmp_path, ends, message):
-    """Falling ends, and ends that disagree with the length."""
+def test_a_ds_index_that_does_not_match_its_file_is_refused(tmp_path, ends, message):
+    """Decreasing ends, and ends that disagree with the length."""
     write_ds(tmp_path / "x.ds", ends=ends)
 
     with pytest.raises(DataError, match=message):
         open_source(TokenFiles((str(tmp_path / "x.ds"),), "ds"), VOCAB)
 
 
-def test_a_ds_index_is_needed_and_its_length_checked(tmp_path):
-    """Missing, or cut inside an entry; files without documents are no harm."""
+def test_a_ds_index_is_required_and_its_length_checked(tmp_path):
+    """Missing, or truncated inside an entry; an index without documents is valid."""
     write_ds(tmp_path / "x.ds")
     write_ds(tmp_path / "empty.ds", tokens=(), ends=())
     both = TokenFiles((str(tmp_path / "*"),), "ds")
@@ -257,23 +259,23 @@ def test_a_ds_index_is_needed_and_its_length_checked(tmp_path):
         ((34,) * 20, "sequences of 34 tokens; allowed is training.seq_len . 1 = 17.*set training.seq_len = 33"),
     ],
 )
-def test_entries_of_another_length_are_no_sequences(tmp_path, sizes, message):
-    """Documents are not taken for sequences."""
+def test_entries_of_different_lengths_are_not_sequences(tmp_path, sizes, message):
+    """Documents are not accepted as sequences."""
     write_pair(tmp_path / "x", sizes)
 
     with pytest.raises(DataError, match=message):
         open_source(TokenFiles((str(tmp_path / "x"),), "presequenced", None, True), VOCAB).windows(SEQ_LEN)
 
 
-def test_sequences_of_another_length_than_the_runs_are_refused_by_the_plan(files):
-    """seq_len 2048 for sequences of 17: told from the first entry, and for bare files from the length."""
+def test_sequences_of_another_length_than_seq_len_are_refused_by_the_plan(files):
+    """seq_len 2048 for sequences of 17: seen in the first entry, and for headerless files in the length."""
     for name in CUT:
         with pytest.raises(DataError, match=r"training\.seq_len"):
             count_source(files[name], 2048)
 
 
-def test_files_that_are_not_there_or_named_twice_are_told(tmp_path):
-    """A path, a glob that matches nothing but the index, a file under two names of the spec."""
+def test_missing_files_and_files_named_twice_are_refused(tmp_path):
+    """A path, a glob that matches only the index, a file that two entries name."""
     write_ds(tmp_path / "x.ds")
     at = str(tmp_path)
     for spec, format_, message in [
@@ -285,8 +287,8 @@ def test_files_that_are_not_there_or_named_twice_are_told(tmp_path):
             open_source(TokenFiles(spec, format_, "uint16" if format_ == "raw" else None), VOCAB)
 
 
-def test_a_raw_file_cut_short_under_an_open_source_is_a_data_error(files):
-    """As with .bin: neither a crash nor other tokens."""
+def test_a_raw_file_truncated_while_it_is_open_is_a_data_error(files):
+    """As for .bin: the process neither crashes nor reads other tokens."""
     source = open_source(files["raw-uint16"], VOCAB)
     Path(files["raw-uint16"].spec[0]).write_bytes(b"\x00" * 100)
 
@@ -295,7 +297,7 @@ def test_a_raw_file_cut_short_under_an_open_source_is_a_data_error(files):
 
 
 @pytest.mark.parametrize("format_", ["raw", "ds", "presequenced"])
-def test_huge_files_are_counted_and_opened_at_once(tmp_path, format_):
+def test_huge_files_are_counted_and_opened_quickly(tmp_path, format_):
     """Half a terabyte of zeros in a sparse file: the plan takes milliseconds, opening reads no more than its scan."""
     tokens = 17 * 2**34
     with open(tmp_path / "x.ds", "wb") as file:
@@ -322,8 +324,8 @@ def config_with(tmp_path, english):
     return raw
 
 
-def test_a_stage_on_presequenced_data_sees_them_in_their_order_and_seeks(tmp_path):
-    """Step s of 4 sequences is sequences 4 s to 4 s + 3 of the file; taken up at step 5 it goes on with the 20th."""
+def test_a_stage_reads_presequenced_data_in_order_and_starts_at_any_step(tmp_path):
+    """Step s of 4 sequences is sequences 4 s to 4 s + 3 of the file; from step 5 it continues with sequence 20."""
     write_raw(tmp_path / "s.bin")
     table = {
         "train": str(tmp_path / "s.bin"),
@@ -353,8 +355,8 @@ def test_a_stage_on_presequenced_data_sees_them_in_their_order_and_seeks(tmp_pat
     assert np.array_equal(targets, TOKENS.reshape(40, 17)[20:22, 1:])
 
 
-def test_the_recipe_holds_what_decides_the_order_and_nothing_else(tmp_path):
-    """A shuffled stream has no entry, in whatever format, so that older checkpoints go on."""
+def test_the_recipe_contains_only_the_settings_that_determine_the_order(tmp_path):
+    """A shuffled stream of any format has no entry, so older checkpoints resume."""
     write_raw(tmp_path / "s.bin")
     at = {"train": str(tmp_path / "s.bin"), "dtype": "uint16"}
     recipes = []
@@ -371,7 +373,7 @@ def test_the_recipe_holds_what_decides_the_order_and_nothing_else(tmp_path):
 
 
 def test_a_resume_refuses_another_order_of_the_same_tokens(tmp_path):
-    """A run that began with windows as stored is not gone on with in shuffled ones."""
+    """A run that began with windows in stored order does not resume with shuffled ones."""
     raw = config_with(tmp_path, {"train": str(tmp_path / "en"), "order": "as_stored"})
     raw["stages"] = [{"name": "one", "dataset": "en", "steps": 2, "lr": {"schedule": "constant", "max": 1e-3}}]
     path = training.write_config(raw, tmp_path / "x.toml")
@@ -383,7 +385,7 @@ def test_a_resume_refuses_another_order_of_the_same_tokens(tmp_path):
     assert "stages.one.order.en: windows, as stored -> not set" in again.output
 
 
-def test_a_glob_that_takes_in_the_held_out_file_is_refused(tmp_path):
+def test_a_glob_that_includes_the_validation_file_is_refused(tmp_path):
     """nanoGPT's data/train.bin and data/val.bin under data/*.bin."""
     (tmp_path / "owt").mkdir()
     for name in ("train", "val"):
@@ -397,8 +399,8 @@ def test_a_glob_that_takes_in_the_held_out_file_is_refused(tmp_path):
         take_inventory(training.config_of(config_with(tmp_path, table)))
 
 
-def test_raw_files_that_are_not_there_yet_are_unknown_and_no_error(tmp_path):
-    """The plan works without the data."""
+def test_missing_raw_files_are_not_an_error_of_the_plan(tmp_path):
+    """Their counts are unknown."""
     config = training.config_of(config_with(tmp_path, {"train": "none.bin", "format": "raw", "dtype": "uint16"}))
 
     assert take_inventory(config).tokens["en"] is None
@@ -427,14 +429,14 @@ def test_raw_files_that_are_not_there_yet_are_unknown_and_no_error(tmp_path):
         ({"validation_format": "raw", "validation": "x"}, 'format = "raw" needs dtype'),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused(tmp_path, table, message):
-    """Each with its place and what is allowed."""
+def test_keys_that_exclude_each_other_are_refused(tmp_path, table, message):
+    """The message has the key and what is allowed."""
     with pytest.raises(ConfigError, match=f"datasets.en.*{message}|{message}"):
         training.config_of(config_with(tmp_path, {"train": "data/en"} | table))
 
 
 def test_with_domains_the_format_belongs_to_each_domain(tmp_path):
-    """One domain raw, one a pair; at the dataset's level it would say nothing."""
+    """One domain is raw, one a pair; a format of the dataset is refused."""
     write_raw(tmp_path / "web.bin")
     write_pair(tmp_path / "news")
     web = {"train": str(tmp_path / "web.bin"), "weight": 1.0, "format": "raw", "dtype": "uint16"}

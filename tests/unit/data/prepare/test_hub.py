@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: every text as it is stored, or refused with its place. Folders stand in."""
+"""Hugging Face datasets: every text as stored, or an error with its position. Local folders stand in."""
 
 import bz2
 import gzip
@@ -23,7 +23,7 @@ PACKERS = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compres
 
 @pytest.fixture
 def data_set(tmp_path, monkeypatch):
-    """A way to write a data set's files and to read its texts."""
+    """Write the files of a dataset and read its texts."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
 
     def read(split="", **files):
@@ -42,8 +42,8 @@ def parquet(texts):
     return file.getvalue()
 
 
-def test_strings_that_look_like_dates_or_numbers_are_left_alone(data_set):
-    """`datasets` makes times of the first file's texts."""
+def test_strings_that_look_like_dates_or_numbers_stay_strings(data_set):
+    """`datasets` would turn the first file's texts into timestamps."""
     dates = jsonl(TEXTS[:2]).encode()
     rest = jsonl(TEXTS[2:]).encode()
 
@@ -51,13 +51,13 @@ def test_strings_that_look_like_dates_or_numbers_are_left_alone(data_set):
 
 
 def test_a_number_among_texts_is_refused_with_its_line(data_set):
-    """`datasets` gives "a" and "b" in quotation marks then."""
+    """`datasets` would put quotation marks around "a" and "b"."""
     with pytest.raises(DataError, match=r"train\.jsonl:3: 'text' is 5; allowed is a string"):
         data_set(**{"train.jsonl": jsonl(["a", "b", 5]).encode()})
 
 
 def test_a_csv_keeps_its_texts(data_set):
-    """pandas makes 7.0 of 007, and nothing of NA and null."""
+    """pandas would turn 007 into 7.0, and NA and null into missing values."""
     content = "text,id\n" + "".join(f"{text},1\n" for text in ["007", "1.50", "NA", "null", "2024-01-01"])
 
     assert data_set(**{"train.csv": content.encode()}) == ["007", "1.50", "NA", "null", "2024-01-01"]
@@ -80,7 +80,7 @@ def test_json_arrays_and_files_with_a_byte_order_mark_are_read(data_set):
 
 
 def test_a_list_in_a_field_of_one_object_is_read(data_set):
-    """What the card of a data set calls `field`."""
+    """The dataset card calls the key `field`."""
     card = "---\nconfigs:\n- config_name: default\n  data_files: train.json\n  field: rows\n---\n"
     files = {"README.md": card.encode(), "train.json": json.dumps({"rows": [{"text": "a"}, {"text": "b"}]}).encode()}
 
@@ -88,13 +88,13 @@ def test_a_list_in_a_field_of_one_object_is_read(data_set):
 
 
 def test_json_of_another_encoding_or_in_an_archive_is_refused(data_set, tmp_path):
-    """By name, with what to do."""
+    """The message says what to do."""
     card = "---\nconfigs:\n- config_name: default\n  data_files: train.json\n  encoding: latin-1\n---\n"
     with pytest.raises(DataError, match="is in latin-1; download it and convert it to UTF-8"):
         data_set(**{"README.md": card.encode(), "train.json": jsonl(["\u00e4"]).encode()})
 
 
-def test_a_split_that_is_not_there_names_those_that_are(data_set):
+def test_a_missing_split_is_refused_with_the_names_of_the_others(data_set):
     """Before anything is read."""
     with pytest.raises(DataError, match="has no split 'dev'; its splits are train"):
         data_set("::dev", **{"train.jsonl": jsonl(["a"]).encode()})
@@ -102,8 +102,8 @@ def test_a_split_that_is_not_there_names_those_that_are(data_set):
 
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("kept", ["half", "all but one byte", "nothing"])
-def test_a_packed_file_that_was_cut_short_is_refused(data_set, suffix, kept):
-    """`datasets` takes a shortened .zst for a whole one."""
+def test_an_incomplete_compressed_file_is_refused(data_set, suffix, kept):
+    """`datasets` accepts a truncated .zst."""
     whole = PACKERS[suffix](jsonl([f"{number * 7919 % 1000:05}" for number in range(500)]).encode())
     length = {"half": len(whole) // 2, "all but one byte": len(whole) - 1, "nothing": 0}[kept]
 
@@ -112,22 +112,22 @@ def test_a_packed_file_that_was_cut_short_is_refused(data_set, suffix, kept):
         data_set(**files)
 
 
-def test_a_packed_file_of_another_format_that_was_cut_short_is_refused(data_set):
-    """The second of two frames of a .txt.zst, which the library reads itself."""
+def test_an_incomplete_compressed_file_of_another_format_is_refused(data_set):
+    """The second of two frames of a .txt.zst, which `datasets` reads itself."""
     frames = zstandard.compress(b"one\n") + zstandard.compress(b"two\n" * 1000)
     with pytest.raises(DataError, match=r"train\.txt\.zst: ends within a zstd frame"):
         data_set(**{"train.txt.zst": frames[:-4]})
 
 
-def test_several_frames_are_read_to_the_last(data_set):
-    """Packed in parts, as pzstd and cat do it."""
+def test_all_zstd_frames_of_a_file_are_read(data_set):
+    """pzstd and cat write several."""
     frames = b"".join(zstandard.compress(jsonl([text]).encode()) for text in TEXTS)
 
     assert data_set(**{"train.jsonl.zst": frames}) == TEXTS
 
 
-def test_files_with_an_address_are_opened_where_they_are():
-    """As hf:// and https:// are: by fsspec."""
+def test_files_with_a_url_are_streamed():
+    """As hf:// and https://, through fsspec."""
     with fsspec.open("memory://folder/a.jsonl", "wb") as file:
         file.write(b"content")
 
@@ -135,8 +135,8 @@ def test_files_with_an_address_are_opened_where_they_are():
         assert file.read() == b"content"
 
 
-def test_a_name_that_is_not_here_is_said_before_the_hub_is_asked(tmp_path, monkeypatch, capsys):
-    """With what has nearly that name here; the error says it again. No network: the hub is switched off."""
+def test_a_name_without_a_local_folder_is_reported_before_the_hub_is_contacted(tmp_path, monkeypatch, capsys):
+    """With similar names of local folders; the error repeats it. The hub is offline here."""
     import datasets
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What `prepare` and a run's own preparation replace: their own files, and never an input or a file of the user's."""
+"""Which files `prepare` replaces: only those that it wrote, never an input or another file of the user."""
 
 import errno
 import json
@@ -93,7 +93,7 @@ def config_of(
 
 
 def spelled(folder: Path, how: str) -> str:
-    """Another name of german.json, which `prepare --output german` would replace."""
+    """Another name of german.json, which `prepare --output german` would overwrite."""
     whole = folder / "german.json"
     (folder / "d").mkdir()
     if how == "symbolic link":
@@ -107,8 +107,8 @@ def spelled(folder: Path, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["itself", "detour", "linked folder", "symbolic link", "hard link"])
 @pytest.mark.parametrize("force", [False, True])
-def test_an_input_at_the_place_of_the_record_stays(tmp_path, how, force):
-    """Under every spelling, with --force too, from the command and from a run's own preparation."""
+def test_an_input_that_the_record_would_overwrite_is_refused(tmp_path, how, force):
+    """Under every spelling, also with --force, from the command and from a run."""
     (tmp_path / "german.json").write_text(jsonl(words(9)))
     name = spelled(tmp_path, how)
     config = config_of(tmp_path, str(tmp_path / "german"), name)
@@ -121,8 +121,8 @@ def test_an_input_at_the_place_of_the_record_stays(tmp_path, how, force):
     assert snapshot(tmp_path) == before
 
 
-def test_a_tokenizer_or_an_input_among_the_unfinished_parts_stays(data):
-    """The tokenizer's file is an input; so is a text in PREFIX.partial under a name of ours."""
+def test_a_tokenizer_or_an_input_in_the_partial_folder_is_refused(data):
+    """The tokenizer's file is an input; so is a text in PREFIX.partial with the name of a part."""
     train_bpe(words(500), 300, data / "out.json")
     (data / "other.partial").mkdir()
     text = data / "other.partial" / "0123456789abcdef0123456789abcdef.json"
@@ -136,9 +136,9 @@ def test_a_tokenizer_or_an_input_among_the_unfinished_parts_stays(data):
     assert snapshot(data) == before
 
 
-def test_an_independent_validation_pair_stays(data):
-    """One made by a preparation of its own is never removed: not by one without a hold-out, which does not need its
-    name, nor by one with a hold-out and --force, which is refused; nor where nothing says who made it.
+def test_an_independent_validation_pair_is_never_removed(data):
+    """A pair with its own record is not removed by a run without a hold-out, which does not need its name, nor by one
+    with a hold-out and --force, which is refused. The same if it has no record.
     """
     (data / "v.jsonl").write_text(jsonl(words(7, seed=5)))
     run([data / "v.jsonl"], data / "german-validation")
@@ -162,8 +162,8 @@ def test_an_independent_validation_pair_stays(data):
 
 
 @pytest.mark.parametrize("lost", ["out.bin", "out.idx", "out-validation.bin", "out-validation.idx"])
-def test_a_part_of_an_output_that_is_gone_is_made_again(data, lost):
-    """Nothing can be lost by it, and without it the same command would be refused for ever."""
+def test_a_missing_file_of_an_output_is_made_again(data, lost):
+    """Otherwise the same command would always be refused."""
     run([data / "a.jsonl"], data / "out", holdout=0.3)
     before = {path.name: path.read_bytes() for path in data.glob("out*")}
     (data / lost).unlink()
@@ -173,8 +173,8 @@ def test_a_part_of_an_output_that_is_gone_is_made_again(data, lost):
 
 
 @pytest.mark.parametrize("damaged", ["out.bin", "out.idx", "out-validation.bin", "out-validation.idx"])
-def test_a_part_of_an_output_that_is_damaged_is_made_again_with_force_as_the_message_says(data, damaged):
-    """Someone may have changed it on purpose: without --force it stays."""
+def test_a_damaged_output_is_made_again_only_with_force(data, damaged):
+    """The user may have changed it on purpose."""
     run([data / "a.jsonl"], data / "out", holdout=0.3)
     before = {path.name: path.read_bytes() for path in data.glob("out*")}
     (data / damaged).write_bytes(before[damaged][:-2])
@@ -186,8 +186,8 @@ def test_a_part_of_an_output_that_is_damaged_is_made_again_with_force_as_the_mes
     assert {path.name: path.read_bytes() for path in data.glob("out*")} == before
 
 
-def test_a_full_disk_names_where_it_is_full(data):
-    """The system's error of a write has no path in it; the same for the tokenizer's file."""
+def test_a_full_disk_error_names_the_path(data):
+    """The system's write error has no path; the same for the tokenizer's file."""
     (data / "big.jsonl").write_text(json.dumps({"text": "x" * 20_000}) + "\n")
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); "
@@ -203,8 +203,8 @@ def test_a_full_disk_names_where_it_is_full(data):
         assert (done.returncode, named in done.stderr) == (2, True), done.stderr
 
 
-def test_inputs_without_text_are_an_error_in_words(data):
-    """No private name of a class is printed."""
+def test_inputs_without_text_are_an_error(data):
+    """The message has no private class name."""
     (data / "void.jsonl").write_text("")
     with pytest.raises(DataError, match=r"^the inputs contain no text: no document$") as refused:
         run([data / "void.jsonl"], data / "out")
@@ -213,8 +213,8 @@ def test_inputs_without_text_are_an_error_in_words(data):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_is_held_out_of_another_output_is_not_an_output(data, force):
-    """PREFIX-validation belongs to PREFIX where the record of PREFIX says so, and to itself where it does not."""
+def test_the_validation_prefix_of_another_output_is_refused(data, force):
+    """PREFIX-validation belongs to PREFIX if the record of PREFIX says so."""
     run([data / "a.jsonl"], data / "german", holdout=0.2)
     run([data / "a.jsonl"], data / "pile")
     before = snapshot(data)
@@ -228,8 +228,8 @@ def test_what_is_held_out_of_another_output_is_not_an_output(data, force):
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("name", ["out.json", "out.bin", "out.idx", "out-validation.idx", "out.partial/notes.txt"])
-def test_files_of_unknown_origin_in_the_way_are_named_and_stay(data, name, force):
-    """Whatever of an output's names is taken, before anything is tokenized and with --force too."""
+def test_files_that_prepare_did_not_write_are_never_replaced(data, name, force):
+    """Under any name of the output, before anything is tokenized, also with --force."""
     (data / name).parent.mkdir(exist_ok=True)
     (data / name).write_text("mine")
     before = snapshot(data)
@@ -239,8 +239,8 @@ def test_files_of_unknown_origin_in_the_way_are_named_and_stay(data, name, force
     assert snapshot(data) == before
 
 
-def test_a_pair_that_is_not_the_one_of_the_record_stays(data):
-    """Another pair under the name of an older one, whose record is left: other numbers of tokens give it away."""
+def test_a_pair_that_the_record_does_not_describe_is_not_replaced(data):
+    """The number of tokens differs from the record."""
     run([data / "a.jsonl"], data / "out", holdout=0.2)
     (data / "v.jsonl").write_text(jsonl(words(7, seed=5)))
     run([data / "v.jsonl"], data / "mine")
@@ -272,16 +272,16 @@ def test_an_output_of_commit_987a5cd_is_recognized(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out.bin", "out.idx", "out.json"}
 
 
-def test_the_record_of_the_output_is_not_taken_for_text_by_a_glob(tmp_path):
-    """The same command with data/*.json does nothing the second time, though PREFIX.json matches now."""
+def test_the_record_of_the_output_is_not_an_input(tmp_path):
+    """The same command with data/*.json does nothing the second time, although PREFIX.json matches."""
     (tmp_path / "a.json").write_text(jsonl(words(9)))
     assert not run([tmp_path / "*.json"], tmp_path / "out").already_done
 
     assert run([tmp_path / "*.json"], tmp_path / "out").already_done
 
 
-def test_a_tokenizer_is_replaced_with_force_only(data):
-    """The same training again changes nothing; another one, or a file that is not a tokenizer, is refused."""
+def test_a_tokenizer_is_replaced_only_with_force(data):
+    """The same training again changes nothing; another tokenizer, or another file, is refused."""
     other = data / "b.jsonl"
     other.write_text(jsonl([text.upper() for text in words(60)]))
     path = data / "tokenizer.json"
@@ -311,7 +311,7 @@ def test_a_tokenizer_is_replaced_with_force_only(data):
 
 @pytest.mark.parametrize("train", ["x.bin", "x.idx", "x"])
 def test_a_source_prepares_the_pair_that_training_reads(data, train):
-    """data/x.bin means the pair data/x for the reader, so it does for what is written; with a hold-out too."""
+    """data/x.bin means the pair data/x for reading and for writing; also with a hold-out."""
     lines: list[str] = []
     for is_first in (True, False):
         config = config_of(
@@ -329,8 +329,8 @@ def test_a_source_prepares_the_pair_that_training_reads(data, train):
     }  # fmt: skip
 
 
-def test_finished_parts_stay_and_what_is_of_no_use_goes(data, small_chunks):
-    """A fault late in the text keeps PREFIX.partial and names it; one in the first part, or an empty side, does not."""
+def test_finished_parts_stay_and_useless_ones_are_removed(data, small_chunks):
+    """An error late in the text keeps PREFIX.partial and names it; one in the first part, or no documents, does not."""
     lines = (data / "a.jsonl").read_text().splitlines()
     (data / "late.jsonl").write_text("\n".join([*lines, "{"]))
     (data / "early.jsonl").write_text("{\n")
@@ -347,8 +347,8 @@ def test_finished_parts_stay_and_what_is_of_no_use_goes(data, small_chunks):
     assert [path.name for path in data.glob("*.partial")] == ["late.partial"]
 
 
-def test_without_a_terminal_a_line_tells_now_and_then_how_far_it_is(data, small_chunks, monkeypatch, capsys):
-    """On stderr, with the share of the input; the last line names both outputs and the tokenizer."""
+def test_without_a_terminal_progress_is_a_line_now_and_then(data, small_chunks, monkeypatch, capsys):
+    """On stderr, with the fraction of the input; the last line names both outputs and the tokenizer."""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     result = run([data / "a.jsonl"], data / "out", holdout=0.2, show_progress=True)
     lines = capsys.readouterr().err.splitlines()
@@ -381,8 +381,8 @@ def test_a_folder_as_output_is_refused(data, arguments, message):
     assert snapshot(data) == before
 
 
-def test_a_folder_as_input_is_told_how_to_name_its_files(data):
-    """By what it holds, at the top or one level down."""
+def test_a_folder_as_input_is_refused_with_globs_for_its_files(data):
+    """At its top or one level down."""
     (data / "raw" / "txt").mkdir(parents=True)
     (data / "raw" / "txt" / "1.txt").write_text("a")
     (data / "raw" / "txt" / "1.jsonl.gz").write_text("a")
@@ -396,8 +396,8 @@ def test_a_folder_as_input_is_told_how_to_name_its_files(data):
             run([f"{data}/{name}"], data / "out")
 
 
-def test_bytes_by_default_are_stated_and_bytes_on_purpose_are_not(data):
-    """Before the work, and in the last line in either case."""
+def test_the_byte_tokenizer_is_announced_if_it_is_the_default(data):
+    """Before the work, and always in the last line."""
     by_default = titan("prepare", "--input", "a.jsonl", "--output", "x", cwd=data)
     on_purpose = titan("prepare", "--input", "a.jsonl", "--output", "y", "--tokenizer", "bytes", cwd=data)
 
@@ -407,8 +407,8 @@ def test_bytes_by_default_are_stated_and_bytes_on_purpose_are_not(data):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_ends_prepare_in_a_line_and_the_same_command_resumes(tmp_path, workers):
-    """130 in a shell, no traceback from any process; what is finished is used."""
+def test_ctrl_c_prints_one_line_and_the_same_command_resumes(tmp_path, workers):
+    """Status 130 in a shell, no traceback from any process; finished parts are used."""
     (tmp_path / "a.jsonl").write_text(jsonl(words(1500)))
     script = tmp_path / "titan.py"
     script.write_text(
@@ -455,8 +455,8 @@ def test_ctrl_c_ends_prepare_in_a_line_and_the_same_command_resumes(tmp_path, wo
         ("n" * 245, errno.ENAMETOOLONG),
     ],
 )
-def test_a_place_that_cannot_be_written_is_a_message(data, path, number):
-    """Before anything is tokenized: also where only the name of the held-out pair would be too long."""
+def test_an_output_that_cannot_be_written_is_an_error(data, path, number):
+    """Before anything is tokenized, also if only the name of the validation pair is too long."""
     (data / "file").write_text("mine")
     (data / "loop").symlink_to(data / "loop")
     before = snapshot(data)

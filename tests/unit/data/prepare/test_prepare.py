@@ -1,4 +1,4 @@
-"""Text to .bin/.idx: every format, faults with their place, the same bytes from any number of processes and runs."""
+"""Text to .bin/.idx: every format, errors with file and line, the same bytes from any number of processes."""
 
 import bz2
 import gzip
@@ -59,7 +59,7 @@ def write_parquet(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_every_format_gives_its_documents_in_order(tmp_path, name, write):
-    """Plain and packed, with and without a last line end, as lines, arrays and columns."""
+    """Plain and compressed, with and without a last line end, as lines, arrays and columns."""
     write(tmp_path / name)
     result = run([tmp_path / name], tmp_path / "out")
 
@@ -69,8 +69,8 @@ def test_every_format_gives_its_documents_in_order(tmp_path, name, write):
     assert result.counts.tokens == result.counts.bytes + 4
 
 
-def test_text_files_are_a_document_each_and_globs_are_sorted(tmp_path):
-    """Among other formats too, a byte order mark left off, line ends as they are."""
+def test_text_files_are_one_document_each_and_globs_are_sorted(tmp_path):
+    """Among other formats too; a byte order mark is dropped, line ends are kept."""
     for number, text in [(2, "two\r\n"), (1, "\ufeffone"), (3, "three")]:
         (tmp_path / f"{number}.txt").write_bytes(text.encode())
     (tmp_path / "4.txt.gz").write_bytes(gzip.compress(b"four"))
@@ -80,7 +80,7 @@ def test_text_files_are_a_document_each_and_globs_are_sorted(tmp_path):
     assert documents_of(tmp_path / "out") == ["one", "two\r\n", "json", "three", "four"]
 
 
-def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypatch):
+def test_hub_datasets_are_streamed(tmp_path, monkeypatch):
     """A local folder stands for a name on the hub; another split is another part; changed data is another input."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "set").mkdir()
@@ -106,8 +106,8 @@ def test_data_sets_are_streamed_through_the_datasets_library(tmp_path, monkeypat
         run([f"{name}/train.jsonl"], tmp_path / "other")
 
 
-def test_empty_documents_are_left_out_and_counted(tmp_path):
-    """Empty ones and those of nothing but white space."""
+def test_empty_documents_are_skipped_and_counted(tmp_path):
+    """Also those of only white space."""
     (tmp_path / "a.jsonl").write_text(jsonl(["", "a", " \n\t ", "b"]))
     result = run([tmp_path / "a.jsonl"], tmp_path / "out")
 
@@ -154,8 +154,8 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
         (None, b"", r"none\.txt: no such file"),
     ],
 )  # fmt: skip
-def test_faults_of_the_input_name_file_and_line(tmp_path, name, content, message):
-    """A DataError with place, finding and what is allowed; nothing that looks like an output is left."""
+def test_invalid_input_is_named_with_file_and_line(tmp_path, name, content, message):
+    """A DataError with what was found and what is allowed; no file that looks like an output remains."""
     if name:
         (tmp_path / name).write_bytes(content)
 
@@ -164,7 +164,7 @@ def test_faults_of_the_input_name_file_and_line(tmp_path, name, content, message
     assert not list(tmp_path.glob("out.[!p]*"))
 
 
-def test_a_fault_far_into_a_file_names_its_line_from_a_worker_too(tmp_path, small_chunks):
+def test_errors_in_workers_have_line_numbers_of_the_whole_file(tmp_path, small_chunks):
     """Line numbers count through the chunks."""
     lines = jsonl(words(300)).splitlines()
     lines[250] = "{"
@@ -176,7 +176,7 @@ def test_a_fault_far_into_a_file_names_its_line_from_a_worker_too(tmp_path, smal
 
 
 def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
-    """Nobody can tell which one is meant; the first was read in silence."""
+    """`prepare` cannot know which one is meant."""
     table = pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
 
@@ -185,7 +185,7 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
 
 
 def test_parquet_columns_and_nulls_are_checked(tmp_path):
-    """A missing column names those there are; a null names its row."""
+    """The message for a missing column lists the columns; a null is named with its row."""
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None], "id": [1, 2]}), tmp_path / "a.parquet")
 
     with pytest.raises(DataError, match="no column 'text'; its columns are body, id"):
@@ -219,8 +219,8 @@ def test_options_out_of_range_and_inputs_named_twice_are_refused(tmp_path):
     cuts=st.lists(st.integers(1, 200), max_size=30),
     target=st.integers(1, 300),
 )
-def test_where_chunks_end_depends_on_the_content_and_not_on_how_it_is_read(lines, cuts, target):
-    """Blocks of any lengths give the same chunks: whole lines, with their numbers, nothing lost."""
+def test_chunk_borders_depend_only_on_the_content(lines, cuts, target):
+    """Blocks of any lengths give the same chunks: whole lines with their numbers."""
     content = b"\n".join(lines) + b"\nlast"
     blocks, start = [], 0
     for cut in [*cuts, len(content)]:
@@ -239,15 +239,15 @@ def test_where_chunks_end_depends_on_the_content_and_not_on_how_it_is_read(lines
     ]
 
 
-def test_chunks_follow_the_size_of_the_file(tmp_path, monkeypatch):
-    """About 64 a file between the bounds, however many workers there are."""
+def test_the_chunk_size_depends_on_the_size_of_the_file(tmp_path, monkeypatch):
+    """About 64 per file within the bounds, however many workers there are."""
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(jsonl(words(2000)))
 
     assert 60 <= len(list(read_chunks(find_inputs([str(tmp_path / "a.jsonl")]), "text"))) <= 70
 
 
-def test_the_number_of_workers_does_not_show_in_the_output(tmp_path, small_chunks):
+def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path, small_chunks):
     """One process and two, byte for byte, with a trained tokenizer and a hold-out."""
     inputs = make_inputs(tmp_path)
     train_bpe(words(500), 300, tmp_path / "tokenizer.json")
@@ -263,8 +263,8 @@ def test_the_number_of_workers_does_not_show_in_the_output(tmp_path, small_chunk
     assert results[0][0].chunks > 20
 
 
-def test_chunks_do_not_show_in_the_output(tmp_path, monkeypatch):
-    """One chunk a file and many: the same bytes, in the order of the inputs."""
+def test_the_output_does_not_depend_on_the_chunks(tmp_path, monkeypatch):
+    """One chunk per file and many: the same bytes, in the order of the inputs."""
     inputs = make_inputs(tmp_path)
     whole = run(inputs, tmp_path / "whole")
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 1500)
@@ -279,7 +279,7 @@ def test_chunks_do_not_show_in_the_output(tmp_path, monkeypatch):
         assert (tmp_path / f"whole{suffix}").read_bytes() == (tmp_path / f"cut{suffix}").read_bytes()
 
 
-def test_the_held_out_share_is_as_asked_and_told_by_the_text_alone(tmp_path):
+def test_the_validation_share_is_as_requested_and_depends_only_on_the_text(tmp_path):
     """Within five standard deviations; the same documents in any order; duplicates on one side; larger shares contain
     smaller ones; together both sides are everything.
     """
@@ -302,7 +302,7 @@ def test_the_held_out_share_is_as_asked_and_told_by_the_text_alone(tmp_path):
 
 
 def test_a_hold_out_that_would_be_empty_is_refused(tmp_path):
-    """Validation on nothing is found now and not in training."""
+    """Before training would find no validation data."""
     (tmp_path / "a.txt").write_text("a")
 
     with pytest.raises(DataError, match=r"--holdout 1e-09 makes 0 of 1 documents validation data"):
@@ -322,7 +322,7 @@ def test_a_tokenizer_file_that_changed_is_read_again(tmp_path):
 
 
 def test_a_tokenizer_file_that_changes_during_a_run_is_refused(tmp_path):
-    """A shard is never made with another tokenizer than the record names."""
+    """A shard is never made with another tokenizer than that in the record."""
     train_bpe(words(300), 262, tmp_path / "tokenizer.json")
     job = shards.TokenizeJob(str(tmp_path / "tokenizer.json"), "0" * 64, "text", 0.0, tmp_path)
 
@@ -338,8 +338,8 @@ def word_level(folder: Path) -> str:
     return str(folder / "words.json")
 
 
-def test_what_becomes_the_unknown_token_is_counted_and_said(tmp_path, small_chunks):
-    """Characters, documents, and which characters most; over all chunks and workers, held-out documents included."""
+def test_characters_that_become_the_unknown_token_are_counted(tmp_path, small_chunks):
+    """Characters, documents and the most frequent characters, over all chunks and workers, with validation data."""
     documents = ["one two", "one xx", "xy two x\u00e9", *["one"] * 60]
     (tmp_path / "a.jsonl").write_text(jsonl(documents))
     results = [
@@ -358,7 +358,7 @@ def test_what_becomes_the_unknown_token_is_counted_and_said(tmp_path, small_chun
     assert again.counts == counts
 
 
-def test_what_a_bpe_without_an_unknown_token_leaves_out_is_counted_too(tmp_path):
+def test_characters_that_a_bpe_without_an_unknown_token_drops_are_counted_too(tmp_path):
     """It drops characters without a trace."""
     library = Tokenizer(
         models.BPE({token: number for number, token in enumerate(["</s>", "a", "b", "ab"])}, [("a", "b")])
@@ -372,7 +372,7 @@ def test_what_a_bpe_without_an_unknown_token_leaves_out_is_counted_too(tmp_path)
 
 
 def test_nothing_is_lost_with_bytes_and_byte_level_tokenizers(tmp_path):
-    """And nothing is said of it."""
+    """And there is no note."""
     train_bpe(words(300), 262, tmp_path / "tokenizer.json")
     (tmp_path / "a.jsonl").write_text(jsonl(["\u00e9\u4e2d \x00"]))
     for tokenizer in ("bytes", str(tmp_path / "tokenizer.json")):

@@ -1,4 +1,4 @@
-"""What prepare says of a tokenizer: what it loses of any text, BPE dropout, another end of documents beside it."""
+"""Notes about a tokenizer: features of texts that it loses, BPE dropout, another EOS token in tokenizer_config.json."""
 
 import json
 
@@ -40,8 +40,8 @@ def saved(folder, *, normalizer=None, before=None, dropout=None):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_tokenizer_removes_from_every_text_is_said(tmp_path, parts, lost):
-    """Two texts that differ in nothing else have the same ids."""
+def test_features_that_a_tokenizer_loses_are_noted(tmp_path, parts, lost):
+    """Two texts that differ only in the feature have the same ids."""
     notes = tokenizer_notes(load_tokenizer(saved(tmp_path, **parts)))
 
     assert any(f"removes {lost} from every text" in note for note in notes)
@@ -49,12 +49,12 @@ def test_what_a_tokenizer_removes_from_every_text_is_said(tmp_path, parts, lost)
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()])
 def test_a_tokenizer_that_loses_nothing_has_no_note(tmp_path, normalizer):
-    """The normal form C keeps what is a character of its own; the byte tokenizer keeps everything."""
+    """NFC normalization loses no characters; the byte tokenizer keeps everything."""
     assert tokenizer_notes(load_tokenizer(saved(tmp_path, normalizer=normalizer))) == []
     assert tokenizer_notes(load_tokenizer("bytes")) == []
 
 
-def test_bpe_dropout_is_off_and_said(tmp_path):
+def test_bpe_dropout_is_disabled_and_noted(tmp_path):
     """With a dropout of 0.9 the library would almost never make the second merge 40 times."""
     ours = load_tokenizer(saved(tmp_path, dropout=0.9))
 
@@ -63,7 +63,7 @@ def test_bpe_dropout_is_off_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
-def test_another_end_of_text_beside_the_tokenizer_is_said(tmp_path, form):
+def test_another_eos_token_in_tokenizer_config_is_noted(tmp_path, form):
     """Instruction-tuned releases name the end of a turn; older files write the token as an object."""
     path = saved(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": form}))

@@ -1,4 +1,4 @@
-"""Special tokens: text never becomes one, whatever the model type; ids are those of the `tokenizers` library."""
+"""Special tokens: no text becomes one, whatever the model type; ids are those of the `tokenizers` library."""
 
 import json
 
@@ -27,7 +27,7 @@ def added(*tokens):
 
 
 def saved(folder, model, tokens=(), pre_tokenizer=None, normalizer=None):
-    """The path of a tokenizer.json with these added tokens, whatever ids the library would give them."""
+    """Path of a tokenizer.json with these added tokens, whatever ids the library would assign."""
     library = Tokenizer(model)
     if pre_tokenizer is not None:
         library.pre_tokenizer = pre_tokenizer
@@ -52,8 +52,8 @@ def letters(text, first=259):
 
 @pytest.mark.parametrize("fallback", [True, False])
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_unigram_model_takes_names_of_special_and_byte_tokens_for_text(tmp_path, fallback, declared):
-    """</s>, <s>, <unk> and <0x0A> are spelled in letters; the file need not even list them as added tokens."""
+def test_a_unigram_model_encodes_names_of_special_and_byte_tokens_as_text(tmp_path, fallback, declared):
+    """</s>, <s>, <unk> and <0x0A> are spelled in letters, even if the file does not list them as added tokens."""
     ours = load_tokenizer(unigram(tmp_path, fallback=fallback, declared=declared))
 
     for text in ("</s>", "a<s>b", "<unk><unk>", "a<0xA>"):
@@ -63,8 +63,8 @@ def test_a_unigram_model_takes_names_of_special_and_byte_tokens_for_text(tmp_pat
     assert ours.encode_documents(["</s>"]).ids.tolist() == [*letters("</s>"), 2]
 
 
-def test_the_fallback_to_bytes_still_works_beside_the_name_of_a_byte(tmp_path):
-    """A real newline and an unknown letter become bytes in the same text in which <0x0A> is spelled."""
+def test_byte_fallback_works_in_a_text_with_the_name_of_a_byte(tmp_path):
+    """A newline and an unknown letter become bytes in the same text in which <0x0A> is spelled."""
     ours = load_tokenizer(unigram(tmp_path, fallback=True))
     e_acute = [3 + 0xC3, 3 + 0xA9]
 
@@ -73,8 +73,8 @@ def test_the_fallback_to_bytes_still_works_beside_the_name_of_a_byte(tmp_path):
     assert ours.encode_documents(["\u00e9", "<unk>"]).lost == {}
 
 
-def test_names_that_come_about_by_normalizing_are_text_as_well(tmp_path):
-    """Full-width characters are the plain ones after NFKC."""
+def test_names_that_normalization_produces_are_text_too(tmp_path):
+    """NFKC turns full-width characters into plain ones."""
     wide = "".join(chr(ord(letter) + 0xFEE0) for letter in "<0x0A>")
     ours = load_tokenizer(unigram(tmp_path, fallback=True, normalizer=normalizers.NFKC()))
 
@@ -83,7 +83,7 @@ def test_names_that_come_about_by_normalizing_are_text_as_well(tmp_path):
 
 
 def test_a_word_level_model_does_not_know_the_names_of_its_special_tokens(tmp_path):
-    """They are words like others that it lacks."""
+    """They are unknown words."""
     vocab = {"<unk>": 0, "</s>": 1, "a": 2, "<s>": 3}
     path = saved(tmp_path, models.WordLevel(vocab, unk_token="<unk>"), (), pre_tokenizers.WhitespaceSplit())
 
@@ -91,7 +91,7 @@ def test_a_word_level_model_does_not_know_the_names_of_its_special_tokens(tmp_pa
 
 
 def test_a_word_piece_model_does_not_know_the_names_of_its_special_tokens(tmp_path):
-    """[CLS] as a word of its own, and </s>, which is no more than in the vocabulary."""
+    """[CLS] as a word, and </s>, which is only in the vocabulary."""
     vocab = {"[UNK]": 0, "[CLS]": 1, "a": 2, "##b": 3, "</s>": 4}
     model = models.WordPiece(vocab, unk_token="[UNK]")
     path = saved(tmp_path, model, [("[UNK]", 0, True), ("[CLS]", 1, True)], pre_tokenizers.WhitespaceSplit())
@@ -113,8 +113,8 @@ def test_a_bpe_does_not_merge_letters_into_a_special_token(tmp_path, whole):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_byte_level_bpe_through_tiktoken_does_not_either(tmp_path, whole):
-    """Its pattern does not cut before a name of letters only."""
+def test_a_byte_level_bpe_in_tiktoken_does_not_merge_letters_into_a_special_token(tmp_path, whole):
+    """Its pattern does not split before a name of only letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*alphabet, "en", "end", "<|endoftext|>"])}
     model = models.BPE(vocab, [("e", "n"), ("en", "d")], ignore_merges=whole)
@@ -126,8 +126,8 @@ def test_a_byte_level_bpe_through_tiktoken_does_not_either(tmp_path, whole):
     assert ours.encode("end") == [vocab["en"], vocab["d"]]
 
 
-def test_a_byte_name_that_a_bpe_cannot_tell_from_the_byte_is_refused_and_bytes_are_not(tmp_path):
-    """Fallback to bytes and ignore_merges at once; no such file is known, and none may lie in silence."""
+def test_a_byte_name_that_a_bpe_cannot_distinguish_from_the_byte_is_refused(tmp_path):
+    """Byte fallback and ignore_merges together; no such file is known. Real bytes are accepted."""
     vocab = {token: number for number, token in enumerate([*BYTE_NAMES, "</s>", "a"])}
     path = saved(tmp_path, models.BPE(vocab, [], ignore_merges=True, byte_fallback=True), [("</s>", 256, True)])
     ours = load_tokenizer(path)
@@ -137,8 +137,8 @@ def test_a_byte_name_that_a_bpe_cannot_tell_from_the_byte_is_refused_and_bytes_a
         ours.encode("<0x0A>")
 
 
-def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monkeypatch):
-    """Were the names not hidden from the model, opening the tokenizer would say so."""
+def test_opening_a_tokenizer_finds_a_text_that_becomes_a_special_token(tmp_path, monkeypatch):
+    """If the names were not hidden from the model."""
     monkeypatch.setattr(
         "titan_cpt.data.tokenizer.tokenizer.keep_text_as_text",
         lambda spec, eod: GuardedSpec(spec, {"</s>": 2}, 0, ()),
@@ -148,8 +148,8 @@ def test_the_self_check_sees_a_special_token_that_a_text_becomes(tmp_path, monke
         load_tokenizer(unigram(tmp_path, fallback=False)).encode("plain text")
 
 
-def test_the_self_check_sees_it_of_any_backend():
-    """Not only of the `tokenizers` library: whatever is used is asked."""
+def test_opening_a_tokenizer_checks_every_backend():
+    """Not only the `tokenizers` library."""
     guarded = GuardedSpec({}, {"<|endoftext|>": 256}, None, ())
     wrong = backends.BytesBackend([bytes([byte]) for byte in range(256)])
     wrong.encode = lambda texts: huggingface_backend.Encoded(np.array([256]), np.array([1]), {})
@@ -190,8 +190,8 @@ BASE = {"a": 0, "b": 1, "</s>": 2}
         ([("", 3, True)], "'' has id 3 in the file, but none in the library"),
     ],
 )
-def test_added_tokens_that_the_library_numbers_otherwise_are_refused(tmp_path, tokens, message):
-    """Gaps, disorder, an id of the vocabulary, duplicates: refused on open and by the plan."""
+def test_added_tokens_with_other_ids_in_the_library_are_refused(tmp_path, tokens, message):
+    """Gaps, disorder, an id of the vocabulary, duplicates: on open and by the plan."""
     path = saved(tmp_path, models.BPE(BASE, []), tokens)
     library = Tokenizer.from_file(path)
 
@@ -210,8 +210,8 @@ def test_added_tokens_that_the_library_numbers_otherwise_are_refused(tmp_path, t
         ({"a": 0, "</s>": 9}, [("</s>", 9, True), ("<x>", 2, False), ("<y>", 3, True)]),
     ],
 )
-def test_added_tokens_that_the_library_numbers_alike_are_taken(tmp_path, vocab, tokens):
-    """Vocabularies with holes too: size, ids and the end of a document are the library's."""
+def test_added_tokens_with_the_same_ids_in_the_library_are_accepted(tmp_path, vocab, tokens):
+    """Also in vocabularies with unused ids: size, ids and end of document are the library's."""
     path = saved(tmp_path, models.BPE(vocab, []), tokens)
     ours, library = load_tokenizer(path), Tokenizer.from_file(path)
     numbers = library.get_vocab(with_added_tokens=True)
@@ -230,8 +230,8 @@ def test_added_tokens_that_the_library_numbers_alike_are_taken(tmp_path, vocab, 
         st.tuples(st.sampled_from(["p", "q", "v0", "v1", "v2"]), st.integers(0, 9), st.booleans()), max_size=4
     ),
 )
-def test_a_file_is_taken_exactly_if_the_library_has_its_ids(ids, tokens):
-    """Any vocabulary of a few ids with any added tokens: the rule that needs no library, against the library."""
+def test_a_file_is_accepted_exactly_if_the_library_has_its_ids(ids, tokens):
+    """Small vocabularies with any added tokens: our rule, compared with the library."""
     model = {"type": "BPE", "vocab": {f"v{place}": number for place, number in enumerate(ids)}, "merges": []}
     spec = {"version": "1.0", "model": model, "added_tokens": added(*tokens)}
     library = Tokenizer.from_str(json.dumps(spec))
@@ -249,7 +249,7 @@ def test_a_file_is_taken_exactly_if_the_library_has_its_ids(ids, tokens):
 
 
 def test_two_tokens_with_one_id_are_refused(tmp_path):
-    """The library takes such a vocabulary, and decodes the id now to one and now to the other."""
+    """The library accepts such a vocabulary, and decodes the id to either token."""
     path = saved(tmp_path, models.BPE(BASE, []))
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["model"]["vocab"]["c"] = 1
@@ -259,8 +259,8 @@ def test_two_tokens_with_one_id_are_refused(tmp_path):
         load_tokenizer(path)
 
 
-def test_a_table_that_the_library_has_otherwise_is_refused(tmp_path, monkeypatch):
-    """Whatever the reason, such as another version's rule: the library itself is asked when it is loaded."""
+def test_other_ids_in_the_loaded_library_are_refused(tmp_path, monkeypatch):
+    """Whatever the reason, such as another version's rule: its vocabulary is compared when it is loaded."""
     path = saved(tmp_path, models.BPE(BASE, []), [("<x>", 5, True)])
     monkeypatch.setattr("titan_cpt.data.tokenizer.tokenizer.check_added_tokens", lambda path, spec: None)
 
@@ -269,8 +269,8 @@ def test_a_table_that_the_library_has_otherwise_is_refused(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_tags_of_html_in_a_vocabulary_like_gemmas_neither_end_nor_begin_documents(tmp_path, declared):
-    """Gemma 3 has <eos> 1 and <bos> 2, and <s> and </s> among its tags, which a text may hold."""
+def test_html_tags_in_gemmas_vocabulary_neither_end_nor_begin_documents(tmp_path, declared):
+    """Gemma 3 has <eos> 1 and <bos> 2, and the HTML tags <s> and </s>, which a text may contain."""
     vocab = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>", "a"])}
     tokens = [(token, number, declared or number < 4) for token, number in vocab.items() if token != "a"]
     ours = load_tokenizer(saved(tmp_path, models.BPE(vocab, [], unk_token="<unk>", fuse_unk=False), tokens))
@@ -281,7 +281,7 @@ def test_tags_of_html_in_a_vocabulary_like_gemmas_neither_end_nor_begin_document
         assert ours.encode("a</s>a") == [6, 5, 6]  # the token of the tag, as in the library
 
 
-def test_a_name_that_is_declared_special_ends_documents_before_one_that_is_a_word(tmp_path):
+def test_a_declared_special_token_ends_documents_rather_than_an_ordinary_entry(tmp_path):
     """<|endoftext|> is an ordinary entry here, and </s> the special token."""
     tokens = [("<|endoftext|>", 1, False), ("</s>", 2, True)]
     path = saved(tmp_path, models.WordLevel({"a": 0, "<|endoftext|>": 1, "</s>": 2}, unk_token="a"), tokens)

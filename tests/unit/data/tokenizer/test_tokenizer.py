@@ -1,4 +1,4 @@
-"""Tokenizers: tiktoken gives token by token what the `tokenizers` library gives, or is not used."""
+"""The Tokenizer gives exactly the ids of the `tokenizers` library, through tiktoken or not."""
 
 import json
 import os
@@ -94,7 +94,7 @@ SLOW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 def trained(folder: Path, kind: str) -> Path:
-    """A small BPE of one of the kinds in use, trained here by the `tokenizers` library."""
+    """A small BPE of one of the usual kinds, trained by the `tokenizers` library."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,14 +121,14 @@ def trained(folder: Path, kind: str) -> Path:
 
 
 def reference(path: Path) -> Tokenizer:
-    """The library itself, special tokens in texts left as text."""
+    """The library's tokenizer, which encodes names of special tokens as text."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def edited(path: Path, **changes: object) -> Path:
-    """The same file with keys of its top level, or of its model, changed."""
+    """The same file with changed keys of its top level or its model."""
     spec = json.loads(path.read_text())
     for key, value in changes.items():
         (spec["model"] if key in spec["model"] else spec)[key] = value
@@ -138,7 +138,7 @@ def edited(path: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module", params=["gpt2", "neox", "llama3", "tools"])
 def pair(request, tmp_path_factory):
-    """Ours and the library's, of each kind."""
+    """Our tokenizer and the library's, of each kind."""
     path = trained(tmp_path_factory.mktemp("trained"), request.param)
     ours = load_tokenizer(str(path))
     assert ours.note is None, "tiktoken is used for every one of these"
@@ -165,8 +165,8 @@ def test_long_texts_and_batches_give_the_librarys_tokens(pair):
     assert ours.encode_batch([]) == []
 
 
-def test_documents_end_with_the_end_of_document_and_nothing_else_does(pair):
-    """One end-of-document id a document, none from its name in a text, empty texts included."""
+def test_only_the_end_of_a_document_is_the_end_of_document_id(pair):
+    """One per document, none from its name in a text, empty texts included."""
     ours, _ = pair
     texts = ["a <|endoftext|> b", "", "c"]
     ids, lengths, _ = ours.encode_documents(texts)
@@ -177,7 +177,7 @@ def test_documents_end_with_the_end_of_document_and_nothing_else_does(pair):
 
 @SLOW
 @given(text=TEXTS)
-def test_ids_come_back_as_text_and_their_bytes_add_up(pair, text):
+def test_decoding_gives_the_text_and_byte_lengths_add_up(pair, text):
     """Decoding gives the (normalised) text; the byte lengths of its ids add up to its bytes."""
     ours, library = pair
     normal = library.normalizer.normalize_str(text) if library.normalizer else text
@@ -188,8 +188,8 @@ def test_ids_come_back_as_text_and_their_bytes_add_up(pair, text):
     assert int(ours.token_byte_lengths()[ids].sum()) == len(normal.encode())
 
 
-def test_special_tokens_have_no_bytes_but_a_name(pair):
-    """Bits per byte must not count them; whoever looks at a stream must see them."""
+def test_special_tokens_have_zero_bytes_and_decode_to_their_name(pair):
+    """Bits per byte must not count them; a reader of a stream must see them."""
     ours, _ = pair
 
     assert ours.token_byte_lengths()[ours.eod_id] == 0
@@ -197,8 +197,8 @@ def test_special_tokens_have_no_bytes_but_a_name(pair):
     assert ours.decode([*ours.encode("a"), ours.eod_id]) == "a<|endoftext|>"
 
 
-def test_the_vocabulary_reaches_to_the_largest_id(pair):
-    """Added tokens count, and the count for the plan agrees."""
+def test_the_vocabulary_size_is_the_largest_id_plus_one(pair):
+    """Added tokens count, and the plan has the same size."""
     ours, library = pair
     largest = max(library.get_vocab(with_added_tokens=True).values())
 
@@ -252,8 +252,8 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
 
 
-def test_every_merge_list_that_training_gives_is_converted(pair):
-    """No trained tokenizer of ours falls back to the slow way, and nothing of it is left out as unreachable."""
+def test_every_trained_merge_list_is_converted(pair):
+    """No tokenizer trained here needs the slower backend, and no token of it is unreachable."""
     _, library = pair
     spec = json.loads(library.to_str())
 
@@ -276,8 +276,8 @@ def test_every_merge_list_that_training_gives_is_converted(pair):
         ({"ignore_merges": False, "merges": [["a", "b"], ["c", "a"], ["b", "c"], ["ca", "b"], ["c", "ab"]]}, None),
     ],
 )  # fmt: skip
-def test_what_tiktoken_cannot_do_is_done_by_the_library_and_said(tmp_path, changes, reason):
-    """The tokens are the library's in any case; a note tells of it unless tiktoken managed after all."""
+def test_tokenizers_that_tiktoken_cannot_encode_use_the_library_with_a_note(tmp_path, changes, reason):
+    """The ids are always the library's."""
     path = edited(trained(tmp_path, "gpt2"), **changes)
     if "merges" in changes:
         spec = json.loads(path.read_text())
@@ -290,8 +290,8 @@ def test_what_tiktoken_cannot_do_is_done_by_the_library_and_said(tmp_path, chang
     assert reason is None or reason in (ours.note or "")
 
 
-def test_text_that_the_pattern_leaves_out_is_not_lost(tmp_path, monkeypatch):
-    """tiktoken drops what a pattern does not match, `tokenizers` keeps it; no battery can try every pattern."""
+def test_text_that_the_pattern_does_not_match_is_not_lost(tmp_path, monkeypatch):
+    """tiktoken drops it, `tokenizers` keeps it; the test strings cannot cover every pattern."""
     monkeypatch.setattr("titan_cpt.data.tokenizer.backends.TOKENIZER_TEST_STRINGS", ())
     split = {"type": "Split", "pattern": {"Regex": r"[^7]+"}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -304,8 +304,8 @@ def test_text_that_the_pattern_leaves_out_is_not_lost(tmp_path, monkeypatch):
     assert ours.encode("a 77 b") == reference(path).encode("a 77 b").ids
 
 
-def test_a_conversion_that_differs_on_the_battery_is_not_used(tmp_path, monkeypatch):
-    """The last net: whatever the reason, other tokens than the library's are never given."""
+def test_a_conversion_that_differs_on_the_test_strings_is_not_used(tmp_path, monkeypatch):
+    """The last check: other ids than the library's are never given."""
     path = trained(tmp_path, "gpt2")
     monkeypatch.setattr("titan_cpt.data.tokenizer.tiktoken_bpe.GPT2_PATTERN", r"\p{L}+|[^\p{L}]")
     ours = load_tokenizer(str(path))
@@ -314,7 +314,7 @@ def test_a_conversion_that_differs_on_the_battery_is_not_used(tmp_path, monkeypa
     assert "tiktoken encodes" in (ours.note or "")
 
 
-def test_an_end_of_document_that_is_not_marked_special_is_still_not_made_by_a_text(tmp_path):
+def test_a_text_never_becomes_an_end_of_document_that_is_not_declared_special(tmp_path):
     """Some files list it as an ordinary added token."""
     path = trained(tmp_path, "gpt2")
     spec = json.loads(path.read_text())
@@ -327,7 +327,7 @@ def test_an_end_of_document_that_is_not_marked_special_is_still_not_made_by_a_te
     assert ours.token_byte_lengths()[0] == 0
 
 
-def test_sentencepiece_like_files_go_through_the_library(tmp_path):
+def test_sentencepiece_like_files_use_the_library(tmp_path):
     """A Llama-2-like BPE over characters with bytes for the rest: its own tokens, and bytes that add up."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocab |= {token: 259 + number for number, token in enumerate(["▁", "a", "b", "▁a", "ab"])}
@@ -346,7 +346,7 @@ def test_sentencepiece_like_files_go_through_the_library(tmp_path):
     assert "the `tokenizers` library" in (ours.note or "")
 
 
-def test_bytes_are_their_own_tokens():
+def test_the_byte_tokenizer_maps_bytes_to_themselves():
     """256 byte values and the end of a document."""
     tokenizer = load_tokenizer("bytes")
 
@@ -357,8 +357,8 @@ def test_bytes_are_their_own_tokens():
     assert tokenizer.decode([97, 0xC3, 0xA9, 256, 0xFF]) == "aé<|endoftext|>\ufffd"
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path):
-    """Same bytes elsewhere: same; another vocabulary: another; bytes have one too."""
+def test_the_fingerprint_depends_on_the_content(tmp_path):
+    """A copy has the same one, another vocabulary another; the byte tokenizer has one too."""
     (tmp_path / "elsewhere").mkdir()
     first, second = trained(tmp_path, "gpt2"), trained(tmp_path / "elsewhere", "gpt2")
     prints = [load_tokenizer(name).fingerprint for name in (str(first), str(second), "bytes")]
@@ -377,7 +377,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "<x>", "special": true}]}', "'<x>'"),
     ],
 )
-def test_files_that_are_no_tokenizer_are_refused(tmp_path, content, message):
+def test_files_that_are_not_tokenizers_are_refused(tmp_path, content, message):
     """With the path, and what is allowed."""
     path = tmp_path / "tokenizer.json"
     if content is not None:
@@ -389,15 +389,15 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_half_a_surrogate_pair_is_refused(tmp_path, name):
-    """It is no character, and tiktoken would replace it without a word."""
+    """It is not a character, and tiktoken would replace it silently."""
     tokenizer = load_tokenizer(name if name == "bytes" else str(trained(tmp_path, name)))
 
     with pytest.raises(DataError, match="surrogate"):
         tokenizer.encode("a\ud800b")
 
 
-def test_a_trained_tokenizer_has_the_size_asked_for(tmp_path):
-    """<|endoftext|> is its special token; it goes through tiktoken; nothing but the file is left."""
+def test_a_trained_tokenizer_has_the_requested_size(tmp_path):
+    """<|endoftext|> is its special token, it uses tiktoken, and no other file remains."""
     train_bpe(iter(CORPUS), 400, tmp_path / "new" / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "new"))
 
@@ -408,15 +408,15 @@ def test_a_trained_tokenizer_has_the_size_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "message"), [(256, "the minimum is 257"), (5000, "the texts yield")])
-def test_a_vocabulary_that_cannot_be_had_is_refused(tmp_path, size, message):
-    """Neither too small for the bytes nor silently smaller than asked for; no file is left."""
+def test_a_vocabulary_size_that_is_not_possible_is_refused(tmp_path, size, message):
+    """Smaller than the bytes, or larger than the texts yield; no file remains."""
     with pytest.raises(DataError, match=message):
         train_bpe(["some text"], size, tmp_path / "tokenizer.json")
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_asks_for_the_vocabulary_without_the_libraries(tmp_path):
+def test_a_plan_reads_the_vocabulary_size_without_the_libraries(tmp_path):
     """Opening a tokenizer imports neither tiktoken nor tokenizers nor torch."""
     path = trained(tmp_path, "neox")
     code = (
@@ -429,7 +429,7 @@ def test_a_plan_asks_for_the_vocabulary_without_the_libraries(tmp_path):
     assert printed.split("\n")[0] == f"{reference(path).get_vocab_size()} 0 []"
 
 
-def test_without_the_library_tiktoken_still_works_and_the_rest_says_what_to_install(tmp_path, monkeypatch):
+def test_without_the_library_tiktoken_works_and_the_rest_names_the_package(tmp_path, monkeypatch):
     """`tokenizers` is an extra."""
     quick, slow = trained(tmp_path, "neox"), edited(trained(tmp_path, "gpt2"), normalizer={"type": "Lowercase"})
     expected = reference(quick).encode("a   b").ids
@@ -445,7 +445,7 @@ def test_without_the_library_tiktoken_still_works_and_the_rest_says_what_to_inst
 
 @pytest.mark.skipif("TITAN_CPT_NEOX_TOKENIZER" not in os.environ, reason="names the GPT-NeoX-20B tokenizer.json")
 def test_gpt_neox_20b_gives_the_librarys_tokens():
-    """The tokenizer of the paper, on texts made of awkward pieces."""
+    """The tokenizer of the paper, on texts of unusual characters."""
     path = Path(os.environ["TITAN_CPT_NEOX_TOKENIZER"])
     ours, library = load_tokenizer(str(path)), reference(path)
     draw = random.Random(2)
@@ -455,6 +455,6 @@ def test_gpt_neox_20b_gives_the_librarys_tokens():
     assert ours.encode_batch(texts) == [part.ids for part in library.encode_batch(texts, add_special_tokens=False)]
 
 
-def test_the_librarys_version_knows_how_to_leave_special_tokens_alone():
-    """The tests above lean on it, and so does the slow way."""
+def test_the_librarys_version_can_encode_names_of_special_tokens_as_text():
+    """The tests above and the `tokenizers` backend depend on it."""
     assert hasattr(tokenizers.Tokenizer, "encode_special_tokens")

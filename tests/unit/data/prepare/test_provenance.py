@@ -1,4 +1,4 @@
-"""The tokenizer that made the data is the run's: recorded by `prepare`, compared on open; Llama 2's kind of file."""
+"""The run's tokenizer must be the one that made the data: `prepare` records it, and the plan compares it."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def llama2_like(folder: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("text", [*AWKWARD, *TEXTS[:2]])
 def test_a_llama_2_like_tokenizer_gives_the_librarys_tokens(tmp_path, text):
-    """Special tokens' names in a text stay text, which the library does when it is told to."""
+    """Names of special tokens in a text stay text, as with encode_special_tokens."""
     library = llama2_like(tmp_path / "t")
     library.encode_special_tokens = True
     ours = load_tokenizer(str(tmp_path / "t"))
@@ -67,8 +67,8 @@ def test_a_llama_2_like_tokenizer_gives_the_librarys_tokens(tmp_path, text):
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_a_llama_2_like_tokenizer_says_that_it_is_slower_and_why(tmp_path):
-    """It goes through `tokenizers`; documents end with </s>; their bytes are counted, and the one prefixed space."""
+def test_a_llama_2_like_tokenizer_notes_that_it_is_slower_and_why(tmp_path):
+    """It uses `tokenizers`; documents end with </s>; the one prefixed space counts as a byte."""
     llama2_like(tmp_path / "t")
     ours = load_tokenizer(str(tmp_path / "t"))
     lengths = ours.token_byte_lengths()
@@ -104,8 +104,8 @@ def prepared(tmp_path):
     return training.two_stages(tmp_path, tmp_path) | {"tokenizer": {"path": str(tmp_path / "bpe.json")}}
 
 
-def test_data_made_with_the_runs_tokenizer_is_taken_without_a_word(prepared):
-    """Training and held-out tokens."""
+def test_data_made_with_the_runs_tokenizer_is_accepted(prepared):
+    """Training and validation data."""
     config = training.config_of(prepared)
 
     assert take_inventory(config).unrecorded == ()
@@ -113,7 +113,7 @@ def test_data_made_with_the_runs_tokenizer_is_taken_without_a_word(prepared):
 
 
 def test_data_made_with_another_tokenizer_is_refused(prepared, tmp_path):
-    """Bytes have fewer ids, and a BPE of the same size has ids that mean something else: the record tells both."""
+    """Bytes have fewer ids; a BPE of the same size has other ids: the record reveals both."""
     train_bpe([text.upper() for text in TEXTS], 300, tmp_path / "other.json")
 
     for path in ("bytes", str(tmp_path / "other.json")):
@@ -122,8 +122,8 @@ def test_data_made_with_another_tokenizer_is_refused(prepared, tmp_path):
             take_inventory(config)
 
 
-def test_held_out_tokens_are_checked_by_the_record_of_the_whole(prepared, tmp_path):
-    """PREFIX-validation has no record of its own; PREFIX.json is about both."""
+def test_validation_data_is_checked_with_the_record_of_its_prefix(prepared, tmp_path):
+    """PREFIX-validation has no record of its own; PREFIX.json describes both."""
     for name in ("en", "de"):
         training.write_tokens(tmp_path / f"plain-{name}", language=1, tokens=400)
         prepared["datasets"][name]["train"] = str(tmp_path / f"plain-{name}")
@@ -144,7 +144,7 @@ def test_a_run_refuses_before_it_trains(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("record", [None, "no JSON {", "[]", '{"tokenizer": 3}', '{"made": "by somebody else"}'])
-def test_data_without_a_record_is_taken_with_a_note_in_the_plan(prepared, tmp_path, record):
+def test_data_without_a_record_is_accepted_with_a_note_in_the_plan(prepared, tmp_path, record):
     """No PREFIX.json, or one that `prepare` did not write."""
     (tmp_path / "de.json").unlink()
     if record is not None:
@@ -157,9 +157,9 @@ def test_data_without_a_record_is_taken_with_a_note_in_the_plan(prepared, tmp_pa
     assert str(tmp_path / "bpe.json") in notes[0]
 
 
-def test_a_model_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(prepared):
+def test_a_model_vocabulary_smaller_than_the_tokenizers_is_refused(prepared):
     """The vocabulary of the model is the tokenizer's or larger."""
     config = training.config_of(training.changed(prepared, model={"vocab_size": 299}))
 
-    with pytest.raises(TitanError, match=r"model.vocab_size: .*tokenizer's 300 .*299"):
+    with pytest.raises(TitanError, match=r"model.vocab_size: must be at least 300, .*got 299"):
         make_plan(config, take_inventory(config))

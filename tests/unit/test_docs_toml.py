@@ -8,7 +8,7 @@ from titan_cpt.data.inventory import take_inventory
 from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.planner import make_plan
 
-DOCS = Path(__file__).parents[4] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def blocks(page):
