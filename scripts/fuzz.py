@@ -1,11 +1,11 @@
-"""Let atheris (libFuzzer) look for bytes that a reader of untrusted files answers with anything but our own error.
+"""Fuzz the readers of untrusted files with atheris (libFuzzer): any exception other than our own errors is a bug.
 
     pip install atheris
     python scripts/fuzz.py toml -max_total_time=300          # the kinds are those of tests/untrusted.py
     python scripts/fuzz.py idx CORPUS_FOLDER -rss_limit_mb=2048 -timeout=20
 
-What follows the kind goes to libFuzzer. A finding is a crash with the bytes in a file `crash-...`. pytest looks at the
-same readers with hypothesis, for a shorter time (tests/behavior/test_untrusted_input_is_refused.py).
+Arguments after the kind are passed to libFuzzer, which writes the bytes that cause a crash to a file `crash-...`.
+pytest fuzzes the same readers with hypothesis for a shorter time (tests/behavior/test_untrusted_input_is_refused.py).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ with atheris.instrument_imports(include=["titan_cpt", "untrusted"]):
 
 
 def main() -> None:
-    """Fuzz one kind of file, from a good one."""
+    """Fuzz one kind of file, starting from a valid one."""
     if len(sys.argv) < 2 or sys.argv[1] not in untrusted.KINDS:
         sys.exit(f"usage: fuzz.py {{{','.join(untrusted.KINDS)}}} [libFuzzer's options]")
     kind = sys.argv.pop(1)
     with tempfile.TemporaryDirectory(prefix="seeds-") as seeds:
-        (Path(seeds) / "good").write_bytes(untrusted.KINDS[kind][1])
+        (Path(seeds) / "valid").write_bytes(untrusted.KINDS[kind][1])
         atheris.Setup([*sys.argv, seeds], lambda content: untrusted.read_as(kind, content))
         atheris.Fuzz()
 

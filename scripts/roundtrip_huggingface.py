@@ -1,9 +1,9 @@
-"""Hugging Face -> titan_cpt -> Hugging Face on tiny models: import, one German stage, export, generate.
+"""Hugging Face -> titan_cpt -> Hugging Face with tiny models: import, train one German stage, export, generate.
 
-`python scripts/roundtrip_huggingface.py [FOLDER]` needs transformers and half a minute of a CPU, no network or data.
-A GPT-NeoX goes in through `titan-cpt import` and `init = "checkpoint:..."`, a Llama through `init = "hf:..."`. Each is
-a random model on disk as transformers saves it; what comes out is loaded by transformers, must have learnt German (its
-loss is the one that the run measured), and generates. Exit status 0 if all of that holds.
+`python scripts/roundtrip_huggingface.py [FOLDER]` needs transformers and half a minute on a CPU, no network or data. A
+random GPT-NeoX, saved by transformers, is imported with `titan-cpt import` and `init = "checkpoint:..."`, a random
+Llama with `init = "hf:..."`. transformers loads the exports. Exit status 0 if the loss in transformers equals the one
+that the run measured, the loss has fallen, and the model generates text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.data.formats.indexed import TokenStream
 
 WORDS = ("der", "die", "das", "Hund", "Katze", "Straße", "über", "läuft", "größer", "und", "oder", "nicht", "heute")
-ROWS = 300  # more than the byte tokenizer's 257 ids, as released vocabularies are padded
+ROWS = 300  # more than the byte tokenizer's 257 ids, since published vocabularies are padded
 
 CONFIG = """
 [job]
@@ -61,10 +61,10 @@ lr = {{ schedule = "cosine", max = 3e-3, warmup_until = 0.1 }}
 
 
 def main(folder: Path) -> None:
-    """Both families, the whole way round."""
+    """The round trip of both model families."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise SystemExit(f"{folder}: is not empty, and files in it would be replaced; name a new folder")
+        raise SystemExit(f"{folder}: is not empty, and files in it would be replaced; give a new folder")
     write_german(folder / "german.jsonl")
     command(
         "prepare", "--input", folder / "german.jsonl", "--output", folder / "german", "--holdout", 0.1, "--workers", 1
@@ -90,14 +90,14 @@ def main(folder: Path) -> None:
 
 
 def write_german(path: Path) -> None:
-    """Documents of made-up sentences, one a line, the same ones every time."""
+    """Write documents of made-up sentences, one per line, the same ones every time."""
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(WORDS, k=12)).capitalize() + "." for _ in range(600)]
     path.write_text("\n".join(json.dumps({"text": sentence}) for sentence in sentences))
 
 
 def there_and_back(folder: Path, family: str, init: str) -> None:
-    """One stage from the released weights, export, and what transformers makes of it."""
+    """Train one stage from the imported weights, export it, and check the export with transformers."""
     config = folder / f"{family}.toml"
     config.write_text(CONFIG.format(name=family, folder=folder, family=family, rows=ROWS, init=init))
     command("train", "--config", config)
@@ -109,13 +109,13 @@ def there_and_back(folder: Path, family: str, init: str) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     loss = loss_in_transformers(model, folder)
     text = tokenizer.decode(model.generate(**tokenizer("Der Hund", return_tensors="pt"), max_new_tokens=24)[0])
-    print(f"{family}: loss {before:.4f} -> {after:.4f}, in transformers {loss:.4f}; it writes {text!r}")
+    print(f"{family}: loss {before:.4f} -> {after:.4f}, in transformers {loss:.4f}; it generates {text!r}")
     if not (abs(loss - after) < 1e-4 and after < before - 1 and text.startswith("Der Hund") and len(text) > 8):
         raise SystemExit(f"{family}: the round trip failed")
 
 
 def loss_in_transformers(model: torch.nn.Module, folder: Path) -> float:
-    """Mean loss in nats per token on the windows that the run was measured on, by transformers alone."""
+    """Mean validation loss in nats per token, computed by transformers on the windows that the run uses."""
     stream = TokenStream([folder / "german-validation"], 257)
     starts = [window * 64 for window in evenly_spaced((stream.tokens - 1) // 64, 8)]
     windows_BL = torch.stack([torch.from_numpy(stream.read(start, 64 + 1)) for start in starts])
@@ -125,7 +125,7 @@ def loss_in_transformers(model: torch.nn.Module, folder: Path) -> float:
 
 
 def command(*words: object) -> None:
-    """`titan-cpt WORDS`, which must succeed."""
+    """Run `titan-cpt WORDS` in this process; it must succeed."""
     print("$ titan-cpt", *words, flush=True)
     try:
         titan_cpt([str(word) for word in words])

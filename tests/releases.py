@@ -1,4 +1,4 @@
-"""Released models for tests: small ones as transformers itself saves them, and a process to read them in."""
+"""Small Hugging Face models, as transformers saves them, and a Python process to read them in."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SPECS = {
 
 
 def release(folder, spec, dtype=torch.float32, seed=1, shard="20KB"):
-    """A model as transformers itself saves it, in shards; returns it."""
+    """Save a random model with transformers, in shards; returns our model with the same weights."""
     model = build_model(spec)
     model.init_weights(seed)
     folder.mkdir(parents=True)
@@ -47,6 +47,6 @@ def state_of(spec, load):
 
 
 def python(*words):
-    """A Python process with these arguments, to its end."""
+    """Run a Python process with these arguments and wait for its end."""
     command = [sys.executable, *(str(word) for word in words)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
-"""Files that may come from anyone, a function each that reads some bytes as such a file: our own error, or nothing.
+"""Readers of files from untrusted sources, for fuzzing: each must read any bytes or raise our own error.
 
-scripts/fuzz.py lets atheris choose the bytes, test_untrusted_input_is_refused.py hypothesis.
+scripts/fuzz.py generates the bytes with atheris, test_untrusted_input_is_refused.py with hypothesis.
 """
 
 from __future__ import annotations
@@ -234,11 +234,11 @@ KINDS: dict[str, tuple[str, bytes, Callable[[Path], object]]] = {
     "metrics": ("metrics.jsonl", METRICS, _metrics),
     "score": ("t-0shot.json", SCORE, _score),
 }
-"""Kind -> the file's name, a good one, and what reads the folder that it lies in."""
+"""Kind -> file name, valid content, and a function that reads the folder that holds the file."""
 
 
 def read_as(kind: str, content: bytes) -> None:
-    """Read bytes as a file of a kind; whatever leaves this function is a fault of ours."""
+    """Read bytes as a file of a kind. Any exception from this function is a bug."""
     name, _, reads = KINDS[kind]
     with tempfile.TemporaryDirectory(prefix="untrusted-") as folder:
         (Path(folder) / name).write_bytes(content)

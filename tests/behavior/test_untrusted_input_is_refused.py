@@ -1,4 +1,4 @@
-"""Whatever the bytes of a file that may come from anyone (untrusted.py lists the kinds): our error, and soon."""
+"""Any bytes in a file from an untrusted source (untrusted.py lists the kinds) are read or raise our error, quickly."""
 
 import json
 import resource
@@ -20,8 +20,8 @@ JSON_KINDS = [kind for kind, (name, _, _) in KINDS.items() if name.endswith(".js
 
 
 @pytest.fixture(autouse=True)
-def little_memory():
-    """A gibibyte more than what is held now: a file that asks for more ends in MemoryError, which is not ours."""
+def limited_memory():
+    """Limit the process to one more gibibyte: beyond that a reader raises MemoryError, which is not our error."""
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), before[1]))
@@ -30,8 +30,8 @@ def little_memory():
 
 
 @st.composite
-def spoilt(draw, content):
-    """A good file with some of its bytes replaced, taken out or doubled, or cut short."""
+def corrupted(draw, content):
+    """A valid file with some bytes replaced, removed or doubled, or truncated."""
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
         stop = draw(st.integers(start, min(len(content), start + 12)))
@@ -43,8 +43,8 @@ def spoilt(draw, content):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_good_file_is_read(kind, tmp_path):
-    """Or spoiling it would show nothing; the manifest names itself with a size that it cannot have."""
+def test_a_valid_file_is_read(kind, tmp_path):
+    """Otherwise corrupting it would prove nothing. The manifest lists itself with a wrong size."""
     name, content, reads = KINDS[kind]
     (tmp_path / name).write_bytes(content)
     if kind == "manifest":
@@ -57,9 +57,9 @@ def test_the_good_file_is_read(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @SOON
 @given(data=st.data())
-def test_a_spoilt_file_is_refused_in_words_or_read(kind, data):
-    """Nothing else leaves the reader: no traceback, no hang, no gibibyte."""
-    read_as(kind, data.draw(spoilt(KINDS[kind][1])))
+def test_a_corrupted_file_is_read_or_raises_our_error(kind, data):
+    """No other exception, no hang, no gibibyte of memory."""
+    read_as(kind, data.draw(corrupted(KINDS[kind][1])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,8 +70,8 @@ def test_a_spoilt_file_is_refused_in_words_or_read(kind, data):
 @example(content=b"\xff" * 64)
 @example(content=b"\x00" * 64)
 @example(content=b'{"a":' + b"9" * 5000 + b"}")
-def test_any_bytes_are_refused_in_words_or_read(kind, content):
-    """Not spoilt but arbitrary, and some that parsers are known to stumble over."""
+def test_arbitrary_bytes_are_read_or_raise_our_error(kind, content):
+    """With some examples that parsers are known to fail on."""
     read_as(kind, content)
 
 
@@ -85,8 +85,8 @@ VALUES = st.recursive(
 @pytest.mark.parametrize("kind", JSON_KINDS)
 @SOON
 @given(data=st.data())
-def test_any_value_in_any_place_of_a_json_file_is_refused_in_words_or_read(kind, data):
-    """One place of the good file, at any depth, holds something else."""
+def test_any_value_anywhere_in_a_json_file_is_read_or_raises_our_error(kind, data):
+    """One value of the valid file, at any depth, is replaced."""
     whole = json.loads(KINDS[kind][1])
     here = whole
     while True:
@@ -99,8 +99,8 @@ def test_any_value_in_any_place_of_a_json_file_is_refused_in_words_or_read(kind,
     read_as(kind, json.dumps(whole).encode())
 
 
-def test_no_line_of_a_good_record_is_skipped(tmp_path):
-    """The lines are as train.py writes them: a transition's `lr` is a text."""
+def test_no_line_of_a_valid_metrics_file_is_skipped(tmp_path):
+    """The lines are as train.py writes them: a transition's `lr` is a string."""
     (tmp_path / "metrics.jsonl").write_bytes(KINDS["metrics"][1])
     found = read_metrics(tmp_path)
 
@@ -110,8 +110,8 @@ def test_no_line_of_a_good_record_is_skipped(tmp_path):
 
 @SOON
 @given(data=st.data())
-def test_any_value_in_any_place_of_a_metrics_line_is_skipped_or_read(data):
-    """One key of one line holds something else."""
+def test_any_value_in_a_metrics_line_is_read_or_skipped(data):
+    """One key of one line has another value."""
     lines = [json.loads(line) for line in KINDS["metrics"][1].splitlines()]
     line = data.draw(st.sampled_from(lines))
     line[data.draw(st.sampled_from(sorted(line)))] = data.draw(VALUES)
@@ -120,8 +120,8 @@ def test_any_value_in_any_place_of_a_metrics_line_is_skipped_or_read(data):
 
 @pytest.mark.parametrize("place", ["job.name", "stages.s.name"])
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../x", "/etc", "a\\\\b", "", "a\\u0000b", " ", "x" * 300])
-def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path, place, name):
-    """Run and stage names become folders."""
+def test_a_name_outside_the_output_folder_is_refused(tmp_path, place, name):
+    """Run and stage names become folder names."""
     toml = KINDS["toml"][1].decode()
     old = 'name = "a"' if place == "job.name" else 'name = "s"'
     (tmp_path / "config.toml").write_text(toml.replace(old, f'name = "{name}"'))
@@ -130,8 +130,8 @@ def test_a_name_that_leaves_the_output_folder_is_refused(tmp_path, place, name):
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "."])
-def test_a_config_cannot_extend_what_is_no_file(tmp_path, path):
-    """A device would never end."""
+def test_a_config_cannot_extend_something_that_is_not_a_file(tmp_path, path):
+    """Reading a device would never end."""
     (tmp_path / "config.toml").write_text(f'extends = "{path}"')
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.toml")
@@ -139,8 +139,8 @@ def test_a_config_cannot_extend_what_is_no_file(tmp_path, path):
 
 @pytest.mark.parametrize("number", [10**12, 1 << 24, -1, True, 1.5, "7", None])
 @pytest.mark.parametrize("place", ["vocabulary", "added token"])
-def test_an_id_that_is_none_is_refused_by_the_tokens_name(tmp_path, number, place):
-    """A table of all ids is made: a trillion of them would be a terabyte, and -1 the last one's place."""
+def test_an_invalid_id_is_refused_with_the_name_of_the_token(tmp_path, number, place):
+    """Ids index a table: a trillion would need a terabyte, and -1 would be the last entry."""
     spec = json.loads(KINDS["tokenizer"][1])
     if place == "vocabulary":
         spec["model"]["vocab"]["ab"] = number

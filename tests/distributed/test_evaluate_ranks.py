@@ -1,4 +1,4 @@
-"""Benchmarks under torchrun: two ranks share the work, or the weights besides, and answer as one process does."""
+"""Benchmarks under torchrun: two ranks give the results of one process, with replicated and with sharded weights."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def evaluated(launcher, places, *words):
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def test_two_ranks_answer_as_one(places):
-    """The same scores, errors and texts when ranks share the questions, and when each holds half of every weight."""
+def test_two_ranks_give_the_results_of_one_process(places):
+    """The same scores, errors and texts, with replicated weights and with each rank holding half of every weight."""
     (one,) = evaluated((), places)["checkpoints"].values()
     (shared,) = evaluated(TWO, places)["checkpoints"].values()
     (sharded,) = evaluated(TWO, places, "--shard-weights")["checkpoints"].values()

@@ -1,4 +1,4 @@
-"""What an export's readers get: the run's ids or a warning, a true model card, files that a group may read."""
+"""Exports: transformers reads the run's ids or there is a warning; the model card; file modes."""
 
 import json
 import os
@@ -81,10 +81,8 @@ def folder_of(tmp_path, model_type, path):
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "normalized", "unigram"])
 @pytest.mark.parametrize("model_type", OPTIONS)
-def test_a_reader_gets_the_runs_ids_or_a_warning_with_the_class_that_gives_them(
-    model_type, name, vocabularies, tmp_path
-):
-    """AutoTokenizer gives them for every model_type except qwen2, and PreTrainedTokenizerFast for all."""
+def test_auto_tokenizer_gives_the_ids_of_the_run_or_there_is_a_warning(model_type, name, vocabularies, tmp_path):
+    """It does for every model_type except qwen2; PreTrainedTokenizerFast does for all."""
     words = folder_of(tmp_path, model_type, vocabularies[name])
     warning = tokenizer_warning(tmp_path, words, model_type)
     auto, fast = (kind.from_pretrained(tmp_path) for kind in (AutoTokenizer, PreTrainedTokenizerFast))
@@ -100,8 +98,8 @@ def test_a_reader_gets_the_runs_ids_or_a_warning_with_the_class_that_gives_them(
         assert warning is not None
 
 
-def test_without_transformers_the_warning_is_of_what_is_known(vocabularies, tmp_path, monkeypatch):
-    """Of qwen2 alone."""
+def test_without_transformers_only_qwen2_has_a_warning(vocabularies, tmp_path, monkeypatch):
+    """Nothing can be compared."""
     words = folder_of(tmp_path, "qwen2", vocabularies["bpe"])
     monkeypatch.setitem(sys.modules, "transformers", None)
 
@@ -110,10 +108,8 @@ def test_without_transformers_the_warning_is_of_what_is_known(vocabularies, tmp_
 
 
 @pytest.mark.parametrize("beside", [{"model_max_length": 7}, {"tokenizer_class": "GPTNeoXTokenizerFast"}, None])
-def test_settings_beside_the_tokenizer_keep_their_values_and_get_a_class_where_they_have_none(
-    beside, vocabularies, tmp_path
-):
-    """AutoTokenizer takes the model type's own class for settings without one; a damaged file is written anew."""
+def test_tokenizer_config_keeps_its_values_and_gets_a_class(beside, vocabularies, tmp_path):
+    """Without one AutoTokenizer uses the class of the model type; a damaged file is written anew."""
     (tmp_path / "own").mkdir()
     (tmp_path / "out").mkdir()
     shutil.copyfile(vocabularies["normalized"], tmp_path / "own" / "tokenizer.json")
@@ -138,7 +134,7 @@ def umask(mask):
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_of_imports_and_exports_have_the_mode_of_the_umask(mask, mode, tmp_path):
-    """Weights too: colleagues on a shared file system read what they may read of the other files."""
+    """Weights too: colleagues on a shared file system can read them."""
     write_release(tmp_path / "released", "llama")
     with umask(mask):
         import_released(str(tmp_path / "released"), tmp_path / "imported", log=print)
@@ -156,8 +152,8 @@ def test_files_of_imports_and_exports_have_the_mode_of_the_umask(mask, mode, tmp
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
 
 
-def test_an_export_says_what_its_tokenizer_needs_in_its_lines_and_on_its_card(vocabularies, tmp_path):
-    """A qkv_bias model is a qwen2 to transformers."""
+def test_an_export_prints_its_tokenizer_warning_and_has_it_on_the_model_card(vocabularies, tmp_path):
+    """A model with qkv_bias is a qwen2 for transformers."""
     write_release(tmp_path / "released", "qwen2")
     import_released(str(tmp_path / "released"), tmp_path / "imported", log=print)
     said = []
@@ -168,8 +164,8 @@ def test_an_export_says_what_its_tokenizer_needs_in_its_lines_and_on_its_card(vo
     assert warning in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_card_of_a_run_that_was_called_again_has_its_losses(tmp_path):
-    """The command was repeated and a stage appended: each leaves events without a step in the record."""
+def test_the_model_card_of_a_repeated_command_has_its_losses(tmp_path):
+    """The command was repeated and a stage appended: metrics.jsonl holds events without a step."""
     write_languages(tmp_path / "data")
     raw = two_stages_of(tmp_path / "data", tmp_path)
     first, second = raw["stages"]

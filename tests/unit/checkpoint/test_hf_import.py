@@ -1,4 +1,4 @@
-"""Import and export: the same bits in and out, in any layout, in little memory, or a refusal; the whole way round."""
+"""Checkpoint conversion from and to Hugging Face: exact weights, in any sharding, in little memory; round trips."""
 
 import json
 import math
@@ -45,8 +45,8 @@ def equal(one, other):
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_import_holds_the_releases_bits(name, dtype, tmp_path):
-    """A checkpoint whose manifest is good, whose recipe is the shape, and whose weights are the file's, in float32."""
+def test_an_import_has_the_exact_weights(name, dtype, tmp_path):
+    """The manifest verifies, its recipe is the spec, and the weights are those of the file in float32."""
     released = release(tmp_path / "released", SPECS[name], dtype)
     said = []
     import_released(str(tmp_path / "released"), tmp_path / "out", log=said.append)
@@ -61,8 +61,8 @@ def test_an_import_holds_the_releases_bits(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_loading_into_a_model_gives_the_same_bits_as_an_import(name, tmp_path):
-    """`hf:` without a checkpoint in between, and the comparison is told."""
+def test_loading_into_a_model_gives_the_same_weights_as_an_import(name, tmp_path):
+    """`hf:` without a checkpoint in between; the comparison with transformers is in the message."""
     released = release(tmp_path / "released", SPECS[name])
     model = build_model(SPECS[name])
     told = load_released(model, str(tmp_path / "released"), SPECS[name])
@@ -88,8 +88,8 @@ def share(length, ranks, rank):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_sharded_model_reads_the_share_of_its_rank(name, tmp_path):
-    """FSDP2 over 8 ranks: rank 5 holds its rows of every weight, 300 + 20 rows of the vocabulary among them."""
+def test_a_sharded_model_reads_the_shards_of_its_rank(name, tmp_path):
+    """FSDP2 over 8 ranks: rank 5 holds its rows of every weight, among them the vocabulary of 300 + 20 rows."""
     whole = release(tmp_path / "released", SPECS[name]).state_dict()
     released = open_released(str(tmp_path / "released"))
     spec = released.resized(320)
@@ -109,8 +109,8 @@ def test_a_sharded_model_reads_the_share_of_its_rank(name, tmp_path):
         assert torch.equal(part, grown[key][share(grown[key].shape[0], 8, 5)]), key
 
 
-def test_a_layout_of_two_dimensions_reads_the_share_of_its_rank(tmp_path):
-    """Tensor parallel over 2 and FSDP2 over 4: rank 5 is at (2, 1) and has the third quarter of the second half."""
+def test_a_model_with_tp_and_fsdp_reads_the_shards_of_its_rank(tmp_path):
+    """TP degree 2 and FSDP2 over 4: rank 5 is at (2, 1) and holds the third quarter of the second half."""
     whole = release(tmp_path / "released", SPECS["llama"]).state_dict()
     released = open_released(str(tmp_path / "released"))
     model = build_model(released.spec)
@@ -127,8 +127,8 @@ def test_a_layout_of_two_dimensions_reads_the_share_of_its_rank(tmp_path):
     assert torch.equal(down, whole["blocks.1.mlp.down.weight"][32:48, 96:])
 
 
-def test_a_pipeline_stage_reads_what_it_holds(tmp_path):
-    """A model without embedding and first block is filled as it is."""
+def test_a_pipeline_stage_reads_its_layers(tmp_path):
+    """A model without embedding and first block."""
     whole = release(tmp_path / "released", SPECS["llama"])
     stage = build_model(SPECS["llama"])
     stage.embedding = None
@@ -141,8 +141,8 @@ def test_a_pipeline_stage_reads_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"), [(257, "rows from 257 on dropped"), (384, "new rows are the mean of the old")]
 )
-def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
-    """Shrunk and grown, by an import and into a model; the logits of the rows that both have are still compared."""
+def test_a_vocabulary_is_truncated_or_extended(rows, said, tmp_path):
+    """By an import and into a model; the logits of the rows that both have are still compared."""
     whole = release(tmp_path / "released", SPECS["gpt_neox"]).state_dict()
     lines = []
     import_released(str(tmp_path / "released"), tmp_path / "out", vocab_size=rows, log=lines.append)
@@ -159,8 +159,8 @@ def test_a_vocabulary_is_resized_as_stated(rows, said, tmp_path):
             torch.testing.assert_close(imported[name][300:], whole[name].mean(0).expand(rows - 300, -1))
 
 
-def test_another_model_is_refused_with_both_numbers(tmp_path):
-    """What the release has and what the config wants, by the keys of [model], and the table that would fit."""
+def test_another_model_than_the_config_is_refused(tmp_path):
+    """With both values, by the keys of [model], and the [model] table that would fit."""
     release(tmp_path / "released", SPECS["llama"])
     wanted = named_size("llama", "debug", 257, overrides={"layers": 3, "rope_base": 500.0})
     with pytest.raises(CheckpointError) as refusal:
@@ -172,8 +172,8 @@ def test_another_model_is_refused_with_both_numbers(tmp_path):
     assert 'size = "debug"' in str(refusal.value)
 
 
-def test_weights_that_are_not_those_of_the_config_are_refused_by_name(tmp_path):
-    """A weight of another shape, one too few and one too many: all are told."""
+def test_weights_that_do_not_match_config_json_are_refused_by_name(tmp_path):
+    """One with another shape, one missing and one too many: all are listed."""
     release(tmp_path / "released", SPECS["llama"], shard="5GB")
     config = json.loads((tmp_path / "released" / "config.json").read_text())
     changed = config | {"intermediate_size": 100}
@@ -208,8 +208,8 @@ def changed_release(folder, spec, change):
     ],
     ids=["NaN", "infinite", "int8"],
 )
-def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, message, tmp_path):
-    """NaN, infinite numbers and integers; nothing is written, and a run that reads the folder is refused too."""
+def test_weights_that_cannot_be_trained_on_are_refused_by_name(change, message, tmp_path):
+    """NaN, infinite values and integers; nothing is written, and a run that loads the folder is refused too."""
 
     def edit(weights):
         weights[name] = change(weights[name])
@@ -223,8 +223,8 @@ def test_weights_that_no_model_can_be_trained_from_are_refused_by_name(change, m
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
-def test_weights_in_float8_without_scales_are_read_as_the_numbers_they_are(tmp_path):
-    """0.5 and -448, the largest there is; releases with scales have more tensors and are refused for these."""
+def test_float8_weights_without_scales_are_read_by_value(tmp_path):
+    """0.5 and -448, the largest magnitude. Models with scales have more tensors, and are refused for these."""
 
     def edit(weights):
         weights[name] = torch.tensor([0.5, -448.0]).repeat(weights[name].numel() // 2).to(torch.float8_e4m3fn)
@@ -236,8 +236,8 @@ def test_weights_in_float8_without_scales_are_read_as_the_numbers_they_are(tmp_p
     assert set(released.read("blocks.1.mlp.up.weight", SPECS["llama"]).float().unique().tolist()) == {0.5, -448.0}
 
 
-def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
-    """transformers 5 would keep both, 4 only the embedding; a true copy is taken."""
+def test_a_separate_head_of_a_tied_model_must_equal_its_embedding(tmp_path):
+    """transformers 5 would keep both, 4 only the embedding; an equal copy is accepted."""
 
     def repeat(weights, factor):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * factor
@@ -251,8 +251,8 @@ def test_a_head_that_a_tied_model_repeats_must_be_its_embedding(tmp_path):
         open_released(str(tmp_path / "other"))
 
 
-def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
-    """The index lists one of them; which one is right nobody can tell."""
+def test_a_weight_in_two_shards_is_refused_with_both_files(tmp_path):
+    """The index lists one of them; it is unknown which one is right."""
     release(tmp_path / "released", SPECS["llama"])
     first, second = sorted((tmp_path / "released").glob("*.safetensors"))[:2]
     weights = load_file(first)
@@ -264,15 +264,15 @@ def test_a_weight_that_two_shards_hold_is_refused_with_both(tmp_path):
 
 
 def test_logits_that_differ_from_transformers_are_refused(tmp_path):
-    """Our model filled with other weights than the release's: no checkpoint may come of it."""
+    """Our model has other weights than the Hugging Face model: no checkpoint is written."""
     release(tmp_path / "released", SPECS["llama"])
     released = open_released(str(tmp_path / "released"))
     with pytest.raises(CheckpointError, match="computes other logits"):
         verify_against_transformers(released, released.spec, lambda model: model.init_weights(2))
 
 
-def test_a_folder_that_is_there_is_never_written_into(tmp_path):
-    """Neither by an import nor by an export; what is in it stays, and no half-written folder beside it either."""
+def test_an_existing_folder_is_never_written_into(tmp_path):
+    """Neither by an import nor by an export; its files are kept, and no partial folder is left beside it."""
     release(tmp_path / "released", SPECS["llama"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
@@ -285,7 +285,7 @@ def test_a_folder_that_is_there_is_never_written_into(tmp_path):
 
 
 def test_an_import_takes_less_memory_than_two_shards(tmp_path):
-    """12 shards of up to 15 MB, 153 MB in all: the process grows by under two of them while it writes a checkpoint."""
+    """12 shards of up to 15 MB, 153 MB in all: memory grows by less than two shards while a checkpoint is written."""
     code = f"""
 import sys
 import torch
@@ -338,7 +338,7 @@ def round_trip(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_the_round_trip_learns_german_and_generates(family, round_trip):
-    """The script checks the loss in transformers against the run's; its last lines say what came of it."""
+    """The script compares the loss in transformers with the run's; its last lines are the result."""
     _, printed = round_trip
 
     assert re.search(
@@ -347,8 +347,8 @@ def test_the_round_trip_learns_german_and_generates(family, round_trip):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_export_and_import_again_give_the_same_bits(family, round_trip, tmp_path):
-    """The run's checkpoint, its export in float32 and the import of that hold the same weights."""
+def test_export_and_import_give_the_same_weights(family, round_trip, tmp_path):
+    """The run's checkpoint, its float32 export, and the import of that export."""
     folder, _ = round_trip
     source = folder / "outputs" / family / "german" / "step-00000030"
     import_released(str(folder / f"{family}-exported"), tmp_path / "again", log=print)
@@ -366,7 +366,7 @@ def test_export_and_import_again_give_the_same_bits(family, round_trip, tmp_path
 
 
 def test_an_export_in_bfloat16_is_the_rounded_weights_in_one_file(round_trip, tmp_path, capsys):
-    """By the command line, with its defaults; config.json says so, and transformers takes it."""
+    """By the command line with its defaults; config.json has the dtype, and transformers loads it."""
     folder, _ = round_trip
     source = folder / "outputs" / "llama" / "german" / "step-00000030"
     with pytest.raises(SystemExit) as end:
@@ -382,7 +382,7 @@ def test_an_export_in_bfloat16_is_the_rounded_weights_in_one_file(round_trip, tm
 
 
 def test_the_exported_tokenizer_gives_the_ids_that_the_run_was_trained_on(round_trip):
-    """The byte tokenizer as a tokenizer.json, on every byte of UTF-8 that these have, and the end of a document."""
+    """The byte tokenizer as a tokenizer.json, on all bytes of UTF-8, and the end-of-document token."""
     folder, _ = round_trip
     theirs, ours = AutoTokenizer.from_pretrained(folder / "llama-exported"), load_tokenizer("bytes")
     for text in ("Der Hund läuft über die Straße.", "a\n\tb  c", "\u00e9\u20ac\U0001f600 \x00\x7f", "x" * 50):
@@ -393,7 +393,7 @@ def test_the_exported_tokenizer_gives_the_ids_that_the_run_was_trained_on(round_
 
 
 def test_the_model_card_states_what_the_run_recorded(round_trip):
-    """Release, stages, tokens, replay, LR and losses: numbers of the run's own summary."""
+    """Base model, stages, tokens, replay, LR and losses equal those in the run's summary."""
     folder, _ = round_trip
     card = (folder / "llama-exported" / "README.md").read_text()
     (stage,) = json.loads((folder / "outputs" / "llama" / "summary.json").read_text())["stages"]
@@ -404,8 +404,8 @@ def test_the_model_card_states_what_the_run_recorded(round_trip):
     assert "Learning rate of the last step: german 0.0003" in card
 
 
-def test_settings_of_an_export_are_those_of_the_weights(round_trip):
-    """The length that the release promises (2,048), and one end-of-document id in both files."""
+def test_an_export_has_the_longest_sequence_and_the_end_of_document_id(round_trip):
+    """max_position_embeddings of the base model (2,048), and one end-of-document id in both files."""
     folder, _ = round_trip
     config, generation = (
         json.loads((folder / "llama-exported" / name).read_text()) for name in ("config.json", "generation_config.json")
@@ -416,7 +416,7 @@ def test_settings_of_an_export_are_those_of_the_weights(round_trip):
 
 
 def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
-    """A byte changed in one file: the file is named, and nothing is left behind."""
+    """One byte of a file is changed: the error names the file, and nothing is left behind."""
     folder, _ = round_trip
     copy = shutil.copytree(folder / "gpt_neox-imported", tmp_path / "copy")
     file = next(copy.glob("*.safetensors"))
@@ -430,7 +430,7 @@ def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
 
 
 def test_another_tokenizer_than_the_runs_is_refused(round_trip, tmp_path):
-    """Its ids would mean something else; an import, which knows none, takes any that has not too many ids."""
+    """Its ids have another meaning. For an import without tokenizer any one with few enough ids is accepted."""
     folder, _ = round_trip
     other = folder / "llama-exported" / "tokenizer.json"
     run = folder / "outputs" / "llama" / "german" / "step-00000030"
@@ -443,7 +443,7 @@ def test_another_tokenizer_than_the_runs_is_refused(round_trip, tmp_path):
     assert said[-1] == f"tokenizer: {other}"
 
 
-def test_a_run_with_several_ranks_begins_with_the_same_weights(round_trip, tmp_path):
+def test_a_run_with_two_ranks_starts_from_the_same_weights(round_trip, tmp_path):
     """`hf:` on two ranks under FSDP2: the losses of step 0 and of the first steps are those of one process."""
     folder, _ = round_trip
     overrides = ["--job.output_dir", tmp_path, "--stages.german.steps", "3", "--training.local_batch_size", "4"]
@@ -461,7 +461,7 @@ def test_a_run_with_several_ranks_begins_with_the_same_weights(round_trip, tmp_p
 
 
 def test_an_import_has_no_optimizer_state_to_keep(round_trip, tmp_path):
-    """The key and the remedy, exit status 2."""
+    """The error names the key and the remedy; exit status 2."""
     folder, _ = round_trip
     done = python(
         *("-m", "titan_cpt", "train", "--config", folder / "gpt_neox.toml"),
@@ -474,7 +474,7 @@ def test_an_import_has_no_optimizer_state_to_keep(round_trip, tmp_path):
     )
 
 
-def test_the_command_line_answers_without_torch():
+def test_help_does_not_import_torch():
     """--help of the program and of both commands imports neither torch nor transformers."""
     code = """
 import sys
@@ -492,6 +492,6 @@ print([name for name in ("torch", "transformers", "huggingface_hub") if name in 
 
 
 def test_hub_names_cover_every_weight():
-    """Of each family's debug model, and no other."""
+    """Every weight of each family's debug model has a name, and no other has."""
     for spec in SPECS.values():
         assert set(hub_names(spec)) == set(build_model(spec).state_dict())

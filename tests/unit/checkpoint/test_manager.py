@@ -1,4 +1,4 @@
-"""Saving while training goes on, loading to the last bit, what is kept, and which checkpoint is the newest good one."""
+"""Saving while training continues, loading bit for bit, pruning, and finding the newest valid checkpoint."""
 
 import json
 import os
@@ -79,8 +79,8 @@ def damage(folder):
 
 
 @pytest.mark.parametrize("async_save", [True, False])
-def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path, async_save):
-    """Weights, both moments and step counts, into a model and an optimizer that hold others."""
+def test_a_loaded_state_equals_the_saved_one_bit_for_bit(tmp_path, async_save):
+    """Weights, both moments and step counts, loaded into another model and optimizer."""
     checkpoints = checkpoints_in(tmp_path, async_save=async_save)
     model, optimizer = trained(3)
     saved = everything(model, optimizer)
@@ -94,8 +94,8 @@ def test_what_is_loaded_is_what_was_saved_to_the_last_bit(tmp_path, async_save):
     assert loaded["weight.step"].item() == 3
 
 
-def test_a_save_holds_the_moment_of_the_call_though_training_goes_on(tmp_path, monkeypatch):
-    """Writing is held up until two more steps were taken; what is written is the state before them."""
+def test_a_save_holds_the_state_at_the_call_although_training_continues(tmp_path, monkeypatch):
+    """Two more steps are taken before anything is written; the earlier state is written."""
     model, optimizer = trained(3)
     saved = everything(model, optimizer)
     checkpoints = checkpoints_in(tmp_path)
@@ -110,8 +110,8 @@ def test_a_save_holds_the_moment_of_the_call_though_training_goes_on(tmp_path, m
     assert not training.same_bits(saved, went_on)
 
 
-def test_a_save_leaves_weights_and_state_as_they_are(tmp_path):
-    """Saving, twice, changes nothing in memory."""
+def test_a_save_changes_neither_weights_nor_optimizer_state(tmp_path):
+    """Two saves change nothing in memory."""
     model, optimizer = trained(3)
     before = everything(model, optimizer)
     checkpoints = checkpoints_in(tmp_path)
@@ -123,7 +123,7 @@ def test_a_save_leaves_weights_and_state_as_they_are(tmp_path):
 
 
 def test_without_an_optimizer_only_weights_are_loaded(tmp_path):
-    """A stage that resets its optimizer has no use for the old moments; those in memory stay."""
+    """A stage that resets its optimizer does not need the old moments; those in memory are kept."""
     checkpoints = checkpoints_in(tmp_path)
     model, optimizer = trained(3)
     saved = everything(model, optimizer)
@@ -138,8 +138,8 @@ def test_without_an_optimizer_only_weights_are_loaded(tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before if "." in name)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path):
-    """A matrix of another width, and a tensor that is not there."""
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    """A matrix of another width, and a missing tensor."""
     checkpoints = checkpoints_in(tmp_path)
     model, optimizer = trained(1)
     checkpoints.save(model, optimizer, stage="a", steps_done=1, record=record_of())
@@ -152,8 +152,8 @@ def test_another_models_checkpoint_is_refused(tmp_path):
         load_state(tmp_path / "a" / "step-00000001", more, None)
 
 
-def test_a_checkpoint_exists_only_once_its_manifest_is_written_and_then_is_told(tmp_path):
-    """`on_saved` hears of it after that; the manifest holds the record, and the folder verifies."""
+def test_on_saved_is_called_after_the_manifest_is_written(tmp_path):
+    """The manifest holds the record, and the folder verifies."""
     told = []
     checkpoints = checkpoints_in(tmp_path, on_saved=lambda folder: told.append((folder, manifest.verify(folder))))
     save_all(checkpoints, ("a", 4, 12, STAGE_END))
@@ -165,8 +165,8 @@ def test_a_checkpoint_exists_only_once_its_manifest_is_written_and_then_is_told(
     assert found["torch"] == torch.__version__
 
 
-def test_interval_checkpoints_are_pruned_and_the_others_stay(tmp_path):
-    """The newest two intervals over both stages; every stage end and every point before an annealing."""
+def test_only_interval_checkpoints_are_pruned(tmp_path):
+    """The newest two intervals over both stages are kept, and every stage end and pre-anneal checkpoint."""
     moments = [("a", 0, 0, PRE_ANNEAL), *(("a", 0, n, INTERVAL) for n in (10, 20, 30))]
     moments += [("a", 0, 35, PRE_ANNEAL), ("a", 0, 40, STAGE_END), ("b", 1, 10, INTERVAL)]
     save_all(checkpoints_in(tmp_path, keep=2), *moments)
@@ -178,15 +178,15 @@ def test_interval_checkpoints_are_pruned_and_the_others_stay(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_so_many_intervals_are_kept_as_asked(tmp_path, keep):
+def test_keep_latest_interval_checkpoints_are_kept(tmp_path, keep):
     """Of five."""
     save_all(checkpoints_in(tmp_path, keep=keep), *(("a", 0, n, INTERVAL) for n in (1, 2, 3, 4, 5)))
 
     assert training.checkpoints_of(tmp_path) == [f"a/step-{n:08d}" for n in (1, 2, 3, 4, 5)][-keep:]
 
 
-def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_later_step(tmp_path):
-    """A run went back behind a damaged checkpoint and was stopped before it came there again, keeping one."""
+def test_the_checkpoint_just_written_is_kept_beside_a_damaged_one_of_a_later_step(tmp_path):
+    """A run rolled back behind a damaged checkpoint, with keep_latest 1."""
     save_all(checkpoints_in(tmp_path, keep=1), ("a", 0, 30, INTERVAL))
     damage(tmp_path / "a" / "step-00000030")
     checkpoints = checkpoints_in(tmp_path, keep=1)
@@ -198,7 +198,7 @@ def test_the_checkpoint_just_written_outlives_a_damaged_one_of_a_later_step(tmp_
 
 
 def test_listed_is_newest_first_over_stages(tmp_path):
-    """By the stage's place in the run and the steps done in it, not by name."""
+    """Sorted by stage index and steps done, not by name."""
     save_all(
         checkpoints_in(tmp_path),
         ("zebra", 0, 9, STAGE_END),
@@ -210,8 +210,8 @@ def test_listed_is_newest_first_over_stages(tmp_path):
     assert listed == [("ape", 2), ("zebra", 9), ("zebra", 5)]
 
 
-def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
-    """A stage and its folder renamed together: what is in the way of a save stays, and is named."""
+def test_a_save_does_not_overwrite_a_checkpoint_of_another_stage(tmp_path):
+    """Someone renamed a stage's folder: the checkpoint in it is kept, and the error names it."""
     failures = []
     checkpoints = CheckpointManager(
         tmp_path, keep_latest=2, async_save=False, on_saved=lambda path: None, on_failed=failures.append
@@ -225,8 +225,8 @@ def test_a_checkpoint_from_elsewhere_is_not_saved_over(tmp_path):
     assert training.files_of(tmp_path / "new") == before
 
 
-def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
-    """Bit flip in one, a manifest that is no JSON in another; a folder without manifest is silently nothing."""
+def test_damaged_checkpoints_are_skipped_and_reported(tmp_path):
+    """A flipped bit in one, a manifest that is not JSON in another. A folder without a manifest is ignored silently."""
     checkpoints = checkpoints_in(tmp_path)
     save_all(checkpoints, *(("a", 0, n, STAGE_END) for n in (1, 2, 3, 4)))
     damage(tmp_path / "a" / "step-00000003")
@@ -242,8 +242,8 @@ def test_a_damaged_newest_is_passed_over_and_told(tmp_path):
     assert "checksum" in told[1]
 
 
-def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
-    """An empty folder, and one with nothing but a damaged one."""
+def test_newest_valid_is_none_without_a_valid_checkpoint(tmp_path):
+    """In an empty folder, and with only a damaged checkpoint."""
     checkpoints = checkpoints_in(tmp_path)
     empty = checkpoints.newest_valid(lambda message: None)
     save_all(checkpoints, ("a", 0, 1, INTERVAL))
@@ -253,8 +253,8 @@ def test_where_there_is_no_good_checkpoint_there_is_none(tmp_path):
     assert checkpoints.newest_valid(lambda message: None) is None
 
 
-def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
-    """Old shards, of another layout perhaps, do not mix with the new ones."""
+def test_a_save_removes_the_files_of_an_interrupted_one(tmp_path):
+    """Old shards, perhaps of other parallelism degrees, do not mix with the new ones."""
     folder = tmp_path / "a" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "rank-00007-0.safetensors").write_bytes(b"half a shard")
@@ -265,8 +265,8 @@ def test_a_save_begins_anew_in_the_folder_of_one_that_was_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize("async_save", [True, False])
-def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path, async_save):
-    """A file stands where the second stage's folder should be; what was there before verifies."""
+def test_a_failed_save_names_the_newest_complete_checkpoint(tmp_path, async_save):
+    """A file has the name of the second stage's folder; the earlier checkpoint still verifies."""
     checkpoints = checkpoints_in(tmp_path, async_save=async_save)
     save_all(checkpoints, ("a", 0, 4, STAGE_END))
     (tmp_path / "b").write_text("in the way")
@@ -277,8 +277,8 @@ def test_a_save_that_cannot_be_written_says_so_and_names_what_is_whole(tmp_path,
 
 
 @pytest.mark.parametrize("async_save", [True, False])
-def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeypatch, async_save):
-    """The operating system's error, from the writing thread, reaches whoever waits; and the next save works."""
+def test_a_full_disk_leaves_no_manifest(tmp_path, monkeypatch, async_save):
+    """The error of the writing thread is raised by `wait`; the next save works."""
     fsync, full = os.fsync, [True]
 
     def no_room(descriptor):
@@ -298,8 +298,8 @@ def test_a_disk_that_fills_up_while_writing_leaves_no_manifest(tmp_path, monkeyp
     assert training.checkpoints_of(tmp_path) == ["a/step-00000001"]
 
 
-def test_poll_tells_of_a_save_that_has_ended_and_waits_for_none(tmp_path):
-    """Nothing is told while it is being written."""
+def test_poll_reports_a_finished_save_and_does_not_wait(tmp_path):
+    """`on_saved` is not called while the checkpoint is being written."""
     told = []
     checkpoints = checkpoints_in(tmp_path, on_saved=told.append)
     checkpoints.poll()
@@ -313,8 +313,8 @@ def test_poll_tells_of_a_save_that_has_ended_and_waits_for_none(tmp_path):
     assert told == [tmp_path / "a" / "step-00000001"]
 
 
-def test_the_record_is_readable_json_with_the_recipe(tmp_path):
-    """What find_checkpoint compares on resume."""
+def test_the_manifest_is_json_with_the_recipe(tmp_path):
+    """find_checkpoint compares it on resume."""
     save_all(checkpoints_in(tmp_path), ("a", 0, 1, INTERVAL))
     found = json.loads((tmp_path / "a" / "step-00000001" / "manifest.json").read_text())
 

@@ -1,4 +1,4 @@
-"""The manifest makes a folder a checkpoint: what verification finds, and the order in which things come and go."""
+"""The manifest makes a folder a checkpoint: what verification finds, and the order of writing and removing."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def status_of(*arguments):
 
 
 def test_a_manifest_lists_every_file_with_its_size_and_checksum(checkpoint):
-    """Checksums as xxhash has them of a whole file; hidden files and those in folders too, not the manifest itself."""
+    """Checksums are xxhash's of whole files; hidden files and subfolders are included, the manifest is not."""
     record = json.loads((checkpoint / "manifest.json").read_text())
     files = record.pop("files")
     expected = xxhash.xxh3_128((checkpoint / "__0_0.distcp").read_bytes()).hexdigest()
@@ -74,7 +74,7 @@ def test_a_manifest_lists_every_file_with_its_size_and_checksum(checkpoint):
 
 @pytest.mark.parametrize("place", [0, 5000, 10239])
 def test_one_flipped_bit_is_found(checkpoint, place):
-    """At the first, a middle and the last byte; the size stays."""
+    """In the first, a middle and the last byte; the size is unchanged."""
     shard = checkpoint / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[place] ^= 1
@@ -84,23 +84,23 @@ def test_one_flipped_bit_is_found(checkpoint, place):
 
 
 @pytest.mark.parametrize("size", [0, 10239, 10241])
-def test_another_size_is_found_and_told(checkpoint, size):
-    """Cut short, or longer."""
+def test_another_size_is_reported(checkpoint, size):
+    """A truncated file, and a longer one."""
     shard = checkpoint / "__0_0.distcp"
     shard.write_bytes((shard.read_bytes() + b"x")[:size])
 
     verified(checkpoint, str(shard), f"has {size} bytes", "10240")
 
 
-def test_a_missing_file_is_found(checkpoint):
-    """The small one in a folder, which DCP calls its metadata."""
+def test_a_missing_file_is_reported(checkpoint):
+    """The small one in a subfolder."""
     (checkpoint / "deep" / ".metadata").unlink()
 
     verified(checkpoint, str(checkpoint / "deep" / ".metadata"), "missing", "21 bytes")
 
 
-def test_a_folder_in_the_place_of_a_file_is_a_missing_file(checkpoint):
-    """Of the same name."""
+def test_a_folder_with_the_name_of_a_file_is_a_missing_file(checkpoint):
+    """verify does not read it."""
     (checkpoint / "__0_0.distcp").unlink()
     (checkpoint / "__0_0.distcp").mkdir()
 
@@ -108,8 +108,8 @@ def test_a_folder_in_the_place_of_a_file_is_a_missing_file(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "deep/../../outside", "link/outside"])
-def test_names_that_lead_out_of_the_folder_are_refused(checkpoint, name):
-    """By dots, from the root or through a link; the file there exists and its size is right."""
+def test_names_outside_the_folder_are_refused(checkpoint, name):
+    """With dots, absolute, or through a link; the file exists and has the right size."""
     outside = checkpoint.parent / "outside"
     outside.write_bytes(b"12345")
     (checkpoint / "link").symlink_to(checkpoint.parent)
@@ -121,8 +121,8 @@ def test_names_that_lead_out_of_the_folder_are_refused(checkpoint, name):
     verified(checkpoint, "manifest.json", "not a file of this folder")
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint):
-    """What it is instead: nothing, a file, an interrupted save, a release, or a run, whose checkpoints are named."""
+def test_a_path_without_a_manifest_is_not_a_checkpoint(checkpoint):
+    """The error says what it is: missing, a file, an interrupted save, a Hugging Face model, or a run."""
     stage = checkpoint.parent / "run" / "german"
     for step in range(5):
         shutil.copytree(checkpoint, stage / f"step-0000000{step}")
@@ -143,8 +143,8 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(checkpoint):
     verified(stage.parent, f"is a run, not a checkpoint; its checkpoints are ..., {newest}")
 
 
-def test_a_manifest_of_another_format_is_named(checkpoint):
-    """A later version's."""
+def test_a_manifest_of_another_format_is_refused(checkpoint):
+    """One of a later version."""
     edit(checkpoint, format=3)
 
     verified(checkpoint, "format 3", "reads format 2")
@@ -152,8 +152,8 @@ def test_a_manifest_of_another_format_is_named(checkpoint):
 
 @pytest.mark.parametrize("key", [*RECORD, "files", "format"])
 @pytest.mark.parametrize("fault", ["missing", "of the wrong type"])
-def test_every_key_that_is_relied_on_is_asked_for(checkpoint, key, fault):
-    """Each taken away or turned into a list of one null, which none of them is."""
+def test_every_required_key_is_checked(checkpoint, key, fault):
+    """Each one missing, or of the wrong type: a list of one null."""
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())
     content.pop(key)
@@ -185,7 +185,7 @@ def refused_or_whole(folder):
 @example(content=b"[" * 100_000)
 @example(content=b'{"format": ' + b"9" * 5000 + b"}")
 @example(content=b"\xff\xfe\x00")
-def test_no_content_of_a_manifest_raises_anything_but_our_error(tmp_path_factory, content):
+def test_any_content_of_a_manifest_is_read_or_raises_our_error(tmp_path_factory, content):
     """Arbitrary JSON and arbitrary bytes."""
     folder = tmp_path_factory.mktemp("any")
     (folder / "manifest.json").write_bytes(content)
@@ -200,16 +200,16 @@ def test_no_content_of_a_manifest_raises_anything_but_our_error(tmp_path_factory
 @example(key="files", value={"x" * 300: {"bytes": 1}})
 @example(key="files", value={"": {"bytes": 1}})
 @example(key="stage_index", value="one")
-def test_a_whole_manifest_with_one_key_of_any_value_raises_nothing_but_our_error(tmp_path_factory, key, value):
-    """Also where the faulty entry is the name of a file that no file system could hold."""
+def test_a_valid_manifest_with_any_value_for_one_key_is_read_or_raises_our_error(tmp_path_factory, key, value):
+    """Also if the wrong entry is a file name that is impossible on every file system."""
     folder = tmp_path_factory.mktemp("nearly")
     (folder / "manifest.json").write_text(json.dumps({**WHOLE, key: value}))
     refused_or_whole(folder)
     shutil.rmtree(folder)
 
 
-def test_the_manifest_is_the_first_to_go(checkpoint, monkeypatch):
-    """A removal that is cut short leaves a folder without a manifest, never a manifest without its files."""
+def test_removing_starts_with_the_manifest(checkpoint, monkeypatch):
+    """An interrupted removal leaves a folder without a manifest, never a manifest without its files."""
     monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         manifest.remove(checkpoint)
@@ -218,16 +218,16 @@ def test_the_manifest_is_the_first_to_go(checkpoint, monkeypatch):
     assert (checkpoint / "__0_0.distcp").exists()
 
 
-def test_removing_takes_all_and_may_be_done_twice(checkpoint):
-    """The folder is gone; to remove what is not there is no fault."""
+def test_removing_deletes_the_folder_and_can_be_repeated(checkpoint):
+    """Removing a missing checkpoint is not an error."""
     manifest.remove(checkpoint)
     manifest.remove(checkpoint)
 
     assert not checkpoint.exists()
 
 
-def test_removing_leaves_what_is_not_of_the_checkpoint(checkpoint):
-    """An export, notes and links that someone put into its folder stay when it is pruned or saved again."""
+def test_removing_keeps_files_that_do_not_belong_to_the_checkpoint(checkpoint):
+    """An export, notes and links in its folder are kept when it is pruned or saved again."""
     (checkpoint / "hf").mkdir()
     for name in ("hf/model.safetensors", "notes.txt", "rank-0.safetensors"):
         (checkpoint / name).write_text("mine")
@@ -241,7 +241,7 @@ def test_removing_leaves_what_is_not_of_the_checkpoint(checkpoint):
     assert left == {"hf/model.safetensors", "notes.txt", "rank-0.safetensors", "link"}
 
 
-def test_everything_is_on_the_disk_before_the_manifest_gets_its_name(tmp_path, monkeypatch):
+def test_all_files_are_fsynced_before_the_manifest_is_renamed(tmp_path, monkeypatch):
     """The order of fsync and rename: files, the manifest's text, its name, the folder."""
     folder = tmp_path / "step-00000001"
     folder.mkdir()
@@ -265,7 +265,7 @@ def test_everything_is_on_the_disk_before_the_manifest_gets_its_name(tmp_path, m
     assert happened[:4] == ["shard", temporary, f"{temporary} -> manifest.json", "step-00000001"]
 
 
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_text_is_replaced_atomically(tmp_path, monkeypatch):
     """A failure before the rename leaves the old text."""
     path = tmp_path / "summary.json"
     write_text_atomically(path, "old")
@@ -289,8 +289,8 @@ def test_differences_name_the_key_the_old_and_the_new_value():
     ]
 
 
-def test_the_command_verify_ends_with_0_or_2(checkpoint, capsys):
-    """A good checkpoint, a damaged one, no checkpoint; what is wrong goes to stderr and there is no traceback."""
+def test_titan_cpt_verify_exits_with_0_or_2(checkpoint, capsys):
+    """A valid checkpoint, a damaged one, no checkpoint; the fault is printed to stderr without a traceback."""
     good = status_of("verify", str(checkpoint))
     told = capsys.readouterr()
     (checkpoint / "__0_0.distcp").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: any safetensors reader opens them, no code in them is ever run, damage is an error."""
+"""Checkpoint files: any safetensors library opens them, code in them is never executed, damage is an error."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def load_into_a_new_model(folder):
 
 
 def test_every_tensor_is_in_the_files_under_its_name(tmp_path):
-    """Read with safetensors alone: weights, moments, step counts, and nothing else; two files for two threads."""
+    """Read with safetensors only: weights, moments and step counts, nothing else; two files for two threads."""
     folder, model = saved(tmp_path)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     found = {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
@@ -80,7 +80,7 @@ def test_every_tensor_is_in_the_files_under_its_name(tmp_path):
 
 
 def test_checksums_made_while_writing_are_those_of_the_files(tmp_path):
-    """And no file is there that the manifest does not list."""
+    """And the manifest lists every file."""
     folder, _ = saved(tmp_path)
     listed = manifest.read(folder)["files"]
     there = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST_FILE}
@@ -92,8 +92,8 @@ def test_checksums_made_while_writing_are_those_of_the_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", [".metadata", "rank-00000-0.safetensors", "index.json"])
-def test_code_in_a_file_of_a_checkpoint_is_never_run(tmp_path, name):
-    """DCP's pickled index laid beside ours is not even opened; a pickle in the place of a file is damage."""
+def test_code_in_a_checkpoint_file_is_never_executed(tmp_path, name):
+    """A pickled DCP index beside ours is not opened; a pickle with a shard's name is damage."""
     folder, _ = saved(tmp_path)
     (folder / name).write_bytes(pickle.dumps(Code(tmp_path / "ran")))
     seal_again(folder)
@@ -108,8 +108,8 @@ def test_code_in_a_file_of_a_checkpoint_is_never_run(tmp_path, name):
     assert (tmp_path / "ran").exists(), "the payload is a real one"
 
 
-def test_code_in_a_torch_file_of_a_checkpoint_is_never_run(tmp_path):
-    """torch.save's format, in the place of a shard."""
+def test_code_in_a_torch_save_file_is_never_executed(tmp_path):
+    """torch.save's format, with a shard's name."""
     folder, _ = saved(tmp_path)
     torch.save({"model.weight": Code(tmp_path / "ran")}, folder / "rank-00000-0.safetensors")
     seal_again(folder)
@@ -133,7 +133,7 @@ def watched(output, *arguments):
 
 
 def test_no_command_that_reads_a_checkpoint_unpickles_anything(tmp_path):
-    """Training that begins with one, a resume, verify, export and anneal, watched by the interpreter's audit hook."""
+    """Training from one, resume, verify, export and anneal, observed by the interpreter's audit hook."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     first = training.write_config(raw, tmp_path / "first.toml")
 
@@ -156,8 +156,8 @@ def test_no_command_that_reads_a_checkpoint_unpickles_anything(tmp_path):
     assert not [one.output for one in done if "unpickled" in one.output]
 
 
-def test_code_in_a_released_pytorch_model_is_not_run_by_an_import(tmp_path):
-    """`titan-cpt import` of a folder whose weights are a pickle with something else in it."""
+def test_import_does_not_execute_code_in_pytorch_model_bin(tmp_path):
+    """`titan-cpt import` of a folder whose pytorch_model.bin holds more than weights."""
     (tmp_path / "release").mkdir()
     config = {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     config |= {"intermediate_size": 128, "vocab_size": 128, "architectures": ["GPTNeoXForCausalLM"]}
@@ -198,8 +198,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_index_that_is_wrong_is_refused_by_name(tmp_path, fault):
-    """With a manifest that fits it: a checkpoint may come from anyone."""
+def test_a_wrong_index_is_refused_with_the_name_of_the_tensor(tmp_path, fault):
+    """With a manifest that matches it: a checkpoint may come from an untrusted source."""
     folder, _ = saved(tmp_path)
     edit, told = FAULTS[fault]
     edited(folder, edit)
@@ -207,8 +207,8 @@ def test_an_index_that_is_wrong_is_refused_by_name(tmp_path, fault):
         load_into_a_new_model(folder)
 
 
-def test_another_dtype_is_refused_and_not_cast_in_silence(tmp_path):
-    """A shard in bfloat16 under an index and a manifest that fit it."""
+def test_another_dtype_is_refused_and_not_cast_silently(tmp_path):
+    """A shard in bfloat16, with an index and a manifest that match it."""
     folder, _ = saved(tmp_path)
     name = next(path for path in folder.glob("*.safetensors") if "model.weight" in load_file(path)).name
     save_file({key: value.bfloat16() for key, value in load_file(folder / name).items()}, folder / name)
@@ -236,15 +236,15 @@ TENSOR = st.fixed_dictionaries(
 @example(content=b"[" * 100_000)
 @example(content=b'{"tensors": ' + b"9" * 5000 + b"}")
 @example(content=b"\xff\xfe\x00")
-def test_no_content_of_an_index_raises_anything_but_our_error(tmp_path_factory, content):
+def test_any_content_of_an_index_is_read_or_raises_our_error(tmp_path_factory, content):
     """Arbitrary bytes, arbitrary JSON."""
     read_any(tmp_path_factory.mktemp("any"), content)
 
 
 @settings(max_examples=200, deadline=None)
 @given(tensors=st.dictionaries(st.text(max_size=5), TENSOR, max_size=2))
-def test_no_table_of_tensors_raises_anything_but_our_error(tmp_path_factory, tensors):
-    """The right keys, any values."""
+def test_any_table_of_tensors_is_read_or_raises_our_error(tmp_path_factory, tensors):
+    """The right keys with any values."""
     read_any(tmp_path_factory.mktemp("any"), json.dumps({"tensors": tensors}).encode())
 
 
@@ -263,8 +263,8 @@ def sound(tmp_path_factory):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_no_content_of_a_shard_raises_anything_but_our_error(sound, data):
-    """Any bytes at any place of header or data, and any length of the file; what loads has the right shapes."""
+def test_any_content_of_a_shard_is_loaded_or_raises_our_error(sound, data):
+    """Any bytes anywhere in header or data, and any file length; what loads has the right shapes."""
     folder, content = sound
     at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 60))
     new = data.draw(st.binary(min_size=1, max_size=12))
@@ -276,8 +276,8 @@ def test_no_content_of_a_shard_raises_anything_but_our_error(sound, data):
 
 
 @pytest.mark.parametrize("length", [1 << 62, 1 << 40, (1 << 64) - 1])
-def test_a_header_that_claims_to_be_huge_is_refused_without_memory_for_it(sound, length):
-    """Eight bytes that promise a terabyte."""
+def test_a_header_with_a_huge_length_is_refused_without_allocating_it(sound, length):
+    """Eight bytes that announce a terabyte."""
     folder, content = sound
     file = folder / "rank-00000-0.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + content[8:])
@@ -288,8 +288,8 @@ def test_a_header_that_claims_to_be_huge_is_refused_without_memory_for_it(sound,
         file.write_bytes(content)
 
 
-def test_a_part_in_the_middle_of_a_tensor_has_where_it_begins_in_its_name(tmp_path):
-    """As two ranks write it: read together again into one tensor, in any order of the parts."""
+def test_the_key_of_an_inner_shard_holds_its_offset(tmp_path):
+    """Shards of two ranks are read together into one tensor, in any order."""
     folder, model = saved(tmp_path)
     halves = (
         {"at": [0, 0], "shape": [2, 6], "file": "x.safetensors"},

@@ -1,4 +1,4 @@
-"""Weights of one tokenizer do not train on tokens of another: hf:, checkpoint:, imports; by the plan and by the run."""
+"""Weights of another tokenizer than the run's are refused, by the plan and by the run: hf:, checkpoint:, imports."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def mismatched(there, out, what, **stage):
 
 @pytest.mark.parametrize("what", ["release", "import", "run"])
 def test_weights_of_another_tokenizer_are_refused_by_the_plan_and_by_the_run(what, there, tmp_path, capsys):
-    """Both fingerprints, where they are from, and the one key that allows it; nothing is trained."""
+    """With both fingerprints, their sources, and the key that allows it; nothing is trained."""
     raw = mismatched(there, tmp_path, what)
     both = {fingerprint_of("bytes")[:12], hashlib.sha256((there / "other.json").read_bytes()).hexdigest()[:12]}
     with pytest.raises(SystemExit) as end:
@@ -101,8 +101,8 @@ def test_weights_of_another_tokenizer_are_refused_by_the_plan_and_by_the_run(wha
 
 
 @pytest.mark.parametrize("what", ["release", "import", "run"])
-def test_one_key_allows_them_and_the_stage_says_so(what, there, tmp_path, capsys):
-    """The plan has a note, and the line of the transition as well."""
+def test_allow_mismatch_allows_them_with_a_note(what, there, tmp_path, capsys):
+    """In the plan and in the log line of the stage's start."""
     raw = mismatched(there, tmp_path, what)
     raw["tokenizer"]["allow_mismatch"] = True
     with pytest.raises(SystemExit) as end:
@@ -116,8 +116,8 @@ def test_one_key_allows_them_and_the_stage_says_so(what, there, tmp_path, capsys
     assert "as tokenizer.allow_mismatch allows" in said
 
 
-def test_the_model_card_tells_of_an_allowed_mismatch(there, tmp_path):
-    """Of the run that allowed it, of its branch, and of a run that began with its weights; not of any other run."""
+def test_the_model_card_names_an_allowed_mismatch(there, tmp_path):
+    """For the run that allowed it, its branch, and a run that started from its weights; not for another run."""
     raw = mismatched(there, tmp_path, "release")
     raw["stages"][0]["lr"] = {"schedule": "wsd", "max": 1e-3, "warmup_until": 1, "decay_from": 3, "decay": "linear"}
     raw["tokenizer"]["allow_mismatch"] = True
@@ -146,8 +146,8 @@ def test_the_model_card_tells_of_an_allowed_mismatch(there, tmp_path):
     assert "another tokenizer" not in cards[-1]
 
 
-def test_keeping_the_optimizers_state_changes_nothing_about_it(there, tmp_path):
-    """`optimizer_state = "keep"` from another run: refused as well."""
+def test_weights_with_optimizer_state_are_checked_too(there, tmp_path):
+    """`optimizer_state = "keep"` from another run is refused as well."""
     with (
         pytest.raises(CheckpointError, match="were trained with another tokenizer"),
         cast(config_of(mismatched(there, tmp_path, "run", optimizer_state="keep"))),
@@ -166,8 +166,8 @@ def test_a_later_stage_is_refused_before_the_first_one_is_trained(there, tmp_pat
         pass
 
 
-def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, tmp_path, capsys):
-    """A run of an older version, whose weights nobody checked, continues; the next one is checked. The plan agrees."""
+def test_a_stage_that_has_begun_resumes_whatever_its_tokenizer_was(there, tmp_path, capsys):
+    """A run of an older version, which did not check, continues; its next stage is checked. The plan agrees."""
     raw = mismatched(there, tmp_path, "release")
     raw["tokenizer"]["allow_mismatch"] = True
     assert train(write_config(raw, tmp_path / "run.toml")).status == 0
@@ -197,8 +197,8 @@ def test_a_stage_that_has_begun_resumes_whatever_its_first_weights_were(there, t
     assert note.endswith("This stage has begun, and a resume does not load these weights again")
 
 
-def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, capsys):
-    """A release without tokenizer.json, and an import of an older version: the stage begins."""
+def test_weights_of_an_unknown_tokenizer_give_a_note(there, tmp_path, capsys):
+    """A Hugging Face model without tokenizer.json, and an import of an older version: the stage starts."""
     record = manifest.read(there / "imported")
     del record["released"]["tokenizer"]
     manifest.link_checkpoint(there / "imported", tmp_path / "old-import", record)
@@ -217,7 +217,7 @@ def test_weights_whose_tokenizer_nobody_recorded_are_a_note(there, tmp_path, cap
 
 
 def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
-    """The byte tokenizer that an export wrote as a file, and a file that another library wrote again."""
+    """The byte tokenizer as an exported file, and a file that another library has rewritten."""
     export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", log=print)
     import_released(str(tmp_path / "exported"), tmp_path / "imported", log=print)
     for init in (f"hf:{tmp_path}/exported", f"checkpoint:{tmp_path}/imported"):
@@ -242,8 +242,8 @@ def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
         lambda spec: spec["model"].update(ignore_merges=True),
     ],
 )
-def test_whatever_decides_ids_makes_another_tokenizer(change, tmp_path):
-    """Merges, normalizer, pre-tokenizer, flags of an added token, an option of the model."""
+def test_everything_that_decides_ids_is_compared(change, tmp_path):
+    """Merges, normalizer, pre-tokenizer, flags of an added token, a model option."""
     spec = byte_tokenizer_json(256)
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -252,7 +252,7 @@ def test_whatever_decides_ids_makes_another_tokenizer(change, tmp_path):
 
 
 def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
-    """The release's own is taken, and another one is refused."""
+    """The Hugging Face model's own tokenizer is exported, and another one is refused."""
     said = []
     export(there / "imported", tmp_path / "out", dtype="float32", log=said.append)
     with pytest.raises(DataError, match="is not the tokenizer of the run"):
@@ -262,8 +262,8 @@ def test_an_export_of_an_import_keeps_its_tokenizer(there, tmp_path):
 
 
 @pytest.mark.parametrize("released", [5, {"tokenizer": 5}, {"tokenizer": {"ids": "x"}}, {"tokenizer": ["where"]}])
-def test_a_damaged_record_of_the_tokenizer_is_an_error_in_words(released, tmp_path):
-    """No traceback; and a manifest without any is not damaged."""
+def test_a_damaged_tokenizer_entry_is_our_error(released, tmp_path):
+    """No traceback; a manifest without the entry is not damaged."""
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: its released\.tokenizer is"):
         tokenizer_of_manifest({"data": {}, "released": released}, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Released models against transformers: settings, logits beyond a window, what it cannot load, which files it reads."""
+"""Imported models compared with transformers: settings, logits beyond a sliding window, and which files are read."""
 
 import json
 from dataclasses import replace
@@ -50,8 +50,8 @@ def imported(folder):
         {"torch_dtype": "bfloat16", "dtype": "bfloat16"},
     ],
 )
-def test_a_setting_that_has_no_part_in_the_logits_does_not_prevent_the_comparison(keys, tmp_path):
-    """An attention backend that is not installed, a pad id beyond the rows, a dtype that is not the file's."""
+def test_settings_without_effect_on_logits_do_not_prevent_the_comparison(keys, tmp_path):
+    """An attention backend that is not installed, a pad id beyond the vocabulary, another dtype than the file's."""
     release(tmp_path / "released", SPECS["llama"])
     changed_config(tmp_path / "released", **keys)
 
@@ -65,8 +65,8 @@ def test_a_setting_that_has_no_part_in_the_logits_does_not_prevent_the_compariso
         ({"torch_dtype": "float33"}, "not compared with transformers"),
     ],
 )
-def test_a_folder_that_transformers_cannot_load_is_imported_and_not_compared(keys, why, tmp_path):
-    """One line says that nothing was compared, and why; no traceback."""
+def test_a_model_that_transformers_cannot_load_is_imported_without_comparison(keys, why, tmp_path):
+    """One line says why; no traceback."""
     release(tmp_path / "released", SPECS["llama"])
     config = json.loads((tmp_path / "released" / "config.json").read_text())
     config.pop("dtype", None)
@@ -78,7 +78,7 @@ def test_a_folder_that_transformers_cannot_load_is_imported_and_not_compared(key
 
 
 def test_logits_are_compared_beyond_the_end_of_a_sliding_window(tmp_path):
-    """A window of 40, which the 32 positions of a model without one would not reach: 41 is found out."""
+    """The window is 40; the 32 positions compared for models without one would not show that 41 is wrong."""
     spec = named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 40})
     release(tmp_path / "released", spec)
     released = open_released(str(tmp_path / "released"))
@@ -94,7 +94,7 @@ def test_logits_are_compared_beyond_the_end_of_a_sliding_window(tmp_path):
 @pytest.mark.parametrize("limit", ["_RUN_PARAMETERS", "_RUN_WORK"])
 @pytest.mark.parametrize("name", SPECS)
 def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(name, limit, tmp_path, monkeypatch):
-    """Every number and rotary frequency of config.json against transformers' reading of it, which needs no weights."""
+    """Every setting and rotary frequency as transformers reads them, which needs no weights."""
     monkeypatch.setattr(transformers_check, limit, 10)
     spec = SPECS[name]
     release(tmp_path / "released", spec)
@@ -109,8 +109,8 @@ def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(nam
             verify_against_transformers(other, other.spec, print, in_a_run=True)
 
 
-def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
-    """Nothing of the warnings and log lines of what transformers imports, such as torchao's."""
+def test_import_prints_only_its_own_lines(tmp_path):
+    """No warnings or log lines of what transformers imports, such as torchao."""
     release(tmp_path / "released", SPECS["llama"])
     done = python("-m", "titan_cpt", "import", tmp_path / "released", tmp_path / "out")
 
@@ -126,8 +126,8 @@ def test_an_import_prints_its_own_lines_and_no_others(tmp_path):
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))
 
 
-def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_path):
-    """transformers deletes the shards and leaves their index; the single file is whole, and the index is named."""
+def test_a_single_file_is_read_before_a_stale_index(tmp_path):
+    """transformers deletes old shards but keeps their index; the note names the index."""
     release(tmp_path / "released", SPECS["llama"])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "released")
     with torch.no_grad():
@@ -141,8 +141,8 @@ def test_a_folder_that_was_saved_again_in_one_file_is_read_from_that_file(tmp_pa
     assert "note: model.safetensors.index.json was ignored, as it is incomplete; model.safetensors was read" in said
 
 
-def test_two_whole_sets_of_weights_that_differ_are_refused_by_name(tmp_path):
-    """A single file and older shards, safetensors and pytorch_model.bin: equal ones are read, others are not."""
+def test_two_complete_sets_of_weights_that_differ_are_refused(tmp_path):
+    """A single file beside older shards, safetensors beside pytorch_model.bin; equal sets are read."""
     folder = tmp_path / "released"
     release(folder, SPECS["llama"])
     weights = {}

@@ -1,4 +1,4 @@
-"""Benchmarks on the checkpoints of a run, inside training and after: nothing disturbed, nothing lost or repeated."""
+"""Benchmarks on checkpoints, during training and after: the run is unchanged, no score is lost or computed twice."""
 
 import json
 import shutil
@@ -71,16 +71,16 @@ def command(*words):
     return left.value.code
 
 
-def test_evaluations_change_no_bit_of_a_run(evaluated, undisturbed):
-    """Every loss, gradient norm, LR and batch of both stages, and the last weights and moments."""
+def test_benchmarks_do_not_change_a_run(evaluated, undisturbed):
+    """Every loss, gradient norm, LR and batch of both stages, and the final weights and moments are bit-identical."""
     assert training.numbers_of(evaluated) == training.numbers_of(undisturbed)
     for part in ("model", "optimizer"):
         last = [training.tensors_of(run / "german" / "step-00000010", part) for run in (evaluated, undisturbed)]
         assert training.same_bits(*last)
 
 
-def test_every_evaluation_is_kept_in_the_runs_folder(evaluated):
-    """After steps 5, 10 and the end of each stage: three tasks, the average, texts, a line in the record, a curve."""
+def test_every_score_is_in_the_runs_folder(evaluated):
+    """After steps 5, 10 and each stage end: three tasks, the average, texts, a line in metrics.jsonl, a curve."""
     scores = scores_of(evaluated)
     events = [(event["stage"], event["step"]) for event in training.events_of(evaluated, "evaluation")]
     charts = EventAccumulator(str(evaluated / "tb")).Reload()
@@ -93,8 +93,8 @@ def test_every_evaluation_is_kept_in_the_runs_folder(evaluated):
     assert [point.step for point in charts.Scalars("evaluation/minimal_pairs/average")] == [5, 10, 12, 17, 22]
 
 
-def test_eval_finds_the_same_scores_and_asks_only_what_is_missing(evaluated, folder, capsys):
-    """Kept ones are told as such; one that was removed, and all of them under --again, come out as they were."""
+def test_eval_reuses_scores_and_runs_only_missing_tasks(evaluated, folder, capsys):
+    """Stored scores are printed as such; a removed one, and all of them under --again, come out the same."""
     run = folder / "copied"
     shutil.copytree(evaluated, run)
     before = scores_of(run)
@@ -113,8 +113,8 @@ def test_eval_finds_the_same_scores_and_asks_only_what_is_missing(evaluated, fol
     )
 
 
-def test_a_score_of_other_weights_is_not_taken_for_ones_own(evaluated, folder, capsys):
-    """The file of another checkpoint in the place of one's own is asked anew."""
+def test_a_score_of_other_weights_is_not_reused(evaluated, folder, capsys):
+    """The file of another checkpoint with this checkpoint's name: the task is run again."""
     run = folder / "mixed"
     shutil.copytree(evaluated, run)
     place = "evaluations/{}/clams_de_local-0shot.json"
@@ -127,8 +127,8 @@ def test_a_score_of_other_weights_is_not_taken_for_ones_own(evaluated, folder, c
     assert scores_of(run) == scores_of(evaluated)
 
 
-def test_an_evaluation_that_was_killed_loses_no_task(raw, folder, evaluated):
-    """Killed before the fourth task: three are kept, the second run adds the others, and no number differs."""
+def test_a_killed_evaluation_loses_no_finished_task(raw, folder, evaluated):
+    """The second run adds the missing tasks, and no value differs."""
     written = config(raw, folder, "killed")
     dead = training.train(written, fault=training.Fault("titan_cpt.evaluation.evaluate:_run_task", 5))
     kept = len(scores_of(folder / "killed"))
@@ -142,8 +142,8 @@ def test_an_evaluation_that_was_killed_loses_no_task(raw, folder, evaluated):
     assert training.numbers_of(folder / "killed") == training.numbers_of(evaluated)
 
 
-def test_a_signal_ends_an_evaluation_between_two_tasks(raw, folder, evaluated):
-    """Status 75 with what was asked kept; the same command goes on with the next task, the last stage's included."""
+def test_a_signal_stops_an_evaluation_between_two_tasks(raw, folder, evaluated):
+    """Exit status 75, finished scores are stored; the same command continues with the next task."""
     written = config(raw, folder, "signalled", evaluation={"every": 20})
     process = training.Process(written)
     first = folder / "signalled/evaluations/german/step-00000010/clams_de_local-0shot.json"
@@ -158,8 +158,8 @@ def test_a_signal_ends_an_evaluation_between_two_tasks(raw, folder, evaluated):
     assert len(scores) == 6
 
 
-def test_questions_that_are_missing_are_told_before_any_step(raw, folder):
-    """Status 2 at the start of a new run; in a run under way they are told, and training goes on."""
+def test_missing_datasets_are_reported_before_the_first_step(raw, folder):
+    """Exit status 2 at the start of a new run; a running one logs the error and continues."""
     tasks = small_checkpoints.write_minimal_pairs(folder / "other")
     written = config(raw, folder, "missing", evaluation={"tasks_dir": str(tasks), "every": 5})
     lost = tasks.parent / "blimp_en.jsonl"

@@ -1,4 +1,4 @@
-"""Answers of an opened checkpoint: the plain model's, whatever is asked beside; the cache changes no token."""
+"""Inference with a loaded checkpoint: results do not depend on batching, and the KV cache changes no token."""
 
 import json
 import math
@@ -52,8 +52,8 @@ def greedily(model, prompt, tokens):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("name", small_checkpoints.SPECS)
-def test_the_cache_changes_no_token(name, checkpoints):
-    """Prompts of 1 to 50 tokens in one batch, each continued as if it were alone and nothing were kept."""
+def test_the_kv_cache_changes_no_token(name, checkpoints):
+    """Prompts of 1 to 50 tokens in one batch, each continued as if by itself and without a cache."""
     model = plain(checkpoints(name), name)
     ours = generate(small_checkpoints.load(checkpoints(name)), PROMPTS, max_new_tokens=14)
     slow = [greedily(model, prompt, 14)[len(prompt) :] for prompt in PROMPTS]
@@ -62,7 +62,7 @@ def test_the_cache_changes_no_token(name, checkpoints):
 
 
 @pytest.mark.parametrize("name", small_checkpoints.SPECS)
-def test_cached_logits_are_the_plain_ones(name, checkpoints):
+def test_logits_with_a_kv_cache_equal_those_without(name, checkpoints):
     """Two sequences of different lengths, three tokens at once and then one: every logit within 1e-4."""
     opening = small_checkpoints.load(checkpoints(name))
     model, tokens = opening.model, torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -81,8 +81,8 @@ def test_cached_logits_are_the_plain_ones(name, checkpoints):
     torch.testing.assert_close(one[0, 0], whole[1, 11], atol=1e-4, rtol=0)
 
 
-def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
-    """Attention's own core is back, also after an error."""
+def test_the_model_is_restored_after_the_kv_cache(checkpoints):
+    """Attention's own module is back, also after an error."""
     model = small_checkpoints.load(checkpoints("llama")).model
     within = []
 
@@ -99,8 +99,8 @@ def test_the_model_is_as_before_when_the_cache_is_gone(checkpoints):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
-def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
-    """By hand from the model's logits, whatever the batches; the same input twice, and a context that is cut."""
+def test_a_loglikelihood_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
+    """Computed from the model's logits, for any batching; the same input twice, and a truncated context."""
     opening = small_checkpoints.load(checkpoints("gpt_neox"), batch_tokens=batch_tokens, max_length=20)
     pairs = [([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), (list(range(40)), [5, 6, 7]), ([9], [8] * 20), ([1, 2], [3])]
     expected = []
@@ -116,8 +116,8 @@ def test_a_score_is_the_sum_of_log_probabilities(batch_tokens, checkpoints):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-def test_what_the_model_would_write_is_greedy(checkpoints):
-    """The most likely continuation counts as such, and with another last token it does not."""
+def test_the_most_likely_continuation_is_greedy(checkpoints):
+    """With another last token it is not."""
     opening = small_checkpoints.load(checkpoints("gpt_neox"))
     (written,) = generate(opening, [PROMPTS[0]], max_new_tokens=5)
     other = [*written[:-1], (written[-1] + 1) % 256]
@@ -129,7 +129,7 @@ def test_what_the_model_would_write_is_greedy(checkpoints):
 
 
 def test_bfloat16_is_near_float32(checkpoints):
-    """Weights and products in bfloat16 move a token's log-probability by less than a tenth."""
+    """Weights and products in bfloat16 change a token's log-probability by less than 0.1 nats."""
     pairs = [(PROMPTS[2], PROMPTS[1]), (PROMPTS[1], PROMPTS[2])]
     exact = loglikelihoods(small_checkpoints.load(checkpoints("gpt_neox")), pairs)
     rough = loglikelihoods(small_checkpoints.load(checkpoints("gpt_neox"), precision="bfloat16"), pairs)
@@ -139,8 +139,8 @@ def test_bfloat16_is_near_float32(checkpoints):
         assert 0 < abs(one - other) < 0.1 * len(continuation)
 
 
-def test_too_long_is_refused(checkpoints):
-    """A continuation that does not fit is not scored in part, and no text is made shorter than was asked for."""
+def test_a_continuation_beyond_the_longest_input_is_refused(checkpoints):
+    """It is not scored in part, and no generated text is shorter than requested."""
     opening = small_checkpoints.load(checkpoints("gpt_neox"), max_length=8)
 
     with pytest.raises(DataError, match="9 tokens; the longest input of this model is 8"):
@@ -149,8 +149,8 @@ def test_too_long_is_refused(checkpoints):
         generate(opening, [[1]], max_new_tokens=8)
 
 
-def test_draws_depend_on_seed_and_prompt_alone(checkpoints):
-    """Alone, in a batch, in another order: the same text; another seed draws another."""
+def test_sampling_depends_only_on_seed_and_prompt(checkpoints):
+    """By itself, in a batch, in another order: the same text; another seed gives another."""
     opening = small_checkpoints.load(checkpoints("llama"), batch_tokens=100)
     drawn = Sampling(temperature=1.5, top_p=0.9, seed=3)
     together = generate(opening, PROMPTS, max_new_tokens=10, sampling=drawn)
@@ -162,8 +162,8 @@ def test_draws_depend_on_seed_and_prompt_alone(checkpoints):
 
 
 @given(st.lists(st.floats(-4, 4), min_size=3, max_size=9), st.floats(0.05, 1), st.integers(0, 2**20))
-def test_a_draw_is_among_the_likeliest(logits, top_p, seed):
-    """Never a token beyond the shortest run of likeliest ones that reaches top_p."""
+def test_nucleus_sampling_draws_from_the_nucleus(logits, top_p, seed):
+    """Never a token beyond the smallest set of most likely tokens that reaches top_p."""
     row = torch.tensor([logits], dtype=torch.float32)
     (token,) = _choose(row, Sampling(1.0, top_p, seed), [torch.Generator().manual_seed(seed)])
     likelier = row[0].double().softmax(-1)
@@ -172,8 +172,8 @@ def test_a_draw_is_among_the_likeliest(logits, top_p, seed):
     assert before < top_p + 1e-9
 
 
-def test_draws_follow_the_probabilities():
-    """Of 4,000 draws from (0.5, 0.3, 0.2) under top_p 0.8 the third token is none, the first 5/8 within 4 sigma."""
+def test_samples_follow_the_probabilities():
+    """4,000 samples from (0.5, 0.3, 0.2) with top_p 0.8: never the third token, the first 5/8 within 4 sigma."""
     row = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(4000, 3)
     draw = torch.Generator().manual_seed(0)
     chosen = torch.tensor(_choose(row, Sampling(1.0, 0.79), [draw] * 4000))
@@ -183,8 +183,8 @@ def test_draws_follow_the_probabilities():
     assert abs(share - 5 / 8) < 4 * math.sqrt(5 / 8 * 3 / 8 / 4000)
 
 
-def test_generation_stops_where_it_is_told(checkpoints):
-    """After the token that satisfies `stop`, and no later."""
+def test_generation_stops_when_stop_returns_true(checkpoints):
+    """After the token for which it does."""
     (tokens,) = generate(
         small_checkpoints.load(checkpoints("gpt_neox")),
         [[65]],
@@ -196,7 +196,7 @@ def test_generation_stops_where_it_is_told(checkpoints):
 
 
 def test_generate_on_the_command_line(checkpoints, capsys):
-    """The prompt and what follows it, the likeliest tokens; the examples are kept beside the checkpoint."""
+    """The prompt and its greedy continuation; the example texts are stored beside the checkpoint."""
     checkpoint = checkpoints("gpt_neox")
     words = ["--prompt", "The dog", "--tokens", "6", "--temperature", "0", "--tokenizer", "bytes", "--examples"]
     with pytest.raises(SystemExit) as left:
@@ -211,8 +211,8 @@ def test_generate_on_the_command_line(checkpoints, capsys):
     assert [text["prompt"] for text in kept_texts[:1]] == ["Der Hund lief über die Straße, weil"]
 
 
-def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
-    """Nor is a folder that is none: one message, status 2."""
+def test_a_damaged_checkpoint_is_not_loaded(checkpoints, tmp_path, capsys):
+    """Nor is a folder that is not a checkpoint: one message, exit status 2."""
     checkpoint = small_checkpoints.imported(tmp_path, "gpt_neox")
     victim = next(checkpoint.glob("*.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"!")
@@ -237,8 +237,8 @@ def test_a_damaged_checkpoint_is_not_opened(checkpoints, tmp_path, capsys):
         (["eval", "x", "--tasks", "piqa:many"], "TASK:SHOTS"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_told(words, said, capsys):
-    """Before anything is loaded, with status 2."""
+def test_a_command_line_error_is_reported(words, said, capsys):
+    """Before anything is loaded, with exit status 2."""
     with pytest.raises(SystemExit) as left:
         main(words)
 

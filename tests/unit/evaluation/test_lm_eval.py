@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a checkpoint and its own `hf` model on the export of it: the same answers."""
+"""lm-evaluation-harness: a checkpoint gives the results of the harness's own `hf` model on the export of it."""
 
 import socket
 import time
@@ -57,8 +57,8 @@ def requests(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=one, idx=number) for number, one in enumerate(arguments)]
 
 
-def test_log_likelihoods_are_those_of_the_harness_own_model(pair):
-    """Each of 36 requests within 1e-3, empty and overlong contexts among them, and the same ones greedy."""
+def test_loglikelihoods_equal_those_of_the_hf_model(pair):
+    """Each of 36 requests within 1e-3, empty and truncated contexts among them, and the same ones are greedy."""
     ours, theirs = pair
     asked = requests("loglikelihood", [(context, text) for context in CONTEXTS for text in CONTINUATIONS])
     one, other = ours.loglikelihood(asked), theirs.loglikelihood(asked, disable_tqdm=True)
@@ -68,7 +68,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_model(pair):
     assert len({round(nats, 2) for nats, _ in one}) > 20
 
 
-def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(pair):
+def test_rolling_loglikelihoods_equal_those_of_the_hf_model(pair):
     """Texts of one to four windows."""
     ours, theirs = pair
     asked = requests("loglikelihood_rolling", [("A short text.",), ("Long. " * 20,), ("Longer still. " * 15,)])
@@ -77,8 +77,8 @@ def test_rolling_log_likelihoods_are_those_of_the_harness_own_model(pair):
     assert one == pytest.approx(other, abs=1e-3)
 
 
-def test_greedy_generations_are_those_of_the_harness_own_model(pair):
-    """Prompts of different lengths, one of them cut, until a text or the length ends them."""
+def test_greedy_generations_equal_those_of_the_hf_model(pair):
+    """Prompts of different lengths, one truncated, until a stop string or the longest length."""
     ours, theirs = pair
     ways = ({"until": ["e", "zz"], "max_gen_toks": 20}, {"until": [], "max_gen_toks": 9, "do_sample": False})
     asked = requests("generate_until", [(context or "?", way) for context in CONTEXTS for way in ways])
@@ -89,8 +89,8 @@ def test_greedy_generations_are_those_of_the_harness_own_model(pair):
 
 
 @pytest.mark.parametrize("task", [Task("sums", 0), Task("sums", 3), Task("sums_text", 1)], ids=str)
-def test_a_task_is_scored_the_same(pair, tasks, task):
-    """Every metric, its error, and every sample; without and with worked examples."""
+def test_task_results_equal_those_of_the_hf_model(pair, tasks, task):
+    """Every metric, its error, and every sample; zero-shot and few-shot."""
     found = [run_task(model, tasks.load(task), task, 7) for model in pair]
 
     assert found[0] == found[1]
@@ -98,7 +98,7 @@ def test_a_task_is_scored_the_same(pair, tasks, task):
     assert found[0].shots == task.shots
 
 
-def test_an_unknown_task_is_refused_with_its_neighbours(all_tasks):
+def test_an_unknown_task_is_refused_with_similar_names(all_tasks):
     """Before any model is loaded; a tag is not a task either."""
     with pytest.raises(ConfigError, match=r"did you mean .*hellaswag"):
         all_tasks.require(Task("hellaswagg"))
@@ -127,8 +127,8 @@ def address_of(server):
     return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch):
-    """It accepts a connection and says nothing: one wait for two tasks, in place of half a minute for each."""
+def test_a_hub_that_does_not_answer_is_contacted_once(hub, monkeypatch):
+    """It accepts a connection and sends nothing: one wait for two tasks, instead of half a minute for each."""
     choose, folder, server = hub
     choose()
     monkeypatch.setattr(lm_eval_tasks, "HUB_TIMEOUT_S", 0.3)
@@ -144,8 +144,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(hub, monkeypatch):
         server.accept()
 
 
-def test_a_hub_that_refuses_is_reported_at_once(hub):
-    """Nobody listens at its address: where, why and what to do instead."""
+def test_a_hub_that_refuses_connections_is_reported_at_once(hub):
+    """The message says where, why, and what to do instead."""
     choose, folder, server = hub
     choose(address_of(server))
     server.close()
@@ -157,8 +157,8 @@ def test_a_hub_that_refuses_is_reported_at_once(hub):
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
-def test_a_user_who_is_offline_on_purpose_is_not_made_to_wait(hub, monkeypatch, name):
-    """The variable is named, and the hub is not asked at all."""
+def test_in_offline_mode_the_hub_is_not_contacted(hub, monkeypatch, name):
+    """The message names the environment variable."""
     choose, folder, server = hub
     choose()
     monkeypatch.setenv(name, "1")
@@ -170,8 +170,8 @@ def test_a_user_who_is_offline_on_purpose_is_not_made_to_wait(hub, monkeypatch, 
         server.accept()
 
 
-def test_tasks_that_were_not_fetched_are_named_with_the_script(tmp_path, capsys):
-    """No folder, one that is not there, one without any of the suite's; of a suite in part, the others are loaded."""
+def test_missing_local_tasks_are_reported_with_the_download_script(tmp_path, capsys):
+    """No folder, a missing one, one without any task of the suite; if only some are missing, the others are loaded."""
     whole = small_checkpoints.write_minimal_pairs(tmp_path)
     for words in ((), ("--tasks-dir", str(tmp_path / "nowhere"))):
         with pytest.raises(SystemExit) as left:
@@ -189,8 +189,8 @@ def test_tasks_that_were_not_fetched_are_named_with_the_script(tmp_path, capsys)
         open_tasks((Task("clams_de_local", 0, "acc"),), whole)
 
 
-def test_questions_that_cannot_be_had_are_told(tmp_path):
-    """The file of a local task is gone: one message that names the task and the cause."""
+def test_a_dataset_that_cannot_be_loaded_is_reported(tmp_path):
+    """The file of a local task is missing: one message with the task and the cause."""
     folder = small_checkpoints.write_tasks(tmp_path)
     (folder.parent / "sums.jsonl").unlink()
 
@@ -198,21 +198,21 @@ def test_questions_that_cannot_be_had_are_told(tmp_path):
         TaskCatalog(folder, [Task("sums")]).load(Task("sums"))
 
 
-def test_a_way_of_sampling_that_is_not_here_is_refused(pair):
-    """A task that asks for beams gets no greedy text instead."""
+def test_an_unsupported_sampling_option_is_refused(pair):
+    """A task with beam search does not get greedy text instead."""
     with pytest.raises(DataError, match="num_beams"):
         pair[0].generate_until(requests("generate_until", [("a", {"until": ["e"], "max_gen_toks": 3, "num_beams": 4})]))
 
 
 def test_the_papers_suites_are_tasks_of_the_harness(all_tasks):
-    """Every name is there."""
+    """Every name exists."""
     for name in ("paper_english", "paper_german"):
         for task in SUITES[name]:
             all_tasks.require(task)
 
 
-def test_a_tasks_own_shots_do_not_stand_against_a_suites(tasks):
-    """A number that the task fixes itself gives way to the one asked for; without one, the task's own counts."""
+def test_the_suites_few_shot_count_overrides_the_tasks(tasks):
+    """Without one, the task's own count is used."""
     asked, own = (
         tasks.load(task)["tasks"]["sums"].get_config("num_fewshot") for task in (Task("sums", 3), Task("sums"))
     )

@@ -1,4 +1,4 @@
-"""Scores beside each other: whether a change may be chance, from hand values; what a damaged file says."""
+"""Scores: significance of changes against hand-computed values, tables, reports, and damaged files."""
 
 import io
 import json
@@ -45,8 +45,8 @@ def scored(values, documents="same", task="piqa", **changes):
     return replace(made, **changes)
 
 
-def test_a_paired_difference_by_hand():
-    """Of five samples two get right and none gets wrong: d = (1, 1, 0, 0, 0), mean 0.4, error sqrt(1.2 / 20)."""
+def test_a_paired_change():
+    """Of five samples two become right and none wrong: d = (1, 1, 0, 0, 0), mean 0.4, error sqrt(1.2 / 20)."""
     change = score_change(scored([0, 0, 1, 1, 0]), scored([1, 1, 1, 1, 0]))
 
     assert change.paired
@@ -55,8 +55,8 @@ def test_a_paired_difference_by_hand():
     assert change.p == pytest.approx(0.10247043, abs=1e-7)  # 2 (1 - Phi(1.6329932)), from a table of the normal
 
 
-def test_an_unpaired_difference_by_hand():
-    """Other samples: both errors together, 0.2 and 0.1 to sqrt(0.05)."""
+def test_an_unpaired_change():
+    """Other samples: the errors 0.2 and 0.1 give sqrt(0.05)."""
     one = scored([0.0, 1.0], documents="some", metrics={"acc": (0.5, 0.2)})
     other = scored([0.0, 1.0], documents="others", metrics={"acc": (0.9, 0.1)})
     change = score_change(one, other)
@@ -65,15 +65,15 @@ def test_an_unpaired_difference_by_hand():
     assert (change.value, change.stderr) == pytest.approx((0.4, math.sqrt(0.05)))
 
 
-def test_no_change_at_all_is_chance():
-    """p is 1 where every sample came out as before, and 0 where all of them changed alike."""
+def test_the_p_value_without_variance():
+    """p is 1 if no sample changed, and 0 if all changed alike."""
     assert score_change(scored([0, 1, 1]), scored([0, 1, 1])).p == 1.0
     assert score_change(scored([0, 0, 0]), scored([1, 1, 1])).p == 0.0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
-def test_a_difference_changes_its_sign_with_the_order(pairs):
-    """Before and after swapped: the same error and the same p."""
+def test_swapping_both_scores_changes_only_the_sign(pairs):
+    """The same error and the same p."""
     one, other = scored([float(a) for a, _ in pairs]), scored([float(b) for _, b in pairs])
     forth, back = score_change(one, other), score_change(other, one)
 
@@ -81,7 +81,7 @@ def test_a_difference_changes_its_sign_with_the_order(pairs):
     assert (forth.stderr, forth.p) == pytest.approx((back.stderr, back.p))
 
 
-def test_an_average_is_the_plain_mean():
+def test_an_average_is_the_unweighted_mean():
     """Large tasks do not count more than small ones; errors 0.3 and 0.4 give 0.5 / 2."""
     small = scored([1.0, 0.0], metrics={"acc": (0.5, 0.3)})
     large = scored([1.0] * 50, metrics={"acc": (1.0, 0.4)})
@@ -90,8 +90,8 @@ def test_an_average_is_the_plain_mean():
     assert average_score([small, replace(large, metrics={"acc": (1.0, None)})]) == (0.75, None)
 
 
-def test_scores_are_found_in_the_order_of_training(tmp_path):
-    """Below a run's folder, whatever the names of the stages."""
+def test_scores_are_sorted_by_training_step(tmp_path):
+    """In a run's folder, whatever the names of the stages."""
     for number, stage in enumerate(("zulu", "alpha")):
         folder = tmp_path / "evaluations" / stage / "step-00000010"
         folder.mkdir(parents=True)
@@ -125,7 +125,7 @@ def kept_run(folder):
     return folder
 
 
-def test_a_report_tells_what_each_stage_changed(tmp_path):
+def test_a_report_shows_the_change_by_each_stage(tmp_path):
     """The last evaluation of a stage counts: 0.5 and then 1, d = (1, 1, 0, 0), error sqrt(1 / 12), p of z 1.7320508."""
     table = benchmark_table(*record_of(kept_run(tmp_path)))
 
@@ -136,7 +136,7 @@ def test_a_report_tells_what_each_stage_changed(tmp_path):
 
 
 def test_a_report_shows_each_stages_continuation(tmp_path):
-    """Of the same prompt, the last one of each stage, in order; a damaged file is named and left out."""
+    """Of the same prompt, the last one of each stage, in order; a damaged file is reported and skipped."""
     run = kept_run(tmp_path)
     (prompt, text) = example_generations(*record_of(run))[0]
     (run / "evaluations/one/step-00000010/generations.json").write_text("{")
@@ -151,7 +151,7 @@ def test_a_report_shows_each_stages_continuation(tmp_path):
 
 
 def test_a_score_that_cannot_be_read_does_not_end_the_report(tmp_path):
-    """It is named, and its task has no score after that stage."""
+    """It is reported, and its task has no score after that stage."""
     run, said = kept_run(tmp_path), []
     (run / "evaluations/one/step-00000010" / file_name("piqa", 0, None)).write_text("{")
     table = benchmark_table(record_of(run)[0], said.append)
@@ -160,7 +160,7 @@ def test_a_score_that_cannot_be_read_does_not_end_the_report(tmp_path):
     assert len(said) == 1
 
 
-def test_scores_of_a_stage_that_was_trained_again_are_left_out(tmp_path):
+def test_scores_of_a_stage_that_was_trained_again_are_excluded(tmp_path):
     """Stage two was removed after 8 steps and has 5 again: nothing after 8; a score after 5 counts by its files.
 
     A checkpoint that is there decides by its manifest; of one that was pruned the record knows the digest.
@@ -185,7 +185,7 @@ def test_scores_of_a_stage_that_was_trained_again_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", '{"format": 1}', json.dumps({"format": 7, **asdict(scored([0.0, 1.0]))})]
 )
-def test_a_damaged_score_is_told(tmp_path, text):
+def test_a_damaged_score_is_reported(tmp_path, text):
     """With the file's name and what to do."""
     path = tmp_path / "piqa-0shot.json"
     path.write_text(text)
@@ -194,8 +194,8 @@ def test_a_damaged_score_is_told(tmp_path, text):
         read_score(path)
 
 
-def test_the_table_shows_what_changed():
-    """A row for each task with errors, the change of the last column against the first, and the average."""
+def test_the_table_shows_the_changes():
+    """A row per task with errors, the change from the first column to the last, and the average."""
     console = Console(width=140, record=True, file=io.StringIO())
     before, after = [scored([0, 0, 1, 1, 0])], [scored([1, 1, 1, 1, 0], stage="second")]
     print_scores({"a": before, "b": after}, console)
@@ -208,7 +208,7 @@ def test_the_table_shows_what_changed():
 
 
 def test_the_papers_suites():
-    """Thirteen English tasks and three German ones, with the paper's shots and metrics."""
+    """Thirteen English tasks and three German ones, with the paper's few-shot counts and metrics."""
     english = {task.name: (task.shots, task.metric) for task in SUITES["paper_english"]}
 
     assert len(english) == 13
@@ -223,7 +223,7 @@ def test_the_papers_suites():
 
 
 def test_tasks_are_chosen_by_name():
-    """Of a suite, or by themselves with shots and metric; file names tell them apart."""
+    """From a suite, or single ones with few-shot count and metric; each has its own file name."""
     assert chosen_tasks("paper_german", ["arc_de"]) == (Task("arc_de", 0, "acc"),)
     assert chosen_tasks(None, ["a", "b:3", "c:0:acc_norm"]) == (Task("a"), Task("b", 3), Task("c", 0, "acc_norm"))
     assert len({file_name("a", shots, limit) for shots in (None, 0, 5) for limit in (None, 5)}) == 6

@@ -77,7 +77,7 @@ def test_what_cannot_be_fetched_does_not_stop_the_rest(tmp_path, monkeypatch, ca
     status = fetcher.main([str(tmp_path)])
 
     assert status == 1
-    assert "clams_de, clams_en: not fetched: no network. Run this again" in capsys.readouterr().err
+    assert "clams_de, clams_en: not downloaded: no network. Run this again" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == ["blimp_en_local.yaml", "piqa_local.yaml"]
     assert "LM_EVAL_TASKS/piqa/piqa.yaml" in (tmp_path / "tasks" / "piqa_local.yaml").read_text()
     assert '"{{[sentence_good, sentence_bad]}}"' in (tmp_path / "tasks" / "blimp_en_local.yaml").read_text()
