@@ -1,4 +1,4 @@
-"""The schedules of docs/scenarios.md: the TOML that stands there plans, and its LRs are those of the equations."""
+"""The schedules of docs/scenarios.md: its TOML examples are valid, and their LRs are those of the equations."""
 
 import math
 import re
@@ -19,7 +19,7 @@ WSD, PARMAR, AUTOREGRESSIVE = re.findall(r"```toml\n(.*?)```", PAGE.partition("#
 
 @pytest.fixture
 def stages(head, write):
-    """stages(text): the planned stages of that TOML, and the plan's notes."""
+    """stages(text): the stages and the notes of the plan of that TOML."""
 
     def stages(text):
         plan = make_plan(load_config(write(head + text)), DataInventory({"pile": 10**8, "german": 10**8}, 257))
@@ -28,8 +28,8 @@ def stages(head, write):
     return stages
 
 
-def test_wsd_goes_on_from_before_its_decay(stages):
-    """German leaves the Pile at step 8,000 of 10,000, at 3e-4, where it begins; both end at 0 by 1 - sqrt(x)."""
+def test_a_stage_after_wsd_starts_before_its_decay(stages):
+    """German starts from step 8,000 of 10,000 of the Pile, at its LR of 3e-4; both decay to 0 by 1 - sqrt(x)."""
     (pile, german), notes = stages(WSD)
 
     assert (german.init.stage, german.init.steps_done) == ("pile", 8000)
@@ -39,8 +39,8 @@ def test_wsd_goes_on_from_before_its_decay(stages):
     assert notes == ()
 
 
-def test_parmars_recipe_begins_where_pre_training_ended(stages):
-    """3e-5 on, with no warm-up, half-way (3e-5 + 3e-6) / 2, a hundredth of 3e-4 at the end; the plan says so."""
+def test_parmars_recipe_begins_at_the_final_lr_of_the_pre_training(stages):
+    """From 3e-5 without a warm-up, (3e-5 + 3e-6) / 2 half-way, a hundredth of 3e-4 at the end; the plan has a note."""
     (pile, german), notes = stages(PARMAR)
 
     assert pile.lr_at(9999) == pytest.approx(3e-5)
@@ -50,8 +50,8 @@ def test_parmars_recipe_begins_where_pre_training_ended(stages):
     assert [note.partition(", ")[0] for note in notes] == ["stages.german.lr: stays at or below 3e-05"]
 
 
-def test_autoregressive_peaks_lie_on_one_decay(stages):
-    """Each stage's peak is the global cosine's value where it begins."""
+def test_autoregressive_peaks_follow_one_cosine(stages):
+    """Each stage's peak is the value of the global cosine at its beginning."""
     found, notes = stages(AUTOREGRESSIVE)
     peaks = [max(stage.lr_at(step) for step in range(100)) for stage in found]
     cosine = [3e-5 + 2.7e-4 * (1 + math.cos(math.pi * k / 3)) / 2 for k in range(3)]
@@ -61,7 +61,7 @@ def test_autoregressive_peaks_lie_on_one_decay(stages):
 
 
 def test_a_stage_after_wsd_is_trained_from_before_the_decay(tmp_path):
-    """Trained, not only planned: the checkpoint before the decay is kept, and the next stage's weights are its."""
+    """In a training run: the checkpoint before the decay is kept, and the next stage starts from it."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path / "out")
     raw["stages"][0]["lr"] = {"schedule": "wsd", "max": 3e-3, "decay_from": 0.75, "decay": "sqrt", "min": 0.0}
     raw["stages"][1] |= {"init": "stage:english@pre_anneal", "steps": 2, "optimizer_state": "keep"}

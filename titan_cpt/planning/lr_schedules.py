@@ -86,7 +86,7 @@ def _inv_sqrt_drop(alpha: float, x: float) -> float:
     return 1 / math.sqrt(1 + alpha * x) - 1
 
 
-def cosine(*, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
+def cosine_schedule(*, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
     """Linear warm-up, then half a cosine that reaches `final` on the last step.
 
         lr(t) = peak * t / t_w                                                    0 < t <= t_w
@@ -104,8 +104,8 @@ def cosine(*, warmup_until: float, end: float, peak: float, final: float) -> Sch
     return _decaying("cosine", warmup_until, end, peak, final)
 
 
-def linear(*, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
-    """Linear warm-up, then a straight line that reaches `final` on the last step; arguments as for `cosine`."""
+def linear_schedule(*, warmup_until: float, end: float, peak: float, final: float) -> Schedule:
+    """Linear warm-up, then a straight line to `final` on the last step; arguments as for `cosine_schedule`."""
     return _decaying("linear", warmup_until, end, peak, final)
 
 
@@ -115,13 +115,13 @@ def _decaying(shape: PhaseShape, warmup_until: float, end: float, peak: float, f
     return _without_empty(_warmup(warmup_until, peak), decay)
 
 
-def constant(*, warmup_until: float, end: float, peak: float) -> Schedule:
+def constant_schedule(*, warmup_until: float, end: float, peak: float) -> Schedule:
     """Linear warm-up, then constant at `peak`: the two constant baselines of the paper."""
     _check_order(warmup_until=warmup_until, end=end)
     return _without_empty(_warmup(warmup_until, peak), _flat("constant", warmup_until, end, peak))
 
 
-def infinite(
+def infinite_schedule(
     *,
     cooldown: Literal["cosine", "inv_sqrt"],
     warmup_until: float,
@@ -181,7 +181,7 @@ def infinite(
     return _without_empty(_warmup(warmup_until, peak), cool, flat, anneal)
 
 
-def wsd(
+def wsd_schedule(
     *, warmup_until: float, decay_from: float, end: float, peak: float, final: float, decay: DecayShape
 ) -> Schedule:
     """Warm-up, stable, decay from decay_from to the end; decay "sqrt" is 1 - sqrt(x).
@@ -200,7 +200,7 @@ def wsd(
     return _without_empty(_warmup(warmup_until, peak), stable, fall)
 
 
-def inv_sqrt(*, warmup_until: float, end: float, peak: float, floor: float, timescale: float) -> Schedule:
+def inv_sqrt_schedule(*, warmup_until: float, end: float, peak: float, floor: float, timescale: float) -> Schedule:
     """Warm-up, then an inverse square root without a fixed end.
 
         lr(t) = max(floor, peak * sqrt(timescale / (timescale + t - t_w)))        t > t_w

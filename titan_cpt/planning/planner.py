@@ -83,7 +83,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         schedule = schedule_of(stage, steps, points)
     except ValueError as error:
         draft.problems.append(f"stages.{stage.name}.lr: {error}")
-        schedule = lr_schedules.constant(warmup_until=0, end=steps, peak=1.0)
+        schedule = lr_schedules.constant_schedule(warmup_until=0, end=steps, peak=1.0)
     init = initial_weights(draft, stage)
     history = history_of(draft, init)
     new = new_data_leaves(draft, stage, history)

@@ -18,7 +18,7 @@ from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.runs.shared_stages import SharedStageLock, adopt_shared_stages
 from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs, single_run_file
-from titan_cpt.runs.training_process import StopRequested, StopSignals, error_message, train_in_process
+from titan_cpt.runs.training_process import StopRequested, StopSignals, last_error, train_in_process
 
 SWEEP_CONFIG_NAME = "arm.toml"  # what the run is to be trained with; config.toml is what it was trained with
 CONSOLE_NAME = "console.txt"
@@ -119,7 +119,7 @@ def _outcome(
         log("  stopped early; run the same command again to resume")
         return Outcome(run.name, "stopped", run.folder)
     if status:
-        message = error_message(run.folder / CONSOLE_NAME, status)
+        message = last_error(run.folder / CONSOLE_NAME, status)
         log(f"  failed: {message}")
         return Outcome(run.name, "failed", run.folder, message)
     log(f"  done in {time.monotonic() - begin:.0f} s")

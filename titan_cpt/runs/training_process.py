@@ -71,7 +71,7 @@ def train_in_process(command: Sequence[str], console: Path, stop: StopSignals, *
                 continue
 
 
-def error_message(console: Path, status: int) -> str:
+def last_error(console: Path, status: int) -> str:
     """The last error in the output of a failed command: from the last line that names an error class, or the last line.
 
     Args:

@@ -1,4 +1,4 @@
-"""LR schedules: the paper's table, first and last step of every phase by hand, and what holds for all of them."""
+"""LR schedules: the paper's table, first and last step of every phase by hand, and properties of all schedules."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ RATES = {"peak": 3e-4, "constant_lr": 1.65e-4, "final": 3e-5}
 
 def infinite(cooldown, **changes):
     points = {"warmup_until": WARM, "cooldown_until": COOL, "constant_until": CONSTANT, "end": T}
-    return lr_schedules.infinite(cooldown=cooldown, **(points | RATES | changes))
+    return lr_schedules.infinite_schedule(cooldown=cooldown, **(points | RATES | changes))
 
 
 def short_infinite(**changes):
@@ -61,7 +61,7 @@ def test_infinite_schedules_have_the_values_of_the_authors_run(t, cosine, inv_sq
 )
 def test_cosine_has_the_values_of_the_authors_run(t, expected):
     """Seven significant digits of METHOD.md section 2, warm-up 1 %."""
-    schedule = lr_schedules.cosine(warmup_until=WARM, end=T, peak=3e-4, final=3e-5)
+    schedule = lr_schedules.cosine_schedule(warmup_until=WARM, end=T, peak=3e-4, final=3e-5)
 
     assert f"{lr_at(schedule, t):.6e}" == f"{expected:.6e}"
 
@@ -84,9 +84,9 @@ def test_the_papers_numbers_are_end_points_and_not_durations():
 # First and last step of each phase, by hand
 
 
-def test_warmup_reaches_the_peak_on_its_last_step_and_never_runs_at_zero():
-    """peak t / t_w: with t_w = 10 the first step runs at a tenth, the tenth at the peak."""
-    schedule = lr_schedules.cosine(warmup_until=10, end=110, peak=1.0, final=0.0)
+def test_warmup_reaches_the_peak_on_its_last_step_and_never_has_lr_zero():
+    """peak t / t_w: with t_w = 10 the first step has a tenth of the peak, the tenth step the peak."""
+    schedule = lr_schedules.cosine_schedule(warmup_until=10, end=110, peak=1.0, final=0.0)
 
     assert lr_at(schedule, 1) == pytest.approx(0.1, rel=1e-15)
     assert lr_at(schedule, 9) == pytest.approx(0.9, rel=1e-15)
@@ -96,7 +96,7 @@ def test_warmup_reaches_the_peak_on_its_last_step_and_never_runs_at_zero():
 
 def test_cosine_by_hand():
     """After t_w = 10 of 110: x = 0.01, 0.25, 0.5 and 1 of the half wave from 3 to 1."""
-    schedule = lr_schedules.cosine(warmup_until=10, end=110, peak=3.0, final=1.0)
+    schedule = lr_schedules.cosine_schedule(warmup_until=10, end=110, peak=3.0, final=1.0)
 
     assert lr_at(schedule, 11) == pytest.approx(2 + math.cos(math.radians(1.8)), rel=1e-14)
     assert lr_at(schedule, 35) == pytest.approx(2 + math.sqrt(0.5), rel=1e-14)
@@ -106,7 +106,7 @@ def test_cosine_by_hand():
 
 def test_linear_by_hand():
     """A straight line from 3 after step 10 to 1 on step 110: 0.02 a step."""
-    schedule = lr_schedules.linear(warmup_until=10, end=110, peak=3.0, final=1.0)
+    schedule = lr_schedules.linear_schedule(warmup_until=10, end=110, peak=3.0, final=1.0)
 
     assert lr_at(schedule, 10) == 3.0
     assert lr_at(schedule, 11) == pytest.approx(2.98, rel=1e-14)
@@ -115,9 +115,9 @@ def test_linear_by_hand():
 
 
 def test_constant_by_hand():
-    """One LR from the end of the warm-up to the end, and from the first step where there is no warm-up."""
-    warmed = lr_schedules.constant(warmup_until=4, end=10, peak=2.0)
-    flat = lr_schedules.constant(warmup_until=0, end=10, peak=2.0)
+    """One LR from the end of the warm-up to the end, or from the first step without a warm-up."""
+    warmed = lr_schedules.constant_schedule(warmup_until=4, end=10, peak=2.0)
+    flat = lr_schedules.constant_schedule(warmup_until=0, end=10, peak=2.0)
 
     assert [lr_at(warmed, t) for t in (1, 2, 3, 4, 5, 10)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert {lr_at(flat, t) for t in range(11)} == {2.0}
@@ -175,7 +175,7 @@ def test_inverse_square_root_cooldown_by_hand():
 
 
 def test_a_later_infinite_stage_starts_at_constant_and_can_anneal():
-    """No warm-up and no cool-down: the first step already runs at constant, whatever the peak is."""
+    """No warm-up and no cool-down: the first step has the constant LR, whatever the peak is."""
     schedule = short_infinite(warmup_until=0, cooldown_until=0)
 
     assert lr_at(schedule, 0) == lr_at(schedule, 1) == lr_at(schedule, 70) == 2e-3
@@ -184,7 +184,7 @@ def test_a_later_infinite_stage_starts_at_constant_and_can_anneal():
 
 
 def test_an_infinite_stage_whose_constant_phase_fills_it_never_anneals():
-    """constant_until = end: the last step still runs at constant."""
+    """constant_until = end: the last step has the constant LR."""
     schedule = short_infinite(constant_until=100)
 
     assert lr_at(schedule, 100) == lr_at(schedule, 1000) == 2e-3
@@ -210,7 +210,7 @@ def test_a_cooldown_without_warmup_starts_at_the_peak():
 )
 def test_wsd_decays_by_hand(decay, quarter):
     """Stable at 3 to step 80, a quarter of the decay at step 85, 1 on step 100."""
-    schedule = lr_schedules.wsd(warmup_until=10, decay_from=80, end=100, peak=3.0, final=1.0, decay=decay)
+    schedule = lr_schedules.wsd_schedule(warmup_until=10, decay_from=80, end=100, peak=3.0, final=1.0, decay=decay)
 
     assert lr_at(schedule, 5) == pytest.approx(1.5, rel=1e-15)
     assert lr_at(schedule, 10) == lr_at(schedule, 11) == lr_at(schedule, 80) == 3.0
@@ -221,8 +221,8 @@ def test_wsd_decays_by_hand(decay, quarter):
 
 def test_inverse_square_root_without_end_by_hand():
     """Timescale 30 after the warm-up: 1/sqrt(2) of the peak at 40, a half at 100, never below the floor."""
-    schedule = lr_schedules.inv_sqrt(warmup_until=10, end=200, peak=1.0, floor=0.0, timescale=30)
-    floored = lr_schedules.inv_sqrt(warmup_until=10, end=200, peak=1.0, floor=0.6, timescale=30)
+    schedule = lr_schedules.inv_sqrt_schedule(warmup_until=10, end=200, peak=1.0, floor=0.0, timescale=30)
+    floored = lr_schedules.inv_sqrt_schedule(warmup_until=10, end=200, peak=1.0, floor=0.6, timescale=30)
 
     assert lr_at(schedule, 10) == 1.0
     assert lr_at(schedule, 11) == pytest.approx(math.sqrt(30 / 31), rel=1e-15)
@@ -241,29 +241,29 @@ def test_the_drop_of_the_inverse_square_root_is_the_papers():
     assert lr_at(schedule, x) == pytest.approx(2e-4, rel=1e-5)
 
 
-def test_a_zero_minimum_is_reached_where_a_schedule_allows_it():
+def test_a_minimum_of_zero_is_reached_exactly():
     """Cosine, linear, the inverse square root's floor and three of the four wsd decays end at 0, not near it."""
     ends = [
-        lr_schedules.cosine(warmup_until=1, end=10, peak=1.0, final=0.0),
-        lr_schedules.linear(warmup_until=1, end=10, peak=1.0, final=0.0),
+        lr_schedules.cosine_schedule(warmup_until=1, end=10, peak=1.0, final=0.0),
+        lr_schedules.linear_schedule(warmup_until=1, end=10, peak=1.0, final=0.0),
         *(
-            lr_schedules.wsd(warmup_until=1, decay_from=5, end=10, peak=1.0, final=0.0, decay=decay)
+            lr_schedules.wsd_schedule(warmup_until=1, decay_from=5, end=10, peak=1.0, final=0.0, decay=decay)
             for decay in ("linear", "sqrt", "cosine")
         ),
     ]
 
     assert [lr_at(schedule, 10) for schedule in ends] == [0.0] * 5
     assert all(lr_at(schedule, 9) > 0 for schedule in ends)
-    assert lr_at(lr_schedules.inv_sqrt(warmup_until=1, end=10, peak=1.0, floor=0.0, timescale=1), 10) > 0
+    assert lr_at(lr_schedules.inv_sqrt_schedule(warmup_until=1, end=10, peak=1.0, floor=0.0, timescale=1), 10) > 0
 
 
 # Refusals
 
 
-def test_an_exponential_fall_to_zero_is_refused():
-    """It never gets there: the annealing and the exponential wsd both say to raise min."""
+def test_an_exponential_decay_to_zero_is_refused():
+    """It cannot reach 0: the annealing and the exponential wsd both say to raise min."""
     with pytest.raises(ValueError, match="min must be above 0"):
-        lr_schedules.wsd(warmup_until=0, decay_from=5, end=10, peak=1.0, final=0.0, decay="exponential")
+        lr_schedules.wsd_schedule(warmup_until=0, decay_from=5, end=10, peak=1.0, final=0.0, decay="exponential")
     with pytest.raises(ValueError, match="min must be above 0"):
         short_infinite(final=0.0)
 
@@ -271,12 +271,18 @@ def test_an_exponential_fall_to_zero_is_refused():
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (lambda: lr_schedules.cosine(warmup_until=11, end=10, peak=1.0, final=0.1), "warmup_until is an end point"),
         (
-            lambda: lr_schedules.linear(warmup_until=-1, end=10, peak=1.0, final=0.1),
+            lambda: lr_schedules.cosine_schedule(warmup_until=11, end=10, peak=1.0, final=0.1),
+            "warmup_until is an end point",
+        ),
+        (
+            lambda: lr_schedules.linear_schedule(warmup_until=-1, end=10, peak=1.0, final=0.1),
             "warmup_until must not be negative",
         ),
-        (lambda: lr_schedules.constant(warmup_until=11, end=10, peak=1.0), "must not be after the stage's end"),
+        (
+            lambda: lr_schedules.constant_schedule(warmup_until=11, end=10, peak=1.0),
+            "must not be after the stage's end",
+        ),
         (lambda: short_infinite(warmup_until=41), "warmup_until is an end point and must not be after cooldown_until"),
         (lambda: short_infinite(cooldown_until=71), "cooldown_until is .* not be after constant_until: step 71"),
         (
@@ -285,25 +291,29 @@ def test_an_exponential_fall_to_zero_is_refused():
         ),
         (lambda: short_infinite(cooldown_until=10), "would jump from max to constant"),
         (
-            lambda: lr_schedules.wsd(warmup_until=9, decay_from=8, end=10, peak=1.0, final=0.1, decay="cosine"),
+            lambda: lr_schedules.wsd_schedule(
+                warmup_until=9, decay_from=8, end=10, peak=1.0, final=0.1, decay="cosine"
+            ),
             "warmup_until is an end point and must not be after decay_from",
         ),
         (
-            lambda: lr_schedules.wsd(warmup_until=0, decay_from=11, end=10, peak=1.0, final=0.1, decay="cosine"),
+            lambda: lr_schedules.wsd_schedule(
+                warmup_until=0, decay_from=11, end=10, peak=1.0, final=0.1, decay="cosine"
+            ),
             "decay_from is an end point and must not be after the stage's end",
         ),
         (
-            lambda: lr_schedules.inv_sqrt(warmup_until=11, end=10, peak=1.0, floor=0.1, timescale=1),
+            lambda: lr_schedules.inv_sqrt_schedule(warmup_until=11, end=10, peak=1.0, floor=0.1, timescale=1),
             "warmup_until is an end point",
         ),
         (
-            lambda: lr_schedules.inv_sqrt(warmup_until=0, end=10, peak=1.0, floor=0.1, timescale=0),
+            lambda: lr_schedules.inv_sqrt_schedule(warmup_until=0, end=10, peak=1.0, floor=0.1, timescale=0),
             "timescale must be above 0",
         ),
     ],
 )
 def test_end_points_out_of_order_are_refused_by_name(build, expected):
-    """The message names the key, what it must not pass, and both steps."""
+    """The message names the key, its limit, and both steps."""
     with pytest.raises(ValueError, match=expected):
         build()
 
@@ -332,11 +342,11 @@ def any_schedule(draw):
         final = draw(st.sampled_from([0.0, final]))
         return getattr(lr_schedules, kind)(**common, final=final), peak, final, end
     if kind == "constant":
-        return lr_schedules.constant(**common), peak, peak, end
+        return lr_schedules.constant_schedule(**common), peak, peak, end
     if kind == "infinite":
         middle = draw(st.sampled_from([middle, late]))
         peak = constant if warm == middle else peak
-        schedule = lr_schedules.infinite(
+        schedule = lr_schedules.infinite_schedule(
             **(common | {"peak": peak}),
             cooldown=draw(st.sampled_from(["cosine", "inv_sqrt"])),
             cooldown_until=middle,
@@ -348,14 +358,14 @@ def any_schedule(draw):
         return schedule, peak, final, end
     if kind == "wsd":
         decay = draw(st.sampled_from(["linear", "sqrt", "exponential", "cosine"]))
-        return lr_schedules.wsd(**common, decay_from=late, final=final, decay=decay), peak, final, end
+        return lr_schedules.wsd_schedule(**common, decay_from=late, final=final, decay=decay), peak, final, end
     timescale = draw(st.floats(0.5, 1000))
-    return lr_schedules.inv_sqrt(**common, floor=final, timescale=timescale), peak, final, end
+    return lr_schedules.inv_sqrt_schedule(**common, floor=final, timescale=timescale), peak, final, end
 
 
 @given(any_schedule())
-def test_phases_follow_one_another_from_the_first_step_to_the_last(case):
-    """No gap, no overlap, nothing empty, from 0 to the stage's end, and each starts at the LR where the last ended."""
+def test_phases_cover_the_stage_without_gaps(case):
+    """No overlap, no empty phase, from 0 to the stage's end; each starts at the LR at which the last one ended."""
     schedule, _, _, end = case
 
     assert schedule[0].start == 0
@@ -395,8 +405,8 @@ def test_the_lr_rises_in_the_warmup_falls_after_it_and_stays_in_bounds(case):
 
 
 @given(any_schedule(), st.integers(1, 10**6))
-def test_after_its_end_a_schedule_stays_where_it_ended(case, beyond):
-    """A cosine must not turn up again."""
+def test_after_its_end_a_schedule_keeps_its_last_lr(case, beyond):
+    """A cosine must not rise again."""
     schedule, _, _, end = case
 
     assert lr_at(schedule, end + beyond) == lr_at(schedule, end)
@@ -404,8 +414,8 @@ def test_after_its_end_a_schedule_stays_where_it_ended(case, beyond):
 
 
 @given(any_schedule())
-def test_the_last_step_runs_at_the_final_lr_exactly(case):
-    """A decay or an annealing reaches its lowest LR on the last step, not one later."""
+def test_the_last_step_has_the_final_lr_exactly(case):
+    """A decay or an annealing reaches its lowest LR on the last step, not one step later."""
     schedule, _, lowest, end = case
     assume(schedule[-1].name in ("decay", "anneal") and schedule[-1].shape != "inv_sqrt_tail")
 
@@ -413,8 +423,10 @@ def test_the_last_step_runs_at_the_final_lr_exactly(case):
 
 
 def test_an_exponential_ends_on_its_minimum_to_the_last_bit():
-    """4e-5 (3/4)^1 is not 3e-5 in floating point: the last step takes min itself."""
-    schedule = lr_schedules.wsd(warmup_until=0, decay_from=5, end=10, peak=4e-5, final=3e-5, decay="exponential")
+    """4e-5 (3/4)^1 is not 3e-5 in floating point: the last step uses min itself."""
+    schedule = lr_schedules.wsd_schedule(
+        warmup_until=0, decay_from=5, end=10, peak=4e-5, final=3e-5, decay="exponential"
+    )
 
     assert lr_at(schedule, 10) == 3e-5
 

@@ -1,4 +1,4 @@
-"""What a plan's fingerprint is made of, what changes it and what does not."""
+"""The recipe and its fingerprint: their keys, settings that change them, and settings that do not."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ RECIPE = {  # of `one_stage`, written by hand
 
 
 def test_the_fingerprint_is_the_hash_of_the_recipe(one_stage, make):
-    """Eight digits of SHA-256 over these keys: renaming one, or adding one, would orphan every checkpoint there is."""
+    """Eight digits of SHA-256 over these keys: a renamed or new key would make every existing checkpoint unusable."""
     plan = make(one_stage)
     text = json.dumps(dict(sorted(RECIPE.items())))
 
@@ -107,8 +107,8 @@ RICH = (
         ("datasets.web.domains.one.weight", "2"),
     ],
 )
-def test_the_fingerprint_changes_with_what_changes_the_run(head, make, key, value):
-    """Every number that the weights depend on."""
+def test_the_fingerprint_changes_with_every_setting_that_changes_the_weights(head, make, key, value):
+    """Each one is overridden by itself."""
     assert make(head + RICH, (key, value)).fingerprint != make(head + RICH).fingerprint
 
 
@@ -138,16 +138,16 @@ def test_the_fingerprint_changes_with_what_changes_the_run(head, make, key, valu
         ("stages.b.dataset", "{ web = 7 }"),
     ],
 )
-def test_the_fingerprint_ignores_what_does_not_change_the_run(head, make, key, value):
-    """Layout, intervals, paths, names, and the same number written in another way."""
+def test_the_fingerprint_ignores_settings_that_do_not_change_the_weights(head, make, key, value):
+    """Parallelism, intervals, paths, names, and the same number in another notation."""
     plain, other = make(head + RICH), make(head + RICH, (key, value))
 
     assert other.fingerprint == plain.fingerprint
     assert drawn(other, "b") == drawn(plain, "b")
 
 
-def test_the_layers_that_float8_leaves_out_are_part_of_the_recipe(head, make):
-    """Whether a product is made in 8 bits changes every loss; without float8, or in another order, nothing changes."""
+def test_float8_filter_fqns_are_part_of_the_recipe(head, make):
+    """Float8 in a layer changes every loss; without a float8 recipe, and in another order, the key has no effect."""
     float8 = ("float8.recipe_name", "rowwise")
     of = [
         make(head + RICH, float8, ("float8.filter_fqns", names)).fingerprint
@@ -162,7 +162,7 @@ def test_the_layers_that_float8_leaves_out_are_part_of_the_recipe(head, make):
 
 
 def test_the_order_of_keys_changes_nothing(head, make):
-    """Datasets, weights and tables listed the other way round: the same fingerprint and the same draws."""
+    """Datasets, weights and tables in reverse order: the same fingerprint and the same draws."""
     one = (
         head
         + datasets("x", "y")
@@ -181,8 +181,8 @@ def test_the_order_of_keys_changes_nothing(head, make):
     assert drawn(make(one), "b") == drawn(make(other), "b")
 
 
-def test_an_appended_stage_leaves_the_past_as_it_was(two_stages, make):
-    """recipe_until of what is done is the same with and without a third stage, and so are its batches."""
+def test_an_appended_stage_does_not_change_the_earlier_stages(two_stages, make):
+    """Their recipe_until is the same with and without a third stage, and so are their batches."""
     short = make(two_stages)
     long = make(two_stages + stage("third", "pile", 10))
 

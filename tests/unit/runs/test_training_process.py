@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from titan_cpt.errors import ConfigError
-from titan_cpt.runs.training_process import StopSignals, error_message, train_in_process
+from titan_cpt.runs.training_process import StopSignals, last_error, train_in_process
 
 
 def test_the_output_goes_into_the_console_file_and_the_exit_status_is_returned(tmp_path):
@@ -28,12 +28,12 @@ def test_a_command_that_does_not_exist_is_an_error_with_its_name(tmp_path):
         train_in_process(["/nowhere/run.sh"], tmp_path / "console.txt", stop, on_poll=lambda: None)
 
 
-def test_the_error_message_is_the_last_error_in_the_output(tmp_path):
+def test_the_last_error_is_the_last_error_in_the_output(tmp_path):
     """With the lines that belong to it; the exit status if nothing was printed."""
     console = tmp_path / "console.txt"
     console.write_text("step 1\nConfigError: x.toml: 2 problems\n  - one\n  - two\n")
-    with_error = error_message(console, 2)
+    with_error = last_error(console, 2)
     console.write_text("\n")
 
     assert with_error == "ConfigError: x.toml: 2 problems\n  - one\n  - two"
-    assert error_message(console, 9) == "ended with status 9 and printed nothing"
+    assert last_error(console, 9) == "ended with status 9 and printed nothing"

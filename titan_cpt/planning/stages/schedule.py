@@ -35,13 +35,13 @@ def schedule_of(stage: StageConfig, steps: int, points: Mapping[str, Fraction]) 
     at = {name: float(point) for name, point in points.items()}
     match lr:
         case CosineLR():
-            return lr_schedules.cosine(**at, end=steps, peak=lr.max, final=final)
+            return lr_schedules.cosine_schedule(**at, end=steps, peak=lr.max, final=final)
         case LinearLR():
-            return lr_schedules.linear(**at, end=steps, peak=lr.max, final=final)
+            return lr_schedules.linear_schedule(**at, end=steps, peak=lr.max, final=final)
         case ConstantLR():
-            return lr_schedules.constant(**at, end=steps, peak=lr.max)
+            return lr_schedules.constant_schedule(**at, end=steps, peak=lr.max)
         case InfiniteCosineLR() | InfiniteInvSqrtLR():
-            return lr_schedules.infinite(
+            return lr_schedules.infinite_schedule(
                 **at,
                 cooldown="cosine" if isinstance(lr, InfiniteCosineLR) else "inv_sqrt",
                 alpha=lr.alpha if isinstance(lr, InfiniteInvSqrtLR) else 1.0,
@@ -51,9 +51,9 @@ def schedule_of(stage: StageConfig, steps: int, points: Mapping[str, Fraction]) 
                 final=final,
             )
         case WsdLR():
-            return lr_schedules.wsd(**at, end=steps, peak=lr.max, final=final, decay=lr.decay)
+            return lr_schedules.wsd_schedule(**at, end=steps, peak=lr.max, final=final, decay=lr.decay)
         case InvSqrtLR():
-            return lr_schedules.inv_sqrt(**at, end=steps, peak=lr.max, floor=final)
+            return lr_schedules.inv_sqrt_schedule(**at, end=steps, peak=lr.max, floor=final)
 
 
 def final_lr(stage: StageConfig) -> float:

@@ -1,4 +1,4 @@
-"""Departures from the recipe are told with the reason and never refused; the recipe itself is met with silence."""
+"""Notes on stages that differ from published recipes; a stage that follows them has none."""
 
 import pytest
 
@@ -18,7 +18,7 @@ lr = {{ schedule = "cosine", max = 1e-3 }}
 
 @pytest.fixture
 def notes(two_stages, write):
-    """notes(*overrides, german=tokens): what the plan of pile -> german says; first LR 1e-3 to 1e-4, 25 % replay."""
+    """notes(*overrides, german=tokens): the notes of pile -> german, both with LRs of 1e-3 to 1e-4, and 25 % replay."""
 
     def notes(*overrides, pile=10**6, german=10**6, text=two_stages):
         config = load_config(write(text), overrides)
@@ -27,21 +27,21 @@ def notes(two_stages, write):
     return notes
 
 
-def test_the_recipe_is_met_with_silence(notes):
-    """Re-warmed to the same peak, re-decayed, 25 % replay, under an epoch."""
+def test_the_recommended_recipe_has_no_notes(notes):
+    """Re-warmed to the same peak, re-decayed, 25 % replay, less than an epoch."""
     assert notes() == ()
 
 
-def test_a_jump_without_warm_up_from_a_decayed_checkpoint_is_told(notes):
-    """From 1e-4 to 1e-3 in one step; with a warm-up of a single step nothing is said."""
+def test_a_jump_of_the_lr_without_warm_up_is_noted(notes):
+    """From 1e-4 to 1e-3 in one step; a short warm-up has no note."""
     (note,) = notes(("stages.second.lr.warmup_until", "0"))
 
     assert note.startswith("stages.second.lr: begins at 0.000999 without a warm-up, after an LR of 0.0001: the loss")
     assert notes(("stages.second.lr.warmup_until", "2")) == ()
 
 
-def test_new_data_without_replay_is_told(notes, one_stage):
-    """Under a new dataset; not where the stage goes on with the same one, nor with any replay at all."""
+def test_new_data_without_replay_is_noted(notes, one_stage):
+    """A new dataset; not a stage on the same dataset, nor one with replay."""
     again = (
         one_stage
         + '[[stages]]\nname = "second"\ndataset = "pile"\nsteps = 50\nlr = { schedule = "cosine", max = 1e-3 }\n'
@@ -54,24 +54,24 @@ def test_new_data_without_replay_is_told(notes, one_stage):
     assert notes(text=again) == ()
 
 
-def test_new_data_without_replay_is_told_of_released_weights_too(notes, head):
-    """What a model from elsewhere knows is forgotten just the same."""
+def test_new_data_without_replay_is_noted_for_pretrained_models_too(notes, head):
+    """They forget their data as well."""
     stage = STAGE.format(dataset="german", init="hf:x")
     (note,) = notes(text=head + stage)
 
     assert note.startswith("stages.next: german is new to these weights")
 
 
-def test_a_peak_above_the_pre_training_one_is_told(notes):
-    """2e-3 after 1e-3, with both; not 1.02e-3, which is the same for all anybody knows."""
+def test_a_peak_above_that_of_the_pre_training_is_noted(notes):
+    """2e-3 after 1e-3; 1.02e-3 counts as the same."""
     (note,) = notes(("stages.second.lr.max", "2e-3"))
 
     assert note.startswith("stages.second.lr: its peak 0.002 is above 0.001, the highest LR of these weights so far")
     assert notes(("stages.second.lr.max", "1.02e-3")) == ()
 
 
-def test_staying_at_a_decayed_lr_is_told_and_staying_at_a_constant_one_is_not(notes):
-    """Constant at 1e-4 after a cosine down to it; going on at an infinite schedule's constant LR is right."""
+def test_staying_at_a_decayed_lr_is_noted_and_at_the_constant_of_an_infinite_schedule_not(notes):
+    """Constant at 1e-4, the end of the cosine before."""
     (note,) = notes(("stages.second.lr", '{ schedule = "constant", max = 1e-4 }'))
     infinite = (
         '{ schedule = "infinite_cosine", max = 1e-3, constant = 6e-4, cooldown_until = 0.5, constant_until = 0.8 }'
@@ -82,24 +82,24 @@ def test_staying_at_a_decayed_lr_is_told_and_staying_at_a_constant_one_is_not(no
     assert notes(("stages.first.lr", infinite), ("stages.second.lr", later)) == ()
 
 
-def test_a_stage_too_short_for_a_share_of_its_data_is_planned(notes):
-    """One step of a few sequences holds none of a replay of 0.1 %: nothing to divide by, and told as no replay."""
-    told = notes(("stages.second.steps", "1"), ("stages.second.replay.fraction", "0.001"))
+def test_replay_of_less_than_a_sequence_counts_as_none(notes):
+    """One step has no sequence of a replay of 0.1 %: it is planned, with the note on missing replay."""
+    found = notes(("stages.second.steps", "1"), ("stages.second.replay.fraction", "0.001"))
 
-    assert [note for note in told if "there is no replay" in note]
-    assert not [note for note in told if " epochs on " in note]
+    assert [note for note in found if "there is no replay" in note]
+    assert not [note for note in found if " epochs on " in note]
 
 
-def test_many_epochs_over_the_new_data_are_told(notes):
-    """50 steps of 15 new sequences x 16 tokens are 12,000; over 2,001 tokens six times, over 4,001 three times."""
+def test_many_epochs_of_new_data_are_noted(notes):
+    """50 steps of 15 new sequences x 16 tokens are 12,000; six epochs of 2,001 tokens, three of 4,001."""
     (note,) = notes(german=2001)
 
     assert note.startswith("stages.second: trains 6.0 epochs on german; beyond 4 epochs")
     assert notes(german=4001) == ()
 
 
-def test_many_epochs_are_told_of_the_first_stage_too(notes):
-    """100 steps of 20 sequences x 16 tokens are 32,000; over 4,001 tokens eight times; nothing is forgotten yet."""
+def test_many_epochs_are_noted_for_the_first_stage_too(notes):
+    """100 steps of 20 sequences x 16 tokens are 32,000; eight epochs of 4,001 tokens; nothing is forgotten."""
     (note,) = notes(pile=4001)
 
     assert note.startswith("stages.first: trains 8.0 epochs on pile; beyond 4 epochs")
@@ -107,9 +107,9 @@ def test_many_epochs_are_told_of_the_first_stage_too(notes):
     assert notes(pile=9001) == ()
 
 
-def test_a_peak_that_cannot_work_is_told(notes):
-    """3.0 for 3e-4: a slip of the exponent."""
-    told = notes(("stages.first.lr.max", "3.0"))
+def test_a_diverging_peak_is_noted(notes):
+    """3.0 instead of 3e-4."""
+    found = notes(("stages.first.lr.max", "3.0"))
 
-    assert any(note.startswith("stages.first.lr: its peak 3 is far above the usual range of AdamW") for note in told)
+    assert any(note.startswith("stages.first.lr: its peak 3 is far above the usual range of AdamW") for note in found)
     assert not any("far above" in note for note in notes(("stages.first.lr.max", "0.02")))
