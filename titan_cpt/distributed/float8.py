@@ -1,8 +1,8 @@
-"""Matrix products in 8 bits, by torchao: which layers, how they are scaled, and how FSDP2 gathers their weights.
+"""Float8 training of linear layers with torchao: conversion, scales, and FSDP2 all-gather in float8.
 
-Weights and moments stay float32; a converted layer casts its input, its weight and the gradient of its output to float8
-right before each of its three products. Where there is no hardware for that (a CPU), torchao emulates it: the numbers
-of float8, without its speed. Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats.
+Master weights and optimizer moments stay in float32. A converted layer casts its input, its weight and its output's
+gradient to float8 before each of its three products. Without float8 hardware (on a CPU) torchao emulates it: same
+numbers, no speedup. Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats.
 """
 
 from __future__ import annotations
@@ -19,54 +19,55 @@ from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.options import Float8Options
 from titan_cpt.errors import ConfigError, how_to_install
 
-LEAST_CAPABILITY = (8, 9)  # Ada, Hopper and later multiply in float8
+MIN_CAPABILITY = (8, 9)  # Ada and Hopper
 
 
 def require_float8(device: torch.device) -> None:
-    """That this machine can do what is asked.
+    """Check that this machine supports float8 training.
 
     Raises:
-        ConfigError: torchao is not installed, or the GPU does not multiply in float8.
+        ConfigError: torchao is not installed, or the GPU has no float8 products.
     """
     try:
-        import torchao.float8  # noqa: F401  # not only looked for: one built for another torch does not import
+        import torchao.float8  # noqa: F401  # find_spec is not enough: a build for another torch fails to import
     except ImportError as error:
         raise ConfigError(
-            f"float8.recipe_name: needs torchao ({error}); {how_to_install('torchao')}; or leave the key out"
+            f"float8.recipe_name: needs torchao ({error}); {how_to_install('torchao')}; or remove the key"
         ) from None
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         raise ConfigError(
             f"float8.recipe_name: {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has "
-            f"no products in float8; it takes {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more: leave it out"
+            f"no float8 products, which need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or more: remove the key"
         )
 
 
 def convert_layers(model: nn.Module, float8: Float8Options, *, tp: int, sharded: bool, emulated: bool) -> None:
-    """Put torchao's float8 layers in the place of the linear layers that `in_float8` names; the weights stay.
+    """Replace the linear layers that `in_float8` selects with torchao's, which have the same weights.
 
     Args:
-        model: not split or sharded yet; on the meta device or off it.
-        tp: ranks over which matrices will be split.
-        sharded: FSDP2 will gather the weights, so that casting them before means something.
-        emulated: there is no hardware for these products.
+        model: not sharded yet; may be on the meta device.
+        float8: its settings.
+        tp: tensor-parallel degree that will be applied.
+        sharded: FSDP2 will be applied, so that an all-gather in float8 is possible.
+        emulated: the device has no float8 products.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # an optional package, and a slow one
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # optional, slow to import
 
     recipe = Float8LinearConfig.from_recipe_name(float8.recipe)
     config = replace(recipe, emulate=emulated, enable_fsdp_float8_all_gather=float8.fsdp_all_gather and sharded)
 
     def wanted(layer: nn.Module, name: str) -> bool:
-        assert isinstance(layer, nn.Linear), f"torchao asks about linear layers only, not {type(layer).__name__}"
+        assert isinstance(layer, nn.Linear), f"expected a linear layer, got {type(layer).__name__}"
         return in_float8(name, tuple(layer.weight.shape), tp=tp, filter_fqns=float8.filter_fqns)
 
     convert_to_float8_training(model, module_filter_fn=wanted, config=config)
 
 
 def refresh_scales(model: nn.Module) -> None:
-    """Work out the scales of all weights that are gathered in float8, at once; to be called whenever weights changed.
+    """Compute the scales of all weights that are gathered in float8; call after every change of the weights.
 
-    Without it each layer would ask the other ranks for its own scale before every gather. The scale of older weights
-    would saturate newer ones, or waste their range, without a word. Does nothing where no weight is gathered so.
+    One collective for all layers instead of one per layer before each all-gather. With scales of older weights, newer
+    ones would saturate or lose precision silently. Does nothing if no weight is gathered in float8.
     """
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -74,9 +75,9 @@ def refresh_scales(model: nn.Module) -> None:
 
 
 def without_float8_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with plain float32 tensors in the place of those that FSDP2 casts, sharing their memory.
+    """A state dict with plain float32 tensors instead of torchao's wrappers, sharing their memory.
 
-    So that a checkpoint holds nothing of torchao's and is read under any layout, with float8 or without.
+    So a checkpoint can be loaded with or without float8, and with any parallelism.
     """
     return {name: _plain(value) if _cast_before_gather(value) else value for name, value in state.items()}
 
@@ -86,7 +87,7 @@ def _cast_before_gather(value: Any) -> bool:
 
 
 def _plain(weight: DTensor) -> DTensor:
-    local: Tensor = weight.to_local()._tensor  # type: ignore[attr-defined]  # torchao's name for what it wraps
+    local: Tensor = weight.to_local()._tensor  # type: ignore[attr-defined]  # torchao's attribute for the wrapped tensor
     return DTensor.from_local(
         local,
         weight.device_mesh,

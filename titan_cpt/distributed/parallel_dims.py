@@ -1,7 +1,7 @@
-"""How a run is laid over its ranks: degrees, which rank holds what. Pure numbers; layout_rules.py says what is refused.
+"""Parallelism degrees and what each rank holds. Does not import torch; planning/parallel_rules.py checks validity.
 
-Ranks are numbered with the tensor-parallel place fastest and the pipeline place slowest, so that the ranks that talk
-most sit on one node:
+Ranks are numbered with the tensor-parallel coordinate fastest and the pipeline coordinate slowest, so that the ranks
+that communicate most are on one node:
 
     rank = (((pp * dp_replicate + replica) * dp_shard + shard) * cp + context) * tp + tensor
 """
@@ -15,12 +15,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """What matters of a pipeline schedule outside torch.
+    """Properties of a pipeline schedule.
 
     Attributes:
-        stages_per_rank: consecutive cuts of the model that one rank holds.
-        placement: rank r of p holds stages r, r + p, ... ("loop") or r and 2p - 1 - r ("v").
-        splits_backward: gradients of inputs and of weights are worked out apart, to fill the bubble.
+        stages_per_rank: pipeline stages on each rank.
+        placement: rank r of p holds pipeline stages r, r + p, ... ("loop"), or r and 2p - 1 - r ("v").
+        splits_backward: computes gradients of inputs and of weights separately, to fill the bubble.
     """
 
     stages_per_rank: int
@@ -41,7 +41,7 @@ SCHEDULES: Mapping[str, ScheduleKind] = {
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """A rank's coordinates in the layout, each from 0."""
+    """A rank's coordinate in each dimension, from 0."""
 
     pipeline: int
     replica: int
@@ -52,17 +52,17 @@ class RankCoordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """Degrees of every kind of parallelism; their product is the number of ranks.
+    """Degree of every kind of parallelism; their product is the world size.
 
     Attributes:
-        dp_replicate: copies of the sharded model (HSDP).
-        dp_shard: data-parallel ranks over which FSDP2 shards, context-parallel ranks besides.
-        cp: ranks over which a sequence is split.
-        tp: ranks over which matrices are split.
-        pp: ranks over which layers are split.
-        schedule: a key of `SCHEDULES`; means nothing where pp is 1.
-        microbatches: pieces of a local batch that travel through the pipeline, 1 without one.
-        reshard_after_forward: parameters are gathered again for the backward pass.
+        dp_replicate: replicas of the sharded model (HSDP).
+        dp_shard: data-parallel ranks that FSDP2 shards over; it also shards over context-parallel ranks.
+        cp: context-parallel degree: ranks that share each sequence.
+        tp: tensor-parallel degree: ranks that share each matrix.
+        pp: pipeline-parallel degree: ranks that share the layers.
+        schedule: pipeline schedule, a key of `SCHEDULES`; ignored if pp is 1.
+        microbatches: pipeline micro-batches of a local batch; 1 without a pipeline.
+        reshard_after_forward: FSDP2 frees gathered parameters after the forward pass and gathers them again.
         loss_parallel: logits stay sharded over the vocabulary.
     """
 
@@ -78,26 +78,26 @@ class ParallelDims:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of ranks."""
         return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that read different sequences."""
+        """Number of ranks, or groups of ranks, that read different sequences."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def schedule_kind(self) -> ScheduleKind:
-        """The pipeline schedule's kind."""
+        """Properties of the pipeline schedule."""
         return SCHEDULES[self.schedule] if self.pp > 1 else ScheduleKind(1, "loop", False)
 
     @property
     def pipeline_stages(self) -> int:
-        """Cuts of the model over all pipeline ranks."""
+        """Number of pipeline stages over all ranks."""
         return self.pp * self.schedule_kind.stages_per_rank
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where a rank stands."""
+        """The coordinates of a rank."""
         rank, tensor = divmod(rank, self.tp)
         rank, context = divmod(rank, self.cp)
         rank, shard = divmod(rank, self.dp_shard)
@@ -105,23 +105,23 @@ class ParallelDims:
         return RankCoordinates(pipeline, replica, shard, context, tensor)
 
     def data_rank(self, rank: int) -> int:
-        """Which share of a global batch a rank reads, 0 to data_parallel - 1."""
-        place = self.coordinates(rank)
-        return place.replica * self.dp_shard + place.shard
+        """Index of the share of each global batch that a rank reads, 0 to data_parallel - 1."""
+        coordinates = self.coordinates(rank)
+        return coordinates.replica * self.dp_shard + coordinates.shard
 
     def stages_of(self, pipeline: int) -> tuple[int, ...]:
-        """The stages that a pipeline rank holds, in the order of the model."""
+        """Indices of the pipeline stages on a pipeline rank, in model order."""
         if self.schedule_kind.placement == "v":
             return (pipeline, self.pipeline_stages - 1 - pipeline)
         return tuple(range(pipeline, self.pipeline_stages, self.pp))
 
     def layers_of(self, stage: int, layers: int) -> range:
-        """The layers of a stage of a model of so many; equal shares, which the rules see to."""
+        """Layer indices of a pipeline stage. Layers divide evenly (checked in planning/parallel_rules.py)."""
         each = layers // self.pipeline_stages
         return range(stage * each, (stage + 1) * each)
 
     def describe(self) -> str:
-        """Degrees above 1 in words, such as "dp 69 x tp 6 x pp 4 (1F1B)"."""
+        """Degrees above 1, such as "dp_replicate 69 x tp 6 x pp 4 (1F1B)"."""
         names = ("dp_replicate", "dp_shard", "cp", "tp")
         degrees = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name) > 1]
         degrees += [f"pp {self.pp} ({self.schedule})"] if self.pp > 1 else []

@@ -21,22 +21,18 @@ from titan_cpt import errors
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.errors import PlanError, TitanError
 
-_waits = itertools.count()  # the same on every rank, as all of them wait in the same places
-
-
-_SECONDS_BETWEEN_LOOKS = (0.1, 2.0)  # grows, so that thousands of ranks leave the store in peace while data is prepared
-
-
+_waits = itertools.count()  # the same on every rank: all ranks wait equally often
+_POLL_INTERVAL_S = (0.1, 2.0)  # first and longest; grows, so that thousands of ranks do not overload the store
 _LONGEST_WAIT_FOR_READERS_S = 10.0
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """This process among its peers.
+    """This process in the process group.
 
     Attributes:
         rank: 0 to world_size - 1.
-        device: CUDA where there is one, else the CPU.
+        device: its GPU, or the CPU without CUDA.
     """
 
     rank: int
@@ -45,11 +41,14 @@ class ProcessInfo:
 
 
 def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
-    """Initialize the process group from torchrun's variables; without them this process is the only one.
+    """Initialize the process group from torchrun's environment variables; without them, this is a single process.
 
     Args:
-        timeout_s: longest wait for another process, here and in every collective operation until `set_timeouts`; None
-            for torch's own (10 minutes for NCCL, 30 for gloo).
+        timeout_s: longest wait for other processes, here and in every collective until `set_timeouts`; None for torch's
+            default (10 minutes for NCCL, 30 for gloo).
+
+    Raises:
+        PlanError: this process has no usable GPU of its own, or the port is in use.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -62,8 +61,8 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun (2.13) starts ranks again on the store of those that died, where their addresses still stand: the new
-        # ones would call the dead. run_train.sh asks it for a new store, which helps with several nodes too.
+        # After a restart torchrun (2.13) reuses the store of the dead processes, which still holds their addresses: use
+        # another prefix. run_train.sh requests a new store instead, which also works with several nodes.
         store, rank, _ = next(rendezvous("env://"))
         store = PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -97,19 +96,19 @@ def _take_device(device: torch.device) -> None:
 
 
 def destroy_process_group() -> None:
-    """Part from the peers."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Wait until every rank calls this; collective."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def set_timeouts(timeout_s: int) -> None:
-    """Set the longest wait of every collective operation of every process group that this process is part of."""
+    """Set the timeout of collectives in every process group of this process."""
     if not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -117,15 +116,15 @@ def set_timeouts(timeout_s: int) -> None:
 
 
 def wait_for_rank_0(failure: TitanError | None = None) -> None:
-    """Return on every rank when rank 0 has come here too, however long that takes; the others do not wait for more.
+    """Wait, without a timeout, until rank 0 calls this; rank 0 itself does not wait.
 
-    Not a barrier, whose timeout would end a run while rank 0 prepares data for hours.
+    A barrier would time out while rank 0 prepares data for hours.
 
     Args:
-        failure: why rank 0 cannot continue.
+        failure: an error of this rank; rank 0's is raised on every rank.
 
     Raises:
-        TitanError: that failure, on every rank.
+        TitanError: rank 0's failure, or this rank's own.
     """
     if not dist.is_initialized():
         if failure is not None:
@@ -135,14 +134,14 @@ def wait_for_rank_0(failure: TitanError | None = None) -> None:
     key = f"titan_cpt/rank-0/{next(_waits)}"
     if dist.get_rank() == 0:
         store.set(key, "" if failure is None else json.dumps([type(failure).__name__, str(failure)]))
-    pause, longest_pause = _SECONDS_BETWEEN_LOOKS
+    pause, longest_pause = _POLL_INTERVAL_S
     while not store.check([key]):
         time.sleep(pause)
         pause = min(1.2 * pause, longest_pause)
-    told = store.get(key).decode()
-    if told:
+    failure_json = store.get(key).decode()
+    if failure_json:
         _wait_until_read(store, key)
-        name, message = json.loads(told)
+        name, message = json.loads(failure_json)
         error: TitanError = getattr(errors, name)(message)
         error.on_every_rank = True
         raise error
@@ -151,7 +150,7 @@ def wait_for_rank_0(failure: TitanError | None = None) -> None:
 
 
 def _wait_until_read(store: Store, key: str) -> None:
-    """Rank 0, which may hold the store, stays until the others know why nothing starts."""
+    """Keep rank 0, whose process may serve the store, until the other ranks have read the failure."""
     store.add(f"{key}/read", 1)
     until = time.monotonic() + _LONGEST_WAIT_FOR_READERS_S
     while dist.get_rank() == 0 and store.add(f"{key}/read", 0) < dist.get_world_size() and time.monotonic() < until:
@@ -160,7 +159,7 @@ def _wait_until_read(store: Store, key: str) -> None:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 works within the block while the others wait at its end; its TitanError is raised on every rank."""
+    """Every rank waits at the end of the block for rank 0; a TitanError of rank 0 is raised on every rank."""
     failure = None
     try:
         yield
@@ -171,10 +170,10 @@ def rank_0_first() -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """A TitanError that some ranks raise within the block is raised by every rank at its end; collective.
+    """Raise a TitanError of any rank within the block on every rank at its end; collective.
 
-    Nothing within the block may be collective unless every rank does all of it: the others would wait for the one that
-    failed. The message holds each fault once, rank 0's first.
+    The block must not contain collectives before which one rank can fail: the other ranks would wait for it. The joint
+    message has each rank's message once, rank 0's first.
     """
     failure: TitanError | None = None
     try:
@@ -197,12 +196,12 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def any_rank_stops(stop: StopRequest) -> bool:
-    """Whether any rank received a signal to stop; collective, the same answer on every rank."""
+    """Whether any rank received a stop signal; collective, the same result on every rank."""
     if not dist.is_initialized():
         return bool(stop.name)
     requested = torch.tensor(int(bool(stop.name)))
     dist.all_reduce(requested, op=dist.ReduceOp.MAX)
-    stops = bool(requested.item())  # and not the name, which a signal may have set since: other ranks do not know of it
+    stops = bool(requested.item())  # not stop.name: a signal may have set it since the all-reduce
     if stops and not stop.name:
         stop.name = "a signal to another rank"
     return stops

@@ -112,7 +112,7 @@ def _continue(
             # With sharded weights every forward pass is collective: a rank whose sequences have all ended takes part
             # with one of them, and ignores the result.
             kept_rows = torch.tensor(remaining or [0], device=device)
-            cache.keep(kept_rows)
+            cache.select_rows(kept_rows)
             active = [active[index] for index in remaining]
             tokens_BL = torch.tensor([[next_tokens[index]] for index in kept_rows.tolist()], device=device)
             lengths_B = torch.ones(len(kept_rows), dtype=torch.int64, device=device)

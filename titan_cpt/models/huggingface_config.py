@@ -51,8 +51,8 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         **family_module(family, "huggingface").spec_fields(keys),
     }
     if config.get("quantization_config"):
-        keys.fault("quantization_config", "quantized weights cannot be trained; use the unquantized release")
-    problems = list(dict.fromkeys(keys.faults))
+        keys.add_problem("quantization_config", "quantized weights cannot be trained; use the unquantized release")
+    problems = list(dict.fromkeys(keys.problems))
     try:
         if not problems:
             return SPECS[family](**fields)

@@ -1,14 +1,14 @@
-"""The rotary positions that a config.json describes, in the spellings of transformers 4 and 5. Imports no torch.
+"""RoPE settings of a config.json, in the spellings of transformers 4 and 5. Does not import torch.
 
-transformers 4 writes the base (and GPT-NeoX's rotated share) as keys of their own and a scaling as `rope_scaling`; 5
-writes everything into `rope_parameters`. Seen in 4.57.3 and 5.24.0 where a file has several of them:
+transformers 4 writes the base (and GPT-NeoX's rotated fraction) as separate keys, and a scaling as `rope_scaling`; 5
+writes everything into `rope_parameters`. If a file has several of them, 4.57.3 and 5.24.0 do this:
 
-- `rope_scaling` beside `rope_parameters`: both versions read `rope_scaling` and drop the other table, its base too.
-- a base or share beside a table that gives another: 4 reads the key of its own, 5 the table.
+- `rope_scaling` and `rope_parameters`: both versions read `rope_scaling` and ignore the other, its base too.
+- a base or fraction as separate key and in a table: 4 reads the key, 5 the table.
 - `original_max_position_embeddings` at the top level: 5 prefers it to the table's, 4 ignores it.
-- `type` beside `rope_type`: 4 reads `type`, 5 `rope_type`.
+- `type` and `rope_type`: 4 reads `type`, 5 `rope_type`.
 
-Values that contradict each other are refused; a key that only 5 knows is read as 5 reads it.
+Contradicting values are refused. A key that only version 5 knows is read as 5 reads it.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: base of the wavelengths, share of each head that is rotated, and the scaling, if any."""
+    """RoPE: base of the wavelengths, fraction of each head that is rotated, and the scaling or None."""
 
     base: float
-    share: float
+    fraction: float
     scaling: RopeScaling | None
 
 
-def read_rope(keys: Keys, *, base: str, share: str) -> Rope:
-    """Read them; every fault is added to those of the keys.
+def read_rope(keys: Keys, *, base: str, fraction: str) -> Rope:
+    """Read the RoPE settings; problems are added to those of `keys`.
 
     Args:
         keys: of the whole config.json.
-        base: the key of its own for the base, such as rope_theta.
-        share: the key of its own for the rotated share, such as rotary_pct.
+        base: the separate key of the base, such as rope_theta.
+        fraction: the separate key of the rotated fraction, such as rotary_pct.
     """
     tables = {name: keys.object(name) for name in ("rope_scaling", "rope_parameters")}
     given = [name for name, table in tables.items() if table] or ["rope_parameters"]
-    read = [_of_table(keys, name, tables[name], base, share) for name in given]
-    if len(read) == 2 and read[0] != read[1] and not keys.faults:
-        keys.fault(
+    read = [_of_table(keys, name, tables[name], base, fraction) for name in given]
+    if len(read) == 2 and read[0] != read[1] and not keys.problems:
+        keys.add_problem(
             "rope_scaling",
             f"is {dict(tables['rope_scaling'])}, and rope_parameters beside it {dict(tables['rope_parameters'])}: "
-            "transformers reads rope_scaling and drops the other with its rope_theta. Remove the one that the model "
+            "transformers reads rope_scaling and ignores the other with its rope_theta. Remove the one that the model "
             "was not trained with",
         )
     return read[0]
 
 
-def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, share: str) -> Rope:
-    """What one of the two tables describes, together with the keys beside it."""
+def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, fraction: str) -> Rope:
+    """The settings from one of the two tables and the separate keys."""
     part = Keys({key: value for key, value in table.items() if value is not None}, _YARN, f"{name}.")
     part.table = {**part.table, **{key: table[key] for key in ("rope_theta", "partial_rotary_factor") if key in table}}
     numbers = []
-    for inner, outer in (("rope_theta", base), ("partial_rotary_factor", share)):
+    for inner, outer in (("rope_theta", base), ("partial_rotary_factor", fraction)):
         at = part if inner in table else keys
         numbers.append(at.number(float, inner if at is part else outer))
         if at is part and outer in keys.table and keys.number(float, outer) != numbers[-1]:
             _contradiction(keys, outer, keys.table[outer], f"{name}.{inner}", table[inner])
     scaling = _scaling(keys, part, name)
-    keys.faults += part.faults
+    keys.problems += part.problems
     return Rope(numbers[0], numbers[1], scaling)
 
 
@@ -88,7 +88,7 @@ def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
     ):
         extra = f" with {', '.join(unknown)}" if unknown else ""
         kind = "no rope_type" if untyped else repr(kind)
-        keys.fault(
+        keys.add_problem(
             name, f"only RoPE scaling of type llama3 or yarn is supported, got {kind}{extra}: {dict(part.table)}"
         )
         return None
@@ -99,7 +99,7 @@ def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
 
 
 def _length(keys: Keys, part: Keys) -> int:
-    """Length of the first training's sequences: of the top level, of the table, or the longest that is promised."""
+    """Context length before the extension: from the top level, the table, or max_position_embeddings."""
     at_the_top = keys.number(int, _LENGTH, null=None) if _LENGTH in keys.table else None
     inside = part.number(int, _LENGTH) if _LENGTH in part.table else None
     if at_the_top is not None and inside is not None and at_the_top != inside:
@@ -109,7 +109,7 @@ def _length(keys: Keys, part: Keys) -> int:
 
 
 def _contradiction(keys: Keys, first: str, old: Any, second: str, new: Any) -> None:
-    keys.fault(
+    keys.add_problem(
         first,
         f"is {old!r}, and {second} is {new!r}: one version of transformers reads the first, another the second. Remove "
         "the one that the model was not trained with",

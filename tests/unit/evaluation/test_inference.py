@@ -72,7 +72,7 @@ def test_logits_with_a_kv_cache_equal_those_without(name, checkpoints):
         cache.advance(lengths)
         three = model(torch.stack([tokens[row, start : start + 3] for row, start in enumerate(lengths.tolist())]))
         cache.advance(torch.tensor([3, 3]))
-        cache.keep(torch.tensor([1]))
+        cache.select_rows(torch.tensor([1]))
         one = model(tokens[1:, 11:])
     with torch.no_grad():
         whole = model(tokens)

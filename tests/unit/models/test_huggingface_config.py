@@ -188,7 +188,7 @@ def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys
         (
             "llama",
             {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-            "drops the other with its rope_theta",
+            "ignores the other with its rope_theta",
         ),
         (
             "llama",

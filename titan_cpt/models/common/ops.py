@@ -1,11 +1,11 @@
-"""Operations that torch (2.13) does slowly on some CPU, or cannot compile for one, and how they are done instead.
+"""Operations that torch 2.13 computes slowly on some CPUs or cannot compile for them, with replacements for those CPUs.
 
-Anywhere else each is torch's own. Two reasons:
+On every other device each one is torch's own. Two reasons for replacements:
 
-- A CPU without instructions for bfloat16 multiplies such matrices element by element, at a quarter to a fiftieth of the
-  speed of float32 (scripts/bench/products.py). There products are made in float32 and rounded once, which is what the
-  instructions do: they too add up in float32.
-- torch.compile looks into an operation and makes it slower, or fails.
+- A CPU without bfloat16 instructions multiplies bfloat16 matrices element by element, 4 to 50 times slower than float32
+  (scripts/bench/products.py). There, products are computed in float32 and rounded once. Bfloat16 instructions give the
+  same results: they also accumulate in float32.
+- torch.compile decomposes an operation and makes it slower, or fails.
 
 Shape letters: B sequences, L positions, S positions of keys, N heads, H head width, R half of its rotated features.
 """
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CPU_HAS_BFLOAT16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
-"""Whether this CPU multiplies in bfloat16, as torch itself decides it: x86 with AVX-512 or AMX, newer Arm."""
-_SHORT_ON_CPU = 128 * 64  # positions x features of a head
+"""Whether torch uses bfloat16 instructions on this CPU: x86 with AVX-512 or AMX, newer aarch64."""
+_SHORT_ON_CPU = 128 * 64  # largest product of positions and head width that counts as short
 
 
 class Linear(nn.Linear):
-    """torch's linear layer; its product is `linear`."""
+    """torch's linear layer with the product `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Of any shape that ends in the layer's inputs."""
+        """x W^T + b; the input's last dimension is the number of input features."""
         return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, in the dtype of x, which is of any shape that ends in the weight's last dimension."""
+    """x W^T + b in the dtype of x; the last dimensions of x and of the weight are equal."""
     if not multiplied_in_float32(x.dtype, x.device):
         return F.linear(x, weight, bias)
     product: Tensor = _RoundedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product of two matrices, put into `out` if that is given; it has no gradient."""
+    """The product of two matrices, written to `out` if given; without autograd."""
     if not multiplied_in_float32(a.dtype, a.device):
         return torch.mm(a, b, out=out)
     product = torch.mm(a.float(), b.float())
@@ -47,11 +47,11 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Tensor:
-    """torch's scaled dot-product attention, with its keyword arguments, out_BNLH in the dtype of the queries.
+    """torch's scaled dot-product attention with its keyword arguments, out_BNLH in the dtype of the queries.
 
-    On a CPU that has bfloat16 too short sequences are trained in float32: the backward pass of torch's bfloat16 kernel
-    costs much a block however small, 2.5 times the float32 kernel's time, forward and backward, at 128 positions of 32
-    features, as much at 512, and less beyond (scripts/bench/attention.py).
+    Short sequences are trained in float32 on every CPU: the backward pass of torch's bfloat16 kernel has a large fixed
+    cost per block. Forward and backward take 2.5 times as long as in float32 at 128 positions of 32 features, as long
+    at 512, and less beyond (scripts/bench/attention.py).
     """
     length, width = q_BNLH.shape[-2:]
     on_cpu = q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
@@ -63,12 +63,12 @@ def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Ten
 
 
 def multiplied_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are made in float32 and rounded."""
+    """Whether products of this dtype are computed in float32 and rounded."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not CPU_HAS_BFLOAT16
 
 
 class _RoundedLinear(torch.autograd.Function):
-    """Keeps its operands as they came, so that it needs no more memory than a layer in bfloat16."""
+    """Saves its operands in bfloat16, so that it needs no more memory than a bfloat16 layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,7 +90,7 @@ class _RoundedLinear(torch.autograd.Function):
 
 
 def cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle; compiled, they would be worked out again for every element that is rotated."""
+    """Cosine and sine of every angle; opaque to torch.compile, which would recompute them for every rotated element."""
     if torch.compiler.is_compiling():
         opaque: tuple[Tensor, Tensor] = _cos_sin(angles_LR)
         return opaque
@@ -98,7 +98,7 @@ def cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, x Phi(x); compiled for a CPU, its error function takes twice the time of the library's."""
+    """Exact GELU, x Phi(x); opaque to torch.compile, whose error function for CPUs takes twice as long as torch's."""
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         opaque: Tensor = _gelu(x)
         return opaque
@@ -106,10 +106,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def copy_for_separate_grad(x: Tensor) -> Tensor:
-    """The same numbers; compiled for a CPU in bf16, a copy, whose gradient is a tensor of its own.
+    """x; when compiled for a CPU in bfloat16, a copy of it, so that its gradient is a separate tensor.
 
-    Where attention and MLP are added to one stream, their last biases have one and the same gradient, and Inductor's
-    C++ stores it twice under one name. With a copy between them a block compiles whole.
+    Works around an Inductor bug: where attention and MLP are added to the same residual stream, their last biases have
+    the same gradient, and the generated C++ declares it twice under one name.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype != torch.float32:
         copied: Tensor = _copy(x)

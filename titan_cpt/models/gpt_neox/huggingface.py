@@ -48,16 +48,16 @@ def hub_names(spec: GPTNeoXSpec) -> dict[str, str]:
 
 def spec_fields(keys: Keys) -> dict[str, Any]:
     """Fields of the spec from the keys of config.json that only this family has."""
-    rope = read_rope(keys, base="rotary_emb_base", share="rotary_pct")
+    rope = read_rope(keys, base="rotary_emb_base", fraction="rotary_pct")
     if rope.scaling is not None:
-        keys.fault("rope_scaling", "RoPE scaling is not supported for GPT-NeoX")
+        keys.add_problem("rope_scaling", "RoPE scaling is not supported for GPT-NeoX")
     keys.only("hidden_act", "gelu")
     keys.only("attention_bias", True)
     keys.only("tie_word_embeddings", False)
     return {
         "width": keys.number(int, "hidden_size"),
         "mlp_width": keys.number(int, "intermediate_size"),
-        "rotary_fraction": rope.share,
+        "rotary_fraction": rope.fraction,
         "rope_base": rope.base,
         "norm_eps": keys.number(float, "layer_norm_eps"),
         "parallel_residual": keys.flag("use_parallel_residual"),

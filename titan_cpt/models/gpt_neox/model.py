@@ -1,10 +1,10 @@
-"""GPT-NeoX, the family of the paper's models and of Pythia, as plain modules that know nothing of parallelism.
+"""GPT-NeoX (Ibrahim et al. 2024, Pythia) in plain PyTorch, without parallelism.
 
-Pre-LayerNorm blocks with two LayerNorms, rotary positions on a part of each head, GELU (exact), biases everywhere but
-in the head, input and output embeddings not tied, no dropout. With the same weights it computes what transformers'
-GPTNeoXForCausalLM does. Source: Black et al. 2022, arXiv:2204.06745.
+Pre-norm blocks with two LayerNorms, RoPE on a fraction of each head, exact GELU, biases everywhere except in the output
+head, untied embeddings, no dropout. Same outputs as transformers' GPTNeoXForCausalLM.
+Source: Black et al. 2022, arXiv:2204.06745.
 
-Shape letters: B sequences, L positions, D width, N heads, H head width, F feed-forward width, V vocabulary.
+Shape letters: B sequences, L positions, D width, N heads, H head width, F MLP width, V vocabulary.
 """
 
 import math
@@ -20,12 +20,7 @@ from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 
 
 class GPTNeoX(LanguageModel):
-    """The language model: token ids in, logits out.
-
-    A pipeline stage is this model with the parts that it does not hold taken away: `embedding`, `final_norm` and `head`
-    may be None, and `blocks` may lack layers; those left keep their numbers, hence their names and first weights.
-    Weights are meaningless until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
-    """
+    """A GPT-NeoX language model; see `LanguageModel`."""
 
     def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
@@ -36,10 +31,10 @@ class GPTNeoX(LanguageModel):
         self.head: Head | None = Head(spec.width, spec.vocab_size, bias=False)
 
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
+        """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
-        A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
-        the head returns it.
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
+        head returns it.
         """
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
@@ -48,12 +43,12 @@ class GPTNeoX(LanguageModel):
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
-        """Set every weight to its first value, which the seed alone decides, whatever the devices and the layout.
+        """Initialize every weight; values depend only on the seed and the weight's name, not on devices or parallelism.
 
-            N(0, sqrt(2 / (5 D)))       embeddings and projections out of the residual stream
-            N(0, 2 / (layers sqrt(D)))  projections back into it
-            0                           biases
-            1, 0                        scale and shift of LayerNorm
+            std sqrt(2 / (5 D))       embeddings, head, and projections that read the residual stream
+            std 2 / (layers sqrt(D))  projections that write to it
+            0                         biases
+            1, 0                      scale and shift of LayerNorm
 
         Source: GPT-NeoX's `small_init` (Nguyen and Salazar 2019, arXiv:1910.05895) and `wang_init`.
         """
@@ -92,7 +87,7 @@ class Block(nn.Module):
         return after_attention_BLD + copy_for_separate_grad(fed_BLD)
 
     def init_weights(self, *, seed: int, name: str) -> None:
-        """The block's part of `GPTNeoX.init_weights`; `name` is the block's in the whole model."""
+        """Initialize the block's weights; `name` is the block's name in the whole model."""
         std = math.sqrt(2 / (5 * self.spec.width))
         residual_std = 2 / (self.spec.layers * math.sqrt(self.spec.width))
         self.attention_norm.reset_parameters()
@@ -104,10 +99,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with one fused projection.
+    """Causal self-attention with a fused query, key and value projection.
 
-    The rows of `qkv` lie head after head (a head's queries, keys, values, then the next head's), so that a slice of
-    them, as tensor parallelism cuts it, holds whole heads; `forward` finds out how many it holds.
+    The rows of `qkv` are ordered head by head (a head's queries, keys and values, then the next head's), so that a
+    tensor-parallel shard has whole heads; `forward` infers how many.
     """
 
     def __init__(self, spec: GPTNeoXSpec) -> None:
@@ -118,15 +113,15 @@ class Attention(nn.Module):
         self.out = Linear(spec.width, spec.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """What each position draws from itself and those before it, out_BLD."""
-        qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # here H is three times as wide
+        """Causal self-attention output, out_BLD."""
+        qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # H is 3 x head width here
         q_BLNH, k_BLNH, v_BLNH = qkv_BLNH.chunk(3, dim=-1)
         out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH).flatten(-2))
         return out_BLD
 
 
 class MLP(nn.Module):
-    """The feed-forward: up, exact GELU, down."""
+    """The MLP: down(gelu(up(x)))."""
 
     def __init__(self, spec: GPTNeoXSpec) -> None:
         super().__init__()
@@ -134,7 +129,7 @@ class MLP(nn.Module):
         self.down = Linear(spec.mlp_width, spec.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """The same function of every position, out_BLD."""
+        """MLP output, out_BLD."""
         out_BLD: Tensor = self.down(gelu(self.up(x_BLD)))
         return out_BLD
 

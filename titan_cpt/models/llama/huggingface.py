@@ -80,9 +80,9 @@ def spec_fields(keys: Keys) -> dict[str, Any]:
     for bias in ("attention_bias", "mlp_bias"):  # Qwen2 always has q, k and v biases, Mistral none
         if bias in keys.defaults:
             keys.only(bias, False)
-    rope = read_rope(keys, base="rope_theta", share="partial_rotary_factor")
-    if rope.share != 1.0:
-        keys.fault("partial_rotary_factor", f"only 1.0 is supported, got {rope.share}")
+    rope = read_rope(keys, base="rope_theta", fraction="partial_rotary_factor")
+    if rope.fraction != 1.0:
+        keys.add_problem("partial_rotary_factor", f"only 1.0 is supported, got {rope.fraction}")
     width, heads = keys.number(int, "hidden_size"), keys.number(int, "num_attention_heads")
     head_width = width // max(heads, 1)
     if "head_dim" in keys.defaults or "head_dim" in keys.table:
@@ -125,13 +125,13 @@ def _sliding_window(keys: Keys) -> int | None:
         or len(kinds) != layers
         or set(map(str, kinds)) - {"sliding_attention", "full_attention"}
     ):
-        keys.fault("layer_types", f"must be {layers} times full_attention or sliding_attention, got {kinds!r}")
+        keys.add_problem("layer_types", f"must be {layers} times full_attention or sliding_attention, got {kinds!r}")
     elif len(set(kinds)) > 1:
-        keys.fault("layer_types", "a sliding window in only some of the layers is not supported")
+        keys.add_problem("layer_types", "a sliding window in only some of the layers is not supported")
     elif "sliding_attention" in kinds:
         if switched_on and window is not None:
             return int(window)
-        keys.fault(
+        keys.add_problem(
             "layer_types", "are sliding_attention, but use_sliding_window or sliding_window turns the window off"
         )
     return None

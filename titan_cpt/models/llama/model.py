@@ -1,11 +1,10 @@
-"""The Llama family (Llama 2 and 3, Mistral, Qwen2 and Qwen3, dense) as plain modules that know nothing of parallelism.
+"""The Llama family (Llama 2 and 3, Mistral, Qwen2 and Qwen3, dense) in plain PyTorch, without parallelism.
 
-Pre-RMSNorm blocks, rotary positions on whole heads, SwiGLU, heads of keys and values that several heads of queries
-share, no biases but where Qwen2 has them, no dropout. With the same weights it computes what transformers'
-LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM do. Source: Touvron et al. 2023,
-arXiv:2302.13971 and 2307.09288, and the papers that sizes.py names.
+Pre-RMSNorm blocks, RoPE on whole heads, SwiGLU, grouped-query attention, no biases except in Qwen2, no dropout. Same
+outputs as transformers' LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
+Source: Touvron et al. 2023, arXiv:2302.13971 and 2307.09288, and the papers named in spec.py.
 
-Shape letters: B sequences, L positions, D width, N heads, H head width, F feed-forward width, V vocabulary.
+Shape letters: B sequences, L positions, D width, N heads, H head width, F MLP width, V vocabulary.
 """
 
 import math
@@ -22,16 +21,13 @@ from titan_cpt.models.common.ops import Linear, linear
 from titan_cpt.models.llama.spec import LlamaSpec
 
 INITIAL_STD = 0.02
-"""Spread of the first weights, as in the releases' configurations (initializer_range)."""
+"""Standard deviation of initial weights, initializer_range in the releases' config.json."""
 
 
 class Llama(LanguageModel):
-    """The language model: token ids in, logits out.
+    """A Llama language model; see `LanguageModel`.
 
-    A pipeline stage is this model with the parts that it does not hold taken away: `embedding`, `final_norm` and `head`
-    may be None, and `blocks` may lack layers; those left keep their numbers, hence their names and first weights. A
-    model with tied embeddings cannot be cut, as its last stage needs the first one's weight. Weights are meaningless
-    until `init_weights` ran or a checkpoint was loaded, on the meta device or off it.
+    With tied embeddings it cannot be split into pipeline stages: the last one needs the weight of the first.
     """
 
     def __init__(self, spec: LlamaSpec) -> None:
@@ -45,10 +41,10 @@ class Llama(LanguageModel):
         )
 
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or what `project` makes of the head and its input.
+        """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
-        A pipeline stage without the embedding takes the residual stream x_BLD in the place of the tokens; one without
-        the head returns it.
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
+        head returns it.
         """
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
@@ -61,14 +57,14 @@ class Llama(LanguageModel):
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
-        """Set every weight to its first value, which the seed alone decides, whatever the devices and the layout.
+        """Initialize every weight; values depend only on the seed and the weight's name, not on devices or parallelism.
 
-            N(0, 0.02)                      embeddings and projections out of the residual stream
-            N(0, 0.02 / sqrt(2 layers))     projections back into it
-            0                               biases
-            1                               scales of RMSNorm
+            std 0.02                    embeddings, head, and projections that read the residual stream
+            std 0.02 / sqrt(2 layers)   projections that write to it
+            0                           biases
+            1                           scale of RMSNorm
 
-        Source: the releases' initializer_range; Radford et al. 2019 (GPT-2), section 2.3, for the second line.
+        Source: initializer_range of the releases; the second line from Radford et al. 2019 (GPT-2), section 2.3.
         """
         if self.embedding is not None:
             fill_normal(self.embedding.weight, std=INITIAL_STD, seed=seed, name="embedding.weight")
@@ -92,7 +88,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x's shape, whatever it is but for the last dimension."""
+        """Normalize over the last dimension; output of x's shape."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
     def reset_parameters(self) -> None:
@@ -122,25 +118,25 @@ class Block(nn.Module):
         return x_BLD + fed_BLD
 
     def init_weights(self, *, seed: int, name: str) -> None:
-        """The block's part of `Llama.init_weights`; `name` is the block's in the whole model."""
+        """Initialize the block's weights; `name` is the block's name in the whole model."""
         attention, mlp = self.attention, self.mlp
         residual_std = INITIAL_STD / math.sqrt(2 * self.layers)
         for norm in (self.attention_norm, attention.q_norm, attention.k_norm, self.mlp_norm):
             if norm is not None:
                 norm.reset_parameters()
-        outward = {"attention.q": attention.q, "attention.k": attention.k, "attention.v": attention.v}
-        outward |= {"mlp.gate": mlp.gate, "mlp.up": mlp.up}
-        for linear_name, layer in outward.items():
+        reads = {"attention.q": attention.q, "attention.k": attention.k, "attention.v": attention.v}
+        reads |= {"mlp.gate": mlp.gate, "mlp.up": mlp.up}
+        for linear_name, layer in reads.items():
             init_linear(layer, std=INITIAL_STD, seed=seed, name=f"{name}.{linear_name}")
         for linear_name, layer in {"attention.out": attention.out, "mlp.down": mlp.down}.items():
             init_linear(layer, std=residual_std, seed=seed, name=f"{name}.{linear_name}")
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries.
+    """Causal grouped-query self-attention.
 
-    The rows of `q`, `k` and `v` lie head after head, so that a slice of them, as tensor parallelism cuts it, holds
-    whole heads; `forward` finds out how many it holds.
+    The rows of `q`, `k` and `v` are ordered head by head, so that a tensor-parallel shard has whole heads; `forward`
+    infers how many.
     """
 
     def __init__(self, spec: LlamaSpec) -> None:
@@ -160,7 +156,7 @@ class Attention(nn.Module):
         self.out = Linear(spec.attention_width, spec.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """What each position draws from itself and those before it, out_BLD."""
+        """Causal self-attention output, out_BLD."""
         q_BLNH, k_BLNH, v_BLNH = (
             project(x_BLD).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v)
         )
@@ -171,7 +167,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+    """The MLP, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
 
     def __init__(self, spec: LlamaSpec) -> None:
         super().__init__()
@@ -180,7 +176,7 @@ class MLP(nn.Module):
         self.down = Linear(spec.mlp_width, spec.width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """The same function of every position, out_BLD."""
+        """MLP output, out_BLD."""
         out_BLD: Tensor = self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
         return out_BLD
 
