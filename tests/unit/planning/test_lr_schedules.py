@@ -340,7 +340,8 @@ def any_schedule(draw):
     kind = draw(st.sampled_from(["cosine", "linear", "constant", "infinite", "wsd", "inv_sqrt"]))
     if kind in ("cosine", "linear"):
         final = draw(st.sampled_from([0.0, final]))
-        return getattr(lr_schedules, kind)(**common, final=final), peak, final, end
+        build = lr_schedules.cosine_schedule if kind == "cosine" else lr_schedules.linear_schedule
+        return build(**common, final=final), peak, final, end
     if kind == "constant":
         return lr_schedules.constant_schedule(**common), peak, peak, end
     if kind == "infinite":
