@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Train what a config describes, on one process, one node or many.
+# Train a config on one process, on one node or on several nodes.
 #
 #   ./run_train.sh                                               the quick start (train_configs/quickstart.toml)
-#   ./run_train.sh --config FILE [--training.seq_len 512 ...]    any config; overrides pass through
+#   ./run_train.sh --config FILE [--training.seq_len 512 ...]    any config; keys can be overridden
 #   NPROC=8 ./run_train.sh --config FILE                         eight processes on this node
 #
 # Environment:
-#   NPROC         processes on each node, one per device (default 1); "gpu" counts this node's GPUs
-#   NNODES        nodes (default: Slurm's number, else 1); start this script once on every node
-#   NODE_RANK     this node's number, from 0 (default: Slurm's)
-#   MASTER_ADDR   a name or address of node 0 (default: the first of Slurm's nodes)
-#   MASTER_PORT   a free port there (default: one made from Slurm's job number, else 29500)
-#   MAX_RESTARTS  times that torchrun may start all processes again after one of them failed (default 0)
-#   LOG_RANK      the processes of each node whose output is shown, comma-separated (default 0)
-#   OMP_NUM_THREADS   threads of each of several processes (default: cores / NPROC)
+#   NPROC         processes per node, one per device (default 1); "gpu": one per GPU of this node
+#   NNODES        number of nodes (default: Slurm's, else 1); start this script once on every node
+#   NODE_RANK     rank of this node, from 0 (default: Slurm's)
+#   MASTER_ADDR   host name or address of node 0 (default: the first of Slurm's nodes)
+#   MASTER_PORT   a free port of node 0 (default: computed from Slurm's job id, else 29500)
+#   MAX_RESTARTS  how often torchrun restarts all processes after one has failed (default 0)
+#   LOG_RANK      local ranks whose output is printed, comma-separated (default 0)
+#   OMP_NUM_THREADS   CPU threads of each process if there are several (default: cores / NPROC)
 #
-# Several processes, and any under Slurm, keep what they write in <run folder>/logs/<attempt>/node-<rank>-<host>/:
-# console.txt (what is shown, unless that is a terminal) and a folder for each process that is not shown.
+# Several processes, and any process under Slurm, write logs to <run folder>/logs/<attempt>/node-<rank>-<host>/: the
+# printed output in console.txt (unless it goes to a terminal), and one folder for each process that is not printed.
 #
-# Paths are relative to the working directory. Exit status: 0 done; 2 the user's mistake; 75 stopped on a signal with
-# everything saved (run the same command again to go on); 1 anything else.
+# Paths are relative to the working directory. Exit status: 0 done; 2 the user's mistake; 75 stopped by a signal with
+# everything saved (the same command resumes); 1 anything else.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -43,7 +43,7 @@ main() {
 
     find_python
     if ((nproc == 1 && nnodes == 1)) && [[ -z ${SLURM_JOB_ID:-} || -t 1 ]]; then
-        # The process itself takes this script's place, so that signals and the exit status are its own.
+        # The training process replaces this script: it receives the signals, and its exit status is that of the script.
         show "$python" -m titan_cpt train "$@"
         exec "$python" -m titan_cpt train "$@"
     fi
@@ -74,12 +74,12 @@ check_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be a whole number from 1, got '$2'"
 }
 
-# GPUs of this node: those that Slurm gave it, else all that there are; without any, one process on the CPU.
+# Print the number of GPUs of this node: those that Slurm allocated, else all; 1 if there is none, for the CPU.
 count_gpus() {
     local found=${SLURM_GPUS_ON_NODE:-}
     [[ -n $found ]] || found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
     if ! ((found)); then
-        printf 'run_train.sh: NPROC=gpu, and this node has no GPUs: one process on the CPU\n' >&2
+        printf 'run_train.sh: NPROC=gpu, but this node has no GPU: training with one process on the CPU\n' >&2
         found=1
     fi
     echo "$found"
@@ -101,7 +101,7 @@ find_python() {
     fail "found no Python environment: none is active and $root/.venv does not exist." "Make it: $root/scripts/setup.sh"
 }
 
-# Installed, not merely lying in the working directory without the packages that it needs.
+# Whether titan_cpt is installed; a checkout in the working directory without its requirements does not count.
 has_titan_cpt() {
     "$1" -c '
 import importlib.util, sys
@@ -109,7 +109,7 @@ sys.path[:] = [path for path in sys.path if path]
 sys.exit(not all(map(importlib.util.find_spec, ("titan_cpt", "torch"))))'
 }
 
-# Set `rendezvous` to the options by which the nodes find each other.
+# Set `rendezvous` to the torchrun options with which the nodes find each other.
 rendezvous_options() {
     if (($1 == 1)); then
         rendezvous=(--standalone)
@@ -117,7 +117,7 @@ rendezvous_options() {
     fi
     local node_rank=${NODE_RANK:-${SLURM_NODEID:-}} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} hosts
     if ! [[ $node_rank =~ ^(0|[1-9][0-9]*)$ ]] || ((node_rank >= $1)); then
-        fail "NODE_RANK must be this node's number, from 0 to $(($1 - 1)), with NNODES=$1; got '$node_rank'"
+        fail "NODE_RANK must be this node's rank, from 0 to $(($1 - 1)) with NNODES=$1; got '$node_rank'"
     fi
     if [[ -z $address && -n ${SLURM_JOB_NODELIST:-} ]]; then
         hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
@@ -132,7 +132,7 @@ rendezvous_options() {
     fi
     master="$address:$port" node="$node_rank/$1@$address:$port"
     if ((${MAX_RESTARTS:-0})); then
-        # Only this rendezvous lets all nodes start again when one of them does; it numbers the nodes itself.
+        # Only this rendezvous restarts all nodes when one of them restarts; it assigns the node ranks itself.
         rendezvous=(--rdzv-backend=c10d --rdzv-endpoint="$master" --rdzv-id="${SLURM_JOB_ID:-titan_cpt}")
         rendezvous_host=$((node_rank == 0))
     else
@@ -140,8 +140,8 @@ rendezvous_options() {
     fi
 }
 
-# read_run_info NODES TRAIN_OPTION...: set `run_folder` and `init_timeout` from the config. A mistake in it is printed and
-# ends this script; on several nodes titan_cpt.commands.launch prints it, once for all of them.
+# read_run_info NODES TRAIN_OPTION...: set `run_folder` and `init_timeout` from the config. An error in the config is
+# printed and ends this script; with several nodes titan_cpt.commands.launch prints it instead, once for all nodes.
 read_run_info() {
     local information="" key value nnodes=$1
     shift
@@ -159,7 +159,7 @@ read_run_info() {
     done <<<"$information"
 }
 
-# Set `logs` to the folder for what this node's processes write, and copy this script's own output into it.
+# Set `logs` to the folder for the logs of this node's processes, and copy this script's own output into it.
 make_logs() {
     local attempt node=${NODE_RANK:-${SLURM_NODEID:-0}} host
     host=$(hostname -s 2>/dev/null || hostname)
@@ -170,17 +170,17 @@ make_logs() {
     fi
     logs=$run_folder/logs/$attempt/node-$node-$host temporary="" console=()
     if [[ -z $run_folder ]] || ! mkdir -p -- "$logs" 2>/dev/null || [[ ! -w $logs ]]; then
-        logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_cpt.XXXXXX") # titan_cpt says what is wrong with the run's folder
+        logs=$(mktemp -d "${TMPDIR:-/tmp}/titan_cpt.XXXXXX") # titan_cpt prints why the run folder cannot be written
         temporary=yes
     fi
     trap clean_up EXIT
     [[ -t 1 ]] || keep_console
-    export TITAN_CPT_STATUS_FILE="$logs/status" # after keep_console: it also tells which processes are the program's
+    export TITAN_CPT_STATUS_FILE="$logs/status" # after keep_console: has_processes finds the training processes by it
     rm -f -- "$TITAN_CPT_STATUS_FILE" "$TITAN_CPT_STATUS_FILE".process-*
 }
 
-# Write what this script and its processes print into console.txt too. The copying ends when the last of them does, and
-# not by a signal that Slurm sends to every process of a step.
+# Copy the output of this script and its processes to console.txt. The copying ends when the last of them ends; it
+# ignores the signals that Slurm sends to every process of a step.
 keep_console() {
     exec 3>&1 4>&2
     exec > >(trap '' TERM INT HUP USR1 && exec tee -a -- "$logs/console.txt" >&3 3>&- 4>&-)
@@ -189,7 +189,7 @@ keep_console() {
     console+=($!)
 }
 
-# Keep the logs that say something, and nothing else.
+# Remove empty logs and temporary files.
 # shellcheck disable=SC2317 # a trap calls it
 clean_up() {
     local process tries
@@ -207,12 +207,12 @@ clean_up() {
         rm -rf -- "$logs"
     else
         find "$logs" -depth \( -type f -empty -o -type d -empty \) -delete 2>/dev/null || true
-        rmdir -- "${logs%/*}" "$run_folder/logs" 2>/dev/null || true # where no node had anything to keep
+        rmdir -- "${logs%/*}" "$run_folder/logs" 2>/dev/null || true # if no node has logs
     fi
 }
 
-# run_torchrun NPROC TORCHRUN_OPTION... -- TRAIN_OPTION...: run titan_cpt under torchrun and exit with the program's
-# status. torchrun turns every failure into 1, so the program leaves its own in TITAN_CPT_STATUS_FILE.
+# run_torchrun NPROC TORCHRUN_OPTION... -- TRAIN_OPTION...: run titan_cpt under torchrun and exit with the status of
+# titan_cpt. torchrun exits with 1 on every failure, so titan_cpt writes its status to TITAN_CPT_STATUS_FILE.
 run_torchrun() {
     local nproc=$1 log_rank=${LOG_RANK:-0} options=() rank
     shift
@@ -223,9 +223,9 @@ run_torchrun() {
     shift
 
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_per_process "$nproc")}
-    # A stop on a signal saves a checkpoint first; torchrun's own 30 s would kill a large model in the middle of it.
+    # A stop by a signal saves a checkpoint first; torchrun's default of 30 s would kill a large model while it saves.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}
-    # Ranks that torchrun starts again (--max-restarts) must not find the addresses of the dead in its store.
+    # Ranks that torchrun restarts (--max-restarts) must not read stale addresses of earlier ranks from its store.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     ((${MAX_RESTARTS:-0} == 0)) || options+=(--max-restarts="$MAX_RESTARTS")
     if [[ ${rendezvous_host:-} ]]; then
@@ -238,23 +238,23 @@ run_torchrun() {
     for ((rank = 0; rank < nproc; rank++)); do
         [[ ",$log_rank," == *",$rank,"* ]] || hidden+="${hidden:+,}$rank:3"
     done
-    # What is not shown is kept in files, for a failure that only one of these processes sees.
+    # Output that is not printed goes to files: a failure may be visible in one of these processes only.
     [[ -z $hidden ]] || options+=(--redirects="$hidden")
-    # torchrun, with one message in the place of its log of a failure.
+    # torchrun with early checks and short error messages.
     local launch=("$python" -m titan_cpt.commands.launch)
     [[ -z ${node:-} ]] || launch+=(--node="$node" --patience="$init_timeout")
     run_and_exit "${launch[@]}" "${options[@]}" -m titan_cpt train "$@"
 }
 
-# Run a command, pass signals on to it, wait for it however long it takes to save, and exit with the program's status.
+# Run a command, forward signals to it, wait until it has saved and ended, and exit with the status of titan_cpt.
 run_and_exit() {
     local status=0 written=""
     show "$@"
     child="" interrupted="" stopping=""
     trap 'forward TERM' TERM
-    trap 'forward TERM' USR1 # Slurm's, before a time limit; torchrun does not know it
+    trap 'forward TERM' USR1 # sent by Slurm before a time limit; torchrun does not handle it
     trap 'forward INT' INT
-    # A process group of its own: a Ctrl-C reaches it once, through us, and not from the terminal as well.
+    # A process group of its own: a Ctrl-C reaches it once, through this script, and not from the terminal as well.
     set -m
     "$@" 3>&- 4>&- &
     child=$!
@@ -263,7 +263,7 @@ run_and_exit() {
     while :; do
         interrupted=""
         wait "$child" && status=0 || status=$?
-        [[ -n $interrupted ]] || break # a signal ends the waiting, not the run
+        [[ -n $interrupted ]] || break # a signal interrupts `wait`, not the run
     done
     ((status == 0)) && exit 0
     [[ -z $stopping ]] || wait_for_processes
@@ -276,13 +276,13 @@ run_and_exit() {
     exit "$written"
 }
 
-# Pass a signal on to the command; one that comes before it has begun is passed on when it has.
+# Forward a signal to the command; one that arrives before the command has started is forwarded when it has.
 forward() {
     interrupted=$1 stopping=yes
     [[ -z $child ]] || kill -s "$1" "$child" 2>/dev/null || true
 }
 
-# torchrun leaves at a second signal (Slurm sends them to each process of a step) while its processes still save.
+# torchrun exits at a second signal (Slurm signals each process of a step) while its processes still save.
 wait_for_processes() {
     local tries=$((TORCH_ELASTIC_SHUTDOWN_TIMEOUT * 2))
     while ((tries-- > 0)) && has_processes; do
@@ -290,7 +290,7 @@ wait_for_processes() {
     done
 }
 
-# Whether a process on this node still has our TITAN_CPT_STATUS_FILE in its environment, as all that torchrun started.
+# Whether a process on this node still has this TITAN_CPT_STATUS_FILE in its environment, as those of torchrun have.
 has_processes() {
     env -u TITAN_CPT_STATUS_FILE grep -qzsxF -- "TITAN_CPT_STATUS_FILE=$TITAN_CPT_STATUS_FILE" \
         /proc/[0-9]*/environ
@@ -302,13 +302,13 @@ threads_per_process() {
     echo $((cores > $1 ? cores / $1 : 1))
 }
 
-# show_hidden_errors STATUS: after a failure, what the processes whose output was not shown said last, each text once. A
-# process that ended with a message left it in a file; after the user's mistake (2) no more is needed than messages.
+# show_hidden_errors STATUS: after a failure, print the last output of the processes that were not printed, each text
+# once. A process that ended with a message wrote it to a file; after the user's mistake (2) the messages suffice.
 show_hidden_errors() {
-    local file last said=" " told="" rank
+    local file last said=" " has_message="" rank
     for file in "$TITAN_CPT_STATUS_FILE".process-*; do
         [[ -s $file ]] || continue
-        told=yes
+        has_message=yes
         [[ ",${LOG_RANK:-0}," != *",${file##*-},"* ]] || is_new "$(<"$file")" || true
     done
     while IFS= read -r file; do
@@ -316,18 +316,18 @@ show_hidden_errors() {
         if [[ -f $TITAN_CPT_STATUS_FILE.process-$rank ]]; then
             last=$(<"$TITAN_CPT_STATUS_FILE.process-$rank")
             [[ -n $last ]] || continue
-        elif (($1 == 2)) && [[ $told ]]; then
+        elif (($1 == 2)) && [[ $has_message ]]; then
             continue
         else
             last=$(tail -n 20 -- "$file")
         fi
         is_new "$last" || continue
-        printf 'run_train.sh: the end of what process %s of this node wrote:\n' "$rank"
+        printf 'run_train.sh: last output of process %s of this node:\n' "$rank"
         printf '%s\n' "$last"
     done < <(find "$logs" -name stderr.log -size +0 2>/dev/null | sort) >&2
 }
 
-# Whether a text is not among those in `said` yet, to which it is added.
+# Whether a text is new; its checksum is added to `said`.
 is_new() {
     local sum
     sum=$(cksum <<<"$1")

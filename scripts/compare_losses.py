@@ -22,15 +22,17 @@ def lines_of(run: Path, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 def compare_runs(first: Path, other: Path) -> tuple[list[str], float]:
     """Cells of the table's row, and the largest difference of a loss: infinite if steps or batches differ."""
-    train, theirs = lines_of(first, "train"), lines_of(other, "train")
-    measured, their_measured = lines_of(first, "validation"), lines_of(other, "validation")
+    train = lines_of(first, "train")
+    theirs = lines_of(other, "train")
+    measured = lines_of(first, "validation")
+    their_measured = lines_of(other, "validation")
     if train.keys() != theirs.keys() or measured.keys() != their_measured.keys():
-        return [other.name, "other steps or measurements"], float("inf")
+        return [other.name, "different steps or validations"], float("inf")
     same = all(train[key]["batch_hash"] == theirs[key]["batch_hash"] for key in train)
     losses = largest(train, theirs, "loss_nats_per_token")
     validation = largest(measured, their_measured, "loss_nats_per_token")
     norms = max(abs(theirs[key]["grad_norm"] / train[key]["grad_norm"] - 1) for key in train)
-    cells = [other.name, str(len(train)), "the same" if same else "OTHERS"]
+    cells = [other.name, str(len(train)), "the same" if same else "DIFFERENT"]
     cells += [f"{losses:.1e}", f"{norms:.1e}", f"{validation:.1e}"]
     return cells, max(losses, validation) if same else float("inf")
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From a bare machine to a working titan_cpt: a virtual environment in .venv, torch, and this package (editable).
+# Install titan_cpt: a virtual environment in .venv, torch, and this package (editable) with its requirements.
 #
-#   ./scripts/setup.sh               what training and the quick start need (the extra "hf")
-#   ./scripts/setup.sh test          what the tests need; any extras of pyproject.toml can be named
+#   ./scripts/setup.sh               for training and the quick start (the extra "hf")
+#   ./scripts/setup.sh test          for the tests; any extras of pyproject.toml can be given
 #
 # Environment:
-#   PYTHON            the interpreter to make .venv with (default: python3)
-#   TORCH_INDEX_URL   where pip takes torch from (default: pip's own index), for example
+#   PYTHON            interpreter for .venv (default: python3)
+#   TORCH_INDEX_URL   package index for torch (default: pip's own), for example
 #                     https://download.pytorch.org/whl/cpu
 #
-# It may be run again at any time: what is there is kept, what is missing or half done is mended.
+# It can be run again at any time: it installs only what is missing or incomplete.
 set -euo pipefail
 
 readonly TORCH="torch==2.13.0"
@@ -28,13 +28,13 @@ main() {
     check_extras "$extras"
     make_venv
     if is_installed "$extras"; then
-        say ".venv has titan_cpt[$extras] and all that it needs: nothing to do"
+        say ".venv has titan_cpt[$extras] and all of its requirements: nothing to do"
         return
     fi
     install_torch
     run "$venv_python" -m pip install --editable "${root}[$extras]"
     is_installed "$extras" || fail \
-        "pip reported success, yet what titan_cpt[$extras] needs is not complete in $venv (or torch does not import)." \
+        "pip reported success, but $venv lacks requirements of titan_cpt[$extras] (or torch does not import)." \
         "Remove $venv and run this again."
     say "done. Next: ./run_train.sh (the quick start)$([[ ",$extras," == *,test,* || ",$extras," == *,dev,* ]] &&
         printf ', .venv/bin/pytest (the tests)')"
@@ -60,7 +60,7 @@ joined_by_comma() {
     printf '%s' "$*"
 }
 
-# pip only warns about an extra that does not exist.
+# Fail for an unknown extra; pip only prints a warning.
 check_extras() {
     local known extra
     known=$(sed -n '/^\[project\.optional-dependencies\]/,/^\[/s/^\([A-Za-z0-9_-]\{1,\}\) *=.*/\1/p' "$root/pyproject.toml")
@@ -70,7 +70,7 @@ check_extras() {
     done
 }
 
-# Make .venv, or mend one that an interrupted run left half made.
+# Make .venv, or repair one that an interrupted run left incomplete.
 make_venv() {
     if is_venv && { has_pip || run "$venv_python" -m ensurepip --upgrade; }; then
         is_recent "$venv_python" || fail \
@@ -81,31 +81,31 @@ make_venv() {
     local python
     python=$(find_python)
     if [[ -e $venv ]]; then
-        say "$venv is only half made (an interrupted run?): making it again"
+        say "$venv is incomplete (an interrupted run?): making it again"
         run "$python" -m venv --clear "$venv"
     else
         run "$python" -m venv "$venv"
     fi
 }
 
-# A link to an interpreter without its pyvenv.cfg would be the system's Python under another name.
+# A link to an interpreter without pyvenv.cfg would be the system's Python.
 is_venv() { "$venv_python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1; }
 
 has_pip() { "$venv_python" -m pip --version >/dev/null 2>&1; }
 
-# Print the path of an interpreter that can make a virtual environment, or say what is missing.
+# Print the path of an interpreter that can make a virtual environment, or fail.
 find_python() {
     local python
     python=$(command -v -- "${PYTHON:-python3}") || fail \
         "found no ${PYTHON:-python3}; titan_cpt needs Python 3.10 or newer." \
-        "Install it, or name one that is there: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
+        "Install it, or choose another interpreter: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
     is_recent "$python" || fail \
         "titan_cpt needs Python 3.10 or newer; found $("$python" --version 2>&1) at $python." \
-        "Name a newer one: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
+        "Choose a newer one: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail \
         "$python cannot make virtual environments: its modules venv and ensurepip are missing." \
-        "On Debian and Ubuntu they are a package of their own: sudo apt-get install python3-venv" \
-        "Or name another interpreter: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
+        "On Debian and Ubuntu: sudo apt-get install python3-venv" \
+        "Or choose another interpreter: PYTHON=/path/to/python3.11 ./scripts/setup.sh"
     printf '%s' "$python"
 }
 
@@ -120,7 +120,7 @@ install_torch() {
     fi
 }
 
-# Whether .venv holds this checkout with the extras, every requirement met, installed since pyproject.toml last changed.
+# Whether this checkout is installed in .venv with the extras and all requirements, since pyproject.toml last changed.
 is_installed() {
     "$venv_python" -I - "$root" "$1" <<'PYTHON_END'
 import importlib.metadata as metadata
@@ -156,7 +156,7 @@ try:
             waiting += [(needed.name, more) for more in ["", *needed.extras]]
     import torch
 
-    torch.empty(1)  # what is left of a half unpacked torch may still import, as an empty namespace
+    torch.empty(1)  # a partly installed torch may still import, as an empty namespace package
 except (metadata.PackageNotFoundError, StopIteration, ImportError, AttributeError, OSError):
     sys.exit(1)
 PYTHON_END

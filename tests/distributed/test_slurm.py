@@ -201,7 +201,7 @@ def test_a_time_limit_that_comes_before_all_is_saved_queues_again(cluster: Path,
     assert job.stdout is not None
     assert job.stdout.readline().startswith("NPROC=gpu")
     job.send_signal(signal.SIGUSR1)
-    assert "SIGUSR1: asking the run to save and stop" in job.stdout.readline()
+    assert "SIGUSR1: signaling the run to save and stop" in job.stdout.readline()
     (cluster / "state").write_text("COMPLETING")
     job.send_signal(signal.SIGTERM)
     assert job.stdout.readline() == "titan_cpt: SIGTERM: Slurm is ending this job\n"
@@ -209,7 +209,7 @@ def test_a_time_limit_that_comes_before_all_is_saved_queues_again(cluster: Path,
         os.kill(int(task), signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
 
-    assert "the time is up before everything was saved" in output
+    assert "time limit reached before everything was saved" in output
     assert (cluster / "requeued").read_text() == "4711\n"
 
 

@@ -223,8 +223,8 @@ class TestSeveralProcesses:
     @pytest.mark.parametrize(
         ("environment", "message"),
         [
-            ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK must be this node's number, from 0 to 1"),
-            ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "from 0 to 1, with NNODES=2; got '2'"),
+            ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK must be this node's rank, from 0 to 1"),
+            ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "from 0 to 1 with NNODES=2; got '2'"),
             ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must name node 0"),
             ({"SLURM_LOCALID": "1"}, "srun --ntasks-per-node=1"),
         ],
@@ -310,7 +310,7 @@ class TestSeveralProcesses:
         done = repository.run("run_train.sh", NPROC="3", ACTION=action)
 
         assert done.returncode == 2
-        assert [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: the end")] == shown
+        assert [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: last output")] == shown
 
     def test_on_several_nodes_a_mistake_in_the_config_is_left_to_the_launcher(self, repository: Repository) -> None:
         """It tells the mistake once for all nodes; here each node would."""
@@ -466,7 +466,7 @@ class TestLogsAndRestarts:
         done = repository.run("run_train.sh", NPROC="gpu")
 
         assert done.returncode == 0
-        assert "this node has no GPUs: one process" in done.stderr
+        assert "this node has no GPU: training with one process" in done.stderr
         assert repository.only_call()["arguments"][:3] == ["-m", "titan_cpt", "train"]
 
     def test_slurms_usr1_asks_torchrun_to_stop(self, repository: Repository) -> None:
