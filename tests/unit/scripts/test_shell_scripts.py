@@ -310,7 +310,8 @@ class TestSeveralProcesses:
         done = repository.run("run_train.sh", NPROC="3", ACTION=action)
 
         assert done.returncode == 2
-        assert [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: last output")] == shown
+        messages = [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: last output")]
+        assert messages == shown
 
     def test_on_several_nodes_a_mistake_in_the_config_is_left_to_the_launcher(self, repository: Repository) -> None:
         """It tells the mistake once for all nodes; here each node would."""
