@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Fetch the text of the quick start: one set of manuals in English and the same manuals in German.
 
-Two routes, tried in this order:
+Two sources are tried in this order:
 
-1. Debian and its relatives: `apt-get download` of documentation packages, as any user, into a temporary folder. The
-   system's package lists, cache and installed packages are not touched; the sources and proxies configured are used.
-2. Anywhere else: articles of the hub's wikimedia/wikipedia, streamed through `datasets`.
+1. On Debian and its derivatives: `apt-get download` of documentation packages, as any user, into a temporary folder. It
+   uses the configured package sources and proxies, and does not change the system's package lists, cache or packages.
+2. Elsewhere: articles of wikimedia/wikipedia on the Hugging Face hub, streamed through `datasets`.
 
-Both write DIR/english.jsonl and DIR/german.jsonl, a document a line: {"text", "id", "source"}. The text is cleaned so
-that a hold-out by document is honest: pages and paragraphs in the other language are left out (a quarter of some German
-packages is English), and so is every line that repeats ten words in a row of an earlier document (templates repeat
-between pages).
+Both write DIR/english.jsonl and DIR/german.jsonl, one document per line: {"text", "id", "source"}. Cleaning makes sure
+that validation documents share no text with training documents: pages and paragraphs in the other language are removed
+(a quarter of some German packages is English), and so is every line that repeats ten consecutive words of an earlier
+document (pages share templates).
 
-Run again, it does nothing: the two files are written under temporary names and renamed when they are complete.
+A second run does nothing: the two files are written under temporary names and renamed when they are complete.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from manual_text import Dropped, Page, article_lines, clean, html_lines, joined,
 
 LANGUAGES = ("english", "german")
 MIN_LANGUAGE_BYTES = 1_000_000
-"""Less text than this per language does not carry the quick start: the next route is tried."""
+"""The quick start needs this much text per language; with less, the next source is tried."""
 HUB_DATASET = "wikimedia/wikipedia"
 HUB_CONFIGS = {"english": "20231101.en", "german": "20231101.de"}
 HUB_ARTICLES = 1000
@@ -44,20 +44,20 @@ HUB_ARTICLES = 1000
 
 @dataclass(frozen=True)
 class Package:
-    """A documentation package: which of its files are pages of which language."""
+    """A documentation package, and which of its files are pages in which language."""
 
     name: str
     language: str
     pages: str
-    """Regular expression for the paths of the pages inside the package."""
+    """Regular expression for the paths of the pages in the package."""
 
 
 class FetchError(Exception):
-    """One route did not lead to the text; the message says why."""
+    """A source did not give the text; the message says why."""
 
 
-# Page for page the same manuals in both languages, none of which needs more than HTML or XML to be read. A package
-# that the system's release does not have is passed over: Ubuntu keeps GNOME's German pages in a package of their own.
+# The same manuals, page for page, in both languages, in HTML or XML. A package that the system's release lacks is
+# skipped: Ubuntu has GNOME's German pages in a separate package.
 PACKAGES = (
     Package("libreoffice-help-en-us", "english", r"/help/en-US/text/.*\.html$"),
     Package("libreoffice-help-de", "german", r"/help/de/text/.*\.html$"),
@@ -66,7 +66,7 @@ PACKAGES = (
     Package("gnome-user-docs-de", "german", r"/help/de/.*\.page$"),
     Package("debian-reference-en", "english", r"/(ch|ap|pr)\w+\.en\.html$"),
     Package("debian-reference-de", "german", r"/(ch|ap|pr)\w+\.de\.html$"),
-    # developers-reference.html is all the other pages in one.
+    # developers-reference.html contains all the other pages.
     Package("developers-reference", "english", r"/(?!developers-reference|index|search|genindex)[\w-]+\.html$"),
     Package("developers-reference-de", "german", r"/(?!developers-reference|index|search|genindex)[\w-]+\.html$"),
     Package("debian-faq", "english", r"/(?!index)[\w-]+\.en\.html$"),
@@ -80,7 +80,7 @@ def debian_pages(folder: Path) -> dict[str, list[Page]]:
     """Download the packages into `folder` and return their pages by language.
 
     Raises:
-        FetchError: there is no apt-get or dpkg-deb, or it could not download enough.
+        FetchError: apt-get or dpkg-deb is missing or fails, or the package sources have no such packages.
     """
     missing = [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
@@ -106,10 +106,10 @@ def debian_pages(folder: Path) -> dict[str, list[Page]]:
 
 
 def write_apt_config(folder: Path) -> Path:
-    """Write the apt.conf that keeps apt's state, lists and cache inside `folder`, and return its path.
+    """Write an apt.conf that keeps apt's state, lists and cache in `folder`, and return its path.
 
-    It is read after the system's configuration, so that sources, keys and proxies are the system's. Hooks of
-    `apt-get update` are cleared, for they work on the system; so are lists that only desktops' software centres need.
+    apt reads it after the system's configuration, so sources, keys and proxies are the system's. It clears the hooks of
+    `apt-get update`, which would change the system, and the lists that only software centers need.
     """
     for name in ("state/lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
@@ -120,7 +120,7 @@ def write_apt_config(folder: Path) -> Path:
         f'Dir::State::Lists "{folder}/state/lists";',
         f'Dir::State::Status "{folder}/state/status";',
         f'Dir::Cache "{folder}/cache";',
-        'APT::Sandbox::User "root";',  # root's apt would hand downloads to a user who may not enter this folder
+        'APT::Sandbox::User "root";',  # apt would otherwise download as a user who may not enter this folder
         'Acquire::Languages "none";',
         'Acquire::Retries "2";',
         'Acquire::http::Timeout "20";',
@@ -137,7 +137,7 @@ def write_apt_config(folder: Path) -> Path:
 
 
 def _available(config: Path, folder: Path) -> dict[str, int]:
-    """Download size in bytes of each package of PACKAGES that the sources offer (of the newest version)."""
+    """Return the download size in bytes of the newest version of each available package."""
     sizes: dict[str, int] = {}
     for name in dict.fromkeys(package.name for package in PACKAGES):
         shown = _apt(config, "apt-cache", "--no-all-versions", "show", name, folder=folder, may_fail=True)
@@ -147,7 +147,7 @@ def _available(config: Path, folder: Path) -> dict[str, int]:
 
 
 def _apt(config: Path, tool: str, *arguments: str, folder: Path, may_fail: bool = False) -> str:
-    """Run one of apt's tools in `folder` and return what it printed, warnings last."""
+    """Run one of apt's tools in `folder` and return its output, warnings last."""
     done = subprocess.run(
         [tool, "--config-file", str(config), "--quiet", *arguments],
         cwd=folder,
@@ -164,13 +164,13 @@ def _apt(config: Path, tool: str, *arguments: str, folder: Path, may_fail: bool 
 
 
 def package_pages(folder: Path, package: Package) -> list[Page]:
-    """Return the pages of the package whose .deb lies in `folder`; nothing is unpacked to disk."""
+    """Return the pages of the package whose .deb is in `folder`, without extracting it to disk."""
     archive = next(iter(sorted(folder.glob(f"{package.name}_*.deb"))), None)
     if archive is None:
-        raise FetchError(f"apt-get download left no file for {package.name}")
+        raise FetchError(f"apt-get download wrote no file for {package.name}")
     markups: dict[str, str] = {}
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None, "stdout was asked for"
+        assert process.stdout is not None, "Popen was given stdout=PIPE"
         with tarfile.open(fileobj=process.stdout, mode="r|") as members:
             for member in members:
                 if member.isfile() and re.search(package.pages, member.name):
@@ -182,7 +182,7 @@ def package_pages(folder: Path, package: Package) -> list[Page]:
     try:
         titles = mallard_titles(markup for path, markup in markups.items() if path.endswith(".page"))
     except ElementTree.ParseError as error:
-        raise FetchError(f"{archive.name} holds a page that is not well-formed XML: {error}") from error
+        raise FetchError(f"{archive.name} contains a page that is not well-formed XML: {error}") from error
     source = f"{package.name}-{package.language}" if package.name == "gnome-user-docs" else package.name
     return [
         Page(
@@ -201,7 +201,7 @@ def hub_pages(dataset: str = HUB_DATASET, articles: int = HUB_ARTICLES) -> dict[
         FetchError: `datasets` is not installed, or the hub cannot be reached.
     """
     try:
-        from datasets import load_dataset  # seconds of imports that the first route does without
+        from datasets import load_dataset  # imported here: it takes seconds, and the first source does not need it
     except ImportError as error:
         raise FetchError(f"needs the package `datasets`, which this Python does not have ({error})") from error
     by_language: dict[str, list[Page]] = {}
@@ -213,26 +213,26 @@ def hub_pages(dataset: str = HUB_DATASET, articles: int = HUB_ARTICLES) -> dict[
             by_language[language] = [
                 Page(f"{dataset}/{config}/{row['id']}", dataset, article_lines(row["text"])) for row in rows
             ]
-        except Exception as error:  # the hub's client fails in many types: network, HTTP, a missing config, parsing
+        except Exception as error:  # the client raises many types: network, HTTP, a missing config, parsing
             reason = " ".join(str(error).split())[:200]
             raise FetchError(f"{dataset} {config} could not be read: {type(error).__name__}: {reason}") from error
     return by_language
 
 
 def fetch(output: Path) -> None:
-    """Write both files into `output` by the first route that leads there.
+    """Write both files into `output`, from the first source that works.
 
     Raises:
-        FetchError: none does; the message names each route and what stopped it.
+        FetchError: no source works; the message has the reason for each.
     """
     failures = []
-    for name, route in (("Debian packages", _by_packages), ("the Hugging Face hub", hub_pages)):
+    for name, source in (("Debian packages", _by_packages), ("the Hugging Face hub", hub_pages)):
         try:
-            cleaned = {language: clean(pages, language) for language, pages in route().items()}
+            cleaned = {language: clean(pages, language) for language, pages in source().items()}
             for language, (pages, _) in cleaned.items():
                 size = sum(len(joined(page.lines).encode()) for page in pages)
                 if size < MIN_LANGUAGE_BYTES:
-                    raise FetchError(f"led to only {size / 1e6:.2f} MB of {language} text")
+                    raise FetchError(f"has only {size / 1e6:.2f} MB of {language} text")
         except FetchError as error:
             failures.append(f"  - {name}: {error}")
             say(f"{name}: {error}")
@@ -240,9 +240,9 @@ def fetch(output: Path) -> None:
         write(cleaned, output)
         return
     raise FetchError(
-        "no route leads to the quick start's text:\n" + "\n".join(failures) + "\n"
-        f"Give this machine one of the two, or put an English and a German text of your own at {output}/english.jsonl "
-        f'and {output}/german.jsonl, a document a line: {{"text": "..."}}.'
+        "no source of the quick start's text is available:\n" + "\n".join(failures) + "\n"
+        f"Make one of the two available, or put your own English and German text at {output}/english.jsonl and "
+        f'{output}/german.jsonl, one document per line: {{"text": "..."}}.'
     )
 
 
@@ -252,7 +252,7 @@ def _by_packages() -> dict[str, list[Page]]:
 
 
 def write(cleaned: dict[str, tuple[list[Page], Dropped]], output: Path) -> None:
-    """Write DIR/<language>.jsonl for each language and say what is in it; the names appear when all is written."""
+    """Write DIR/<language>.jsonl for each language and print a summary; both are renamed when both are complete."""
     output.mkdir(parents=True, exist_ok=True)
     renames = []
     for language, (pages, dropped) in cleaned.items():
@@ -265,15 +265,15 @@ def write(cleaned: dict[str, tuple[list[Page], Dropped]], output: Path) -> None:
         renames.append((partial, path))
         say(summary(path, pages, dropped))
     for partial, path in renames:
-        if path.exists():  # a text of the user's own, of which the other language was missing
+        if path.exists():  # the user's own text, when only the other language was missing
             partial.unlink()
-            say(f"{path}: was there already and stays as it is")
+            say(f"{path}: exists already and is not changed")
         else:
             partial.replace(path)
 
 
 def summary(path: Path, pages: list[Page], dropped: Dropped) -> str:
-    """One line on a language: size, documents, and the share of the text read that cleaning left out, by reason."""
+    """One line about a language: size, documents, and the share of the text that cleaning removed, by reason."""
     size = sum(len(joined(page.lines).encode()) for page in pages)
     shares = ", ".join(
         f"{100 * part / dropped.read_bytes:.1f} % {reason}"
@@ -284,23 +284,23 @@ def summary(path: Path, pages: list[Page], dropped: Dropped) -> str:
         )
     )
     read_mb = dropped.read_bytes / 1e6
-    return f"{path}: {size / 1e6:.2f} MB of text, {len(pages)} documents (left out of {read_mb:.2f} MB: {shares})"
+    return f"{path}: {size / 1e6:.2f} MB of text, {len(pages)} documents (removed of {read_mb:.2f} MB: {shares})"
 
 
 def say(message: str) -> None:
-    """Tell the user, at once, also through a pipe."""
+    """Print a message immediately, also to a pipe."""
     print(f"fetch_quickstart: {message}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 2 no route leads to the text."""
+    """Run the command line; returns the exit status: 0 done, 2 no source of the text is available."""
     parser = argparse.ArgumentParser(description="Fetch English and German text for the quick start.")
     parser.add_argument(
         "--output", type=Path, default=Path("data/quickstart"), metavar="DIR", help="default: %(default)s"
     )
     output: Path = parser.parse_args(arguments).output
     if all((output / f"{language}.jsonl").is_file() for language in LANGUAGES):
-        say(f"{output}/english.jsonl and {output}/german.jsonl are there: nothing to do")
+        say(f"{output}/english.jsonl and {output}/german.jsonl exist: nothing to do")
         return 0
     started = time.monotonic()
     try:
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fetch_quickstart: {output} is not complete: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fetch_quickstart: interrupted; nothing is left half done, run it again", file=sys.stderr)
+        print("fetch_quickstart: interrupted; no incomplete file remains, run it again", file=sys.stderr)
         return 130
     say(f"done in {time.monotonic() - started:.0f} s")
     return 0
@@ -322,6 +322,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a hub stream that was not read to its end can abort or hang the interpreter on its way out
-    # (pyarrow; huggingface/datasets#7467). Everything is written and closed by now.
+    # Not sys.exit: a hub stream that was not read completely can abort or hang the interpreter at exit
+    # (pyarrow; huggingface/datasets#7467). All files are written and closed by now.
     os._exit(status)

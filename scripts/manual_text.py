@@ -1,6 +1,6 @@
-"""From the markup of manuals to clean paragraphs: one language, no repeats, so that a hold-out by document is honest.
+"""Extract clean paragraphs from the markup of manuals: one language, no text that two documents share.
 
-What scripts/fetch_quickstart.py does to each page; it says where the pages come from.
+scripts/fetch_quickstart.py uses it, and describes where the pages come from.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import ClassVar, NamedTuple
 from xml.etree import ElementTree
 
 BODY = 99
-"""The level of a line that is no heading: below every heading."""
+"""Level of a line that is not a heading: below every heading."""
 
 NGRAM_WORDS = 10
-"""Two documents that share this many words in a row hold the same text."""
+"""Two documents that share this many consecutive words contain the same text."""
 SHORT_LINE_WORDS = 4
-"""Lines with fewer words ("See also") say nothing about where they come from and may repeat."""
+"""Lines with fewer words ("See also") are too common to show a copy, and may repeat."""
 MIN_DOCUMENT_WORDS = 30
-"""What is left of a document after cleaning must have this many words."""
+"""A document must have this many words after cleaning."""
 
 
 class Line(NamedTuple):
@@ -29,12 +29,12 @@ class Line(NamedTuple):
 
     text: str
     level: int
-    """1 for the topmost heading, counting up; BODY for what is no heading."""
+    """1 for the topmost heading, increasing downwards; BODY for other lines."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """One document on its way to the output."""
+    """One document."""
 
     id: str
     source: str
@@ -43,7 +43,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What cleaning left out, in bytes of UTF-8, beside what came in."""
+    """UTF-8 bytes that cleaning read and removed."""
 
     read_bytes: int
     other_language_bytes: int
@@ -55,7 +55,7 @@ def _words(listing: str) -> frozenset[str]:
     return frozenset(listing.split())
 
 
-# The commonest words of each language that the other does not have ("in", "an", "was", "die", "so" are words of both).
+# Frequent words of each language that the other does not have ("in", "an", "was", "die", "so" are words of both).
 STOP_WORDS = {
     "english": _words("""
         the of and to is for that with as are be this or by from it you can not on which if your use when have has
@@ -66,9 +66,9 @@ STOP_WORDS = {
         """),
 }
 MIN_STOP_WORD_FRAC = 0.04
-"""Running text has 0.2 to 0.5 of them, tables of names have hardly any."""
+"""Fraction of stop words. Running text has 0.2 to 0.5, tables of names have almost none."""
 MIN_JUDGED_WORDS = 8
-"""Shorter lines are too short to be judged by themselves."""
+"""The language of a shorter line cannot be determined."""
 
 
 def html_lines(markup: str) -> list[Line]:
@@ -81,20 +81,20 @@ def html_lines(markup: str) -> list[Line]:
 
 
 class _HtmlReader(HTMLParser):
-    """Collects running text; `lines` is the result."""
+    """Collects running text in `lines`."""
 
     HEADINGS: ClassVar = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6, "dt": 7}
     BLOCKS = _words("""
         p div li ul ol dl dt dd h1 h2 h3 h4 h5 h6 table tr td th caption blockquote section article br hr pre
         """)
     VOID = _words("area base br col embed hr img input link meta source track wbr")
-    # What is no prose, or is the frame round a page rather than the page.
+    # Code, media and the navigation around a page.
     SKIPPED_TAGS = _words("head header footer nav aside script style noscript button select pre svg math")
     SKIPPED_CLASSES = _words("""
         navheader navfooter toc related relatedtopics howtoget sphinxsidebar headerlink footer copyright legalnotice
         authorgroup indexterm MAC UNIX WIN
         """)
-    # LibreOffice writes what differs between its programs as alternatives inside one of these; a reader sees one.
+    # LibreOffice writes alternatives for its programs inside one of these; a reader sees only one.
     SWITCH_CLASSES = _words("switch switchinline")
 
     def __init__(self) -> None:
@@ -104,10 +104,10 @@ class _HtmlReader(HTMLParser):
         self._level = BODY
         self._skipped_tag = ""
         self._skipped_depth = 0
-        self._open: list[list[bool]] = []  # for each open span and div: is it a switch, has it shown an alternative
+        self._open: list[list[bool]] = []  # for each open span and div: is it a switch, was an alternative read
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin a line, or begin to skip."""
+        """Begin a line, or begin to skip an element."""
         if self._skipped_depth:
             self._skipped_depth += tag == self._skipped_tag
             return
@@ -122,14 +122,14 @@ class _HtmlReader(HTMLParser):
             self._open.append([bool(classes & self.SWITCH_CLASSES), False])
 
     def _is_second_alternative(self, tag: str) -> bool:
-        """True for a child of a switch that has shown one already; notes the first as shown."""
+        """Whether an earlier child of the switch was read already."""
         if tag not in ("span", "div") or not self._open or not self._open[-1][0]:
             return False
         seen, self._open[-1][1] = self._open[-1][1], True
         return seen
 
     def handle_endtag(self, tag: str) -> None:
-        """End a line, or end skipping."""
+        """End a line or a skipped element."""
         if self._skipped_depth:
             self._skipped_depth -= tag == self._skipped_tag
             return
@@ -139,12 +139,12 @@ class _HtmlReader(HTMLParser):
             self._open.pop()
 
     def handle_data(self, data: str) -> None:
-        """Take in text."""
+        """Append text to the current line."""
         if not self._skipped_depth:
             self._pieces.append(data)
 
     def flush(self) -> None:
-        """End the line that is being collected, and keep it if it is text."""
+        """End the current line, and append it if it is running text."""
         _append(self.lines, "".join(self._pieces), self._level)
         self._pieces.clear()
         self._level = BODY
@@ -155,7 +155,7 @@ def mallard_lines(markup: str, titles: dict[str, str] | None = None) -> list[Lin
 
     Args:
         markup: the page.
-        titles: title by link target, for links that stand for the title of what they lead to (see `mallard_titles`).
+        titles: link target -> title, for links without a text of their own (see `mallard_titles`).
     """
     lines: list[Line] = []
     _collect_mallard(ElementTree.fromstring(markup), titles or {}, lines, depth=1)
@@ -171,7 +171,7 @@ def _collect_mallard(element: ElementTree.Element, titles: dict[str, str], lines
             _collect_mallard(child, titles, lines, depth=depth + 1)
 
 
-_MALLARD_SKIPPED = _words("info comment code screen media links when")  # `when` is another desktop's wording
+_MALLARD_SKIPPED = _words("info comment code screen media links when")  # `when` is the wording for another desktop
 
 
 def _mallard_inline(element: ElementTree.Element, titles: dict[str, str]) -> str:
@@ -187,7 +187,7 @@ def _mallard_inline(element: ElementTree.Element, titles: dict[str, str]) -> str
 
 
 def mallard_titles(pages: Iterable[str]) -> dict[str, str]:
-    """Titles of all pages ("page") and of their sections ("page#section"), as links name them."""
+    """Return the titles of all pages ("page") and sections ("page#section") by link target."""
     titles = {}
     for markup in pages:
         page = ElementTree.fromstring(markup)
@@ -204,7 +204,7 @@ def _local_name(element: ElementTree.Element) -> str:
 
 
 def _append(lines: list[Line], text: str, level: int) -> None:
-    """Append `text` as a line if it is prose and not the line before again."""
+    """Append `text` as a line if it is running text and differs from the previous line."""
     line = Line(tidy(text), level)
     if is_prose(line) and not (lines and lines[-1].text == line.text):
         lines.append(line)
@@ -217,7 +217,7 @@ def tidy(text: str) -> str:
 
 
 def is_prose(line: Line) -> bool:
-    """True if the line is running text: mostly letters, and more than a table cell's word or two unless a heading."""
+    """Whether a line is running text: mostly letters, and, unless a heading, longer than a table cell."""
     letters = sum(character.isalpha() for character in line.text)
     if not letters or letters < 0.7 * (len(line.text) - line.text.count(" ")):
         return False
@@ -225,12 +225,12 @@ def is_prose(line: Line) -> bool:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of `text`, lower case, without punctuation."""
+    """Return the words of `text` in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def language_of(text: str) -> str | None:
-    """The language whose commonest words `text` has more of, or None if it has too few of either to tell."""
+    """Return the language with the most stop words in `text`, or None if there are too few."""
     words = words_of(text)
     counts = {language: sum(word in stop_words for word in words) for language, stop_words in STOP_WORDS.items()}
     best = max(counts, key=lambda language: counts[language])
@@ -252,12 +252,12 @@ def in_language(lines: list[Line], language: str) -> list[Line]:
 
 
 def joined(lines: Iterable[Line]) -> str:
-    """The text of the lines, a line each."""
+    """Return the text of the lines, one per line."""
     return "\n".join(line.text for line in lines)
 
 
 def repeat_keys(line: str) -> list[str]:
-    """What another document must not have in common with this line: its 10-grams, or the whole of a short line.
+    """Return the keys that no other document may share with this line: its 10-grams, or a shorter line as a whole.
 
     A line of fewer than SHORT_LINE_WORDS words has no key: it may repeat.
     """
@@ -270,7 +270,7 @@ def repeat_keys(line: str) -> list[str]:
 def drop_repeats(texts: Iterable[list[Line]]) -> Iterator[list[Line]]:
     """Yield each text without the lines that repeat an earlier text.
 
-    The law that it keeps: no line of one text of the result shares NGRAM_WORDS words in a row with a line of another.
+    Afterwards no line of one text shares NGRAM_WORDS consecutive words with a line of another text.
     """
     seen: set[str] = set()
     for lines in texts:
@@ -281,9 +281,9 @@ def drop_repeats(texts: Iterable[list[Line]]) -> Iterator[list[Line]]:
 
 
 def drop_empty_headings(lines: list[Line]) -> list[Line]:
-    """Return the lines without headings that nothing stands under (any more): "Example:" where the example was code."""
+    """Return the lines without headings whose section is empty, such as "Example:" before removed code."""
     kept: list[Line] = []
-    deepest = 0  # the level of the last line kept; a heading has something under it if that line is deeper
+    deepest = 0  # level of the last line kept; the section of a heading is not empty if that line is deeper
     for line in reversed(lines):
         if line.level == BODY or deepest > line.level:
             kept.append(line)
@@ -292,7 +292,7 @@ def drop_empty_headings(lines: list[Line]) -> list[Line]:
 
 
 def clean(pages: list[Page], language: str) -> tuple[list[Page], Dropped]:
-    """Return the pages, ordered, in `language` only, without repeats and without fragments; and what was dropped."""
+    """Return the sorted pages in `language`, without repeated text and fragments, and what was removed."""
     pages = sorted(pages, key=lambda page: (page.source, page.id))
     own = [in_language(page.lines, language) for page in pages]
     unique = list(drop_repeats(own))
@@ -308,7 +308,7 @@ def clean(pages: list[Page], language: str) -> tuple[list[Page], Dropped]:
 
 
 def article_lines(article: str) -> list[Line]:
-    """Return the running text of a Wikipedia article: it ends where references and links begin."""
+    """Return the running text of a Wikipedia article, up to its references and links."""
     lines: list[Line] = []
     for raw in article.split("\n"):
         if tidy(raw) in _WIKIPEDIA_ENDS:
