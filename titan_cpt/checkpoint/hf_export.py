@@ -92,19 +92,25 @@ def export(
             raise CheckpointError(f"{out}: its config.json does not describe the model; please report this")
     log(f"{out}: {spec.parameters:,} parameters in {dtype}, {files} file{'s' * (files > 1)}, read back bit by bit")
     log(f"config.json: {read_config(out)['architectures'][0]}, sequences of up to {positions:,} tokens")
-    if run_tokenizer is not None and run_tokenizer.add_bos != run_tokenizer.adds_bos_itself:
-        log(f"note: {describe_bos(run_tokenizer)}")
+    for line in _tokenizer_lines(run_tokenizer, warning):
+        log(line)
+
+
+def _tokenizer_lines(tokenizer: Tokenizer | None, warning: str | None) -> Iterator[str]:
+    if tokenizer is not None and tokenizer.add_bos != tokenizer.adds_bos_itself:
+        yield f"note: {describe_bos(tokenizer)}"
     if warning is not None:
-        log(f"note: {warning}")
-    if run_tokenizer is not None:
-        log(f"tokenizer: {run_tokenizer.name}")
+        yield f"note: {warning}"
+    if tokenizer is not None:
+        yield f"tokenizer: {tokenizer.name}"
     else:
-        log("no tokenizer: none is known for these weights; give --tokenizer PATH")
+        yield "no tokenizer: none is known for these weights; give --tokenizer PATH"
 
 
 def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
     """Write the shards one after another and read each one back; returns their number."""
-    names, groups = hub_names(spec), list(_groups(spec, dtype, max_bytes))
+    names = hub_names(spec)
+    groups = list(_groups(spec, dtype, max_bytes))
     weight_map: dict[str, str] = {}
     total = 0
     for number, group in enumerate(groups, 1):
@@ -136,8 +142,10 @@ def _groups(spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dic
         needed = torch.Size(lengths).numel() * dtype.itemsize
         if group and size + needed > max_bytes:
             yield group
-            group, size = {}, 0
-        group[name], size = lengths, size + needed
+            group = {}
+            size = 0
+        group[name] = lengths
+        size += needed
     yield group
 
 

@@ -130,9 +130,11 @@ class WeightFiles:
         for name in names:
             if self.shapes[name] != other.shapes[name]:
                 return name
-            one, two = self.read(name), other.read(name)
+            one = self.read(name)
+            two = other.read(name)
             if one.dtype != two.dtype:
-                one, two = one.float(), two.float()
+                one = one.float()
+                two = two.float()
             if not torch.equal(one, two):
                 return name
         return None
@@ -168,7 +170,8 @@ class WeightFiles:
         have = self.shapes[name][0]
         wanted = slices[0] if slices else slice(0, rows)
         columns = slices[1:]
-        start, stop = wanted.start or 0, min(rows if wanted.stop is None else wanted.stop, rows)
+        start = wanted.start or 0
+        stop = min(rows if wanted.stop is None else wanted.stop, rows)
         there = self.read(name, (slice(min(start, have), min(stop, have)), *columns))
         if stop <= have:
             return there

@@ -66,7 +66,8 @@ class ReleasedModel:
 
     def describe(self, spec: ModelSpec) -> str:
         """The model's name, and how its vocabulary is resized, for messages."""
-        old, new = self.spec.vocab_size, spec.vocab_size
+        old = self.spec.vocab_size
+        new = spec.vocab_size
         if new < old:
             return f"{self.name}, vocabulary {old:,} -> {new:,} rows: rows from {new:,} on dropped"
         grown = f", vocabulary {old:,} -> {new:,} rows: new rows are the mean of the old" if new > old else ""
@@ -110,7 +111,8 @@ def _wrong_shapes(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
 
 def _require_the_tied_head(files: WeightFiles, spec: ModelSpec) -> None:
     """Raise CheckpointError if a model with tied embeddings has a separate head: one of the two would be lost."""
-    head, embedding = "lm_head.weight", hub_names(spec)["embedding.weight"]
+    head = "lm_head.weight"
+    embedding = hub_names(spec)["embedding.weight"]
     if not spec.tied or head not in files.shapes:
         return
     if files.shapes[head] != files.shapes[embedding] or not torch.equal(files.read(head), files.read(embedding)):

@@ -59,7 +59,8 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST_FILE:
-            name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+            name = path.relative_to(folder).as_posix()
+            size = path.stat().st_size
             known = (checksums or {}).get(name)
             if known is None:
                 fsync(path)

@@ -126,21 +126,25 @@ def _losses(run: Path, history: Sequence[TrainedStage]) -> str:
         return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
     identities: dict[tuple[str, str], dict[int, str | None]] = {}
     for entry in found.validations:
-        key, step = (entry["stage"], entry["dataset"]), entry["step"]
+        key = entry["stage"], entry["dataset"]
+        step = entry["step"]
         if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
             measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
             identities.setdefault(key, {})[step] = entry.get("validation_id")
     for entry in found.renewed:  # the stage's first weights on the later validation data
         key = entry["stage"], entry["dataset"]
-        of, loss = identities.get(key, {}), entry["loss_nats_per_token"]
-        if of and loss is not None and entry.get("validation_id") == of[max(of)] != of.get(0):
-            measured[key][0], of[0] = loss, of[max(of)]
+        ids = identities.get(key, {})
+        loss = entry["loss_nats_per_token"]
+        if ids and loss is not None and entry.get("validation_id") == ids[max(ids)] != ids.get(0):
+            measured[key][0] = loss
+            ids[0] = ids[max(ids)]
     for entry in found.trains:
         if entry["step"] == wanted.get(entry["stage"]) and "lr" in entry:
             rates[entry["stage"]] = entry["lr"]
     rows = ["## Losses", "", "| stage | dataset | before | last measured | at step |", "|---" * 5 + "|"]
     for (stage, dataset), losses in measured.items():
-        before, last = losses.get(0), max(losses)
+        before = losses.get(0)
+        last = max(losses)
         same = identities[stage, dataset].get(0) in (None, identities[stage, dataset][last])
         shown = "" if before is None else f"{before:.4f}" if same else f"{before:.4f} (other validation data)"
         rows.append(f"| {stage} | {dataset} | {shown} | {losses[last]:.4f} | {last:,} |")

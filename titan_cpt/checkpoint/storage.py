@@ -314,7 +314,8 @@ def _header(shards: Sequence[tuple[WriteItem, _Shard]]) -> bytes:
     end = 0
     for item, shard in shards:
         assert item.tensor_data is not None, "prepare_local_plan checks this"
-        begin, end = end, end + _bytes_of(item)
+        begin = end
+        end += _bytes_of(item)
         dtype = _NAMES[item.tensor_data.properties.dtype]
         table[_key(item.index.fqn, shard.offset)] = {"dtype": dtype, "shape": shard.shape, "data_offsets": [begin, end]}
     text = json.dumps(table).encode()

@@ -165,7 +165,8 @@ def _length(*specs: ModelSpec) -> int:
 
 
 def _short_of_memory(spec: ModelSpec, length: int) -> str | None:
-    needed, free = 8 * spec.parameters + 16 * length * spec.vocab_size + 2 * length**2, _free_bytes()
+    needed = 8 * spec.parameters + 16 * length * spec.vocab_size + 2 * length**2
+    free = _free_bytes()
     if free is None or needed <= 0.8 * free:
         return None
     return f"that needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"

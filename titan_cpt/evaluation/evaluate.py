@@ -32,6 +32,7 @@ from titan_cpt.evaluation.agreement import load_on_all_ranks, on_all_ranks
 from titan_cpt.evaluation.checkpoint_paths import run_of, scores_folder, stage_ends
 from titan_cpt.evaluation.inference import LoadedModel, open_checkpoint
 from titan_cpt.evaluation.prompts import has_example_generations, save_example_generations
+from titan_cpt.evaluation.score_table import format_score
 from titan_cpt.evaluation.scores import Score, average_score, file_name, read_score, write_score
 
 if TYPE_CHECKING:
@@ -116,26 +117,20 @@ def evaluate(
     with _preserve_rng_state():
         for task in request.tasks:
             path = target.folder / file_name(task.name, task.shots, request.limit)
-            stored, unreadable = (None, "") if request.again else _stored_score(path, target, task)
-            if not on_all_ranks(not unreadable, process):  # the file may be intact, so it is not overwritten
-                log(f"  {unreadable or f'{path}: another rank cannot read it'}")
-                missing.append(task.name)
-                continue
-            if on_all_ranks(stored is not None, process) and stored is not None:
-                log(f"  {task.name}: {_format(stored)}, kept from before")
-                scores.append(stored)
-                continue
-            if should_stop():
-                break
             try:
-                score = _run_task(target, task, path)
+                score = _stored_score(path, target, task)
+                if score is not None:
+                    log(f"{_line(score)}, kept from before")
+                elif should_stop():
+                    break
+                else:
+                    score = _run_task(target, task, path)
+                    new_scores.append(score)
+                    log(f"{_line(score)}, {score.samples:,} samples, {score.seconds:.1f} s")
+                scores.append(score)
             except DataError as error:
                 log(f"  {error}")
                 missing.append(task.name)
-                continue
-            scores.append(score)
-            new_scores.append(score)
-            log(f"  {task.name}: {_format(score)}, {score.samples:,} samples, {score.seconds:.1f} s")
         if examples and not should_stop() and not on_all_ranks(target.has_generations(), process):
             save_example_generations(target.load())
         target.close()
@@ -280,8 +275,22 @@ def _run_task(target: _CheckpointEval, task: Task, path: Path) -> Score:
     return score
 
 
-def _stored_score(path: Path, target: _CheckpointEval, task: Task) -> tuple[Score | None, str]:
-    """The score of an earlier evaluation of the same weights in the same way, if any; else why it cannot be read."""
+def _stored_score(path: Path, target: _CheckpointEval, task: Task) -> Score | None:
+    """The score of an earlier evaluation of the same weights in the same way, if every rank has it; collective.
+
+    Raises:
+        DataError: the system refuses to read the file on some rank. It may be intact, so it is not overwritten.
+    """
+    if target.request.again:
+        return None
+    score, unreadable = _read_stored_score(path, target, task)
+    if not on_all_ranks(not unreadable, target.process):
+        raise DataError(unreadable or f"{path}: another rank cannot read it")
+    return score if on_all_ranks(score is not None, target.process) else None
+
+
+def _read_stored_score(path: Path, target: _CheckpointEval, task: Task) -> tuple[Score | None, str]:
+    """This rank's stored score, if any, and why the file cannot be read."""
     try:
         score = read_score(path)
     except DataError:
@@ -339,9 +348,8 @@ def _preserve_rng_state() -> Iterator[None]:
             torch.cuda.set_rng_state_all(device_states)
 
 
-def _format(score: Score) -> str:
-    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-    return f"{score.metric} {score.value:.4f}{error}"
+def _line(score: Score) -> str:
+    return f"  {score.task}: {score.metric} {format_score(score.value, score.stderr)}"
 
 
 def _ignore(_line: str) -> None:

@@ -86,7 +86,7 @@ def _continue(
     stop: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     """The continuations of one batch of prompts."""
-    device, end = loaded.process.device, loaded.tokenizer.eod_id
+    device = loaded.process.device
     continuations: list[list[int]] = [[] for _ in prompts]
     generators = [_generator(sampling.seed, prompt) for prompt in prompts]
     active = list(range(len(prompts)))
@@ -101,7 +101,7 @@ def _continue(
             next_tokens = _choose(logits_BV, sampling, [generators[row] for row in active])
             remaining = []
             for index, (row, token) in enumerate(zip(active, next_tokens, strict=False)):
-                if token == end:
+                if token == loaded.tokenizer.eod_id:
                     continue
                 continuations[row].append(token)
                 if not stop(continuations[row]):

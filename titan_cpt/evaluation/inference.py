@@ -33,6 +33,7 @@ from titan_cpt.models import build
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import linear
 from titan_cpt.models.registry import spec_from_recipe
+from titan_cpt.models.spec import ModelSpec
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LOGIT_ROWS = 1024
@@ -84,7 +85,7 @@ def open_checkpoint(
             max_position_embeddings.
         sharded: shard the weights over all ranks (FSDP2).
         batch_tokens: tokens of one forward pass, padding included.
-        checked: read every file once more to compare its checksum.
+        verify_checksums: compare every file with its checksum first.
 
     Raises:
         CheckpointError: the folder is not a complete checkpoint.
@@ -101,22 +102,10 @@ def open_checkpoint(
         raise DataError(f"{folder}: no tokenizer is known for these weights; give --tokenizer PATH")
     precision = precision or precision_of_run(folder)
     sharded = sharded and process.world_size > 1
-    if sharded:
-        mesh = build_mesh(process, ParallelDims(dp_shard=process.world_size))
-        model, _, _ = build_parallel_model(spec, mesh, ParallelOptions(PRECISIONS[precision]))
-    else:
-        with torch.device("meta"):
-            model = build.build_model(spec)
-        model.to_empty(device=process.device)
-    with without_dist_warning():
-        load_state(folder, model, None)
-    if not sharded:
-        model.to(PRECISIONS[precision])
-    model.requires_grad_(False)
     return LoadedModel(
         folder=folder,
         record=record,
-        model=model.eval(),
+        model=_load_model(folder, spec, process, PRECISIONS[precision], sharded=sharded),
         tokenizer=loaded_tokenizer,
         process=process,
         precision=precision,
@@ -124,6 +113,25 @@ def open_checkpoint(
         sharded=sharded,
         batch_tokens=batch_tokens,
     )
+
+
+def _load_model(
+    folder: Path, spec: ModelSpec, process: ProcessInfo, dtype: torch.dtype, *, sharded: bool
+) -> LanguageModel:
+    """The model in evaluation mode with the checkpoint's weights, whole or sharded over all ranks; collective."""
+    if sharded:
+        mesh = build_mesh(process, ParallelDims(dp_shard=process.world_size))
+        model, _, _ = build_parallel_model(spec, mesh, ParallelOptions(dtype))
+    else:
+        with torch.device("meta"):
+            model = build.build_model(spec)
+        model.to_empty(device=process.device)
+    with without_dist_warning():
+        load_state(folder, model, None)
+    if not sharded:
+        model.to(dtype)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 @torch.no_grad()

@@ -76,19 +76,21 @@ def continue_prompts(
 
 def generate_texts(loaded: LoadedModel, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
     """A continuation of each prompt, as text; collective."""
-    words = loaded.tokenizer
-    ids = generate(loaded, [words.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling)
+    tokenizer = loaded.tokenizer
+    ids = generate(
+        loaded, [tokenizer.encode_prompt(text) for text in prompts], max_new_tokens=tokens, sampling=sampling
+    )
     # Ids beyond the tokenizer's are padding of the model's vocabulary and have no text.
-    return [words.decode([token for token in tokens if token < words.vocab_size]) for tokens in ids]
+    return [tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size]) for tokens in ids]
 
 
 def has_example_generations(checkpoint: Path, record: Mapping[str, Any]) -> bool:
     """Whether continuations of the example prompts by these weights are stored."""
     try:
-        kept = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_FILE))
+        stored = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_FILE))
     except (FileNotFoundError, ValueError):  # none yet, or damaged: they are generated again
         return False
-    return isinstance(kept, dict) and kept.get("files") == manifest.digest_of_files(record)
+    return isinstance(stored, dict) and stored.get("files") == manifest.digest_of_files(record)
 
 
 def save_example_generations(loaded: LoadedModel) -> list[dict[str, str]]:
@@ -96,14 +98,15 @@ def save_example_generations(loaded: LoadedModel) -> list[dict[str, str]]:
     texts = generate_texts(loaded, EXAMPLES, min(EXAMPLE_TOKENS, loaded.max_length // 2), EXAMPLE_SAMPLING)
     pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]
     if loaded.process.rank == 0:
-        record, folder = loaded.record, scores_folder(loaded.folder, loaded.record)
+        record = loaded.record
+        folder = scores_folder(loaded.folder, record)
         folder.mkdir(parents=True, exist_ok=True)
         place = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
-        kept = {
+        stored = {
             **place,
             "files": manifest.digest_of_files(record),
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,
         }
-        write_text_atomically(folder / GENERATIONS_FILE, json.dumps(kept, indent=1, ensure_ascii=False))
+        write_text_atomically(folder / GENERATIONS_FILE, json.dumps(stored, indent=1, ensure_ascii=False))
     return pairs

@@ -18,7 +18,8 @@ def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None
         found: scores by checkpoint path; the same tasks in the same order for each.
         console: where to print.
     """
-    titles, columns = [_title(name, scores) for name, scores in found.items()], list(found.values())
+    titles = [_title(name, scores) for name, scores in found.items()]
+    columns = list(found.values())
     if not columns[0]:
         return
     table = Table(title_justify="left", header_style="bold")

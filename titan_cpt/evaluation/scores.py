@@ -94,7 +94,8 @@ def score_change(before: Score, after: Score, metric: str | None = None) -> Scor
     """
     metric = metric or after.metric
     value = after.metrics[metric][0] - before.metrics[metric][0]
-    one, other = before.per_sample.get(metric), after.per_sample.get(metric)
+    one = before.per_sample.get(metric)
+    other = after.per_sample.get(metric)
     paired = before.documents == after.documents and one is not None and other is not None and len(one) == len(other)
     if paired and one is not None and other is not None and len(one) > 1 and all(map(math.isfinite, (*one, *other))):
         changes = [late - early for early, late in zip(one, other, strict=True)]
