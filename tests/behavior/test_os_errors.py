@@ -1,13 +1,10 @@
 """What the operating system refuses is one message with the path, its reason and what to do, and exit status 2."""
 
-import errno
-
 import pytest
 import training
 from permissions import modes_count
 
 from titan_cpt.cli import main
-from titan_cpt.errors import os_error_message
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 BAD = {"a file on the way": "file/x", "a loop of links": "loop/x", "a name too long": "n" * 300}
@@ -101,22 +98,3 @@ def test_folders_without_permission(tmp_path, capsys, words, kind):
 
     assert (status, len(lines)) == ((0, 0) if expected_to_be_absent else (2, 1)), lines
     assert expected_to_be_absent or str(closed) in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied. Change its permissions or"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free disk space, then run"),
-        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a -> b: Invalid cross-device link"),
-        (
-            OSError(errno.EISDIR, "Is a directory", b"\xff"),
-            "\udcff: Is a directory. It is a folder: give the path of a file",
-        ),
-        (OSError("no number"), "no number"),
-        (TimeoutError(), "TimeoutError"),
-    ],
-)
-def test_an_error_of_the_system_in_words(error, message):
-    """The path or both paths, the reason, and a remedy where there is one."""
-    assert os_error_message(error).startswith(message)

@@ -1,111 +1,64 @@
-"""How a command ends where something of its surroundings is missing: a package, a compiler, letters of the terminal."""
+"""Exit statuses, and the files in which run_train.sh reads the status and the messages of processes."""
 
-import io
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass
 
-import faulty
 import pytest
-import torch
-import training
 
-from titan_cpt.errors import ConfigError, how_to_install
-from titan_cpt.training.forward_backward import require_compiler
-
-pytestmark = training.THEIR_WARNINGS_IGNORED
+from titan_cpt.common.exit_status import (
+    FAILURE,
+    INTERRUPTED,
+    STATUS_FILE_VARIABLE,
+    STOPPED_EARLY,
+    SUCCESS,
+    USER_ERROR,
+    exit_with,
+    print_error,
+)
+from titan_cpt.errors import CheckpointError, ConfigError, NumericsError
 
 
 @pytest.fixture
-def raw(tmp_path):
-    """Two steps."""
-    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
-    raw["stages"] = [{**raw["stages"][0], "steps": 2, "lr": {"schedule": "constant", "max": 1e-3}}]
-    return raw
+def status_file(tmp_path, monkeypatch):
+    """The status file that run_train.sh names in the environment."""
+    monkeypatch.setenv(STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    return tmp_path / "status"
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A package that is not installed."""
-
-    package: str
-
-    def lay(self):
-        """For this process."""
-        for name in [name for name in sys.modules if name.partition(".")[0] == self.package]:
-            del sys.modules[name]
-        sys.modules[self.package] = None
+def test_the_statuses_are_those_of_the_documentation():
+    """Scripts and batch queues depend on these numbers."""
+    assert (SUCCESS, FAILURE, USER_ERROR, STOPPED_EARLY, INTERRUPTED) == (0, 1, 2, 75, 130)
+    assert (ConfigError.exit_status, CheckpointError.exit_status, NumericsError.exit_status) == (2, 2, 1)
 
 
-class Latin1:
-    """A terminal that shows latin-1 and nothing else."""
+@pytest.mark.parametrize(("statuses", "stored"), [([1], "1"), ([75], "75"), ([0], None), ([2, 1], "2"), ([1, 2], "2")])
+def test_the_status_file_has_the_last_failure_and_prefers_a_user_error(status_file, statuses, stored):
+    """torchrun stops the other ranks when one fails; their status does not replace that of a mistake."""
+    for status in statuses:
+        with pytest.raises(SystemExit) as left:
+            exit_with(status)
+        assert left.value.code == status
 
-    def lay(self):
-        """As Python opens standard output under such a locale."""
-        sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="latin-1", line_buffering=True)  # noqa: SIM115
-
-
-@pytest.mark.parametrize(
-    ("package", "tables", "install"),
-    [
-        ("torchao", {"float8": {"recipe_name": "tensorwise"}}, r"`./scripts/setup.sh float8` in a clone"),
-        ("tensorboard", {"metrics": {"enable_tensorboard": True}}, r"`./scripts/setup.sh` in a clone"),
-    ],
-)
-def test_a_package_that_is_missing_is_one_message(raw, tmp_path, package, tables, install):
-    """Which, and the commands that install it; no traceback."""
-    config = training.write_config(training.changed(raw, **tables), tmp_path / "c.toml")
-    outcome = faulty.train(config, faults=[Missing(package)])
-
-    assert outcome.status == 2, outcome.output
-    assert "Traceback" not in outcome.output
-    assert package in outcome.output.splitlines()[-1]
-    assert install in outcome.output.splitlines()[-1]
+    assert (status_file.read_text() if status_file.exists() else None) == stored
 
 
-def test_how_a_package_is_installed():
-    """From a clone and by pip; what titan_cpt itself brings has no extra."""
-    assert how_to_install("lm_eval").endswith(
-        "`./scripts/setup.sh eval` in a clone, or `pip install 'titan_cpt[eval]'`"
-    )
-    assert how_to_install("zstandard").endswith("`./scripts/setup.sh` in a clone, or `pip install titan_cpt`")
+def test_an_error_is_printed_and_stored_for_each_process(status_file, capsys):
+    """A silent one is stored as an empty text: another rank prints the same message."""
+    print_error("broken")
+    first = (status_file.parent / "status.process-3").read_text()
+    print_error("broken", silent=True)
+
+    assert first == "broken\n"
+    assert (status_file.parent / "status.process-3").read_text() == ""
+    assert capsys.readouterr().err == "broken\n"
 
 
-def test_a_terminal_without_the_letters_ends_no_run(raw, tmp_path):
-    """What it lacks is shown as "?", the LR in ASCII; rich's UnicodeEncodeError ended the run before its first step."""
-    raw = training.changed(raw, job={"output_dir": str(tmp_path / "\u20ac")})
-    outcome = faulty.train(training.write_config(raw, tmp_path / "c.toml"), faults=[Latin1()])
+def test_an_interrupted_command_dies_of_sigint_with_one_line():
+    """A shell then ends its own loop too."""
+    program = "from titan_cpt.common.exit_status import exit_interrupted; exit_interrupted('3 of 4 done')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
-    assert outcome.status == 0, outcome.output
-    assert "####" in outcome.output
-    assert "??" not in outcome.output
-    assert "/?/run" in outcome.output
-    assert len(training.lines_of(tmp_path / "\u20ac" / "run", "train")) == 2
-
-
-def test_compiling_without_a_compiler_is_told_before_the_first_step(monkeypatch, tmp_path):
-    """On the CPU g++ or CXX; torch's own message is the end of a long traceback."""
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"compile\.enable: .*none of g\+\+ is installed: install one"):
-        require_compiler(torch.device("cpu"))
-    monkeypatch.setenv("CXX", "mine++")
-    with pytest.raises(ConfigError, match=r"CXX=mine\+\+, which is not there"):
-        require_compiler(torch.device("cpu"))
-    (tmp_path / "mine++").write_text("#!/bin/sh\n")
-    (tmp_path / "mine++").chmod(0o755)
-    require_compiler(torch.device("cpu"))
-
-
-def test_a_module_of_our_own_that_is_missing_is_a_fault_of_ours(raw, tmp_path):
-    """Its traceback is wanted."""
-    config = training.write_config(raw, tmp_path / "c.toml")
-
-    assert "Traceback" in faulty.train(config, faults=[MissingOfOurs()]).output
-
-
-class MissingOfOurs:
-    """A broken installation of titan_cpt."""
-
-    def lay(self):
-        """The module that `train` imports first."""
-        sys.modules["titan_cpt.config.load"] = None
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "stopped by Ctrl-C: 3 of 4 done\n"

@@ -1,4 +1,4 @@
-"""Locks between processes: what each errno of the system means, and who a message names as the holder."""
+"""Locks between processes: the meaning of each errno, and the holder that a message names."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ time.sleep(60)
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that has taken the lock."""
+    """Another process that holds the lock."""
     command = [sys.executable, "-c", HOLDING, str(tmp_path / "lock")]
     environment = {**os.environ, "SLURM_JOB_ID": "4711"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -35,7 +35,7 @@ def holder(tmp_path):
 
 
 def answering(number, monkeypatch):
-    """From here on the system answers every request for a lock with an errno."""
+    """From now on every lock request fails with an errno."""
 
     def lockf(*_):
         raise OSError(number, os.strerror(number))
@@ -43,16 +43,16 @@ def answering(number, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", lockf)
 
 
-def test_the_holder_is_named_by_process_host_and_slurm_job(tmp_path, holder):
-    """As the holder wrote it into the file; what acquire answers is the kernel's word."""
+def test_the_holder_is_identified_by_process_host_and_slurm_job(tmp_path, holder):
+    """As the holder wrote it into the file; the kernel decides whether the lock is held."""
     lock = FileLock(tmp_path / "lock")
 
     assert not lock.acquire()
     assert lock.holder().startswith(f"process {holder.pid} on host {socket.gethostname()}, Slurm job 4711, since 20")
 
 
-def test_after_kill_9_the_lock_is_free_and_the_text_left_behind_is_not_believed(tmp_path, holder, capsys):
-    """The dead holder is not named, and the new one's text takes the place of it."""
+def test_after_kill_9_the_lock_is_free_and_the_old_text_is_ignored(tmp_path, holder, capsys):
+    """The dead holder is not reported, and the text of the new holder replaces it."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     lock = FileLock(tmp_path / "lock")
@@ -71,15 +71,15 @@ def test_after_kill_9_the_lock_is_free_and_the_text_left_behind_is_not_believed(
     "text",
     ["", "{", "[]", "null", '{"pid": "1"}', "4711", '{"pid": true, "host": "a", "slurm_job_id": null, "since": ""}'],
 )
-def test_a_text_that_is_not_a_holders_names_nobody(tmp_path, text):
-    """Lock files of older versions are empty; a text may be half written."""
+def test_a_damaged_lock_file_has_no_known_holder(tmp_path, text):
+    """Lock files of older versions are empty; a text may be incomplete."""
     (tmp_path / "lock").write_text(text)
 
     assert FileLock(tmp_path / "lock").holder() == ""
 
 
-def test_a_holder_on_another_host_is_named(tmp_path):
-    """Whether that process still exists cannot be seen from here."""
+def test_a_holder_on_another_host_is_reported(tmp_path):
+    """Whether its process still exists cannot be checked from here."""
     told = {"pid": 7, "host": "another.host", "slurm_job_id": None, "since": "2026-01-02 03:04:05 UTC"}
     (tmp_path / "lock").write_text(json.dumps(told))
 
@@ -96,8 +96,8 @@ def test_two_errnos_mean_that_another_process_has_the_lock(tmp_path, number, mon
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
-def test_a_file_system_without_locks_is_a_warning(tmp_path, number, monkeypatch, capsys):
-    """The work is done, and the user knows that nothing guards it."""
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, number, monkeypatch, capsys):
+    """The work is done, and the user knows that no lock protects it."""
     answering(number, monkeypatch)
 
     with exclusive(tmp_path / "lock", held=lambda by: DataError("taken")):
@@ -108,8 +108,8 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, number, monkeypatch,
     assert "has not ended" not in told
 
 
-def test_without_locks_the_warning_names_who_has_not_ended(tmp_path, monkeypatch):
-    """All that can be known there: another host's text that was not taken away at an orderly end."""
+def test_without_locks_the_warning_names_the_last_holder(tmp_path, monkeypatch):
+    """The text of a process on another host, which it removes at a regular end."""
     answering(errno.ENOLCK, monkeypatch)
     told = {"pid": 7, "host": "another.host", "slurm_job_id": "12", "since": "2026-01-02 03:04:05 UTC"}
     (tmp_path / "lock").write_text(json.dumps(told))
@@ -120,8 +120,8 @@ def test_without_locks_the_warning_names_who_has_not_ended(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EBADF])
-def test_any_other_answer_is_an_error_that_names_the_file(tmp_path, number, monkeypatch):
-    """Neither held nor without locks: nothing is known, so nothing is done."""
+def test_any_other_errno_is_an_error_that_names_the_file(tmp_path, number, monkeypatch):
+    """The lock is neither held nor unsupported."""
     answering(number, monkeypatch)
 
     with pytest.raises(AccessError, match=rf"lock: cannot be locked: {os.strerror(number)}"):

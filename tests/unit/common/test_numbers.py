@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from titan_cpt.common.numbers import evenly_spaced, parse_bytes
+from titan_cpt.common.numbers import evenly_spaced, parse_bytes, parse_tokens
 from titan_cpt.errors import ConfigError
 
 
@@ -57,3 +57,29 @@ def test_indices_are_distinct_and_evenly_spaced():
         assert gaps.min() >= 1
         assert gaps.max() - gaps.min() <= 1
         assert 0 <= evenly_spaced(available, 64)[0] < evenly_spaced(available, 64)[-1] < available
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("300B", 300_000_000_000),
+        ("2.5M", 2_500_000),
+        ("1_000_000", 1_000_000),
+        ("1.5K", 1500),
+        ("3 T", 3 * 10**12),
+        (" 7 ", 7),
+        ("0.001K", 1),
+    ],
+)
+def test_token_suffixes_are_powers_of_1000(text, tokens):
+    """300B is exactly 300 x 10^9."""
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize(
+    "text", ["", "B", "300b", "3e9", "-3B", "1.5", "0.0001K", "3BB", "3.B", "1,000", "9000000000T"]
+)
+def test_other_token_strings_are_refused(text):
+    """A small letter, an exponent, a sign, a fraction of a token: nothing is guessed."""
+    with pytest.raises(ValueError, match=r"must be a (whole )?number of tokens"):
+        parse_tokens(text)

@@ -1,4 +1,4 @@
-"""What an earlier run left: absent, damaged, or not readable, which is not damage."""
+"""Files of an earlier run: missing, damaged, or unreadable, which is not damage."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ from titan_cpt.evaluation.scores import read_score
 
 @pytest.fixture
 def locked_away(tmp_path):
-    """A file in a folder that its owner may not enter."""
+    """A file in a folder without permissions."""
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed" / "file").write_text("text")
     (tmp_path / "closed").chmod(0)
@@ -26,8 +26,8 @@ def locked_away(tmp_path):
     (tmp_path / "closed").chmod(0o755)
 
 
-def test_a_file_that_may_not_be_read_is_neither_absent_nor_damaged(tmp_path):
-    """Mode 000: an error of its own; a missing file, a file for a folder and a folder for a file are not."""
+def test_a_file_without_read_permission_is_neither_missing_nor_damaged(tmp_path):
+    """Mode 000 is an AccessError; a missing file, a file for a folder and a folder for a file are not."""
     (tmp_path / "file").write_text("text")
     (tmp_path / "file").chmod(0)
     with modes_count(), pytest.raises(AccessError, match=r"file: cannot be read: Permission denied.*may be intact"):
@@ -44,8 +44,8 @@ def test_a_file_that_may_not_be_read_is_neither_absent_nor_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EPERM, errno.ETIMEDOUT])
-def test_a_disk_that_does_not_answer_is_not_damage(tmp_path, monkeypatch, number):
-    """A stale network mount, a bad sector: the file may be whole."""
+def test_an_io_error_is_not_damage(tmp_path, monkeypatch, number):
+    """A stale network mount, a bad sector: the file may be intact."""
     (tmp_path / "file").write_text("text")
 
     def refused(*_, **__):
@@ -56,8 +56,8 @@ def test_a_disk_that_does_not_answer_is_not_damage(tmp_path, monkeypatch, number
         read_text(tmp_path / "file")
 
 
-def test_what_lies_in_a_closed_folder_is_not_taken_as_absent(locked_away):
-    """`Path.glob` leaves it out without a word, and os.path.exists says no."""
+def test_a_file_in_a_folder_without_permission_is_not_missing(locked_away):
+    """`Path.glob` silently omits it, and os.path.exists returns False."""
     root = locked_away.parents[1]
     with modes_count():
         assert list(root.glob("*/file")) == []
@@ -71,8 +71,8 @@ def test_what_lies_in_a_closed_folder_is_not_taken_as_absent(locked_away):
     assert not is_there(root / ("n" * 300))
 
 
-def test_paths_are_found_as_glob_finds_them(tmp_path):
-    """Level by level, sorted; files on the way and an absent folder are no obstacle."""
+def test_matching_finds_the_paths_that_glob_finds(tmp_path):
+    """Level by level, sorted; files on the way and a missing folder are skipped."""
     for name in (
         "b/step-2/m",
         "a/step-1/m",
@@ -101,8 +101,8 @@ def test_paths_are_found_as_glob_finds_them(tmp_path):
     ],
     ids=["the record beside tokens", "a shard of an interrupted prepare", "a score"],
 )
-def test_a_record_that_may_not_be_read_is_not_done_again(tmp_path, read):
-    """Each of them was taken as absent or damaged, and so tokens went unchecked and work was done twice."""
+def test_work_whose_record_cannot_be_read_is_not_repeated(tmp_path, read):
+    """A record without read permission was taken as missing or damaged, and work was done twice."""
     (tmp_path / "data.json").write_text(json.dumps({"tokenizer": {"fingerprint": "f", "vocab_size": 3}}))
     (tmp_path / "data.json").chmod(0)
 
@@ -110,7 +110,7 @@ def test_a_record_that_may_not_be_read_is_not_done_again(tmp_path, read):
         read(tmp_path)
 
 
-def test_a_shard_whose_tokens_may_not_be_read_is_not_made_again(tmp_path):
+def test_a_shard_whose_tokens_cannot_be_read_is_not_prepared_again(tmp_path):
     """Its counts can be read, its .idx cannot."""
     counts = dict.fromkeys(("documents", "tokens", "held_out_documents", "held_out_tokens", "empty_documents"), 0)
     (tmp_path / "data.json").write_text(json.dumps(counts))

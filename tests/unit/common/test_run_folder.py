@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, and signals that ask it to stop."""
+"""One process at a time trains in a run's folder; the names of its files and folders."""
 
 import errno
 import fcntl
@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import faulty
 import pytest
-import torch.distributed as dist
 import training
 
-from titan_cpt.common.run_folder import locked
-from titan_cpt.common.signals import StopRequest
-from titan_cpt.distributed.process_group import any_rank_stops
+from titan_cpt.common import run_folder
+from titan_cpt.common.run_folder import checkpoint_folder, checkpoint_folders, locked
 from titan_cpt.errors import CheckpointError
 
 
@@ -31,7 +29,7 @@ def stop_at_once(process):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(config, tmp_path, workers):
+def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended(config, tmp_path, workers):
     """Refused with 2 while it runs; after kill -9 the lock is free at once, also where a process that reads ahead for
     the killed one lives a few seconds longer."""
     run = tmp_path / "run"
@@ -53,8 +51,8 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(config, t
     assert killed.status == -signal.SIGKILL
 
 
-def test_the_lock_is_given_back_at_the_end_and_after_an_error(tmp_path):
-    """Taken three times in one process, one after another; the folder is made."""
+def test_the_lock_is_released_at_the_end_and_after_an_error(tmp_path):
+    """One process takes it three times in a row; the folder is created."""
     folder = tmp_path / "deep" / "run"
     with locked(folder, rank=0):
         assert folder.is_dir()
@@ -65,7 +63,7 @@ def test_the_lock_is_given_back_at_the_end_and_after_an_error(tmp_path):
 
 
 def test_only_rank_0_takes_the_lock(tmp_path):
-    """The others of the same run stand beside it."""
+    """The other ranks of the run neither lock nor create the folder."""
     with locked(tmp_path, rank=0), locked(tmp_path, rank=1), locked(tmp_path, rank=2):
         pass
     with locked(tmp_path / "nowhere", rank=1):
@@ -75,69 +73,12 @@ def test_only_rank_0_takes_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, where):
-    """A regular file stands in the way of output_dir or is part of its path."""
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path, where):
+    """A regular file has the name of the folder or of a part of its path."""
     (tmp_path / "file").write_text("")
 
     with pytest.raises(CheckpointError, match=r"cannot be written: .*output_dir"), locked(tmp_path / where, rank=0):
         pass
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_request_and_has_its_name(number):
-    """Nothing is interrupted; before it, nobody asked."""
-    with StopRequest() as stop:
-        before = any_rank_stops(stop)
-        os.kill(os.getpid(), number)
-
-        assert not before
-        assert any_rank_stops(stop)
-        assert stop.name == number.name
-
-
-def test_signals_go_back_to_whoever_had_them():
-    """The handlers of before are there again, after an error too."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(ZeroDivisionError), StopRequest():
-        _ = 1 / 0
-
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_a_second_sigint_ends_the_process_at_once(tmp_path):
-    """The first one asks; the second does not wait for the step that hangs."""
-    pid = os.fork()
-    if pid == 0:
-        with StopRequest():
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-            os._exit(0)
-    _, status = os.waitpid(pid, 0)
-
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGINT
-
-
-def test_a_signal_while_the_ranks_agree_counts_from_the_next_time_on(monkeypatch):
-    """The other ranks have answered by then: a rank that stopped alone would leave them waiting for ever."""
-    all_reduce = dist.all_reduce
-
-    def interrupted(*arguments, **keywords):
-        os.kill(os.getpid(), signal.SIGTERM)
-        all_reduce(*arguments, **keywords)
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with StopRequest() as stop:
-            monkeypatch.setattr(dist, "all_reduce", interrupted)
-            first = any_rank_stops(stop)
-            monkeypatch.setattr(dist, "all_reduce", all_reduce)
-            second = any_rank_stops(stop)
-    finally:
-        dist.destroy_process_group()
-
-    assert (first, second) == (False, True)
-    assert stop.name == "SIGTERM"
 
 
 @dataclass(frozen=True)
@@ -156,7 +97,7 @@ class NoLocks:
 
 
 def test_a_run_trains_on_a_file_system_without_locks(tmp_path):
-    """Lustre without -o flock: a warning with the file's name, and the run comes to its end."""
+    """Lustre without -o flock: the run prints a warning with the name of the lock file, and finishes."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["stages"] = [{**raw["stages"][0], "steps": 2, "lr": {"schedule": "constant", "max": 1e-3}}]
     config = training.write_config(raw, tmp_path / "c.toml")
@@ -167,3 +108,32 @@ def test_a_run_trains_on_a_file_system_without_locks(tmp_path):
     assert f"{tmp_path / 'run' / '.lock'}: this file system has no file locks" in outcome.output
     assert refused.status == 2
     assert f"AccessError: {tmp_path / 'other' / '.lock'}: cannot be locked: {os.strerror(errno.EIO)}" in refused.output
+
+
+def test_the_paths_of_a_runs_folder(tmp_path):
+    """Runs of older versions, scripts and users depend on these names."""
+    names = (
+        *(run_folder.CONFIG_FILE, run_folder.PLAN_FILE, run_folder.METRICS_FILE, run_folder.SUMMARY_FILE),
+        *(run_folder.LOCK_FILE, run_folder.MANIFEST_FILE, run_folder.SKIPPED_FILE, run_folder.GENERATIONS_FILE),
+    )
+
+    assert names == (
+        *("config.toml", "plan.json", "metrics.jsonl", "summary.json"),
+        *(".lock", "manifest.json", "skipped.json", "generations.json"),
+    )
+    assert run_folder.RESERVED_STAGE_NAMES == ("tb", "evaluations", "profile", "report", "logs")
+    assert (run_folder.INTERVAL, run_folder.STAGE_END, run_folder.PRE_ANNEAL) == ("interval", "stage_end", "pre_anneal")
+    assert checkpoint_folder(tmp_path, "german", 500) == tmp_path / "german" / "step-00000500"
+
+
+def test_checkpoint_folders_have_a_manifest(tmp_path):
+    """Sorted by path; of all stages or of one; a folder without a manifest is an interrupted save."""
+    for path in ("b/step-00000002", "a/step-00000010", "a/step-00000002"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "manifest.json").touch()
+    (tmp_path / "a" / "step-00000020").mkdir()
+
+    found = [path.relative_to(tmp_path).as_posix() for path in checkpoint_folders(tmp_path)]
+    assert found == ["a/step-00000002", "a/step-00000010", "b/step-00000002"]
+    assert checkpoint_folders(tmp_path, "b") == [tmp_path / "b" / "step-00000002"]
+    assert checkpoint_folders(tmp_path / "none") == []

@@ -1,11 +1,9 @@
-"""A run's folder: files that no run wrote are named and stay; a run's own, of older versions too, are replaced."""
+"""config.toml in a run's folder: files that no run wrote are refused and stay; those of a run are replaced."""
 
 import json
-import os
 
 import pytest
 
-from titan_cpt.common.files import partial_folder, write_bytes_atomically
 from titan_cpt.config.load import dump_config, load_config
 from titan_cpt.config.run_config import changed_settings, require_own_run, write_run_config
 from titan_cpt.errors import CheckpointError
@@ -18,16 +16,16 @@ def config(write, one_stage):
 
 @pytest.mark.parametrize("name", ["config.toml", "plan.json", "summary.json", "metrics.jsonl", ".lock"])
 @pytest.mark.parametrize("content", ["mine", "# mine\n", '{"mine": 1}\n', "[job]\nname = 'tested'\n", "\xff"])
-def test_a_file_that_no_run_wrote_is_named(tmp_path, config, name, content):
-    """Prose, JSON and TOML of the user's, and what is not UTF-8."""
+def test_a_file_that_no_run_wrote_is_refused(tmp_path, config, name, content):
+    """Prose, JSON and TOML of a user, and text that is not UTF-8; the message names the file."""
     (tmp_path / name).write_bytes(content.encode("latin-1"))
 
     with pytest.raises(CheckpointError, match=rf"{name.replace('.', '[.]')}: was not written by a run"):
         require_own_run(tmp_path, config)
 
 
-def test_a_runs_own_files_are_its_own(tmp_path, config):
-    """As written now and by commit 987a5cd (an empty lock), whole and with a first line that a kill cut short."""
+def test_files_that_a_run_wrote_are_accepted(tmp_path, config):
+    """As written now and by commit 987a5cd (an empty lock), complete and with an incomplete first line after a kill."""
     require_own_run(tmp_path / "none", config)
     record = json.dumps({"kind": "event", "name": "start"}) + "\n"
     for files in (
@@ -40,8 +38,8 @@ def test_a_runs_own_files_are_its_own(tmp_path, config):
         require_own_run(tmp_path, config)
 
 
-def test_config_toml_is_replaced_only_where_a_run_wrote_it(tmp_path, config, write, one_stage):
-    """The resolved config of another plan or a copied run is; a hand-written one and one with notes are not."""
+def test_only_a_config_toml_that_a_run_wrote_is_replaced(tmp_path, config, write, one_stage):
+    """A resolved config of another plan or a copied run is replaced; a hand-written one or one with comments is not."""
     path = tmp_path / "config.toml"
     write_run_config(path, config)
     first = path.read_text()
@@ -62,51 +60,8 @@ def test_config_toml_is_replaced_only_where_a_run_wrote_it(tmp_path, config, wri
     assert path.read_text() == first
 
 
-def test_a_temporary_file_never_replaces_one_that_is_there(tmp_path):
-    """NAME.tmp may be the user's, and so may what we would call ours: both stay."""
-    for name in ("page.tmp", "page.html.tmp", f".page.html.{os.getpid()}-0.tmp"):
-        (tmp_path / name).write_text("mine")
-    write_bytes_atomically(tmp_path / "page.html", b"page")
-
-    assert (tmp_path / "page.html").read_text() == "page"
-    assert {path.read_text() for path in tmp_path.iterdir() if path.name != "page.html"} == {"mine"}
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_partial_folder_replaces_only_what_an_interrupted_attempt_left(tmp_path):
-    """A `.out.partial` of unknown origin is refused; one with our lock file is cleared; a failure leaves nothing."""
-    hidden = tmp_path / ".out.partial"
-    hidden.mkdir()
-    (hidden / "model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="did not write it"), partial_folder(tmp_path / "out"):
-        pass
-    assert (hidden / "model.safetensors").read_text() == "mine"
-
-    (hidden / "titan_cpt.lock").touch()
-    (hidden / "content").mkdir()
-    (hidden / "content" / "half").write_text("left by a kill")
-
-    def fail():
-        with partial_folder(tmp_path / "out") as folder:
-            assert list(folder.iterdir()) == []
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert (hidden / "model.safetensors").read_text() == "mine", "what is beside the content stays"
-    (hidden / "model.safetensors").unlink()
-    hidden.rmdir()
-
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    with partial_folder(tmp_path / "out") as folder:
-        (folder / "whole").write_text("new")
-    assert (tmp_path / "out" / "whole").read_text() == "new"
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
-
-
-def test_settings_that_changed_are_named_by_their_dotted_keys(tmp_path, config, write, one_stage):
-    """Old and new value, defaults too; not the run's name, nor keys that an older version's file does not have."""
+def test_changed_settings_are_listed_by_their_dotted_keys(tmp_path, config, write, one_stage):
+    """Old and new value, also of defaults; the name of the run and keys that an older file lacks are not compared."""
     path = tmp_path / "config.toml"
     write_run_config(path, config)
     overrides = [("job.name", "other"), ("compile.enable", "true"), ("stages.first.lr.max", "2e-3")]

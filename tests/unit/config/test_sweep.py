@@ -1,4 +1,4 @@
-"""The [sweep] table: its combinations of values, their names, and what is refused."""
+"""The [sweep] table: its combinations of values, their names, and invalid tables."""
 
 import pytest
 from sweeps import FRACTION

@@ -1,4 +1,4 @@
-"""Every shipped TOML loads and plans, and its numbers are those of the paper, worked out by hand."""
+"""Every shipped TOML file loads and plans, and has the paper's numbers, computed by hand."""
 
 from pathlib import Path
 
@@ -47,39 +47,39 @@ SHARES_OF_THE_SPLITS = {  # METHOD section 3, in per cent of the stage
 }
 
 
-def arms_of(path):
-    """The arms of a file, all of them sound."""
-    arms = read_sweep_runs([path])
-    assert all(isinstance(arm, SweepRun) for arm in arms), arms
-    return arms
+def sweep_runs_of(path):
+    """The sweep runs of a file, all of them valid."""
+    runs = read_sweep_runs([path])
+    assert all(isinstance(run, SweepRun) for run in runs), runs
+    return runs
 
 
 def plans_of(path):
-    """The plans of its arms, and that of the run which they differ from, on the layout's own ranks."""
-    return [arm.plan for arm in arms_of(path)]
+    """The plans of its sweep runs, or of its only run, with the fewest ranks of its parallelism."""
+    return [run.plan for run in sweep_runs_of(path)]
 
 
 @pytest.fixture(params=PAPERS, ids=lambda path: path.stem)
 def paper(request):
-    """One file of the paper's runs: its size, what it is, and its path."""
+    """A file of the paper's runs: its size, the rest of its name, and its path."""
     size, _, what = request.param.stem.partition("_")
     return size, what, request.param
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_plans(path):
-    """Each arm of it, on the fewest ranks of its layout; its name is the file's."""
-    arms = arms_of(path)
+    """Each of its sweep runs, with the fewest ranks of its parallelism; job.name is the name of the file."""
+    runs = sweep_runs_of(path)
 
     assert read_with_bases(path)["job"]["name"] == path.stem
-    for arm in arms:
-        plan = make_plan(arm.config, take_inventory(arm.config), min_world_size(arm.config))
-        assert plan.fingerprint == arm.plan.fingerprint
+    for run in runs:
+        plan = make_plan(run.config, take_inventory(run.config), min_world_size(run.config))
+        assert plan.fingerprint == run.plan.fingerprint
 
 
 @pytest.mark.parametrize("path", [*RUNS, *sorted((CONFIGS / "base").glob("*.toml"))], ids=lambda path: path.stem)
-def test_every_config_begins_with_three_lines_about_itself(path):
-    """What; hardware and expected result; token arithmetic. Then an empty line."""
+def test_every_config_begins_with_three_comment_lines(path):
+    """What it trains; hardware and expected result; token arithmetic. Then an empty line."""
     lines = path.read_text().splitlines()
 
     assert [line.startswith("# ") for line in lines[:4]] == [True, True, True, False]
@@ -87,7 +87,7 @@ def test_every_config_begins_with_three_lines_about_itself(path):
 
 
 def test_every_base_is_extended_by_a_run():
-    """None is left behind when the last run that extends it goes."""
+    """A base is removed together with the last run that extends it."""
     texts = "".join(path.read_text() for path in CONFIGS.rglob("*.toml"))
     unused = [path.name for path in (CONFIGS / "base").glob("*.toml") if f'{path.name}"' not in texts]
 
@@ -159,7 +159,7 @@ def test_later_splits_begin_before_the_annealing_at_the_constant_lr(kind):
     ],
 )
 def test_replay_takes_its_share_of_the_same_budget(name, stage, fractions):
-    """Of the Pile, in sequences: within one of the asked per cent of the stage's, in every arm."""
+    """Replayed tokens of the Pile, within one sequence of the configured percentage, in every sweep run."""
     for plan, percent in zip(plans_of(CONFIGS / f"{name}.toml"), fractions, strict=True):
         last = plan.stage(stage)
         replayed = sum(use.replayed_tokens for use in last.use_by_dataset.values())

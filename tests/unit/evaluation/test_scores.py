@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from titan_cpt.config.suites import SUITES, Task, chosen_tasks, suite_of
-from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.errors import DataError
 from titan_cpt.evaluation.score_table import print_scores, scores_as_json
 from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
@@ -205,27 +204,3 @@ def test_the_table_shows_the_changes():
     assert "0.1025" in text
     assert "second 10" in text
     assert scores_as_json({"a": before, "b": after})["changes"]["piqa"]["paired"] is True
-
-
-def test_the_papers_suites():
-    """Thirteen English tasks and three German ones, with the paper's few-shot counts and metrics."""
-    english = {task.name: (task.shots, task.metric) for task in SUITES["paper_english"]}
-
-    assert len(english) == 13
-    assert english["hellaswag"] == (0, "acc_norm")
-    assert {name for name, (shots, _) in english.items() if shots == 5} == {"nq_open", "triviaqa", "mmlu"}
-    assert {name for name, (_, metric) in english.items() if metric == "exact_match"} == {"nq_open", "triviaqa"}
-    assert SUITES["paper_german"] == (
-        Task("hellaswag_de", 0, "acc_norm"),
-        Task("arc_de", 0, "acc"),
-        Task("m_mmlu_de", 5, "acc"),
-    )
-
-
-def test_tasks_are_chosen_by_name():
-    """From a suite, or single ones with few-shot count and metric; each has its own file name."""
-    assert chosen_tasks("paper_german", ["arc_de"]) == (Task("arc_de", 0, "acc"),)
-    assert chosen_tasks(None, ["a", "b:3", "c:0:acc_norm"]) == (Task("a"), Task("b", 3), Task("c", 0, "acc_norm"))
-    assert len({file_name("a", shots, limit) for shots in (None, 0, 5) for limit in (None, 5)}) == 6
-    with pytest.raises(ConfigError, match="paper_english"):
-        suite_of("papers")

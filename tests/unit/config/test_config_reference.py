@@ -48,8 +48,8 @@ def section(heading):
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_reference_uses_the_fields_term_where_a_reader_looks_for_it(term):
-    """A user of torchtitan or Megatron-LM finds the key by searching for the term that they know."""
+def test_the_reference_has_the_standard_term_in_the_section_of_its_keys(term):
+    """A user of torchtitan or Megatron-LM finds a key by searching for the term that they know."""
     assert term.lower() in section(TERMS[term]).lower()
 
 
