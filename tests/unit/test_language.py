@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from unit.test_architecture import FILES, TREES, package
+from unit.test_architecture import FILES, TREES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(page.relative_to(ROOT)): page for page in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]}
 
-NOT_YET = {
-    "planning",
-}
 BANNED = {  # what is never written: what is written instead
     r"told|tells? of": "logged, printed, passed, given",
     r"asked|asks for": "requested, configured",
@@ -79,7 +76,7 @@ def without_public_names(text):
     return re.sub("|".join(map(re.escape, PUBLIC)), "", text)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if package(name) not in NOT_YET])
+@pytest.mark.parametrize("name", FILES)
 def test_texts_are_in_the_language_of_the_field(name):
     """Docstrings, messages, help texts and comments; BANNED says what to write instead."""
     comments = [
@@ -96,7 +93,7 @@ def test_texts_are_in_the_language_of_the_field(name):
     assert found == []
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if package(name) not in NOT_YET])
+@pytest.mark.parametrize("name", FILES)
 def test_identifiers_are_spelt_as_in_torch_and_say_what_they_are(name):
     """No told, no asked, no arm; American spelling, as `parallelize_module` has it."""
     found = [f"{line}: {one}" for line, one in names(TREES[name]) if words_of(one) & BANNED_IN_NAMES]

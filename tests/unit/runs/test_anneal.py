@@ -1,4 +1,4 @@
-"""`titan-cpt anneal`: a branch at t equals, bit for bit, the run that was planned that way from the start."""
+"""`titan-cpt anneal`: a branch has bit for bit the result of the same config trained from the start."""
 
 import gc
 import json
@@ -24,13 +24,13 @@ STEP_TOKENS = 64
 
 @pytest.fixture(autouse=True)
 def garbage_is_collected_again():
-    """A run turns Python's collector off and ends with its process; this one goes on."""
+    """A run disables Python's garbage collector, as its process ends with it; the test process continues."""
     yield
     gc.enable()
 
 
 def infinite_twice(folder):
-    """English, then German with replay and kept moments: both infinite, no end point of English a whole step."""
+    """English, then German with replay and kept optimizer state: both infinite, with end points between two steps."""
     raw = training.two_stages(training.write_languages(folder), folder)
     raw = training.changed(raw, checkpoint={"interval": 2, "keep_latest_k": 20})
     raw["stages"][0]["lr"] |= {"warmup_until": 0.07, "cooldown_until": 0.29}
@@ -46,7 +46,7 @@ def infinite_twice(folder):
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory):
-    """The run that is branched off, trained to its end; 12 and 10 steps."""
+    """The run from which the branches start, trained to its end; 12 and 10 steps."""
     raw = infinite_twice(tmp_path_factory.mktemp("trunk"))
 
     assert run(training.config_of(raw)) == 0
@@ -61,7 +61,7 @@ def command(*words):
 
 
 def from_the_start(branch, name):
-    """The branch's own config, trained from nothing under another name."""
+    """The folder of a run of the branch's config that is trained from the start, under another name."""
     raw = load_config(branch / "config.toml").model_dump(mode="json", by_alias=True, exclude_none=True)
     raw["job"]["name"] = name
 
@@ -70,7 +70,7 @@ def from_the_start(branch, name):
 
 
 def assert_same_result(branch, whole, end):
-    """Every step and measurement, those before the branch included; weights and moments at the end."""
+    """Equal metrics, those before the branch included, and equal weights and optimizer state at the end."""
     assert training.numbers_of(branch) == training.numbers_of(whole)
     for part in ("model", "optimizer"):
         assert training.same_bits(training.tensors_of(branch / end, part), training.tensors_of(whole / end, part))
@@ -92,8 +92,8 @@ def test_a_branch_equals_the_run_planned_that_way_from_the_start(trunk):
     assert (training.numbers_of(trunk), training.checkpoints_of(trunk)) == before
 
 
-def test_a_branch_copies_nothing_of_a_training_that_was_removed(trunk):
-    """Before English began there were steps and losses of an earlier English, whose folder was removed."""
+def test_a_branch_does_not_copy_metrics_of_a_removed_stage(trunk):
+    """The file begins with steps and losses of an earlier English, whose folder was removed."""
     record = trunk / "metrics.jsonl"
     text = record.read_text()
     stale = {"kind": "validation", "stage": "english", "step": 3, "dataset": "en", "loss_nats_per_token": 99.0}
@@ -109,8 +109,8 @@ def test_a_branch_copies_nothing_of_a_training_that_was_removed(trunk):
     assert not any(line["loss_nats_per_token"] == 99.0 for line in training.lines_of(branch, "validation"))
 
 
-def test_a_branch_off_a_renamed_copy_has_the_checkpoint_where_runs_have_it(trunk):
-    """A run resumes only from checkpoints under their own names: under the copy's it would begin anew."""
+def test_a_branch_from_a_renamed_copy_has_the_original_checkpoint_name(trunk):
+    """A run resumes only from checkpoints with their original names."""
     copy = trunk / "english" / "step-00000006-best"
     shutil.copytree(trunk / "english" / "step-00000006", copy)
     status = command("anneal", copy, "--tokens", 5 * STEP_TOKENS, "--job.name", "off-a-copy", "--prepare-only")
@@ -120,8 +120,8 @@ def test_a_branch_off_a_renamed_copy_has_the_checkpoint_where_runs_have_it(trunk
     assert training.checkpoints_of(trunk.parent / "off-a-copy") == ["english/step-00000006"]
 
 
-def test_a_branch_of_a_later_stage_goes_on_with_its_replay_and_moments(trunk):
-    """German from step 4 of a stage that never anneals, beyond its old end; English is not trained again."""
+def test_a_branch_of_a_later_stage_continues_its_replay_and_optimizer_state(trunk):
+    """German from step 4 of a stage without annealing, to beyond its old end; English is not trained again."""
     status = command("anneal", trunk / "german" / "step-00000004", "--tokens", 20 * STEP_TOKENS)
     branch = trunk.parent / "run-anneal-german-4"
     whole = from_the_start(branch, "planned-german")
@@ -135,8 +135,8 @@ def test_a_branch_of_a_later_stage_goes_on_with_its_replay_and_moments(trunk):
     assert training.events_of(branch, "transition") == []
 
 
-def test_a_stage_ended_early_is_gone_on_from(trunk):
-    """A stage appended to the branch begins at its pre-anneal point, where it branched off."""
+def test_a_stage_appended_to_a_branch_starts_from_its_pre_anneal_point(trunk):
+    """That is the checkpoint from which the branch started."""
     point = trunk / "english" / "step-00000008"
 
     assert command("anneal", point, "--tokens", 2 * STEP_TOKENS, "--job.name", "early") == 0
@@ -145,13 +145,13 @@ def test_a_stage_ended_early_is_gone_on_from(trunk):
     raw["stages"].append({**training.third_stage(), "optimizer_state": "keep"})
 
     assert run(training.config_of(raw)) == 0
-    told = training.events_of(folder, "transition")
-    assert [event["weights"] for event in told] == [f"from {folder / 'english' / 'step-00000008'}"]
+    transitions = training.events_of(folder, "transition")
+    assert [event["weights"] for event in transitions] == [f"from {folder / 'english' / 'step-00000008'}"]
     assert manifest.verify(folder / "english" / "step-00000008")["kind"] == "pre_anneal"
 
 
-def test_the_same_command_again_goes_on_and_another_budget_is_refused(trunk, capsys):
-    """Prepared only; with another budget refused with the difference, prepared or trained; trained; then skipped."""
+def test_the_same_command_resumes_the_branch_and_another_budget_is_refused(trunk, capsys):
+    """Prepared, trained, then skipped; another budget is refused with the difference, before training and after."""
     words = ("anneal", trunk / "english" / "step-00000004", "--tokens", 3 * STEP_TOKENS)
     statuses = [command(*words, "--prepare-only"), command(*words, "--prepare-only")]
     unprepared = command(*words[:-1], 5 * STEP_TOKENS, "--prepare-only")
@@ -169,8 +169,8 @@ def test_the_same_command_again_goes_on_and_another_budget_is_refused(trunk, cap
     assert "stages.english.steps: 7 -> 8" in capsys.readouterr().err
 
 
-def test_pruning_the_old_run_leaves_the_branch_whole(trunk, tmp_path):
-    """The files are shared, not moved: the branch's checkpoint verifies after the trunk's folder is gone."""
+def test_a_branch_does_not_need_the_old_run(trunk, tmp_path):
+    """The files are hard links: the branch's checkpoint is valid after the old one is removed."""
     copy = tmp_path / "run"
     shutil.copytree(trunk, copy)
     config = (copy / "config.toml").read_text().replace(str(trunk.parent), str(tmp_path), 1)
@@ -193,7 +193,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("point", REFUSED)
-def test_outside_the_constant_phase_there_is_nothing_to_anneal_from(trunk, point, capsys):
+def test_a_checkpoint_outside_the_constant_phase_is_refused(trunk, point, capsys):
     """In the cool-down, and in the annealing."""
     status = command("anneal", trunk / point, "--tokens", "1K")
 
@@ -213,8 +213,8 @@ def test_a_schedule_without_a_constant_phase_is_refused(tmp_path, capsys):
     assert "schedule 'cosine' has no constant phase" in capsys.readouterr().err
 
 
-def test_an_edited_past_is_refused(trunk, tmp_path, capsys):
-    """The run's config.toml is not the one of the checkpoint any more."""
+def test_a_changed_config_of_the_old_run_is_refused(trunk, tmp_path, capsys):
+    """The message has the difference from the checkpoint's recipe."""
     copy = tmp_path / "run"
     shutil.copytree(trunk, copy)
     (copy / "config.toml").write_text((copy / "config.toml").read_text().replace("seed = 0", "seed = 5"))
@@ -225,7 +225,7 @@ def test_an_edited_past_is_refused(trunk, tmp_path, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused(trunk, tmp_path, capsys):
-    """Its files are compared with the manifest before anything is made."""
+    """Its files are compared with the manifest before the branch is created."""
     copy = tmp_path / "run"
     shutil.copytree(trunk, copy)
     shard = next((copy / "english" / "step-00000004").glob("*.safetensors"))
@@ -238,8 +238,8 @@ def test_a_damaged_checkpoint_is_refused(trunk, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "infinite_cosine"])
-def test_the_branchs_lr_is_the_old_one_up_to_the_branch_to_the_last_bit(tmp_path, schedule):
-    """Shares of the stage that are no whole steps (0.013 and 0.29 of 997) stay where they were."""
+def test_the_lr_before_the_branch_is_bit_for_bit_the_old_one(tmp_path, schedule):
+    """End points between two steps (0.013 and 0.29 of 997) do not move."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     lr = {"schedule": schedule, "max": 3e-3, "warmup_until": 0.013, "min": 1e-4}
     more = {"decay_from": 0.9, "decay": "linear"}
@@ -265,8 +265,8 @@ def test_the_branchs_lr_is_the_old_one_up_to_the_branch_to_the_last_bit(tmp_path
     assert json.loads((tmp_path / "run-anneal-english-500" / "english" / "step-00000500" / "manifest.json").read_text())
 
 
-def test_the_branchs_folder_is_locked_while_it_is_made(trunk, capsys):
-    """Another process that trains there keeps it."""
+def test_a_branch_needs_the_lock_of_its_folder(trunk, capsys):
+    """Another process that trains there has it."""
     folder = trunk.parent / "taken"
     pid = os.fork()
     if pid == 0:
