@@ -9,9 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Writes how it was called and what it was given in the environment to $CALLS, a JSON object a line, then runs $ACTION.
-# Asked by run_train.sh whether it has titan_cpt (-c), it says yes unless $LACKS_TITAN_CPT is part of its path; asked
-# for the run's folder (--run-info), it answers, or refuses with status $RUN_INFO_STATUS.
+# Appends its arguments and some environment variables to $CALLS, one JSON object per line, then runs $ACTION.
+# `-c` (has it titan_cpt?) succeeds unless $LACKS_TITAN_CPT is part of its path; --run-info prints a run folder, and
+# exits with $RUN_INFO_STATUS.
 RECORDER = """
 import json, os, sys
 program, *arguments = sys.argv[1:]
@@ -29,10 +29,10 @@ os.execvp("bash", ["bash", "-c", os.environ.get("ACTION", "exit 0")])
 
 
 class Repository:
-    """A folder with the scripts under test, and the calls that the stand-ins saw."""
+    """A folder with the scripts under test, and the calls of the stand-ins."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "a repository"  # a path with a space: quoting is part of what is tested
+        self.folder = folder / "a repository"  # a path with a space, to test quoting
         self.elsewhere = folder / "elsewhere"
         self.tools = folder / "tools"
         self.calls_file = folder / "calls.jsonl"
@@ -49,7 +49,7 @@ class Repository:
         }
 
     def add_recorder(self, path: Path) -> None:
-        """Make `path` a Python that only writes down how it was called."""
+        """Make `path` a Python that only records how it was called."""
         program = self.calls_file.with_name("recorder.py")
         program.write_text(RECORDER, encoding="utf-8")
         self.add_tool(path, f'#!/usr/bin/env bash\nexec "{sys.executable}" -S "{program}" "$0" "$@"\n')
@@ -74,7 +74,7 @@ class Repository:
         )
 
     def calls(self) -> list[dict]:
-        """What the stand-ins were called with, in order."""
+        """The calls of the stand-ins, in order."""
         if not self.calls_file.exists():
             return []
         return [json.loads(line) for line in self.calls_file.read_text(encoding="utf-8").splitlines()]

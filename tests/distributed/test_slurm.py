@@ -56,7 +56,7 @@ case "$*" in
     requeue*) echo "$2" >>"$FOLDER/requeued" ;;
 esac
 """
-# In place of run_train.sh: tells how it was called, and ends with the next of the statuses given.
+# In place of run_train.sh: prints its arguments, and exits with the next of the given statuses.
 RUN_TRAIN = """#!/usr/bin/env bash
 [[ $SLURM_NODEID == 1 ]] || echo "NPROC=$NPROC MASTER_ADDR=$MASTER_ADDR FROM_SETUP=${FROM_SETUP:-} $*"
 trap 'exit 75' TERM
@@ -80,7 +80,7 @@ def cluster(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def repository(cluster: Path) -> Path:
-    """A repository of the scripts alone, whose run_train.sh only tells how it was called; its path has a space."""
+    """A repository of the scripts only, whose run_train.sh prints how it was called; its path has a space."""
     repository = cluster / "a repository"
     shutil.copytree(SCRIPTS, repository / "scripts" / "slurm")
     add(repository / "run_train.sh", RUN_TRAIN)
@@ -144,8 +144,8 @@ def wait_for_steps(cluster: Path, job: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-def test_a_signal_before_the_time_is_up_saves_and_queues_again(cluster: Path) -> None:
-    """Two torchruns stop on SIGUSR1 with status 75, the job is queued again, and the next one goes on where it was."""
+def test_a_signal_before_the_time_limit_saves_and_queues_again(cluster: Path) -> None:
+    """Two torchruns stop on SIGUSR1 with status 75, the job is queued again, and its next start resumes the run."""
     job = submit(cluster, "--config", "run.toml")
     wait_for_steps(cluster, job)
     job.send_signal(signal.SIGUSR1)
@@ -167,8 +167,8 @@ def test_a_signal_before_the_time_is_up_saves_and_queues_again(cluster: Path) ->
     assert (cluster / "requeued").read_text() == "4711\n"
 
 
-def test_a_mistake_is_not_queued_again(cluster: Path) -> None:
-    """Status 2 of the program is the job's, once and for all."""
+def test_a_config_error_is_not_queued_again(cluster: Path) -> None:
+    """The job exits with 2, the status of titan_cpt."""
     job = submit(cluster, "--config", "run.toml", "--training.seq_len", "none")
     output, _ = job.communicate(timeout=120)
 
@@ -177,8 +177,8 @@ def test_a_mistake_is_not_queued_again(cluster: Path) -> None:
     assert not (cluster / "requeued").exists()
 
 
-def test_scancel_by_the_user_is_the_end(cluster: Path, repository: Path) -> None:
-    """Slurm sends SIGTERM to the batch script and to the tasks, which save: status 75, and no place in the queue."""
+def test_a_job_cancelled_by_the_user_is_not_queued_again(cluster: Path, repository: Path) -> None:
+    """Slurm sends SIGTERM to the batch script and to the tasks, which save and exit with 75."""
     job = submit(cluster, repository=repository, STATUS="wait")
     assert job.stdout is not None
     assert job.stdout.readline().startswith("NPROC=gpu")
@@ -193,8 +193,8 @@ def test_scancel_by_the_user_is_the_end(cluster: Path, repository: Path) -> None
     assert not (cluster / "requeued").exists()
 
 
-def test_a_time_limit_that_comes_before_all_is_saved_queues_again(cluster: Path, repository: Path) -> None:
-    """SIGUSR1 was not enough: Slurm ends the job when its time is up, which is not the end of the run."""
+def test_a_time_limit_reached_before_everything_is_saved_queues_again(cluster: Path, repository: Path) -> None:
+    """SIGUSR1 came too late for the save: Slurm ends the job, and the run resumes from its last checkpoint."""
     (cluster / "ends").write_text("1970-01-01T00:00:00")
     add(cluster / "tools" / "scancel", "#!/usr/bin/env bash\n")
     job = submit(cluster, repository=repository, STATUS="wait")
@@ -213,8 +213,8 @@ def test_a_time_limit_that_comes_before_all_is_saved_queues_again(cluster: Path,
     assert (cluster / "requeued").read_text() == "4711\n"
 
 
-def test_failures_are_queued_again_so_often_in_a_row(cluster: Path, repository: Path) -> None:
-    """With MAX_FAILURES=2: twice, not a third time; a stop with status 75 in between begins the count anew."""
+def test_consecutive_failures_are_queued_again_up_to_max_failures(cluster: Path, repository: Path) -> None:
+    """With MAX_FAILURES=2: twice, not a third time; a stop with status 75 in between resets the count."""
     numbers = []
     for status in (1, 137, 75, 1, 134, 1):
         code, output, requeued = finished(cluster, repository=repository, STATUS=str(status), MAX_FAILURES="2")
@@ -226,10 +226,10 @@ def test_failures_are_queued_again_so_often_in_a_row(cluster: Path, repository: 
 
 
 @pytest.mark.parametrize(("status", "state"), [("0", "RUNNING"), ("2", "RUNNING"), ("1", "COMPLETING")])
-def test_what_is_done_a_mistake_or_ended_by_slurm_is_not_queued_again(
+def test_success_user_errors_and_jobs_ended_by_slurm_are_not_queued_again(
     cluster: Path, repository: Path, status: str, state: str
 ) -> None:
-    """Slurm itself queues a preempted job again, and one whose node died."""
+    """Slurm itself queues a preempted job again, and a job whose node failed."""
     (cluster / "state").write_text(state)
     code, output, requeued = finished(cluster, repository=repository, STATUS=status)
 
@@ -238,7 +238,7 @@ def test_what_is_done_a_mistake_or_ended_by_slurm_is_not_queued_again(
 
 
 def test_a_task_of_an_array_queues_itself_and_not_the_array(cluster: Path, repository: Path) -> None:
-    """The last task's own number is the array's, which scontrol takes for all of its tasks."""
+    """The job id of the last task is that of the array, for which scontrol would act on all tasks."""
     array = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "8"}
     add(cluster / "tools" / "titan-cpt", '#!/usr/bin/env bash\n[[ $SLURM_NODEID == 1 ]] || echo "$@"\nexit 75\n')
     code, output, requeued = finished(cluster, "my sweep.toml", repository=repository, script="sweep.sbatch", **array)
@@ -248,16 +248,16 @@ def test_a_task_of_an_array_queues_itself_and_not_the_array(cluster: Path, repos
     assert output.splitlines()[0] == f"sweep my sweep.toml --launch {launch}"
 
 
-def test_a_sweep_that_is_no_array_is_refused(cluster: Path, repository: Path) -> None:
-    """Every run of it would be trained in one job."""
+def test_a_sweep_without_an_array_is_refused(cluster: Path, repository: Path) -> None:
+    """One job would train all of its runs."""
     code, output, _ = finished(cluster, "sweep.toml", repository=repository, script="sweep.sbatch")
 
     assert code == 2
     assert "submit this as an array" in output
 
 
-def test_the_step_gets_all_cores_and_what_the_setup_file_asks_for(cluster: Path, repository: Path) -> None:
-    """The cores of the smallest node; the setup file is sourced, and its launcher goes before run_train.sh."""
+def test_the_step_gets_all_cores_and_the_options_of_the_setup_file(cluster: Path, repository: Path) -> None:
+    """The cores of the smallest node; the setup file is sourced, and its launcher precedes run_train.sh."""
     setup = cluster / "setup.sh"
     setup.write_text("export FROM_SETUP=yes\nsrun_options=(--container-image=x)\nlauncher=(env LAUNCHED=yes)\nfalse\n")
     code, output, _ = finished(
@@ -271,15 +271,15 @@ def test_the_step_gets_all_cores_and_what_the_setup_file_asks_for(cluster: Path,
     assert f"--container-image=x env LAUNCHED=yes {repository}/run_train.sh --config a b" in call
 
 
-def test_cores_that_sbatch_was_asked_for_are_the_steps(cluster: Path, repository: Path) -> None:
-    """srun does not take over --cpus-per-task by itself (Slurm 22.05 and newer)."""
+def test_the_step_gets_the_cpus_per_task_of_sbatch(cluster: Path, repository: Path) -> None:
+    """srun does not inherit --cpus-per-task (Slurm 22.05 and newer)."""
     finished(cluster, repository=repository, STATUS="0", SLURM_CPUS_PER_TASK="16")
 
     assert "--cpus-per-task=16 " in (cluster / "srun-calls").read_text()
 
 
-def test_a_repository_that_is_not_found_is_a_mistake(cluster: Path) -> None:
-    """The variable that names it, and status 2."""
+def test_a_repository_that_is_not_found_is_a_user_error(cluster: Path) -> None:
+    """Status 2, and the name of the variable to set."""
     code, output, requeued = finished(cluster, TITAN_CPT_ROOT=str(cluster / "nowhere"))
 
     assert (code, requeued) == (2, [])
@@ -288,7 +288,7 @@ def test_a_repository_that_is_not_found_is_a_mistake(cluster: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
-    """The batch scripts and what they share are clean."""
+    """In the batch scripts and in common.sh."""
     scripts = ["scripts/slurm/train.sbatch", "scripts/slurm/sweep.sbatch", "scripts/slurm/common.sh", "run_train.sh"]
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
 

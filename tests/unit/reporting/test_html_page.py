@@ -1,4 +1,4 @@
-"""The report's page: rows by hand, a file that needs nothing else, runs that are going, and what a browser shows."""
+"""The HTML report: comparison rows computed by hand, a self-contained page, unfinished runs, rendering in a browser."""
 
 import io
 import json
@@ -73,7 +73,7 @@ EN_DE = [
 
 @pytest.fixture
 def write_run(tmp_path):
-    """write_run(name, lines, stages) makes the folder of a run: English for 10 steps, German for 10."""
+    """write_run(name, lines, stages) writes a run folder: by default 10 steps of English, then 10 of German."""
 
     def write_run(name, lines, stages=None, *, plan=True, begun="ab"):
         folder = tmp_path / name
@@ -83,8 +83,8 @@ def write_run(tmp_path):
             stage("b", 10, ["de"], 20, window=(9, 10), en=use(500, 500), de=use(9500)),
         ]
         if plan:
-            told = {"name": folder.name, "fingerprint": "f00dcafe", "step_tokens": STEP_TOKENS, "stages": stages}
-            (folder / "plan.json").write_text(json.dumps(told))
+            plan_json = {"name": folder.name, "fingerprint": "f00dcafe", "step_tokens": STEP_TOKENS, "stages": stages}
+            (folder / "plan.json").write_text(json.dumps(plan_json))
         steps = [trained(of, step, step + 10 * (of == "b"), 1e-3) for of in begun for step in range(1, 11)]
         start = {"kind": "event", "name": "start", "versions": {"torch": "2.13.0"}, "data": {"datasets.en": "abc"}}
         text = "".join(json.dumps(line) + "\n" for line in [start | {"world_size": 2}, *steps, *lines])
@@ -106,7 +106,7 @@ def status_of(*words):
     return leaving.value.code
 
 
-def test_a_row_holds_the_numbers_that_the_window_gives(write_run):
+def test_a_row_has_the_means_of_the_final_window(write_run):
     """By hand: means over steps 9 and 10, 5.1 and 3.2; AVG 4.15; forgetting 5.1 - 4.0; half of the union's compute."""
     (row,) = compare([read_run(write_run("r", EN_DE))])
 
@@ -117,12 +117,13 @@ def test_a_row_holds_the_numbers_that_the_window_gives(write_run):
     assert (row.update_share, row.is_done, row.tokens) == (0.5, True, 20_000)
 
 
-def test_a_row_of_a_run_that_is_going_says_where_it_is(write_run):
-    """The last measurement so far, and the stage that it was made in; nothing at all before the first one.
+def test_a_row_of_an_unfinished_run_names_its_stage(write_run):
+    """With the last validation so far; without losses before the first one.
 
-    All steps were taken, and the last measurement is still due: not done. It is where there is nothing to measure.
+    A run with all steps but without its last validation is not done; a run that has no validation is.
     """
-    going, blind = (read_run(write_run(name, lines)) for name, lines in (("going", EN_DE[:6]), ("blind", [])))
+    going = read_run(write_run("going", EN_DE[:6]))
+    blind = read_run(write_run("blind", []))
     new = read_run(write_run("new", [], begun="a"))
     row, unmeasured, empty = compare([going, blind, new])
 
@@ -132,8 +133,8 @@ def test_a_row_of_a_run_that_is_going_says_where_it_is(write_run):
     assert (unmeasured.losses, unmeasured.is_done) == ({}, True)
 
 
-def test_an_average_counts_what_is_trained_on_and_not_what_is_only_measured(write_run):
-    """A dataset that no stage of any run holds is shown and not averaged."""
+def test_an_average_is_over_the_datasets_trained_on(write_run):
+    """The loss of a dataset that no stage trains on is shown and not averaged."""
     lines = [*EN_DE, measured("b", 10, "fr", 100.0)]
     (row,) = compare([read_run(write_run("r", lines))])
 
@@ -141,8 +142,8 @@ def test_an_average_counts_what_is_trained_on_and_not_what_is_only_measured(writ
     assert row.average == pytest.approx(4.15)
 
 
-def test_the_page_holds_everything_and_fetches_nothing(write_run, capsys):
-    """All numbers of the table, the best ones bold, borders, versions, data; no address of anything outside."""
+def test_the_page_is_self_contained(write_run, capsys):
+    """It has all numbers, versions and data fingerprints, and no URL of another file."""
     runs = [write_run("5_percent", EN_DE), union_of(write_run)]
     status = status_of("report", *runs, "--html")
     page = runs[0].parent / "report" / "index.html"
@@ -167,15 +168,15 @@ def test_the_page_holds_everything_and_fetches_nothing(write_run, capsys):
 def test_the_lowest_number_of_each_column_is_bold(write_run):
     """Of en 5.1 and 4.2 the second; of AVG 4.15 and 3.7 the second; a column with one number has no best."""
     records = [read_run(write_run("5_percent", EN_DE)), read_run(union_of(write_run))]
-    (grid,) = next(iter(sections(records))).tables
-    places = {(grid.head[column], row) for row, column in grid.best}
+    (table,) = next(iter(sections(records))).tables
+    places = {(table.head[column], row) for row, column in table.best}
 
     assert {("en", 1), ("AVG", 1)} <= places
     assert "forgetting" not in {name for name, _ in places}
 
 
-def test_a_run_from_scratch_is_set_against_the_others_start(write_run):
-    """The union's 4.2 on English is 0.2 above the 4.0 that the other had when it left English."""
+def test_a_run_from_scratch_is_compared_with_the_losses_of_the_others(write_run):
+    """The union's 4.2 on English is 0.2 above the 4.0 of the other run at the end of its English stage."""
     records = [read_run(write_run("5_percent", EN_DE)), read_run(union_of(write_run))]
     drawn = {figure.name: figure for section in sections(records) for figure in section.figures}
 
@@ -183,27 +184,27 @@ def test_a_run_from_scratch_is_set_against_the_others_start(write_run):
     assert drawn["losses"].svg_light != drawn["losses"].svg_dark
 
 
-def test_metrics_alone_make_a_page(write_run, tmp_path):
-    """No plan.json, no config, no TensorBoard: curves and losses, under the folder's name."""
-    run = write_run("alone", EN_DE, plan=False)
+def test_a_metrics_file_without_a_plan_makes_a_page(write_run, tmp_path):
+    """Without plan.json and config.toml: curves and losses, under the name of the folder."""
+    run = write_run("only_metrics", EN_DE, plan=False)
     record = read_run(run / "metrics.jsonl")
     status = status_of("report", run / "metrics.jsonl", "--html", tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text()
 
-    assert (record.name, record.total_tokens, record.tokens_at("b", 5)) == ("alone", 20_000, 15_000)
+    assert (record.name, record.total_tokens, record.tokens_at("b", 5)) == ("only_metrics", 20_000, 15_000)
     assert status == 0
     assert "5.0000" in text
     assert "Validation losses" in text
 
 
-def test_a_run_without_a_single_measurement_makes_a_page(write_run, tmp_path):
-    """As it is in its first minute."""
+def test_a_run_without_validation_makes_a_page(write_run, tmp_path):
+    """As in the first minute of a run."""
     assert status_of("report", write_run("new", [], begun="a"), "--html", tmp_path / "out") == 0
     assert "still in a" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_runs_of_several_folders_are_told_apart(write_run):
-    """By the folder around them; runs of one folder keep their names, copies of a run get their folders'."""
+def test_runs_get_unique_names(write_run):
+    """By their parent folder; runs of one folder keep their names, copies of a run get those of their folders."""
     apart = with_unique_names([read_run(write_run("x/seed-0", EN_DE)), read_run(write_run("y/seed-0", EN_DE))])
     together = with_unique_names([read_run(write_run("z/one", EN_DE)), read_run(write_run("z/two", EN_DE))])
 
@@ -222,8 +223,8 @@ def test_runs_of_several_folders_are_told_apart(write_run):
     assert default_folder([apart[0].folder]) == apart[0].folder / "report"
 
 
-def test_without_the_extra_it_says_what_to_install(write_run, tmp_path, monkeypatch, capsys):
-    """Status 2, and the terminal's table all the same."""
+def test_without_jinja2_the_message_says_what_to_install(write_run, tmp_path, monkeypatch, capsys):
+    """Status 2; the tables are printed all the same."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
 
     assert status_of("report", write_run("r", EN_DE), "--html", tmp_path / "out") == 2
@@ -235,7 +236,7 @@ def test_without_the_extra_it_says_what_to_install(write_run, tmp_path, monkeypa
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (apt-get install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
-    """Headless Chromium finds every section, loads every figure, and paints on the colour of the scheme."""
+    """Headless Chromium finds every section, loads every figure, and uses the background of the color scheme."""
     runs = [write_run("5_percent", EN_DE), union_of(write_run)]
     status_of("report", *runs, "--html", tmp_path / "out")
     shot = tmp_path / "shot.png"
@@ -245,7 +246,7 @@ def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
         "--window-size=1280,3000",
     ]
     page = (tmp_path / "out" / "index.html").as_uri()
-    checked = tmp_path / "out" / "checked.html"  # the same page, which writes down what it loaded
+    checked = tmp_path / "out" / "checked.html"  # the same page, with a title that lists what it loaded
     script = (
         "<script>onload=()=>document.title=[...document.images].map(i=>i.complete&&i.naturalWidth>300)"
         ".concat(document.querySelectorAll('h2').length).join()</script></body>"
@@ -263,12 +264,12 @@ def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
 
 
 def on(identity, lines):
-    """The lines, as measured on that validation data."""
+    """The lines with that validation_id."""
     return [line | {"validation_id": identity} for line in lines]
 
 
-def test_runs_measured_on_different_validation_data_are_not_set_against_each_other(write_run):
-    """No best number of a column, a sentence, and no hollow point: the union's losses are not on the others' start."""
+def test_runs_with_different_validation_data_are_not_compared(write_run):
+    """No bold number, a sentence that says so, and no point in the trade-off figure."""
     one, other = read_run(write_run("one", on("A", EN_DE))), union_of(write_run)
     (other / "metrics.jsonl").write_text(
         (other / "metrics.jsonl").read_text().replace('"dataset"', '"validation_id": "B", "dataset"')
@@ -276,17 +277,17 @@ def test_runs_measured_on_different_validation_data_are_not_set_against_each_oth
     records = [one, read_run(other)]
     console = Console(width=140, record=True, file=io.StringIO())
     print_comparison(compare(records), console)
-    (grid,) = (final := next(iter(sections(records)))).tables
+    (table,) = (final := next(iter(sections(records)))).tables
 
     assert incomparable_datasets(compare(records)) == ["de", "en"]
-    assert not {grid.head[column] for _, column in grid.best} & {"en", "de", "AVG"}
+    assert not {table.head[column] for _, column in table.best} & {"en", "de", "AVG"}
     assert "de, en" in final.lead
     assert "not comparable, measured on different validation data or windows: de, en" in console.export_text()
     assert "trade-off" not in {figure.name for section in sections(records) for figure in section.figures}
 
 
-def test_a_curve_is_broken_and_marked_where_its_validation_data_changed(write_run):
-    """English after 10 thousand tokens: two lines that do not touch, and a dotted one between; German is whole."""
+def test_a_curve_is_broken_and_marked_where_the_validation_data_changed(write_run):
+    """English after 10 thousand tokens: two separate lines and a dotted one between; German is one line."""
     lines = [*on("A", EN_DE[:4]), *(line for line in on("A", EN_DE[4:]) if line["dataset"] == "de")]
     lines += [line for line in on("B", EN_DE[4:]) if line["dataset"] == "en"]
     german, english = plot_losses([read_run(write_run("r", lines))]).axes[:2]
@@ -303,9 +304,9 @@ def test_a_curve_is_broken_and_marked_where_its_validation_data_changed(write_ru
 
 
 def test_no_two_points_of_the_trade_off_look_alike():
-    """Seven colours, four shapes; a run that forgets nothing of its own is hollow."""
+    """Seven colors, four markers; a run from scratch is hollow."""
     rows = [
-        ComparisonRow(f"arm {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)
+        ComparisonRow(f"run {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)
     ]
     points = plot_trade_off([(number, row, 0.1) for number, row in enumerate(rows)]).axes[0].lines
 
@@ -315,7 +316,7 @@ def test_no_two_points_of_the_trade_off_look_alike():
 
 @pytest.mark.parametrize("what", ["page", "figure"])
 def test_a_page_replaces_only_what_a_report_wrote(write_run, tmp_path, capsys, what):
-    """A page and figures of ours, of older versions too (no mark in the PNGs), and nothing of the user's."""
+    """Pages and figures of reports, those of older versions too (no mark in the PNGs), and no file of the user's."""
     run, out = write_run("r", EN_DE), tmp_path / "out"
     assert status_of("report", run, "--html", out) == 0
     figure = next(path for path in out.iterdir() if path.suffix == ".png")

@@ -1,4 +1,4 @@
-"""What is read from a run's folder: summaries of finished, unfinished and resumed runs, and the command."""
+"""Summaries of finished, unfinished and resumed runs, and `titan-cpt report`."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def validation_line(stage, step, dataset, loss, forgetting=None):
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes a run's folder from stages and lines."""
+    """run(stages, lines) writes a run folder and returns its path."""
 
     def write(stages, lines, tail=""):
         plan = {"name": "r", "fingerprint": "00", "step_tokens": 64, "stages": stages}
@@ -65,8 +65,8 @@ def test_the_final_loss_is_the_mean_of_ten_samples_over_the_last_hundred_steps(r
     assert summary["stages"][0]["final_loss"] == {"x": pytest.approx(3.55, rel=1e-12)}
 
 
-def test_there_is_no_final_loss_before_its_window_is_full_or_where_none_was_asked_for(run):
-    """Nine samples of ten; and a stage without a window."""
+def test_there_is_no_final_loss_without_a_complete_window(run):
+    """Nine samples of ten; and a stage without a final window."""
     lines = [validation_line("a", step, "x", 1.0) for step in range(310, 400, 10)]
     going = summarize(run([stage_of("a", 400, "x", window=range(310, 401, 10))], lines))
     without = summarize(run([stage_of("a", 400, "x")], lines))
@@ -74,8 +74,8 @@ def test_there_is_no_final_loss_before_its_window_is_full_or_where_none_was_aske
     assert going["stages"][0]["final_loss"] == without["stages"][0]["final_loss"] == {}
 
 
-def test_of_what_was_written_twice_the_last_counts(run):
-    """A resumed run: step 20 was measured again, and step 20's seconds count once."""
+def test_the_last_line_of_a_step_counts(run):
+    """A resumed run: step 20 was validated again, and its seconds count once."""
     lines = [
         validation_line("a", 0, "x", 5.0),
         validation_line("a", 0, "x", 6.0),
@@ -92,16 +92,16 @@ def test_of_what_was_written_twice_the_last_counts(run):
     assert stage["seconds"] == 2.0  # 64 tokens at 32 tokens/s
 
 
-def test_seconds_are_the_steps_tokens_over_their_speed(run):
-    """Two steps at 64 and one at 16 tokens/s: 1 + 1 + 4 seconds; a step without a speed is left out."""
+def test_seconds_are_tokens_divided_by_throughput(run):
+    """Two steps at 64 and one at 16 tokens/s: 1 + 1 + 4 seconds; a step without a throughput is skipped."""
     lines = [train_line("a", 1, 64.0), train_line("a", 2, 64.0), train_line("a", 3, 16.0), train_line("a", 4, None)]
     stages = summarize(run([stage_of("a", 4, "x"), stage_of("b", 4, "x")], lines))["stages"]
 
     assert [stage["seconds"] for stage in stages] == [6.0, 0]
 
 
-def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
-    """Forgetting of the old one alone."""
+def test_adaptation_is_reported_for_new_datasets_and_their_domains(run):
+    """Forgetting only for the old dataset."""
     lines = [
         validation_line("b", 9, "new.wiki", 1.0),
         validation_line("b", 9, "new", 2.0),
@@ -114,7 +114,7 @@ def test_adaptation_is_told_of_new_datasets_and_their_domains(run):
 
 
 def test_a_run_that_has_just_begun_has_a_report(run):
-    """No line at all, or the beginning of the first."""
+    """No line, or an incomplete first line."""
     for tail, said in ("", 0), ('{"kind": "ev', 1):
         summary = summarize(run([stage_of("a", 4, "x")], [], tail))
         stage = summary["stages"][0]
@@ -124,7 +124,7 @@ def test_a_run_that_has_just_begun_has_a_report(run):
 
 
 def test_the_table_shows_the_numbers_of_a_stage(run):
-    """The loss when the weights left the dataset, 0.25 below the one after, stands between the others."""
+    """`left at` is 0.25 below the loss after the stage, which is the forgetting."""
     lines = [
         validation_line("a", 0, "old", 3.125),
         train_line("a", 10, 64.0),
@@ -142,8 +142,8 @@ def test_the_table_shows_the_numbers_of_a_stage(run):
     assert "640" in text
 
 
-def test_a_stopped_run_shows_the_steps_that_were_taken_and_no_stage_that_was_not(run):
-    """Stopped at step 151 of 200, measured at 100; the second stage has not begun, and its tokens are not shown."""
+def test_a_stopped_run_shows_the_steps_done_and_no_table_of_later_stages(run):
+    """Stopped at step 151 of 200, validated at 100; the second stage has not begun."""
     lines = [validation_line("a", 0, "x", 9.0), validation_line("a", 100, "x", 4.0)]
     steps = [train_line("a", step, 6.4) for step in range(1, 152)]
     folder = run([stage_of("a", 200, "x"), stage_of("b", 77, "y")], [*steps, *lines])
@@ -159,8 +159,8 @@ def test_a_stopped_run_shows_the_steps_that_were_taken_and_no_stage_that_was_not
     ]
 
 
-def test_seconds_of_a_record_that_lacks_steps_say_of_which_steps_they_are(run):
-    """Every fifth of 20 steps was kept, at a second each; a record without any step has no duration."""
+def test_seconds_of_a_log_without_every_step_say_how_many_steps_they_cover(run):
+    """Every fifth of 20 steps was logged, at a second each; a log without any step has no duration."""
     lines = [train_line("a", step, 64.0) for step in range(5, 21, 5)]
     stages = [stage_of("a", 20, "x"), stage_of("b", 20, "x")]
     text = shown(run(stages, [*lines, validation_line("a", 20, "x", 1.0), validation_line("b", 20, "x", 1.0)]))
@@ -170,9 +170,9 @@ def test_seconds_of_a_record_that_lacks_steps_say_of_which_steps_they_are(run):
 
 
 def test_losses_of_different_validation_data_are_marked_and_never_averaged(run):
-    """x was measured on A before and on B after, y on A alone; the final window of x has both.
+    """x was measured on A before and on B after, y on A only; the final window of x has both.
 
-    Once the first weights were measured again on B, that is the loss before.
+    Once the initial weights were measured again on B, that is the loss before.
     """
     window = stage_of("a", 20, "z", window=(10, 20))
     lines = [
@@ -193,8 +193,8 @@ def test_losses_of_different_validation_data_are_marked_and_never_averaged(run):
     assert (renewed["not_comparable"], renewed["before"]) == ([], {"x": 3.5, "y": 2.0})
 
 
-def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recorded(run):
-    """They have no identity; an event names the datasets whose validation changed."""
+def test_losses_of_older_versions_are_comparable_unless_a_change_was_logged(run):
+    """They have no validation_id; an event lists the datasets whose validation data changed."""
     lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 4, "x", 2.5) | {"validation_id": "B"}]
     event = {"kind": "event", "name": "validation_changed", "stage": "a", "step": 2, "datasets": ["x"]}
 
@@ -204,8 +204,8 @@ def test_measurements_of_older_versions_are_comparable_unless_a_change_was_recor
     assert summarize(run([stage_of("a", 4, "z")], [*both_old, event]))["stages"][0]["not_comparable"] == []
 
 
-def test_a_loss_that_is_not_finite_is_left_out(run):
-    """The record holds null for it; the measurement before it counts, and the report says so."""
+def test_a_loss_that_is_not_finite_is_ignored(run):
+    """The log has null for it; the validation before it counts, and the report says so."""
     lines = [validation_line("a", 0, "x", 3.0), validation_line("a", 5, "x", None)]
     summary = summarize(run([stage_of("a", 5, "x")], lines))
     stage = summary["stages"][0]
@@ -216,14 +216,14 @@ def test_a_loss_that_is_not_finite_is_left_out(run):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
 def test_a_damaged_plan_is_an_error(tmp_path, content):
-    """Empty, cut, or JSON that is not a plan."""
+    """Empty, truncated, or JSON that is not a plan."""
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
         summarize(tmp_path)
 
 
-def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
-    """Nothing, a file, a folder without runs, one of runs and of sweeps, a stage, a checkpoint."""
+def test_a_path_that_is_not_a_run_is_an_error_that_lists_nearby_runs(run, tmp_path):
+    """A missing path, a file, a folder without runs, one with runs or sweeps, a stage, a checkpoint."""
     run([stage_of("a", 4, "x")], [])
     mine = tmp_path / "outputs" / "mine"
     for folder in (mine, tmp_path / "outputs" / "sweep" / "arm", tmp_path / "empty", mine / "a" / "step-00000004"):
@@ -246,8 +246,8 @@ def test_what_is_not_a_run_is_said_with_the_runs_that_are_there(run, tmp_path):
     assert said(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
 
 
-def test_one_run_that_cannot_be_read_does_not_end_the_report_of_the_others(run, tmp_path, capsys):
-    """A line of one was damaged: it is named and the rest is shown; another has no plan: status 2, after the tables."""
+def test_a_run_that_cannot_be_read_does_not_stop_the_report_of_the_others(run, tmp_path, capsys):
+    """A damaged line is reported and the rest is shown; a damaged plan is status 2, after the tables."""
     folder = run([stage_of("a", 4, "x")], [validation_line("a", 4, "x", 1.5)], tail="\0\0\n")
     status = status_of("report", str(folder))
     one = capsys.readouterr()
@@ -262,8 +262,8 @@ def test_one_run_that_cannot_be_read_does_not_end_the_report_of_the_others(run, 
     assert (tmp_path / "out" / "index.html").exists()
 
 
-def test_the_command_reports_a_run_that_is_still_going(tmp_path, capsys):
-    """While it trains, and after it was killed: 0 and a table with the steps measured so far; 2 for what is no run."""
+def test_the_command_reports_a_run_that_is_still_training(tmp_path, capsys):
+    """Also after it was killed: status 0 and a table of the steps so far; 2 for a path that is not a run."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["stages"][0]["steps"] = 2000
     going = training.Process(training.write_config(raw, tmp_path / "c.toml"))

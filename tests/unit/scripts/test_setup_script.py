@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from shell_repository import Repository
 
-# A stand-in for Python before and after `-m venv`: it answers setup.sh's questions out of a folder of marks.
+# A stand-in for Python before and after `-m venv`: what is installed is a folder of marker files.
 FAKE_PYTHON = """#!/usr/bin/env bash
 marks=$(dirname -- "$CALLS")/marks; mkdir -p "$marks"
 case "$*" in
@@ -47,7 +47,7 @@ class TestSetup:
         return machine.calls_file.read_text(encoding="utf-8").splitlines()
 
     def test_a_bare_machine_gets_everything(self, machine: Repository) -> None:
-        """Environment, torch, the package with what the quick start needs; every command is printed."""
+        """Environment, torch, and the package with the extra of the quick start; every command is printed."""
         done = machine.run("scripts/setup.sh")
 
         assert done.returncode == 0, done.stderr
@@ -58,14 +58,14 @@ class TestSetup:
         ]
         assert [line.startswith("+ ") for line in done.stdout.splitlines()].count(True) == 3
 
-    def test_extras_are_those_asked_for(self, machine: Repository) -> None:
-        """Several may be named."""
+    def test_the_given_extras_are_installed(self, machine: Repository) -> None:
+        """One or several."""
         machine.run("scripts/setup.sh", "test", "hf")
 
         assert self.installs(machine)[-1] == f"-m pip install --editable {machine.folder}[test,hf]"
 
     def test_an_unknown_extra_is_refused(self, machine: Repository) -> None:
-        """pip would only warn; the message names the extras that there are."""
+        """pip would only warn; the message lists the known extras."""
         done = machine.run("scripts/setup.sh", "tets")
 
         assert done.returncode == 2
@@ -80,7 +80,7 @@ class TestSetup:
         assert "-m pip install --index-url https://example.org/cpu torch>=2.13" in self.installs(machine)
 
     def test_a_second_run_does_nothing(self, machine: Repository) -> None:
-        """Everything is there: nothing is installed again."""
+        """Nothing is installed again."""
         machine.run("scripts/setup.sh")
         machine.calls_file.unlink()
 
@@ -90,8 +90,8 @@ class TestSetup:
         assert "nothing to do" in done.stdout
         assert self.installs(machine) == []
 
-    def test_a_torch_that_is_there_is_kept(self, machine: Repository) -> None:
-        """A second extra brings the package up to date and leaves torch alone."""
+    def test_an_installed_torch_is_kept(self, machine: Repository) -> None:
+        """A second extra updates the package and does not touch torch."""
         machine.run("scripts/setup.sh")
         machine.calls_file.unlink()
 
@@ -99,8 +99,8 @@ class TestSetup:
 
         assert self.installs(machine) == [f"-m pip install --editable {machine.folder}[test]"]
 
-    def test_a_half_made_environment_is_made_again(self, machine: Repository) -> None:
-        """A .venv without a Python, as an interruption leaves it, is no reason to fail."""
+    def test_an_incomplete_environment_is_made_again(self, machine: Repository) -> None:
+        """A .venv without a Python, as an interrupted run leaves it."""
         (machine.folder / ".venv/lib").mkdir(parents=True)
 
         done = machine.run("scripts/setup.sh")
@@ -109,7 +109,7 @@ class TestSetup:
         assert self.installs(machine)[0] == f"-m venv --clear {machine.folder}/.venv"
 
     def test_an_environment_without_pip_gets_pip(self, machine: Repository) -> None:
-        """An interruption between Python and pip, or an environment made by uv: nothing in it is thrown away."""
+        """An interruption between Python and pip, or an environment made by uv; its packages stay."""
         machine.run("scripts/setup.sh")
         machine.calls_file.unlink()
         (machine.folder.parent / "marks/pip").unlink()
@@ -128,18 +128,18 @@ class TestSetup:
         ],
         ids=["too old", "no venv", "no such interpreter"],
     )
-    def test_a_machine_that_will_not_do_is_told_the_remedy(
+    def test_an_unsuitable_machine_gets_a_message_with_the_remedy(
         self, machine: Repository, environment: dict[str, str], messages: list[str]
     ) -> None:
-        """What was found, what is needed and what to do; nothing is left behind."""
+        """What was found, what is needed and what to do; no files are written."""
         done = machine.run("scripts/setup.sh", **environment)
 
         assert done.returncode == 2
         assert all(message in done.stderr for message in messages), done.stderr
         assert not (machine.folder / ".venv").exists()
 
-    def test_the_interpreter_can_be_named(self, machine: Repository) -> None:
-        """PYTHON may be a path outside PATH."""
+    def test_python_selects_the_interpreter(self, machine: Repository) -> None:
+        """Also one that is not on PATH."""
         other = machine.folder.parent / "other/python3.12"
         machine.add_tool(other, FAKE_PYTHON)
 

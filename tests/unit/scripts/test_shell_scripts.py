@@ -23,7 +23,7 @@ def repository(tmp_path: Path) -> Repository:
 
 
 def train_arguments(call: dict) -> list[str]:
-    """What came after `-m titan_cpt train`."""
+    """The arguments after `-m titan_cpt train`."""
     arguments = call["arguments"]
     at = next(i for i in range(len(arguments)) if arguments[i : i + 3] == ["-m", "titan_cpt", "train"])
     return arguments[at + 3 :]
@@ -35,7 +35,7 @@ def option(call: dict, name: str) -> str | None:
 
 
 class TestOneProcess:
-    """run_train.sh as a newcomer uses it."""
+    """run_train.sh with one process."""
 
     def test_without_arguments_it_is_the_quick_start(self, repository: Repository) -> None:
         """The quick start's config is found beside the script, and the run stays in the caller's directory."""
@@ -51,12 +51,12 @@ class TestOneProcess:
         "given", [["--config", "my config.toml", "--training.seq_len", "512"], ["--config=x.toml"]], ids=["two", "one"]
     )
     def test_arguments_with_a_config_pass_through(self, repository: Repository, given: list[str]) -> None:
-        """Nothing is added, split or reordered."""
+        """No argument is added, split or reordered."""
         repository.run("run_train.sh", *given)
 
         assert train_arguments(repository.only_call()) == given
 
-    def test_overrides_alone_change_the_quick_start(self, repository: Repository) -> None:
+    def test_overrides_without_a_config_change_the_quick_start(self, repository: Repository) -> None:
         """Without --config, the overrides apply to the quick start's."""
         repository.run("run_train.sh", "--job.name", "--config-like", "--training.seq_len=64")
 
@@ -69,11 +69,11 @@ class TestOneProcess:
         ]
 
     @pytest.mark.parametrize("status", [0, 1, 2, 75])
-    def test_the_exit_status_is_the_programs(self, repository: Repository, status: int) -> None:
-        """What other programs rely on arrives unchanged."""
+    def test_the_exit_status_is_that_of_titan_cpt(self, repository: Repository, status: int) -> None:
+        """Other programs rely on it."""
         assert repository.run("run_train.sh", ACTION=f"exit {status}").returncode == status
 
-    def test_the_command_is_printed_as_it_could_be_typed(self, repository: Repository) -> None:
+    def test_the_command_is_printed_as_a_shell_line(self, repository: Repository) -> None:
         """One line on stderr; stdout belongs to the program."""
         done = repository.run("run_train.sh", "--config", "my config.toml", ACTION="echo from the program")
 
@@ -82,8 +82,8 @@ class TestOneProcess:
         assert line.startswith("+ ")
         assert line.endswith(r"-m titan_cpt train --config my\ config.toml")
 
-    def test_the_program_takes_the_scripts_place(self, repository: Repository) -> None:
-        """A signal to the script's process reaches the program itself."""
+    def test_the_training_process_replaces_the_script(self, repository: Repository) -> None:
+        """A signal to the script's process id reaches titan_cpt."""
         process = subprocess.Popen(
             [str(repository.folder / "run_train.sh")],
             cwd=repository.elsewhere,
@@ -99,8 +99,8 @@ class TestOneProcess:
 
             assert process.wait(timeout=30) == 75
 
-    def test_a_number_of_processes_must_be_one(self, repository: Repository) -> None:
-        """NPROC that is no whole number from 1 is refused before anything is started."""
+    def test_nproc_must_be_a_positive_integer(self, repository: Repository) -> None:
+        """Any other NPROC is refused before a process is started."""
         done = repository.run("run_train.sh", NPROC="0")
 
         assert done.returncode == 2
@@ -113,17 +113,15 @@ class TestEnvironment:
 
     @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
     def test_the_active_environment_comes_first(self, repository: Repository, tmp_path: Path, variable: str) -> None:
-        """An active environment with titan_cpt is used although .venv is there too."""
+        """An active environment that has titan_cpt is preferred to .venv."""
         repository.add_recorder(tmp_path / "active/bin/python")
 
         repository.run("run_train.sh", **{variable: str(tmp_path / "active")})
 
         assert repository.only_call()["program"] == str(tmp_path / "active/bin/python")
 
-    def test_an_active_environment_without_titan_cpt_is_passed_over(
-        self, repository: Repository, tmp_path: Path
-    ) -> None:
-        """conda's base, active in every shell of many machines, does not hide what setup.sh made."""
+    def test_an_active_environment_without_titan_cpt_is_skipped(self, repository: Repository, tmp_path: Path) -> None:
+        """conda's base, which is active in every shell of many machines, does not hide the .venv of setup.sh."""
         repository.add_recorder(tmp_path / "base/bin/python")
 
         repository.run("run_train.sh", CONDA_PREFIX=str(tmp_path / "base"), LACKS_TITAN_CPT="base")
@@ -131,7 +129,7 @@ class TestEnvironment:
         assert repository.only_call()["program"] == f"{repository.folder}/.venv/bin/python"
 
     def test_without_titan_cpt_it_says_what_to_run(self, repository: Repository) -> None:
-        """The environments that were looked at, and the command that mends it."""
+        """The message lists the environments that were searched, and the command that installs titan_cpt."""
         done = repository.run("run_train.sh", LACKS_TITAN_CPT=".venv")
 
         assert done.returncode == 2
@@ -153,8 +151,8 @@ class TestEnvironment:
 class TestSeveralProcesses:
     """run_train.sh under torchrun."""
 
-    def test_one_node_runs_torchrun_alone(self, repository: Repository) -> None:
-        """NPROC processes, no address to agree on, rank 0 shown and the others kept in files."""
+    def test_one_node_runs_torchrun_standalone(self, repository: Repository) -> None:
+        """NPROC processes, no address; rank 0 is printed, and the output of the others goes to files."""
         done = repository.run("run_train.sh", "--config", "x.toml", NPROC="3", OMP_NUM_THREADS="5")
 
         assert done.returncode == 0, done.stderr
@@ -178,7 +176,7 @@ class TestSeveralProcesses:
         assert [call["OMP_NUM_THREADS"] for call in repository.calls()] == ["3", "1"]
 
     def test_log_rank_chooses_what_is_shown(self, repository: Repository) -> None:
-        """LOG_RANK passes through, and only the others are redirected."""
+        """LOG_RANK is printed; only the output of other ranks is redirected."""
         repository.run("run_train.sh", NPROC="4", LOG_RANK="1,3")
 
         call = repository.only_call()
@@ -197,8 +195,8 @@ class TestSeveralProcesses:
         assert option(call, "--master-port") == "1234"
         assert "--standalone" not in call["arguments"]
 
-    def test_slurm_tells_the_nodes(self, repository: Repository) -> None:
-        """Number, rank, the first node's name and a port of the job's own come from Slurm's variables."""
+    def test_node_count_rank_address_and_port_come_from_slurm(self, repository: Repository) -> None:
+        """The address is the name of the first node; the port is computed from the job id."""
         repository.add_tool(
             repository.tools / "scontrol",
             '#!/usr/bin/env bash\n[[ "$*" == "show hostnames gpu[07-08,12]" ]] && printf "gpu07\\ngpu08\\ngpu12\\n"\n',
@@ -230,10 +228,10 @@ class TestSeveralProcesses:
         ],
         ids=["no rank", "rank too high", "no address", "two wrappers on a node"],
     )
-    def test_what_cannot_work_is_refused(
+    def test_invalid_environments_are_refused(
         self, repository: Repository, environment: dict[str, str], message: str
     ) -> None:
-        """Exit status 2 and what to set, instead of a rendezvous that waits for ever."""
+        """Exit status 2 and the variable to set, instead of a rendezvous that never ends."""
         done = repository.run("run_train.sh", **environment)
 
         assert done.returncode == 2
@@ -241,8 +239,8 @@ class TestSeveralProcesses:
         assert repository.calls() == []
 
     @pytest.mark.parametrize("status", [2, 75])
-    def test_the_programs_status_wins_over_torchruns(self, repository: Repository, status: int) -> None:
-        """torchrun ends with 1 whatever happened; the program wrote down what it was."""
+    def test_the_status_of_titan_cpt_replaces_that_of_torchrun(self, repository: Repository, status: int) -> None:
+        """torchrun exits with 1 on every failure; titan_cpt wrote its own status to a file."""
         done = repository.run(
             "run_train.sh", NPROC="2", ACTION=f'echo {status} > "$TITAN_CPT_STATUS_FILE"; echo why >&2; exit 1'
         )
@@ -252,7 +250,7 @@ class TestSeveralProcesses:
 
     @pytest.mark.parametrize("written", ["", "0", "nonsense"], ids=["nothing", "success", "no number"])
     def test_a_failure_never_becomes_a_success(self, repository: Repository, written: str) -> None:
-        """A failure of torchrun without a usable status is 1, and its files are removed."""
+        """A failure of torchrun without a valid status file is 1, and its files are removed."""
         done = repository.run(
             "run_train.sh", NPROC="2", ACTION=f'printf "%s" "{written}" > "$TITAN_CPT_STATUS_FILE"; exit 1'
         )
@@ -260,8 +258,8 @@ class TestSeveralProcesses:
         assert done.returncode == 1
         assert list((repository.folder.parent / "tmp").iterdir()) == []
 
-    def test_success_is_success_whatever_was_written(self, repository: Repository) -> None:
-        """A status left by an earlier attempt does not spoil a run that torchrun ended well."""
+    def test_a_stale_status_file_does_not_change_success(self, repository: Repository) -> None:
+        """A status of an earlier attempt is ignored if torchrun exits with 0."""
         action = 'echo 1 > "$TITAN_CPT_STATUS_FILE"; exit 0'
 
         assert repository.run("run_train.sh", NPROC="2", ACTION=action).returncode == 0
@@ -270,7 +268,7 @@ class TestSeveralProcesses:
     def test_errors_of_hidden_processes_are_shown_after_a_failure(
         self, repository: Repository, status: int, shown: int
     ) -> None:
-        """Where only processes that are not shown know the reason, it is shown in the end, once if they agree."""
+        """If only processes that are not printed know the reason, it is printed at the end, once if they agree."""
         action = f"""
             for rank in 1 2; do
                 logs=$(dirname "$TITAN_CPT_STATUS_FILE")/logs/none_x/attempt_0/$rank
@@ -297,7 +295,7 @@ class TestSeveralProcesses:
     def test_one_message_is_shown_once_after_the_users_mistake(
         self, repository: Repository, said_by: dict[int, str], shown: list[str]
     ) -> None:
-        """What the shown process said is not repeated, and what follows from it is not shown."""
+        """The message of the printed process is not repeated, and consequential errors are not printed."""
         action = "".join(f'echo "{text}" > "$TITAN_CPT_STATUS_FILE.process-{rank}";' for rank, text in said_by.items())
         action = action.replace('echo ""', "printf ''")
         action += """
@@ -313,8 +311,8 @@ class TestSeveralProcesses:
         messages = [line for line in done.stderr.splitlines()[1:] if not line.startswith("run_train.sh: last output")]
         assert messages == shown
 
-    def test_on_several_nodes_a_mistake_in_the_config_is_left_to_the_launcher(self, repository: Repository) -> None:
-        """It tells the mistake once for all nodes; here each node would."""
+    def test_on_several_nodes_the_launcher_reports_config_errors(self, repository: Repository) -> None:
+        """The launcher prints the error once for all nodes; this script would print it on each node."""
         done = repository.run(
             "run_train.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="a", MASTER_PORT="1", RUN_INFO_STATUS="2"
         )
@@ -323,8 +321,8 @@ class TestSeveralProcesses:
         assert done.returncode == 0
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_is_passed_on_and_waited_for(self, repository: Repository, number: signal.Signals) -> None:
-        """torchrun hears the signal, has the time to save, and the status that the program wrote comes out."""
+    def test_a_signal_is_forwarded_and_the_script_waits(self, repository: Repository, number: signal.Signals) -> None:
+        """torchrun receives the signal and has time to save; the script exits with the status of titan_cpt."""
         name = number.name.removeprefix("SIG")
         action = f"""
             trap 'sleep 0.3; echo saved; echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' {name}
@@ -348,10 +346,10 @@ class TestSeveralProcesses:
 
 
 class TestLogsAndRestarts:
-    """What run_train.sh keeps of a node, and what a cluster asks of it."""
+    """Logs of a node, restarts, GPU counts and signals on a cluster."""
 
-    def test_logs_are_kept_in_the_runs_folder_and_nothing_elsewhere(self, repository: Repository) -> None:
-        """console.txt has both streams, files that hold nothing are removed, and TMPDIR stays empty."""
+    def test_logs_are_written_to_the_run_folder_only(self, repository: Repository) -> None:
+        """console.txt has both streams, empty files are removed, and TMPDIR stays empty."""
         action = """
             logs=$(dirname "$TITAN_CPT_STATUS_FILE")/none_x/attempt_0
             mkdir -p $logs/1 $logs/2; touch $logs/1/stdout.log; echo late > $logs/2/stderr.log
@@ -367,7 +365,7 @@ class TestLogsAndRestarts:
         assert list((repository.folder.parent / "tmp").iterdir()) == []
 
     def test_a_job_of_slurm_has_a_folder_for_each_start(self, repository: Repository) -> None:
-        """The job's number, the array's task and how often Slurm started it; one process keeps its output there."""
+        """Named by job id, array task and restart count; a single process writes there too."""
         slurm = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2", "SLURM_NODEID": "0"}
         for restarts in ({}, {"SLURM_RESTART_COUNT": "3"}):
             done = repository.run("run_train.sh", ACTION="echo loss; exit 0", **slurm, **restarts)
@@ -378,8 +376,8 @@ class TestLogsAndRestarts:
         assert [path.read_text().splitlines()[-1] for path in logs.rglob("console.txt")] == ["loss", "loss"]
 
     @pytest.mark.skipif(not shutil.which("script"), reason="script(1), which makes a terminal, is not installed")
-    def test_nothing_is_left_of_a_run_on_a_terminal_that_hides_no_process(self, repository: Repository) -> None:
-        """The terminal had it all: no folder logs/ stays behind."""
+    def test_a_terminal_that_prints_every_process_leaves_no_logs(self, repository: Repository) -> None:
+        """The terminal showed all output: there is no folder logs/ afterwards."""
         command = f"'{repository.folder}/run_train.sh' --config x.toml"
         repository.environment["NPROC"] = "2"
         done = subprocess.run(
@@ -395,8 +393,8 @@ class TestLogsAndRestarts:
         assert len(repository.calls()) == 1
         assert not list(repository.elsewhere.rglob("logs"))
 
-    def test_a_folder_that_cannot_be_written_leaves_the_message_to_the_program(self, repository: Repository) -> None:
-        """The logs go into TMPDIR, from where they are removed at the end, and the program is started."""
+    def test_titan_cpt_reports_a_run_folder_that_cannot_be_written(self, repository: Repository) -> None:
+        """The script starts it anyway; logs go to TMPDIR and are removed at the end."""
         (repository.elsewhere / "outputs").write_text("a file")
 
         done = repository.run("run_train.sh", NPROC="2", ACTION="echo cannot be written; exit 1")
@@ -405,8 +403,8 @@ class TestLogsAndRestarts:
         assert "cannot be written" in done.stdout
         assert list((repository.folder.parent / "tmp").iterdir()) == []
 
-    def test_a_mistake_in_the_config_starts_no_process(self, repository: Repository) -> None:
-        """The config is checked once, before torchrun, with the program's status."""
+    def test_a_config_error_starts_no_process(self, repository: Repository) -> None:
+        """The config is checked once, before torchrun; the exit status is that of titan_cpt."""
         done = repository.run("run_train.sh", NPROC="2", RUN_INFO_STATUS="2")
 
         assert done.returncode == 2
@@ -414,7 +412,7 @@ class TestLogsAndRestarts:
         assert not (repository.elsewhere / "outputs").exists()
 
     def test_max_restarts_on_one_node(self, repository: Repository) -> None:
-        """torchrun starts all of its processes again so often."""
+        """MAX_RESTARTS is passed to torchrun."""
         repository.run("run_train.sh", NPROC="2", MAX_RESTARTS="3")
 
         call = repository.only_call()
@@ -423,7 +421,7 @@ class TestLogsAndRestarts:
 
     @pytest.mark.parametrize("node", ["0", "1"])
     def test_max_restarts_on_several_nodes(self, repository: Repository, node: str) -> None:
-        """The nodes start again together: torchrun's c10d rendezvous at node 0, with the config's timeout."""
+        """The nodes restart together: torchrun's c10d rendezvous at node 0, with the timeout of the config."""
         repository.run(
             "run_train.sh", NNODES="2", NODE_RANK=node, MASTER_ADDR="gpu07", MASTER_PORT="1234", MAX_RESTARTS="1"
         )
@@ -436,24 +434,24 @@ class TestLogsAndRestarts:
         assert waits == f"--rdzv-conf=join_timeout=345,read_timeout=345,is_host={int(node == '0')}"
         assert option(call, "--node-rank") is None
 
-    def test_without_restarts_several_nodes_wait_as_long_as_the_config_says(self, repository: Repository) -> None:
-        """comm.init_timeout_seconds is torchrun's timeout too."""
+    def test_without_restarts_the_rendezvous_has_the_timeout_of_the_config(self, repository: Repository) -> None:
+        """comm.init_timeout_seconds is passed to torchrun."""
         repository.run("run_train.sh", NNODES="2", NODE_RANK="1", MASTER_ADDR="gpu07", MASTER_PORT="1234")
 
         call = repository.only_call()
         assert "--rdzv-conf=timeout=345" in call["arguments"]
         assert option(call, "--max-restarts") is None
 
-    def test_a_number_of_restarts_must_be_one(self, repository: Repository) -> None:
-        """MAX_RESTARTS that is no whole number is refused before anything is started."""
+    def test_max_restarts_must_be_an_integer(self, repository: Repository) -> None:
+        """Any other MAX_RESTARTS is refused before a process is started."""
         done = repository.run("run_train.sh", NPROC="2", MAX_RESTARTS="-1")
 
         assert done.returncode == 2
         assert "MAX_RESTARTS must be a whole number from 0, got '-1'" in done.stderr
         assert repository.calls() == []
 
-    def test_a_process_for_each_gpu_of_this_node(self, repository: Repository) -> None:
-        """Slurm's count comes first, which differs between the nodes of a job; else those that nvidia-smi lists."""
+    def test_nproc_gpu_starts_one_process_per_gpu_of_this_node(self, repository: Repository) -> None:
+        """Slurm's count, which can differ between the nodes of a job; without Slurm the GPUs that nvidia-smi lists."""
         listing = "#!/usr/bin/env bash\nprintf 'GPU 0: A (UUID: a)\\nGPU 1: A (UUID: b)\\n  MIG 1g\\n'\n"
         repository.add_tool(repository.tools / "nvidia-smi", listing)
 
@@ -462,24 +460,24 @@ class TestLogsAndRestarts:
 
         assert [option(call, "--nproc-per-node") for call in repository.calls()] == ["5", "2"]
 
-    def test_a_node_without_gpus_runs_one_process_and_says_so(self, repository: Repository) -> None:
-        """NPROC=gpu on a CPU cluster."""
+    def test_nproc_gpu_without_gpus_starts_one_process_and_prints_a_note(self, repository: Repository) -> None:
+        """On a CPU cluster."""
         done = repository.run("run_train.sh", NPROC="gpu")
 
         assert done.returncode == 0
         assert "this node has no GPU: training with one process" in done.stderr
         assert repository.only_call()["arguments"][:3] == ["-m", "titan_cpt", "train"]
 
-    def test_slurms_usr1_asks_torchrun_to_stop(self, repository: Repository) -> None:
-        """SIGUSR1 would kill torchrun: it is passed on as SIGTERM."""
+    def test_usr1_of_slurm_is_forwarded_as_term(self, repository: Repository) -> None:
+        """SIGUSR1 would kill torchrun."""
         action = """
             trap 'echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' TERM
             echo ready; while :; do sleep 0.02; done"""
 
         assert self.signalled(repository, action, signal.SIGUSR1) == 75
 
-    def test_processes_that_still_save_when_torchrun_has_left_are_waited_for(self, repository: Repository) -> None:
-        """A second signal makes torchrun leave at once; its processes save, and their status counts."""
+    def test_the_script_waits_for_processes_that_save_after_torchrun_has_exited(self, repository: Repository) -> None:
+        """torchrun exits at once at a second signal; its processes save, and their status counts."""
         action = """
             setsid bash -c 'sleep 1.5; echo 75 > "$TITAN_CPT_STATUS_FILE"' &
             trap 'exit 1' TERM
@@ -507,7 +505,7 @@ class TestLogsAndRestarts:
 
 @pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup.sh", ".ci/run"])
 def test_scripts_are_executable_and_strict(script: str) -> None:
-    """A clone can run them, they stop at the first failure, and they parse."""
+    """They are executable, stop at the first failing command, and parse."""
     path = ROOT / script
 
     assert os.access(path, os.X_OK)
