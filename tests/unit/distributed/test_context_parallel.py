@@ -16,8 +16,8 @@ def test_the_positions_by_hand() -> None:
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
-def test_a_rank_holds_what_torchs_ring_takes_it_to_hold(degree: int) -> None:
-    """Torch's ring attention knows by its own balance which keys a rank's queries may see: it must be ours."""
+def test_positions_of_a_rank_are_those_of_torchs_ring_attention(degree: int) -> None:
+    """torch's load balancer decides which positions a rank has; ours must agree."""
     length = 24 * degree
     balance = _HeadTailLoadBalancer(length, degree, "cpu")._generate_indices(restore=False).flatten()
     ours = torch.cat([local_positions(length, rank, degree) for rank in range(degree)])

@@ -52,8 +52,8 @@ def test_the_papers_models_have_the_papers_parameter_counts():
 
 
 @pytest.mark.parametrize("size", SIZES["gpt_neox"])
-def test_a_built_model_has_the_parameters_that_its_shape_says(size):
-    """The formula and the modules count alike, to the last bias."""
+def test_a_built_model_has_the_parameter_count_of_its_spec(size):
+    """Counted from the spec and from the modules."""
     spec = named_size("gpt_neox", size, 257)
     with torch.device("meta"):
         model = GPTNeoX(spec)
@@ -65,7 +65,7 @@ def test_a_built_model_has_the_parameters_that_its_shape_says(size):
 
 
 def test_single_fields_can_be_overridden():
-    """The rest stays the size's, but the feed-forward follows the width until it is given itself."""
+    """The rest stays the size's, but the MLP width follows the width unless it is set."""
     spec = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "parallel_residual": False})
     narrow = named_size("gpt_neox", "debug", 257, overrides={"width": 96, "heads": 3, "mlp_width": 100})
 
@@ -108,7 +108,7 @@ def test_training_flops_agree_with_torchs_counter():
         ("gpt_neox", "debug", {"vocab_size": 256}, "got 256; remove it to get 384"),
     ],
 )
-def test_an_impossible_shape_is_refused_with_its_place_and_remedy(family, size, overrides, expected):
+def test_a_spec_that_cannot_be_built_is_refused(family, size, overrides, expected):
     """The message names the key of [model], what was found and what is allowed."""
     with pytest.raises(ConfigError) as refusal:
         named_size(family, size, 257, overrides=overrides)
@@ -116,7 +116,7 @@ def test_an_impossible_shape_is_refused_with_its_place_and_remedy(family, size, 
     assert expected in str(refusal.value)
 
 
-def test_all_faults_of_a_shape_are_told_at_once():
+def test_all_problems_of_a_spec_are_reported_at_once():
     """Two wrong numbers, two lines."""
     with pytest.raises(ConfigError) as refusal:
         named_size("gpt_neox", "debug", 257, overrides={"layers": -1, "norm_eps": 0.0})
@@ -124,7 +124,7 @@ def test_all_faults_of_a_shape_are_told_at_once():
     assert len(str(refusal.value).splitlines()) == 2
 
 
-def test_sizes_answers_without_torch():
+def test_the_registry_does_not_import_torch():
     """The plan must not wait for torch's import."""
     code = "import sys, titan_cpt.models.registry; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

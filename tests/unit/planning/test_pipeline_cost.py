@@ -103,7 +103,7 @@ def layouts(schedule: str) -> list[ParallelDims]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_idle_share_is_that_of_torchs_tables(schedule: str) -> None:
+def test_the_bubble_is_that_of_torchs_schedule_tables(schedule: str) -> None:
     """Every action takes its slots and waits for what it needs, as on real ranks; to the last slot."""
     for layout in layouts(schedule):
         idle, _ = played(layout)
@@ -112,7 +112,7 @@ def test_the_idle_share_is_that_of_torchs_tables(schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_activations_held_are_those_of_torchs_tables(schedule: str) -> None:
+def test_activations_in_flight_are_those_of_torchs_schedule_tables(schedule: str) -> None:
     """On every rank; ZBVZeroBubble's first ranks may hold less where micro-batches are few, its fullest as much."""
     for layout in layouts(schedule):
         _, held = played(layout)
@@ -125,7 +125,7 @@ def test_the_activations_held_are_those_of_torchs_tables(schedule: str) -> None:
             assert said == held, layout
 
 
-def test_the_idle_share_by_hand() -> None:
+def test_the_bubble_by_hand() -> None:
     """Four ranks and micro-batches: 3 of 4 + 3 slots under 1F1B; interleaved 3 of 8 + 3; ZBV 6 of 24 + 6 thirds."""
     shares = {"1F1B": 3 / 7, "Interleaved1F1B": 3 / 11, "ZBVZeroBubble": 6 / 30}
 

@@ -11,7 +11,7 @@ ANGLES = torch.linspace(-4, 4, 24).reshape(4, 6)
 
 
 @pytest.mark.parametrize("operation", [ops._cos_sin, ops._gelu, ops._copy], ids=["cos_sin", "gelu", "copy"])
-def test_the_compiler_is_told_the_truth_about_an_operation(operation):
+def test_custom_operations_pass_torchs_opcheck(operation):
     """Schema, shapes of what is not computed, and gradients under tracing are those of the operation itself."""
     told = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     differentiable = operation is not ops._cos_sin
@@ -118,14 +118,14 @@ def test_attention_without_bfloat16_is_that_of_float32_rounded(without_bfloat16)
 
 
 def test_float32_and_other_devices_are_left_to_torch(without_bfloat16):
-    """The substitute is for bfloat16 on a CPU alone."""
+    """Only bfloat16 on a CPU is replaced."""
     assert ops.multiplied_in_float32(torch.bfloat16, torch.device("cpu"))
     assert not ops.multiplied_in_float32(torch.float32, torch.device("cpu"))
     assert not ops.multiplied_in_float32(torch.bfloat16, torch.device("cuda"))
 
 
 def test_a_weights_gradient_is_rounded_to_bfloat16_even_where_it_is_kept_in_float32(without_bfloat16):
-    """As a working copy keeps it; autograd would not round it there."""
+    """As in the compute copy; autograd would not round it there."""
     layer = ops.Linear(16, 8).bfloat16()
     layer.weight.grad_dtype = torch.float32
     layer(torch.randn(64, 16).bfloat16()).square().sum().backward()

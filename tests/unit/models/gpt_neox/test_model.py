@@ -98,7 +98,7 @@ def test_weights_go_to_hugging_face_and_back_unchanged(tmp_path):
     model.load_state_dict(from_huggingface(theirs, model.spec))
 
 
-def test_constants_that_older_releases_saved_are_left_out(tmp_path):
+def test_constants_that_older_releases_saved_are_ignored(tmp_path):
     """Pythia's files hold causal masks and wavelengths beside the weights; other releases one for the whole model."""
     state = transformers_file(built().spec, tmp_path)
     names = [f"layers.1.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
@@ -119,7 +119,7 @@ def test_constants_that_older_releases_saved_are_left_out(tmp_path):
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
-    """One missing and one foreign weight: both are told."""
+    """One missing and one foreign weight: the message names both."""
     state = transformers_file(built().spec, tmp_path)
     del state["gpt_neox.layers.1.attention.dense.bias"]
     state["gpt_neox.layers.2.attention.dense.bias"] = torch.zeros(64)
@@ -131,7 +131,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
     assert "gpt_neox.layers.2.attention.dense.bias: not a weight of this model" in str(refusal.value)
 
 
-def test_first_weights_have_the_papers_spread():
+def test_initial_weights_have_the_papers_standard_deviation():
     """mini (width 256, 6 layers): sqrt(2 / (5 * 256)) = 0.0395285, and 2 / (6 * 16) = 0.0208333 into the residual."""
     for name, parameter in built("mini").named_parameters():
         into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
@@ -142,7 +142,7 @@ def test_first_weights_have_the_papers_spread():
             assert (parameter == (1.0 if name.endswith("norm.weight") else 0.0)).all(), name
 
 
-def test_first_weights_follow_the_seed_and_no_two_are_alike():
+def test_initial_weights_depend_on_the_seed_and_no_two_are_equal():
     """The same seed gives the same bits, another seed others, and no matrix repeats another's draw."""
     first, again, other = built(seed=1), built(seed=1), built(seed=2)
     matrices = {name: parameter for name, parameter in first.named_parameters() if parameter.ndim == 2}
@@ -152,7 +152,7 @@ def test_first_weights_follow_the_seed_and_no_two_are_alike():
     assert len({parameter.flatten()[:8].sum().item() / parameter.std().item() for parameter in matrices.values()}) == 10
 
 
-def test_first_weights_come_out_right_after_the_meta_device():
+def test_initial_weights_are_the_same_after_the_meta_device():
     """Built on meta, emptied onto memory full of rubbish, initialised: weights and logits as if built directly."""
     with torch.device("meta"):
         model = GPTNeoX(built().spec)
@@ -164,8 +164,8 @@ def test_first_weights_come_out_right_after_the_meta_device():
     assert torch.equal(model(TOKENS_BL), built()(TOKENS_BL))
 
 
-def test_a_pipeline_stage_has_the_whole_models_weights_and_they_compose():
-    """Two stages cut out of the model: initialised apart they hold its weights, run one after the other its logits."""
+def test_pipeline_stages_have_the_models_weights_and_compute_its_logits():
+    """Two stages, initialized separately: the weights of the whole model and, one after the other, its logits."""
     first, second = GPTNeoX(built("tiny").spec), GPTNeoX(built("tiny").spec)
     first.final_norm = first.head = second.embedding = None
     for layer in range(4):
@@ -205,7 +205,7 @@ def test_a_sharded_weight_holds_its_share_of_the_whole_draw(placements, rows, co
 
 
 @pytest.mark.parametrize("parallel_residual", [True, False])
-def test_no_position_sees_a_later_one(parallel_residual):
+def test_attention_is_causal(parallel_residual):
     """Another token at position 10 leaves the logits before it as they were, and changes those from it on."""
     model = built(parallel_residual=parallel_residual)
     changed_BL = TOKENS_BL.clone()
@@ -227,7 +227,7 @@ def test_rotary_tables_by_hand():
 
 
 @pytest.mark.parametrize("shift", [1, 100, 1000])
-def test_scores_depend_on_the_distance_alone(shift):
+def test_attention_scores_depend_only_on_the_distance(shift):
     """A query and a key moved along together keep their product; features that are not rotated pass unchanged."""
     generator = torch.Generator().manual_seed(4)
     q_BNLH, k_BNLH = torch.randn(2, 1, 1, 1, 16, generator=generator)

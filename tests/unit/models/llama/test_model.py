@@ -95,7 +95,7 @@ def test_logits_and_gradients_are_those_of_transformers(architecture, overrides,
 
 
 @pytest.mark.parametrize("overrides", [overrides for _, overrides in VARIANTS.values()], ids=VARIANTS)
-def test_a_shape_comes_back_from_every_form_that_it_is_written_in(overrides, tmp_path):
+def test_a_spec_round_trips_through_every_format(overrides, tmp_path):
     """config.json as we write it, as transformers writes it again, the recipe through JSON, and a [model] table."""
     model = built(**overrides)
     spec = model.spec
@@ -107,7 +107,7 @@ def test_a_shape_comes_back_from_every_form_that_it_is_written_in(overrides, tmp
 
 
 def test_each_variant_differs_from_the_plain_model():
-    """None of the options above is without effect: the same weights give other logits."""
+    """Each option above has an effect: the same weights give other logits."""
     plain = with_all_weights_drawn(built())
     options = {"rope_scaling": [LLAMA3, YARN], "sliding_window": [7], "rope_base": [500.0], "norm_eps": [1e-3]}
     for name, values in options.items():
@@ -118,8 +118,8 @@ def test_each_variant_differs_from_the_plain_model():
             assert (other(TOKENS_BL) - plain(TOKENS_BL)).abs().max() > 1e-3, name
 
 
-def test_a_built_model_has_the_parameters_that_its_shape_says():
-    """The formula and the modules count alike, to the last bias, in every size."""
+def test_a_built_model_has_the_parameter_count_of_its_spec():
+    """Counted from the spec and from the modules, in every size."""
     for size in SIZES["llama"]:
         spec = named_size("llama", size, 257)
         with torch.device("meta"):
@@ -131,7 +131,7 @@ def test_a_built_model_has_the_parameters_that_its_shape_says():
         assert sum(counts.values()) - embeddings == spec.parameters_without_embeddings, size
 
 
-def test_first_weights_have_the_stated_spread():
+def test_initial_weights_have_the_documented_standard_deviation():
     """mini (6 layers): 0.02, and 0.02 / sqrt(12) = 0.0057735 into the residual; norms 1, biases 0."""
     for overrides in ({"qkv_bias": True}, {"qk_norm": True}):
         for name, parameter in built("mini", **overrides).named_parameters():
@@ -142,7 +142,7 @@ def test_first_weights_have_the_stated_spread():
                 assert (parameter == (0.0 if name.endswith("bias") else 1.0)).all(), name
 
 
-def test_first_weights_follow_the_seed_and_no_two_are_alike():
+def test_initial_weights_depend_on_the_seed_and_no_two_are_equal():
     """The same seed gives the same bits, another seed others, and no matrix repeats another's draw."""
     first, again, other = built(seed=1), built(seed=1), built(seed=2)
     matrices = {name: parameter for name, parameter in first.named_parameters() if parameter.ndim == 2}
@@ -152,7 +152,7 @@ def test_first_weights_follow_the_seed_and_no_two_are_alike():
     assert len({round((p.flatten()[:8].sum() / p.std()).item(), 4) for p in matrices.values()}) == len(matrices) == 16
 
 
-def test_first_weights_come_out_right_after_the_meta_device():
+def test_initial_weights_are_the_same_after_the_meta_device():
     """Built on meta, emptied onto memory full of rubbish, initialised: weights and logits as if built directly."""
     for overrides in ({"tie_embeddings": True, "qk_norm": True}, {"qkv_bias": True, "rope_scaling": YARN}):
         with torch.device("meta"):
@@ -165,8 +165,8 @@ def test_first_weights_come_out_right_after_the_meta_device():
         assert torch.equal(model(TOKENS_BL), built(**overrides)(TOKENS_BL))
 
 
-def test_a_pipeline_stage_has_the_whole_models_weights_and_they_compose():
-    """Two stages cut out of the model: initialised apart they hold its weights, run one after the other its logits."""
+def test_pipeline_stages_have_the_models_weights_and_compute_its_logits():
+    """Two stages, initialized separately: the weights of the whole model and, one after the other, its logits."""
     first, second = Llama(built("tiny").spec), Llama(built("tiny").spec)
     first.final_norm = first.head = second.embedding = None
     for layer in range(4):
@@ -189,7 +189,7 @@ def test_a_tied_embedding_is_one_weight_that_learns_from_both_ends():
 
 
 @pytest.mark.parametrize("window", [1, 5])
-def test_a_position_sees_its_window_and_no_more(window):
+def test_a_position_attends_to_its_sliding_window_only(window):
     """Of 12 positions, the one at 9 draws from 9 - window + 1 to 9: the gradient of its result says from where."""
     core = RotaryCausalAttention(rotary_width=8, rope_base=10_000.0, window=window)
     q_BLNH, k_BLNH, v_BLNH = torch.randn(3, 1, 12, 2, 8, generator=torch.Generator().manual_seed(1))
@@ -265,7 +265,7 @@ PUBLISHED = {  # parameters, as the hub counts them
 
 
 def test_every_released_size_has_the_published_parameter_count():
-    """All but the three that are made for a CPU."""
+    """All except the three sizes for a CPU."""
     assert {size: named_size("llama", size, 257).parameters for size in SIZES["llama"][3:]} == PUBLISHED
 
 
@@ -313,8 +313,8 @@ def test_a_released_configuration_is_the_named_size(text, size):
     assert as_config_table(spec).splitlines() == ["[model]", 'family = "llama"', f'size = "{size}"']
 
 
-def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
-    """Read back as TOML and laid over the size, it is the shape again; no size with a window can be its base."""
+def test_a_spec_without_a_named_size_is_written_as_a_config_table():
+    """Read back as TOML and laid over the size, it is the spec again; no size with a window can be its base."""
     mistral = named_size("llama", "mistral-7b", 257)
     wanted = [
         dataclasses.replace(mistral, sliding_window=None, vocab_size=32_064),
@@ -347,7 +347,7 @@ def test_a_shape_that_no_size_has_is_written_as_a_table_that_makes_it():
         ({"rope_scaling": YARN | {"original_seq_len": 0}}, "model.rope_scaling.original_seq_len: must be above 0"),
     ],
 )
-def test_an_impossible_shape_is_refused_with_its_place_and_remedy(overrides, expected):
+def test_a_spec_that_cannot_be_built_is_refused(overrides, expected):
     """The message names the key of [model], what was found and what is allowed."""
     with pytest.raises(ConfigError) as refusal:
         built(**overrides)
