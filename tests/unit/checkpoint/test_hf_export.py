@@ -40,7 +40,7 @@ def shape_of(model_type):
 
 
 def write_release(folder, model_type):
-    """A debug model as a release without tokenizer."""
+    """A debug model in Hugging Face format, without tokenizer."""
     spec = shape_of(model_type)
     model = build_model(spec)
     model.init_weights(1)
@@ -53,7 +53,7 @@ def write_release(folder, model_type):
 
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory):
-    """Tokenizers with numbers of several digits, a normalizer, and another kind of model than BPE."""
+    """Tokenizers with multi-digit numbers, with a normalizer, and of another type than BPE."""
     folder = tmp_path_factory.mktemp("vocabularies")
     train_bpe([TEXT.replace(" ", "")] * 3, 290, folder / "bpe.json")
     normalized = tokenizers.Tokenizer.from_file(str(folder / "bpe.json"))
@@ -71,7 +71,7 @@ def vocabularies(tmp_path_factory):
 
 
 def folder_of(tmp_path, model_type, path):
-    """config.json and the tokenizer's files of an export."""
+    """Write config.json and the tokenizer files of an export."""
     config = config_from_spec(shape_of(model_type), max_positions=64, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = load_tokenizer(path)

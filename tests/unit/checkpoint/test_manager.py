@@ -21,7 +21,7 @@ NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 class Small(nn.Module):
-    """A matrix and a vector."""
+    """A model with a matrix and a vector."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -31,7 +31,7 @@ class Small(nn.Module):
 
 
 def trained(steps):
-    """A model and its optimizer after so many steps."""
+    """A model and its optimizer after `steps` steps."""
     model = Small()
     optimizer = build_adamw(model, **NUMBERS)
     for step in range(steps):
@@ -154,12 +154,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_on_saved_is_called_after_the_manifest_is_written(tmp_path):
     """The manifest holds the record, and the folder verifies."""
-    told = []
-    checkpoints = checkpoints_in(tmp_path, on_saved=lambda folder: told.append((folder, manifest.verify(folder))))
+    messages = []
+    checkpoints = checkpoints_in(tmp_path, on_saved=lambda folder: messages.append((folder, manifest.verify(folder))))
     save_all(checkpoints, ("a", 4, 12, STAGE_END))
-    folder, found = told[0]
+    folder, found = messages[0]
 
-    assert len(told) == 1
+    assert len(messages) == 1
     assert folder == tmp_path / "a" / "step-00000012" == checkpoint_folder(tmp_path, "a", 12)
     assert (found["stage"], found["stage_index"], found["steps_done"], found["kind"]) == ("a", 4, 12, "stage_end")
     assert found["torch"] == torch.__version__
@@ -232,14 +232,14 @@ def test_damaged_checkpoints_are_skipped_and_reported(tmp_path):
     damage(tmp_path / "a" / "step-00000003")
     (tmp_path / "a" / "step-00000002" / "manifest.json").write_text("{")
     (tmp_path / "a" / "step-00000004" / "manifest.json").unlink()
-    told = []
-    found = checkpoints.newest_valid(told.append)
+    messages = []
+    found = checkpoints.newest_valid(messages.append)
 
     assert found is not None
     assert found.folder.name == "step-00000001"
-    assert [message.split(": ")[0].split("/")[-2] for message in told] == ["step-00000002", "step-00000003"]
-    assert "manifest.json" in told[0]
-    assert "checksum" in told[1]
+    assert [message.split(": ")[0].split("/")[-2] for message in messages] == ["step-00000002", "step-00000003"]
+    assert "manifest.json" in messages[0]
+    assert "checksum" in messages[1]
 
 
 def test_newest_valid_is_none_without_a_valid_checkpoint(tmp_path):
@@ -300,17 +300,17 @@ def test_a_full_disk_leaves_no_manifest(tmp_path, monkeypatch, async_save):
 
 def test_poll_reports_a_finished_save_and_does_not_wait(tmp_path):
     """`on_saved` is not called while the checkpoint is being written."""
-    told = []
-    checkpoints = checkpoints_in(tmp_path, on_saved=told.append)
+    messages = []
+    checkpoints = checkpoints_in(tmp_path, on_saved=messages.append)
     checkpoints.poll()
     model, optimizer = trained(1)
     checkpoints.save(model, optimizer, stage="a", steps_done=1, record=record_of())
-    before = list(told)
+    before = list(messages)
     checkpoints.wait()
     checkpoints.poll()
 
     assert before == []
-    assert told == [tmp_path / "a" / "step-00000001"]
+    assert messages == [tmp_path / "a" / "step-00000001"]
 
 
 def test_the_manifest_is_json_with_the_recipe(tmp_path):

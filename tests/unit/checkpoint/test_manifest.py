@@ -30,7 +30,7 @@ RECORD = {
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A folder with two files, one below a folder, and its manifest."""
+    """A folder with two files, one of them in a subfolder, and its manifest."""
     folder = tmp_path / "german" / "step-00000020"
     (folder / "deep").mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(bytes(range(256)) * 40)
@@ -45,7 +45,7 @@ def edit(folder, **keys):
 
 
 def verified(folder, *words):
-    """The message of the refusal, which must hold the words."""
+    """The error message of `verify`, which must contain the words."""
     with pytest.raises(CheckpointError) as caught:
         manifest.verify(folder)
     message = str(caught.value)

@@ -35,13 +35,13 @@ MOMENTS = {f"optimizer.state.{name}.{key}" for name in ("weight", "bias") for ke
 
 
 class Code:
-    """What makes a file when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
 
     def __reduce__(self):
-        """Run on the reader's machine."""
+        """Executed by pickle on load."""
         return os.mkdir, (str(self.marker),)
 
 
@@ -58,8 +58,8 @@ def saved(run):
     return run / "a" / "step-00000001", model
 
 
-def seal_again(folder):
-    """A manifest that fits the files as they are now: its maker is not to be trusted."""
+def write_manifest_again(folder):
+    """Write a manifest that matches the files as they are now, as an attacker would."""
     record = json.loads((folder / MANIFEST_FILE).read_text())
     manifest.write(folder, {key: value for key, value in record.items() if key not in ("files", "format")})
 
@@ -96,7 +96,7 @@ def test_code_in_a_checkpoint_file_is_never_executed(tmp_path, name):
     """A pickled DCP index beside ours is not opened; a pickle with a shard's name is damage."""
     folder, _ = saved(tmp_path)
     (folder / name).write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    seal_again(folder)
+    write_manifest_again(folder)
     if name == ".metadata":
         load_into_a_new_model(folder)
     else:
@@ -112,7 +112,7 @@ def test_code_in_a_torch_save_file_is_never_executed(tmp_path):
     """torch.save's format, with a shard's name."""
     folder, _ = saved(tmp_path)
     torch.save({"model.weight": Code(tmp_path / "ran")}, folder / "rank-00000-0.safetensors")
-    seal_again(folder)
+    write_manifest_again(folder)
     with pytest.raises(CheckpointError, match="cannot be loaded into this model"):
         load_into_a_new_model(folder)
 
@@ -120,15 +120,15 @@ def test_code_in_a_torch_save_file_is_never_executed(tmp_path):
 
 
 class Watched:
-    """The interpreter tells of every class or function that a pickle asks for."""
+    """Record every class or function that a pickle imports, by the interpreter's audit hook."""
 
     def lay(self):
-        """From here on, in this process."""
+        """Install the hook in this process."""
         sys.addaudithook(lambda event, told: print("unpickled", *told) if event == "pickle.find_class" else None)
 
 
 def watched(output, *arguments):
-    """A command, in a process that tells of all that it unpickles."""
+    """Run a command in a process that reports everything that it unpickles."""
     return faulty.outcome_of(faulty.start(Life(tuple(map(str, arguments)), (Watched(),)), output), output)
 
 
@@ -170,11 +170,11 @@ def test_import_does_not_execute_code_in_pytorch_model_bin(tmp_path):
 
 
 def edited(folder, edit):
-    """The index with a change in it."""
+    """Change the index."""
     told = json.loads((folder / "index.json").read_text())
     edit(told["tensors"])
     (folder / "index.json").write_text(json.dumps(told))
-    seal_again(folder)
+    write_manifest_again(folder)
 
 
 FAULTS = {
@@ -212,7 +212,7 @@ def test_another_dtype_is_refused_and_not_cast_silently(tmp_path):
     folder, _ = saved(tmp_path)
     name = next(path for path in folder.glob("*.safetensors") if "model.weight" in load_file(path)).name
     save_file({key: value.bfloat16() for key, value in load_file(folder / name).items()}, folder / name)
-    seal_again(folder)
+    write_manifest_again(folder)
     with pytest.raises(CheckpointError, match=r"model.weight is torch.bfloat16 of \[4, 6\], not torch.float32"):
         load_into_a_new_model(folder)
 

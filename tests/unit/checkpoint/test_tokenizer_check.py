@@ -28,7 +28,7 @@ KEY = "tokenizer.allow_mismatch = true"
 
 
 def write_tokenizer(path, *, swapped):
-    """The bytes as a tokenizer.json, two of them swapped: the same number of ids, and other ids."""
+    """The byte tokenizer as a tokenizer.json with two ids swapped."""
     spec = byte_tokenizer_json(256)
     vocab = spec["model"]["vocab"]
     if swapped:
@@ -39,7 +39,7 @@ def write_tokenizer(path, *, swapped):
 
 
 def one_stage(data, out, **stage):
-    """Four steps of English, under the byte tokenizer."""
+    """Four steps on English with the byte tokenizer."""
     raw = two_stages_of(data, out)
     first = {"name": "english", "dataset": "en", "steps": 4, "lr": {"schedule": "constant", "max": 1e-3}}
     return changed(raw, stages=[first | stage])
@@ -47,7 +47,7 @@ def one_stage(data, out, **stage):
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
-    """Data, two tokenizers, a run under the byte tokenizer, a release that brings the other one, and its import."""
+    """Data, two tokenizers, a run with the byte tokenizer, a Hugging Face model with the other one, and its import."""
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("there")
@@ -75,7 +75,7 @@ def inits(there):
 
 
 def mismatched(there, out, what, **stage):
-    """A config whose first weights are of the other tokenizer than the run's."""
+    """A config whose initial weights were trained with another tokenizer than the run's."""
     raw = one_stage(there / "data", out, init=inits(there)[what], **stage)
     path = str(there / "other.json") if what == "run" else "bytes"
     return changed(raw, tokenizer={"path": path})

@@ -28,13 +28,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def changed_config(folder, **keys):
-    """The release's config.json with other values."""
+    """Change values in the model's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 def imported(folder):
-    """What an import of the folder says; the checkpoint is good."""
+    """The lines that an import of the folder prints; the checkpoint is valid."""
     said = []
     import_released(str(folder), folder.parent / "out", log=said.append)
     manifest.verify(folder.parent / "out")
@@ -98,10 +98,10 @@ def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(nam
     monkeypatch.setattr(transformers_check, limit, 10)
     spec = SPECS[name]
     release(tmp_path / "released", spec)
-    told = load_released(build_model(spec), str(tmp_path / "released"), spec)
+    message = load_released(build_model(spec), str(tmp_path / "released"), spec)
 
-    assert "settings are those of transformers" in told
-    assert "`titan-cpt import` compares them" in told
+    assert "settings are those of transformers" in message
+    assert "`titan-cpt import` compares them" in message
     released = open_released(str(tmp_path / "released"))
     for wrong in ({"rope_base": 500.0}, {"norm_eps": 1e-3}, {"heads": 1}):
         other = replace(released, spec=replace(spec, **wrong))

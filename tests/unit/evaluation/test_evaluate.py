@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def raw(folder):
-    """Two stages, evaluated every five steps and at their ends, with TensorBoard."""
+    """A config with two stages, evaluated every five steps and at their ends, with TensorBoard."""
     asked = {"suite": "minimal_pairs", "every": 5, "tasks_dir": str(folder / "pairs" / "tasks")}
     return training.changed(training.two_stages(folder, folder), evaluation=asked, metrics={"enable_tensorboard": True})
 
@@ -42,7 +42,7 @@ def config(raw, folder, name, **tables):
 
 @pytest.fixture(scope="module")
 def evaluated(raw, folder):
-    """The run with evaluations, to its end."""
+    """The completed run with benchmarks."""
     outcome = training.train(config(raw, folder, "evaluated"))
 
     assert outcome.status == 0, outcome.output
@@ -51,7 +51,7 @@ def evaluated(raw, folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(raw, folder):
-    """The same run without."""
+    """The completed run without benchmarks."""
     plain = {**raw, "evaluation": {}}
     outcome = training.train(config(plain, folder, "undisturbed"))
 
@@ -60,12 +60,12 @@ def undisturbed(raw, folder):
 
 
 def scores_of(run):
-    """(stage, steps, task) to (value, what was asked)."""
+    """(stage, steps, task) -> (value, digest of the samples)."""
     return {(s.stage, s.steps_done, s.task): (s.value, s.documents, s.samples) for s in read_scores(run)}
 
 
 def command(*words):
-    """The command in this process; its exit status."""
+    """Run the command in this process; returns its exit status."""
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     return left.value.code

@@ -24,7 +24,7 @@ PROMPTS = [list(text.encode()) for text in ("The dog", "a", "An answer is", "The
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """An imported checkpoint of every kind of attention, made when it is asked for."""
+    """A function that returns an imported checkpoint of each attention variant, created on first use."""
     made = {}
 
     def checkpoint(name):
@@ -36,14 +36,14 @@ def checkpoints(tmp_path_factory):
 
 
 def plain(checkpoint, name):
-    """The model by itself, its weights read in the ordinary way."""
+    """The plain model with the checkpoint's weights."""
     model = build_model(small_checkpoints.SPECS[name])
     load_state(checkpoint, model, None)
     return model
 
 
 def greedily(model, prompt, tokens):
-    """The slow way: the whole sequence anew for every token."""
+    """Greedy generation without a KV cache."""
     with torch.no_grad():
         for _ in range(tokens):
             prompt = [*prompt, int(model(torch.tensor([prompt]))[0, -1].argmax())]

@@ -31,7 +31,7 @@ CONTINUATIONS = (" ran", " over the street because it was late", "b", "\n", " it
 
 @pytest.fixture(scope="module", params=["gpt_neox", "llama"])
 def pair(request, tmp_path_factory):
-    """(our model, the harness's own on the export) of the same weights in float32, for each family."""
+    """(our model, the harness's `hf` model on the export) with the same float32 weights, for each family."""
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = small_checkpoints.imported(folder, request.param)
     export(checkpoint, folder / "exported", dtype="float32", tokenizer="bytes", log=lambda line: None)
@@ -41,7 +41,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """The harness with two small tasks of ours."""
+    """The task catalog with two small local tasks."""
     return TaskCatalog(
         small_checkpoints.write_tasks(tmp_path_factory.mktemp("tasks")), [Task("sums"), Task("sums_text")]
     )
@@ -49,7 +49,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_tasks():
-    """The harness with all of its own."""
+    """The task catalog with all tasks of the harness."""
     return TaskCatalog(None)
 
 
@@ -108,7 +108,7 @@ def test_an_unknown_task_is_refused_with_similar_names(all_tasks):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The address of a hub, to be chosen by the test; a folder with a task whose dataset is there. All is put back."""
+    """A function that sets the hub's address, a folder with a task on that hub, and a server."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):

@@ -17,11 +17,11 @@ from titan_cpt.reporting.benchmark_table import benchmark_table, example_generat
 from titan_cpt.reporting.run_log import read_run
 
 SCORED_FILES = "f00d"
-"""Digest of the files of the checkpoint that was scored."""
+"""Digest of the evaluated checkpoint's files."""
 
 
 def scored(values, documents="same", task="piqa", **changes):
-    """A score with its standard error as the harness forms it."""
+    """A score with the standard error that the harness computes."""
     mean = sum(values) / len(values)
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
     made = Score(
@@ -102,14 +102,14 @@ def test_scores_are_sorted_by_training_step(tmp_path):
 
 
 def record_of(run, lines=None):
-    """The record of a run of two stages, and somebody who is told of what cannot be read."""
+    """The record of a run, and a callback that fails the test on an unreadable file."""
     lines = lines or [{"kind": "train", "stage": stage, "step": 10} for stage in ("one", "two")]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return read_run(run), pytest.fail
 
 
 def kept_run(folder):
-    """A run of two stages: four samples in two tasks, the second stage measured twice, and a prompt continued."""
+    """A run of two stages: two tasks of four samples, the second stage evaluated twice, and a continued prompt."""
     answers = {("one", 0, 10): [0, 0, 1, 1], ("two", 1, 5): [0, 0, 0, 0], ("two", 1, 8): [1, 1, 1, 1]}
     for (stage, number, steps), values in answers.items():
         place = folder / "evaluations" / stage / f"step-{steps:08d}"
