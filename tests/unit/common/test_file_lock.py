@@ -80,8 +80,8 @@ def test_a_damaged_lock_file_has_no_known_holder(tmp_path, text):
 
 def test_a_holder_on_another_host_is_reported(tmp_path):
     """Whether its process still exists cannot be checked from here."""
-    told = {"pid": 7, "host": "another.host", "slurm_job_id": None, "since": "2026-01-02 03:04:05 UTC"}
-    (tmp_path / "lock").write_text(json.dumps(told))
+    holder = {"pid": 7, "host": "another.host", "slurm_job_id": None, "since": "2026-01-02 03:04:05 UTC"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
 
     assert FileLock(tmp_path / "lock").holder() == "process 7 on host another.host, since 2026-01-02 03:04:05 UTC"
 
@@ -103,16 +103,16 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, number, monkeypat
     with exclusive(tmp_path / "lock", held=lambda by: DataError("taken")):
         pass
 
-    told = capsys.readouterr().err
-    assert f"{tmp_path / 'lock'}: this file system has no file locks ({os.strerror(number)})" in told
-    assert "has not ended" not in told
+    warning = capsys.readouterr().err
+    assert f"{tmp_path / 'lock'}: this file system has no file locks ({os.strerror(number)})" in warning
+    assert "started here" not in warning
 
 
 def test_without_locks_the_warning_names_the_last_holder(tmp_path, monkeypatch):
     """The text of a process on another host, which it removes at a regular end."""
     answering(errno.ENOLCK, monkeypatch)
-    told = {"pid": 7, "host": "another.host", "slurm_job_id": "12", "since": "2026-01-02 03:04:05 UTC"}
-    (tmp_path / "lock").write_text(json.dumps(told))
+    holder = {"pid": 7, "host": "another.host", "slurm_job_id": "12", "since": "2026-01-02 03:04:05 UTC"}
+    (tmp_path / "lock").write_text(json.dumps(holder))
     warnings = []
 
     assert FileLock(tmp_path / "lock", warn=warnings.append).acquire()

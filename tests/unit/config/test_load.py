@@ -60,7 +60,7 @@ def test_a_dumped_config_loads_to_the_same_config(two_stages, load, write, more)
     assert again == config
     assert dump_config(again) == text
     assert tomllib.loads(text)["optimizer"]["beta1"] == 0.9
-    assert repr(again) == repr(config)  # 1 and 1.0 are told apart
+    assert repr(again) == repr(config)  # 1 and 1.0 stay different
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
