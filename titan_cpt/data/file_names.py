@@ -78,7 +78,8 @@ def as_entries(spec: str | Sequence[str]) -> list[str]:
 
 
 def _with_literal_folders(pattern: str) -> str:
-    parts, known = Path(pattern).parts, 0
+    parts = Path(pattern).parts
+    known = 0
     while known < len(parts) - 1 and Path(*parts[: known + 1]).is_dir():
         known += 1
     return os.path.join(glob.escape(str(Path(*parts[:known]))), *parts[known:]) if known else pattern

@@ -256,7 +256,8 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
         DataError: a pair was not tokenized with the config's tokenizer, or, if that does not exist yet, two pairs were
             tokenized differently; or tokenizer.add_bos differs from the setting that a pair was made with.
     """
-    expected, whose = _fingerprint(config), f"tokenizer.path = {config.tokenizer.path!r}"
+    expected = _fingerprint(config)
+    expected_of = f"tokenizer.path = {config.tokenizer.path!r}"
     records: dict[tuple[str, str], list[TokenizerProvenance | None]] = {}
     for each in present:
         records[each.source, each.key] = (
@@ -266,11 +267,12 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
             if made is None:
                 continue
             if expected is None:
-                expected, whose = made.fingerprint, f"the tokenizer in {made.record}"
+                expected = made.fingerprint
+                expected_of = f"the tokenizer in {made.record}"
             if made.fingerprint != expected:
                 raise DataError(
                     f"{each.where}: was made with another tokenizer: {made.record} records {made.vocab_size} ids "
-                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {whose} is {expected[:12]}. "
+                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {expected[:12]}. "
                     "Set tokenizer.path to the one that made it, or prepare the data again"
                 )
             if made.add_bos != config.tokenizer.add_bos:

@@ -47,8 +47,10 @@ def permuted(positions: NDArray[np.int64], size: int, key: str) -> NDArray[np.in
 def _network(values: NDArray[np.uint64], half_bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     left: NDArray[np.uint64]
     right: NDArray[np.uint64]
-    shift, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
-    left, right = values >> shift, values & mask
+    shift = np.uint64(half_bits)
+    mask = np.uint64(2**half_bits - 1)
+    left = values >> shift
+    right = values & mask
     for round_key in round_keys:
         left, right = right, left ^ (_mixed(right + round_key) & mask)
     joined: NDArray[np.uint64] = (left << shift) | right

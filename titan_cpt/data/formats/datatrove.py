@@ -58,7 +58,8 @@ def _ds_dtype(path: Path) -> np.dtype[Any]:
             f"{index}: is missing; datatrove writes it beside {path.name} (save_index). Copy both, or read the file "
             'with format = "raw" and its dtype'
         )
-    size_bytes, (index_bytes, _) = size_and_mtime(path)[0], size_and_mtime(index)
+    size_bytes = size_and_mtime(path)[0]
+    index_bytes = size_and_mtime(index)[0]
     if index_bytes % 8:
         raise DataError(f"{index}: {index_bytes} bytes are not a multiple of 8, the size of an entry: {DAMAGED}")
     with open_binary(index) as file:

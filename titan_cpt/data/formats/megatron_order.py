@@ -109,9 +109,9 @@ class _Order:
         idx = pair_paths(prefix)[1]
         self._header = read_header(idx)
         self._idx = idx
-        sequences, at = self._header.sequences, self._header
-        self._sizes = ArrayFile(idx, np.dtype("<i4"), offset_bytes=at.sizes_at(0), count=sequences)
-        self._pointers = ArrayFile(idx, np.dtype("<i8"), offset_bytes=at.pointer_at(0), count=sequences)
+        header = self._header
+        self._sizes = ArrayFile(idx, np.dtype("<i4"), offset_bytes=header.sizes_at(0), count=header.sequences)
+        self._pointers = ArrayFile(idx, np.dtype("<i8"), offset_bytes=header.pointer_at(0), count=header.sequences)
         endings = next((each for each in ENDINGS if Path(f"{index_prefix}{each[0]}").exists()), ENDINGS[0])
         paths = [Path(f"{index_prefix}{ending}") for ending in endings]
         self.documents, self.samples, self.shuffle = (
@@ -150,7 +150,8 @@ class _Order:
         found = []
         for place, document in enumerate(self.documents.read(first, last - first + 1).tolist(), first):
             size, begins = self._document(document)
-            start, stop = offset if place == first else 0, until + 1 if place == last else size
+            start = offset if place == first else 0
+            stop = until + 1 if place == last else size
             if not 0 <= start <= stop <= size:
                 raise DataError(
                     f"{self.samples.path}: sample {sample} takes tokens {start} to {stop} of document {document}, "

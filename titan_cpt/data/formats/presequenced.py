@@ -103,7 +103,8 @@ def _first_length(prefix: Path) -> int:
 def _even_length(prefix: Path) -> int:
     """Number of tokens of every entry of a pair's .idx; raises DataError if they differ."""
     idx = pair_paths(prefix)[1]
-    header, length = read_header(idx), _first_length(prefix)
+    header = read_header(idx)
+    length = _first_length(prefix)
     for start, stop in spans(header.sequences, block=65_536, limit=FULL_CHECK_SEQUENCES):
         lengths = _lengths(idx, header, start, stop)
         wrong = np.flatnonzero(lengths != length)

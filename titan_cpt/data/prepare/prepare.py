@@ -149,11 +149,12 @@ def _remove_leftovers(output: Path) -> None:
 
 def _without_own_record(sources: Sequence[TextInput], inputs: Sequence[str], output: Path) -> list[TextInput]:
     """Remove PREFIX.json from the inputs if a glob such as data/*.json matched the record of this output."""
-    own, written_out = os.path.normpath(record_path(output)), set(inputs)
+    own = os.path.normpath(record_path(output))
+    literal_names = set(inputs)
     return [
         source
         for source in sources
-        if source.spec in written_out or os.path.normpath(source.spec) != own or not read_record(Path(own))
+        if source.spec in literal_names or os.path.normpath(source.spec) != own or not read_record(Path(own))
     ]
 
 

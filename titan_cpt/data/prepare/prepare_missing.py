@@ -118,7 +118,8 @@ def _fetch(name: str, source: TextSourceConfig, log: Callable[[str], None]) -> N
 
 
 def _train_tokenizer(config: Config, log: Callable[[str], None]) -> None:
-    train, path = config.tokenizer.train, Path(config.tokenizer.path)
+    train = config.tokenizer.train
+    path = Path(config.tokenizer.path)
     if train is None or is_there(path):
         return
     source = config.datasets[train.dataset].source

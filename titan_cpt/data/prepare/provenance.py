@@ -31,7 +31,8 @@ def tokenizer_provenance(prefix: Path) -> TokenizerProvenance | None:
     for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
         try:
             record = json.loads(read_text(Path(name)))
-            tokenizer, add_bos = record["tokenizer"], record.get("add_bos", False) is True
+            tokenizer = record["tokenizer"]
+            add_bos = record.get("add_bos", False) is True
             return TokenizerProvenance(Path(name), str(tokenizer["fingerprint"]), int(tokenizer["vocab_size"]), add_bos)
         except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError):
             continue

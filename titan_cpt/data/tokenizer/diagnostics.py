@@ -59,8 +59,9 @@ def _losses(tokenizer: Tokenizer) -> str | None:
     lost = []
     for what, pair in _LOSSES.items():
         ids = tokenizer.encode_documents(pair)
-        one, other = ids.ids[: ids.lengths[0]], ids.ids[ids.lengths[0] :]
-        if not ids.lost and one.tolist() == other.tolist():
+        first = ids.ids[: ids.lengths[0]]
+        second = ids.ids[ids.lengths[0] :]
+        if not ids.lost and first.tolist() == second.tolist():
             lost.append(what)
     if not lost:
         return None

@@ -25,8 +25,10 @@ from titan_cpt.data.tokenizer.tiktoken_bpe import BYTE_OF
 from titan_cpt.errors import DataError, how_to_install
 
 Ids = npt.NDArray[np.int64]
-_FORBIDDEN, _BYTE, _UNKNOWN = 1, 2, 3
-"""Kinds of ids that need an extra check."""
+# Kinds of ids that need an extra check.
+_FORBIDDEN = 1
+_BYTE = 2
+_UNKNOWN = 3
 
 
 class Encoded(NamedTuple):
@@ -55,7 +57,8 @@ class HuggingFaceBackend:
         Raises:
             DataError: the library is not installed, or rejects the file.
         """
-        self._name, self._guarded = name, guarded
+        self._name = name
+        self._guarded = guarded
         self._whole = _library_tokenizer(spec, name)
         _check_ids(self._whole, spec, name)
         self._encoder = self._whole if guarded.spec is spec else _library_tokenizer(guarded.spec, name)

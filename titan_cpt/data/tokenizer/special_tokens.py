@@ -67,7 +67,8 @@ def check_added_tokens(path: str, spec: dict[str, Any]) -> None:
         DataError: an id differs, or two tokens share one.
     """
     added = spec.get("added_tokens") or []
-    known, following = model_vocab(spec["model"]), len(spec["model"]["vocab"])
+    known = model_vocab(spec["model"])
+    following = len(spec["model"]["vocab"])
     numbered: dict[str, int] = {}
     faults = []
     for token in added:
@@ -188,7 +189,8 @@ def _before_text(part: dict[str, Any]) -> tuple[tuple[int, ...], list[str]]:
     if part["type"] != "TemplateProcessing":
         name, number = part["cls"]
         return (int(number),), [str(name)]
-    ids, names = list[int](), list[str]()
+    ids: list[int] = []
+    names: list[str] = []
     for item in part["single"]:
         if "Sequence" in item:
             break

@@ -212,7 +212,8 @@ def _added_tokens(added: list[dict[str, Any]], *, nfc: bool) -> tuple[dict[str, 
     raw: dict[str, int | None] = {}
     normal: dict[str, int | None] = {}
     for token in added:
-        content, special = token["content"], token.get("special", False)
+        content = token["content"]
+        special = token.get("special", False)
         if not special and any(token.get(key) for key in ("single_word", "lstrip", "rstrip")):
             raise CannotConvertError(f"its added token {content!r} sets single_word, lstrip or rstrip")
         if token.get("normalized", not special):

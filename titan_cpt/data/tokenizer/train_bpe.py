@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from titan_cpt.common.files import require_writable, write_bytes_atomically
 from titan_cpt.data.tokenizer.tokenizer import END_OF_DOCUMENT, fingerprint_of, vocab_size_of
@@ -36,6 +37,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
     if vocab_size < 257:
         raise DataError(f"{output}: a vocabulary of {vocab_size}; the minimum is 257 (256 bytes and {END_OF_DOCUMENT})")
     _require_replaceable(output, vocab_size, force=force)
+    content = _trained_tokenizer(tokenizers, texts, vocab_size, output)
+    if output.exists() and output.read_bytes() == content:
+        return False
+    if output.exists() and not force:
+        raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
+    write_bytes_atomically(output, content)
+    return True
+
+
+def _trained_tokenizer(tokenizers: Any, texts: Iterable[str], vocab_size: int, output: Path) -> bytes:
+    """Train the BPE and return its tokenizer.json; raises DataError if the texts yield fewer entries."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level
@@ -51,13 +63,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
         raise DataError(
             f"{output}: the texts yield only {size} entries, not {vocab_size}: choose a vocabulary of at most {size}"
         )
-    content = tokenizer.to_str(pretty=True).encode()
-    if output.exists() and output.read_bytes() == content:
-        return False
-    if output.exists() and not force:
-        raise _another_tokenizer(output, f"the one trained now is {hashlib.sha256(content).hexdigest()[:12]}")
-    write_bytes_atomically(output, content)
-    return True
+    serialized: str = tokenizer.to_str(pretty=True)
+    return serialized.encode()
 
 
 def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
