@@ -71,7 +71,7 @@ def assert_same_rotary(config):
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_every_default_is_that_of_transformers_own_config_class(kind):
-    """Each key that may be missing, as an empty config of that model_type has it."""
+    """Of each optional key, as in an empty config of that model_type."""
     theirs = type(theirs_of({"model_type": kind}))()
     rope = {
         "rope_theta": theirs.rope_parameters["rope_theta"],
@@ -92,8 +92,8 @@ def test_every_default_is_that_of_transformers_own_config_class(kind):
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in DEFAULTS for key in DEFAULTS[kind]])
-def test_a_missing_key_means_what_transformers_takes_it_to_mean(kind, key):
-    """All other keys are there; the shape has the numbers of transformers' config, with 32 heads of 8 features."""
+def test_a_missing_key_has_the_meaning_that_it_has_in_transformers(kind, key):
+    """All other keys are there; the spec has the values of transformers' config, with 32 heads of 8 features."""
     full = {**config_of(kind), **DEFAULTS[kind], "use_sliding_window": True, "max_window_layers": 0}
     full |= {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8}
     full |= {"sliding_window": 9} if "sliding_window" in DEFAULTS[kind] else {}
@@ -113,8 +113,8 @@ def test_a_missing_key_means_what_transformers_takes_it_to_mean(kind, key):
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_a_width_that_is_missing_is_never_a_default(key):
-    """transformers has one for it, of a 7B model."""
+def test_a_missing_width_is_refused(key):
+    """transformers has a default, of a 7B model."""
     config = config_of("llama")
     del config[key]
     with pytest.raises(CheckpointError, match=f"{key}: is missing"):
@@ -178,7 +178,7 @@ def test_rotary_positions_are_read_as_transformers_reads_them(keys):
     ],
 )
 def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys):
-    """The share of the head too; keys that are Llama's are ignored, as they are there."""
+    """The rotated fraction too; keys of Llama are ignored, as in transformers."""
     assert_same_rotary(config_of("gpt_neox", **keys))
 
 
@@ -220,8 +220,8 @@ def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: must be at most 10,000"),
     ],
 )
-def test_what_versions_of_transformers_read_differently_is_refused_by_name(kind, keys, said):
-    """Both values stand in the message, and what to do."""
+def test_keys_that_transformers_versions_read_differently_are_refused(kind, keys, said):
+    """The message has both values and what to do."""
     with pytest.raises(CheckpointError) as refusal:
         spec_from_config(config_of(kind, **keys), "config.json")
 
@@ -262,7 +262,7 @@ def test_any_key_with_any_value_is_read_or_refused(kind):
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
-def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
+def test_null_is_refused_or_has_the_meaning_that_it_has_in_transformers(kind):
     """Wherever both read a null, they read the same; transformers refuses most of them with a traceback."""
     same = []
     for key in sorted({*DEFAULTS[kind]} - {"max_position_embeddings"}):
@@ -281,3 +281,108 @@ def test_null_is_refused_or_means_what_transformers_takes_it_to_mean(kind):
 
     assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types"}
     assert kind == "gpt_neox" or "num_key_value_heads" in same or kind == "mistral"
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "vocab_size": 300,
+}
+NEOX = {**LLAMA, "model_type": "gpt_neox", "intermediate_size": 256}
+
+
+def refusal_of(config):
+    with pytest.raises(CheckpointError) as refusal:
+        spec_from_config(config, "there/config.json")
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "expected"),
+    [
+        (LLAMA, {"model_type": "mixtral"}, "model_type: must be one of gpt_neox, llama, mistral, qwen2, qwen3, got"),
+        (LLAMA, {"hidden_size": None}, "hidden_size: is missing"),
+        (LLAMA, {"hidden_size": "64"}, "hidden_size: must be a number, got '64'"),
+        (LLAMA, {"num_attention_heads": 2.5}, "num_attention_heads: must be a number, got 2.5"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act: only 'silu' is supported, got 'gelu'"),
+        (LLAMA, {"attention_bias": True}, "attention_bias: only False is supported, got True"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias: only False is supported, got True"),
+        (LLAMA, {"num_key_value_heads": 3}, "model.kv_heads: must divide model.heads = 4, got 3"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "type llama3 or yarn is supported, got 'dyn",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, "got 'yarn' with mscale"),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+            "type llama3 or yarn is supported",
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: is missing"),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor: only 1",
+        ),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantized weights cannot be trained"),
+        (
+            LLAMA,
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "layer_types: a sliding window in only some of the layers is not supported",
+        ),
+        (NEOX, {"hidden_act": "gelu_fast"}, "hidden_act: only 'gelu' is supported, got 'gelu_fast'"),
+        (NEOX, {"tie_word_embeddings": True}, "tie_word_embeddings: only False is supported"),
+        (
+            NEOX,
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}},
+            "RoPE scaling is not supported for GPT-NeoX",
+        ),
+    ],
+)
+def test_an_unsupported_config_is_refused(base, changes, expected):
+    """The message names the key of config.json, the value, and what is supported."""
+    message = refusal_of({**base, **changes})
+
+    assert message.startswith("there/config.json: ")
+    assert expected in message
+
+
+def test_all_problems_of_a_config_are_reported_at_once():
+    """Three wrong keys, three lines below the first."""
+    assert (
+        len(refusal_of({**LLAMA, "hidden_act": "relu", "mlp_bias": True, "intermediate_size": None}).splitlines()) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new", "field", "value"),
+    [
+        (
+            LLAMA,
+            {"rope_theta": 5e5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_base",
+            5e5,
+        ),
+        (NEOX, {"rotary_emb_base": 500}, {"rope_parameters": {"rope_theta": 500}}, "rope_base", 500.0),
+        (NEOX, {"rotary_pct": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary_fraction", 0.5),
+    ],
+)
+def test_the_spellings_of_transformers_4_and_5_mean_the_same(base, old, new, field, value):
+    """The same number as a separate key, as in the releases, and in rope_parameters."""
+    shapes = [spec_from_config({**base, **keys}, "config.json") for keys in (old, new)]
+
+    assert [getattr(spec, field) for spec in shapes] == [value, value]
+    assert shapes[0] == shapes[1]
+
+
+def test_defaults_are_those_of_transformers():
+    """For a config without the optional keys, as Pythia's."""
+    llama, neox = spec_from_config(LLAMA, ""), spec_from_config(NEOX, "")
+
+    assert (llama.kv_heads, llama.head_width, llama.rope_base, llama.norm_eps) == (4, 16, 10_000.0, 1e-6)
+    assert (neox.rotary_fraction, neox.rope_base, neox.norm_eps, neox.parallel_residual) == (0.25, 10_000.0, 1e-5, True)
