@@ -9,7 +9,6 @@ import training
 from rich.console import Console
 
 from titan_cpt.cli import main
-from titan_cpt.errors import DataError
 from titan_cpt.reporting.summary import print_summary, summarize
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -212,38 +211,6 @@ def test_a_loss_that_is_not_finite_is_ignored(run):
 
     assert summary["problems"] == ["r: the validation loss of x after step 5 of a is not finite"]
     assert (stage["after"], stage["measured_at"], stage["is_done"]) == ({"x": 3.0}, 0, False)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
-def test_a_damaged_plan_is_an_error(tmp_path, content):
-    """Empty, truncated, or JSON that is not a plan."""
-    (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
-        summarize(tmp_path)
-
-
-def test_a_path_that_is_not_a_run_is_an_error_that_lists_nearby_runs(run, tmp_path):
-    """A missing path, a file, a folder without runs, one with runs or sweeps, a stage, a checkpoint."""
-    run([stage_of("a", 4, "x")], [])
-    mine = tmp_path / "outputs" / "mine"
-    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm", tmp_path / "empty", mine / "a" / "step-00000004"):
-        folder.mkdir(parents=True)
-    for folder in (mine, tmp_path / "outputs" / "sweep" / "arm"):
-        (folder / "plan.json").write_text((tmp_path / "plan.json").read_text())
-    (tmp_path / "plan.json").unlink()
-    (tmp_path / "metrics.jsonl").unlink()
-
-    def said(path):
-        with pytest.raises(DataError) as error:
-            summarize(path)
-        return str(error.value).removeprefix(f"{path}: ")
-
-    assert said(tmp_path / "nowhere").startswith("no such file or folder")
-    assert said(mine / "plan.json").startswith("is a file")
-    assert said(tmp_path / "empty").startswith("is not a run folder")
-    assert said(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {tmp_path / 'outputs/sweep/arm'}")
-    assert said(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
-    assert said(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
 
 
 def test_a_run_that_cannot_be_read_does_not_stop_the_report_of_the_others(run, tmp_path, capsys):

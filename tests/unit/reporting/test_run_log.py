@@ -1,0 +1,58 @@
+"""Reading run folders: unique names, damaged plans, and paths that are not runs."""
+
+import shutil
+
+import pytest
+
+from titan_cpt.errors import DataError
+from titan_cpt.reporting.html_page import default_folder
+from titan_cpt.reporting.run_log import read_run, with_unique_names
+from unit.reporting.run_folders import EN_DE
+
+
+def test_runs_get_unique_names(write_run):
+    """By their parent folder; runs of one folder keep their names, copies of a run get those of their folders."""
+    apart = with_unique_names([read_run(write_run("x/seed-0", EN_DE)), read_run(write_run("y/seed-0", EN_DE))])
+    together = with_unique_names([read_run(write_run("z/one", EN_DE)), read_run(write_run("z/two", EN_DE))])
+
+    copy = shutil.copytree(together[0].folder, together[0].folder.parent / "one-backup")
+    copies = with_unique_names([together[0], read_run(copy)])
+
+    assert [record.name for record in copies] == ["one", "one-backup"]
+    assert [record.name for record in with_unique_names([*copies, read_run(apart[0].folder)])] == [
+        "z/one",
+        "z/one-backup",
+        "x/seed-0",
+    ]
+    assert [record.name for record in apart] == ["x/seed-0", "y/seed-0"]
+    assert [record.name for record in together] == ["one", "two"]
+    assert default_folder([apart[0].folder, apart[1].folder]).parent == apart[0].folder.resolve().parents[1]
+    assert default_folder([apart[0].folder]) == apart[0].folder / "report"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
+def test_a_damaged_plan_is_an_error(tmp_path, content):
+    """Empty, truncated, or JSON that is not a plan."""
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(DataError, match=r"plan.json: (cannot be read: )?damaged"):
+        read_run(tmp_path)
+
+
+def test_a_path_that_is_not_a_run_is_an_error_that_lists_nearby_runs(write_run, tmp_path):
+    """A missing path, a file, a folder without runs, one with runs or sweeps, a stage, a checkpoint."""
+    mine = write_run("outputs/mine", EN_DE)
+    of_a_sweep = write_run("outputs/sweep/run", EN_DE)
+    (mine / "a" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+
+    def message(path):
+        with pytest.raises(DataError) as error:
+            read_run(path)
+        return str(error.value).removeprefix(f"{path}: ")
+
+    assert message(tmp_path / "nowhere").startswith("no such file or folder")
+    assert message(mine / "plan.json").startswith("is a file")
+    assert message(tmp_path / "empty").startswith("is not a run folder")
+    assert message(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {of_a_sweep}")
+    assert message(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
+    assert message(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
