@@ -28,7 +28,7 @@ from titan_cpt.checkpoint.provenance import (
     training_history,
 )
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
-from titan_cpt.common.files import partial_folder
+from titan_cpt.common.files import atomic_folder
 from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -76,7 +76,7 @@ def export(
     base_model = find_base_model(record)
     run_tokenizer = find_tokenizer(record, checkpoint, tokenizer, base_model)
     positions = max_positions or max_sequence_length(record, base_model)
-    with partial_folder(out) as partial:
+    with atomic_folder(out) as partial:
         files = _write_weights(checkpoint, partial, spec, DTYPES[dtype], max_shard_bytes)
         _write_settings(partial, spec, run_tokenizer, positions=positions, dtype=dtype, base_model=base_model)
         warning = None

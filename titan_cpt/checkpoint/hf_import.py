@@ -27,7 +27,7 @@ from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released, weight
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
-from titan_cpt.common.files import partial_folder
+from titan_cpt.common.files import atomic_folder
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
@@ -120,7 +120,7 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
     released = open_released(name)
     spec = released.resized(vocab_size)
     log(f"{released.describe(spec)}: {spec.family}, {spec.parameters:,} parameters")
-    with partial_folder(out) as partial:
+    with atomic_folder(out) as partial:
         checksums = _convert_weights(released, spec, partial)
         log(verify_against_transformers(released, spec, lambda model: _load_unsharded(partial, model)))
         for note in released.notes:

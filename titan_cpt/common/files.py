@@ -92,7 +92,7 @@ def same_file(path: Path, others: Iterable[Path]) -> Path | None:
 
 
 @contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A new folder to write into; it is renamed to `out` at the end of the block, and removed if the block fails.
 
     It is inside `.NAME.partial` beside `out`. The remains of an interrupted attempt, which have our lock file, are

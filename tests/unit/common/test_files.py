@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from titan_cpt.common.files import partial_folder, write_bytes_atomically
+from titan_cpt.common.files import atomic_folder, write_bytes_atomically
 
 
 def test_a_temporary_file_never_replaces_a_users_file(tmp_path):
@@ -23,7 +23,7 @@ def test_a_partial_folder_replaces_only_the_remains_of_an_interrupted_attempt(tm
     hidden = tmp_path / ".out.partial"
     hidden.mkdir()
     (hidden / "model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="did not write it"), partial_folder(tmp_path / "out"):
+    with pytest.raises(FileExistsError, match="did not write it"), atomic_folder(tmp_path / "out"):
         pass
     assert (hidden / "model.safetensors").read_text() == "mine"
 
@@ -32,7 +32,7 @@ def test_a_partial_folder_replaces_only_the_remains_of_an_interrupted_attempt(tm
     (hidden / "content" / "half").write_text("left by a kill")
 
     def fail():
-        with partial_folder(tmp_path / "out") as folder:
+        with atomic_folder(tmp_path / "out") as folder:
             assert list(folder.iterdir()) == []
             raise KeyError
 
@@ -44,7 +44,7 @@ def test_a_partial_folder_replaces_only_the_remains_of_an_interrupted_attempt(tm
 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    with partial_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("new")
     assert (tmp_path / "out" / "whole").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}

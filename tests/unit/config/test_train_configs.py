@@ -18,7 +18,7 @@ STEP_TOKENS = 1104 * 2048
 PARAMETERS = {"405m": 405_334_016, "10b": 9_642_249_216}  # METHOD section 4, embeddings included
 PEAK = {"405m": 3e-4, "10b": 1.2e-4}
 T300, T100, GERMAN = 132_366, 44_229, 86_000
-LR_IS_VARIED = {"lr", "constant", "infinite"}  # in a file's name: the tests below hold these LRs one by one
+LR_IS_VARIED = {"lr", "constant", "infinite"}  # in a file's name: tests below check their LRs
 OF_USUAL_LR = [path for path in PAPERS if not LR_IS_VARIED & {*path.stem.split("_")}]
 
 # Steps of each stage, by the last words of the file's name; tokens of the domains over 2,260,992, rounded up by hand.
@@ -40,7 +40,7 @@ STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpa
 STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpajama") for of in ("warmup", "constant")}
 STEPS |= {f"iid_splits_{kind}": STEPS["iid_splits"] for kind in ("cosine", "infinite_cosine", "infinite_inv_sqrt")}
 
-SHARES_OF_THE_SPLITS = {  # METHOD section 3, in per cent of the stage
+SHARES_OF_THE_SPLITS = {  # METHOD section 3, in percent of the stage
     "split1": {"pile": 5.0, "split1": 95.0},
     "split2": {"pile": 3.8125, "split1": 1.1875, "split2": 95.0},
     "split3": {"pile": 3.088125, "split1": 0.961875, "split2": 0.95, "split3": 95.0},
@@ -113,7 +113,7 @@ def test_the_papers_steps_of_every_config(paper):
 
 @pytest.mark.parametrize("path", OF_USUAL_LR, ids=lambda path: path.stem)
 def test_the_papers_lr_of_every_config(path):
-    """From its peak (within 1e-5 of it: it is reached between two steps) down to a tenth of it on the last step."""
+    """From the peak (within 1e-5, because it is between two steps) down to a tenth of it on the last step."""
     size = path.stem.partition("_")[0]
 
     for plan in plans_of(path):
@@ -124,7 +124,7 @@ def test_the_papers_lr_of_every_config(path):
 
 
 def test_the_infinite_schedules_have_the_papers_numbers():
-    """The table of METHOD section 2: steps 662, 20000, 60000, 120000 and the last, of both kinds; cosine besides."""
+    """The table of METHOD section 2: learning rates at steps 662, 20000, 60000, 120000 and the last; and the cosine."""
     cosine, infinite_cosine, infinite_inv_sqrt = (
         plan.stages[0] for plan in plans_of(CONFIGS / "405m_slimpajama_infinite.toml")
     )
@@ -140,7 +140,7 @@ def test_the_infinite_schedules_have_the_papers_numbers():
 
 @pytest.mark.parametrize("kind", ["infinite_cosine", "infinite_inv_sqrt"])
 def test_later_splits_begin_before_the_annealing_at_the_constant_lr(kind):
-    """Split 2 takes the weights up at 85 % of split 1 (37,594.65: after step 37,594) and starts at 1.65e-4."""
+    """Split 2 starts from the weights at 85 % of split 1 (37,594.65: after step 37,594), with an LR of 1.65e-4."""
     (plan,) = plans_of(CONFIGS / f"405m_iid_splits_{kind}.toml")
 
     for earlier, stage in zip(plan.stages, plan.stages[1:], strict=False):
@@ -158,7 +158,7 @@ def test_later_splits_begin_before_the_annealing_at_the_constant_lr(kind):
         ("10b_pile_to_german_replay", "german", [0, 5, 25]),
     ],
 )
-def test_replay_takes_its_share_of_the_same_budget(name, stage, fractions):
+def test_replay_has_its_fraction_of_an_unchanged_budget(name, stage, fractions):
     """Replayed tokens of the Pile, within one sequence of the configured percentage, in every sweep run."""
     for plan, percent in zip(plans_of(CONFIGS / f"{name}.toml"), fractions, strict=True):
         last = plan.stage(stage)
@@ -171,7 +171,7 @@ def test_replay_takes_its_share_of_the_same_budget(name, stage, fractions):
 
 @pytest.mark.parametrize("dataset", ["slimpajama", "german"])
 def test_the_sweeps_of_peak_warm_up_and_constant_lr(dataset):
-    """Peaks of 1.5e-4, 3e-4 and 6e-4; warm-ups of 0, 0.5, 1 and 2 %; 3e-5 and 3e-4 to the end. No replay in any."""
+    """Peaks of 1.5e-4, 3e-4 and 6e-4; warm-ups of 0, 0.5, 1 and 2 %; constant 3e-5 and 3e-4. None has replay."""
 
     def last_of(which):
         return [plan.stages[-1] for plan in plans_of(CONFIGS / f"405m_pile_to_{dataset}_{which}.toml")]
@@ -190,8 +190,8 @@ def test_the_sweeps_of_peak_warm_up_and_constant_lr(dataset):
 
 
 @pytest.mark.parametrize("size", ["405m", "10b"])
-def test_the_unions_hold_each_dataset_by_its_tokens(size):
-    """Half and half for SlimPajama; 132,366 to 86,000 for German."""
+def test_joint_training_weights_each_dataset_by_its_tokens(size):
+    """Equal weights with SlimPajama; 132,366 to 86,000 with German."""
     (weak,) = plans_of(CONFIGS / f"{size}_union_pile_slimpajama.toml")
     (strong,) = plans_of(CONFIGS / f"{size}_union_pile_german.toml")
 
@@ -199,8 +199,8 @@ def test_the_unions_hold_each_dataset_by_its_tokens(size):
     assert float(strong.stages[0].shares["pile"]) == pytest.approx(132_366 / 218_366, rel=1e-12)
 
 
-def test_four_datasets_in_a_row_are_replayed_as_the_paper_did():
-    """The table of METHOD section 3, in per cent."""
+def test_four_stages_replay_earlier_datasets_as_in_the_paper():
+    """The table of METHOD section 3, in percent."""
     (plan,) = plans_of(CONFIGS / "405m_pile_to_slimpajama_splits.toml")
 
     for name, expected in SHARES_OF_THE_SPLITS.items():
@@ -209,7 +209,7 @@ def test_four_datasets_in_a_row_are_replayed_as_the_paper_did():
 
 
 def test_slimpajamas_domains_have_the_papers_weights():
-    """In per cent of the sequences; the largest is Common Crawl with 52.09."""
+    """In percent of the sequences; the largest is Common Crawl with 52.09."""
     (plan,) = plans_of(CONFIGS / "405m_slimpajama.toml")
     use = {name.partition(".")[2]: use.tokens for name, use in plan.stages[0].use_by_source.items()}
     percent = {name: 100 * tokens / (T300 * STEP_TOKENS) for name, tokens in use.items()}
