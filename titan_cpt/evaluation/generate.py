@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.errors import DataError
-from titan_cpt.evaluation.inference import LoadedModel, batches, logits_at, padded, shard_batches, sum_over_ranks
+from titan_cpt.evaluation.inference import LoadedModel, batches, logits_at, pad_sequences, shard_batches, sum_over_ranks
 from titan_cpt.models.common.kv_cache import kv_cache
 
 
@@ -91,7 +91,7 @@ def _continue(
     generators = [_generator(sampling.seed, prompt) for prompt in prompts]
     active = list(range(len(prompts)))
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens_BL = padded(prompts, device)
+    tokens_BL = pad_sequences(prompts, device)
     capacity = tokens_BL.shape[1] + max_new_tokens
     with kv_cache(loaded.model, sequences=len(prompts), capacity=capacity, device=device) as cache:
         for generated in range(max_new_tokens):

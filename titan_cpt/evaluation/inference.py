@@ -185,7 +185,7 @@ def _batch_loglikelihoods(
     ]
     device = loaded.process.device
     rows_T, positions_T = torch.tensor(positions, device=device).T
-    logits_TV = logits_at(loaded.model, padded(inputs, device), rows_T, positions_T)
+    logits_TV = logits_at(loaded.model, pad_sequences(inputs, device), rows_T, positions_T)
     ends = torch.tensor(longest).cumsum(0).tolist()
     wanted = [
         (number, token, end - len(continuation) + place)
@@ -218,7 +218,7 @@ def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions
     return logits_TV
 
 
-def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def pad_sequences(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Sequences padded at the end to one length, int64 [B, L]. Causal attention never attends to the padding."""
     longest = max(len(tokens) for tokens in sequences)
     return torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in sequences], device=device)

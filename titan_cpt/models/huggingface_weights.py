@@ -31,7 +31,7 @@ def hub_names(spec: ModelSpec) -> dict[str, str]:
     Raises:
         ConfigError: the spec's family is unknown.
     """
-    names: dict[str, str] = family_module(spec.family, "huggingface").hub_names(spec)
+    names: dict[str, str] = family_module(spec.family, "huggingface").weight_names(spec)
     return names
 
 

@@ -70,7 +70,7 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
         overrides["rope_scaling"] = RopeScaling(**scaling)
 
     released_vocab, chosen = SPECS[family].size_fields(size, overrides)
-    vocab_size = padded(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE)
+    vocab_size = round_up(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE)
     spec = SPECS[family](**{"family": family, "vocab_size": vocab_size, **chosen, **overrides})
     if spec.vocab_size < tokenizer_vocab:
         raise ConfigError(
@@ -80,7 +80,7 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
     return spec
 
 
-def padded(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     """`count`, rounded up to a multiple."""
     return -(-count // multiple) * multiple
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.registry import VOCABULARY_MULTIPLE, named_size, padded
+from titan_cpt.models.registry import VOCABULARY_MULTIPLE, named_size, round_up
 from titan_cpt.models.spec import ModelSpec
 
 
@@ -35,4 +35,4 @@ def model_spec(config: Config, tokenizer_vocab: int) -> ModelSpec:
 
 def padded_vocab(spec: ModelSpec, tp: int) -> ModelSpec:
     """The spec with the same number of vocabulary rows, a multiple of 128, on each tensor-parallel rank."""
-    return dataclasses.replace(spec, vocab_size=padded(spec.vocab_size, VOCABULARY_MULTIPLE * tp))
+    return dataclasses.replace(spec, vocab_size=round_up(spec.vocab_size, VOCABULARY_MULTIPLE * tp))

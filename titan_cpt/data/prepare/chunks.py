@@ -135,7 +135,7 @@ def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
                 if split.format == "parquet":
                     yield from _cut_values(name, _parquet_values(file, name, text_field), LARGEST_CHUNK_BYTES, 0)
                 else:
-                    blocks = decompressed_blocks(file, hub.file_name(name))
+                    blocks = decompressed_blocks(file, hub.base_name(name))
                     yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, split.field)
         except OSError as fault:
             raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault

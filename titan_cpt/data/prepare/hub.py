@@ -159,6 +159,6 @@ def _local_folder_hint(spec: str, name: str) -> str:
     return hint
 
 
-def file_name(name: str) -> str:
+def base_name(name: str) -> str:
     """Return the last component of a path or URL."""
     return Path(name.partition("?")[0]).name

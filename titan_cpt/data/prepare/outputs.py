@@ -50,7 +50,7 @@ def validation_prefix(prefix: Path) -> Path:
     return Path(f"{prefix}{VALIDATION_SUFFIX}")
 
 
-def partial_folder(output: Path) -> Path:
+def parts_folder(output: Path) -> Path:
     """Return the folder that holds the finished parts of an output until they are concatenated."""
     return Path(f"{output}.partial")
 
@@ -62,7 +62,7 @@ def refuse_inputs_in_the_way(output: Path, inputs: Sequence[Path]) -> None:
         DataError: an input would be overwritten; names both files.
     """
     paths = [*_files(output), *_files(validation_prefix(output))[:2]]
-    with_partial = [*paths, *(partial_folder(output).iterdir() if partial_folder(output).is_dir() else ())]
+    with_partial = [*paths, *(parts_folder(output).iterdir() if parts_folder(output).is_dir() else ())]
     places = {identity(path): path for path in with_partial}
     places.pop(None, None)
     for source in inputs if places else ():
@@ -86,7 +86,7 @@ def replaceable(output: Path, recipe: Mapping[str, Any], *, force: bool) -> list
             is False.
     """
     _refuse_validation_prefix_of_another_output(output)
-    interrupted = read_record(partial_folder(output) / RECORD)
+    interrupted = read_record(parts_folder(output) / RECORD)
     if interrupted is not None and recipe_of(interrupted) != recipe:
         interrupted = None
     record = read_record(record_path(output))
@@ -138,7 +138,7 @@ def require_own_partial(output: Path) -> None:
     Raises:
         DataError: names the other files.
     """
-    folder = partial_folder(output)
+    folder = parts_folder(output)
     if not _exists(folder):
         return
     if not folder.is_dir():
@@ -156,12 +156,12 @@ def require_own_partial(output: Path) -> None:
 
 def has_finished_parts(output: Path) -> bool:
     """Whether an interrupted run left finished parts to resume from."""
-    return any(re.fullmatch(rf"{_DIGEST}\.json", path.name) for path in partial_folder(output).iterdir())
+    return any(re.fullmatch(rf"{_DIGEST}\.json", path.name) for path in parts_folder(output).iterdir())
 
 
 def remove_partial(output: Path) -> None:
     """Remove the parts, and the folder if it is then empty."""
-    folder = partial_folder(output)
+    folder = parts_folder(output)
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "lock"):

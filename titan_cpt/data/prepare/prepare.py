@@ -23,7 +23,7 @@ from titan_cpt.data.formats.indexed_writer import concatenate, rename_pair
 from titan_cpt.data.prepare.outputs import (
     RECORD,
     has_finished_parts,
-    partial_folder,
+    parts_folder,
     recipe_of,
     refuse_inputs_in_the_way,
     remove_partial,
@@ -128,7 +128,7 @@ def prepare(
     replaceable(output, recipe, force=force)
     note = "\nnote: ".join(tokenizer_notes(vocabulary)) or None
     with _only_writer(output), _resumable(output):
-        job = TokenizeJob(tokenizer, vocabulary.fingerprint, text_field, holdout, partial_folder(output), add_bos)
+        job = TokenizeJob(tokenizer, vocabulary.fingerprint, text_field, holdout, parts_folder(output), add_bos)
         shards, reused = encode_all(sources, job, output=output, workers=workers, show_progress=show_progress)
         counts = sum((part for _, part in shards), Counts())
         _require_documents(counts, holdout)
@@ -142,7 +142,7 @@ def _remove_leftovers(output: Path) -> None:
     """Remove the parts that remain if an earlier run was killed after it had written the output."""
     with suppress(DataError):
         require_own_partial(output)
-        if partial_folder(output).exists():
+        if parts_folder(output).exists():
             with _only_writer(output):
                 remove_partial(output)
 
@@ -235,8 +235,8 @@ def _only_writer(output: Path) -> Iterator[None]:
         return DataError(f"{output}: another process is preparing it now{by}; wait for it, or end it")
 
     require_own_partial(output)
-    make_folder(partial_folder(output))
-    with exclusive(partial_folder(output) / "lock", held=held):
+    make_folder(parts_folder(output))
+    with exclusive(parts_folder(output) / "lock", held=held):
         yield
 
 
@@ -246,7 +246,7 @@ def _resumable(output: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as fault:
-        folder = partial_folder(output)
+        folder = parts_folder(output)
         kept = folder.is_dir() and has_finished_parts(output)
         if not kept or isinstance(fault, _NothingToPrepare):
             remove_partial(output)

@@ -33,7 +33,7 @@ _BLOCK = {
 }
 
 
-def hub_names(spec: GPTNeoXSpec) -> dict[str, str]:
+def weight_names(spec: GPTNeoXSpec) -> dict[str, str]:
     """Our name of every weight -> its name in Hugging Face's files."""
     names = {"embedding.weight": "gpt_neox.embed_in.weight"}
     for layer in range(spec.layers):

@@ -61,7 +61,7 @@ _QKV_BIAS = {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in
 _QK_NORM = {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
 
 
-def hub_names(spec: LlamaSpec) -> dict[str, str]:
+def weight_names(spec: LlamaSpec) -> dict[str, str]:
     """Our name of every weight -> its name in Hugging Face's files."""
     block = _BLOCK | (_QKV_BIAS if spec.qkv_bias else {}) | (_QK_NORM if spec.qk_norm else {})
     names = {"embedding.weight": "model.embed_tokens.weight"}
