@@ -9,7 +9,7 @@ A fork with share p sends
 
 of its first k sequences to its left child and k - R(k) to its right one, in exact rational arithmetic. The root splits
 replay from new data, so in every prefix of the stage the number of replayed sequences is within half a sequence of its
-exact share. Below the root, a Huffman tree over the sources (planning/stage_replay.py computes their weights) keeps
+exact share. Below the root, a Huffman tree over the sources (planning/stages/ computes their weights) keeps
 every inner child's share at or below 2/3. A source's count is therefore off its exact share by less than
 
     1/2 + p (1/2 + 2/3 (1/2 + 2/3 (...))) < 1/2 + 3/2 p <= 2 sequences    in every prefix of the stage.

@@ -53,5 +53,5 @@ def test_an_annealing_to_or_from_zero_is_refused(head, faults, rates, got):
     ],
 )
 def test_edge_cases_of_schedules_are_accepted(head, write, lr):
-    """No warm-up, only warm-up, min = 0, no cool-down, no annealing (METHOD.md section 2, trap ii)."""
+    """No warm-up, only warm-up, min = 0, no cool-down, no annealing."""
     assert load_config(write(with_lr(head, lr))).stages[0].lr.schedule in lr

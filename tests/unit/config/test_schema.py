@@ -9,8 +9,7 @@ from titan_cpt.config.schema_lookup import nested_tables
 
 
 def test_a_config_needs_thirty_lines_and_has_the_papers_defaults(one_stage, write):
-    """AdamW 0.9 / 0.95 / 1e-8 / 0.1, gradient clipping at 1.0, 1 % warm-up, optimizer reset (METHOD.md sections 2 and
-    4)."""
+    """AdamW 0.9 / 0.95 / 1e-8 / 0.1, gradient clipping at 1.0, 1 % warm-up, optimizer state reset."""
     config = load_config(write(one_stage))
     adamw = config.optimizer
 

@@ -15,7 +15,7 @@ RUNS = sorted(CONFIGS.glob("*.toml"))
 PAPERS = [path for path in RUNS if path.name.startswith(("405m", "10b"))]
 
 STEP_TOKENS = 1104 * 2048
-PARAMETERS = {"405m": 405_334_016, "10b": 9_642_249_216}  # METHOD section 4, embeddings included
+PARAMETERS = {"405m": 405_334_016, "10b": 9_642_249_216}  # embeddings included
 PEAK = {"405m": 3e-4, "10b": 1.2e-4}
 T300, T100, GERMAN = 132_366, 44_229, 86_000
 LR_IS_VARIED = {"lr", "constant", "infinite"}  # in a file's name: tests below check their LRs
@@ -40,7 +40,7 @@ STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpa
 STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpajama") for of in ("warmup", "constant")}
 STEPS |= {f"iid_splits_{kind}": STEPS["iid_splits"] for kind in ("cosine", "infinite_cosine", "infinite_inv_sqrt")}
 
-SHARES_OF_THE_SPLITS = {  # METHOD section 3, in percent of the stage
+SHARES_OF_THE_SPLITS = {  # in percent of the stage's sequences, computed from the authors' rule
     "split1": {"pile": 5.0, "split1": 95.0},
     "split2": {"pile": 3.8125, "split1": 1.1875, "split2": 95.0},
     "split3": {"pile": 3.088125, "split1": 0.961875, "split2": 0.95, "split3": 95.0},
@@ -124,7 +124,7 @@ def test_the_papers_lr_of_every_config(path):
 
 
 def test_the_infinite_schedules_have_the_papers_numbers():
-    """The table of METHOD section 2: learning rates at steps 662, 20000, 60000, 120000 and the last; and the cosine."""
+    """Steps 662, 20,000, 60,000, 120,000 and the last, computed from the formulas of the paper; and the cosine."""
     cosine, infinite_cosine, infinite_inv_sqrt = (
         plan.stages[0] for plan in plans_of(CONFIGS / "405m_slimpajama_infinite.toml")
     )
@@ -200,7 +200,7 @@ def test_joint_training_weights_each_dataset_by_its_tokens(size):
 
 
 def test_four_stages_replay_earlier_datasets_as_in_the_paper():
-    """The table of METHOD section 3, in percent."""
+    """In percent of the sequences of each stage."""
     (plan,) = plans_of(CONFIGS / "405m_pile_to_slimpajama_splits.toml")
 
     for name, expected in SHARES_OF_THE_SPLITS.items():

@@ -19,7 +19,7 @@ def test_an_end_point_is_a_fraction_a_step_or_tokens(head, write, text, value):
 
 
 def test_a_stage_trains_on_a_dataset_or_a_weighted_mixture(head, write):
-    """The joint-training baseline of DESIGN.md section 3."""
+    """A name, or a table of weights, as the joint-training baseline has it."""
     stage = f"dataset = {{ pile = 0.5, german = 1 }}\nsteps = 1\n{LR}"
 
     assert load_config(write(with_stage(head, stage))).stages[0].dataset == {"pile": 0.5, "german": 1}

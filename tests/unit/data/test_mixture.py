@@ -158,7 +158,7 @@ def test_weights_are_relative(weights, factor):
 
 
 def test_five_per_cent_of_a_batch_is_55_or_56_sequences():
-    """METHOD.md section 3: 1104 x 5 % = 55.2, so four batches of 55 and one of 56, and 276 after every five."""
+    """1104 x 5 % = 55.2: of every five batches four have 55 replayed sequences and one has 56, which are 276."""
     tree = Fork(Fraction(1, 20), Leaf("pile", True), Leaf("german", False))
     batches = [sum(draw.replayed for draw in draws(tree, i * BATCH, (i + 1) * BATCH)) for i in range(50)]
 

@@ -41,7 +41,7 @@ def test_pythia_has_the_published_parameter_counts(size, expected):
 
 
 def test_the_papers_models_have_the_papers_parameter_counts():
-    """405M, and 10B at its tensor parallelism of 6, as in METHOD.md section 4."""
+    """405M, and 10B with its tensor-parallel degree of 6 (Ibrahim et al. 2024)."""
     small = named_size("gpt_neox", "405m", NEOX_TOKENS)
     large = padded_vocab(named_size("gpt_neox", "10b", NEOX_TOKENS), 6)
 

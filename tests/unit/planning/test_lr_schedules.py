@@ -44,7 +44,7 @@ def short_infinite(**changes):
     ],
 )
 def test_infinite_schedules_have_the_values_of_the_authors_run(t, cosine, inv_sqrt):
-    """Seven significant digits of METHOD.md section 2, both cool-downs."""
+    """Both cool-downs, to seven significant digits."""
     assert f"{lr_at(infinite('cosine'), t):.6e}" == f"{cosine:.6e}"
     assert f"{lr_at(infinite('inv_sqrt'), t):.6e}" == f"{inv_sqrt:.6e}"
 
@@ -60,7 +60,7 @@ def test_infinite_schedules_have_the_values_of_the_authors_run(t, cosine, inv_sq
     ],
 )
 def test_cosine_has_the_values_of_the_authors_run(t, expected):
-    """Seven significant digits of METHOD.md section 2, warm-up 1 %."""
+    """With a warm-up of 1 %, to seven significant digits."""
     schedule = lr_schedules.cosine_schedule(warmup_until=WARM, end=T, peak=3e-4, final=3e-5)
 
     assert f"{lr_at(schedule, t):.6e}" == f"{expected:.6e}"
@@ -234,7 +234,7 @@ def test_inverse_square_root_without_end_by_hand():
 
 
 def test_the_drop_of_the_inverse_square_root_is_the_papers():
-    """h(1) = -0.69849 at alpha = 10, METHOD.md section 2: half way down at the x where h is half of it."""
+    """h(1) = -0.69849 for alpha = 10: the LR is half-way down at the x for which h(x) is half of h(1)."""
     x = ((1 / (1 - 0.69849 / 2)) ** 2 - 1) / 10
     schedule = infinite("inv_sqrt", warmup_until=0, cooldown_until=1, constant_until=1, end=1, constant_lr=1e-4)
 

@@ -94,7 +94,7 @@ def test_released_llamas_are_checked(tmp_path: Path, size: str, overrides: dict[
 def test_the_shipped_configs_have_the_papers_numbers(
     name: str, world_size: int, parameters: int, per_step: int
 ) -> None:
-    """METHOD.md section 4: parameters, batch, steps, LR and parallelism."""
+    """Parameters, batch, steps, LR and parallelism of Ibrahim et al. 2024, arXiv:2403.08763."""
     config = load_config(ROOT / "train_configs" / f"{name}.toml")
     plan = make_plan(config, take_inventory(config), world_size)
 

@@ -9,7 +9,7 @@ from titan_cpt.planning.plan_json import batch_as_json, plan_as_json
 
 
 def test_the_json_has_the_documented_keys(two_stages, make):
-    """Every key of DESIGN.md section 3b, and sums that agree."""
+    """Other programs read these keys; totals are the sums of their parts."""
     answer = json.loads(json.dumps(plan_as_json(make(two_stages))))
 
     assert {"fingerprint", "model", "stages", "total_tokens", "retraining_tokens"} <= answer.keys()
@@ -26,7 +26,7 @@ def test_the_json_has_the_documented_keys(two_stages, make):
 
 @pytest.mark.parametrize(("size", "parameters"), [("405m", 405_334_016), ("10b", 9_642_249_216)])
 def test_the_papers_models_have_the_papers_parameters(one_stage, make, size, parameters):
-    """METHOD.md section 4, embeddings included, also if the tokenizer does not exist yet."""
+    """Embeddings included; also if the tokenizer does not exist yet."""
     answer = plan_as_json(make(one_stage, ("model.size", size), vocab_size=None))
 
     assert answer["model"]["parameters"] == parameters

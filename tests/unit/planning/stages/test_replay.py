@@ -56,7 +56,7 @@ def test_the_tokens_in_the_json_are_those_of_the_paper(head, make):
 
 
 def test_replay_never_adds_compute(head, make):
-    """METHOD.md's example in small: 100 + 100 steps at 5 % are 95 + 5, and 200 in total."""
+    """Two stages of 100 steps, the second with 5 % replay: 95 + 5 steps of data, and 200 steps in total."""
     text = head + stage("a", "pile", 100) + stage("b", "german", 100, replay="{ fraction = 0.05 }")
     answer = plan_as_json(make(text))
     use = answer["stages"][1]["datasets"]

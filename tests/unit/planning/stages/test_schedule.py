@@ -62,7 +62,7 @@ def test_every_schedule_has_the_configured_first_highest_and_last_lr(head, make,
 
 
 def test_the_schedules_of_the_paper_have_its_values(head, make):
-    """METHOD.md section 2 from the TOML: 132,366 steps, 0.01 / 0.60 / 0.85, both cool-downs and the plain cosine."""
+    """Through the config, for 132,366 steps and end points 0.01 / 0.60 / 0.85: both cool-downs and the plain cosine."""
     infinite = (
         "max = 3e-4, constant = 1.65e-4, min = 3e-5, warmup_until = 0.01, cooldown_until = 0.6, constant_until = 0.85"
     )
