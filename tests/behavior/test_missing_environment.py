@@ -9,8 +9,8 @@ import pytest
 import torch
 import training
 
+from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.errors import ConfigError
-from titan_cpt.training.forward_backward import require_compiler
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 

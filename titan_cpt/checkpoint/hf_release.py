@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from titan_cpt.checkpoint.hf_files import WeightFiles, read_config, released_folder
+from titan_cpt.common.text import problem_list
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.huggingface_config import spec_from_config
-from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names, in_lines
+from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names
 from titan_cpt.models.spec import ModelSpec
 
 
@@ -95,7 +96,7 @@ def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
     if not missing:  # otherwise config.json may describe a model that cannot be built
         faults += _wrong_shapes(files, spec)
     if faults:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json: {in_lines(faults)}")
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {problem_list(faults)}")
     _require_the_tied_head(files, spec)
     notes = [*_other_sets(files, spec), *files.unread()] if compare_sets else ()
     return ReleasedModel(name, config, spec, files, tuple(notes))

@@ -15,3 +15,10 @@ def did_you_mean(word: str, known: Iterable[str], *, at_most: int = 1) -> str:
 def quoted_list(words: Iterable[str]) -> str:
     """The words in quotes, separated by commas; "none" for no words."""
     return ", ".join(map(repr, words)) or "none"
+
+
+def problem_list(faults: list[str]) -> str:
+    """The number of problems, and up to ten of them, one per line."""
+    shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
+    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
+    return "\n  - ".join([count, *shown])

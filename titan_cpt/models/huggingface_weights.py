@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from titan_cpt.common.text import problem_list
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import family_module
 from titan_cpt.models.spec import ModelSpec
@@ -76,11 +77,4 @@ def from_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, 
 def _refuse(foreign: list[str], missing: list[str]) -> None:
     faults = [f"{name}: missing" for name in missing] + [f"{name}: not a weight of this model" for name in foreign]
     if faults:
-        raise CheckpointError("the weights do not fit the model: " + in_lines(faults))
-
-
-def in_lines(faults: list[str]) -> str:
-    """The number of problems, and up to ten of them, one per line."""
-    shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
-    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
-    return "\n  - ".join([count, *shown])
+        raise CheckpointError("the weights do not fit the model: " + problem_list(faults))

@@ -28,6 +28,7 @@ from titan_cpt.data.inventory import open_sources, take_inventory, training_file
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.distributed.build import build_parallel_model
+from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
@@ -38,7 +39,7 @@ from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.plan_text import print_plan
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.training.forward_backward import make_runner, require_compiler
+from titan_cpt.training.forward_backward import make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.profiler import Profiler

@@ -5,9 +5,6 @@ Both runners have `backward`, for training, and `per_sequence_loss`, for validat
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +21,6 @@ from titan_cpt.distributed.context_parallel import local_positions
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
-from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
@@ -211,23 +207,3 @@ def losses_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The summed loss of every sequence in nats, [B]."""
     logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
     return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])
-
-
-def require_compiler(device: torch.device) -> None:
-    """Check that torch.compile has its compiler: g++ or CXX for a CPU; Triton and a C compiler for CUDA.
-
-    Raises:
-        ConfigError: it is missing; torch would raise in the first step only.
-    """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or unset it"
-        )
-    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
-    chosen = os.environ.get(variable)
-    if not any(map(shutil.which, (chosen,) if chosen else names)):
-        what = f"{variable}={chosen}, which does not exist" if chosen else f"none of {', '.join(names)} is installed"
-        raise ConfigError(
-            f"compile.enable: torch.compile needs a compiler, and {what}: install one (apt install g++, module load "
-            f"gcc, conda install gxx), name one in {variable}, or remove the key"
-        )
