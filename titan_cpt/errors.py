@@ -61,8 +61,8 @@ _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packag
 def how_to_install(package: str) -> str:
     """The commands that install a missing package: in a clone of the repository, and with pip."""
     extra = _EXTRAS.get(package)
-    wanted = "titan_cpt" if extra is None else f"'titan_cpt[{extra}]'"
-    return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, or `pip install {wanted}`"
+    requirement = "titan_cpt" if extra is None else f"'titan_cpt[{extra}]'"
+    return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, or `pip install {requirement}`"
 
 
 _FREE_SPACE = "Free disk space, then run the same command again"

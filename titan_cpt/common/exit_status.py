@@ -1,4 +1,4 @@
-"""Exit statuses of the commands, and how a command exits: with its last message, also when torchrun started it.
+"""Exit statuses of the commands, and the functions with which a command prints its last message and exits.
 
 0    done
 1    a failure that is not known to be the user's mistake, such as a non-finite loss
@@ -29,23 +29,25 @@ STATUS_FILE_VARIABLE = "TITAN_CPT_STATUS_FILE"
 
 
 def print_error(message: str, *, silent: bool = False) -> None:
-    """Print a message to stderr, and store it where run_train.sh finds the messages of processes it does not show.
+    """Print a message to stderr; under run_train.sh also write it to a file, which run_train.sh prints.
+
+    run_train.sh shows the output of one process; from the files it prints the messages of the others.
 
     Args:
-        silent: another rank prints the same message; an empty one is stored.
+        silent: print nothing and write an empty file, because another rank prints the same message.
     """
     if not silent:
         print(message, file=sys.stderr)
     if path := os.environ.get(STATUS_FILE_VARIABLE):
-        of_process = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
+        message_file = Path(f"{path}.process-{os.environ.get('LOCAL_RANK', '0')}")
         with suppress(OSError):
-            of_process.write_text("" if silent else f"{message}\n", encoding="utf-8")
+            message_file.write_text("" if silent else f"{message}\n", encoding="utf-8")
 
 
 def exit_with(status: int) -> NoReturn:
-    """Exit, and write the status where run_train.sh looks for it."""
+    """Exit with a status; under run_train.sh also write a status other than 0 to its status file."""
     path = os.environ.get(STATUS_FILE_VARIABLE)
-    # A rank that fails makes torchrun stop the others, which exit with a status of their own: the user error counts.
+    # When a rank fails, torchrun stops the others, and these exit with another status: keep that of a user error.
     if path and status and not _has_user_error(Path(path)):
         Path(path).write_text(str(status), encoding="utf-8")
     sys.exit(status)
@@ -56,7 +58,7 @@ def _has_user_error(status_file: Path) -> bool:
 
 
 def exit_interrupted(message: str) -> NoReturn:
-    """Exit as Ctrl-C ends a program (130 in a shell, whose loops end too), with one line instead of a traceback."""
+    """Print one line instead of a traceback and die of SIGINT: a shell then has status 130 and ends its loop too."""
     print(f"stopped by Ctrl-C{': ' if message else ''}{message}", file=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from titan_cpt.errors import AccessError
 
-_HELD = (errno.EACCES, errno.EAGAIN)  # POSIX allows either
+_HELD = (errno.EACCES, errno.EAGAIN)  # another process has the lock; POSIX allows either errno
 # The file system has no locks: Lustre without -o flock, NFS without a lock daemon, FUSE; POSIX specifies EINVAL.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _LONGEST_TEXT_BYTES = 4096
@@ -43,7 +43,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] = _warn) -> None:
-        self.path, self._warn = path, warn
+        self.path = path
+        self._warn = warn
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def acquire(self) -> bool:
@@ -59,13 +60,13 @@ class FileLock:
                 return False
             if error.errno not in _NO_LOCKS:
                 raise AccessError(f"{self.path}: cannot be locked: {error.strerror}") from None
-            last = self.holder()
+            last_holder = self.holder()
             self._warn(
-                f"warning: {self.path}: this file system has no file locks ({error.strerror}), so a second process "
-                "is not prevented from working here. Make sure that only one does"
-                + (f"; {last} started here and is running, or was killed" if last else "")
+                f"warning: {self.path}: this file system has no file locks ({error.strerror}), so nothing "
+                "prevents a second process from working here. Make sure that only one does"
+                + (f"; {last_holder} started here and is running, or was killed" if last_holder else "")
             )
-        self._write(json.dumps(_myself()))
+        self._write(json.dumps(_this_process()))
         return True
 
     def holder(self) -> str:
@@ -77,8 +78,8 @@ class FileLock:
             if attempt:
                 time.sleep(0.02)
             with suppress(OSError):
-                if words := _described(os.pread(self._descriptor, _LONGEST_TEXT_BYTES, 0)):
-                    return words
+                if description := _describe_holder(os.pread(self._descriptor, _LONGEST_TEXT_BYTES, 0)):
+                    return description
         return ""
 
     def release(self) -> None:
@@ -122,7 +123,7 @@ def exclusive(path: Path, *, held: Callable[[str], Exception]) -> Iterator[None]
         lock.close()
 
 
-def _myself() -> dict[str, object]:
+def _this_process() -> dict[str, object]:
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return {
         "pid": os.getpid(),
@@ -132,14 +133,14 @@ def _myself() -> dict[str, object]:
     }
 
 
-def _described(text: bytes) -> str:
+def _describe_holder(text: bytes) -> str:
     try:
         holder = json.loads(text)
         pid, host, job, since = (holder[key] for key in ("pid", "host", "slurm_job_id", "since"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""  # empty, incomplete, or of an older version
-    words = (host, since) if job is None else (host, since, job)
-    if type(pid) is not int or pid <= 0 or not all(isinstance(each, str) and each.isprintable() for each in words):
+    texts = (host, since) if job is None else (host, since, job)
+    if type(pid) is not int or pid <= 0 or not all(isinstance(each, str) and each.isprintable() for each in texts):
         return ""
     if host == socket.gethostname() and not _is_alive(pid):
         return ""

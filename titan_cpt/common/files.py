@@ -13,7 +13,7 @@ from titan_cpt.common.file_lock import exclusive
 
 _MARK = "titan_cpt.lock"  # in a partial folder: shows that titan_cpt made it
 _CONTENT = "content"  # in a partial folder: the folder that is written and renamed at the end
-_NAME_CHARACTERS = 40  # of the file's name that its temporary name has; most file systems allow 255 bytes
+_NAME_CHARACTERS = 40  # leading characters of a file's name in its temporary name; file systems allow 255 bytes
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
@@ -31,16 +31,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except BaseException as fault:
         temporary.unlink(missing_ok=True)
-        if (
-            isinstance(fault, OSError) and fault.errno and fault.filename is None
-        ):  # an OSError of write(), such as a full disk, names no file
-            fault.filename = str(path)
+        if isinstance(fault, OSError) and fault.errno and fault.filename is None:
+            fault.filename = str(path)  # write() names no file in its error, such as on a full disk
         raise
     fsync(path.parent)
 
 
 def require_writable(path: Path) -> None:
-    """Create the folder of a file that will be written later and test that it is writable, before hours of work.
+    """Create the folder of a file, and test that the file can be written there later, after hours of work.
 
     Raises:
         OSError: the folder cannot be created, or is not writable.
@@ -87,16 +85,16 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def same_file(path: Path, others: Iterable[Path]) -> Path | None:
     """The first of `others` that is the same file on disk as `path`, possibly under another name; None if none is."""
-    wanted = identity(path)
-    return None if wanted is None else next((other for other in others if identity(other) == wanted), None)
+    target = identity(path)
+    return None if target is None else next((other for other in others if identity(other) == target), None)
 
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A new folder to write into; it is renamed to `out` at the end of the block, and removed if the block fails.
 
-    It is inside `.NAME.partial` beside `out`. The remains of an interrupted attempt, which have our lock file, are
-    removed first.
+    The new folder is in `.NAME.partial` beside `out`. Content that an interrupted attempt left there is removed first;
+    our lock file identifies it.
 
     Raises:
         FileExistsError: `.NAME.partial` exists without our lock file.

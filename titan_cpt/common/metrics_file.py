@@ -19,12 +19,12 @@ from titan_cpt.errors import DataError
 
 Line = dict[str, Any]
 
-_NEEDED: dict[str, dict[str, type | tuple[type, ...]]] = {
+_REQUIRED_KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "train": {"stage": str, "step": int},
     "validation": {"stage": str, "step": int, "dataset": str, "loss_nats_per_token": (int, float, type(None))},
     "event": {"name": str},
 }
-_NUMBERS = (  # keys whose value, if present, is a number or null; a value that is not finite is written as null
+_NUMERIC_KEYS = (  # keys whose value, if present, is a number or null; a value that is not finite is written as null
     *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr"),
     *("tokens_per_s", "mfu", "memory_gib", "tokens", "run_step", "replayed_tokens"),
 )
@@ -70,7 +70,8 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     Raises:
         DataError: the file is missing or cannot be opened. A damaged line is skipped and reported in `problems`.
     """
-    found, damaged = Metrics(), list[int]()
+    metrics = Metrics()
+    damaged: list[int] = []
     history = _History(stages)
     path = run / METRICS_FILE
     number = 0
@@ -78,21 +79,21 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
         if line is None:
             damaged.append(number)
         elif line["kind"] == "event":
-            found.events.append(line)
-            history.event(line)
+            metrics.events.append(line)
+            history.add_event(line)
         elif line["kind"] in ("train", "validation"):
-            history.measured(line)
-    if damaged and damaged[-1] == number and _is_cut(path):
+            history.add_measurement(line)
+    if damaged and damaged[-1] == number and _lacks_final_newline(path):
         damaged.pop()
-        found.problems.append(
+        metrics.problems.append(
             f"{path}: skipped its last line, which is incomplete (after a crash, or while it is being written)"
         )
     if damaged:
         more = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
-        found.problems.append(f"{path}:{damaged[0]}: skipped a damaged line{more}")
-    found.trains, found.validations, found.checkpoints = history.lines()
-    found.renewed = history.renewed()
-    return found
+        metrics.problems.append(f"{path}:{damaged[0]}: skipped a damaged line{more}")
+    metrics.trains, metrics.validations, metrics.checkpoints = history.lines()
+    metrics.renewed = history.renewed()
+    return metrics
 
 
 def baseline_losses(metrics: Metrics) -> dict[tuple[str, str], tuple[float, str | None]]:
@@ -131,10 +132,11 @@ class _History:
         self._renewed: dict[str, dict[tuple[int, str], Line]] = {}
         self._skipped_in: str | None = None  # the stage of the last event, if that was a `skip_batch`
 
-    def event(self, line: Line) -> None:
+    def add_event(self, line: Line) -> None:
         """Process an event, which may undo earlier lines."""
         stage, step, name = line.get("stage"), line.get("step"), line["name"]
-        rolls_back, self._skipped_in = self._skipped_in == stage, stage if name == "skip_batch" else None
+        rolls_back = self._skipped_in == stage
+        self._skipped_in = stage if name == "skip_batch" else None
         if not isinstance(stage, str) or not isinstance(step, int):
             return
         self._index_of(stage)
@@ -146,7 +148,7 @@ class _History:
         elif name == "checkpoint":
             self._checkpoints.setdefault(stage, {})[step] = line
 
-    def measured(self, line: Line) -> None:
+    def add_measurement(self, line: Line) -> None:
         """Process the line of a training step or of a validation."""
         stage, step = line["stage"], line["step"]
         self._index_of(stage)
@@ -183,9 +185,9 @@ class _History:
         for lines in (self._trains, self._checkpoints):
             for step in [step for step in lines.get(stage, ()) if step > after]:
                 del lines[stage][step]
-        for of in (self._validations, self._renewed):
-            for key in [key for key in of.get(stage, ()) if key[0] > after]:
-                del of[stage][key]
+        for validations in (self._validations, self._renewed):
+            for key in [key for key in validations.get(stage, ()) if key[0] > after]:
+                del validations[stage][key]
 
     def _undo_later_than(self, stage: str) -> None:
         for other, index in self._stage_index.items():
@@ -210,16 +212,16 @@ def _parse(text: str) -> Line | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and _is_whole(line) else None
+    return line if isinstance(line, dict) and _is_valid(line) else None
 
 
-def _is_whole(line: Mapping[str, Any]) -> bool:
+def _is_valid(line: Mapping[str, Any]) -> bool:
     kind = line.get("kind")
     if not isinstance(kind, str):
         return False
-    if kind != "event" and not all(_is_number(line.get(key)) for key in _NUMBERS):
+    if kind != "event" and not all(_is_number(line.get(key)) for key in _NUMERIC_KEYS):
         return False
-    return all(key in line and isinstance(line[key], types) for key, types in _NEEDED.get(kind, {}).items())
+    return all(key in line and isinstance(line[key], types) for key, types in _REQUIRED_KEYS.get(kind, {}).items())
 
 
 def _is_number(value: Any) -> bool:
@@ -227,7 +229,7 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not (isinstance(value, int) and abs(value) > 1e100))
 
 
-def _is_cut(path: Path) -> bool:
+def _lacks_final_newline(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1))
         return file.read() != b"\n"

@@ -31,7 +31,7 @@ def parse_tokens(text: str) -> int:
     """The number of tokens that a string such as "300B", "2.5M" or "1_000_000" names; suffixes are powers of 1000.
 
     Raises:
-        ValueError: not such a string, not a whole number of tokens, or none at all.
+        ValueError: not such a string, not a whole number of tokens, or 2**63 or more.
     """
     match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([KMBT]?)\s*", text)
     if match is None:

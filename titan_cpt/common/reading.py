@@ -35,7 +35,7 @@ def is_there(path: Path) -> bool:
     """Whether a file or folder exists.
 
     Raises:
-        AccessError: the operating system does not say.
+        AccessError: the operating system refuses access to a folder of the path.
     """
     try:
         with readable(path):

@@ -12,7 +12,8 @@ def differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list
     """`key: old -> new` for every key in which two recipes differ, sorted."""
     lines = []
     for key in sorted({*recorded, *planned}):
-        old, new = recorded.get(key, "not set"), planned.get(key, "not set")
+        old = recorded.get(key, "not set")
+        new = planned.get(key, "not set")
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
     return lines

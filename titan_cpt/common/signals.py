@@ -27,12 +27,12 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         """Install the signal handlers."""
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
         """Restore the previous signal handlers."""
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @contextmanager
@@ -44,7 +44,7 @@ class StopRequest:
         finally:
             self._interrupting = False
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

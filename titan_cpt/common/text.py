@@ -1,4 +1,4 @@
-"""Pieces of messages: "did you mean", lists of names."""
+"""Parts of messages: "did you mean", lists of names."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def check_config(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        errors = [one for one in error.errors() if not (one["type"] == "too_short" and one["input"])]
-        faults += [error_message(one, raw) for one in errors]
+        details = [each for each in error.errors() if not (each["type"] == "too_short" and each["input"])]
+        faults += [error_message(each, raw) for each in details]
     faults += reference_faults(raw)
     if config is not None:
         faults += sweep_faults(config.sweep)

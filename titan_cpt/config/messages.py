@@ -50,9 +50,9 @@ def _not_a_choice(error: Any, where: str) -> str:
     allowed = context.get("expected_tags") or context.get("expected")
     choices = [word.strip("' ") for word in str(allowed).replace(" or ", ", ").split(",")]
     key = f"{where}.schedule" if error["type"] == "union_tag_invalid" else where
-    found = context.get("tag", error["input"])
-    hint = did_you_mean(str(found), choices)
-    return f"{key}: must be one of {quoted_list(choices)}, got {_shortened(found)}{hint}"
+    value = context.get("tag", error["input"])
+    hint = did_you_mean(str(value), choices)
+    return f"{key}: must be one of {quoted_list(choices)}, got {_shortened(value)}{hint}"
 
 
 _KEYS_OF_STAGES = ("steps", "tokens", "lr", "lr_scheduler", "warmup_steps", "warmup", "init", "replay")
@@ -88,7 +88,7 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
 
 
 def _stage_name(name: Any) -> str:
-    """In quotes if it is not a valid name, whose dots would be read as levels."""
+    """The name, in quotes if it is not a valid one: its dots would look like levels of the key."""
     return name if isinstance(name, str) and re.fullmatch(r"[\w/-]+", name) else repr(name)
 
 

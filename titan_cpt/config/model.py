@@ -1,4 +1,4 @@
-"""The table [model]: which architecture and size is trained, and its hyperparameters."""
+"""The table [model]: architecture family, size and hyperparameters of the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class RopeScalingConfig(Table):
 
     @model_validator(mode="after")
     def _only_keys_of_its_kind(self) -> RopeScalingConfig:
-        llama3, yarn = ("low_freq_factor", "high_freq_factor"), ("beta_fast", "beta_slow", "attention_factor")
+        llama3 = ("low_freq_factor", "high_freq_factor")
+        yarn = ("beta_fast", "beta_slow", "attention_factor")
         own, foreign = (llama3, yarn) if self.kind == "llama3" else (yarn, llama3)
         given = [name for name in foreign if getattr(self, name) is not None]
         if given:
@@ -70,7 +71,7 @@ class ModelConfig(Table):
     norm_eps: PositiveFloat | None = None
     """Epsilon of LayerNorm or RMSNorm."""
     parallel_residual: bool | None = None
-    """Attention and MLP read the same residual stream, in parallel (GPT-NeoX family)."""
+    """Parallel residual: attention and MLP read the same input, and both outputs are added to it (GPT-NeoX family)."""
     qkv_bias: bool | None = None
     """Bias on the query, key and value projections (Llama family; Qwen2 has it)."""
     qk_norm: bool | None = None

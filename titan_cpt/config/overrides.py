@@ -11,7 +11,7 @@ from titan_cpt.config.toml_files import exceeds_64_bits, parse_toml
 
 
 def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | None = None) -> Iterator[str]:
-    """Set one dotted key in place, stages by their names; yields a message if the key does not exist.
+    """Set one dotted key in place; the key names a stage by its `name`. Yields a message if the key cannot be set.
 
     Args:
         value: the value to set, from a sweep.
@@ -19,30 +19,30 @@ def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | 
     """
     parts = dotted.split(".")
     where = f"sweep.{dotted}" if text is None else f"--{dotted}"
-    place: Any = raw
+    table: Any = raw
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(place, list):
-            found = [stage for stage in place if isinstance(stage, dict) and stage.get("name") == part]
-            if not found:
-                known = [str(stage.get("name")) for stage in place if isinstance(stage, dict)]
+        if isinstance(table, list):
+            matches = [stage for stage in table if isinstance(stage, dict) and stage.get("name") == part]
+            if not matches:
+                known = [str(stage.get("name")) for stage in table if isinstance(stage, dict)]
                 yield f"{where}: there is no stage {part!r}{did_you_mean(part, known)}; stages are {quoted_list(known)}"
                 return
-            place = found[0]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, [] if depth == 0 and part == "stages" else {})
+            table = matches[0]
+        elif isinstance(table, dict):
+            table = table.setdefault(part, [] if depth == 0 and part == "stages" else {})
         else:
             yield f"{where}: {'.'.join(parts[:depth])} is a value, not a table"
             return
-    if isinstance(place, list):
+    if isinstance(table, list):
         yield f"{where}: is not a key; a stage's key is written stages.NAME.KEY"
-    elif not isinstance(place, dict):
+    elif not isinstance(table, dict):
         yield f"{where}: {'.'.join(parts[:-1])} is a value, not a table"
     else:
         value = value if text is None else _parse_value(parts, text)
         if exceeds_64_bits(value):
             yield f"{where}: integers must fit into 64 bits"
         else:
-            place[parts[-1]] = value
+            table[parts[-1]] = value
 
 
 def _parse_value(parts: Sequence[str], text: str) -> Any:
@@ -50,7 +50,7 @@ def _parse_value(parts: Sequence[str], text: str) -> Any:
     if any(takes_only_strings(table, parts[-1]) for table in tables_at(parts[:-1])):
         return text
     try:
-        read = parse_toml(f"value = {text}")
+        parsed = parse_toml(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return read["value"] if len(read) == 1 else text
+    return parsed["value"] if len(parsed) == 1 else text

@@ -71,7 +71,7 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
     init = stage.get("init", "previous" if earlier else "random")
     where = f"stages.{name}.init"
     if not isinstance(init, str):
-        return  # the schema reports its type
+        return  # the schema reports the wrong type
     kind, _, target = init.partition(":")
     if init == "previous" and not earlier:
         yield f"{where}: the first stage has no previous one; allowed are random, checkpoint:PATH and hf:NAME"

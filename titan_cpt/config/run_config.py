@@ -1,7 +1,7 @@
 """The config.toml in a run's folder (its resolved config), and protection of a user's files in that folder.
 
 A run writes config.toml, plan.json, summary.json, metrics.jsonl and .lock. It replaces or extends such a file only
-if its content shows that a run wrote it: a user's folder can have the name of a run, or have a config.toml of its own.
+if its content shows that a run wrote it: a user's own folder may have the name of a run, or a file such as config.toml.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from titan_cpt.config.toml_files import parse_toml
 from titan_cpt.errors import CheckpointError, ConfigError
 
 _METRICS_BEGIN = '{"kind": "'
-_LINES_LOOKED_AT = 100
-_SPELLED_OUT = {"job": "output_dir", "training": "gc_freq", "checkpoint": "keep_latest_k", "validation": "interval"}
+_LINES_CHECKED = 100
+_ALWAYS_WRITTEN = {"job": "output_dir", "training": "gc_freq", "checkpoint": "keep_latest_k", "validation": "interval"}
 
 
 def require_own_run(folder: Path, config: Config) -> None:
@@ -53,7 +53,7 @@ def write_run_config(path: Path, config: Config) -> None:
         CheckpointError: the path is a file that no run wrote.
     """
     text = dump_config(config)
-    if not _is_own(path, lambda there: _is_resolved_config(there, config)):
+    if not _is_own(path, lambda content: _is_resolved_config(content, config)):
         raise _foreign([path])
     with suppress(FileNotFoundError):
         if parse_toml(read_text(path)) == parse_toml(text):
@@ -79,7 +79,8 @@ def changed_settings(path: Path, config: Config) -> list[str]:
         old = check_config(parse_toml(read_text(path)), path)
     except (FileNotFoundError, ValueError, RecursionError, ConfigError):
         return []
-    before, now = _settings(old), _settings(config)
+    before = _settings(old)
+    now = _settings(config)
     both = {stage.name for stage in old.stages} & {stage.name for stage in config.stages}
     return [
         line for line in differences(before, now) if not line.startswith("stages.") or line.split(".", 2)[1] in both
@@ -130,7 +131,7 @@ def _is_resolved_config(text: str, config: Config) -> bool:
     if raw == parse_toml(dump_config(config)):
         return True
     commented = any(line.lstrip().startswith("#") for line in text.splitlines())
-    full = all(isinstance(raw.get(table), dict) and key in raw[table] for table, key in _SPELLED_OUT.items())
+    full = all(isinstance(raw.get(table), dict) and key in raw[table] for table, key in _ALWAYS_WRITTEN.items())
     return full and not commented
 
 
@@ -138,7 +139,7 @@ def _is_metrics(text: str) -> bool:
     """Whether a text is a metrics.jsonl, possibly with damaged lines or with an incomplete first line after a kill."""
     if "\n" not in text:
         return _METRICS_BEGIN.startswith(text[: len(_METRICS_BEGIN)])
-    return any(line.startswith(_METRICS_BEGIN) for line in text.split("\n", _LINES_LOOKED_AT)[:_LINES_LOOKED_AT])
+    return any(line.startswith(_METRICS_BEGIN) for line in text.split("\n", _LINES_CHECKED)[:_LINES_CHECKED])
 
 
 def _has_keys(text: str, *keys: str) -> bool:

@@ -1,7 +1,6 @@
 """The schema of the TOML file: a frozen class for each table; each field has its type, range, unit and meaning.
 
-The names of tables and keys follow torchtitan. The schema computes nothing: steps, gradient accumulation and data
-positions are computed in planning/, and load.py reads files and overrides.
+Tables and keys are named as in torchtitan. load.py reads files and overrides; planning/ computes steps and data order.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class TokenizerConfig(Table):
     path: str = "bytes"
     """Path of a Hugging Face tokenizer.json, or "bytes": 256 byte values and an end-of-document token."""
     add_bos: bool = False
-    """Begin every document with the tokenizer's begin-of-sequence token (BOS), as the post-processors of Llama's and
+    """Begin every document with the tokenizer's begin-of-document token (BOS), as the post-processors of Llama's and
     Gemma's tokenizers do. `prepare` adds it, data prepared without it is refused, and `eval` and `generate` put it
     before every prompt."""
     allow_mismatch: bool = False
@@ -201,8 +200,8 @@ class ActivationCheckpointConfig(Table):
     """[activation_checkpoint]: activation checkpointing, which recomputes activations in the backward pass."""
 
     mode: Literal["none", "full", "selective", "memory_budget"] = "none"
-    """Activation checkpointing of nothing, of whole blocks, of a selection (selective_ac_option), or of what
-    torch.compile chooses within memory_budget."""
+    """none: keep all activations; full: recompute whole blocks; selective: recompute a selection (selective_ac_option);
+    memory_budget: torch.compile chooses what to recompute within memory_budget."""
     selective_ac_option: str = "op"
     """"op": keep attention and every second matrix product, recompute the rest; or an integer n: recompute every n-th
     block."""
@@ -314,8 +313,8 @@ class StageConfig(Table):
     tokens: Tokens | None = None
     """Token budget, such as "300B", rounded up to whole steps. Set either steps or tokens."""
     init: str | None = None
-    """Initial weights: previous (the end of the stage before), random, stage:NAME, stage:NAME@pre_anneal,
-    checkpoint:PATH, hf:NAME. Unset: random for the first stage, previous for the others."""
+    """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
+    stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""
     optimizer_state: Literal["reset", "keep"] = "reset"
     """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights."""
     optimizer: StageOptimizerConfig | None = None

@@ -12,7 +12,7 @@ _HEADER = re.compile(r"\s*\[(\[)?([^\[\]]+)\]\]?\s*(?:#.*)?$")
 
 
 def with_location(fault: str, files: Sequence[TomlFile]) -> str:
-    """A message `dotted.key: ...`, followed by the file that sets the key, and by the line if only one can be meant.
+    """A message `dotted.key: ...`, followed by the file that sets the key, and by the line if exactly one line sets it.
 
     Args:
         files: a base before the file that extends it; the last file that has the key is named.
@@ -40,9 +40,10 @@ def _has_key(table: Any, parts: Sequence[str]) -> bool:
 
 def _line(text: str, parts: Sequence[str]) -> int | None:
     """The line that sets the key or begins its inline table; None unless exactly one line does."""
-    found = [number for number, key in _keys(text) if key == list(parts)]
-    inside = [number for number, key in _keys(text) if key == list(parts[:-1])]  # key of an inline table
-    return found[0] if len(found) == 1 else inside[0] if not found and len(inside) == 1 else None
+    exact = [number for number, key in _keys(text) if key == list(parts)]
+    inline_table = [number for number, key in _keys(text) if key == list(parts[:-1])]
+    candidates = exact or inline_table
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _keys(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -78,5 +79,5 @@ def _name_below(lines: Sequence[str]) -> str:
 
 def _last_stage(lines: Sequence[str]) -> list[str]:
     """The dotted key of the last [[stages]] table in these lines, to which a header such as [stages.lr] belongs."""
-    places = [place for place, line in enumerate(lines) if re.match(r"\s*\[\[\s*stages\s*\]\]", line)]
-    return ["stages", _name_below(lines[places[-1] + 1 :])] if places else ["stages"]
+    headers = [index for index, line in enumerate(lines) if re.match(r"\s*\[\[\s*stages\s*\]\]", line)]
+    return ["stages", _name_below(lines[headers[-1] + 1 :])] if headers else ["stages"]

@@ -1,4 +1,4 @@
-"""The table [sweep]: from dotted keys and lists of values to sweep points, one value for each key, and their names.
+"""The table [sweep]: the combinations of values that it describes (sweep points), and a name for each of them.
 
 Keys in [sweep] are combined as a Cartesian product. The lists in [sweep.zip] have equal length and are combined item by
 item; these combinations are crossed with the other keys. `stages.german.lr.max = [...]` and
@@ -41,7 +41,7 @@ def sweep_faults(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def points(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{dotted key: value} of every sweep run; the last key changes fastest. The table has no faults."""
+    """{dotted key: value} of every sweep run; the last key changes fastest. Requires a table without `sweep_faults`."""
     crossed, zipped = _keys(table)
     axes: list[list[dict[str, Any]]] = [[{key: value} for value in values] for key, values in crossed]
     if zipped:
@@ -49,16 +49,16 @@ def points(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for part in parts for key, value in part.items()} for parts in itertools.product(*axes)]
 
 
-def point_names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def point_names(sweep_points: Sequence[Mapping[str, Any]]) -> list[str]:
     """A unique folder name for each point, from the values that differ, such as `fraction-0.05_seed-1`."""
-    keys = list(found[0]) if found else []
-    shown = {key: _shown([point[key] for point in found]) for key in keys}
+    keys = list(sweep_points[0]) if sweep_points else []
+    shown = {key: _shown([point[key] for point in sweep_points]) for key in keys}
     names: list[str] = []
-    for place in range(len(found)):
-        name = "_".join(f"{_short(key, keys)}-{shown[key][place]}" for key in keys)
+    for index in range(len(sweep_points)):
+        name = "_".join(f"{_short(key, keys)}-{shown[key][index]}" for key in keys)
         if len(name) > _LONGEST_NAME:
-            name = f"arm-{place}"
-        names.append(name if name not in names else f"{name}_{place}")
+            name = f"arm-{index}"
+        names.append(name if name not in names else f"{name}_{index}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Reading TOML files: size and depth limits for files from strangers, and merging a file over those it `extends`."""
+"""Reading TOML files: size and depth limits for untrusted files, and merging a file over those that it `extends`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[TomlFile] | None = None) -> dict[str, Any]:
-    """The file's tables, merged over those of the files that it extends.
+    """The tables of a file, merged over those of the files that it extends.
 
     Stages are merged by name; any other list replaces that of the base.
 
