@@ -194,9 +194,17 @@ OURS = {
 
 
 def at_the_top(name):
-    """What a file imports as soon as it is imported itself."""
-    statements = [node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return set(imported(ast.Module(statements, type_ignores=[])))
+    """What a file imports as soon as it is imported itself: everywhere except in functions and for type checkers."""
+    found, waiting = set(), list(TREES[name].body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= set(imported(node))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
 
 
 def below(name):
@@ -226,6 +234,13 @@ def test_imports_point_down(name):
     upward = {(name, other) for other in OURS[name] if RANK[package(other)] > RANK[package(name)]}
 
     assert upward == set()
+
+
+def test_one_file_imports_modules_by_a_computed_name():
+    """The registry finds the files of a model family; every other import is a statement, which the tests here see."""
+    names = ("import_module", "__import__")
+
+    assert [name for name in FILES if any(one in FILES[name].read_text() for one in names)] == ["models.registry"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -317,6 +332,20 @@ def test_no_private_name_of_another_package_is_imported(name):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("titan_cpt.")
         for alias in node.names
         if alias.name.startswith("_") and package((node.module or "").removeprefix("titan_cpt.")) != package(name)
+    }
+
+    modules = {  # the names under which modules of other packages are used here
+        alias.asname or alias.name
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if (other := f"{node.module}.{alias.name}".removeprefix("titan_cpt.")) in FILES
+        and package(other) != package(name)
+    }
+    found |= {
+        ast.unparse(node)
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) in modules
     }
 
     assert found == set()
