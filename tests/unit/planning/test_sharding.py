@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.models.build import build_model
-from titan_cpt.planning.sharding import local_parameters
-from unit.planning.test_memory import LLAMAS, SPEC
+from titan_cpt.planning.sharding import gathered_bytes, local_parameters, stage_parameters
+from unit.planning.test_memory import LLAMAS, SPEC, WORK
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,17 @@ def test_local_counts_add_up_to_the_built_model(name: str, dims: ParallelDims) -
             held[name] += count
 
     assert held == {name: count * (dims.tp if "norm" in name else 1) for name, count in expected.items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gathered_parameters_take_the_compute_dtype_or_one_byte_in_float8(tp: int) -> None:
+    """In bfloat16; of a block, the four matrices are cast to float8, the biases and norms are not."""
+    dims = ParallelDims(dp_shard=4, tp=tp)
+    parameters = list(stage_parameters(SPEC, dims, 0))
+    plain = dataclasses.replace(WORK, bytes_per_number=2)
+    float8 = dataclasses.replace(plain, float8_filter_fqns=())
+    matrices = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512)
+    replicated = sum(parameter.elements for parameter in parameters if parameter.tp_dim is None)
+
+    assert gathered_bytes(parameters, dims, plain) == 2 * ((SPEC.parameters - replicated) // tp + replicated)
+    assert gathered_bytes(parameters, dims, plain) - gathered_bytes(parameters, dims, float8) == matrices // tp

@@ -5,6 +5,7 @@ from plans import paper_batch, stage
 
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.plan_json import plan_as_json
+from titan_cpt.planning.stages.data_budget import stored_order_notes
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [("100B", 44_229), ("300B", 132_686), ("2_260_992", 1), ("2_260_993", 2)])
@@ -34,3 +35,16 @@ def test_a_source_shorter_than_a_sequence_is_refused(one_stage, make):
         make(one_stage, tokens={"pile": 16})
 
     assert make(one_stage, tokens={"pile": 17}).sequences["pile"] == 1
+
+
+def test_a_stored_order_that_ends_before_its_stage_is_noted(two_stages, make):
+    """The first stage takes 100 steps x 20 sequences of pile; replay in the second does not count."""
+    plan = make(two_stages)
+    first, second = plan.stages
+
+    assert stored_order_notes(first, 20, {}) == stored_order_notes(first, 20, {"pile": 2000}) == []
+    assert stored_order_notes(second, 20, {"pile": 100}) == []
+    assert stored_order_notes(first, 20, {"pile": 1999}) == [
+        "stages.first: the stored order of pile has 1999 sequences, and 2000 are needed: it is repeated from its "
+        "beginning"
+    ]
