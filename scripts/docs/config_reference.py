@@ -16,7 +16,7 @@ from titan_cpt.config.schema_lookup import field_bounds, interval, nested_tables
 
 HEADER = """# Config reference
 
-Every key of the TOML file, with its type, its default and its meaning. This page is generated from the schema
+Look up a key of the TOML file here: its type, its default and its meaning. This page is generated from the schema
 (`python scripts/docs/config_reference.py > docs/config.md`), and a test compares the two. A key without a default is
 optional unless it is marked as required; its description says what "unset" means.
 
