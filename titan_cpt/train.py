@@ -52,10 +52,10 @@ from titan_cpt.training.state import TrainerState
 from titan_cpt.training.step_log import StepResult, record_step, validate
 
 _IGNORED_WARNINGS = (
-    "'set_vital' is deprecated",  # torchdata's loader, of torch
-    "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, which is what we mean
-    "Warning: Profiler clears events at the end of each cycle",  # which is why every trace is written at once
-    "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that modify it in place; ours do not
+    "'set_vital' is deprecated",  # raised inside torch when torchdata's loader starts
+    "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, as intended
+    "Warning: Profiler clears events at the end of each cycle",  # expected: profiler.py writes a trace per cycle
+    "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that modify the view in place
 )
 
 
@@ -66,13 +66,14 @@ def run(config: Config) -> int:
         The exit status: 0 when all stages are trained, 75 when a signal stopped the run and everything is saved.
 
     Raises:
-        TitanError: a mistake of the user, or a loss or gradient that is not finite; the newest checkpoint is valid.
+        TitanError: the config, the data or the machine does not permit the run, or a loss or gradient is not finite.
+            The newest checkpoint stays valid.
     """
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     keep_freed_memory()
     if config.job.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch refuses cuBLAS; read when CUDA begins
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read at CUDA's start
     process = init_process_group(config.comm.init_timeout_seconds)
     try:
         return run_with_process_group(process, config)
@@ -81,7 +82,7 @@ def run(config: Config) -> int:
 
 
 def run_with_process_group(process: ProcessInfo, config: Config) -> int:
-    """Like `run`, for a process group that is already initialized and stays so."""
+    """`run` within an initialized process group, which the caller destroys."""
     folder = Path(config.job.output_dir) / config.job.name
     with ExitStack() as stack:
         with rank_0_first():
@@ -92,9 +93,9 @@ def run_with_process_group(process: ProcessInfo, config: Config) -> int:
             prepare_missing_data_unless_stopped(config, stop, rank=process.rank)
         if any_rank_stops(stop):
             return STOPPED_EARLY
-        trainer, found = build(Trainer, config, process, folder, stop)
+        trainer, checkpoint = build(Trainer, config, process, folder, stop)
         try:
-            return trainer.train(found)
+            return trainer.train(checkpoint)
         finally:
             trainer.profiler.close()
             trainer.log.close()
@@ -103,29 +104,33 @@ def run_with_process_group(process: ProcessInfo, config: Config) -> int:
 class Trainer(TrainerState):
     """Trains the stages of a plan. The fields are those of `TrainerState`."""
 
-    def train(self, found: FoundCheckpoint | None) -> int:
+    def train(self, checkpoint: FoundCheckpoint | None) -> int:
         """Train every stage that is not finished, in order.
 
         Args:
-            found: the checkpoint to resume from; None for a new run.
+            checkpoint: the checkpoint to resume from; None for a new run.
 
         Returns:
             The exit status.
         """
-        log_start(self, found)
-        first, found = first_unfinished_stage(self.plan, found)
-        require_benchmarks(self.config, fresh=first == 0 and found is None)
+        log_start(self, checkpoint)
+        first, checkpoint = first_unfinished_stage(self.plan, checkpoint)
+        require_benchmarks(self.config, fresh=first == 0 and checkpoint is None)
         for stage in self.plan.stages[:first]:
             self.log.event("skip", stage=stage.name)
             self.display.say(f"stage {stage.name}: already trained, skipped")
             if benchmarks_due(self.config, stage, stage.steps) and not run_benchmarks(self, stage, stage.steps):
                 return self.stopped_early(stage, stage.steps)
         if first < len(self.plan.stages):
-            renew_baselines(self, self.plan.stages[first], resumes=found is not None)
+            renew_baselines(self, self.plan.stages[first], resumes=checkpoint is not None)
         for stage in self.plan.stages[first:]:
-            validate_first = found is None or bool(found.manifest.get("validation_due"))
-            steps_done = begin_stage(self, stage) if found is None else resume_stage(self, found)
-            found = None
+            if checkpoint is None:
+                steps_done = begin_stage(self, stage)
+                validate_first = True
+            else:
+                steps_done = resume_stage(self, checkpoint)
+                validate_first = bool(checkpoint.manifest.get("validation_due"))
+                checkpoint = None  # later stages begin at their step 0
             steps_done, complete = self.train_stage(stage, steps_done, validate_first=validate_first)
             self.write_summary()
             finished = complete and steps_done == stage.steps and stage is self.plan.stages[-1]
@@ -140,17 +145,18 @@ class Trainer(TrainerState):
             validate_first: measure the validation loss before the first step.
 
         Returns:
-            The steps done, and whether everything due by then was measured: a signal cuts a measurement short.
+            The steps done, and whether all validation and benchmarks due by then are complete: a signal can interrupt
+            them.
         """
         loader = self.open_loader(stage, steps_done)
         self.display.begin_stage(stage, steps_done)
-        if not self.measure_before(stage, steps_done, validate_first=validate_first):
+        if not self.measure_at_start(stage, steps_done, validate_first=validate_first):
             return steps_done, False
         first_step = step = steps_done
         interrupted = False
         gc.disable()  # ranks that collect garbage at different times wait for each other
         while step < stage.steps:
-            skip = self.skipped.holds(stage.name, step)
+            skip = self.skipped.contains(stage.name, step)
             result = self.skip_batch(loader, stage, step) if skip else self.train_step(loader, stage, step)
             record_step(self, stage, step, result)
             step += 1
@@ -182,12 +188,12 @@ class Trainer(TrainerState):
             step: 0-based, in the stage.
         """
         loss = torch.zeros((), device=self.process.device)
-        for microbatch in range(self.plan.gradient_accumulation_steps):  # gradient accumulation
+        for microbatch in range(self.plan.gradient_accumulation_steps):
             inputs_BL, targets_BL = loader.batch(step, microbatch)
-            loss += self.runner.backward(inputs_BL, targets_BL, self.plan.step_tokens)  # a share of the batch's mean
+            loss += self.runner.backward(inputs_BL, targets_BL, self.plan.step_tokens)  # share of the batch's mean loss
         loss = self.mesh.sum_loss(loss)
         grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.mesh.pipeline)
-        loss = loss.to(grad_norm.device)  # the CPU, where parameters are offloaded to it
+        loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
         health = self.guard.observe(loss, grad_norm)
         set_lr(self.optimizer, stage.lr_at(step))
         self.optimizer.step()
@@ -197,15 +203,15 @@ class Trainer(TrainerState):
         return StepResult(loss, grad_norm, health)
 
     def skip_batch(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
-        """Read a step's batch and discard it: schedule and data advance, weights and moments stay."""
+        """Read a step's batch and discard it: LR schedule and data advance, weights and moments do not change."""
         for microbatch in range(self.plan.gradient_accumulation_steps):
             loader.batch(step, microbatch)
         set_lr(self.optimizer, stage.lr_at(step))
-        nothing = torch.full((), torch.nan, device=self.process.device)
-        return StepResult(nothing, nothing, None)
+        nan = torch.full((), torch.nan, device=self.process.device)
+        return StepResult(loss=nan, grad_norm=nan, health=None)
 
-    def measure_before(self, stage: StagePlan, steps_done: int, *, validate_first: bool) -> bool:
-        """What is measured or saved before a stage's first step of this session; False if a signal cut it short."""
+    def measure_at_start(self, stage: StagePlan, steps_done: int, *, validate_first: bool) -> bool:
+        """Validate, benchmark and save as due before this session's first step; False if a signal interrupted that."""
         if validate_first and not validate(self, stage, steps_done):
             return False
         if benchmarks_due(self.config, stage, steps_done) and not run_benchmarks(self, stage, steps_done):
@@ -215,10 +221,10 @@ class Trainer(TrainerState):
         return True
 
     def open_loader(self, stage: StagePlan, first_step: int) -> StageLoader:
-        """This rank's micro-batches from a step on."""
+        """A loader of this rank's micro-batches, from `first_step` to the end of the stage."""
         return StageLoader(
             self.reader,
-            partial(self.plan.batch, stage),  # no lambda: where data-loader workers are not forked, it is pickled
+            partial(self.plan.batch, stage),  # picklable, unlike a lambda: spawned data-loader workers receive it
             steps=stage.steps,
             first_step=first_step,
             accumulation=self.plan.gradient_accumulation_steps,
@@ -228,7 +234,7 @@ class Trainer(TrainerState):
         )
 
     def flush_metrics(self, stage: StagePlan) -> dict[str, Any] | None:
-        """Write and show the metrics of the steps since the last call; returns the first step held back, if any."""
+        """Write and print the metrics of the steps since the last call; returns those of the first bad step, if any."""
         lines = self.log.flush()
         held_back = first_held_back(self, stage, lines)
         if held_back is None and lines:
@@ -239,7 +245,7 @@ class Trainer(TrainerState):
         return held_back
 
     def stopped_early(self, stage: StagePlan, steps_done: int) -> int:
-        """Finish the last save and say how to resume; returns the exit status of a run that a signal stopped."""
+        """Finish the last save and print how to resume; returns the exit status of a run that a signal stopped."""
         self.checkpoints.wait()
         self.log.event("stop", stage=stage.name, step=steps_done, signal=self.stop.name)
         self.display.say(f"stopped by {self.stop.name}; everything is saved, the same command resumes from here")
@@ -247,14 +253,14 @@ class Trainer(TrainerState):
         return STOPPED_EARLY
 
     def finish(self) -> int:
-        """Finish the last save and print the table of losses; returns the exit status of a run that is done."""
+        """Finish the last save and print the table of losses; returns the exit status of a completed run."""
         self.checkpoints.wait()
         if self.process.rank == 0:
             print_summary(summarize(self.folder), make_console())
         self.print_newest_checkpoint()
-        self.display.say(f"this table again: titan-cpt report {self.folder}")
+        self.display.say(f"to print this table again: titan-cpt report {self.folder}")
         if self.config.metrics.enable_tensorboard:
-            self.display.say(f"the curves: tensorboard --logdir {self.folder / TENSORBOARD_FOLDER}")
+            self.display.say(f"to see the curves: tensorboard --logdir {self.folder / TENSORBOARD_FOLDER}")
         return SUCCESS
 
     def write_summary(self) -> None:
@@ -264,5 +270,5 @@ class Trainer(TrainerState):
 
     def print_newest_checkpoint(self) -> None:
         """Print the folder of the newest checkpoint, if there is one."""
-        if self.process.rank == 0 and (found := next(iter(self.checkpoints.listed()), None)):
-            self.display.say(f"newest checkpoint: {found.folder}")
+        if self.process.rank == 0 and (checkpoint := next(iter(self.checkpoints.listed()), None)):
+            self.display.say(f"newest checkpoint: {checkpoint.folder}")

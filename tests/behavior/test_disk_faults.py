@@ -236,7 +236,7 @@ def test_a_slow_disk_is_waited_for_and_told_and_changes_nothing(config, unbroken
     outcome = faulty.train(config, "--checkpoint.interval", "2", faults=[SlowDisk()])
 
     assert outcome.status == 0, outcome.output
-    assert "for the checkpoint before this one to be written" in " ".join(outcome.output.split())
+    assert "for the previous checkpoint to be written" in " ".join(outcome.output.split())
     assert_same(tmp_path / "run", unbroken)
 
 

@@ -273,9 +273,9 @@ def test_a_held_back_loss_does_not_enter_the_window():
 def test_losses_are_recalled_as_they_were_noted():
     """Fewer than the window, and more than a window that was made shorter since."""
     guard = small_guard(spike_window=3)
-    guard.recall([1.5, 2.5])
+    guard.restore_losses([1.5, 2.5])
     few = guard.recent_losses()
-    guard.recall([0.1, 1.0, 2.0, 3.0])
+    guard.restore_losses([0.1, 1.0, 2.0, 3.0])
 
     assert few == [1.5, 2.5]
     assert guard.recent_losses() == [1.0, 2.0, 3.0]

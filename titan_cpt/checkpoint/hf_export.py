@@ -53,11 +53,11 @@ def export(
     """Convert a checkpoint to a Hugging Face model in a new folder.
 
     Args:
-        checkpoint: of a run, or an imported one.
-        out: must not exist, or be empty.
+        checkpoint: folder of a run's checkpoint or of an imported model.
+        out: new folder; it must not exist, or be empty.
         dtype: a key of `DTYPES`; float32 is exact.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
-        max_shard_bytes: largest weight file, unless a single weight is larger.
+        max_shard_bytes: size of the largest weight file, unless a single weight is larger.
         max_positions: max_position_embeddings in config.json; None for the larger of the run's training.seq_len and
             the base model's max_position_embeddings.
         log: called with each line to print.
@@ -115,7 +115,7 @@ def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dt
     total = 0
     for number, group in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {names[ours]: tensor.to(dtype) for ours, tensor in _load(checkpoint, group).items()}
+        tensors = {names[name]: tensor.to(dtype) for name, tensor in _load(checkpoint, group).items()}
         _save(tensors, out / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -160,10 +160,11 @@ def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Ten
 
 
 def _require_equal(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, again in tensors_of(file):
+    """Read a file back and raise CheckpointError if a tensor does not have the bits that were written."""
+    for name, read_back in tensors_of(file):
         tensor = tensors[name]
         kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16  # compare bits, so that NaN equals NaN
-        if again.dtype != tensor.dtype or not torch.equal(again.view(kind), tensor.view(kind)):
+        if read_back.dtype != tensor.dtype or not torch.equal(read_back.view(kind), tensor.view(kind)):
             raise CheckpointError(f"{file}: {name} differs from what was written; the disk may be failing")
 
 

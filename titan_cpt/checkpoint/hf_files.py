@@ -130,12 +130,12 @@ class WeightFiles:
         for name in names:
             if self.shapes[name] != other.shapes[name]:
                 return name
-            one = self.read(name)
-            two = other.read(name)
-            if one.dtype != two.dtype:
-                one = one.float()
-                two = two.float()
-            if not torch.equal(one, two):
+            tensor = self.read(name)
+            other_tensor = other.read(name)
+            if tensor.dtype != other_tensor.dtype:
+                tensor = tensor.float()
+                other_tensor = other_tensor.float()
+            if not torch.equal(tensor, other_tensor):
                 return name
         return None
 
@@ -167,19 +167,19 @@ class WeightFiles:
         mean(exp), so n new rows beside N raise a loss by log(1 + n / N) at most.
         Source: Hewitt 2021, "Initializing new word embeddings for pretrained language models".
         """
-        have = self.shapes[name][0]
-        wanted = slices[0] if slices else slice(0, rows)
+        file_rows = self.shapes[name][0]
+        selected = slices[0] if slices else slice(0, rows)
         columns = slices[1:]
-        start = wanted.start or 0
-        stop = min(rows if wanted.stop is None else wanted.stop, rows)
-        there = self.read(name, (slice(min(start, have), min(stop, have)), *columns))
-        if stop <= have:
-            return there
+        start = selected.start or 0
+        stop = min(rows if selected.stop is None else selected.stop, rows)
+        old = self.read(name, (slice(min(start, file_rows), min(stop, file_rows)), *columns))
+        if stop <= file_rows:
+            return old
         total = torch.zeros(self.read(name, (slice(0, 1), *columns)).shape[1:], dtype=torch.float64)
-        for first in range(0, have, _MEAN_ROWS):
-            total += self.read(name, (slice(first, min(first + _MEAN_ROWS, have)), *columns)).double().sum(0)
-        new = (total / have).to(there.dtype).expand(stop - max(start, have), *total.shape)
-        return torch.cat((there, new))
+        for first in range(0, file_rows, _MEAN_ROWS):
+            total += self.read(name, (slice(first, min(first + _MEAN_ROWS, file_rows)), *columns)).double().sum(0)
+        new = (total / file_rows).to(old.dtype).expand(stop - max(start, file_rows), *total.shape)
+        return torch.cat((old, new))
 
     def _headers(self, file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         if file.suffix != ".safetensors":

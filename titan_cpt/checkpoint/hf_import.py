@@ -1,4 +1,4 @@
-"""Checkpoint conversion from Hugging Face: load a model into a (sharded) model of ours, or write it as a checkpoint.
+"""Checkpoint conversion from Hugging Face: load weights into a (sharded) model, or write them as a checkpoint.
 
 `load_released` (`init = "hf:NAME"`) lets each rank read only its own shard of each tensor, under any parallelism
 degrees. `import_released` (`titan-cpt import`) converts one tensor after another. The result is compared with
@@ -43,9 +43,9 @@ def load_released(
     """Load Hugging Face weights into a model, sharded or not; each rank reads only its shards. Collective.
 
     Args:
-        model: our model, as `spec` describes it, under any parallelism degrees.
+        model: the model that `spec` describes, under any parallelism degrees.
         name: a folder or a hub name.
-        spec: from the config; its vocab_size may differ from that of the Hugging Face model.
+        spec: architecture from the config; its vocab_size may differ from that of the Hugging Face model.
         accept: called on every rank with the model's folder before weights are read; returns a note or raises.
 
     Returns:
@@ -69,8 +69,8 @@ def load_released(
     return "; ".join([released.describe(spec), *released.notes, *filter(None, [note]), result])
 
 
-def _require_same_model(released: ReleasedModel, ours: ModelSpec) -> None:
-    changed = differences(released.resized(ours.vocab_size).as_recipe(), ours.as_recipe())
+def _require_same_model(released: ReleasedModel, spec: ModelSpec) -> None:
+    changed = differences(released.resized(spec.vocab_size).as_recipe(), spec.as_recipe())
     if changed:
         table = "\n    ".join(as_config_table(released.spec).splitlines())
         raise CheckpointError(

@@ -42,26 +42,26 @@ class ReleasedModel:
         return self.spec if vocab_size is None else replace(self.spec, vocab_size=vocab_size)
 
     def read(self, name: str, spec: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
-        """One of our weights, or a slice of it, in the file's dtype; vocabulary weights resized to `spec.vocab_size`.
+        """A weight by its name in titan_cpt, or a slice, in the file's dtype; vocabulary weights resized to `spec`.
 
         Raises:
             CheckpointError: the file can no longer be read, or the weight has integers, NaN or infinite values.
         """
-        theirs = hub_names(spec)[name]
+        hub_name = hub_names(spec)[name]
         if name in VOCABULARY_WEIGHTS:
-            weight = self.files.read_rows(theirs, spec.vocab_size, slices)
+            weight = self.files.read_rows(hub_name, spec.vocab_size, slices)
         else:
-            weight = self.files.read(theirs, slices)
+            weight = self.files.read(hub_name, slices)
         if not weight.is_floating_point():
             raise CheckpointError(
-                f"{self.name}: {theirs} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
+                f"{self.name}: {hub_name} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
                 "cannot be trained on; use the unquantized model"
             )
         wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax for float8
         if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
             raise CheckpointError(
-                f"{self.name}: {theirs} has values that are NaN or infinite, so it cannot be trained on. Download the "
-                "files again, or use an earlier checkpoint"
+                f"{self.name}: {hub_name} has values that are NaN or infinite, so it cannot be trained on. Download "
+                "the files again, or use an earlier checkpoint"
             )
         return weight
 
@@ -91,8 +91,8 @@ def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
     spec = spec_from_config(config, str(folder / "config.json"))
     files = WeightFiles(folder)
     foreign, missing = foreign_and_missing(files.shapes, spec)
-    faults = [f"{theirs}: missing" for theirs in missing]
-    faults += [f"{theirs}: not a weight of the model that config.json describes" for theirs in foreign]
+    faults = [f"{hub_name}: missing" for hub_name in missing]
+    faults += [f"{hub_name}: not a weight of the model that config.json describes" for hub_name in foreign]
     if not missing:  # otherwise config.json may describe a model that cannot be built
         faults += _wrong_shapes(files, spec)
     if faults:
@@ -104,10 +104,10 @@ def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
 
 def _wrong_shapes(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
     names = hub_names(spec)
-    for ours, wanted in weight_shapes(spec).items():
-        found = files.shapes.get(names[ours], wanted)
-        if found != wanted:
-            yield f"{names[ours]}: has shape {list(found)}, but config.json requires {list(wanted)}"
+    for name, expected in weight_shapes(spec).items():
+        shape = files.shapes.get(names[name], expected)
+        if shape != expected:
+            yield f"{names[name]}: has shape {list(shape)}, but config.json requires {list(expected)}"
 
 
 def _require_the_tied_head(files: WeightFiles, spec: ModelSpec) -> None:

@@ -89,18 +89,18 @@ def tokenizer_warning(out: Path, tokenizer: Tokenizer, model_type: str) -> str |
 
 
 def _difference(kind: Any, out: Path, tokenizer: Tokenizer) -> str | None:
-    """How the ids of a tokenizer class of transformers differ from the run's, or None."""
+    """How the ids of a tokenizer class of transformers differ from the run's; None if they are equal."""
     special = [one["content"] for one in json.loads((out / "tokenizer.json").read_bytes()).get("added_tokens") or []]
     try:
-        theirs = kind.from_pretrained(out, local_files_only=True)
+        loaded = kind.from_pretrained(out, local_files_only=True)
         for text in TOKENIZER_TEST_STRINGS:
             if any(name in text for name in special):
                 continue  # in a run the name of a special token is text; transformers reads the token
             expected = tokenizer.encode(text)
-            found = theirs(text, add_special_tokens=False)["input_ids"]
-            if found != expected:
-                first = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
-                shown = f"{found[first : first + 4]} where the run has {expected[first : first + 4]}"
+            ids = loaded(text, add_special_tokens=False)["input_ids"]
+            if ids != expected:
+                first = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), 0)
+                shown = f"{ids[first : first + 4]} where the run has {expected[first : first + 4]}"
                 return f"gives other ids than the run ({shown} in {text[:40]!r})"
     except Exception as error:  # any exception of a class that does not support these files
         return f"cannot read it ({reason_of(error)})"

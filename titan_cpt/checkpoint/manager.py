@@ -71,10 +71,10 @@ class CheckpointManager:
         self.on_saved = on_saved
         self.on_failed = on_failed
         self.waited_s = 0.0
-        """Seconds for which the last `save` waited for the save before it."""
+        """Seconds for which the last `save` waited for the previous one to end."""
         self.distributed = dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
-        # Collectives of the writing thread must not meet those of the training thread.
+        # The writing thread has a process group of its own: its collectives must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
         # Staging copies the state to host memory, from which it is written while training changes the original. The
         # first save allocates that memory; later saves reuse it.
@@ -252,7 +252,7 @@ class CheckpointManager:
         return None
 
     def verify(self, folder: Path) -> dict[str, Any]:
-        """Compare a checkpoint's files with their checksums and return its manifest; collective, ranks share the files.
+        """Compare a checkpoint's files with their checksums and return its manifest; collective; ranks share the work.
 
         Raises:
             CheckpointError, AccessError: raised on every rank if any rank found a fault.
@@ -261,7 +261,7 @@ class CheckpointManager:
         record: dict[str, Any] = {}
         faults: list[TitanError | None] = [None] * ranks
         try:
-            record = manifest.verify(folder, share=self.rank, of=ranks)
+            record = manifest.verify(folder, share=self.rank, shares=ranks)
         except (CheckpointError, AccessError) as error:
             faults[self.rank] = error
         if self.distributed:
@@ -304,7 +304,7 @@ class _PendingSave:
             if self._group is not None:
                 gathered: list[Any] = [None] * dist.get_world_size(self._group)
                 dist.all_gather_object(gathered, checksums, group=self._group)
-                checksums = {name: file for of_rank in gathered for name, file in of_rank.items()}
+                checksums = {name: file for rank_files in gathered for name, file in rank_files.items()}
             if self._group is None or dist.get_rank() == 0:
                 manifest.write(self.folder, self._record, checksums)
         except BaseException as error:  # raised or reported by the training thread

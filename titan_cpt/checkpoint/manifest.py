@@ -26,7 +26,7 @@ from titan_cpt.errors import CheckpointError
 
 FORMAT = 2  # format 1 had pickled files, or SHA-256 checksums
 _NAMES_SHOWN = 5
-_OWN = re.compile(
+_CHECKPOINT_FILE = re.compile(
     r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
     r"|__\d+_\d+\.distcp|\.metadata"  # format 1
     r"|\.nfs[0-9a-f]+"  # NFS renames a file that is removed while it is open
@@ -144,19 +144,19 @@ def _without_manifest(folder: Path) -> str:
     return why
 
 
-def verify(folder: Path, *, share: int = 0, of: int = 1) -> dict[str, Any]:
+def verify(folder: Path, *, share: int = 0, shares: int = 1) -> dict[str, Any]:
     """Compare every file with its size and checksum, and return the manifest.
 
     Args:
-        share: index of the caller among `of` ranks; it checks every `of`-th file, starting with this one.
-        of: number of ranks that share the files.
+        share: 0-based index of the caller's share of the files: every `shares`-th file, starting with this one.
+        shares: number of callers, such as ranks, that share the files.
 
     Raises:
         CheckpointError: names the first file that is missing, or whose size or checksum differs.
         AccessError: the system refuses to read one of the files.
     """
     manifest = read(folder)
-    for name, file in list(manifest["files"].items())[share::of]:
+    for name, file in list(manifest["files"].items())[share::shares]:
         path = folder / name
         if not isinstance(file, dict) or not _is_within(path, folder):
             raise CheckpointError(f"{folder / MANIFEST_FILE}: damaged: its entry {name!r} is not a file of this folder")
@@ -186,17 +186,17 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that a crash half-way leaves nothing that looks complete.
+    """Remove a checkpoint, its manifest first, so that a crash half-way leaves no folder that looks complete.
 
     Files that do not belong to the checkpoint, such as an export or notes that someone put there, are kept, and so is
     the folder.
     """
-    named = _named_in(folder)
+    listed = _listed_files(folder)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     if not folder.exists():
         return
     fsync(folder)
-    foreign = _foreign(folder, named)
+    foreign = _foreign(folder, listed)
     if not foreign:
         shutil.rmtree(folder)
         return
@@ -220,7 +220,7 @@ def make_room(folder: Path) -> None:
     folder.mkdir()
 
 
-def _named_in(folder: Path) -> set[Path]:
+def _listed_files(folder: Path) -> set[Path]:
     """The files that the manifest lists; an empty set if it cannot be read."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
@@ -229,10 +229,10 @@ def _named_in(folder: Path) -> set[Path]:
         return set()
 
 
-def _foreign(folder: Path, named: set[Path]) -> set[Path]:
-    """Files that do not belong to the checkpoint: not in its manifest, and not named as a save names its files."""
+def _foreign(folder: Path, listed: set[Path]) -> set[Path]:
+    """Files that do not belong to the checkpoint: not listed in its manifest, nor named like files of a save."""
     files = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
-    return {path for path in files - named if path.parent != folder or not _OWN.fullmatch(path.name)}
+    return {path for path in files - listed if path.parent != folder or not _CHECKPOINT_FILE.fullmatch(path.name)}
 
 
 def digest_of_files(record: Mapping[str, Any]) -> str:

@@ -35,8 +35,8 @@ def model_card(
         checkpoint: its folder, inside or outside a run's folder.
         history: the stages that trained the weights.
         base_model: the pretrained model that they started from, or None.
-        spec: of the model.
-        dtype: of the exported weights.
+        spec: architecture of the model.
+        dtype: name of the exported weights' dtype.
         tokenizer: the exported tokenizer, or None.
         warning: a warning about the tokenizer, or None.
     """
@@ -91,55 +91,57 @@ def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
     rows = ["| stage | data | steps | tokens | replay | learning rate | optimizer | begins with |", "|---" * 8 + "|"]
     step_tokens = recipe["training.global_batch_size"] * recipe["training.seq_len"]
     for stage in history:
-        of = {key.removeprefix(f"stages.{stage.name}."): value for key, value in recipe.items()}
-        whole = of["steps"]
-        steps = f"{stage.steps:,}" if stage.steps == whole else f"{stage.steps:,} of {whole:,}"
+        settings = {key.removeprefix(f"stages.{stage.name}."): value for key, value in recipe.items()}
+        planned_steps = settings["steps"]
+        steps = f"{stage.steps:,}" if stage.steps == planned_steps else f"{stage.steps:,} of {planned_steps:,}"
         tokens = f"{stage.steps * step_tokens:,}"
-        data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in of["dataset"].items())
-        cells = [stage.name, data, steps, tokens, _replay(of), _lr(of), of["optimizer_state"], f"`{stage.init}`"]
+        data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in settings["dataset"].items())
+        optimizer = settings["optimizer_state"]
+        cells = [stage.name, data, steps, tokens, _replay(settings), _lr(settings), optimizer, f"`{stage.init}`"]
         rows.append("| " + " | ".join(cells) + " |")
-    numbers = f"Batches of {recipe['training.global_batch_size']:,} sequences x {recipe['training.seq_len']:,} tokens, "
-    return "\n".join([*rows, "", f"{numbers}gradients clipped at {recipe['training.max_norm']:g}, AdamW."])
+    batch = f"Batches of {recipe['training.global_batch_size']:,} sequences x {recipe['training.seq_len']:,} tokens, "
+    return "\n".join([*rows, "", f"{batch}gradients clipped at {recipe['training.max_norm']:g}, AdamW."])
 
 
-def _replay(of: Mapping[str, Any]) -> str:
-    if not of["replay.fraction"]:
+def _replay(settings: Mapping[str, Any]) -> str:
+    if not settings["replay.fraction"]:
         return "none"
-    what = f" of {', '.join(of['replay.from'])}" if of["replay.from"] else " of all earlier datasets"
-    return f"{_percent(of['replay.fraction'])}{what}, {of['replay.order'].replace('_', ' ')}"
+    sources = f" of {', '.join(settings['replay.from'])}" if settings["replay.from"] else " of all earlier datasets"
+    return f"{_percent(settings['replay.fraction'])}{sources}, {settings['replay.order'].replace('_', ' ')}"
 
 
-def _lr(of: Mapping[str, Any]) -> str:
+def _lr(settings: Mapping[str, Any]) -> str:
     """The LR schedule with its highest LR, constant LR if it has one, and lowest LR."""
-    numbers = [of.get("lr.max"), of.get("lr.constant"), of["lr.min"] if of["lr.schedule"] != "constant" else None]
-    return f"{of['lr.schedule']}, " + " to ".join(f"{number:g}" for number in numbers if number is not None)
+    lowest = settings["lr.min"] if settings["lr.schedule"] != "constant" else None
+    rates = [settings.get("lr.max"), settings.get("lr.constant"), lowest]
+    return f"{settings['lr.schedule']}, " + " to ".join(f"{rate:g}" for rate in rates if rate is not None)
 
 
 def _losses(run: Path, history: Sequence[TrainedStage]) -> str:
     """Validation losses at the start of each stage and at the step that these weights reached, from metrics.jsonl."""
-    wanted = {stage.name: stage.steps for stage in history}
+    steps_trained = {stage.name: stage.steps for stage in history}
     measured: dict[tuple[str, str], dict[int, float]] = {}
     rates: dict[str, float] = {}
     try:
-        found = read_metrics(run, [stage.name for stage in history])
+        metrics = read_metrics(run, [stage.name for stage in history])
     except DataError:
         return "## Losses\n\nUnknown: the run's metrics.jsonl is not beside the checkpoint, or cannot be read."
     identities: dict[tuple[str, str], dict[int, str | None]] = {}
-    for entry in found.validations:
+    for entry in metrics.validations:
         key = entry["stage"], entry["dataset"]
         step = entry["step"]
-        if step <= wanted.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
+        if step <= steps_trained.get(entry["stage"], -1) and entry["loss_nats_per_token"] is not None:
             measured.setdefault(key, {})[step] = entry["loss_nats_per_token"]
             identities.setdefault(key, {})[step] = entry.get("validation_id")
-    for entry in found.renewed:  # the stage's first weights on the later validation data
+    for entry in metrics.renewed:  # the stage's initial weights, measured on the later validation data
         key = entry["stage"], entry["dataset"]
         ids = identities.get(key, {})
         loss = entry["loss_nats_per_token"]
         if ids and loss is not None and entry.get("validation_id") == ids[max(ids)] != ids.get(0):
             measured[key][0] = loss
             ids[0] = ids[max(ids)]
-    for entry in found.trains:
-        if entry["step"] == wanted.get(entry["stage"]) and "lr" in entry:
+    for entry in metrics.trains:
+        if entry["step"] == steps_trained.get(entry["stage"]) and "lr" in entry:
             rates[entry["stage"]] = entry["lr"]
     rows = ["## Losses", "", "| stage | dataset | before | last measured | at step |", "|---" * 5 + "|"]
     for (stage, dataset), losses in measured.items():

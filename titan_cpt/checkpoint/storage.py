@@ -50,7 +50,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK_BYTES = 4 << 20
 new_hash = xxhash.xxh3_128  # scripts/bench/checkpoint.py replaces it to measure the cost of hashing
 
@@ -102,11 +102,12 @@ class ShardWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index. DCP calls this on rank 0 after every rank has written."""
         shards: dict[str, list[_Shard]] = {}
-        for result in (one for of_rank in results for one in of_rank):
-            shards.setdefault(result.index.fqn, []).append(result.storage_data)
+        for rank_results in results:
+            for result in rank_results:
+                shards.setdefault(result.index.fqn, []).append(result.storage_data)
         tensors = {
             name: {
-                "dtype": _NAMES[stored.properties.dtype],
+                "dtype": _DTYPE_NAMES[stored.properties.dtype],
                 "shape": list(stored.size),
                 "parts": [{"at": shard.offset, "shape": shard.shape, "file": shard.file} for shard in shards[name]],
             }
@@ -173,11 +174,11 @@ class ShardReader(StorageReader):
                     boxes = zip(item.storage_offsets, item.lengths, strict=True)
                     box = tuple(slice(first, first + length) for first, length in boxes)
                     key = _key(item.storage_index.fqn, shard.offset)
-                    found = file.get_slice(key)[box] if box else file.get_tensor(key)
-                    if (found.dtype, found.shape) != (target.dtype, target.shape):
-                        is_one, wanted_one = (f"{t.dtype} of {list(t.shape)}" for t in (found, target))
-                        raise CheckpointError(f"{self._folder / name}: {key} is {is_one}, not {wanted_one}")
-                    target.copy_(found)
+                    stored = file.get_slice(key)[box] if box else file.get_tensor(key)
+                    if (stored.dtype, stored.shape) != (target.dtype, target.shape):
+                        actual, expected = (f"{t.dtype} of {list(t.shape)}" for t in (stored, target))
+                        raise CheckpointError(f"{self._folder / name}: {key} is {actual}, not {expected}")
+                    target.copy_(stored)
                     planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -243,7 +244,7 @@ def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]
 def _is_inside(shard: _Shard, shape: Sequence[int]) -> bool:
     if not len(shard.offset) == len(shard.shape) == len(shape):
         return False
-    return all(at + length <= whole for at, length, whole in zip(shard.offset, shard.shape, shape, strict=True))
+    return all(offset + length <= full for offset, length, full in zip(shard.offset, shard.shape, shape, strict=True))
 
 
 def _lengths(value: Any) -> tuple[int, ...]:
@@ -265,13 +266,13 @@ class _HashedFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Write all bytes, in blocks."""
-        whole = memoryview(data)
-        for start in range(0, len(whole), _BLOCK_BYTES):
-            block = whole[start : start + _BLOCK_BYTES]
+        view = memoryview(data)
+        for start in range(0, len(view), _BLOCK_BYTES):
+            block = view[start : start + _BLOCK_BYTES]
             self._digest.update(block)  # while the block is in the CPU cache
             while block:
                 block = block[os.write(self._descriptor, block) :]
-        self._bytes += len(whole)
+        self._bytes += len(view)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -303,9 +304,9 @@ def _shard_of(item: WriteItem, file: str) -> _Shard:
     return _Shard(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes), file)
 
 
-def _key(name: str, at: Sequence[int]) -> str:
+def _key(name: str, offset: Sequence[int]) -> str:
     """A shard's key in its file: the tensor's name, with the shard's offset unless that is zero."""
-    return f"{name}@{','.join(map(str, at))}" if any(at) else name
+    return f"{name}@{','.join(map(str, offset))}" if any(offset) else name
 
 
 def _header(shards: Sequence[tuple[WriteItem, _Shard]]) -> bytes:
@@ -316,7 +317,7 @@ def _header(shards: Sequence[tuple[WriteItem, _Shard]]) -> bytes:
         assert item.tensor_data is not None, "prepare_local_plan checks this"
         begin = end
         end += _bytes_of(item)
-        dtype = _NAMES[item.tensor_data.properties.dtype]
+        dtype = _DTYPE_NAMES[item.tensor_data.properties.dtype]
         table[_key(item.index.fqn, shard.offset)] = {"dtype": dtype, "shape": shard.shape, "data_offsets": [begin, end]}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)

@@ -82,9 +82,9 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
 
     Args:
         stage: name of the stage that starts from them.
-        init: where they come from, for messages.
-        weights: their tokenizer, or None if unknown.
-        config: the run's; names the tokenizer, which exists, and whether a mismatch is allowed.
+        init: the stage's `init`, for messages.
+        weights: the tokenizer that the weights were trained with; None if unknown.
+        config: the run's; its tokenizer.path exists.
 
     Returns:
         A note if the tokenizer is unknown or the mismatch is allowed; None if it is the same tokenizer.
@@ -92,19 +92,19 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
     Raises:
         CheckpointError: it is another tokenizer.
     """
-    ours = config.tokenizer.path
+    path = config.tokenizer.path
     if weights is None:
-        return f"the tokenizer that the weights of {init} were trained with is unknown; assuming that it is {ours}"
-    if weights.is_that_of(ours):
+        return f"the tokenizer that the weights of {init} were trained with is unknown; assuming that it is {path}"
+    if weights.is_that_of(path):
         return None
-    both = (
+    mismatch = (
         f"the weights of {init} were trained with another tokenizer (fingerprint {weights.fingerprint[:12]} by "
-        f"{weights.where}) than tokenizer.path = {ours!r} (fingerprint {fingerprint_of(ours)[:12]})"
+        f"{weights.where}) than tokenizer.path = {path!r} (fingerprint {fingerprint_of(path)[:12]})"
     )
     if config.tokenizer.allow_mismatch:
-        return f"{both}, {_ALLOWED}"
+        return f"{mismatch}, {_ALLOWED}"
     raise CheckpointError(
-        f"stages.{stage}.init: {both}: the same ids mean other tokens. Set tokenizer.path to their tokenizer "
+        f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. Set tokenizer.path to their tokenizer "
         "and prepare the data with it, or set tokenizer.allow_mismatch = true to train anyway"
     )
 

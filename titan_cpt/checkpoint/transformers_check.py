@@ -24,10 +24,14 @@ from titan_cpt.models.common.layers import rotary_tables
 from titan_cpt.models.registry import family_module
 from titan_cpt.models.spec import ModelSpec
 
-_TOLERANCE = 1e-3  # times the largest logit, at least 1; another order of the same fp32 sums changes less than 1e-5
-_FEW_TOKENS = 32  # length of a sequence; with a sliding window, tokens beyond the window
-_RUN_PARAMETERS = 1_000_000_000  # a training run compares logits of models up to this size; `import` of any
-_RUN_WORK = 10**12  # most work that a training run spends on it: parameters x tokens
+_TOLERANCE = (
+    1e-3  # relative to the largest logit, or to 1; another order of the fp32 sums changes logits by less than 1e-5
+)
+_FEW_TOKENS = 32  # length of a sequence in tokens; with a sliding window, number of tokens beyond it
+_RUN_PARAMETERS = (
+    1_000_000_000  # a training run compares logits only of models up to this size; `titan-cpt import` has no limit
+)
+_RUN_WORK = 10**12  # a training run compares logits only up to this number of parameters x tokens
 _KEYS = {  # transformers' attribute -> ours
     "num_hidden_layers": "layers",
     "hidden_size": "width",
@@ -45,9 +49,9 @@ def verify_against_transformers(
 
     Args:
         released: the Hugging Face model, which transformers loads.
-        spec: of our model. If the vocabularies differ in size, the rows that both have are compared.
+        spec: architecture of our model. If the vocabularies differ in size, only the rows that both have are compared.
         load: loads the weights into our model, which is not sharded.
-        in_a_run: skip the logits where computing them would keep other ranks waiting for long.
+        in_a_run: do not compare logits if other ranks would wait long for that.
 
     Raises:
         CheckpointError: transformers reads other settings from config.json, or computes other logits.
@@ -61,10 +65,10 @@ def verify_against_transformers(
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
-            theirs = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
+            reference_config = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
         except Exception as error:  # any exception that an unsupported config causes
             return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
-        _require_same_settings(released, theirs, transformers)
+        _require_same_settings(released, reference_config, transformers)
         settings = f"settings are those of {name}; logits are not compared: "
         length = _length(spec, released.spec)
         if in_a_run and spec.parameters > _RUN_PARAMETERS:
@@ -74,14 +78,14 @@ def verify_against_transformers(
         if short := _short_of_memory(spec, length):
             return f"{settings}{short}"
         try:
-            model: Any = _their_model(released.files.folder, theirs, transformers)
+            model: Any = _reference_model(released.files.folder, reference_config, transformers)
         except Exception as error:  # such as a backend that is not installed, or an unsupported value
             return f"{settings}it cannot load the model: {reason_of(error)}"
         return _same_logits(released, spec, load, model, length, name)
 
 
 def _same_logits(
-    released: ReleasedModel, spec: ModelSpec, load: Callable[[nn.Module], None], theirs: Any, length: int, name: str
+    released: ReleasedModel, spec: ModelSpec, load: Callable[[nn.Module], None], reference: Any, length: int, name: str
 ) -> str:
     with torch.device("meta"):
         model = build_model(spec)
@@ -92,22 +96,22 @@ def _same_logits(
     tokens_BL = torch.randint(0, rows, (sequences, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         try:
-            their_logits_BLV: Tensor = theirs(tokens_BL).logits[..., :rows]
+            reference_BLV: Tensor = reference(tokens_BL).logits[..., :rows]
         except Exception as error:  # any exception of transformers' model code
             return f"logits are not compared with {name}, which cannot compute them: {reason_of(error)}"
         logits_BLV = model(tokens_BL)[..., :rows]
-    apart = (logits_BLV - their_logits_BLV).abs().max().item()
-    size = their_logits_BLV.abs().max().item()
-    if not apart <= _TOLERANCE * max(1.0, size):
+    difference = (logits_BLV - reference_BLV).abs().max().item()
+    largest = reference_BLV.abs().max().item()
+    if not difference <= _TOLERANCE * max(1.0, largest):
         raise CheckpointError(
-            f"{released.name}: {name} computes other logits from it: they differ by up to {apart:.2g}, the largest is "
-            f"{size:.2g}. Do not train on it; please report its config.json"
+            f"{released.name}: {name} computes other logits from it: they differ by up to {difference:.2g}, the "
+            f"largest is {largest:.2g}. Do not train on it; please report its config.json"
         )
-    return f"logits are those of {name} within {apart:.1e} (the largest is {size:.3g}) on {length:,} positions"
+    return f"logits are those of {name} within {difference:.1e} (the largest is {largest:.3g}) on {length:,} positions"
 
 
-def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
-    """transformers' model in float32 whatever dtype the config has, with SDPA, which needs no extra package."""
+def _reference_model(folder: Path, config: Any, transformers: Any) -> Any:
+    """transformers' model in float32, whatever the dtype in the config, with SDPA, which needs no extra package."""
     config.pad_token_id = None  # torch refuses an ID beyond the vocabulary, and logits do not depend on it
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
@@ -117,13 +121,15 @@ def _their_model(folder: Path, config: Any, transformers: Any) -> Any:
     return model.eval()
 
 
-def _require_same_settings(released: ReleasedModel, theirs: Any, transformers: Any) -> None:
+def _require_same_settings(released: ReleasedModel, reference: Any, transformers: Any) -> None:
     """Compare the settings, rotary frequencies included, that transformers and we read from config.json."""
     spec = released.spec
-    found = {key: (getattr(spec, ours), getattr(theirs, key)) for key, ours in _KEYS.items() if hasattr(theirs, key)}
-    found |= family_module(spec.family, "huggingface").settings_to_compare(spec, theirs)
-    faults = [f"{key}: {yours!r} there, {ours!r} here" for key, (ours, yours) in found.items() if ours != yours]
-    rotary = _their_rotary(theirs, transformers)
+    pairs = {
+        key: (getattr(spec, field), getattr(reference, key)) for key, field in _KEYS.items() if hasattr(reference, key)
+    }
+    pairs |= family_module(spec.family, "huggingface").settings_to_compare(spec, reference)
+    faults = [f"{key}: {there!r} there, {here!r} here" for key, (here, there) in pairs.items() if here != there]
+    rotary = _reference_rotary(reference, transformers)
     if rotary is not None:
         faults += _rotary_faults(spec, *rotary)
     if faults:
@@ -133,38 +139,39 @@ def _require_same_settings(released: ReleasedModel, theirs: Any, transformers: A
         )
 
 
-def _their_rotary(theirs: Any, transformers: Any) -> tuple[Tensor, float] | None:
+def _reference_rotary(config: Any, transformers: Any) -> tuple[Tensor, float] | None:
     """Frequencies and amplitude of transformers' rotary embedding module; None if this version has no such module."""
-    model = transformers.AutoModelForCausalLM._model_mapping.get(type(theirs), None)
+    model = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     kinds = [kind for name, kind in vars(sys.modules[model.__module__]).items() if name.endswith("RotaryEmbedding")]
     try:
-        rotary = kinds[0](config=theirs)
+        rotary = kinds[0](config=config)
         return rotary.inv_freq.float(), float(rotary.attention_scaling)
     except (AttributeError, IndexError, TypeError):
         return None
 
 
-def _rotary_faults(spec: ModelSpec, theirs_R: Tensor, amplitude: float) -> Iterator[str]:
+def _rotary_faults(spec: ModelSpec, reference_R: Tensor, amplitude: float) -> Iterator[str]:
     cos_LR, sin_LR = rotary_tables(
         torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=spec.rope_scaling
     )
-    ours_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
-    if ours_R.shape != theirs_R.shape:
-        yield f"rotary frequencies: {len(theirs_R)} there, {len(ours_R)} here"
-    elif not torch.allclose(ours_R, theirs_R, rtol=1e-4, atol=1e-9):
-        worst = int((ours_R / theirs_R - 1).abs().argmax())
-        yield f"rotary frequency {worst}: {theirs_R[worst]:.6g} there, {ours_R[worst]:.6g} here"
+    frequencies_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
+    if frequencies_R.shape != reference_R.shape:
+        yield f"rotary frequencies: {len(reference_R)} there, {len(frequencies_R)} here"
+    elif not torch.allclose(frequencies_R, reference_R, rtol=1e-4, atol=1e-9):
+        worst = int((frequencies_R / reference_R - 1).abs().argmax())
+        yield f"rotary frequency {worst}: {reference_R[worst]:.6g} there, {frequencies_R[worst]:.6g} here"
     if abs(float(cos_LR[0, 0]) - amplitude) > 1e-5:
         yield f"rotary amplitude: {amplitude:.6g} there, {float(cos_LR[0, 0]):.6g} here"
 
 
 def _length(*specs: ModelSpec) -> int:
-    """Length of the compared sequences in tokens: longer than any sliding window."""
+    """Length in tokens of the sequences for the comparison: longer than any sliding window."""
     windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
     return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
 
 
 def _short_of_memory(spec: ModelSpec, length: int) -> str | None:
+    """A message if both models and their logits do not fit into the free memory; None if they do or it is unknown."""
     needed = 8 * spec.parameters + 16 * length * spec.vocab_size + 2 * length**2
     free = _free_bytes()
     if free is None or needed <= 0.8 * free:

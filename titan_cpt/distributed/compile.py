@@ -21,20 +21,23 @@ def apply_compile(model: LanguageModel) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that torch.compile has its compiler: g++ or CXX for a CPU; Triton and a C compiler for CUDA.
+    """Check that torch.compile finds a compiler: g++ or $CXX for a CPU; Triton and a C compiler for CUDA.
 
     Raises:
-        ConfigError: it is missing; torch would raise in the first step only.
+        ConfigError: it is missing. Without this check torch would raise in the first training step.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or unset it"
+            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or unset the key"
         )
-    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
-    chosen = os.environ.get(variable)
-    if not any(map(shutil.which, (chosen,) if chosen else names)):
-        what = f"{variable}={chosen}, which does not exist" if chosen else f"none of {', '.join(names)} is installed"
+    variable = "CC" if device.type == "cuda" else "CXX"
+    defaults = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++",)
+    configured = os.environ.get(variable)
+    if not any(map(shutil.which, (configured,) if configured else defaults)):
+        problem = f"{variable}={configured} does not exist"
+        if not configured:
+            problem = f"none of {', '.join(defaults)} is installed"
         raise ConfigError(
-            f"compile.enable: torch.compile needs a compiler, and {what}: install one (apt install g++, module load "
-            f"gcc, conda install gxx), name one in {variable}, or remove the key"
+            f"compile.enable: torch.compile needs a compiler, but {problem}: install one (apt install g++, module load "
+            f"gcc, conda install gxx), set {variable} to one, or remove the key"
         )

@@ -1,9 +1,9 @@
-"""What happens after a bad step: a loss or gradient that is not finite, or a loss spike.
+"""Response to a bad step, one with a loss or gradient that is not finite or with a loss spike: stop, skip, roll back.
 
-Nothing here waits for the device. `UpdateGuard` holds back the bad step, and every step after it, on the device; the
-host sees it when it reads the metrics at the next logging step, with the weights as they were before the bad step. The
-run then stops, or skips that batch and takes the steps after it again, from these weights or from the last checkpoint.
-The result does not depend on how often metrics are logged.
+`UpdateGuard` detects a bad step on the device, without a host sync, and prevents its update and all later ones. The
+host learns of it at the next logging step, when the weights are still those before the bad step. The run then stops, or
+skips the bad batch and repeats the steps after it, from these weights or from the last checkpoint. The result does not
+depend on how often metrics are logged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
 
-SKIP_LIMIT_STEPS = 1000  # training.max_skips_per_1000_steps counts the skipped batches of this many steps
+SKIP_LIMIT_STEPS = 1000  # the window of training.max_skips_per_1000_steps
 
 Response = Literal["stop", "skip", "rollback"]
 
 
 def first_held_back(state: TrainerState, stage: StagePlan, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first step that the guard held back, if any; logs loss spikes when on_loss_spike = "log"."""
+    """Metrics of the first step whose update the guard prevented, if any; logs spikes when on_loss_spike = "log"."""
     training = state.config.training
     for line in lines:
         if line["held_back"]:
@@ -50,31 +50,31 @@ def handle_bad_step(state: TrainerState, stage: StagePlan, line: dict[str, Any])
         The number of steps done from which the stage continues.
 
     Raises:
-        NumericsError: the config says stop, or too many batches were skipped. The weights are those before that step.
+        NumericsError: the response is to stop, or too many batches were skipped. The weights are those before the step.
     """
     response = choose_response(state, stage, line)
     if response == "stop":
         _stop_before(state, stage, line)
-    _skip_from_now_on(state, stage, line)
+    _skip_batch(state, stage, line)
     if response == "skip":
         state.log.rewind(int(line["run_step"]) - 1)
         return int(line["step"]) - 1
     state.checkpoints.wait()
-    found = state.checkpoints.newest_valid(state.display.say)
-    if found is not None and found.manifest["stage"] == stage.name:
-        return resume_stage(state, found)
+    checkpoint = state.checkpoints.newest_valid(state.display.say)
+    if checkpoint is not None and checkpoint.manifest["stage"] == stage.name:
+        return resume_stage(state, checkpoint)
     return begin_stage(state, stage)
 
 
 def choose_response(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> Response:
-    """The config's response to this step; "stop" if skipping it would exceed training.max_skips_per_1000_steps."""
+    """The configured response to a bad step; "stop" if skipping it would exceed training.max_skips_per_1000_steps."""
     training = state.config.training
     configured = training.on_loss_spike if _is_spike(line) else training.on_nonfinite
     assert configured != "log", "a spike that is only logged is not held back"
     return "stop" if _recently_skipped(state, stage, line) >= training.max_skips_per_1000_steps else configured
 
 
-def _skip_from_now_on(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> None:
+def _skip_batch(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> None:
     """Record the batch as skipped, with its sequences, and let the optimizer update weights again."""
     step = line["step"] - 1
     draws = state.plan.batch(stage, step)
@@ -89,12 +89,14 @@ def _skip_from_now_on(state: TrainerState, stage: StagePlan, line: dict[str, Any
 
 
 def _stop_before(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> NoReturn:
-    """Save the weights as they were before the bad step, which they still are, and stop."""
+    """Save the weights, which are still those before the bad step, and raise NumericsError."""
     steps_done = line["step"] - 1
     if steps_done and checkpoint_due(state.config, stage, steps_done) is None:
-        save_checkpoint(state, stage, steps_done, INTERVAL)  # otherwise that step's own checkpoint exists already
+        save_checkpoint(state, stage, steps_done, INTERVAL)  # else the loop has saved one after that step
     state.checkpoints.poll(until_done=True)
-    newest = next((str(found.folder) for found in state.checkpoints.listed()), "none, as it was the first step")
+    newest = next(
+        (str(checkpoint.folder) for checkpoint in state.checkpoints.listed()), "none, as it was the first step"
+    )
     state.log.event("stop", stage=stage.name, step=steps_done, why=reason(line))
     raise NumericsError(stop_message(state, stage, line, newest))
 
@@ -103,7 +105,7 @@ def stop_message(state: TrainerState, stage: StagePlan, line: dict[str, Any], ne
     """The error message of a run that stops at this step.
 
     Args:
-        newest: the newest checkpoint.
+        newest: path of the newest checkpoint, or a note that there is none.
     """
     step = line["step"] - 1
     skipped = _recently_skipped(state, stage, line)
@@ -123,9 +125,9 @@ def stop_message(state: TrainerState, stage: StagePlan, line: dict[str, Any], ne
 
 
 def reason(line: dict[str, Any]) -> str:
-    """What is wrong with a step's loss and gradient norm."""
-    numbers = f"the loss is {line['loss_nats_per_token']}, the gradient norm {line['grad_norm']}"
-    return f"{numbers}, {line['loss_z_score']:.1f} standard deviations up" if _is_spike(line) else numbers
+    """Why a step is bad: its loss, its gradient norm, and for a spike the z-score."""
+    values = f"the loss is {line['loss_nats_per_token']}, the gradient norm {line['grad_norm']}"
+    return f"{values}, {line['loss_z_score']:.1f} standard deviations up" if _is_spike(line) else values
 
 
 def _recently_skipped(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> int:

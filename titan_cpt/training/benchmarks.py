@@ -1,7 +1,7 @@
 """Benchmarks during training, configured by [evaluation]. They run on the checkpoint just saved, not on the live model.
 
-So a run's losses are bit for bit the same with and without benchmarks, and `titan-cpt eval` later gives the same
-scores.
+Therefore a run's losses are bit for bit the same with and without benchmarks, and `titan-cpt eval` gives the same
+scores later.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def require_benchmarks(config: Config, *, fresh: bool) -> None:
     """Check before the first step that the benchmark suite can run.
 
     Args:
-        fresh: nothing is trained yet: the tasks' datasets are loaded as well.
+        fresh: the run is new: also load the tasks' datasets, so that a missing one is reported before the first step.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed, or lacks a task.
+        ConfigError: lm-evaluation-harness is not installed, lacks a task, or evaluation.tasks_dir is needed.
         DataError: a task's dataset cannot be loaded.
     """
     evaluation = config.evaluation
@@ -40,12 +40,12 @@ def require_benchmarks(config: Config, *, fresh: bool) -> None:
 
 
 def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
-    """Run the benchmark suite on the checkpoint of a step, except tasks that have a score already; collective.
+    """Run the benchmark suite, except tasks that already have a score, on the checkpoint of a step; collective.
 
-    If a task fails, the error is printed and training continues: `titan-cpt eval` can score the checkpoint later.
+    If a task fails, `evaluate` prints the error and training continues; `titan-cpt eval` can run the task later.
 
     Returns:
-        False if a signal interrupted it.
+        False if a signal interrupted the suite.
     """
     evaluation = state.config.evaluation
     if evaluation.suite is None:

@@ -1,4 +1,4 @@
-"""Builds everything that training needs, in this order: data and plan, model and optimizer, checkpoint, logs."""
+"""Build the objects of a run, in this order: data and plan, model and optimizer, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ State = TypeVar("State", bound=TrainerState)
 
 @dataclass(frozen=True)
 class _Data:
-    """The tokenizer, the open token files by dataset, and their fingerprints by dotted key."""
+    """The tokenizer, the opened token files by dataset, and the fingerprints of both by dotted key."""
 
     tokenizer: Tokenizer
     training: Mapping[str, TokenSource]
@@ -69,15 +69,15 @@ def build(
     """Build a run's state, and find the checkpoint to resume from, if there is one.
 
     Args:
-        kind: the class to build: TrainerState, or one derived from it without further fields.
+        kind: class of the result: TrainerState, or a subclass without further fields.
         folder: the run's folder, which this process has locked.
 
     Raises:
-        TitanError: config, data or checkpoints do not fit; raised on every rank.
+        TitanError: config, data, device and checkpoints do not fit together; raised on every rank.
     """
     torch.use_deterministic_algorithms(config.job.deterministic)
     console = make_console() if process.rank == 0 else Console(quiet=True)
-    with raise_on_all_ranks():  # before anything collective: files may be missing on some nodes only
+    with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size)
         data = _open_data(config, tokenizer)
@@ -86,7 +86,7 @@ def build(
     _print_precision_notes(config, process.device, console)
 
     mesh = build_mesh(process, plan.parallel_dims)
-    set_timeouts(config.comm.init_timeout_seconds)  # the mesh's process groups begin with torch's own timeouts
+    set_timeouts(config.comm.init_timeout_seconds)  # torch gives the mesh's process groups its default timeouts
     options = parallel_options(config)
     model, pipeline_stages, compute_copy = build_parallel_model(plan.spec, mesh, options)
     adamw = plan.stages[0].optimizer
@@ -98,13 +98,13 @@ def build(
         async_save=config.checkpoint.async_mode == "async",
     )
     with raise_on_all_ranks():
-        found = find_checkpoint(plan, checkpoints, data.identities, console)
-        if found is not None and config.job.deterministic:
-            check_same_machine(found, process)
-        notes = list(_weight_notes(config, plan, checkpoints, found))
+        checkpoint = find_checkpoint(plan, checkpoints, data.identities, console)
+        if checkpoint is not None and config.job.deterministic:
+            check_same_machine(checkpoint, process)
+        notes = list(_weight_notes(config, plan, checkpoints, checkpoint))
     _print_notes(console, notes)
-    log = _start_log(config, plan, process, folder, console, resumed=found is not None)
-    run_step = 0 if found is None else found.manifest["run_step"]
+    log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
+    run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
     display = Display(plan, console, steps_done=run_step, shown=process.rank == 0)
     checkpoints.before_save = log.fsync
     checkpoints.on_saved = partial(log_saved, log, display)
@@ -129,11 +129,11 @@ def build(
         profiler=_build_profiler(config, process, folder, display),
         stop=stop,
     )
-    return state, found
+    return state, checkpoint
 
 
 def parallel_options(config: Config) -> ParallelOptions:
-    """The config's precision, activation checkpointing, compile and float8 settings, as distributed/ takes them."""
+    """The config's settings for distributed/: precision, activation checkpointing, compile, offload, float8."""
     activation = config.activation_checkpoint
     recipe = config.float8.recipe_name
     return ParallelOptions(
@@ -174,7 +174,7 @@ def _check_support(config: Config, device: torch.device) -> None:
 
 def _print_precision_notes(config: Config, device: torch.device, console: Console) -> None:
     if config.float8.recipe_name is not None and device.type == "cpu":
-        console.print("[yellow]note[/] float8 is emulated on a CPU: its numbers, without its speed")
+        console.print("[yellow]note[/] float8 is emulated on a CPU: it rounds as on a GPU, but is not faster")
     if multiplied_in_float32(getattr(torch, config.training.mixed_precision_param), device):
         console.print(
             "[yellow]note[/] this CPU has no bfloat16 matrix multiplication: products are computed in float32 and "
@@ -183,10 +183,10 @@ def _print_precision_notes(config: Config, device: torch.device, console: Consol
 
 
 def _weight_notes(
-    config: Config, plan: Plan, checkpoints: CheckpointManager, found: FoundCheckpoint | None
+    config: Config, plan: Plan, checkpoints: CheckpointManager, checkpoint: FoundCheckpoint | None
 ) -> Iterator[str]:
-    """Notes on the tokenizers of the weights that later stages start from, and on misplaced checkpoints."""
-    next_stage = 0 if found is None else found.manifest["stage_index"] + 1
+    """Notes on the tokenizers of the initial weights of stages that have not begun, and on misplaced checkpoints."""
+    next_stage = 0 if checkpoint is None else checkpoint.manifest["stage_index"] + 1
     yield from check_init_tokenizers(config, [stage.name for stage in plan.stages[next_stage:]])
     if checkpoints.misplaced:
         where = ", ".join(sorted({str(path) for path in checkpoints.misplaced}))
@@ -230,7 +230,7 @@ def _build_profiler(config: Config, process: ProcessInfo, folder: Path, display:
 def _start_log(
     config: Config, plan: Plan, process: ProcessInfo, folder: Path, console: Console, *, resumed: bool
 ) -> MetricsLog:
-    """Open the metrics log, log settings that changed since the last session, and write config.toml and plan.json."""
+    """Open the metrics log, log the settings that changed since the last session, write config.toml and plan.json."""
     log = _open_log(config, plan, process, folder)
     _print_notes(console, log.problems)
     if process.rank == 0:
@@ -246,9 +246,8 @@ def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) ->
     if process.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # its import takes half a second
 
-        writer = partial(
-            SummaryWriter, str(folder / TENSORBOARD_FOLDER), ""
-        )  # the second is a comment; purge_step follows
+        no_comment = ""  # the second parameter; MetricsLog passes the third, purge_step
+        writer = partial(SummaryWriter, str(folder / TENSORBOARD_FOLDER), no_comment)
     log = MetricsLog(
         folder,
         writing=process.rank == 0,
@@ -257,13 +256,13 @@ def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) ->
         peak_flops=peak_flops(process.device) * process.world_size,
         stages=[stage.name for stage in plan.stages],
     )
-    if log.last_start and "validation" not in log.last_start:  # an older version's: only its config has the windows
+    if log.last_start and "validation" not in log.last_start:  # by an older version: its config has the windows
         log.last_start["validation_sequences"] = last_setting(folder / CONFIG_FILE, "validation", "sequences")
     return log
 
 
 def _log_changed_settings(log: MetricsLog, console: Console, changed: Sequence[str]) -> None:
-    """Print and log settings that changed since the last session: config.toml will only have the new ones."""
+    """Print and log settings that changed since the last session, before config.toml is overwritten."""
     if changed:
         log.event("settings_changed", settings=list(changed))
         _print_notes(console, ["\n  ".join(["settings that have changed since the run was last started:", *changed])])

@@ -28,50 +28,54 @@ from titan_cpt.planning.sharding import local_parameters
 
 
 def check_layout(plan: Plan, parallel_options: ParallelOptions) -> Iterator[str]:
-    """Build the first and the last rank of every pipeline-parallel rank; yields a line for each, then time and memory.
+    """Build the model of the first and the last rank of every pipeline stage, and compare it with the plan.
+
+    Yields:
+        A line to print for each of these ranks, then one with the time and the peak memory.
 
     Raises:
         ConfigError: float8 is configured and torchao is not installed.
-        PlanError: a rank would hold other parameters than the plan says; names the first.
+        PlanError: a rank would hold other parameters than the plan says; the message names the first.
     """
     if parallel_options.float8 is not None:
         require_float8(torch.device("cpu"))
-    began, layout = time.perf_counter(), plan.parallel_dims
-    group = layout.world_size // layout.pp
-    for pipeline in range(layout.pp):
-        for rank in sorted({pipeline * group, (pipeline + 1) * group - 1}):
-            held = _held(plan, parallel_options, rank)
-            planned = dict(local_parameters(plan.spec, layout, layout.coordinates(rank)))
-            if held != planned:
-                name = next(name for name in sorted({*held, *planned}) if held.get(name) != planned.get(name))
+    start_time = time.perf_counter()
+    dims = plan.parallel_dims
+    ranks_per_stage = dims.world_size // dims.pp
+    for pp_rank in range(dims.pp):
+        for rank in sorted({pp_rank * ranks_per_stage, (pp_rank + 1) * ranks_per_stage - 1}):
+            built = _local_elements(plan, parallel_options, rank)
+            planned = dict(local_parameters(plan.spec, dims, dims.coordinates(rank)))
+            if built != planned:
+                name = next(name for name in sorted({*built, *planned}) if built.get(name) != planned.get(name))
                 raise PlanError(
-                    f"--check-layout: rank {rank:,} would hold {held.get(name, 0):,} elements of {name}, the plan says "
-                    f"{planned.get(name, 0):,}; this is a bug of titan_cpt"
+                    f"--check-layout: rank {rank:,} would hold {built.get(name, 0):,} elements of {name}, the plan "
+                    f"says {planned.get(name, 0):,}; this is a bug of titan_cpt"
                 )
-            yield f"rank {rank:,}: {len(held)} parameters, {sum(held.values()):,} elements, as planned"
-    unit = 1 if sys.platform == "darwin" else 1024
+            yield f"rank {rank:,}: {len(built)} parameters, {sum(built.values()):,} elements, as planned"
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    yield f"checked in {time.perf_counter() - began:.1f} s and {peak:.2f} GiB"
+    yield f"checked in {time.perf_counter() - start_time:.1f} s and {peak:.2f} GiB"
 
 
-def _held(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str, int]:
-    """Elements of each parameter that a rank would hold, by the name in the whole model."""
-    layout = plan.parallel_dims
-    if layout.world_size > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    held = {}
+def _local_elements(plan: Plan, parallel_options: ParallelOptions, rank: int) -> dict[str, int]:
+    """Number of elements that a rank holds of each parameter, by the parameter's name in the unsharded model."""
+    dims = plan.parallel_dims
+    if dims.world_size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=dims.world_size)
+    elements = {}
     try:
-        mesh = build_mesh(ProcessInfo(rank, layout.world_size, torch.device("cpu")), layout)
-        for stage in layout.stages_of(mesh.coordinates.pipeline):
+        mesh = build_mesh(ProcessInfo(rank, dims.world_size, torch.device("cpu")), dims)
+        for stage in dims.stages_of(mesh.coordinates.pipeline):
             model = build_pipeline_stage(plan.spec, mesh, stage)
             parallelize(model, mesh, parallel_options)
             for name, parameter in model.named_parameters():
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                held[plain_name(name)] = local.numel()
+                elements[plain_name(name)] = local.numel()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return held
+    return elements
 
 
 def plain_name(name: str) -> str:

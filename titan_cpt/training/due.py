@@ -1,4 +1,4 @@
-"""What is due after a step of a stage: a pure function of the config, the stage and the number of steps done."""
+"""Decides which actions are due after a step: pure functions of the config, the stage and the number of steps done."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from titan_cpt.planning.plan import StagePlan
 
 @dataclass(frozen=True)
 class ActionsDue:
-    """What the training loop does after a step, in this order.
+    """The actions of the training loop after a step, in this order.
 
     Attributes:
-        log: write the metrics kept on the device; always before anything is measured or saved.
+        log: read the metrics from the device and write them; due before every validation and checkpoint.
         validation: measure the validation loss of every dataset.
         checkpoint: save a checkpoint of this kind; None for no checkpoint.
         benchmarks: run the benchmark suite on the checkpoint just saved.
@@ -31,7 +31,7 @@ class ActionsDue:
 
 
 def actions_due(config: Config, stage: StagePlan, steps_done: int, *, stop: bool) -> ActionsDue:
-    """What is due when `steps_done` steps of a stage are done.
+    """The actions that are due after `steps_done` steps of a stage.
 
     Args:
         steps_done: at least 1.
@@ -54,7 +54,7 @@ def actions_due(config: Config, stage: StagePlan, steps_done: int, *, stop: bool
 
 
 def checkpoint_due(config: Config, stage: StagePlan, steps_done: int) -> str | None:
-    """The kind of checkpoint due after these steps by the config and the stage's schedule; None for no checkpoint."""
+    """The kind of checkpoint that the config and the LR schedule require after these steps; None for no checkpoint."""
     if steps_done == stage.steps:
         return STAGE_END
     if steps_done == stage.pre_anneal_step:
@@ -63,7 +63,7 @@ def checkpoint_due(config: Config, stage: StagePlan, steps_done: int) -> str | N
 
 
 def benchmarks_due(config: Config, stage: StagePlan, steps_done: int) -> bool:
-    """Whether `[evaluation]` wants its suite run on the checkpoint after these steps."""
+    """Whether `[evaluation]` schedules its benchmark suite for the checkpoint after these steps."""
     evaluation = config.evaluation
     if evaluation.suite is None or steps_done == 0:
         return False

@@ -1,8 +1,8 @@
-"""Baselines of forgetting when the validation data, its windows or the tokenizer changed between two sessions.
+"""Measures the baselines of forgetting again if the validation data, its windows or the tokenizer changed.
 
-Such a change alters no weight, so the run is not refused; but losses measured on different data are never subtracted
-from each other. The weights of a baseline still exist, in the checkpoint from which the stage began: before training
-resumes, the baseline is measured again on the new data. If that checkpoint was removed, forgetting is unknown.
+Such a change between two sessions alters no weight, so the run may resume; but it never subtracts losses on different
+data from each other. The weights of a baseline still exist, in the checkpoint that the stage started from: before
+training resumes, they are loaded and validated on the new data. If that checkpoint was removed, forgetting is unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from titan_cpt.training.stage_start import load_initial
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.step_log import validation_line
 
-_BRANCHES_FOLLOWED = 50  # a longer chain of runs is a cycle
+_BRANCHES_FOLLOWED = 50  # a longer chain of runs that branched off each other is a cycle
 
 
 def note_changed_validation(state: TrainerState, stage: StagePlan, steps_done: int) -> None:
@@ -52,7 +52,7 @@ def changed_datasets(
     Args:
         last_start: the `start` event of the last session; older versions logged the data and not the windows.
         data: fingerprints of this session's data.
-        identities: of this session's validation sets.
+        identities: identities of this session's validation sets.
     """
     if "validation" in last_start:
         before, now = last_start["validation"], dict(identities)
@@ -65,75 +65,81 @@ def changed_datasets(
 
 
 def _other_windows(state: TrainerState) -> list[str]:
-    """The datasets of which an older version's session measured another number of windows, according to its config."""
-    last_start, validator = state.log.last_start, state.validator
-    before = last_start.get("validation_sequences")
-    if before is None:
+    """Datasets whose number of windows differs from the last session's, if an older version ran that session."""
+    last_start = state.log.last_start
+    validator = state.validator
+    last_sequences = last_start.get("validation_sequences")
+    if last_sequences is None:
         return []
     measured = [name for name in validator.streams if f"datasets.{name}.validation" in last_start.get("data", {})]
     available = {name: validator.streams[name].windows(validator.seq_len) for name in measured}
-    return [name for name, windows in available.items() if min(windows, before) != min(windows, validator.sequences)]
+    return [
+        name for name, windows in available.items() if min(windows, last_sequences) != min(windows, validator.sequences)
+    ]
 
 
 def renew_baselines(state: TrainerState, stage: StagePlan, *, resumes: bool) -> None:
-    """Measure again every baseline that was measured on other data and that later measurements need; collective.
+    """Measure every baseline again that was measured on other data and that later validations need; collective.
 
-    Call it before the weights of the next stage are loaded: it loads others into the model.
+    This loads weights of earlier stages into the model: call it before loading those to train.
 
     Args:
         stage: the stage that is trained next.
-        resumes: the stage continues from a checkpoint of its own.
+        resumes: the stage resumes from one of its checkpoints.
     """
     needed: list[Any] = [_needed(state, stage, resumes=resumes)]
     if dist.is_initialized():
         dist.broadcast_object_list(needed, src=0, group=state.checkpoints.group)
     for name, (datasets, init) in needed[0].items():
-        since = state.plan.stage(name)
+        baseline_stage = state.plan.stage(name)
         try:
-            weights = load_initial(state, replace(since, init=init, keep_optimizer=False))
+            weights = load_initial(state, replace(baseline_stage, init=init, keep_optimizer=False))
         except TitanError as error:
             state.display.say(
                 f"forgetting of {', '.join(datasets)} is unknown from here on: its loss at the start of stage {name} "
-                f"was measured on something else, and these weights cannot be loaded to measure it again: {error}"
+                "was measured on other validation data, and these weights cannot be loaded to measure it again: "
+                f"{error}"
             )
             continue
         if state.config.float8.enable_fsdp_float8_all_gather:
             refresh_scales(state.model)
         losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
         if losses is None:
-            return  # a signal: the next session finds the same baselines missing
+            return  # a signal interrupted it: the next session measures these baselines
         for dataset, loss in losses.items():
-            line = validation_line(state, since, 0, dataset, loss)
-            state.log.validation({**line, "measured_again": True}, state.plan.steps_before(since))
+            line = validation_line(state, baseline_stage, 0, dataset, loss)
+            state.log.validation({**line, "measured_again": True}, state.plan.steps_before(baseline_stage))
         shown = ", ".join(f"{dataset} {losses[dataset].nats_per_token:.4f}" for dataset in datasets)
         state.display.say(f"measured again at the start of stage {name}, {weights}: {shown}")
 
 
 def _needed(state: TrainerState, stage: StagePlan, *, resumes: bool) -> dict[str, tuple[list[str], str]]:
     """The baselines to measure again: by stage, its datasets and the `init` that loads its initial weights."""
-    plan, needed = state.plan, dict[str, tuple[list[str], str]]()
-    begun = plan.stages.index(stage) + resumes
-    for name, dataset in _baselines(plan, plan.stages.index(stage), state.validator.identities):
-        _, measured_on = state.log.before.get((name, dataset), (None, None))
-        since = plan.stage(name)
-        if plan.stages.index(since) < begun and measured_on != state.validator.identities[dataset]:
-            needed.setdefault(name, ([], _first_weights(state, since)))[0].append(dataset)
+    plan = state.plan
+    next_stage = plan.stages.index(stage)
+    stages_begun = next_stage + 1 if resumes else next_stage
+    needed: dict[str, tuple[list[str], str]] = {}
+    for name, dataset in _baselines(plan, next_stage, state.validator.identities):
+        _, measured_on = state.log.baselines.get((name, dataset), (None, None))
+        baseline_stage = plan.stage(name)
+        if plan.stages.index(baseline_stage) < stages_begun and measured_on != state.validator.identities[dataset]:
+            needed.setdefault(name, ([], _first_weights(state, baseline_stage)))[0].append(dataset)
     return needed
 
 
 def _baselines(plan: Plan, first: int, datasets: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(stage, dataset) of every baseline that measurements from stage `first` on are compared with, each once."""
-    found = (
+    """(stage, dataset) of every baseline that validations from stage `first` on are compared with, each once."""
+    baselines = (
         (since, dataset)
         for stage in plan.stages[first:]
         for dataset in datasets
         if (since := plan.forgetting_since(stage, dataset)) is not None
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(baselines))
 
 
 def _first_weights(state: TrainerState, stage: StagePlan) -> str:
-    """A stage's `init`; a stage in it becomes that stage's checkpoint, of this run or of the run it branched off."""
+    """A stage's `init`; an earlier stage is replaced with the path of its checkpoint, in this run or a parent run."""
     if not isinstance(stage.init, StageCheckpoint):
         return stage.init
     folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
@@ -141,13 +147,15 @@ def _first_weights(state: TrainerState, stage: StagePlan) -> str:
     for _ in range(_BRANCHES_FOLLOWED):
         if run is None:
             break
-        if (found := checkpoint_folder(run, stage.init.stage, stage.init.steps_done) / MANIFEST_FILE).exists():
-            return f"checkpoint:{found.parent}"
+        folder_in_run = checkpoint_folder(run, stage.init.stage, stage.init.steps_done)
+        if (folder_in_run / MANIFEST_FILE).exists():
+            return f"checkpoint:{folder_in_run}"
         run = _branched_from(run)
     return f"checkpoint:{folder}"
 
 
 def _branched_from(run: Path) -> Path | None:
+    """The folder of the run that a run branched off; None if it did not branch."""
     for folder in checkpoint_folders(run):
         try:
             checkpoint = manifest.read(folder).get("branched_from")

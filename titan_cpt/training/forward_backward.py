@@ -1,6 +1,8 @@
 """Forward and backward of one micro-batch, with and without pipeline parallelism, and the loss for validation.
 
-Both runners have `backward`, for training, and `per_sequence_loss`, for validation. B sequences, L positions.
+Both runners have `backward`, for training, and `per_sequence_loss`, for validation.
+
+Shape letters: B sequences, L positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,47 +28,53 @@ from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_ent
 
 
 class SingleStageRunner:
-    """Runs a model all of whose layers are on this rank (no pipeline parallelism).
+    """Runs a model without pipeline parallelism: all of its layers are on this rank.
 
     Args:
-        model: the module that computes.
-        copy: updates the weights of `model` from float32 master weights, where `model` is a compute copy.
+        model: the module for forward and backward.
+        copy: if `model` is a compute copy, updates it from the float32 master weights before each pass.
+        compiled: also compile the softmax of the loss.
     """
 
     def __init__(
         self, model: nn.Module, mesh: Mesh, copy: ComputeCopy | None = None, *, compiled: bool = False
     ) -> None:
-        self.model, self.mesh, self.copy, self.compiled = model, mesh, copy, compiled
+        self.model = model
+        self.mesh = mesh
+        self.copy = copy
+        self.compiled = compiled
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
-        """Accumulate this micro-batch's gradients; returns this rank's share of the global batch's mean loss.
+        """Accumulate this micro-batch's gradients; returns its share of the global batch's mean loss, nats per token.
 
         Args:
             inputs_BL: token ids, int64.
             targets_BL: the next token's id at every position, int64.
             step_tokens: target tokens of the global batch, by which the summed loss is divided.
         """
-        inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        inputs_BL = local_inputs(inputs_BL, self.mesh)
+        targets_BL = local_tokens(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
             self.copy.take_gradients()
         with sharded_loss(self.mesh):
-            if self.mesh.parallel_dims.tp > 1:  # the head's rows are split over ranks
-                part = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
+            if self.mesh.parallel_dims.tp > 1:  # tensor parallelism splits the head's rows over ranks
+                loss = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
             else:
-                loss = partial(
+                head_and_loss = partial(
                     fused_linear_cross_entropy, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled
                 )
-                part = self.model(inputs_BL, loss)
-            part.backward()  # type: ignore[no-untyped-call]
+                loss = self.model(inputs_BL, head_and_loss)
+            loss.backward()  # type: ignore[no-untyped-call]
         if self.copy is not None:
             self.copy.give_gradients()
-        return part.detach()
+        return loss.detach()
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
         """The summed loss of every sequence in nats, [B], equal on all ranks that share the batch; collective."""
-        inputs_BL, targets_BL = own_inputs(inputs_BL, self.mesh), own_part(targets_BL, self.mesh)
+        inputs_BL = local_inputs(inputs_BL, self.mesh)
+        targets_BL = local_tokens(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
         with sharded_loss(self.mesh):
@@ -80,42 +88,45 @@ class PipelineRunner:
     """Runs a model whose layers are split over pipeline-parallel ranks, by a schedule of torch.distributed.pipelining.
 
     Args:
-        stages: this rank's pipeline stages, by number, parallelized over the other dimensions already.
-        width: D.
+        stages: this rank's pipeline stages by number, already parallelized over the other dimensions.
+        precision: dtype of the activations that ranks send to each other.
+        width: D, the width of these activations.
     """
 
     def __init__(self, stages: dict[int, nn.Module], mesh: Mesh, precision: torch.dtype, *, width: int) -> None:
         assert mesh.pipeline is not None, "a pipeline needs several ranks"
-        self.stages, self.mesh, self.precision, self.width = stages, mesh, precision, width
-        self.group, self._step_tokens = mesh.pipeline, 1
-        layout = mesh.parallel_dims
+        self.stages = stages
+        self.mesh = mesh
+        self.precision = precision
+        self.width = width
+        self.group = mesh.pipeline
+        self._step_tokens = 1
+        dims = mesh.parallel_dims
         self.owners = {
-            stage: dist.get_global_rank(self.group, rank)
-            for rank in range(layout.pp)
-            for stage in layout.stages_of(rank)
+            stage: dist.get_global_rank(self.group, rank) for rank in range(dims.pp) for stage in dims.stages_of(rank)
         }
-        parts = [
-            PipelineStage(module, number, layout.pipeline_stages, mesh.process.device, group=self.group)
+        pipeline_stages = [
+            PipelineStage(module, number, dims.pipeline_stages, mesh.process.device, group=self.group)
             for number, module in stages.items()
         ]
-        schedule = get_schedule_class(layout.schedule)
+        schedule = get_schedule_class(dims.schedule)
         self._schedule = schedule(
-            parts[0] if issubclass(schedule, PipelineScheduleSingle) else parts,
-            n_microbatches=layout.microbatches,
+            pipeline_stages[0] if issubclass(schedule, PipelineScheduleSingle) else pipeline_stages,
+            n_microbatches=dims.microbatches,
             loss_fn=self._loss,
-            scale_grads=False,  # the loss is divided by the global batch's tokens already
+            scale_grads=False,  # `_loss` divides by the global batch's tokens
         )
 
     @property
     def last(self) -> nn.Module | None:
-        """The pipeline stage that computes the logits, on its rank; None on the others."""
+        """The last pipeline stage, which computes the logits, if it is on this rank; else None."""
         return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
     def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
-        """Like `SingleStageRunner.backward`, for batches of one size; 0 on ranks without the last pipeline stage."""
+        """As `SingleStageRunner.backward`, for batches of one size; 0 on ranks without the last pipeline stage."""
         self._step_tokens = step_tokens
-        inputs = (own_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
-        target = own_part(targets_BL, self.mesh) if self.last is not None else None
+        inputs = (local_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
+        target = local_tokens(targets_BL, self.mesh) if self.last is not None else None
         losses: list[Tensor] | None = [] if self.last is not None else None
         with sharded_loss(self.mesh):
             self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
@@ -123,18 +134,18 @@ class PipelineRunner:
 
     @torch.no_grad()
     def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
-        """Like `SingleStageRunner.per_sequence_loss`; pipeline stages run one after another, without overlap.
+        """As `SingleStageRunner.per_sequence_loss`; the pipeline stages run one after another, without overlap.
 
-        `schedule.eval` fails for the V schedules (torch 2.13), and makes the next step infer all shapes again.
+        torch's `schedule.eval` is not used: in 2.13 it fails for V schedules and makes the next step infer all shapes.
         """
-        pieces = max(1, min(self.mesh.parallel_dims.microbatches, len(inputs_BL)))
+        microbatches = max(1, min(self.mesh.parallel_dims.microbatches, len(inputs_BL)))
         nats = []
-        for inputs, targets in zip(inputs_BL.chunk(pieces), targets_BL.chunk(pieces), strict=True):
-            logits = self._forward(own_inputs(inputs, self.mesh))
+        for inputs, targets in zip(inputs_BL.chunk(microbatches), targets_BL.chunk(microbatches), strict=True):
+            logits = self._forward(local_inputs(inputs, self.mesh))
             nats.append(torch.zeros(len(inputs), device=inputs.device))
             if logits is not None:
                 with sharded_loss(self.mesh):
-                    nats[-1] = losses_by_sequence(logits, own_part(targets, self.mesh))
+                    nats[-1] = losses_by_sequence(logits, local_tokens(targets, self.mesh))
         nats_B = torch.cat(nats)
         for group in (self.group, self.mesh.context):
             if group is not None:
@@ -143,19 +154,20 @@ class PipelineRunner:
 
     def _forward(self, tokens_BL: Tensor) -> Tensor | None:
         """The logits, on the rank with the last pipeline stage; None on the others."""
-        me = self.mesh.process.rank
+        rank = self.mesh.process.rank
         length = tokens_BL.shape[1] // self.mesh.parallel_dims.tp  # activations between stages are sequence-parallel
         x: Tensor | None = None
         for number, module in self.stages.items():
-            before, after = self.owners.get(number - 1), self.owners.get(number + 1)
-            if before is None:
+            previous_rank = self.owners.get(number - 1)
+            next_rank = self.owners.get(number + 1)
+            if previous_rank is None:
                 x = tokens_BL
-            elif before != me:
+            elif previous_rank != rank:
                 x = torch.empty(len(tokens_BL), length, self.width, dtype=self.precision, device=tokens_BL.device)
-                dist.recv(x, src=before, group=self.group)
+                dist.recv(x, src=previous_rank, group=self.group)
             x = module(x)
-            if after not in (None, me):
-                dist.send(x.contiguous(), dst=after, group=self.group)
+            if next_rank not in (None, rank):
+                dist.send(x.contiguous(), dst=next_rank, group=self.group)
         return x if self.last is not None else None
 
     def _loss(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
@@ -175,8 +187,8 @@ def make_runner(
     return SingleStageRunner(stages[0], mesh, compute_copy, compiled=options.compiled)
 
 
-def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
-    """This rank's positions of a batch, on its device: all of them without context parallelism."""
+def local_tokens(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
+    """This rank's positions of a batch, on its device; without context parallelism all positions."""
     tokens_BL = tokens_BL.to(mesh.process.device, non_blocking=True)
     if mesh.parallel_dims.cp == 1:
         return tokens_BL
@@ -184,17 +196,17 @@ def own_part(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     return tokens_BL[:, positions.to(tokens_BL.device)]
 
 
-def own_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
-    """`own_part`, padded at the end to a number of positions that sequence parallelism can split equally.
+def local_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
+    """`local_tokens`, padded at the end to a multiple of the tensor-parallel degree, as sequence parallelism requires.
 
-    Causal attention never attends to the padding, and `unpadded` removes it from the logits: no value changes.
+    Causal attention never attends to the padding, and `unpadded` removes it from the logits: it changes no value.
     """
-    tokens_BL = own_part(tokens_BL, mesh)
+    tokens_BL = local_tokens(tokens_BL, mesh)
     return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp))
 
 
 def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """The logits of the positions that have a target."""
+    """The logits without those of the padding that `local_inputs` added."""
     return logits_BLV if logits_BLV.shape[1] == targets_BL.shape[1] else logits_BLV[:, : targets_BL.shape[1]]
 
 
@@ -205,5 +217,7 @@ def sharded_loss(mesh: Mesh) -> AbstractContextManager[object]:
 
 def losses_by_sequence(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The summed loss of every sequence in nats, [B]."""
-    logits_BLV, sequences = unpadded(logits_BLV, targets_BL), range(len(targets_BL))
-    return torch.stack([summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in sequences])
+    logits_BLV = unpadded(logits_BLV, targets_BL)
+    return torch.stack(
+        [summed_cross_entropy(logits_BLV[b : b + 1], targets_BL[b : b + 1]) for b in range(len(targets_BL))]
+    )

@@ -1,8 +1,8 @@
 """The training loss: a sum over tokens, so that gradient accumulation and parallelism do not change it.
 
-The caller scales the sum by 1 / the global batch's token count. Where the head's weight is whole, head and loss are one
-operation (`fused_linear_cross_entropy`); where its rows are split over ranks, or the head ends a pipeline, the loss is
-computed from logits (`summed_cross_entropy`).
+The caller scales the sum by 1 / the global batch's token count. `fused_linear_cross_entropy` computes the output layer
+(head) and the loss in one operation. If tensor parallelism splits the head's rows over ranks, or under pipeline
+parallelism, `summed_cross_entropy` computes the loss from logits.
 
 Shape letters: B sequences, L positions, D width, V vocabulary, T = B x L tokens, C tokens of one chunk.
 """
@@ -21,9 +21,9 @@ from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
 from titan_cpt.models.common.ops import linear, multiply
 
 CPU_CHUNK_ELEMENTS = 2**18
-"""Logits in fp32 at a time on a CPU: 1 MiB, which fits its cache (half the time of 16 MiB)."""
+"""Number of fp32 logits at a time on a CPU: 1 MiB, which fits into its cache and takes half the time of 16 MiB."""
 CHUNK_ELEMENTS = 2**24
-"""The same on other devices: 64 MiB, for few kernel launches."""
+"""Number of fp32 logits at a time on other devices: 64 MiB, for few kernel launches."""
 
 
 def fused_linear_cross_entropy(
@@ -40,14 +40,16 @@ def fused_linear_cross_entropy(
         x_BLD: input of the head, in the dtype of the weight.
         weight_VD: the head's weight, not sharded.
         targets_BL: ids of the target tokens, int64, in [0, V).
-        scale: a factor, such as 1 / tokens of the global batch.
-        compiled: compile the softmax on CUDA.
+        scale: factor of the loss, such as 1 / tokens of the global batch.
+        compiled: compile the softmax with torch.compile, on CUDA only.
 
     Returns:
         A scalar in fp32.
     """
-    softmax = _compiled_softmax() if compiled and x_BLD.is_cuda else _softmax  # Inductor's is slower on a CPU
-    total: Tensor = _HeadAndLoss.apply(x_BLD, weight_VD, targets_BL, scale, softmax)  # type: ignore[no-untyped-call]
+    softmax: _Softmax = _softmax
+    if compiled and x_BLD.is_cuda:  # on a CPU the compiled one is slower
+        softmax = _compiled_softmax()
+    total: Tensor = _FusedLinearCrossEntropy.apply(x_BLD, weight_VD, targets_BL, scale, softmax)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -66,7 +68,8 @@ def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     Returns:
         A plain 0-dimensional tensor.
     """
-    logits_TV, targets_T = logits_BLV.flatten(0, 1), targets_BL.flatten()
+    logits_TV = logits_BLV.flatten(0, 1)
+    targets_T = targets_BL.flatten()
     if isinstance(logits_TV, DTensor):
         total = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
     else:
@@ -74,17 +77,19 @@ def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
-class _HeadAndLoss(torch.autograd.Function):
-    """Keeps the gradients of the residual stream and the head's weight, and scales them in backward."""
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients of x and the head's weight in forward; backward only scales them."""
 
     @staticmethod
     def forward(
         ctx: Any, x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, scale: float, softmax: "_Softmax"
     ) -> Tensor:
-        x_TD, targets_T = x_BLD.flatten(0, 1), targets_BL.flatten()
+        x_TD = x_BLD.flatten(0, 1)
+        targets_T = targets_BL.flatten()
         chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // LOGITS_CHUNK)
-        wanted = any(ctx.needs_input_grad)
-        losses_T, grad_x_TD, grad_VD = [], torch.empty_like(x_TD) if wanted else None, None
+        losses_T = []
+        grad_x_TD = torch.empty_like(x_TD) if any(ctx.needs_input_grad) else None
+        grad_VD: Tensor | None = None
         first = 0
         for x_CD, targets_C in zip(x_TD.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True):
             losses_C, grad_CV = softmax(linear(x_CD, weight_VD), targets_C, scale)
@@ -123,29 +128,31 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor
     """Every token's loss in fp32; the gradient of the scaled sum overwrites the logits."""
     losses_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
     for chunk in _chunks(logits_CV):
-        scores_CV, wanted_C1 = logits_CV[chunk].float(), targets_C[chunk, None]
-        largest_C1, wanted_scores_C1 = scores_CV.amax(dim=-1, keepdim=True), scores_CV.gather(-1, wanted_C1)
-        powers_CV = scores_CV.sub_(largest_C1).exp_()  # once: an exponential costs as much as all else here
+        fp32_CV = logits_CV[chunk].float()
+        targets_C1 = targets_C[chunk, None]
+        largest_C1 = fp32_CV.amax(dim=-1, keepdim=True)
+        target_logits_C1 = fp32_CV.gather(-1, targets_C1)
+        powers_CV = fp32_CV.sub_(largest_C1).exp_()  # only once: it costs as much as all other operations here
         norms_C1 = powers_CV.sum(dim=-1, keepdim=True)
-        losses_C[chunk] = (largest_C1 + norms_C1.log() - wanted_scores_C1).squeeze(-1)
+        losses_C[chunk] = (largest_C1 + norms_C1.log() - target_logits_C1).squeeze(-1)
         grad_CV = powers_CV.mul_(scale / norms_C1)
-        logits_CV[chunk] = grad_CV.scatter_add_(-1, wanted_C1, grad_CV.new_full(wanted_C1.shape, -scale))
+        logits_CV[chunk] = grad_CV.scatter_add_(-1, targets_C1, grad_CV.new_full(targets_C1.shape, -scale))
     return losses_C, logits_CV
 
 
-def _softmax_in_one(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Like `_softmax`, written so that it compiles into few kernels without an fp32 copy of the logits."""
-    scores_CV = logits_CV.float()
-    log_norms_C1 = scores_CV.logsumexp(dim=-1, keepdim=True)
-    losses_C1 = log_norms_C1 - scores_CV.gather(-1, targets_C[:, None])
-    wanted_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
-    grad_CV = ((scores_CV - log_norms_C1).exp() - wanted_CV.float()) * scale
+def _softmax_for_compile(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`_softmax` without a loop over chunks: torch.compile fuses it into few kernels without an fp32 copy of logits."""
+    fp32_CV = logits_CV.float()
+    log_norms_C1 = fp32_CV.logsumexp(dim=-1, keepdim=True)
+    losses_C1 = log_norms_C1 - fp32_CV.gather(-1, targets_C[:, None])
+    one_hot_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
+    grad_CV = ((fp32_CV - log_norms_C1).exp() - one_hot_CV.float()) * scale
     return losses_C1.squeeze(-1), grad_CV.to(logits_CV.dtype)
 
 
 @functools.cache
 def _compiled_softmax() -> "_Softmax":
-    return torch.compile(_softmax_in_one, dynamic=False)
+    return torch.compile(_softmax_for_compile, dynamic=False)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -175,6 +182,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits_TV: Tensor) -> list[slice]:
+    """Slices of tokens whose fp32 logits fit into one chunk."""
     tokens, vocabulary = logits_TV.shape
     elements = CPU_CHUNK_ELEMENTS if logits_TV.device.type == "cpu" else CHUNK_ELEMENTS
     step = max(1, elements // vocabulary)

@@ -44,7 +44,7 @@ class ScalarWriter(Protocol):
 
 
 class MetricsLog:
-    """Writes a run's metrics; on ranks other than 0 it only measures the time.
+    """Writes a run's metrics; on ranks other than 0 it only measures throughput.
 
     Args:
         run: the run's folder.
@@ -52,9 +52,9 @@ class MetricsLog:
         tensorboard: opens a TensorBoard writer, given the step from which older points are obsolete (`purge_step`) or
             None. It is called at the first point, so that a run with nothing to do writes no events file. None for a
             run without TensorBoard.
-        flops_per_token: of training, for MFU.
-        peak_flops: of all ranks together, FLOP/s; NaN where it is unknown.
-        stages: names in the order of the plan.
+        flops_per_token: FLOP of one training step per token, for MFU.
+        peak_flops: sum over all ranks in FLOP/s; NaN if unknown.
+        stages: names of the stages, in the order of the plan.
 
     Raises:
         DataError: metrics.jsonl cannot be opened. Damaged lines are named in `problems`.
@@ -73,11 +73,11 @@ class MetricsLog:
         self._record = open_metrics_file(run / METRICS_FILE) if writing else None
         self._unwritten = b""
         self.trouble = ""
-        """Why lines could not be written and wait in memory; empty if there are none."""
+        """Why lines wait in memory instead of on the disk; empty if none do."""
         recorded = read_metrics(run, stages) if writing else Metrics()
         self.problems = recorded.problems
         """Lines of the existing metrics.jsonl that could not be read."""
-        self.before = baseline_losses(recorded)
+        self.baselines = baseline_losses(recorded)
         """Baselines of forgetting by (stage, dataset): the loss at step 0, and the identity of its validation set (None
         in lines of older versions)."""
         self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
@@ -93,25 +93,27 @@ class MetricsLog:
         self._since = time.perf_counter()
 
     def step(
-        self, numbers: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
+        self, fields: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
     ) -> None:
-        """Add a step: values known on the host, and tensors that the device may still compute.
+        """Add a step: values that the host knows, and tensors that the device may still be computing. No host sync.
 
         Args:
+            fields: the keys of its line, except loss and gradient norm.
+            tokens: tokens of the step, for the throughput.
             health: the result of `UpdateGuard.observe`; None for a skipped batch.
         """
         flags = torch.zeros(2, device=loss.device) if health is None else health
-        self._pending.append((numbers, torch.stack([loss.float(), grad_norm.float(), *flags])))
+        self._pending.append((fields, torch.stack([loss.float(), grad_norm.float(), *flags])))
         self._tokens += tokens
 
     def flush(self) -> list[dict[str, Any]]:
         """Wait for the device, write the steps added since the last call, and return their lines.
 
-        The returned lines have two more keys: whether the guard held the step back, and its loss's z-score.
+        The returned lines have two more keys: `held_back`, whether the guard prevented the update, and `loss_z_score`.
         """
         if not self._pending:
             return []
-        values = torch.stack([device for _, device in self._pending]).tolist()
+        values = torch.stack([tensor for _, tensor in self._pending]).tolist()
         elapsed = time.perf_counter() - self._since
         speed = self._tokens / elapsed if elapsed > 0 else math.nan
         shared = {
@@ -120,9 +122,9 @@ class MetricsLog:
             "memory_gib": memory_gib(),
         }
         lines = []
-        for (numbers, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
-            batch_hash = numbers.pop("batch_hash")
-            line = {"kind": "train", **numbers, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
+        for (fields, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
+            batch_hash = fields.pop("batch_hash")
+            line = {"kind": "train", **fields, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
             lines.append({**line, "held_back": held_back > 0, "loss_z_score": z_score})
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
@@ -134,11 +136,11 @@ class MetricsLog:
         return lines
 
     def restart_clock(self) -> None:
-        """Exclude from tokens/s what was not training: validation, saving, waiting."""
+        """Restart the measurement of tokens/s, to exclude time spent on validation, saving or waiting."""
         self._since, self._tokens = time.perf_counter(), 0
 
     def validation(self, line: dict[str, Any], run_step: int) -> None:
-        """Write a validation loss; also to TensorBoard, unless its step has a point there (measured again)."""
+        """Write a validation loss; also to TensorBoard, unless it is a baseline measured again."""
         self._write({"kind": "validation", **line})
         if line.get("measured_again"):
             self._sync()
@@ -147,19 +149,19 @@ class MetricsLog:
         if None not in (identity, self._identities.get(dataset)) and identity != self._identities[dataset]:
             self._scalars(run_step, {f"validation_changed/{dataset}": 1.0})
         self._identities[dataset] = identity
-        numbers = {f"validation/{dataset}/{key}": line[key] for key in ("loss_nats_per_token", "bits_per_byte")}
+        points = {f"validation/{dataset}/{key}": line[key] for key in ("loss_nats_per_token", "bits_per_byte")}
         if line["forgetting_nats_per_token"] is not None:
-            numbers[f"forgetting/{dataset}"] = line["forgetting_nats_per_token"]
-        self._scalars(run_step, numbers)
+            points[f"forgetting/{dataset}"] = line["forgetting_nats_per_token"]
+        self._scalars(run_step, points)
         self._sync()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Write an event: start, transition, checkpoint, anneal, resume, skip, stop."""
+        """Write an event, such as start, transition, checkpoint, resume or stop, with the time."""
         self._write({"kind": "event", "name": name, "time": time.time(), **fields})
         self._sync()
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Write the remaining lines and close the files."""
         record, self._record = self._record, None
         if record is not None:
             try:
@@ -170,7 +172,7 @@ class MetricsLog:
             self._tensorboard.close()
 
     def rewind(self, run_step: int) -> None:
-        """Training continues after this step of the run: TensorBoard hides points of later steps."""
+        """Continue after this step of the run, as after a rollback: TensorBoard hides the points of later steps."""
         if run_step < self._newest_point:
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -194,7 +196,7 @@ class MetricsLog:
         """Write all lines to the disk before returning: no checkpoint is newer than the metrics on the disk.
 
         Raises:
-            OSError: they could not be written; nothing is lost, and the next call tries again.
+            OSError: a write failed; the lines stay in memory, and the next call tries again.
         """
         if self._record is not None:
             self._write_out(self._record)
@@ -205,13 +207,13 @@ class MetricsLog:
             self._unwritten = self._unwritten[record.write(self._unwritten) :]
         os.fsync(record.fileno())
 
-    def _scalars(self, run_step: int, numbers: dict[str, float]) -> None:
+    def _scalars(self, run_step: int, points: dict[str, float]) -> None:
         if self._open_tensorboard is None:
             return
         try:
             if self._tensorboard is None:
                 self._tensorboard = self._open_tensorboard(self._obsolete_from)
-            for tag, value in numbers.items():
+            for tag, value in points.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(tag, value, run_step)
             self._newest_point = max(self._newest_point, run_step)
@@ -221,17 +223,20 @@ class MetricsLog:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions of titan_cpt, torch and Python, and the device."""
-    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    ours = metadata.version("titan_cpt")
-    return {"titan_cpt": ours, "torch": torch.__version__, "python": platform.python_version(), "on": cuda}
+    """Versions of titan_cpt, torch and Python, and the name of the device."""
+    return {
+        "titan_cpt": metadata.version("titan_cpt"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "on": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
 
 
 def memory_gib() -> float:
     """Peak memory of this process in GiB: memory reserved by torch on CUDA, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB here
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 

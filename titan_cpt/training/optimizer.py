@@ -21,11 +21,11 @@ def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], eps:
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, as torch implements it.
 
     Args:
-        model: after FSDP has sharded it, if it does.
+        model: under FSDP, already sharded.
         lr: learning rate until the first `set_lr`.
         betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, multiplied by lr; applied to the matrices (see `parameter_groups`).
+        eps: added to the square root of the second moment.
+        weight_decay: coefficient of the decoupled decay, for the matrices only (see `parameter_groups`).
     """
     optimizer = AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
     reset_state(optimizer)
@@ -54,10 +54,10 @@ def set_lr(optimizer: AdamW, lr: float) -> None:
 
 
 def set_hyperparameters(optimizer: AdamW, *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Set a stage's AdamW hyperparameters; moments and step counts stay.
+    """Set a stage's AdamW hyperparameters; moments and step counts do not change.
 
     Call it AFTER loading an optimizer state: torch saves these hyperparameters with the state, and loading silently
-    restores those of the old stage. The group of vectors keeps weight decay 0.
+    restores those of the stage that saved it. The group of vectors keeps weight decay 0.
     """
     for group in optimizer.param_groups:
         decayed = any(parameter.ndim > 1 for parameter in group["params"])
@@ -68,8 +68,8 @@ def set_hyperparameters(optimizer: AdamW, *, betas: tuple[float, float], eps: fl
 def reset_state(optimizer: AdamW) -> None:
     """Set moments and step counts to zero, in place where they exist: the next step is Adam's first.
 
-    This is `optimizer_state = "reset"`, the paper's choice. For "keep", moments and step counts both stay: zero moments
-    with a high step count, or the reverse, would get the wrong bias correction.
+    This is `optimizer_state = "reset"`, as in the paper (Ibrahim et al. 2024, arXiv:2403.08763). "keep" keeps moments
+    and step counts: zero moments with a high step count, or the reverse, would get the wrong bias correction.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -87,11 +87,11 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGrou
     """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before clipping.
 
     The norm spans all sharded parameters and all pipeline stages, and is the same on every rank. No host sync and no
-    check: a norm that is not finite turns the gradients into NaN or 0, which `UpdateGuard` keeps from the weights.
+    check: a norm that is not finite turns the gradients into NaN or 0, and `UpdateGuard` then prevents the update.
 
     Args:
         model: all its gradients are plain tensors, or all are DTensors of one mesh.
-        max_norm: above 0.
+        max_norm: largest L2 norm after clipping, above 0.
         pipeline: process group of the pipeline-parallel ranks; None without pipeline parallelism.
 
     Returns:
@@ -110,7 +110,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGrou
 
 
 class UpdateGuard:
-    """Holds back optimizer updates from the first bad step on, without waiting for the device.
+    """Prevents optimizer updates from the first bad step on, without a host sync.
 
     The first bad loss or gradient sets a flag on the device, on every rank; while it is set, `optimizer.step()` changes
     no weight, no moment and no step count. The flag is the one with which GradScaler makes torch's fused AdamW skip a
@@ -123,9 +123,10 @@ class UpdateGuard:
 
         Args:
             spike_window: number of recent losses that the next loss is compared with; 0 for no comparison.
-            spike_z_score: a loss this many standard deviations above their mean is held back too.
+            spike_z_score: a loss more than this many standard deviations above their mean is a bad step too.
         """
-        self._optimizer, self._spike_z_score = optimizer, spike_z_score
+        self._optimizer = optimizer
+        self._spike_z_score = spike_z_score
         device = optimizer.param_groups[0]["params"][0].device
         self.halted = torch.zeros((), dtype=torch.float32, device=device)
         """1.0 from the first bad step on, 0.0 before, on every rank. `bool(guard.halted)` waits for the device."""
@@ -144,29 +145,33 @@ class UpdateGuard:
             grad_norm: the result of `clip_grad_norm`.
 
         Returns:
-            [`halted` after this step, the loss's z-score over the window before it: NaN until the window is full].
+            [2]: `halted` after this step, and the loss's z-score over the window before it, NaN until that is full.
         """
         assert all(group["fused"] for group in self._optimizer.param_groups), "only the fused AdamW reads the flag"
-        deviation, mean = torch.std_mean(self._losses, correction=0) if len(self._losses) else (loss, loss * math.nan)
+        if len(self._losses):
+            deviation, mean = torch.std_mean(self._losses, correction=0)
+        else:
+            deviation = loss
+            mean = loss * math.nan
         z_score = (loss - mean) / deviation.clamp(min=1e-6)
         healthy = torch.isfinite(loss) & torch.isfinite(grad_norm) & ~(z_score > self._spike_z_score)
         self.halted.copy_(torch.maximum(self.halted, 1.0 - healthy.float()))
         if dist.is_initialized():
             dist.all_reduce(self.halted, op=dist.ReduceOp.MAX)
         if len(self._losses):
-            moved = torch.cat([self._losses[1:], loss.float().reshape(1)])
-            self._losses.copy_(torch.where(self.halted > 0, self._losses, moved))
+            shifted = torch.cat([self._losses[1:], loss.float().reshape(1)])
+            self._losses.copy_(torch.where(self.halted > 0, self._losses, shifted))
         return torch.stack([self.halted, z_score.float()])
 
     def recent_losses(self) -> list[float]:
         """The losses in the window, oldest first; waits for the device."""
         return [loss for loss in self._losses.tolist() if not math.isnan(loss)]
 
-    def recall(self, losses: Sequence[float]) -> None:
-        """Replace the window's losses, oldest first; spikes are detected once it is full."""
+    def restore_losses(self, losses: Sequence[float]) -> None:
+        """Replace the window's losses, oldest first; the guard detects spikes once the window is full."""
         window = len(self._losses)
-        kept = [math.nan] * window + [float(loss) for loss in losses]
-        self._losses.copy_(torch.tensor(kept[len(kept) - window :]))
+        padded = [math.nan] * window + [float(loss) for loss in losses]
+        self._losses.copy_(torch.tensor(padded[len(padded) - window :]))
 
     def reset(self) -> None:
         """Allow updates again, after the host has handled the bad step."""

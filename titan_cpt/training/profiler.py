@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from titan_cpt.common.run_folder import PROFILE_FOLDER, step_name
 
-_WARMUP_STEPS = 2  # the profiler's own first steps are slow; these are recorded and discarded
+_WARMUP_STEPS = 2  # torch's profiler slows down its first steps; it discards these
 
 
 class Profiler:
@@ -20,14 +20,16 @@ class Profiler:
 
     Args:
         run: the run's folder.
-        every_steps: steps from one trace to the next; None records nothing.
-        rank: names this process's file, `rank-<5 digits>.json.gz`.
-        on_failed: called with the reason why a trace could not be written; training continues.
+        every_steps: steps from one trace to the next; None disables the profiler.
+        rank: this process's rank, in the file name `rank-<5 digits>.json.gz`.
+        on_failed: called with a message if a trace cannot be written; training continues.
     """
 
     def __init__(self, run: Path, *, every_steps: int | None, rank: int, on_failed: Callable[[str], None]) -> None:
-        self._run, self._rank, self._on_failed = run, rank, on_failed
-        self._of = ""
+        self._run = run
+        self._rank = rank
+        self._on_failed = on_failed
+        self._trace_name = ""
         self._profile: profile | None = None
         if every_steps is not None:
             warmup = min(_WARMUP_STEPS, every_steps - 1)
@@ -45,7 +47,7 @@ class Profiler:
     def step(self, stage: str, steps_done: int) -> None:
         """Mark the end of a step."""
         if self._profile is not None:
-            self._of = f"{stage}-{step_name(steps_done)}"
+            self._trace_name = f"{stage}-{step_name(steps_done)}"
             self._profile.step()
 
     def close(self) -> None:
@@ -56,7 +58,7 @@ class Profiler:
             self._profile = None
 
     def _write(self, recorded: profile) -> None:
-        path = self._run / PROFILE_FOLDER / self._of / f"rank-{self._rank:05d}.json.gz"
+        path = self._run / PROFILE_FOLDER / self._trace_name / f"rank-{self._rank:05d}.json.gz"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))

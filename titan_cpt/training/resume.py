@@ -1,4 +1,4 @@
-"""Resuming a run: which checkpoint, whether it fits the config and the data, and at which stage training continues."""
+"""Resume a run: find its newest valid checkpoint, check that it fits config and data, find the stage to train next."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from titan_cpt.training.state import TrainerState
 _FILTER = "float8.filter_fqns"
 
 
-def first_unfinished_stage(plan: Plan, found: FoundCheckpoint | None) -> tuple[int, FoundCheckpoint | None]:
+def first_unfinished_stage(plan: Plan, checkpoint: FoundCheckpoint | None) -> tuple[int, FoundCheckpoint | None]:
     """The index of the stage that training continues with, and the checkpoint to resume it from.
 
     Returns:
-        The number of stages if all are finished. The checkpoint is None where the stage begins.
+        The index is the number of stages if all are finished; the checkpoint is None if the stage has not begun.
     """
-    if found is None:
+    if checkpoint is None:
         return 0, None
-    index = int(found.manifest["stage_index"])
-    finished = found.manifest["steps_done"] == plan.stages[index].steps
-    if finished and not found.manifest.get("validation_due"):
+    index = int(checkpoint.manifest["stage_index"])
+    finished = checkpoint.manifest["steps_done"] == plan.stages[index].steps
+    if finished and not checkpoint.manifest.get("validation_due"):
         return index + 1, None
-    return index, found
+    return index, checkpoint
 
 
-def log_start(state: TrainerState, found: FoundCheckpoint | None) -> None:
+def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
     """Log the start of this session: plan, data, versions; and validation sets that changed since the last one."""
-    index = 0 if found is None else found.manifest["stage_index"]
-    steps_done = 0 if found is None else found.manifest["steps_done"]
+    index = 0 if checkpoint is None else checkpoint.manifest["stage_index"]
+    steps_done = 0 if checkpoint is None else checkpoint.manifest["steps_done"]
     note_changed_validation(state, state.plan.stages[index], steps_done)
     state.log.event(
         "start",
@@ -57,72 +57,82 @@ def log_start(state: TrainerState, found: FoundCheckpoint | None) -> None:
 def find_checkpoint(
     plan: Plan, checkpoints: CheckpointManager, identities: dict[str, str], console: Console
 ) -> FoundCheckpoint | None:
-    """The newest checkpoint that is not damaged, if the config and the data that trained it are still the same.
+    """The newest valid checkpoint, if the config and the data that it was trained with have not changed.
 
     Returns:
         None if the run has no checkpoint.
 
     Raises:
-        CheckpointError: the config or the data of what is already trained changed (each difference is named), or all
-            checkpoints are damaged.
+        CheckpointError: the config or the data of stages that have begun changed (the message lists each difference),
+            or all checkpoints are damaged.
     """
     damaged: list[str] = []
-    found = checkpoints.newest_valid(damaged.append)
+    checkpoint = checkpoints.newest_valid(damaged.append)
     for message in damaged:
         console.print(f"skipping damaged checkpoint: {message}", highlight=False, markup=False)
-    if found is None and damaged:
+    if checkpoint is None and damaged:
         raise CheckpointError(
             f"{checkpoints.run}: all of its checkpoints are damaged. The first: {damaged[0]}. "
             "Restore one; to train again from the beginning, remove that folder or choose another job.name"
         )
-    if found is None:
+    if checkpoint is None:
         return None
-    index = min(found.manifest["stage_index"], len(plan.stages) - 1)
-    planned, recorded = plan.recipe_until(index), found.manifest["recipe"]
-    if _FILTER not in recorded and "float8.recipe_name" in recorded:  # none configured, or written by an older version
-        before = last_setting(checkpoints.run / CONFIG_FILE, *_FILTER.split("."))
-        recorded = {**recorded, **({_FILTER: sorted({*before})} if before else {})}
-    begun = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
+    index = min(checkpoint.manifest["stage_index"], len(plan.stages) - 1)
+    planned = plan.recipe_until(index)
+    recorded = _with_float8_filters(checkpoint.manifest["recipe"], checkpoints)
+    trained_on = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
     # Validation data changes no weight, so it may change: forgetting.py measures the baselines again.
-    data = {key: value for key, value in found.manifest["data"].items() if key in begun or key == "tokenizer"}
+    data = {key: value for key, value in checkpoint.manifest["data"].items() if key in trained_on or key == "tokenizer"}
     changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
-        raise CheckpointError("\n  ".join([_what_differs(found, planned), *changed, _remedy(found, plan, changed)]))
-    return found
+        raise CheckpointError(
+            "\n  ".join([_headline(checkpoint, planned), *changed, _remedy(checkpoint, plan, changed)])
+        )
+    return checkpoint
 
 
-def _what_differs(found: FoundCheckpoint, planned: dict[str, Any]) -> str:
-    old, new = found.manifest["fingerprint"], fingerprint(planned)
+def _with_float8_filters(recipe: dict[str, Any], checkpoints: CheckpointManager) -> dict[str, Any]:
+    """A manifest's recipe with float8.filter_fqns, which older versions did not record, from the run's config.toml."""
+    if _FILTER in recipe or "float8.recipe_name" not in recipe:
+        return recipe
+    filters = last_setting(checkpoints.run / CONFIG_FILE, *_FILTER.split("."))
+    return {**recipe, _FILTER: sorted({*filters})} if filters else recipe
+
+
+def _headline(checkpoint: FoundCheckpoint, planned: dict[str, Any]) -> str:
+    old, new = checkpoint.manifest["fingerprint"], fingerprint(planned)
     if old == new:
-        return f"{found.folder}: was trained with other data than the config names now:"
-    return f"{found.folder}: written under plan {old}, this config makes plan {new}:"
+        return f"{checkpoint.folder}: was trained with other data than the config names now:"
+    return f"{checkpoint.folder}: written under plan {old}, this config makes plan {new}:"
 
 
-def _remedy(found: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> str:
-    name = str(found.manifest["stage"])
+def _remedy(checkpoint: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> str:
+    name = str(checkpoint.manifest["stage"])
     remedy = "Restore these, or begin a new run under another name (--job.name NAME)."
-    if plan.stages[-1].name != name and found.manifest["stage_index"] < len(plan.stages) - 1:
+    if plan.stages[-1].name != name and checkpoint.manifest["stage_index"] < len(plan.stages) - 1:
         remedy += f" Stages after {name!r} may be changed freely."
     if all(line.startswith(f"stages.{name}.") for line in changed):
-        remedy += f" To train {name!r} again, remove {found.folder.parent}."
+        remedy += f" To train {name!r} again, remove {checkpoint.folder.parent}."
     if any(line.startswith("model.vocab_size:") for line in changed):
         remedy += (
             " The vocabulary is padded to 128 x parallelism.tensor_parallel_degree: model.vocab_size = "
-            f"{found.manifest['recipe']['model.vocab_size']} keeps it under any degree that divides it."
+            f"{checkpoint.manifest['recipe']['model.vocab_size']} keeps it under any degree that divides it."
         )
     return remedy
 
 
-def check_same_machine(found: FoundCheckpoint, process: ProcessInfo) -> None:
-    """Refuse to resume where `job.deterministic` promises bits that another world size, torch or machine cannot give.
+def check_same_machine(checkpoint: FoundCheckpoint, process: ProcessInfo) -> None:
+    """Check that machine, torch and number of ranks are those of the checkpoint, as `job.deterministic` requires.
 
     Raises:
-        CheckpointError: names each difference.
+        CheckpointError: they are not; the message lists each difference.
     """
     here = {**machine(process), "torch": torch.__version__}
-    changed = differences({key: found.manifest.get(key) for key in here}, here)
+    changed = differences({key: checkpoint.manifest.get(key) for key in here}, here)
     if changed:
         remedy = (
             "Restore these, or resume with --job.deterministic false: the batches stay the same, the last bits may not."
         )
-        raise CheckpointError("\n  ".join([f"{found.folder}: job.deterministic cannot be kept:", *changed, remedy]))
+        raise CheckpointError(
+            "\n  ".join([f"{checkpoint.folder}: job.deterministic cannot be kept:", *changed, remedy])
+        )

@@ -1,4 +1,4 @@
-"""Saving checkpoints during training: their metadata, and what is printed and logged about each save."""
+"""Save checkpoints during training, with the metadata for their manifests, and print and log each result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titan_cpt.training.metrics import MetricsLog
 from titan_cpt.training.progress import Display
 from titan_cpt.training.state import TrainerState
 
-SLOW_SAVE_S = 10.0  # training waited longer than this for the save before: the user is given a hint
+SLOW_SAVE_S = 10.0  # print a hint if training waited longer than this for the previous save
 
 
 def save_checkpoint(
@@ -32,16 +32,18 @@ def save_checkpoint(
         kind: "interval", "stage_end" or "pre_anneal".
         validation_due: a signal interrupted validation, which is repeated first on resume.
     """
-    record = {**checkpoint_metadata(state, stage, steps_done, kind), "validation_due": validation_due}
-    state.checkpoints.save(state.model, state.optimizer, stage=stage.name, steps_done=steps_done, record=record)
+    metadata = {**checkpoint_metadata(state, stage, steps_done, kind), "validation_due": validation_due}
+    state.checkpoints.save(state.model, state.optimizer, stage=stage.name, steps_done=steps_done, record=metadata)
     if state.checkpoints.waited_s > SLOW_SAVE_S:
         state.display.say(
-            f"  training waited {state.checkpoints.waited_s:.0f} s for the checkpoint before this one to be written; "
+            f"  training waited {state.checkpoints.waited_s:.0f} s for the previous checkpoint to be written; "
             "a longer checkpoint.interval or a faster disk would avoid that"
         )
     if kind == PRE_ANNEAL:
         state.log.event("anneal", stage=stage.name, step=steps_done)
-        state.display.say(f"  annealing begins; the checkpoint before it stays at step {steps_done:,} of {stage.name}")
+        state.display.say(
+            f"  annealing begins; the checkpoint at step {steps_done:,} of {stage.name} is kept for other anneals"
+        )
     state.log.restart_clock()
 
 
@@ -65,7 +67,7 @@ def checkpoint_metadata(state: TrainerState, stage: StagePlan, steps_done: int, 
 
 
 def machine(process: ProcessInfo) -> dict[str, Any]:
-    """What may change the last bits of a sum: number of ranks and threads, device; of a CPU its vector instructions."""
+    """Properties of the machine that can change the last bits of a sum: ranks, threads, device, vector instructions."""
     if process.device.type == "cuda":
         processor = torch.cuda.get_device_name(process.device)
     else:
@@ -79,7 +81,7 @@ def machine(process: ProcessInfo) -> dict[str, Any]:
 
 
 def log_saved(log: MetricsLog, display: Display, folder: Path) -> None:
-    """Print and log a checkpoint that is now valid, with the digest of its files, by which scores refer to it."""
+    """Print and log a checkpoint that is now valid, with the digest of its files, which identifies it in scores."""
     saved = read_manifest(folder)
     log.event(
         "checkpoint",

@@ -1,8 +1,8 @@
-"""Batches that are skipped because their loss or gradient was bad: part of the training history of the weights.
+"""Batches that training skips because their loss or gradient was bad: part of the training history of the weights.
 
-A decision is written to `<stage>/skipped.json` before the next step is taken; a checkpoint's manifest lists the skipped
-batches that its weights went through. A run that is killed and resumed therefore skips the same batches, whether or not
-the cause comes again.
+Each decision is written to `<stage>/skipped.json` before the next step, and a checkpoint's manifest lists the batches
+skipped before it. Therefore a run that is killed and resumed skips the same batches, even if their loss would be finite
+the second time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class SkippedBatches:
     """The skipped batches of one run, by stage and 0-based step.
 
     Args:
-        run: the run's folder, from which earlier decisions are read.
-        writing: whether this rank writes new ones.
+        run: the run's folder; the decisions of earlier sessions are read from it.
+        writing: whether this rank writes decisions.
 
     Raises:
         CheckpointError: a skipped.json is damaged.
@@ -31,12 +31,13 @@ class SkippedBatches:
     """
 
     def __init__(self, run: Path, *, writing: bool) -> None:
-        self._run, self._writing = run, writing
+        self._run = run
+        self._writing = writing
         self._known: dict[str, dict[int, Any]] = {}
         for path in matching(run, "*", SKIPPED_FILE):
             self._known[path.parent.name] = _read(path)
 
-    def recall(self, recorded: Any) -> None:
+    def restore(self, recorded: Any) -> None:
         """Add the skipped steps, by stage, that a checkpoint's manifest lists."""
         for stage, steps in (recorded if isinstance(recorded, Mapping) else {}).items():
             known = self._known.setdefault(str(stage), {})
@@ -44,7 +45,7 @@ class SkippedBatches:
                 known.setdefault(int(step), {})
 
     def add(self, stage: str, step: int, **details: Any) -> None:
-        """Skip a batch from now on; the decision is on the disk when this returns."""
+        """Skip a batch from now on; on the writing rank the decision is on the disk when this returns."""
         known = self._known.setdefault(stage, {})
         known[step] = details
         if self._writing:
@@ -54,7 +55,7 @@ class SkippedBatches:
                 folder / SKIPPED_FILE, json.dumps({str(s): known[s] for s in sorted(known)}, indent=1)
             )
 
-    def holds(self, stage: str, step: int) -> bool:
+    def contains(self, stage: str, step: int) -> bool:
         """Whether the batch is skipped."""
         return step in self._known.get(stage, {})
 
@@ -63,10 +64,10 @@ class SkippedBatches:
         return sum(after < step <= until for step in self._known.get(stage, {}))
 
     def skipped_before(self, stages: Sequence[str], steps_done: int) -> dict[str, list[int]]:
-        """Skipped steps that weights went through: all of `stages`, of the last stage those before `steps_done`."""
-        found = {stage: sorted(self._known.get(stage, {})) for stage in stages}
-        found[stages[-1]] = [step for step in found[stages[-1]] if step < steps_done]
-        return {stage: steps for stage, steps in found.items() if steps}
+        """The 0-based skipped steps by stage; of the last one in `stages` only those before `steps_done`."""
+        skipped = {stage: sorted(self._known.get(stage, {})) for stage in stages}
+        skipped[stages[-1]] = [step for step in skipped[stages[-1]] if step < steps_done]
+        return {stage: steps for stage, steps in skipped.items() if steps}
 
 
 def _read(path: Path) -> dict[int, Any]:

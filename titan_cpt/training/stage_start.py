@@ -1,9 +1,11 @@
-"""How a stage starts: from its `init` (new weights, an earlier stage, a checkpoint, a released model), or resumed."""
+"""Begin a stage from its `init` (random weights, an earlier stage, a checkpoint, a released model), or resume it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
@@ -32,35 +34,38 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     if not stage.keep_optimizer:
         reset_state(state.optimizer)
     _apply_stage_hyperparameters(state, stage)
-    state.guard.recall(())
+    state.guard.restore_losses(())
     start = {
         "weights": weights,
         "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
         "lr": f"{stage.lr_at(0):.4g} at the first step",
     }
-    used = {"data": dict(sorted(stage.history.trained.items())), "replay": dict(sorted(stage.history.replayed.items()))}
-    state.log.event("transition", stage=stage.name, step=0, **start, **used)
+    history = stage.history
+    earlier = {"data": dict(sorted(history.trained.items())), "replay": dict(sorted(history.replayed.items()))}
+    state.log.event("transition", stage=stage.name, step=0, **start, **earlier)
     state.log.rewind(state.plan.steps_before(stage))
     state.display.transition(stage, start)
     return 0
 
 
-def resume_stage(state: TrainerState, found: FoundCheckpoint) -> int:
+def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
     """Resume a stage from a checkpoint; returns the number of steps done."""
-    stage = state.plan.stage(found.manifest["stage"])
-    steps_done = int(found.manifest["steps_done"])
-    load_state(found.folder, state.model, state.optimizer)
+    stage = state.plan.stage(checkpoint.manifest["stage"])
+    steps_done = int(checkpoint.manifest["steps_done"])
+    load_state(checkpoint.folder, state.model, state.optimizer)
     _apply_stage_hyperparameters(state, stage)
-    state.skipped.recall(found.manifest.get("skipped"))
-    state.guard.recall(found.manifest.get("recent_losses", ()))
-    state.log.event("resume", stage=stage.name, step=steps_done, folder=str(found.folder))
+    state.skipped.restore(checkpoint.manifest.get("skipped"))
+    state.guard.restore_losses(checkpoint.manifest.get("recent_losses", ()))
+    state.log.event("resume", stage=stage.name, step=steps_done, folder=str(checkpoint.folder))
     state.log.rewind(state.plan.steps_before(stage) + steps_done)
-    state.display.say(f"stage {stage.name}: resumes after step {steps_done:,} of {stage.steps:,}, from {found.folder}")
+    state.display.say(
+        f"stage {stage.name}: resumes after step {steps_done:,} of {stage.steps:,}, from {checkpoint.folder}"
+    )
     return steps_done
 
 
 def _apply_stage_hyperparameters(state: TrainerState, stage: StagePlan) -> None:
-    """Set the stage's optimizer hyperparameters. After any state was loaded: it brings those of its own stage."""
+    """Set the stage's AdamW hyperparameters, after loading: a loaded optimizer state brings those it was saved with."""
     if state.config.float8.enable_fsdp_float8_all_gather:
         refresh_scales(state.model)
     adamw = stage.optimizer
@@ -87,26 +92,34 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
 
 
 def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
-    """A note on a released model's tokenizer; refuses one that differs from the run's."""
+    """Check that a released model's tokenizer is the run's; a note if it is unknown or a mismatch is allowed."""
     return require_same_tokenizer(stage.name, str(stage.init), tokenizer_of_release(folder), state.config)
 
 
 def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, str | None]:
-    """The verified checkpoint that `init` names, and a note on its tokenizer."""
+    """The checkpoint that `init` names, verified, and a note on its tokenizer.
+
+    Raises:
+        CheckpointError: it is damaged, of another model or tokenizer, or lacks the optimizer state that is to be kept.
+    """
     if isinstance(stage.init, StageCheckpoint):
         folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
     else:
         folder = Path(stage.init.removeprefix("checkpoint:"))
-    found, ours = state.checkpoints.verify(folder), state.plan.base_recipe
-    if stage.keep_optimizer and found["kind"] == IMPORTED:
+    record = state.checkpoints.verify(folder)
+    if stage.keep_optimizer and record["kind"] == IMPORTED:
         raise CheckpointError(
             f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
             "reset"
         )
-    there = found["recipe"]
-    shape = {key for key in {*ours, *there} if key.startswith("model.")}
-    changed = differences({k: there.get(k) for k in shape}, {k: ours.get(k) for k in shape})
+    changed = _model_differences(record["recipe"], state.plan.base_recipe)
     if changed:
-        raise CheckpointError(f"{folder}: holds another model than the config's: {'; '.join(changed)}")
+        raise CheckpointError(f"{folder}: its model differs from the config's: {'; '.join(changed)}")
     init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}"
-    return folder, require_same_tokenizer(stage.name, init, tokenizer_of_manifest(found, folder), state.config)
+    return folder, require_same_tokenizer(stage.name, init, tokenizer_of_manifest(record, folder), state.config)
+
+
+def _model_differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
+    """The differences of two recipes in the model's settings; an absent setting counts as null."""
+    keys = {key for key in {*recorded, *planned} if key.startswith("model.")}
+    return differences({key: recorded.get(key) for key in keys}, {key: planned.get(key) for key in keys})

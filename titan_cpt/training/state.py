@@ -1,4 +1,4 @@
-"""Everything that training needs, built once by build.py. train.py adds the loop to it."""
+"""The objects that a run consists of. build.py creates them; Trainer in train.py adds the training loop."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TrainerState:
         folder: the run's folder.
         model: this rank's part of the model, with float32 master weights.
         runner: forward and backward of a batch.
-        guard: keeps non-finite losses and gradients from the weights.
-        skipped: batches that are skipped because their loss or gradient was bad.
+        guard: prevents optimizer updates from the first bad step on.
+        skipped: batches that training skips because their loss or gradient was bad.
         reader: sequences of every dataset.
         identities: fingerprints of the tokenizer and of the data files, by dotted key.
         stop: whether a signal requested a stop.

@@ -1,4 +1,4 @@
-"""Logging a step and a validation: lines of metrics.jsonl, and the baselines from which forgetting is computed."""
+"""Log training steps and validation losses to metrics.jsonl, and compute forgetting from its baselines."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from titan_cpt.training.validation import ValidationLoss
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of one step, still on the device.
+    """Loss, gradient norm and health of one step, as tensors on the device.
 
     Attributes:
-        loss: mean over the global batch, nats per token; no dimensions.
-        grad_norm: L2 norm before clipping; no dimensions.
-        health: what `UpdateGuard.observe` returned; None for a skipped batch.
+        loss: mean over the global batch in nats per token, 0-dimensional.
+        grad_norm: L2 norm before clipping, 0-dimensional.
+        health: result of `UpdateGuard.observe`, [2]; None for a skipped batch.
     """
 
     loss: Tensor
@@ -34,7 +34,7 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
     plan = state.plan
     run_step = plan.steps_before(stage) + step + 1
     draws = plan.batch(stage, step) if state.process.rank == 0 else []
-    numbers = {
+    fields = {
         "stage": stage.name,
         "step": step + 1,
         "run_step": run_step,
@@ -44,15 +44,15 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         "batch_hash": state.reader.batch_hash(draws),
     }
     if result.health is None:
-        numbers["skipped"] = True
-    state.log.step(numbers, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
+        fields["skipped"] = True
+    state.log.step(fields, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
 
 
 def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     """Measure and log the validation loss of every dataset, and its forgetting.
 
     Returns:
-        False if a signal interrupted it: then nothing is logged, and the measurement is still due.
+        False if a signal interrupted the measurement: nothing is logged, and the next session measures again.
     """
     run_step = state.plan.steps_before(stage) + steps_done
     losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
@@ -75,13 +75,16 @@ def validation_line(
 ) -> dict[str, Any]:
     """The line of metrics.jsonl for a dataset's validation loss; at step 0 the loss becomes a baseline of forgetting.
 
-    Forgetting is None where the baseline is unknown, or was measured on other data or windows.
+    Forgetting is None if its baseline is unknown or was measured on other validation data or windows.
     """
-    since, identity = state.plan.forgetting_since(stage, dataset), state.validator.identities[dataset]
+    identity = state.validator.identities[dataset]
     if steps_done == 0:
-        state.log.before[stage.name, dataset] = loss.nats_per_token, identity
-    before, measured_on = (None, None) if since is None else state.log.before.get((since, dataset), (None, None))
-    comparable = before is not None and measured_on == identity
+        state.log.baselines[stage.name, dataset] = loss.nats_per_token, identity
+    baseline_stage = state.plan.forgetting_since(stage, dataset)
+    baseline: float | None = None
+    if baseline_stage is not None:
+        measured, measured_on = state.log.baselines.get((baseline_stage, dataset), (None, None))
+        baseline = measured if measured_on == identity else None
     return {
         "stage": stage.name,
         "step": steps_done,
@@ -89,6 +92,6 @@ def validation_line(
         "loss_nats_per_token": loss.nats_per_token,
         "perplexity": loss.perplexity,
         "bits_per_byte": loss.bits_per_byte,
-        "forgetting_nats_per_token": loss.nats_per_token - before if comparable and before is not None else None,
+        "forgetting_nats_per_token": None if baseline is None else loss.nats_per_token - baseline,
         "validation_id": identity,
     }

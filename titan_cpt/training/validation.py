@@ -48,15 +48,16 @@ class Validator:
     """Measures the loss on fixed windows: the same ones at every call and on any number of ranks.
 
     Attributes:
-        identities: by dataset, 16 hexadecimal digits over everything but the weights that determines the loss: the
-            tokens, the windows, and the bytes of each id. Losses with different identities are not comparable.
+        identities: by dataset, a hash (16 hexadecimal digits) of everything except the weights that determines the
+            loss: tokens, windows, and bytes of each id. Losses with different identities are not comparable.
 
     Args:
         streams: validation tokens by dataset.
         token_bytes: int64 [V]; the number of bytes of each id's text.
-        sequences: windows per dataset, evenly spaced; all windows where there are fewer.
-        seq_len: L.
-        local_batch: B of one forward pass.
+        sequences: number of windows per dataset, evenly spaced; if a dataset has fewer, all of them.
+        seq_len: L, target tokens of a window.
+        local_batch: B, windows of one forward pass.
+        mesh: its data-parallel ranks share the windows.
 
     Raises:
         DataError: a stream is shorter than one window.
@@ -72,8 +73,11 @@ class Validator:
         local_batch: int,
         mesh: Mesh,
     ) -> None:
-        self.streams, self.seq_len, self.local_batch = streams, seq_len, local_batch
-        self.sequences, self.mesh = sequences, mesh
+        self.streams = streams
+        self.seq_len = seq_len
+        self.local_batch = local_batch
+        self.sequences = sequences
+        self.mesh = mesh
         for name, stream in streams.items():
             if not stream.windows(seq_len):
                 raise DataError(
@@ -84,7 +88,7 @@ class Validator:
         self.identities = {name: self._identity(stream, token_bytes) for name, stream in streams.items()}
 
     def _identity(self, stream: TokenSource, token_bytes: NDArray[np.int64]) -> str:
-        """The batch size is not part of it: it changes the last bits of a loss, not what is measured."""
+        """A dataset's identity. It excludes the batch size, which changes only the last bits of a loss."""
         available = stream.windows(self.seq_len)
         chosen = [stream.fingerprint(), self.seq_len, available, min(available, self.sequences)]
         digest = hashlib.sha256(json.dumps(chosen).encode() + token_bytes.tobytes())
@@ -92,12 +96,12 @@ class Validator:
 
     @torch.no_grad()
     def measure(
-        self, engine: ModelRunner, *, interrupted: Callable[[], bool] = lambda: False
+        self, runner: ModelRunner, *, interrupted: Callable[[], bool] = lambda: False
     ) -> dict[str, ValidationLoss] | None:
         """The loss of every dataset; collective, the same result on every rank.
 
         Args:
-            interrupted: called before each dataset, on every rank, with the same answer; if true, the result is None.
+            interrupted: called before each dataset, returns the same on every rank; if True, the result is None.
 
         Raises:
             DataError: validation tokens cannot be read.
@@ -106,25 +110,26 @@ class Validator:
         for name, stream in self.streams.items():
             if interrupted():
                 return None
-            losses[name] = self._loss(engine, stream)
+            losses[name] = self._loss(runner, stream)
         return losses
 
-    def _loss(self, engine: ModelRunner, stream: TokenSource) -> ValidationLoss:
+    def _loss(self, runner: ModelRunner, stream: TokenSource) -> ValidationLoss:
         windows = evenly_spaced(stream.windows(self.seq_len), self.sequences)
-        device, rows = self.mesh.process.device, self.local_batch
+        device = self.mesh.process.device
+        rows = self.local_batch
         sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for start in range(0, len(windows), self.mesh.parallel_dims.data_parallel * rows):
-            # Every rank runs every pass with a whole batch, since a sharded forward is collective and a pipeline's
-            # shapes are fixed; windows that fill up the last batch do not count.
+            # Every rank runs every forward pass with a full batch, since a sharded forward is collective and pipeline
+            # shapes are fixed; windows that pad the last batch do not count.
             first = start + self.mesh.data_rank * rows
-            mine = windows[first : first + rows]
-            filled = mine + windows[:1] * (rows - len(mine))
-            tokens = np.stack([stream.window(window, self.seq_len) for window in filled])
+            local_windows = windows[first : first + rows]
+            padded = local_windows + windows[:1] * (rows - len(local_windows))
+            tokens = np.stack([stream.window(window, self.seq_len) for window in padded])
             batch = torch.from_numpy(tokens).to(device)
-            nats_B = engine.per_sequence_loss(batch[:, :-1], batch[:, 1:])[: len(mine)].double()
-            bytes_BL = self.token_bytes[batch[: len(mine), 1:]]
+            nats_B = runner.per_sequence_loss(batch[:, :-1], batch[:, 1:])[: len(local_windows)].double()
+            bytes_BL = self.token_bytes[batch[: len(local_windows), 1:]]
             sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():
             dist.all_reduce(sums)  # ranks that share sequences add them several times; the ratios below cancel that
-        nats, counted, length = sums.tolist()
-        return ValidationLoss(nats / counted, nats / math.log(2) / length if length else math.nan)
+        nats, target_tokens, text_bytes = sums.tolist()
+        return ValidationLoss(nats / target_tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan)

@@ -138,7 +138,7 @@ def test_the_softmax_for_torch_compile_gives_the_same(monkeypatch):
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
     logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))
     targets_C = torch.arange(14)
-    losses_C, grad_CV = loss._softmax_in_one(logits_CV, targets_C, 0.5)
+    losses_C, grad_CV = loss._softmax_for_compile(logits_CV, targets_C, 0.5)
     chunked_losses_C, chunked_grad_CV = loss._softmax(logits_CV.clone(), targets_C, 0.5)
 
     torch.testing.assert_close(losses_C, chunked_losses_C, rtol=1e-6, atol=1e-6)

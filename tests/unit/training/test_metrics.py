@@ -170,7 +170,7 @@ def test_forgetting_is_measured_from_the_last_line_of_a_steps_zero(tmp_path):
     again = log_in(tmp_path)
     again.close()
 
-    assert again.before == {("a", "x"): (4.0, None), ("b", "x"): (2.0, None)}
+    assert again.baselines == {("a", "x"): (4.0, None), ("b", "x"): (2.0, None)}
 
 
 def test_tensorboard_holds_loss_lr_throughput_validation_and_forgetting(tmp_path):
