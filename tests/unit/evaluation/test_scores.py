@@ -1,6 +1,5 @@
 """Scores: significance of changes against hand-computed values, tables, reports, and damaged files."""
 
-import io
 import json
 import math
 from dataclasses import asdict, replace
@@ -8,10 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from titan_cpt.errors import DataError
-from titan_cpt.evaluation.score_table import print_scores, scores_as_json
 from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
 from titan_cpt.reporting.run_log import read_run
@@ -191,16 +188,3 @@ def test_a_damaged_score_is_reported(tmp_path, text):
 
     with pytest.raises(DataError, match=r"piqa-0shot.json: .*Remove it"):
         read_score(path)
-
-
-def test_the_table_shows_the_changes():
-    """A row per task with errors, the change from the first column to the last, and the average."""
-    console = Console(width=140, record=True, file=io.StringIO())
-    before, after = [scored([0, 0, 1, 1, 0])], [scored([1, 1, 1, 1, 0], stage="second")]
-    print_scores({"a": before, "b": after}, console)
-    text = console.export_text()
-
-    assert "+0.4000 ± 0.2449" in text
-    assert "0.1025" in text
-    assert "second 10" in text
-    assert scores_as_json({"a": before, "b": after})["changes"]["piqa"]["paired"] is True

@@ -1,0 +1,67 @@
+"""What every family's spec computes: widths, parameters and FLOPs, by hand for a small Llama; RoPE scaling's values."""
+
+import math
+
+import pytest
+
+from titan_cpt.models.registry import named_size
+from titan_cpt.models.spec import ParameterSpec, RopeScaling, rope_scaling_problems
+
+
+def llama(**overrides):
+    """2 blocks, width 64, 4 heads of 16 features, 2 key/value heads, MLP width 192, 384 rows of the embedding."""
+    return named_size("llama", "debug", 257, overrides={"heads": 4, "kv_heads": 2, "vocab_size": 384, **overrides})
+
+
+def test_grouped_query_attention_has_fewer_key_features():
+    """2 of 4 heads; all of them in GPT-NeoX."""
+    assert (llama().attention_width, llama().kv_width) == (64, 32)
+    assert llama(head_width=24).kv_width == 48
+    assert named_size("gpt_neox", "debug", 257).kv_width == 64
+
+
+def test_parameters_are_those_of_the_blocks_the_final_norm_and_the_embeddings():
+    """A block: norms 2 x 64, q and out 2 x 4096, k and v 2 x 2048, MLP 3 x 12,288. A tied embedding counts once."""
+    block = 2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64
+    spec = llama()
+
+    assert spec.parameters_without_embeddings == 2 * block + 64
+    assert spec.embedding_parameters == 384 * 64
+    assert spec.parameters == 2 * block + 64 + 2 * 384 * 64
+    assert llama(tie_embeddings=True).parameters == 2 * block + 64 + 384 * 64
+    assert ParameterSpec("x", (3, 5), None).elements == 15
+
+
+def test_flops_count_the_head_and_at_most_the_sliding_window():
+    """6 per parameter that multiplies, and 12 x 2 layers x 64 features x 16 or 10 positions."""
+    products = llama().parameters_without_embeddings + 384 * 64
+
+    assert llama().flops_per_token(16) == 6 * products + 12 * 2 * 64 * 16
+    assert llama(sliding_window=10).flops_per_token(16) == 6 * products + 12 * 2 * 64 * 10
+    assert llama(tie_embeddings=True, sliding_window=100).flops_per_token(16) == llama().flops_per_token(16)
+
+
+def test_the_attention_factor_follows_from_yarns_factor():
+    """0.1 ln(factor) + 1 (arXiv:2309.00071, equation 22); 1 for llama3; a given one stays."""
+    yarn = RopeScaling(kind="yarn", factor=4.0, original_seq_len=64)
+
+    assert yarn.attention_factor == pytest.approx(1 + 0.1 * math.log(4))
+    assert RopeScaling(kind="llama3", factor=4.0, original_seq_len=64).attention_factor == 1.0
+    assert RopeScaling(kind="yarn", factor=4.0, original_seq_len=64, attention_factor=2.0).attention_factor == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, []),
+        ({"factor": 0.5}, ["model.rope_scaling.factor: must be 1 or more, got 0.5"]),
+        ({"original_seq_len": 0}, ["model.rope_scaling.original_seq_len: must be above 0, got 0"]),
+        ({"beta_slow": 32.0}, ["model.rope_scaling.beta_slow: must be above 0 and below beta_fast, got 32"]),
+        ({"kind": "linear"}, ["model.rope_scaling.kind: must be one of llama3, yarn, got 'linear'"]),
+    ],
+)
+def test_a_rope_scaling_that_cannot_work_is_reported(changes, problem):
+    """One line per value, under its config key."""
+    scaling = RopeScaling(**{"kind": "yarn", "factor": 4.0, "original_seq_len": 64, **changes})
+
+    assert rope_scaling_problems(scaling) == problem
