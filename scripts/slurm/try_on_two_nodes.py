@@ -1,10 +1,10 @@
-"""Runs train.sbatch and sweep.sbatch on a real Slurm of two nodes on this host, and prints a verdict for each scenario.
+"""Run train.sbatch and sweep.sbatch on a real Slurm with two nodes on this host; print a result for each scenario.
 
     python scripts/slurm/try_on_two_nodes.py [--tracking cgroup] [SCENARIO ...]
 
 Needs slurmctld, slurmd and munged (Debian: apt-get install slurm-wlm munge), root, titan_cpt installed in this Python,
-and about fifteen minutes. Slurm, data and runs are in a temporary folder; --keep leaves it there. Exit status: 0 if
-every scenario ended as it should, else 1.
+and about fifteen minutes. Slurm, data and runs are in a temporary folder; --keep does not remove it. Exit status: 0 if
+every scenario passed, else 1.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ FEW_STEPS = ("--stages.only.steps", "60")
 
 
 class Failed(Exception):
-    """A scenario did not end as it should."""
+    """A scenario failed."""
 
 
 def expect(what: str, found: object, right: object) -> None:
-    """Compare.
+    """Compare a value with the expected one.
 
     Raises:
         Failed: names what differs.
@@ -74,7 +74,8 @@ class Trial:
     """A folder to submit from, away from the repository, and the jobs submitted there."""
 
     def __init__(self, slurm: TwoNodes, folder: Path) -> None:
-        self.slurm, self.folder = slurm, folder
+        self.slurm = slurm
+        self.folder = folder
         folder.mkdir()
         (folder / "configs").mkdir()
         (folder / "configs" / "run.toml").write_text(TOML)
@@ -92,7 +93,7 @@ class Trial:
         script: Path = HERE / "train.sbatch",
         **environment: str,
     ) -> str:
-        """Submit train.sbatch for a run on two nodes, by default without GPUs; the job's number."""
+        """Submit train.sbatch for a run on two nodes, by default without GPUs; returns the job id."""
         given = {"NPROC": nproc, "MASTER_ADDR": "127.0.0.1", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
         sbatch = (
             "sbatch",
@@ -115,7 +116,7 @@ class Trial:
         return max((int(str(line["step"])) for line in self.lines(name) if line["kind"] == "train"), default=0)
 
     def resumed(self, name: str) -> list[int]:
-        """The steps from which it resumed."""
+        """The steps from which the run resumed."""
         return [int(str(line["step"])) for line in self.lines(name) if line.get("name") == "resume"]
 
     def trains(self, name: str, beyond: int = 0) -> None:
@@ -129,7 +130,7 @@ class Trial:
         return not self.slurm.command("squeue", "-h", check=False)
 
     def output(self, job: str) -> str:
-        """What the job wrote, of all its starts."""
+        """The output of the job, over all its starts."""
         return "".join(path.read_text(errors="replace") for path in self.folder.glob(f"slurm-*-{job}.out"))
 
     def queued_again(self, job: str, seconds: float = 90) -> None:
@@ -137,13 +138,13 @@ class Trial:
         wait_for(lambda: self.slurm.job(job, "Restarts") == "1", seconds, f"job {job} queued again")
 
     def ended(self, job: str, seconds: float = 240) -> str:
-        """Wait until the job is over; its state."""
+        """Wait until the job has ended; returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
         wait_for(lambda: self.slurm.job(job, "JobState") in over, seconds, f"job {job} over")
         return self.slurm.job(job, "JobState")
 
     def saved_and_resumed(self, job: str, name: str) -> str:
-        """After a stop: everything was saved, and the next start resumes there; then cancel it."""
+        """Check that the run stopped with everything saved and resumed from that step; then cancel the job."""
         wait_for(lambda: self.resumed(name), 240, f"{name}: resumed")
         stops = [line for line in self.lines(name) if line.get("name") == "stop"]
         expect("stops with everything saved", len(stops), 1)
@@ -153,7 +154,7 @@ class Trial:
         return f"saved after step {stops[0]['step']}, Restarts=1, resumed from there"
 
     def cancel(self, job: str) -> None:
-        """scancel, which must be the end of it."""
+        """Cancel the job and check that it is not queued again."""
         self.slurm.command("scancel", job)
         expect("state after scancel", self.ended(job), "CANCELLED")
 
@@ -171,7 +172,7 @@ def two_nodes(trial: Trial) -> str:
 
 
 def time_limit(trial: Trial) -> str:
-    """SIGUSR1 to the batch script before the time limit."""
+    """Slurm sends SIGUSR1 to the batch script before the time limit."""
     job = trial.submit("limit", "--time=2", "--signal=B:USR1@60")
     trial.trains("limit")
     trial.queued_again(job, 150)
@@ -179,14 +180,14 @@ def time_limit(trial: Trial) -> str:
 
 
 def time_limit_unanswered(trial: Trial) -> str:
-    """The run is still training when the time is up: Slurm ends the job, which is queued again all the same."""
+    """The run is still training at the time limit: Slurm ends the job, which is queued again nevertheless."""
     setup = trial.folder / "deaf.sh"
     setup.write_text('scancel() { echo "not passed on: $*"; }\n')  # this is sourced by the batch script
     job = trial.submit("late", "--time=1", "--signal=B:USR1@20", TITAN_CPT_SETUP=str(setup))
     trial.trains("late")
     trial.queued_again(job, 200)
     wait_for(lambda: trial.resumed("late"), 240, "late: resumed")
-    expect("said", "the time is up before everything was saved" in trial.output(job), True)
+    expect("message printed", "the time is up before everything was saved" in trial.output(job), True)
     begun = trial.resumed("late")
     trial.cancel(job)
     return f"Restarts=1, resumed from step {begun[0]}"
@@ -213,7 +214,7 @@ def preemption_without_grace(trial: Trial) -> str:
 
 
 def cancelled(trial: Trial) -> str:
-    """scancel by the user saves, and does not queue the job again."""
+    """After scancel by the user the run saves everything, and the job is not queued again."""
     job = trial.submit("cancelled")
     trial.trains("cancelled")
     trial.cancel(job)
@@ -224,7 +225,7 @@ def cancelled(trial: Trial) -> str:
 
 
 def requeued_by_hand(trial: Trial) -> str:
-    """scontrol requeue of a running job."""
+    """The user requeues a running job with scontrol requeue."""
     job = trial.submit("requeue")
     trial.trains("requeue")
     trial.slurm.command("scontrol", "requeue", job)
@@ -266,7 +267,7 @@ def transient_failures(trial: Trial) -> str:
 
 
 def restarts_inside_the_job(trial: Trial) -> str:
-    """A process dies with MAX_RESTARTS=1: torchrun starts all of both nodes again; Slurm does not see it."""
+    """A process dies with MAX_RESTARTS=1: torchrun restarts all processes of both nodes without a requeue by Slurm."""
     job = trial.submit("restarts", words=("--stages.only.steps", "150"), MAX_RESTARTS="1")
     trial.trains("restarts", 30)
     _kill_a_rank(trial, "n1")
@@ -277,7 +278,7 @@ def restarts_inside_the_job(trial: Trial) -> str:
 
 
 def mistake(trial: Trial) -> str:
-    """A mistake in the config is not queued again."""
+    """A job with a mistake in its config is not queued again."""
     job = trial.submit("mistake", words=("--training.seq_len", "none"))
     expect("state", trial.ended(job), "FAILED")
     expect("exit status, restarts", (trial.slurm.job(job, "ExitCode"), trial.slurm.job(job, "Restarts")), ("2:0", "0"))
@@ -298,7 +299,7 @@ def nodes_of_different_size(trial: Trial) -> str:
 
 
 def sweep_as_an_array(trial: Trial) -> str:
-    """Two runs; the task that has the array's own number is stopped as before a time limit, and it only."""
+    """Two runs; the task whose job id is that of the array gets SIGUSR1, and only this task is queued again."""
     given = {
         "NPROC": "2",
         "VIRTUAL_ENV": sys.prefix,
@@ -336,17 +337,19 @@ SCENARIOS: tuple[Callable[[Trial], str], ...] = (
 
 
 def run(scenario: Callable[[Trial], str], slurm: TwoNodes, folder: Path) -> bool:
-    """Run a scenario and print its verdict."""
+    """Run a scenario and print its result; returns whether it passed."""
     began = time.monotonic()
     trial = Trial(slurm, folder)
     try:
-        verdict, found = "ok", scenario(trial)
+        result = scenario(trial)
+        verdict = "ok"
     except (Failed, TimeoutError, RuntimeError, IndexError) as error:
-        verdict, found = "FAILED", f"{type(error).__name__}: {error}"
+        result = f"{type(error).__name__}: {error}"
+        verdict = "FAILED"
     slurm.end_jobs()
     words = (inspect.getdoc(scenario) or "").replace("\n", " ")
     print(
-        f"{verdict:<7}{scenario.__name__:<25} {time.monotonic() - began:4.0f} s  {words}\n{'':<40}{found}", flush=True
+        f"{verdict:<7}{scenario.__name__:<25} {time.monotonic() - began:4.0f} s  {words}\n{'':<40}{result}", flush=True
     )
     if verdict != "ok":
         for path in sorted(folder.glob("slurm-*.out")):
@@ -362,7 +365,7 @@ def main() -> int:
     parser.add_argument(
         "--tracking", choices=("linuxproc", "cgroup"), default="linuxproc", help="Slurm's ProctrackType"
     )
-    parser.add_argument("--keep", action="store_true", help="leave the temporary folder there")
+    parser.add_argument("--keep", action="store_true", help="do not remove the temporary folder")
     options = parser.parse_args()
     unknown = sorted(set(options.scenarios) - set(names))
     if unknown:

@@ -1,4 +1,4 @@
-"""A real Slurm with two node daemons on this host, in a folder of its own.
+"""Start a real Slurm with two node daemons on this host; all its files are in one folder.
 
 Needs slurmctld, slurmd and munged on PATH (Debian: apt-get install slurm-wlm munge) and root, as slurmd does. Nothing
 outside the folder is changed, except that proctrack/cgroup makes groups named slurm in the system's cgroups.
@@ -62,11 +62,12 @@ class TwoNodes:
     """slurmctld and two slurmd, started in `folder` and stopped at the end of the `with` block.
 
     Args:
-        tracking: Slurm's ProctrackType: "linuxproc", or "cgroup" as production has it, which needs cgroups to write in.
+        tracking: Slurm's ProctrackType: "linuxproc", or "cgroup" as on production clusters, needing writable cgroups.
     """
 
     def __init__(self, folder: Path, tracking: str = "linuxproc") -> None:
-        self.folder, self.tracking = folder, tracking
+        self.folder = folder
+        self.tracking = tracking
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
@@ -105,7 +106,8 @@ class TwoNodes:
             user=self.command("id", "-un"),
             tracking=self.tracking,
             control_port=base,
-            first_job=1 + 100 * (base - _FIRST_PORT),  # two such Slurms: other jobs, and so other ports of torchrun
+            first_job=1
+            + 100 * (base - _FIRST_PORT),  # two such Slurms have different job ids, and so different torchrun ports
             port_0=base + 1,
             port_1=base + 2,
         )
@@ -124,7 +126,7 @@ class TwoNodes:
             self.stop(name, signal.SIGTERM)
 
     def start(self, name: str, *command: str) -> None:
-        """Start a daemon in the foreground of a session of its own."""
+        """Start a daemon as a child process in a new session; its output goes to log/NAME.console."""
         log = (self.folder / "log" / f"{name}.console").open("ab")
         self.daemons[name] = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -145,7 +147,7 @@ class TwoNodes:
             process.wait()
 
     def kill_node(self, node: str) -> None:
-        """What a power cut does: SIGKILL to the node's daemon and to every process of the jobs there."""
+        """Simulate a power cut: send SIGKILL to the node's daemon and to every process of its jobs."""
         pids = [each for stepd in self.stepds(node) for each in (stepd, *descendants(stepd))]
         self.stop(node, signal.SIGKILL)
         for pid in pids:
@@ -153,7 +155,7 @@ class TwoNodes:
                 os.kill(pid, signal.SIGKILL)
 
     def stepds(self, node: str) -> list[int]:
-        """The processes of Slurm that hold the job steps of a node."""
+        """Process ids of the slurmstepd processes of a node, one for each job step."""
         found = []
         for line in self.command("ps", "-eo", "pid=,args=").splitlines():
             pid, _, words = line.strip().partition(" ")
@@ -162,7 +164,7 @@ class TwoNodes:
         return found
 
     def _node_of(self, stepd: int) -> str:
-        """A step's processes have their node's name in the environment; their slurmstepd has its socket's."""
+        """The node of a slurmstepd, from the environment of its child processes; "" if this Slurm did not start it."""
         for pid in descendants(stepd):
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if f"SLURM_CONF={self.folder / 'slurm.conf'}".encode() not in words:
@@ -173,14 +175,14 @@ class TwoNodes:
         return ""
 
     def end_jobs(self) -> None:
-        """Cancel every job and wait until none is left."""
+        """Cancel all jobs and wait up to 60 s until the queue is empty."""
         self.command("scancel", "--full", "--user", self.command("id", "-un"), check=False)
         deadline = time.monotonic() + 60
         while self.command("squeue", "-h", check=False) and time.monotonic() < deadline:
             time.sleep(0.5)
 
     def command(self, *words: str, check: bool = True, cwd: Path | None = None, **environment: str) -> str:
-        """Run a command of Slurm; what it printed."""
+        """Run a command with this Slurm's environment; returns its stdout."""
         done = subprocess.run(
             words, env={**self.environment, **environment}, cwd=cwd, capture_output=True, text=True, check=False
         )
@@ -196,7 +198,7 @@ class TwoNodes:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     for base in range(_FIRST_PORT, 30000, count):
         try:
             for port in range(base, base + count):
@@ -209,7 +211,7 @@ def _free_ports(count: int) -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one."""
+    """Process ids of all descendants of a process."""
     try:
         children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -218,10 +220,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Return when the condition is true.
+    """Wait until the condition is true; `what` names it in the error.
 
     Raises:
-        TimeoutError: it was not within so many seconds.
+        TimeoutError: the condition is still false after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,4 +1,4 @@
-"""What the commands' parsers share: types of option values, options of several commands, config overrides."""
+"""Shared by the command parsers: types of option values, options of several commands, config overrides."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ from titan_cpt.planning.planner import make_plan
 _SECONDS_BETWEEN_REMINDERS = 30.0
 _SECONDS_TO_SHARE_AN_ERROR = 20.0  # a node that found an error waits this long for the others, so as to print it once
 _SECONDS_TO_READ = 10.0  # node 0 waits this long for the others to read that no node starts
-_VERDICT, _READ = "titan_cpt/verdict", "titan_cpt/read"
+_VERDICT = "titan_cpt/verdict"
+_READ = "titan_cpt/read"
 _SILENCED_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
@@ -66,7 +67,7 @@ class Node:
 
 
 class LaunchError(Exception):
-    """No process is started.
+    """An error before any process is started.
 
     Attributes:
         status: exit status: 2 for the user's mistake, 1 for what may not be one, such as a node that did not join.

@@ -88,16 +88,16 @@ def _suggest(config: Config, world_size: int, device_bytes: int | None, *, as_js
 
     if device_bytes is None:
         raise PlanError("--suggest needs the memory of the device: add --device-memory, such as 80GiB")
-    found = suggest(config, take_inventory(config), world_size, device_bytes)
+    suggestions = suggest(config, take_inventory(config), world_size, device_bytes)
     if as_json:
-        lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in found]
+        lines = [{"overrides": s.overrides, "step_s": s.step_s, "reason": s.reason} for s in suggestions]
         print(json.dumps({"assumed": assumptions(nearest_device(device_bytes)), "suggestions": lines}))
         return 0
-    print(f"{len(found)} layouts of {world_size} ranks fit, fastest estimated step first")
+    print(f"{len(suggestions)} layouts of {world_size} ranks fit, fastest estimated step first")
     print(assumptions(nearest_device(device_bytes)))
-    for place, suggestion in enumerate(found[:5], 1):
+    for number, suggestion in enumerate(suggestions[:5], 1):
         overrides = " ".join(f"--{key} {value}" for key, value in suggestion.overrides.items())
-        print(f"{place}. {suggestion.plan.parallel_dims.describe()}: {suggestion.step_s:.2f} s a step")
+        print(f"{number}. {suggestion.plan.parallel_dims.describe()}: {suggestion.step_s:.2f} s per step")
         print(f"   {suggestion.reason}")
         print(f"   {overrides}")
     return 0

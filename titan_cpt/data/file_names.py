@@ -57,9 +57,9 @@ class UniqueFiles:
         identity = file_identity(path)
         if identity is None:
             return  # the function that opens a missing file reports it
-        before = self._names.get(identity)
-        if before is not None:
-            also = "" if before == str(name) else f" (before as {before})"
+        earlier_name = self._names.get(identity)
+        if earlier_name is not None:
+            also = "" if earlier_name == str(name) else f" (before as {earlier_name})"
             raise DataError(
                 f"{entry}: names {name} a second time{also}: its {self._what} would be read twice; name it once"
             )

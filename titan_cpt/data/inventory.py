@@ -111,7 +111,7 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
     """Return the files of a key, by source, if all of them exist."""
     found = {}
     for source, files in training_files(config) if key == "train" else validation_files(config):
-        _refuse_what_is_not_tokens(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))
+        _require_token_files(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))
         if not missing_entries(files):
             try:
                 found[source] = _Present(source, key, files, resolve_paths(files))
@@ -177,8 +177,8 @@ def _has_source(config: Config, source: str) -> bool:
     return config.datasets[source.partition(".")[0]].source is not None
 
 
-def _refuse_what_is_not_tokens(where: str, files: TokenFiles, *, has_source: bool) -> None:
-    """Raise DataError for text files and folders: they are not token files that `prepare` will still write."""
+def _require_token_files(where: str, files: TokenFiles, *, has_source: bool) -> None:
+    """Raise DataError for text files and folders, which otherwise count as token files that do not exist yet."""
     if has_source:
         return  # `train` is then the prefix that `prepare` will write
     if (text := first_text_file(files.spec)) is not None:

@@ -46,14 +46,14 @@ class SequenceReader:
     def windows(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
         """Return the window number of each draw within its source, int64 [len(draws)]."""
         windows = np.empty(len(draws), dtype=np.int64)
-        places: dict[tuple[str, int], list[int]] = {}
-        for place, draw in enumerate(draws):
-            places.setdefault((draw.source, draw.ordinal // self._counts[draw.source]), []).append(place)
-        for (source, epoch), where in places.items():
+        indices_by_epoch: dict[tuple[str, int], list[int]] = {}
+        for index, draw in enumerate(draws):
+            indices_by_epoch.setdefault((draw.source, draw.ordinal // self._counts[draw.source]), []).append(index)
+        for (source, epoch), indices in indices_by_epoch.items():
             count = self._counts[source]
-            within = np.array([draws[place].ordinal % count for place in where])
+            within = np.array([draws[index].ordinal % count for index in indices])
             stored = self.sources[source].in_stored_order
-            windows[where] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
+            windows[indices] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
         return windows
 
     def read(self, draws: Sequence[Draw]) -> NDArray[np.int64]:

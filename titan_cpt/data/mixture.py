@@ -42,7 +42,7 @@ class Leaf:
         source: name of the source, `dataset` or `dataset.domain`.
         replayed: whether its sequences are replayed; otherwise they are new data.
         first: position of the stage's first draw: an ordinal for new data, a replay position for replay.
-        seen: for replay, the number of ordinals to draw from; None if the files are not there to count.
+        seen: for replay, the number of ordinals to draw from; None if the files do not exist yet.
         reshuffle_key: for replay, the key of its permutation; empty to replay in the order of the first training.
     """
 
@@ -149,16 +149,18 @@ def _leaf_items(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]
     """
     if isinstance(tree, Leaf):
         return [(tree, k) for k in range(start, stop)]
-    left_start, left_stop = _left_count(tree.share, start), _left_count(tree.share, stop)
+    left_start = _left_count(tree.share, start)
+    left_stop = _left_count(tree.share, stop)
     left = iter(_leaf_items(tree.left, left_start, left_stop))
     right = iter(_leaf_items(tree.right, start - left_start, stop - left_stop))
-    step, whole = 2 * tree.share.numerator, 2 * tree.share.denominator
-    remainder = (step * start + tree.share.denominator) % whole
+    increment = 2 * tree.share.numerator
+    modulus = 2 * tree.share.denominator
+    remainder = (increment * start + tree.share.denominator) % modulus
     merged = []
     for _ in range(start, stop):
-        remainder += step
-        if remainder >= whole:
-            remainder -= whole
+        remainder += increment
+        if remainder >= modulus:
+            remainder -= modulus
             merged.append(next(left))
         else:
             merged.append(next(right))
@@ -169,7 +171,7 @@ def _ordinal(leaf: Leaf, k: int) -> int:
     """Ordinal of the leaf's k-th draw. Replay that the plan allows to repeat starts over after `seen` ordinals."""
     if not leaf.replayed or leaf.seen is None:
         return leaf.first + k
-    rounds, place = divmod(leaf.first + k, leaf.seen)
+    round_number, position = divmod(leaf.first + k, leaf.seen)
     if not leaf.reshuffle_key:
-        return place
-    return int(permuted(np.array([place]), leaf.seen, f"{leaf.reshuffle_key}/{rounds}")[0])
+        return position
+    return int(permuted(np.array([position]), leaf.seen, f"{leaf.reshuffle_key}/{round_number}")[0])

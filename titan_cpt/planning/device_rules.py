@@ -1,4 +1,4 @@
-"""Settings that are refused on a CPU. Not part of the plan, which may be made on another machine than the run."""
+"""Settings that a CPU does not support. The plan accepts them: it may be made on another machine than the run."""
 
 from __future__ import annotations
 

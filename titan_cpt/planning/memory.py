@@ -24,7 +24,7 @@ from titan_cpt.planning.sharding import (
 )
 from titan_cpt.planning.traffic import Traffic, traffic
 
-RESERVE = 0.1  # of a device's memory, for what the estimate does not include
+RESERVE = 0.1  # fraction of device memory left free for what the estimate does not include
 _FP32_BYTES = 4
 
 
@@ -34,7 +34,7 @@ class Footprint:
 
     Attributes:
         local_parameters: parameter elements of each pipeline rank, at coordinate 0 of the other dimensions.
-        pipeline_rank: the pipeline rank that the following numbers are of.
+        pipeline_rank: the pipeline rank that the following numbers describe.
         parameters: bytes of fp32 master weights.
         gradients: bytes of their gradients.
         optimizer: bytes of AdamW's two moments.
@@ -93,7 +93,7 @@ def _of_pipeline_rank(
     activations = saved + (one_layer if inputs.recompute != "none" else 0)
     logits = _logits(spec, dims, inputs) if dims.pipeline_stages - 1 in stages else 0
     # Gradients grow while activations are freed: the peak is at the first or at the last layer of the backward pass.
-    gradients_before = inputs.accumulation > 1 or dims.pp > 1  # of the previous batch
+    gradients_before = inputs.accumulation > 1 or dims.pp > 1  # of the previous local batch
     peak = max(saved + logits + (weights if gradients_before else 0), weights + one_layer)
     return Footprint(
         local_parameters=local,
@@ -129,11 +129,11 @@ def _gathered(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages:
 
 
 def layer_activation_bytes(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs) -> tuple[float, float]:
-    """Bytes that autograd saves of one block and micro-batch.
+    """Bytes that autograd saves for the backward pass of one block and micro-batch.
 
     Returns:
-        What activation checkpointing leaves (an average over blocks), and what recomputation of a block adds, 0 without
-        checkpointing.
+        (bytes that stay saved with activation checkpointing, averaged over blocks; bytes that recomputing one block
+        adds, 0 without checkpointing).
     """
     per_token = spec.activation_bytes_per_token(tp=dims.tp, cp=dims.cp, dtype_bytes=inputs.bytes_per_number)
     unchecked = inputs.microbatch_tokens * per_token.unchecked

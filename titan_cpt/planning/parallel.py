@@ -54,21 +54,25 @@ class PipelineRankContents:
 
 
 def pipeline_rank_contents(dims: ParallelDims, layers: int) -> Iterator[PipelineRankContents]:
-    """What every pipeline rank holds of a model with this number of layers."""
+    """The parts of a model with this number of layers on each pipeline rank."""
     group = dims.world_size // dims.pp
     for rank in range(dims.pp):
         parts = []
         for stage in dims.stages_of(rank):
-            held = dims.layers_of(stage, layers)
+            stage_layers = dims.layers_of(stage, layers)
             parts += ["embedding"] if stage == 0 else []
-            parts.append(f"layers {held[0]} to {held[-1]}" if len(held) > 1 else f"layer {held[0]}")
+            parts.append(
+                f"layers {stage_layers[0]} to {stage_layers[-1]}"
+                if len(stage_layers) > 1
+                else f"layer {stage_layers[0]}"
+            )
             parts += ["final norm and head"] if stage == dims.pipeline_stages - 1 else []
         yield PipelineRankContents(rank, range(rank * group, (rank + 1) * group), parts)
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """What the memory and communication of a rank depend on, besides model and parallelism degrees.
+    """Inputs of the memory and communication estimates, besides the model and the parallelism degrees.
 
     Attributes:
         microbatch_tokens: T, tokens of one forward pass on one context-parallel rank.

@@ -1,4 +1,4 @@
-"""The training plan: stages with steps, LR schedule, initial weights, data mixture and recipe. All frozen numbers.
+"""The training plan: stages with steps, LR schedule, initial weights, data mixture and recipe. All values are frozen.
 
 planner.py makes a plan, plan_text.py and plan_json.py print it.
 """
@@ -37,7 +37,7 @@ class StageCheckpoint:
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """What the initial weights of a stage have been trained on, in all stages before it on their lineage.
+    """The training that the initial weights of a stage have had, over all stages of their lineage.
 
     Attributes:
         steps: optimizer steps.
@@ -86,11 +86,11 @@ class StagePlan:
         keep_optimizer: optimizer state is loaded with the weights, instead of starting at zero.
         pre_anneal_step: steps done at the end of the constant phase of an infinite or wsd schedule; None without one.
         history: what the initial weights have been trained on.
-        tree: which sequence comes when.
+        tree: the mixture; it gives the source and ordinal of every sequence of the stage.
         shares: exact share of each dataset in the stage's sequences, replay included.
         use_by_source: as `use_by_dataset`, by domain where there are domains.
         final_window: steps done at which the final loss is sampled; empty unless configured.
-        recipe: the numbers that must not change once the stage has begun, by dotted key.
+        recipe: the settings that must not change once training of the stage has started, by dotted key.
     """
 
     name: str
@@ -140,14 +140,14 @@ def ancestors(stage: StagePlan, stages: Mapping[str, StagePlan]) -> Iterator[Sta
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a given number of ranks.
+    """The plan of a run on a given number of ranks.
 
     Attributes:
         parallel_dims: parallelism degrees.
         footprint: memory and communication of a rank.
         gradient_accumulation_steps: local batches of one data-parallel rank in an optimizer step.
         sequences: number of sequences of every source; None while its files do not exist.
-        base_recipe: the numbers that must not change during the run, by dotted key.
+        base_recipe: the settings that must not change during the run, by dotted key.
         notes: warnings, shown before training.
     """
 
@@ -245,6 +245,6 @@ class Plan:
         return draws(stage.tree, step * self.global_batch_size, (step + 1) * self.global_batch_size)
 
     def disk_bytes(self, keep_latest_k: int) -> int:
-        """The most that checkpoints take on disk: the latest ones, stage ends, pre-anneal points, one being written."""
+        """Maximum bytes of all checkpoints: the latest ones, stage ends, pre-anneal points, and one being written."""
         kept = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
         return (keep_latest_k + kept + 1) * self.spec.parameters * BYTES_PER_SAVED_PARAMETER

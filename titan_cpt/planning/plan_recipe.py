@@ -1,4 +1,4 @@
-"""The recipe: every number that decides what is trained, by dotted key; resume refuses a run whose recipe changed.
+"""The recipe: every setting that affects the trained weights, by dotted key; a run with a changed recipe cannot resume.
 
 Keys are listed by hand, so that a renamed or new config key does not make existing checkpoints unusable. File paths are
 not part of the recipe.
@@ -35,7 +35,7 @@ def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
 
 
 def adamw_hyperparameters(config: Config, stage: StageConfig) -> AdamWHyperparameters:
-    """[optimizer] with the stage's own [stages.optimizer] on top."""
+    """AdamW hyperparameters of a stage: [optimizer], overridden by [stages.optimizer]."""
     values = config.optimizer.model_dump(exclude={"name"})
     values |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
     return AdamWHyperparameters((values["beta1"], values["beta2"]), values["eps"], values["weight_decay"])

@@ -12,7 +12,8 @@ from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals without UTF-8
-_DRAWING_WIDTH, _DRAWING_HEIGHT = 72, 6
+_DRAWING_WIDTH = 72
+_DRAWING_HEIGHT = 6
 
 
 def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: int | None = None) -> None:

@@ -18,7 +18,7 @@ from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
 
 RANKS_PER_NODE = 8
-REACHED = 0.5  # share of every figure of a data sheet that training is assumed to reach
+ASSUMED_EFFICIENCY = 0.5  # share of each data-sheet figure that training is assumed to reach
 NETWORK_BYTES_PER_S = 50e9  # of one rank, between nodes: 400 Gbit/s
 _RECOMPUTED = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}  # recomputed FLOPs, relative to forward and backward
 
@@ -52,7 +52,7 @@ def nearest_device(memory_bytes: int) -> Device:
 def assumptions(device: Device) -> str:
     """The assumptions of the estimates, in a sentence."""
     return (
-        f"assumed: {REACHED:.0%} of an {device.name}'s {device.flops / 1e12:.0f} TFLOP/s in bfloat16, of "
+        f"assumed: {ASSUMED_EFFICIENCY:.0%} of an {device.name}'s {device.flops / 1e12:.0f} TFLOP/s in bfloat16, of "
         f"{device.node_bytes_per_s / 1e9:.0f} GB/s inside a node of {RANKS_PER_NODE} and of "
         f"{NETWORK_BYTES_PER_S / 1e9:.0f} GB/s between nodes; the order depends on these"
     )
@@ -96,7 +96,7 @@ def suggest(config: Config, inventory: DataInventory, world_size: int, device_by
             if degrees not in best or found.step_s < best[degrees].step_s:
                 best[degrees] = found
     if not best:
-        reason = f"; the last one tried: {error}" if error else ""
+        reason = f"; the last candidate: {error}" if error else ""
         raise PlanError(
             f"--suggest: no layout of {world_size} ranks is valid and fits {device_bytes / 2**30:.0f} GiB{reason}. "
             "Use more ranks, or a global_batch_size with more divisors"
@@ -137,11 +137,11 @@ def _estimate(plan: Plan, overrides: dict[str, str], device: Device) -> Suggesti
     costs = plan.footprint
     recomputed = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
     flops_per_rank = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size
-    matmul_s = flops_per_rank / (device.flops * REACHED)
+    matmul_s = flops_per_rank / (device.flops * ASSUMED_EFFICIENCY)
     compute_s = matmul_s * (1 + recomputed) / (1 - costs.bubble)
-    tensor_s = costs.traffic.tensor / (device.node_bytes_per_s * REACHED)
+    tensor_s = costs.traffic.tensor / (device.node_bytes_per_s * ASSUMED_EFFICIENCY)
     network = device.node_bytes_per_s if plan.world_size <= RANKS_PER_NODE else NETWORK_BYTES_PER_S
-    overlapped_s = (costs.traffic.fsdp + costs.traffic.pipeline) / (network * REACHED)
+    overlapped_s = (costs.traffic.fsdp + costs.traffic.pipeline) / (network * ASSUMED_EFFICIENCY)
     step_s = compute_s + tensor_s + max(0.0, overlapped_s - compute_s)
     reason = (
         f"matmuls {matmul_s:.2f} s, recomputation {recomputed:.0%}, pipeline bubble {costs.bubble:.0%}, "

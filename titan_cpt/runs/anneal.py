@@ -71,7 +71,8 @@ def branch_off(
 
 
 def _copy_metrics_until(checkpoint: Path, record: Mapping[str, Any], plan: Plan, run: Path, folder: Path) -> None:
-    stage, steps_done = record["stage"], record["steps_done"]
+    stage = record["stage"]
+    steps_done = record["steps_done"]
     copy_metrics(
         run,
         folder,
@@ -82,7 +83,7 @@ def _copy_metrics_until(checkpoint: Path, record: Mapping[str, Any], plan: Plan,
 
 
 def _link_branch_point(checkpoint: Path, record: Mapping[str, Any], plan: Plan, folder: Path) -> None:
-    """The branch's first checkpoint: the old files under a manifest with the branch's recipe."""
+    """Make the branch's first checkpoint: links to the old files, and a manifest with the branch's recipe."""
     recipe = plan.recipe_until(record["stage_index"])
     changed = {"recipe": recipe, "fingerprint": fingerprint(recipe), "branched_from": str(checkpoint)}
     target = checkpoint_folder(folder, record["stage"], record["steps_done"])
@@ -145,6 +146,6 @@ def _in_steps(written: Any, point: Fraction) -> Any:
         return written
     if point.denominator == 1:
         return int(point)
-    places = next(n for n in range(1, 1100) if (point * 10**n).denominator == 1)  # a decimal times an integer ends
-    digits = str(int(point * 10**places)).rjust(places + 1, "0")
-    return f"{digits[:-places]}.{digits[-places:]} steps"
+    decimals = next(n for n in range(1, 1100) if (point * 10**n).denominator == 1)  # a decimal times an integer ends
+    digits = str(int(point * 10**decimals)).rjust(decimals + 1, "0")
+    return f"{digits[:-decimals]}.{digits[-decimals:]} steps"

@@ -1,6 +1,6 @@
 """Baseline runs to compare a config with, derived from the config: joint training, no replay, constant LR, and more.
 
-Each baseline changes one thing, named by its name, and has the same compute: the union trains for the sum of all
+Each baseline changes one thing, which its name states, and has the same compute: the union trains for the sum of all
 stages, every other baseline for the steps of the stages that it keeps. Source: Ibrahim et al. 2024, arXiv:2403.08763,
 sections 5 and 6.
 """
@@ -130,7 +130,8 @@ def derive_baselines(config: Config, plan: Plan) -> Iterator[Baseline]:
     for name, description, stages, datasets in _runs(tables, plan):
         raw = copy.deepcopy(tables)
         raw["job"]["name"] = name
-        raw["stages"], raw["datasets"] = stages, {**raw["datasets"], **datasets}
+        raw["stages"] = stages
+        raw["datasets"] |= datasets
         yield Baseline(name, description, check_config(raw, Path(f"{name} of {config.job.name}")))
 
 
@@ -229,7 +230,8 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
         if not domains or index not in later:
             stages.append(stage)
             continue
-        total, done = sum(domain["weight"] for domain in domains.values()), 0.0
+        total = sum(domain["weight"] for domain in domains.values())
+        done = 0.0
         ends = [0]
         for domain in domains.values():
             done += domain["weight"]

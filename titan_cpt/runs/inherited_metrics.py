@@ -15,9 +15,9 @@ from titan_cpt.common.run_folder import METRICS_FILE
 def copy_metrics(
     source: Path, target: Path, *, stages: Sequence[str], until: Mapping[str, int | None], event: Mapping[str, Any]
 ) -> None:
-    """Write the target's metrics.jsonl: the source's lines up to the checkpoint, then an event that says so.
+    """Write the target's metrics.jsonl: the source's lines up to the checkpoint, then an event that names the source.
 
-    The losses at the start of each stage are among them; forgetting is the difference from these.
+    The copied lines include the validation losses at step 0 of each stage, from which forgetting is measured.
 
     Args:
         source: folder of the run whose checkpoint is used.

@@ -63,7 +63,7 @@ def adopt_shared_stages(run: SweepRun, others: Sequence[SweepRun]) -> str:
             until=dict.fromkeys(names),
             event={"name": "adopt", "stages": names, "folder": str(donor.folder)},
         )
-        for index in range(count):  # the last stage's end comes last: after an interruption all of this is done again
+        for index in range(count):  # the last stage's end is linked last: an interrupted call is repeated as a whole
             for folder in _linked_checkpoints(donor, run.plan, index):
                 record = manifest.verify(folder)
                 manifest.link_checkpoint(folder, run.folder / record["stage"] / folder.name, record)
@@ -141,13 +141,15 @@ class SharedStageLock:
 
 def _longest_trained(run: SweepRun, others: Sequence[SweepRun]) -> tuple[SweepRun | None, int]:
     """The other run that has trained most of the stages that it shares with this one, and their number."""
-    donor, count = None, 0
+    donor: SweepRun | None = None
+    count = 0
     for other in others:
         trained = 0
         for index in range(_equal_stages(run, other)):
             trained = index + 1 if has_checkpoint(other.checkpoint(index), run.plan, index) else trained
         if trained > count and other.folder != run.folder:
-            donor, count = other, trained
+            donor = other
+            count = trained
     return donor, count
 
 
@@ -172,21 +174,23 @@ def _equal_stages(run: SweepRun, other: SweepRun) -> int:
 
 def _has_equal_validation(run: SweepRun, other: SweepRun) -> bool:
     """Whether the other run's losses count for this one: the same validation sequences, at the same steps."""
-    ours, theirs = run.config, other.config
-    files = {name: table.validation for name, table in theirs.datasets.items() if table.validation}
-    same = all(name in ours.datasets and ours.datasets[name].validation == paths for name, paths in files.items())
-    return same and ours.validation == theirs.validation and ours.tokenizer.path == theirs.tokenizer.path
+    a = run.config
+    b = other.config
+    files = {name: table.validation for name, table in b.datasets.items() if table.validation}
+    same = all(name in a.datasets and a.datasets[name].validation == paths for name, paths in files.items())
+    return same and a.validation == b.validation and a.tokenizer.path == b.tokenizer.path
 
 
 def _has_equal_numerics(run: SweepRun, other: SweepRun) -> bool:
     """Whether an equal recipe gives both runs the same bits; rounding and skipped batches depend on more than that."""
-    ours, theirs = run.config, other.config
+    a = run.config
+    b = other.config
     same = all(
-        getattr(ours, table).model_dump(exclude=_NON_NUMERIC_KEYS)
-        == getattr(theirs, table).model_dump(exclude=_NON_NUMERIC_KEYS)
+        getattr(a, table).model_dump(exclude=_NON_NUMERIC_KEYS)
+        == getattr(b, table).model_dump(exclude=_NON_NUMERIC_KEYS)
         for table in _NUMERIC_TABLES
     )
-    return same and ours.job.deterministic == theirs.job.deterministic
+    return same and a.job.deterministic == b.job.deterministic
 
 
 def _training_data(run: SweepRun, stage_index: int) -> dict[str, Any]:

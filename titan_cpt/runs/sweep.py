@@ -20,7 +20,7 @@ from titan_cpt.runs.shared_stages import SharedStageLock, adopt_shared_stages
 from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs, single_run_file
 from titan_cpt.runs.training_process import StopRequested, StopSignals, last_error, train_in_process
 
-SWEEP_CONFIG_NAME = "arm.toml"  # what the run is to be trained with; config.toml is what it was trained with
+SWEEP_CONFIG_NAME = "arm.toml"  # the config to train with; config.toml is the config of the last start
 CONSOLE_NAME = "console.txt"
 TRAIN = (sys.executable, "-m", "titan_cpt", "train")
 

@@ -19,8 +19,8 @@ from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs
 
 def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
     """Print a table of all runs with their losses, and the error messages of those that failed."""
-    begun = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / METRICS_FILE).exists()]
-    records = with_unique_names(read_runs(begun, lambda message: console.print(escape(message), highlight=False)))
+    started = [outcome.folder for outcome in outcomes if outcome.folder and (outcome.folder / METRICS_FILE).exists()]
+    records = with_unique_names(read_runs(started, lambda message: console.print(escape(message), highlight=False)))
     names = {record.folder: record.name for record in records}
     failed = {
         names.get(each.folder, each.name) if each.folder else each.name: each.message

@@ -1,4 +1,4 @@
-"""Idle time and activations of every pipeline schedule, held against torch's own tables of actions, played through."""
+"""Idle time and activations of every pipeline schedule, compared with a simulation of torch's schedule tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLOTS = {"FORWARD": 1, "FULL_BACKWARD": 2, "BACKWARD_INPUT": 1, "BACKWARD_WEIGHT
 
 
 def table(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
-    """What every rank does, in order; an action is a list, of two where torch runs two passes together."""
+    """{rank: its actions in order}; an action is a list, of two passes where torch overlaps forward and backward."""
     if layout.schedule == "1F1B":
         return one_forward_one_backward(layout)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.pp)
@@ -38,7 +38,7 @@ def table(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
 
 
 def one_forward_one_backward(layout: ParallelDims) -> dict[int, list[list[_Action]]]:
-    """As many forward passes as ranks are left, then in turn; torch's own listing of it names one that is not there."""
+    """1F1B: pp - rank forward passes, then one backward and one forward in turn; torch's table has a wrong entry."""
     order = {}
     for rank in range(layout.pp):
         ahead = min(layout.microbatches, layout.pp - rank)
@@ -51,12 +51,12 @@ def one_forward_one_backward(layout: ParallelDims) -> dict[int, list[list[_Actio
 
 
 def works(action: _Action) -> bool:
-    """Whether it takes time here: sending and reducing do not."""
+    """Whether an action takes time in this simulation; communication does not."""
     return bool(action.sub_actions) or action.computation_type.name in SLOTS
 
 
-def played(layout: ParallelDims) -> tuple[float, list[int]]:
-    """The idle share of the whole time, and the most stages x micro-batches that each rank holds activations of."""
+def simulated(layout: ParallelDims) -> tuple[float, list[int]]:
+    """Simulate the table: (idle fraction of the step, peak (stage, micro-batch) pairs in memory for each rank)."""
     todo = table(layout)
     clock, ended, busy = dict.fromkeys(todo, 0), {}, dict.fromkeys(todo, 0)
     held, most = {rank: set() for rank in todo}, dict.fromkeys(todo, 0)
@@ -81,7 +81,7 @@ def played(layout: ParallelDims) -> tuple[float, list[int]]:
 
 
 def needs(action: _Action, layout: ParallelDims) -> list[tuple[str, int, int]]:
-    """What must have ended before an action can begin."""
+    """The actions that must finish before an action can start."""
     stage, part = action.stage_index, action.microbatch_index
     if action.computation_type.name == "FORWARD":
         return [("FORWARD", stage - 1, part)] if stage else []
@@ -104,25 +104,25 @@ def layouts(schedule: str) -> list[ParallelDims]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_bubble_is_that_of_torchs_schedule_tables(schedule: str) -> None:
-    """Every action takes its slots and waits for what it needs, as on real ranks; to the last slot."""
+    """In the simulation every action takes its slots and waits for the actions that it depends on."""
     for layout in layouts(schedule):
-        idle, _ = played(layout)
+        idle, _ = simulated(layout)
 
         assert bubble(layout) == pytest.approx(idle, abs=1e-12), layout
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_activations_in_flight_are_those_of_torchs_schedule_tables(schedule: str) -> None:
-    """On every rank; ZBVZeroBubble's first ranks may hold less where micro-batches are few, its fullest as much."""
+    """On every rank; for ZBVZeroBubble with few micro-batches the result is an upper bound, exact for the peak rank."""
     for layout in layouts(schedule):
-        _, held = played(layout)
-        said = [in_flight(layout, rank) for rank in range(layout.pp)]
+        _, held = simulated(layout)
+        computed = [in_flight(layout, rank) for rank in range(layout.pp)]
 
         if schedule == "ZBVZeroBubble" and layout.microbatches < 2 * layout.pp - 1:
-            assert max(said) == max(held), layout
-            assert all(ours >= theirs for ours, theirs in zip(said, held, strict=True)), layout
+            assert max(computed) == max(held), layout
+            assert all(bound >= peak for bound, peak in zip(computed, held, strict=True)), layout
         else:
-            assert said == held, layout
+            assert computed == held, layout
 
 
 def test_the_bubble_by_hand() -> None:

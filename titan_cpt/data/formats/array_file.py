@@ -213,10 +213,11 @@ def npy_header(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
         start_bytes = file.tell()
     if dtype.kind not in "iu" or (fortran and len(shape) > 1):
         raise DataError(f"{path}: contains {dtype}{' in Fortran order' * fortran}; allowed are integers in C order")
-    needed = start_bytes + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    found = size_and_mtime(path)[0]
-    if found != needed:
+    expected_bytes = start_bytes + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    size_bytes = size_and_mtime(path)[0]
+    if size_bytes != expected_bytes:
         raise DataError(
-            f"{path}: {found} bytes; the {dtype.name} array of shape {shape} in its header takes {needed}: {DAMAGED}"
+            f"{path}: {size_bytes} bytes; the {dtype.name} array of shape {shape} in its header takes "
+            f"{expected_bytes}: {DAMAGED}"
         )
     return dtype, shape, start_bytes

@@ -67,8 +67,8 @@ def _ds_dtype(path: Path) -> np.dtype[Any]:
     tokens = int.from_bytes(last, "little")
     if not tokens and not size_bytes:
         return DS_DTYPES[2]
-    width, left = divmod(size_bytes, tokens) if tokens else (0, 0)
-    if left or width not in DS_DTYPES:
+    width, remainder = divmod(size_bytes, tokens) if tokens else (0, 0)
+    if remainder or width not in DS_DTYPES:
         raise DataError(
             f"{path}: {size_bytes} bytes; the {tokens} tokens of its index take {2 * tokens} bytes as uint16 and "
             f"{4 * tokens} as uint32: {DAMAGED}"

@@ -147,18 +147,18 @@ class _Order:
                 f"{self.documents.path.name}, which has {self.documents.count}: the files come from different runs, or "
                 "one is damaged"
             )
-        found = []
-        for place, document in enumerate(self.documents.read(first, last - first + 1).tolist(), first):
+        pieces_found = []
+        for position, document in enumerate(self.documents.read(first, last - first + 1).tolist(), first):
             size, begins = self._document(document)
-            start = offset if place == first else 0
-            stop = until + 1 if place == last else size
+            start = offset if position == first else 0
+            stop = until + 1 if position == last else size
             if not 0 <= start <= stop <= size:
                 raise DataError(
                     f"{self.samples.path}: sample {sample} takes tokens {start} to {stop} of document {document}, "
                     f"which has {size} in {self._idx}: the index files belong to other data"
                 )
-            found.append((begins + start, stop - start))
-        return found
+            pieces_found.append((begins + start, stop - start))
+        return pieces_found
 
     def check_length(self, sample: int, pieces: list[tuple[int, int]], seq_len: int) -> None:
         """Raise DataError unless the pieces add up to seq_len + 1 tokens."""
@@ -180,14 +180,14 @@ class _Order:
         begins_bytes = int(self._pointers.read(document, 1)[0])
         return int(self._sizes.read(document, 1)[0]), begins_bytes // self._header.dtype.itemsize
 
-    def _check_range(self, index: ArrayFile, size: int, what: str) -> None:
+    def _check_range(self, index: ArrayFile, size: int, items: str) -> None:
         for start, stop in spans(index.count, block=65_536, limit=FULL_CHECK_NUMBERS):
             numbers = index.read(start, stop - start)
             wrong = np.flatnonzero((numbers < 0) | (numbers >= size))
             if len(wrong):
                 first = int(wrong[0])
                 raise DataError(
-                    f"{index.path}: entry {start + first} is {numbers[first]}, but there are {size} {what}: the index "
+                    f"{index.path}: entry {start + first} is {numbers[first]}, but there are {size} {items}: the index "
                     "files belong to other data, or this one is damaged"
                 )
 

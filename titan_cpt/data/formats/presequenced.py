@@ -44,8 +44,8 @@ class Presequenced(TokenStream):
             DataError: a file is damaged, or the entries of an .idx differ in length.
         """
         super().__init__(paths, vocab_size, open_file=open_file, in_stored_order=in_stored_order)
-        self._where = _named(paths)
-        self._lengths = {_even_length(path) for path in paths} if open_file is IndexedTokens else set()
+        self._where = _describe(paths)
+        self._lengths = {_common_length(path) for path in paths} if open_file is IndexedTokens else set()
 
     def windows(self, seq_len: int) -> int:
         """Return the number of sequences.
@@ -53,7 +53,7 @@ class Presequenced(TokenStream):
         Raises:
             DataError: the sequences have another length, or the tokens are not a whole number of sequences.
         """
-        return _counted(self._where, self._lengths, self.tokens, seq_len)
+        return _count_sequences(self._where, self._lengths, self.tokens, seq_len)
 
     def window(self, number: int, seq_len: int) -> npt.NDArray[np.int64]:
         """Return the seq_len + 1 tokens of a sequence, int64; see TokenStream.read."""
@@ -70,14 +70,16 @@ def count_presequenced(paths: Sequence[Path], tokens: int, seq_len: int, *, pair
     Raises:
         DataError: the sequences have another length, or the tokens are not a whole number of sequences.
     """
-    return _counted(_named(paths), {_first_length(path) for path in paths} if paired else set(), tokens, seq_len)
+    return _count_sequences(
+        _describe(paths), {_first_length(path) for path in paths} if paired else set(), tokens, seq_len
+    )
 
 
-def _named(paths: Sequence[Path]) -> str:
+def _describe(paths: Sequence[Path]) -> str:
     return f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}"
 
 
-def _counted(where: str, lengths: set[int], tokens: int, seq_len: int) -> int:
+def _count_sequences(where: str, lengths: set[int], tokens: int, seq_len: int) -> int:
     """Number of sequences of seq_len + 1 in `tokens` tokens. `lengths`: sequence lengths in the .idx files, if any."""
     if other := lengths - {0, seq_len + 1}:
         raise DataError(
@@ -100,7 +102,7 @@ def _first_length(prefix: Path) -> int:
     return int(_lengths(idx, header, 0, 1)[0]) if header.sequences else 0
 
 
-def _even_length(prefix: Path) -> int:
+def _common_length(prefix: Path) -> int:
     """Number of tokens of every entry of a pair's .idx; raises DataError if they differ."""
     idx = pair_paths(prefix)[1]
     header = read_header(idx)

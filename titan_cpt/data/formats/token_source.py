@@ -1,4 +1,4 @@
-"""TokenSource: what the data loader and validation need from the files of a source, whatever their format."""
+"""TokenSource: the interface through which the data loader and validation read a source, whatever its file format."""
 
 from typing import Protocol
 

@@ -63,13 +63,13 @@ def refuse_inputs_in_the_way(output: Path, inputs: Sequence[Path]) -> None:
     """
     paths = [*_files(output), *_files(validation_prefix(output))[:2]]
     with_partial = [*paths, *(parts_folder(output).iterdir() if parts_folder(output).is_dir() else ())]
-    places = {identity(path): path for path in with_partial}
-    places.pop(None, None)
-    for source in inputs if places else ():
-        place = places.get(identity(source))
-        if place is not None:
+    outputs = {identity(path): path for path in with_partial}
+    outputs.pop(None, None)
+    for source in inputs if outputs else ():
+        target = outputs.get(identity(source))
+        if target is not None:
             raise DataError(
-                f"{source}: is an input and would be overwritten by the output file {place}: choose another output"
+                f"{source}: is an input and would be overwritten by the output file {target}: choose another output"
             )
 
 
@@ -183,7 +183,7 @@ def _validation_files(output: Path, *, needed: bool) -> list[Path]:
     """Return the existing files of PREFIX-validation, the .idx first."""
     try:
         return [path for path in pair_paths(validation_prefix(output))[::-1] if _exists(path)]
-    except OSError:  # such as a name that is too long; without a hold-out that file is not written
+    except OSError:  # such as a name that is too long; without --holdout that file is not written
         if needed:
             raise
         return []
@@ -192,11 +192,11 @@ def _validation_files(output: Path, *, needed: bool) -> list[Path]:
 def _refuse_validation_prefix_of_another_output(output: Path) -> None:
     if not output.name.endswith(VALIDATION_SUFFIX) or output.name == VALIDATION_SUFFIX:
         return
-    whole = Path(str(output).removesuffix(VALIDATION_SUFFIX))
-    record = read_record(record_path(whole))
+    base = Path(str(output).removesuffix(VALIDATION_SUFFIX))
+    record = read_record(record_path(base))
     if record is not None and record["holdout"]:
         raise DataError(
-            f"{output}: contains the validation data of {whole} (see {record_path(whole)}): choose another output"
+            f"{output}: contains the validation data of {base} (see {record_path(base)}): choose another output"
         )
 
 

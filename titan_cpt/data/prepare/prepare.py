@@ -59,7 +59,7 @@ class PrepareResult:
     chunks: int
     """Number of chunks of the inputs."""
     note: str | None
-    """What the user should know about the tokenizer, or None."""
+    """Notes on the tokenizer for the user, one a line; None without notes."""
 
     @property
     def summary(self) -> str:

@@ -27,8 +27,8 @@ def tokenizer_provenance(prefix: Path) -> TokenizerProvenance | None:
     Raises:
         AccessError: a record exists but cannot be read.
     """
-    whole = str(prefix).removesuffix(VALIDATION_SUFFIX)
-    for name in dict.fromkeys((f"{prefix}.json", f"{whole}.json")):
+    base = str(prefix).removesuffix(VALIDATION_SUFFIX)
+    for name in dict.fromkeys((f"{prefix}.json", f"{base}.json")):
         try:
             record = json.loads(read_text(Path(name)))
             tokenizer = record["tokenizer"]

@@ -1,8 +1,8 @@
 """Tokenize one chunk of text into one shard: the work of a worker process of `prepare`.
 
-A shard is a .bin/.idx pair (two with a hold-out) and a .json of its counts. The .json is written last, so its existence
-proves that the shard is complete. The name of a shard is a digest of the text, the tokenizer and the options: a resumed
-run finds exactly its own finished shards.
+A shard is a .bin/.idx pair, with --holdout also one of validation data, and a .json of its counts. The .json is
+written last, so its existence proves that the shard is complete. The name of a shard is a digest of the text, the
+tokenizer and the options: a resumed run finds exactly its own finished shards.
 """
 
 import functools
@@ -138,7 +138,7 @@ def start_worker() -> None:
 
 
 def is_validation(text: bytes, holdout: float) -> bool:
-    """Whether a document is validation data. A hash of its text decides, so duplicates are never split."""
+    """Whether a document is validation data. A hash of its text decides, so duplicates are on the same side."""
     digest = hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held").digest()
     return int.from_bytes(digest, "big") < holdout * 2**64
 
@@ -181,17 +181,17 @@ def _write(
     validation: IndexedWriter,
 ) -> Counts:
     """Tokenize a batch, and write each document to the training or the validation pair."""
-    kept = [number for number, text in enumerate(texts) if text and not text.isspace()]
-    tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in kept])
-    utf8_bytes = np.array([len(encoded[number]) for number in kept], dtype=np.int64)
-    chosen = np.array([is_validation(encoded[number], holdout) for number in kept], dtype=np.bool_)
+    nonempty = [number for number, text in enumerate(texts) if text and not text.isspace()]
+    tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in nonempty])
+    utf8_bytes = np.array([len(encoded[number]) for number in nonempty], dtype=np.int64)
+    chosen = np.array([is_validation(encoded[number], holdout) for number in nonempty], dtype=np.bool_)
     train.add_documents(tokens[np.repeat(~chosen, sizes)], sizes[~chosen])
     validation.add_documents(tokens[np.repeat(chosen, sizes)], sizes[chosen])
     counted = Counter("".join(lost.values()))
     return Counts(
         *_totals(~chosen, sizes, utf8_bytes),
         *_totals(chosen, sizes, utf8_bytes),
-        empty_documents=len(texts) - len(kept),
+        empty_documents=len(texts) - len(nonempty),
         lost_documents=len(lost),
         lost_characters=counted.total(),
         lost=counted,

@@ -18,7 +18,7 @@ from titan_cpt.data.tokenizer.special_tokens import GuardedSpec, literals
 from titan_cpt.data.tokenizer.tiktoken_bpe import CannotConvertError, TiktokenSpec, to_tiktoken
 from titan_cpt.errors import DataError
 
-MAX_TESTED_SPECIAL_TOKENS = 64  # whose names are encoded when a tokenizer is opened; every text is checked later
+MAX_TESTED_SPECIAL_TOKENS = 64  # names to encode as a test when a tokenizer is opened; every text is checked later
 LONGEST_WHITE_SPACE = 50_000  # tiktoken's regular expressions overflow the stack at 400,000 to 1,000,000 white spaces
 TOKENIZER_TEST_STRINGS = (
     *("", " ", "  ", "   ", "a", " a", "  a", "a ", "a  ", "a\nb", "a\n\nb", "a \n b", "a\n  b", "\n\n\n", "\t\tx\t "),
@@ -83,7 +83,7 @@ class BytesBackend:
 class TiktokenBackend:
     """A byte-level BPE that was converted to tiktoken, with a fallback for texts that tiktoken cannot encode.
 
-    Internally, a number below the number of ranks is a tiktoken rank; others are ids plus the number of ranks.
+    Internally, a code below the number of ranks is a tiktoken rank; a larger code is an id plus the number of ranks.
     """
 
     def __init__(
@@ -112,10 +112,8 @@ class TiktokenBackend:
         self._bytes_of = np.zeros(len(self._id_of), dtype=np.int64)  # 0 for ids that tiktoken does not produce
         self._bytes_of[: self._offset] = [len(token) for token in conversion.ranks]
         self._nfc = conversion.nfc
-        self._raw, self._normal = (
-            _AddedTokenSplitter(conversion.raw_tokens),
-            _AddedTokenSplitter(conversion.normal_tokens),
-        )
+        self._raw = _AddedTokenSplitter(conversion.raw_tokens)
+        self._normal = _AddedTokenSplitter(conversion.normal_tokens)
         self._table = table
         self._fallback = fallback
 
@@ -125,40 +123,39 @@ class TiktokenBackend:
         Raises:
             DataError: tiktoken cannot encode a text, and `tokenizers` is not installed.
         """
-        numbers: list[int] = []
+        codes: list[int] = []
         lengths = []
         utf8_bytes = 0
         for text in texts:
-            before = len(numbers)
+            before = len(codes)
             if _has_long_white_space(text):
-                numbers += (self._fallback().encode([text]).ids + self._offset).tolist()
+                codes += (self._fallback().encode([text]).ids + self._offset).tolist()
             else:
-                utf8_bytes += self._append(text, numbers)
-            lengths.append(len(numbers) - before)
-        array = np.array(numbers, dtype=np.int64)
+                utf8_bytes += self._append(text, codes)
+            lengths.append(len(codes) - before)
+        array = np.array(codes, dtype=np.int64)
         if int(self._bytes_of[array].sum()) != utf8_bytes:
-            return self._fallback().encode(
-                texts
-            )  # tiktoken drops text that the pattern does not match; `tokenizers` keeps it
+            # tiktoken drops text that the pattern does not match; `tokenizers` keeps it.
+            return self._fallback().encode(texts)
         return Encoded(self._id_of[array], np.array(lengths, dtype=np.int64), {})
 
     def decode(self, ids: Sequence[int]) -> str:
         """See TokenizerBackend."""
         return _join(self._table, ids)
 
-    def _append(self, text: str, numbers: list[int]) -> int:
-        """Append the numbers of a text; return the number of UTF-8 bytes that tiktoken encoded."""
+    def _append(self, text: str, codes: list[int]) -> int:
+        """Append the codes of a text; return the number of UTF-8 bytes that tiktoken encoded."""
         utf8_bytes = 0
         for part in self._raw.split(text):
             if isinstance(part, int):
-                numbers.append(part + self._offset)
+                codes.append(part + self._offset)
                 continue
             for piece in self._normal.split(self._normalized(part)):
                 if isinstance(piece, int):
-                    numbers.append(piece + self._offset)
+                    codes.append(piece + self._offset)
                 else:
                     utf8_bytes += len(piece) if piece.isascii() else len(piece.encode())
-                    numbers += self._tiktoken.encode_ordinary(piece)
+                    codes += self._tiktoken.encode_ordinary(piece)
         return utf8_bytes
 
     def _normalized(self, text: str) -> str:
@@ -211,7 +208,8 @@ def _best(
 def _compare(backend: TokenizerBackend, exact: TokenizerBackend, guarded: GuardedSpec) -> None:
     """Raise CannotConvertError for the first test string that the two backends encode differently."""
     for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS])):
-        found, expected = backend.encode([text]).ids.tolist(), exact.encode([text]).ids.tolist()
+        found = backend.encode([text]).ids.tolist()
+        expected = exact.encode([text]).ids.tolist()
         if found != expected:
             raise CannotConvertError(f"tiktoken encodes {text!r} as {found}, the file defines {expected}")
 

@@ -44,25 +44,25 @@ def _settings(tokenizer: Tokenizer) -> Iterator[str]:
     file = path / "tokenizer.json" if path.is_dir() else path
     if dropout := (_read(file).get("model") or {}).get("dropout"):
         yield f"{tokenizer.name}: its BPE dropout of {dropout} is disabled, so that a text always has the same tokens"
-    named = _read(file.parent / "tokenizer_config.json").get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    end = tokenizer.decode([tokenizer.eod_id])
-    if isinstance(named, str) and named != end:
+    eos = _read(file.parent / "tokenizer_config.json").get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    end_name = tokenizer.decode([tokenizer.eod_id])
+    if isinstance(eos, str) and eos != end_name:
         yield (
-            f"{tokenizer.name}: documents end with {end} (id {tokenizer.eod_id}), but the tokenizer_config.json beside "
-            f"it has eos_token = {named}"
+            f"{tokenizer.name}: documents end with {end_name} (id {tokenizer.eod_id}), but the tokenizer_config.json "
+            f"beside it has eos_token = {eos}"
         )
 
 
 def _losses(tokenizer: Tokenizer) -> str | None:
     """A note on features of texts that the tokenizer loses; `prepare` counts characters without a token instead."""
     lost = []
-    for what, pair in _LOSSES.items():
+    for feature, pair in _LOSSES.items():
         ids = tokenizer.encode_documents(pair)
         first = ids.ids[: ids.lengths[0]]
         second = ids.ids[ids.lengths[0] :]
         if not ids.lost and first.tolist() == second.tolist():
-            lost.append(what)
+            lost.append(feature)
     if not lost:
         return None
     return (

@@ -59,9 +59,9 @@ class HuggingFaceBackend:
         """
         self._name = name
         self._guarded = guarded
-        self._whole = _library_tokenizer(spec, name)
-        _check_ids(self._whole, spec, name)
-        self._encoder = self._whole if guarded.spec is spec else _library_tokenizer(guarded.spec, name)
+        self._tokenizer = _library_tokenizer(spec, name)
+        _check_ids(self._tokenizer, spec, name)
+        self._encoder = self._tokenizer if guarded.spec is spec else _library_tokenizer(guarded.spec, name)
         self._forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
         marked = {**dict.fromkeys(self._forbidden, _FORBIDDEN), **dict.fromkeys(guarded.byte_ids, _BYTE)}
         if guarded.unknown_id is not None:
@@ -95,7 +95,7 @@ class HuggingFaceBackend:
                 lost[number] = "".join(texts[number][start:end] for token, (start, end) in spans if token == unknown)
             if _FORBIDDEN in marks:
                 token = next(self._forbidden[one] for one in parts[number] if one in self._forbidden)
-                raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_begin(texts[number])}")
+                raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_excerpt(texts[number])}")
         if self._drops:
             lost = {number: dropped for number, text in enumerate(texts) if (dropped := self._dropped(text))}
         if self._guarded.byte_ids:
@@ -104,16 +104,16 @@ class HuggingFaceBackend:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; special tokens are decoded to their names."""
-        return str(self._whole.decode(list(ids), skip_special_tokens=False))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _marked(self, ids: Ids, lengths: Ids) -> list[tuple[int, set[int]]]:
         """Return (index, kinds of ids) of the texts that contain ids which need an extra check."""
         marks = self._marks[ids]
-        places = np.flatnonzero(marks)
-        owners = np.searchsorted(np.cumsum(lengths), places, side="right")
+        positions = np.flatnonzero(marks)
+        text_indices = np.searchsorted(np.cumsum(lengths), positions, side="right")
         found: dict[int, set[int]] = {}
-        for owner, mark in zip(owners.tolist(), marks[places].tolist(), strict=True):
-            found.setdefault(owner, set()).add(mark)
+        for text_index, mark in zip(text_indices.tolist(), marks[positions].tolist(), strict=True):
+            found.setdefault(text_index, set()).add(mark)
         return [*found.items()]
 
     def _without_named_bytes(self, text: str, encoding: Any) -> list[int]:
@@ -123,7 +123,7 @@ class HuggingFaceBackend:
             if any(number in self._guarded.byte_ids and end - start > 1 for number, (start, end) in spans):
                 raise DataError(
                     f"{self._name}: a text contains the name of a byte token, such as <0x0A>, which this model encodes "
-                    f"as the byte: {_begin(text)}. Remove it from the text"
+                    f"as the byte: {_excerpt(text)}. Remove it from the text"
                 )
             return list(encoding.ids)
         normalizer = self._encoder.normalizer
@@ -197,5 +197,5 @@ def _check_ids(tokenizer: Any, spec: dict[str, Any], name: str) -> None:
     )
 
 
-def _begin(text: str) -> str:
+def _excerpt(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."

@@ -1,4 +1,4 @@
-"""Special tokens of a tokenizer.json: their names and ids, and how to keep their names in a text from becoming them.
+"""Special tokens of a tokenizer.json: their names and ids, and changes that make their names in a text stay text.
 
 A literal </s> in a text is text. The `tokenizers` library can skip matching special tokens, but its models still know
 their names: a Unigram, WordLevel or WordPiece model has them in its vocabulary, a BPE may merge them, and with byte

@@ -66,7 +66,8 @@ def to_tiktoken(spec: dict[str, Any]) -> TiktokenSpec:
             ids[rank : rank + 1] = [number]
         pattern = _pattern_with_runs(runs)
     if runs or all(number is None for number in (raw | normal).values()):
-        raw, normal = {}, {}
+        raw = {}
+        normal = {}
     return TiktokenSpec(ranks, np.array(ids, dtype=np.int64), pattern, nfc, raw, normal)
 
 
@@ -80,7 +81,7 @@ def token_bytes(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable characters for bytes: visible Latin-1 as it is, the other bytes from U+0100 in order."""
+    """GPT-2's printable characters for bytes: visible Latin-1 for itself, characters from U+0100 on for the others."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
     return {chr(byte): byte for byte in visible} | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
@@ -179,7 +180,8 @@ class _Borders:
         for rank, (token, pairs) in enumerate(products.items()):
             for left, right in pairs:
                 if left in self.made and right in self.made and self.stay_apart(left, right, limit=rank):
-                    self.made[token], self._split[token] = rank, (left, right)
+                    self.made[token] = rank
+                    self._split[token] = (left, right)
                     break
         for pair, rank in self._pair_rank.items():
             if any(self.made.get(part, -1) >= rank for part in pair):
@@ -198,10 +200,12 @@ class _Borders:
             if rank < limit or (crossing_first and rank == limit):
                 return False
             if self.made[left] > self.made[right]:
-                limit, crossing_first = self.made[left], False
+                limit = self.made[left]
+                crossing_first = False
                 left = self._split[left][1]
             elif right in self._split:
-                limit, crossing_first = self.made[right], True
+                limit = self.made[right]
+                crossing_first = True
                 right = self._split[right][0]
             else:
                 return True

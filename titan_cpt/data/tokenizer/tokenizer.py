@@ -132,9 +132,9 @@ class Tokenizer:
         ends = np.cumsum(lengths)
         if self.bos_id is None:
             return Encoded(np.insert(ids, ends, self.eod_id), lengths + 1, lost)
-        places = np.stack([ends - lengths, ends], axis=1).ravel()  # at equal positions, np.insert keeps this order
+        positions = np.stack([ends - lengths, ends], axis=1).ravel()  # at equal positions, np.insert keeps this order
         marks = np.tile([self.bos_id, self.eod_id], len(ends))
-        return Encoded(np.insert(ids, places, marks), lengths + 2, lost)
+        return Encoded(np.insert(ids, positions, marks), lengths + 2, lost)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens become their names, bytes that are not UTF-8 become U+FFFD.

@@ -1,4 +1,4 @@
-"""Where a stage's weights come from, and the training history that they bring along."""
+"""The initial weights of a stage, and their training history."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from titan_cpt.planning.plan_draft import PlanDraft
 def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | str:
     """The checkpoint of an earlier stage, or `random`, `checkpoint:PATH` or `hf:NAME`.
 
-    `previous` is the end of the stage before, or the step before the annealing if its schedule is infinite. That
-    references name existing stages was checked with the config.
+    `previous` is the end of the stage before, or the step before the annealing if its schedule is infinite. The
+    config's check has already refused references to stages that do not exist.
     """
     earlier = list(draft.stages.values())
     init = stage.init or ("previous" if earlier else "random")

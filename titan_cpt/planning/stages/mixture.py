@@ -1,4 +1,4 @@
-"""The mixture of a stage: from datasets, weights and replay to the tree that says which sequence comes when."""
+"""The mixture of a stage: from datasets, weights and replay to the tree that gives the source of every sequence."""
 
 from __future__ import annotations
 

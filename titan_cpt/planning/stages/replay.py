@@ -88,7 +88,7 @@ def _check_was_seen(
     history: TrainingHistory,
     init: StageCheckpoint | str,
 ) -> None:
-    """Weights trained from scratch cannot replay the data of a later stage; other unseen data is a note."""
+    """Refuse replay of data that weights trained from scratch see in a later stage first; note other unseen data."""
     if isinstance(init, StageCheckpoint):
         parent = draft.stages[init.stage]
         init = [parent, *ancestors(parent, draft.stages)][-1].init
