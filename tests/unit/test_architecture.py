@@ -53,7 +53,7 @@ NO_TORCH = (  # packages and modules that import nothing heavy when they are imp
 )
 HEAVY_ON_PURPOSE = ("commands.launch", "reporting.figures")  # wraps torchrun; draws, and is imported when it must
 TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a test that fails if they are wrong
-    "__main__": "unit/common/test_exit_status.py",
+    "__main__": "unit/commands/test_cli.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",
     "checkpoint.provenance": "behavior/test_begin_of_document.py",

@@ -1,4 +1,4 @@
-"""Where a run continues: the stage, and the checkpoint to resume it from; tests/behavior/test_resume.py resumes runs."""
+"""Where a run continues: its stage and its checkpoint; tests/behavior/test_resume.py resumes real runs."""
 
 from pathlib import Path
 
