@@ -33,8 +33,8 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="crash-matrix-") as folder:
         matrix = Matrix(Path(folder), seed=options.seed, ranks=options.ranks)
-        toll = matrix.go_on(options.kills, lambda line: print(line, file=sys.stderr))
-    print(toll.told())
+        toll = matrix.run_until(options.kills, lambda line: print(line, file=sys.stderr))
+    print(toll.summary())
     print(f"seed {options.seed}, {options.ranks} rank(s), {time.monotonic() - began:.0f} s")
     return 1 if toll.mismatches or toll.damaged else 0
 

@@ -1,8 +1,8 @@
-"""The crash matrix: a run is killed with SIGKILL again and again, at chosen and at random moments, and compared.
+"""The crash matrix: kill a run with SIGKILL many times, at chosen and random moments, and compare its results.
 
-Each life of a run is `titan-cpt train --config ...` in a process forked from a server that has torch imported, so that
-a restart costs a fraction of a second. Batches are spoilt on purpose on the way, and passed over, so that the skips
-have to survive as well. scripts/crash_matrix.py runs it for as long as one likes.
+Each start of a run is `titan-cpt train --config ...` in a process forked from a server that has torch imported, so that
+a restart takes a fraction of a second. Some batches are bad and skipped, so that the skips must survive too.
+scripts/crash_matrix.py runs it for any length of time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from titan_cpt.errors import CheckpointError
 
 KILLED, TERMINATED, STOPPED, DONE = -9, -15, 75, 0
 
-# What a life is cut short in: the place, and how many times it may be called before the kill.
+# Where a process is killed: a function, and the number of its calls from which the fatal one is drawn.
 MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
     "a step": (("titan_cpt.train:Trainer.train_step", 7), ("torch.optim:AdamW.step", 7)),
     "a save, before its shards": (("titan_cpt.checkpoint.storage:ShardWriter.write_data", 3),),
@@ -54,7 +54,7 @@ MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
 
 @dataclass
 class Toll:
-    """What has happened so far."""
+    """Counts of what has happened so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     resumes: int = 0
@@ -63,14 +63,14 @@ class Toll:
     damaged: list[str] = field(default_factory=list)
     """Checkpoints with a manifest that did not verify right after a kill."""
     mismatches: list[str] = field(default_factory=list)
-    """Numbers and tensors that were not those of the unbroken run."""
+    """Numbers and tensors that differ from those of the uninterrupted run."""
 
     @property
     def total(self) -> int:
         """Kills of all kinds."""
         return sum(self.kills.values())
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """A table, and the three numbers that matter."""
         rows = [f"  {count:5}  {moment}" for moment, count in sorted(self.kills.items())]
         last = (
@@ -120,7 +120,7 @@ class Matrix:
         assert status == DONE, "the unbroken run did not end well"
         self.unbroken = folder / "unbroken"
 
-    def go_on(self, kills: int, tell: Callable[[str], None] = lambda line: None) -> Toll:
+    def run_until(self, kills: int, tell: Callable[[str], None] = lambda line: None) -> Toll:
         """Kill until `kills` were counted, and finish what is under way."""
         while self.toll.total < kills:
             self._runs += 1

@@ -1,4 +1,4 @@
-"""Faults laid into runs: bad numbers at chosen steps, and several ranks in processes forked from a warm server.
+"""Inject faults into runs: bad losses at chosen steps; and start several ranks, forked from a preloaded server.
 
 A run here is `titan_cpt.cli.main([...])`, forked like those of training.py, with the environment that torchrun would
 give it: four ranks start in the time of one fork each, not in eleven seconds.
@@ -40,7 +40,7 @@ class BadNumbers:
     once: str = ""
 
     def lay(self) -> None:
-        """Take the place of train_step in this process."""
+        """Replace `Trainer.train_step` in this process."""
         sound = titan_cpt.train.Trainer.train_step
 
         def spoilt(trainer: Any, loader: Any, stage: Any, step: int) -> Any:
@@ -108,12 +108,12 @@ def outcome_of(process: Any, output: Path, *, seconds: float = 120) -> Outcome:
 
 
 def train(config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1) -> Outcome:
-    """`titan-cpt train --config CONFIG ...` on so many ranks, to its end; what rank 0 came to."""
+    """Run `titan-cpt train --config CONFIG ...` on `ranks` ranks to its end; returns the outcome of rank 0."""
     return launch(config, *overrides, faults=faults, ranks=ranks)[0]
 
 
 def launch(config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1) -> list[Outcome]:
-    """The same, and what every rank came to."""
+    """Like `train`; returns the outcome of every rank."""
     started = start_ranks(config, *overrides, faults=faults, ranks=ranks)
     return [outcome_of(process, output) for process, output in started]
 
@@ -121,22 +121,22 @@ def launch(config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int
 def start_ranks(
     config: Path, *overrides: str, faults: Sequence[Any] = (), ranks: int = 1, only: int | None = None
 ) -> list[tuple[Any, Path]]:
-    """The processes of all ranks, under way; a Fault, which kills, is laid on every rank or on one only."""
+    """Start all ranks and return their processes; a `Fault`, which kills, is injected into all ranks or into `only`."""
     life = Life(("train", "--config", str(config), *overrides), tuple(faults))
     return start_all(life, config, ranks=ranks, only=only)
 
 
 def start_all(life: Life, beside: Path, *, ranks: int, only: int | None = None) -> list[tuple[Any, Path]]:
-    """One process for each rank, and where its output goes: a file beside another one."""
+    """One process for each rank, and the file of its output, in the folder of `beside`."""
     shared: tuple[tuple[str, str], ...] = ()
     if ranks > 1:
         shared = (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port())), ("WORLD_SIZE", str(ranks)))
     started = []
     for rank in range(ranks):
         output = beside.with_suffix(f".{time.monotonic_ns()}.{rank}.txt")
-        place = (*shared, ("RANK", str(rank)), ("LOCAL_RANK", str(rank))) if ranks > 1 else ()
-        mine = tuple(fault for fault in life.faults if only in (None, rank) or not isinstance(fault, Fault))
-        started.append((start(replace(life, faults=mine, environment=place), output), output))
+        environment = (*shared, ("RANK", str(rank)), ("LOCAL_RANK", str(rank))) if ranks > 1 else ()
+        own_faults = tuple(fault for fault in life.faults if only in (None, rank) or not isinstance(fault, Fault))
+        started.append((start(replace(life, faults=own_faults, environment=environment), output), output))
     return started
 
 
@@ -155,13 +155,13 @@ def _child(life: Life, output: str) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
+    """A free TCP port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def kill(process: Any) -> None:
-    """kill -9, if it still runs."""
+    """Send SIGKILL to a process that still runs."""
     if process.is_alive():
         os.kill(process.pid, signal.SIGKILL)

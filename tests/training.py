@@ -1,4 +1,4 @@
-"""What the tests of training share: small data, a small config, and runs of the real command in processes of their own.
+"""Helpers of the tests of training: small data, a small config, and runs of the real command in separate processes.
 
 A run is `titan_cpt.cli.main(["train", ...])` in a process forked from a server that has torch imported already, which
 saves the four seconds of the import; test_resume.py runs `python -m titan_cpt train` itself once and compares.
@@ -39,7 +39,9 @@ from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
 
 THEIR_WARNINGS_IGNORED = [
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata's loader, of torch
+    pytest.mark.filterwarnings(
+        "ignore:'set_vital' is deprecated"
+    ),  # raised inside torch when torchdata's loader starts
     pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized"),  # DCP in a single process
 ]
 END_OF_DOCUMENT = 256
@@ -116,7 +118,7 @@ def two_stages(data: Path, out: Path) -> dict[str, Any]:
 
 
 def third_stage() -> dict[str, Any]:
-    """A stage to append: English again, its optimizer new."""
+    """A stage to append: English again, with a reset optimizer."""
     return {"name": "again", "dataset": "en", "steps": 5, "lr": {"schedule": "constant", "max": 1e-3}}
 
 
@@ -144,7 +146,7 @@ def config_of(raw: dict[str, Any]) -> Config:
 
 
 @contextmanager
-def cast(config: Config) -> Iterator[Trainer]:
+def built_trainer(config: Config) -> Iterator[Trainer]:
     """The trainer of a run in this process, built as the program does; nothing is trained yet."""
     folder = Path(config.job.output_dir) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 def test_thirty_kills_change_nothing(tmp_path):
     """Steps, saves, transitions, measurements, skips, starts; scripts/crash_matrix.py goes on for longer."""
-    toll = Matrix(tmp_path, seed=20).go_on(30)
+    toll = Matrix(tmp_path, seed=20).run_until(30)
 
     assert toll.mismatches == []
     assert toll.damaged == []
@@ -25,7 +25,7 @@ def test_thirty_kills_change_nothing(tmp_path):
 
 def test_killing_one_of_two_ranks_changes_nothing(tmp_path):
     """The other one ends by itself, or hangs and is killed; then both are started again."""
-    toll = Matrix(tmp_path, seed=3, ranks=2).go_on(4)
+    toll = Matrix(tmp_path, seed=3, ranks=2).run_until(4)
 
     assert toll.mismatches == []
     assert toll.damaged == []
@@ -58,7 +58,7 @@ def test_every_moment_of_the_matrix_can_be_hit(tmp_path, moment):
     matrix = Matrix(tmp_path, seed=1)
     matrix.rng.choice = lambda among: moment if moment in among else among[0]
     matrix.rng.randint = lambda low, high: low
-    toll = matrix.go_on(1)
+    toll = matrix.run_until(1)
 
     assert toll.kills == {moment: 1}
     assert toll.mismatches == []

@@ -18,7 +18,7 @@ def test_a_step_enters_few_files_and_none_calls_back(tmp_path, precision):
     """At most 16 of our files, three of them to read tokens, and no pair of files with calls in both directions."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["training"]["mixed_precision_param"] = precision
-    with training.cast(training.config_of(raw)) as trainer:
+    with training.built_trainer(training.config_of(raw)) as trainer:
         stage = trainer.plan.stages[0]
         begin_stage(trainer, stage)
         loader = training.loader_of(trainer, stage)

@@ -82,7 +82,7 @@ def test_bfloat16_works_on_a_cpu_without_bfloat16_and_the_run_says_that_it_is_em
     found, said = {}, {}
     for has_bfloat16 in (True, False):
         monkeypatch.setattr(ops, "CPU_HAS_BFLOAT16", has_bfloat16)
-        with training.cast(training.config_of(raw)) as trainer:
+        with training.built_trainer(training.config_of(raw)) as trainer:
             stage = trainer.plan.stages[0]
             begin_stage(trainer, stage)
             loader = training.loader_of(trainer, stage)
@@ -100,7 +100,7 @@ def test_bfloat16_works_on_a_cpu_without_bfloat16_and_the_run_says_that_it_is_em
 def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
     """torch's AdamW, cross_entropy and clip_grad_norm_ over the same batches: losses, norms, LRs and final weights."""
     raw["training"]["local_batch_size"] = local_batch
-    with training.cast(training.config_of(raw)) as trainer:
+    with training.built_trainer(training.config_of(raw)) as trainer:
         stage = trainer.plan.stages[0]
         begin_stage(trainer, stage)
         loader = training.loader_of(trainer, stage)
@@ -157,7 +157,7 @@ def weights_of(trainer):
 
 def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_checkpoint_bit_for_bit(raw):
     """Weights, and with "keep" moments and step count too, are those after 9 of 12 steps, not those of the end."""
-    with training.cast(training.config_of(raw)) as trainer:
+    with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
         trainer.train_stage(english, 0)
@@ -178,7 +178,7 @@ def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_check
 def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperparameters(raw):
     """AdamW's step by hand, in fp64, from the kept moments: new betas, eps, decay, LR, and step count 10."""
     raw["stages"][1]["optimizer"] = {"beta1": 0.5, "beta2": 0.7, "eps": 1e-4, "weight_decay": 0.6}
-    with training.cast(training.config_of(raw)) as trainer:
+    with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
         trainer.train_stage(english, 0)
@@ -205,7 +205,7 @@ def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperpa
 def test_a_transition_that_resets_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
     """After a stage of which nothing but the weights is to stay."""
     raw["stages"][1]["optimizer_state"] = "reset"
-    with training.cast(training.config_of(raw)) as trainer:
+    with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
         trainer.train_stage(english, 0)
@@ -498,7 +498,7 @@ def test_a_bad_step_is_not_reported_before_the_metrics_are_flushed(raw, monkeypa
 def test_the_logged_batch_hashes_are_those_of_the_plan(finished):
     """The hash in the record is the reader's of the plan's draws, for every step."""
     config = training.load_config(finished / "config.toml")
-    with training.cast(config) as trainer:
+    with training.built_trainer(config) as trainer:
         plan = trainer.plan
         hashes = [trainer.reader.batch_hash(plan.batch(s, step)) for s in plan.stages for step in range(s.steps)]
 

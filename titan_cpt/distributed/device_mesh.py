@@ -18,7 +18,7 @@ class Mesh:
     """Parallelism degrees and device meshes, seen from one rank.
 
     Attributes:
-        coordinates: of this rank in every dimension.
+        coordinates: this rank's coordinate in every dimension.
         data_rank: index of this rank's share of each global batch.
         device_mesh: dimensions `pp` and `tp` where their degree is above 1, and `fsdp`, over which parameters are
             sharded: dp_shard and cp flattened into one, behind `dp_replicate` with HSDP. None in a single process,
@@ -76,11 +76,18 @@ def build_mesh(process: ProcessInfo, parallel_dims: ParallelDims) -> Mesh:
         degrees |= {"tp": dims.tp} if dims.tp > 1 else {}
         device_mesh = init_device_mesh(process.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
         context = _context_group(process.device.type, dims) if dims.cp > 1 else None
-    coordinates, data_rank = dims.coordinates(process.rank), dims.data_rank(process.rank)
-    return Mesh(process, dims, coordinates, data_rank, device_mesh, context)
+    return Mesh(
+        process,
+        dims,
+        dims.coordinates(process.rank),
+        dims.data_rank(process.rank),
+        device_mesh=device_mesh,
+        context=context,
+    )
 
 
 def _context_group(device: str, dims: ParallelDims) -> dist.ProcessGroup:
+    """The process group of this rank's context-parallel ranks."""
     others = dims.world_size // (dims.cp * dims.tp)
     mesh = init_device_mesh(device, (others, dims.cp, dims.tp), mesh_dim_names=("others", "cp", "tp"))
     return mesh["cp"].get_group()

@@ -11,7 +11,7 @@ def in_float8(name: str, size: tuple[int, ...], *, tp: int, filter_fqns: tuple[s
     The output head is not converted: its product is fused with the loss.
 
     Args:
-        name: of the layer or of its weight, in the whole model.
+        name: name of the layer, or of its weight, in the unsharded model.
         size: rows and columns of the unsharded weight.
         tp: tensor-parallel degree.
         filter_fqns: a layer whose name contains one of these is not converted.

@@ -19,8 +19,8 @@ def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offl
     rank nothing is sharded, but parameters and activations are cast to the compute dtype.
 
     Args:
-        model: or a pipeline stage.
-        mesh: whose `fsdp` dimension shards.
+        model: a whole model or a pipeline stage.
+        mesh: parameters are sharded over its `fsdp` dimension.
         precision: dtype of computation and of gathered parameters; gradients are reduced in float32.
         offloaded: keep parameters, gradients and optimizer state in host memory.
     """

@@ -22,9 +22,8 @@ class ComputeCopy:
     """
 
     def __init__(self, master: nn.Module, compute: nn.Module) -> None:
-        self._master: list[torch.Tensor]
-        self._compute: list[torch.Tensor]
-        self._master, self._compute = [*master.parameters()], [*compute.parameters()]
+        self._master: list[torch.Tensor] = [*master.parameters()]
+        self._compute: list[torch.Tensor] = [*compute.parameters()]
         assert [p.shape for p in self._master] == [p.shape for p in self._compute], "two different models"
         self._versions: list[int] = []
         self._gave_gradients = False
@@ -38,7 +37,8 @@ class ComputeCopy:
         stepped = self._gave_gradients and all(weight.grad is None for weight in self._master)
         if stepped or versions != self._versions:
             torch._foreach_copy_(self._compute, self._master)
-            self._versions, self._gave_gradients = versions, False
+            self._versions = versions
+            self._gave_gradients = False
 
     def take_gradients(self) -> None:
         """Continue accumulating in the master weights' gradients; None after the optimizer cleared them."""

@@ -21,7 +21,8 @@ def parallelize(model: LanguageModel, mesh: Mesh, options: ParallelOptions) -> N
     """
     dims = mesh.parallel_dims
     if options.float8 is not None:
-        emulated, sharded = mesh.process.device.type == "cpu", mesh.device_mesh is not None
+        emulated = mesh.process.device.type == "cpu"
+        sharded = mesh.device_mesh is not None
         convert_layers(model, options.float8, tp=dims.tp, sharded=sharded, emulated=emulated)
     if dims.tp > 1:
         apply_tp(model, mesh.tensor, loss_parallel=dims.loss_parallel)

@@ -26,7 +26,7 @@ def apply_tp(model: LanguageModel, mesh: DeviceMesh, *, loss_parallel: bool) -> 
 
     Args:
         model: not sharded yet.
-        mesh: of the tensor-parallel ranks.
+        mesh: the mesh of the tensor-parallel ranks.
         loss_parallel: keep the logits sharded over the vocabulary.
     """
     sequence, replicated = Shard(1), Replicate()
@@ -58,7 +58,7 @@ def _head_plan(*, tied: bool, loss_parallel: bool) -> ParallelStyle:
 def enable_async_tp(mesh: DeviceMesh) -> None:
     """Async TP: torch.compile splits all-gathers and products into chunks and overlaps them, by symmetric memory.
 
-    On CUDA only. Tested on no GPU by us.
+    On CUDA only; not tested on a GPU yet.
     """
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # not in every build of torch
 

@@ -120,7 +120,7 @@ def evaluate(
             try:
                 score = _stored_score(path, target, task)
                 if score is not None:
-                    log(f"{_line(score)}, kept from before")
+                    log(f"{_line(score)}, stored score")
                 elif should_stop():
                     break
                 else:

@@ -66,15 +66,15 @@ def generate(
     indices: dict[tuple[int, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         indices.setdefault(tuple(prompt)[-room:], []).append(index)
-    found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)
+    padded = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)  # id + 1; 0 after the end
     longest_first = sorted(indices, key=lambda tokens: (-len(tokens), tokens))
     for batch, counts in shard_batches(loaded, batches(longest_first, loaded, max_new_tokens)):
         continuations = _continue(loaded, batch, max_new_tokens, sampling or Sampling(), stop)
         if counts:
             for prompt, continuation in zip(batch, continuations, strict=True):
                 for index in indices[prompt]:
-                    found[index, : len(continuation)] = torch.tensor(continuation, dtype=torch.int64) + 1
-    return [[token - 1 for token in row if token] for row in sum_over_ranks(loaded, found).tolist()]
+                    padded[index, : len(continuation)] = torch.tensor(continuation, dtype=torch.int64) + 1
+    return [[token - 1 for token in row if token] for row in sum_over_ranks(loaded, padded).tolist()]
 
 
 @torch.no_grad()

@@ -158,14 +158,15 @@ def loglikelihoods(loaded: LoadedModel, pairs: Sequence[tuple[list[int], list[in
             )
         tokens = (context + continuation)[-(loaded.max_length + 1) :]
         scored.setdefault(tuple(tokens[:-1]), []).append((number, continuation))
-    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    totals = torch.zeros(len(pairs), 2, dtype=torch.float64)
     longest_first = sorted(scored, key=lambda tokens: (-len(tokens), tokens))
     for batch, counts in shard_batches(loaded, batches(longest_first, loaded)):
         results = _batch_loglikelihoods(loaded, batch, [scored[tokens] for tokens in batch])
         if counts:
             for number, nats, greedy in results:
-                found[number, 0], found[number, 1] = nats, greedy
-    return [(nats, bool(greedy)) for nats, greedy in sum_over_ranks(loaded, found).tolist()]
+                totals[number, 0] = nats
+                totals[number, 1] = greedy
+    return [(nats, bool(greedy)) for nats, greedy in sum_over_ranks(loaded, totals).tolist()]
 
 
 def _batch_loglikelihoods(
@@ -177,7 +178,7 @@ def _batch_loglikelihoods(
         inputs: token ids, [B][L].
         continuations: for each input, its (pair index, continuation) pairs.
     """
-    longest = [max(len(continuation) for _, continuation in of_input) for of_input in continuations]
+    longest = [max(len(continuation) for _, continuation in pairs) for pairs in continuations]
     positions = [
         (row, position)
         for row, (tokens, count) in enumerate(zip(inputs, longest, strict=True))
@@ -187,29 +188,29 @@ def _batch_loglikelihoods(
     rows_T, positions_T = torch.tensor(positions, device=device).T
     logits_TV = logits_at(loaded.model, pad_sequences(inputs, device), rows_T, positions_T)
     ends = torch.tensor(longest).cumsum(0).tolist()
-    wanted = [
-        (number, token, end - len(continuation) + place)
-        for end, of_input in zip(ends, continuations, strict=True)
-        for number, continuation in of_input
-        for place, token in enumerate(continuation)
+    scored = [
+        (number, token, end - len(continuation) + index)
+        for end, pairs in zip(ends, continuations, strict=True)
+        for number, continuation in pairs
+        for index, token in enumerate(continuation)
     ]
-    at_W = torch.tensor([place for _, _, place in wanted], device=device)
-    tokens_W = torch.tensor([token for _, token, _ in wanted], device=device)
+    at_W = torch.tensor([row for _, _, row in scored], device=device)
+    tokens_W = torch.tensor([token for _, token, _ in scored], device=device)
     nats_W, best_W = [], []
     for at, tokens in zip(torch.split(at_W, _LOGIT_ROWS), torch.split(tokens_W, _LOGIT_ROWS), strict=True):
         logits_WV = logits_TV[at].float()
         nats_W.append(logits_WV.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
         best_W.append(logits_WV.argmax(-1) == tokens)
     sums: dict[int, list[float]] = {}
-    for (number, _, _), nats, best in zip(wanted, torch.cat(nats_W).tolist(), torch.cat(best_W).tolist(), strict=True):
-        so_far = sums.setdefault(number, [0.0, 1.0])
-        so_far[0] += nats
-        so_far[1] *= best
+    for (number, _, _), nats, best in zip(scored, torch.cat(nats_W).tolist(), torch.cat(best_W).tolist(), strict=True):
+        pair_sums = sums.setdefault(number, [0.0, 1.0])
+        pair_sums[0] += nats
+        pair_sums[1] *= best
     return [(number, nats, bool(greedy)) for number, (nats, greedy) in sums.items()]
 
 
 def logits_at(model: LanguageModel, tokens_BL: Tensor, rows_T: Tensor, positions_T: Tensor) -> Tensor:
-    """logits_TV at the given positions only: the output layer, the widest one, skips all others."""
+    """logits_TV at the given positions only: the output layer, the widest one, skips the other positions."""
 
     def project(x_BLD: Tensor, weight_VD: Tensor) -> Tensor:
         return linear(x_BLD[rows_T, positions_T], weight_VD)
@@ -230,16 +231,16 @@ def batches(
     """Batches of sequences of similar length, with at most `batch_tokens` tokens each.
 
     Args:
-        longest_first: sequences, sorted by length.
+        longest_first: sequences, sorted by decreasing length.
         room: tokens by which each sequence may grow.
     """
-    found: list[Sequence[tuple[int, ...]]] = []
+    groups: list[Sequence[tuple[int, ...]]] = []
     start = 0
     while start < len(longest_first):
         rows = max(1, loaded.batch_tokens // (len(longest_first[start]) + room))
-        found.append(longest_first[start : start + rows])
+        groups.append(longest_first[start : start + rows])
         start += rows
-    return found
+    return groups
 
 
 def shard_batches(
@@ -258,8 +259,8 @@ def shard_batches(
             yield all_batches[-1][:1], False
 
 
-def sum_over_ranks(loaded: LoadedModel, found: Tensor) -> Tensor:
-    """The sum over ranks, of which all but one have 0 for each result."""
+def sum_over_ranks(loaded: LoadedModel, results: Tensor) -> Tensor:
+    """Gather results by an all-reduce: one rank has computed each of them, the other ranks have 0 there."""
     if loaded.process.world_size > 1:
-        dist.all_reduce(found)
-    return found
+        dist.all_reduce(results)
+    return results

@@ -101,9 +101,9 @@ def save_example_generations(loaded: LoadedModel) -> list[dict[str, str]]:
         record = loaded.record
         folder = scores_folder(loaded.folder, record)
         folder.mkdir(parents=True, exist_ok=True)
-        place = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
+        position = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
         stored = {
-            **place,
+            **position,
             "files": manifest.digest_of_files(record),
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,

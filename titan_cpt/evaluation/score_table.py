@@ -66,11 +66,11 @@ def format_p(change: ScoreChange) -> str:
 
 def scores_as_json(found: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
     """The table as JSON: each checkpoint's scores with errors and sample counts, and the changes from first to last."""
-    answer: dict[str, Any] = {"checkpoints": {}, "changes": {}}
+    table: dict[str, Any] = {"checkpoints": {}, "changes": {}}
     columns = list(found.values())
     for title, scores in found.items():
         mean, error = average_score(scores) if scores else (None, None)
-        answer["checkpoints"][title] = {
+        table["checkpoints"][title] = {
             "average": {"value": mean, "stderr": error},
             "tasks": {
                 score.task: {
@@ -86,10 +86,10 @@ def scores_as_json(found: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
         }
     for first, last in zip(columns[0], columns[-1], strict=True):
         change = score_change(first, last)
-        answer["changes"][first.task] = {
+        table["changes"][first.task] = {
             "value": change.value,
             "stderr": change.stderr,
             "p": change.p,
             "paired": change.paired,
         }
-    return answer
+    return table

@@ -31,7 +31,7 @@ _MARKERS = ("o", "s", "^", "v")
 _MAX_POINTS = 500
 _MAX_IN_LEGEND = 16
 _THEMES = {"light": ("#1b1f24", "#8c959f", "#e6e8eb"), "dark": ("#e6edf3", "#8b949e", "#2b3138")}
-PNG_MARK = "titan_cpt report"  # in a PNG's metadata: tells a figure of a report from other files
+PNG_MARK = "titan_cpt report"  # in a PNG's metadata: marks figures that a report wrote
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def plot_losses(runs: Sequence[RunLog]) -> Canvas:
         last = max(run.total_tokens for run in runs)
         for number, run in enumerate(runs):
             known = [line for line in run.validations if line["loss_nats_per_token"] is not None]
-            mine = [line for line in known if line["dataset"] == dataset]
-            tokens = [run.tokens_at(line["stage"], line["step"]) for line in mine]
-            losses = [line["loss_nats_per_token"] for line in mine]
-            for first, end in _comparable_ranges(run, mine):
+            lines = [line for line in known if line["dataset"] == dataset]
+            tokens = [run.tokens_at(line["stage"], line["step"]) for line in lines]
+            losses = [line["loss_nats_per_token"] for line in lines]
+            for first, end in _comparable_ranges(run, lines):
                 label = run.name if first == 0 else None
                 axes.plot([t / size for t in tokens[first:end]], losses[first:end], **_look(number), label=label)
                 if first:  # the validation data changed: the curve is broken here
@@ -138,7 +138,7 @@ def plot_losses(runs: Sequence[RunLog]) -> Canvas:
 
 def _comparable_ranges(run: RunLog, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """Index ranges [first, end) of consecutive validation lines that are comparable with each other."""
-    changes = [place for place in range(1, len(lines)) if not run.comparable(lines[place - 1], lines[place])]
+    changes = [index for index in range(1, len(lines)) if not run.comparable(lines[index - 1], lines[index])]
     return list(pairwise([0, *changes, len(lines)]))
 
 
@@ -208,9 +208,9 @@ def _mark_stages(axes: Axes, runs: Sequence[RunLog], size: float) -> None:
     stages = [stage["name"] for stage in run.plan["stages"]]
     if len(stages) < 2:
         return
-    for place, name in enumerate(stages):
+    for index, name in enumerate(stages):
         begin = run.tokens_at(name, 0) / size
-        if place:
+        if index:
             axes.axvline(begin, color=matplotlib.rcParams["xtick.color"], linestyle=(0, (4, 3)), linewidth=1, zorder=1)
         color = matplotlib.rcParams["xtick.color"]
         where = axes.get_xaxis_transform()

@@ -17,7 +17,7 @@ from titan_cpt.reporting.sections import sections
 from titan_cpt.reporting.summary import summarize_log
 
 PAGE_NAME = "index.html"
-_PAGE_MARK = "· titan_cpt report</title>".encode()  # in the template: tells a report from other HTML files
+_PAGE_MARK = "· titan_cpt report</title>".encode()  # in the template: marks pages that a report wrote
 _TEMPLATE = Path(__file__).with_name("html_page.html")
 
 

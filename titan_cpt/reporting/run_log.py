@@ -139,9 +139,9 @@ def _not_a_run_message(path: Path) -> str:
         return f"{path}: no such file or folder. Give a run folder, such as outputs/quickstart"
     if not path.is_dir():
         return f"{path}: is a file. Give a run folder, or its {METRICS_FILE}"
-    for above, what in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
-        if (above / PLAN_FILE).exists():
-            return f"{path}: is {what} of the run {above}: titan-cpt report {above}"
+    for run, kind in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
+        if (run / PLAN_FILE).exists():
+            return f"{path}: is {kind} of the run {run}: titan-cpt report {run}"
     runs = sorted({file.parent for level in ("*", "*/*") for file in path.glob(f"{level}/{PLAN_FILE}")})
     if not runs:
         return f"{path}: is not a run folder: neither it nor a folder below it has a {PLAN_FILE} or {METRICS_FILE}"

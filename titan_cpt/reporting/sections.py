@@ -70,12 +70,12 @@ def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
     """Each run's final losses, forgetting, adaptation and cost."""
     datasets = sorted({name for row in rows for name in row.losses})
     head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute of the last stage"]
-    numbers = []
+    values = []
     for row in rows:
         adaptation = row.adaptation if row.forgetting else None  # a run from scratch has only new data
-        numbers.append([*(row.losses.get(name) for name in datasets), row.average, row.mean_forgetting, adaptation])
+        values.append([*(row.losses.get(name) for name in datasets), row.average, row.mean_forgetting, adaptation])
     body = []
-    for row, line in zip(rows, numbers, strict=True):
+    for row, line in zip(rows, values, strict=True):
         losses = [_number(value, sign=column == len(datasets) + 1) for column, value in enumerate(line)]
         compute = f"{row.update_share:.2f}x" + ("" if row.is_done else f", still in {row.stage}")
         body.append([row.name, *losses, _count(row.tokens), compute])
@@ -83,7 +83,7 @@ def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
     not_ranked = {*different, "AVG"} if different else set()
     best = set()
     for column, name in enumerate(head[1:-2]):
-        known = [(value, place) for place, line in enumerate(numbers) if (value := line[column]) is not None]
+        known = [(value, index) for index, line in enumerate(values) if (value := line[column]) is not None]
         if len(known) > 1 and name not in not_ranked:
             best.add((min(known)[1], column + 1))
     return Section(

@@ -5,7 +5,16 @@ import json
 
 import pytest
 import tokenizers
-from training import THEIR_WARNINGS_IGNORED, cast, changed, config_of, lines_of, train, write_config, write_languages
+from training import (
+    THEIR_WARNINGS_IGNORED,
+    built_trainer,
+    changed,
+    config_of,
+    lines_of,
+    train,
+    write_config,
+    write_languages,
+)
 from training import two_stages as two_stages_of
 
 from titan_cpt.checkpoint import manifest
@@ -89,7 +98,7 @@ def test_weights_of_another_tokenizer_are_refused_by_the_plan_and_by_the_run(wha
     with pytest.raises(SystemExit) as end:
         main(["plan", "--config", str(write_config(raw, tmp_path / "run.toml"))])
     planned = capsys.readouterr().err
-    with pytest.raises(CheckpointError) as refusal, cast(config_of(raw)):
+    with pytest.raises(CheckpointError) as refusal, built_trainer(config_of(raw)):
         pass
 
     assert end.value.code == 2
@@ -108,7 +117,7 @@ def test_allow_mismatch_allows_them_with_a_note(what, there, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
     (note,) = [note for note in json.loads(capsys.readouterr().out)["notes"] if "another tokenizer" in note]
-    with cast(config_of(raw)) as trainer:
+    with built_trainer(config_of(raw)) as trainer:
         said = load_initial(trainer, trainer.plan.stages[0])
 
     assert end.value.code == 0
@@ -150,7 +159,7 @@ def test_weights_with_optimizer_state_are_checked_too(there, tmp_path):
     """`optimizer_state = "keep"` from another run is refused as well."""
     with (
         pytest.raises(CheckpointError, match="were trained with another tokenizer"),
-        cast(config_of(mismatched(there, tmp_path, "run", optimizer_state="keep"))),
+        built_trainer(config_of(mismatched(there, tmp_path, "run", optimizer_state="keep"))),
     ):
         pass
 
@@ -161,7 +170,7 @@ def test_a_later_stage_is_refused_before_the_first_one_is_trained(there, tmp_pat
     later = {**raw["stages"][0], "name": "later", "init": inits(there)["release"]}
     with (
         pytest.raises(CheckpointError, match=r"stages\.later\.init: "),
-        cast(config_of(changed(raw, stages=[raw["stages"][0], later]))),
+        built_trainer(config_of(changed(raw, stages=[raw["stages"][0], later]))),
     ):
         pass
 
@@ -212,7 +221,7 @@ def test_weights_of_an_unknown_tokenizer_give_a_note(there, tmp_path, capsys):
             main(["plan", "--json", "--config", str(write_config(raw, tmp_path / "run.toml"))])
         expected = f"the tokenizer that the weights of {init} were trained with is unknown"
         assert expected in " ".join(json.loads(capsys.readouterr().out)["notes"])
-        with cast(config_of(raw)) as trainer:
+        with built_trainer(config_of(raw)) as trainer:
             assert expected in load_initial(trainer, trainer.plan.stages[0])
 
 
@@ -221,7 +230,7 @@ def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
     export(there / "run" / "english" / "step-00000004", tmp_path / "exported", dtype="float32", log=print)
     import_released(str(tmp_path / "exported"), tmp_path / "imported", log=print)
     for init in (f"hf:{tmp_path}/exported", f"checkpoint:{tmp_path}/imported"):
-        with cast(config_of(one_stage(there / "data", tmp_path, init=init))) as trainer:
+        with built_trainer(config_of(one_stage(there / "data", tmp_path, init=init))) as trainer:
             said = load_initial(trainer, trainer.plan.stages[0])
         assert "were trained with" not in said
     again = tmp_path / "again.json"

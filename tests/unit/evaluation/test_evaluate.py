@@ -105,7 +105,7 @@ def test_eval_reuses_scores_and_runs_only_missing_tasks(evaluated, folder, capsy
     answer = json.loads(capsys.readouterr().out)
 
     assert (status, again) == (0, 0)
-    assert told.count("kept from before") == 5
+    assert told.count("stored score") == 5
     assert "last - first" in told
     assert scores_of(run) == before
     assert answer["changes"]["clams_de_local"]["value"] == pytest.approx(
@@ -123,7 +123,7 @@ def test_a_score_of_other_weights_is_not_reused(evaluated, folder, capsys):
     status = command("eval", run / "german" / "step-00000010", *words)
 
     assert status == 0
-    assert "kept from before" not in capsys.readouterr().out
+    assert "stored score" not in capsys.readouterr().out
     assert scores_of(run) == scores_of(evaluated)
 
 
@@ -137,7 +137,7 @@ def test_a_killed_evaluation_loses_no_finished_task(raw, folder, evaluated):
     assert dead.status == -signal.SIGKILL, dead.output
     assert kept == 4
     assert outcome.status == 0, outcome.output
-    assert outcome.output.count("kept from before") == 1
+    assert outcome.output.count("stored score") == 1
     assert scores_of(folder / "killed") == scores_of(evaluated)
     assert training.numbers_of(folder / "killed") == training.numbers_of(evaluated)
 
