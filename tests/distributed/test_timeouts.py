@@ -13,10 +13,10 @@ from parity_launch import ROOT, TOML
 RANKS = """
 import json, os, time, warnings
 import torch, torch.distributed as dist
-from titan_cpt.distributed.device_mesh import join_ranks, set_timeouts, wait_for_rank_0
+from titan_cpt.distributed.process_group import init_process_group, set_timeouts, wait_for_rank_0
 
 warnings.simplefilter("ignore")
-ranks = join_ranks(8)
+ranks = init_process_group(8)
 if ranks.rank == 0:
     time.sleep(10)
 began = time.monotonic()

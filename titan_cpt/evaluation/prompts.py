@@ -65,7 +65,9 @@ def continue_prompts(
         raise ConfigError("command line: --prompt is empty; give the beginning of a text")
     for checkpoint in [checkpoint for path in paths for checkpoint in stage_ends(path)]:
         loaded = open_checkpoint(checkpoint, process, **open_options)
-        texts = list(zip(prompts, generate_texts(loaded, prompts, tokens, sampling), strict=True))
+        texts = []
+        if prompts:  # without any, `tokens` is a default that a small model may have no room for
+            texts = list(zip(prompts, generate_texts(loaded, prompts, tokens, sampling), strict=True))
         if examples:
             texts += [(text["prompt"], text["continuation"]) for text in save_example_generations(loaded)]
         if process.rank == 0:

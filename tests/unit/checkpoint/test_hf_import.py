@@ -251,7 +251,7 @@ def test_the_round_trip_learns_german_and_generates(family, round_trip):
     _, printed = round_trip
 
     assert re.search(
-        rf"{family}: loss 5\.\d+ -> [23]\.\d+, in transformers [23]\.\d+; it writes 'Der Hund .+'", printed
+        rf"{family}: loss 5\.\d+ -> [23]\.\d+, in transformers [23]\.\d+; it generates 'Der Hund .+'", printed
     )
 
 

@@ -20,6 +20,15 @@ def test_the_sampling_options_arrive(tmp_path, capsys):
     assert capsys.readouterr().out == f"{checkpoint}\n  The dog |{dog}\n  a |{letter}\n"
 
 
+def test_the_examples_need_no_room_for_the_default_number_of_tokens(tmp_path, capsys):
+    """Without a prompt, --tokens has its default of 64, for which a model of short sequences has no room."""
+    checkpoint = small_checkpoints.imported(tmp_path, "gpt_neox")
+
+    assert small_checkpoints.load(checkpoint).max_length <= 64
+    assert status_of("generate", checkpoint, "--examples", "--tokenizer", "bytes") == 0
+    assert "  The capital of Germany is |" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

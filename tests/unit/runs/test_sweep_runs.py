@@ -54,6 +54,6 @@ def test_a_sweep_file_is_not_trained_as_one_run(swept, capsys):
     path = swept({FRACTION: [0.0, 0.25]})
 
     assert status_of("train", "--config", path) == 2
-    assert f"describes 2 runs; `titan-cpt sweep {path}` trains them" in capsys.readouterr().err
+    assert f"describes 2 sweep runs: `titan-cpt sweep {path}` trains them" in capsys.readouterr().err
     assert status_of("plan", "--config", path) == 0
     assert "this file is a sweep" in " ".join(capsys.readouterr().out.split())
