@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.common.allocator import keep_freed_memory
 from titan_cpt.common.console import make_console
 from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
 from titan_cpt.common.files import write_text_atomically
@@ -38,18 +39,18 @@ from titan_cpt.distributed.process_group import (
 )
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.reporting.summary import print_summary, summarize
-from titan_cpt.training.allocator import keep_freed_memory
 from titan_cpt.training.bad_steps import first_held_back, handle_bad_step
 from titan_cpt.training.benchmarks import require_benchmarks, run_benchmarks
 from titan_cpt.training.build import build
+from titan_cpt.training.changed_validation import renew_baselines
 from titan_cpt.training.due import actions_due, benchmarks_due
-from titan_cpt.training.forgetting import renew_baselines
+from titan_cpt.training.forgetting import validate
 from titan_cpt.training.optimizer import clip_grad_norm, set_lr
 from titan_cpt.training.resume import first_unfinished_stage, log_start
 from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
-from titan_cpt.training.step_log import StepResult, record_step, validate
+from titan_cpt.training.step_log import StepResult, record_step
 
 _IGNORED_WARNINGS = (
     "'set_vital' is deprecated",  # raised inside torch when torchdata's loader starts

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_cpt.training.allocator import keep_freed_memory
+from titan_cpt.common.allocator import keep_freed_memory
 
 TURNS = 15
 TOKENS_X_WIDTH = 4096 * 128  # of one call, the same for every shape

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from titan_cpt.common.allocator import keep_freed_memory
 from titan_cpt.models.common import ops
-from titan_cpt.training.allocator import keep_freed_memory
 
 TURNS = 5
 TOKENS = 4096

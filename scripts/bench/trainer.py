@@ -55,12 +55,12 @@ def measure(folder: Path, stages: int, steps: int) -> list[tuple[float, float]]:
     """Seconds per step of every stage: with the whole trainer, and bare."""
     import torch
 
+    from titan_cpt.common.allocator import keep_freed_memory
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
     from titan_cpt.distributed.process_group import init_process_group
     from titan_cpt.train import Trainer
-    from titan_cpt.training.allocator import keep_freed_memory
     from titan_cpt.training.build import build
     from titan_cpt.training.stage_start import begin_stage
 

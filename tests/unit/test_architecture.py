@@ -119,6 +119,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "reporting.benchmark_table": "unit/evaluation/test_scores.py",
     "training.bad_steps": "behavior/test_numeric_faults.py",
     "training.benchmarks": "unit/evaluation/test_evaluate.py",
+    "training.changed_validation": "unit/training/test_forgetting.py",
     "training.dry_run": "unit/planning/test_parallel.py",
     "training.forward_backward": "distributed/test_parity.py",
     "training.saving": "behavior/test_disk_faults.py",

@@ -16,7 +16,7 @@ from titan_cpt.data.mixture import leaves
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError
 from titan_cpt.planning.plan import Plan
-from titan_cpt.training.forgetting import note_changed_validation
+from titan_cpt.training.changed_validation import note_changed_validation
 from titan_cpt.training.metrics import versions
 from titan_cpt.training.saving import machine
 from titan_cpt.training.state import TrainerState
@@ -81,7 +81,7 @@ def find_checkpoint(
     planned = plan.recipe_until(index)
     recorded = _with_float8_filters(checkpoint.manifest["recipe"], checkpoints)
     trained_on = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
-    # Validation data changes no weight, so it may change: forgetting.py measures the baselines again.
+    # Validation data changes no weight, so it may change: changed_validation.py measures the baselines again.
     data = {key: value for key, value in checkpoint.manifest["data"].items() if key in trained_on or key == "tokenizer"}
     changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:

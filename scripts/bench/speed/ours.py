@@ -17,13 +17,13 @@ import tomli_w  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from titan_cpt.common.allocator import keep_freed_memory  # noqa: E402
 from titan_cpt.common.signals import StopRequest  # noqa: E402
 from titan_cpt.config.load import load_config  # noqa: E402
 from titan_cpt.data.formats.indexed_writer import IndexedWriter  # noqa: E402
 from titan_cpt.distributed.process_group import init_process_group  # noqa: E402
 from titan_cpt.models.huggingface_weights import hub_names  # noqa: E402
 from titan_cpt.train import Trainer  # noqa: E402
-from titan_cpt.training.allocator import keep_freed_memory  # noqa: E402
 from titan_cpt.training.build import build  # noqa: E402
 from titan_cpt.training.stage_start import begin_stage  # noqa: E402
 

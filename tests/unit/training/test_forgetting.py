@@ -10,7 +10,7 @@ from training import Fault, train
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.reporting.summary import summarize
 from titan_cpt.runs.anneal import branch_off
-from titan_cpt.training.forgetting import changed_datasets
+from titan_cpt.training.changed_validation import changed_datasets
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 

@@ -1,5 +1,7 @@
 """Replay: which earlier data a stage trains on again, with which weights, and whether there is enough of it.
 
+data/mixture.py computes from these weights which sequence comes at which position of the stage.
+
 Source: Ibrahim et al. 2024, arXiv:2403.08763, section 4.2: a fraction of each batch is drawn from earlier datasets; the
 stage's token budget stays the same.
 """
