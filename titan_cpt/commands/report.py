@@ -13,7 +13,14 @@ def add_report(subparsers: Subparsers) -> None:
     """The options of `report`."""
     summary = "print validation losses, forgetting and adaptation of runs, as tables or as an HTML page"
     report = add_command(subparsers, "report", _run, summary)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as outputs/quickstart")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help='run folders, such as outputs/quickstart; LABEL=FOLDER, such as "no replay=outputs/a", names a run in '
+        "tables and figures",
+    )
     report.add_argument(
         "--html",
         nargs="?",

@@ -128,9 +128,9 @@ def plot_losses(runs: Sequence[RunLog]) -> Canvas:
         if shown:  # without the first 3 %: the loss falls from log(vocab_size) and would flatten the rest
             low, high = min(shown), max(shown)
             axes.set_ylim(low - 0.06 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-        axes.set_title(dataset)
+        axes.set_title(f"loss on {dataset}", pad=18)  # above the stages' names
         axes.set_xlabel(f"tokens trained on ({unit})")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel("validation loss, nats per token")
     for axes in list(panels.flat)[len(datasets) :]:
         axes.set_axis_off()
     return _with_legend(canvas, panels[0, 0], len(runs))
@@ -203,7 +203,7 @@ def _unit(runs: Sequence[RunLog]) -> tuple[str, float]:
 
 
 def _mark_stages(axes: Axes, runs: Sequence[RunLog], size: float) -> None:
-    """Dashed lines between the stages of the run that has the most, and the stages' names."""
+    """Dashed lines between the stages of the run that has the most, and the stages' names above them."""
     run = max(runs, key=lambda run: len(run.plan["stages"]))
     stages = [stage["name"] for stage in run.plan["stages"]]
     if len(stages) < 2:
@@ -215,7 +215,14 @@ def _mark_stages(axes: Axes, runs: Sequence[RunLog], size: float) -> None:
         color = matplotlib.rcParams["xtick.color"]
         where = axes.get_xaxis_transform()
         axes.annotate(
-            name, (begin, 1.0), (4, -3), xycoords=where, textcoords="offset points", va="top", fontsize=8, color=color
+            f"stage {name}",
+            (begin, 1.0),
+            (4, 3),  # above the panel, where no curve is
+            xycoords=where,
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8,
+            color=color,
         )
 
 

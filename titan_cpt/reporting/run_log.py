@@ -29,6 +29,7 @@ class RunLog:
         checkpoints: `checkpoint` events of steps that were not undone.
         problems: one sentence for each part of the folder that could not be read.
         renewed: validation lines of a stage's initial weights, measured again after the validation data had changed.
+        label: the name that the user gave the run in this report; empty to use `name`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class RunLog:
     checkpoints: Sequence[Mapping[str, Any]] = ()
     problems: Sequence[str] = ()
     renewed: Sequence[Mapping[str, Any]] = ()
+    label: str = ""
 
     def comparable(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         """Whether two validation lines of a dataset were measured on the same validation data and windows.
@@ -108,13 +110,24 @@ def _nonfinite_losses(name: str, validations: Sequence[Mapping[str, Any]]) -> li
 
 
 def read_runs(paths: Sequence[Path], report_error: Callable[[str], None]) -> list[RunLog]:
-    """Read several run folders; the message of one that cannot be read is passed to `report_error`."""
+    """Read several run folders; the message of one that cannot be read is passed to `report_error`.
+
+    Args:
+        paths: run folders; LABEL=FOLDER, if no file or folder has that name, gives the run of FOLDER a label.
+    """
     runs = []
     for path in paths:
+        label, _, folder = str(path).partition("=")
+        labeled = bool(label and folder) and not path.exists()
         try:
-            runs.append(read_run(path))
+            run = read_run(Path(folder) if labeled else path)
         except TitanError as error:
             report_error(str(error))
+            continue
+        if labeled and label in {each.label for each in runs}:
+            report_error(f"{path}: another run has this label")
+            continue
+        runs.append(replace(run, label=label) if labeled else run)
     return runs
 
 
@@ -122,7 +135,7 @@ def with_unique_names(runs: Sequence[RunLog]) -> list[RunLog]:
     """Rename runs that would have the same name in a table.
 
     Copies of a run folder share job.name and are called by their folder's name. Runs in several parent folders are
-    called PARENT/NAME.
+    called PARENT/NAME. A run with a label is called by it.
     """
     folders = [run.folder.resolve() for run in runs]
     names = [run.name for run in runs]
@@ -130,7 +143,7 @@ def with_unique_names(runs: Sequence[RunLog]) -> list[RunLog]:
         names = [folder.name for folder in folders]
     if len({folder.parent for folder in folders}) > 1:
         names = [f"{folder.parent.name}/{name}" for folder, name in zip(folders, names, strict=True)]
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=run.label or name) for run, name in zip(runs, names, strict=True)]
 
 
 def _not_a_run_message(path: Path) -> str:

@@ -1,12 +1,13 @@
 """Reading run folders: unique names, damaged plans, and paths that are not runs."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from titan_cpt.errors import DataError
 from titan_cpt.reporting.html_page import default_folder
-from titan_cpt.reporting.run_log import read_run, with_unique_names
+from titan_cpt.reporting.run_log import read_run, read_runs, with_unique_names
 from unit.reporting.run_folders import EN_DE
 
 
@@ -28,6 +29,18 @@ def test_runs_get_unique_names(write_run):
     assert [record.name for record in together] == ["one", "two"]
     assert default_folder([apart[0].folder, apart[1].folder]).parent == apart[0].folder.resolve().parents[1]
     assert default_folder([apart[0].folder]) == apart[0].folder / "report"
+
+
+def test_a_label_before_the_folder_names_a_run(write_run, tmp_path):
+    """Wherever the folder is; a folder with "=" in its name is no label, and a label is given once."""
+    one, two = write_run("x/seed-0", EN_DE), write_run("y/seed=0", EN_DE)
+    errors = []
+
+    named = read_runs([Path(f"joint training={one}"), two, Path(f"joint training={two}")], errors.append)
+
+    assert [run.name for run in with_unique_names(named)] == ["joint training", "y/seed=0"]
+    assert [run.folder for run in named] == [one, two]
+    assert errors == [f"joint training={two}: another run has this label"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])
