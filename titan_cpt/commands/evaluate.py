@@ -23,7 +23,12 @@ def add_eval(subparsers: Subparsers) -> None:
     """The options of `eval`."""
     evaluating = add_command(subparsers, "eval", _run, "run benchmarks on checkpoints (lm-evaluation-harness)")
     evaluating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=CHECKPOINTS_HELP)
-    evaluating.add_argument("--suite", metavar="NAME", help="paper_english, paper_german, minimal_pairs or offline")
+    evaluating.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="paper_english or paper_german, from the hub; minimal_pairs or offline, from files that "
+        "scripts/fetch_benchmarks.py downloads once",
+    )
     evaluating.add_argument(
         "--tasks",
         nargs="+",

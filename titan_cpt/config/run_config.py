@@ -80,7 +80,7 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     except (FileNotFoundError, ValueError, RecursionError, ConfigError):
         return []
     before = _settings(old)
-    now = _settings(config)
+    now = _settings(check_config(parse_toml(dump_config(config)), path))  # as written: paths of scripts are absolute
     both = {stage.name for stage in old.stages} & {stage.name for stage in config.stages}
     return [
         line for line in differences(before, now) if not line.startswith("stages.") or line.split(".", 2)[1] in both

@@ -20,7 +20,7 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
     costs = plan.footprint
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory_parts(costs).items() if size)
     if costs.overlap_bytes:
-        parts += f"; {_gib(costs.overlap_bytes)} GiB of these do not overlap in time"
+        parts += f"; {_gib(costs.overlap_bytes)} GiB less than their sum, as not all are in memory at the same time"
     yield f"estimated memory per rank: {_gib(costs.memory)} GiB ({parts})"
     if costs.host:
         yield f"host memory per rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"

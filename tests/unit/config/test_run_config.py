@@ -77,3 +77,12 @@ def test_changed_settings_are_listed_by_their_dotted_keys(tmp_path, config, writ
     ]
     assert changed_settings(path, config) == []
     assert changed_settings(tmp_path / "none.toml", config) == []
+
+
+def test_a_fetch_script_is_not_a_changed_setting_on_resume(tmp_path, write, one_stage):
+    """config.toml has its absolute path, as the file is in another folder than the user's TOML."""
+    dataset = '[datasets.en]\ntrain = "en"\nsource = { text = "en.jsonl", fetch = "../scripts/fetch.py" }\n'
+    config = load_config(write(f"{one_stage}\n{dataset}", "mine.toml"))
+    write_run_config(tmp_path / "config.toml", config)
+
+    assert changed_settings(tmp_path / "config.toml", config) == []
