@@ -115,7 +115,7 @@ def read_runs(paths: Sequence[Path], report_error: Callable[[str], None]) -> lis
     Args:
         paths: run folders; LABEL=FOLDER, if no file or folder has that name, gives the run of FOLDER a label.
     """
-    runs = []
+    runs: list[RunLog] = []
     for path in paths:
         label, _, folder = str(path).partition("=")
         labeled = bool(label and folder) and not path.exists()
