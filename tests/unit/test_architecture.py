@@ -106,7 +106,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "evaluation.prompts": "unit/evaluation/test_inference.py",
     "models.common.init": "unit/models/gpt_neox/test_model.py",
     "models.common.kv_cache": "unit/evaluation/test_inference.py",
-    "models.common.language_model": "unit/models/gpt_neox/test_model.py",
+    "models.common.language_model": "unit/evaluation/test_inference.py",
     "models.common.layers": "unit/models/llama/test_model.py",
     "models.gpt_neox.parallelize": "distributed/test_parity.py",
     "models.huggingface_keys": "unit/models/test_huggingface_config.py",

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.layers import rotary_tables
 from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
-from titan_cpt.models.huggingface_config import DEFAULTS, spec_from_config
+from titan_cpt.models.huggingface_config import DEFAULTS, config_from_spec, spec_from_config
+from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 
 REQUIRED = {
@@ -386,3 +387,17 @@ def test_defaults_are_those_of_transformers():
 
     assert (llama.kv_heads, llama.head_width, llama.rope_base, llama.norm_eps) == (4, 16, 10_000.0, 1e-6)
     assert (neox.rotary_fraction, neox.rope_base, neox.norm_eps, neox.parallel_residual) == (0.25, 10_000.0, 1e-5, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("gpt_neox", "410m"), ("llama", "mistral-7b"), ("llama", "qwen2.5-0.5b"), ("llama", "qwen3-8b")],
+)
+def test_a_written_config_is_read_back_as_the_same_model(family, size):
+    """Under transformers' keys for the widths."""
+    spec = named_size(family, size, 257)
+    config = config_from_spec(spec, max_positions=2048, dtype="bfloat16")
+
+    assert spec_from_config(config, "config.json") == spec
+    assert (config["hidden_size"], config["intermediate_size"]) == (spec.width, spec.mlp_width)
+    assert (config["max_position_embeddings"], config["torch_dtype"]) == (2048, "bfloat16")

@@ -10,8 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.gpt_neox.model import GPTNeoX
-from titan_cpt.models.registry import SIZES, named_size
+from titan_cpt.models.registry import SIZES, as_config_table, named_size
 from titan_cpt.planning.model_spec import padded_vocab
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 NEOX_TOKENS = 50_277  # GPT-NeoX-20B's tokenizer, special tokens included
 
@@ -130,3 +135,14 @@ def test_the_registry_does_not_import_torch():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     assert answer.strip() == "False"
+
+
+def test_a_spec_is_written_as_the_table_of_a_config():
+    """The nearest size and the fields that differ from it, each as TOML: words, numbers, flags, a table."""
+    scaling = {"kind": "yarn", "factor": 4.0, "original_seq_len": 64, "attention_factor": 1.5}
+    spec = named_size("llama", "tiny", 257, overrides={"vocab_size": 384, "qkv_bias": True, "rope_scaling": scaling})
+    table = tomllib.loads(as_config_table(spec))["model"]
+    written = table.pop("rope_scaling")
+
+    assert table == {"family": "llama", "size": "tiny", "vocab_size": 384, "qkv_bias": True}
+    assert written == {**scaling, "beta_fast": 32.0, "beta_slow": 1.0}

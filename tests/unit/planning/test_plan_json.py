@@ -5,7 +5,7 @@ import json
 import pytest
 
 from titan_cpt.errors import PlanError
-from titan_cpt.planning.plan_json import batch_as_json, plan_as_json
+from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 
 
 def test_the_json_has_the_documented_keys(two_stages, make):
@@ -65,3 +65,15 @@ def test_a_batch_that_does_not_exist_is_refused(two_stages, make, stage_name, st
         batch_as_json(make(two_stages), stage_name, step)
 
     assert expected in str(refusal.value)
+
+
+def test_the_lr_of_a_step_counts_from_1(make, two_stages):
+    """Each stage falls from 1e-3 to 1e-4, which its last step has; after the end the LR stays."""
+    plan = make(two_stages)
+    found = lr_as_json(plan, (1, 50, 100, 1000))
+
+    assert list(found) == ["first", "second"]
+    assert (found["first"]["100"], found["first"]["1000"]) == pytest.approx((1e-4, 1e-4))
+    assert (found["second"]["50"], found["second"]["100"]) == pytest.approx((1e-4, 1e-4))
+    assert found["first"]["1"] == plan.stages[0].lr_at(0)
+    assert found["first"]["50"] > found["second"]["50"]

@@ -12,6 +12,7 @@ from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
+from titan_cpt.planning.planner import make_plan
 from titan_cpt.planning.suggest import nearest_device, suggest
 
 ROOT = Path(__file__).parents[3]
@@ -51,3 +52,15 @@ def test_suggestions_print_the_assumed_device() -> None:
         "H200",
         "RTX 4090",
     ]
+
+
+def test_the_overrides_of_a_suggestion_make_its_plan() -> None:
+    """As `--KEY VALUE` on the command line: the fastest one, and the fastest one with a pipeline."""
+    inventory = take_inventory(load_config(TEN_BILLION))
+    found = suggest(load_config(TEN_BILLION), inventory, 64, 80 * 2**30)
+    piped = next(suggestion for suggestion in found if suggestion.plan.parallel_dims.pp > 1)
+
+    for suggestion in (found[0], piped):
+        plan = make_plan(load_config(TEN_BILLION, list(suggestion.overrides.items())), inventory, 64)
+        assert plan.parallel_dims == suggestion.plan.parallel_dims
+        assert plan.footprint == suggestion.plan.footprint
