@@ -138,7 +138,7 @@ class Matrix:
         return training.write_config(raw, self.folder / f"{name}.toml")
 
     def _one_run(self, run: Path, kills: int) -> None:
-        """Lives of one run, until one of them comes to the run's end."""
+        """Start one run again and again, until one process reaches the run's end."""
         while True:
             if self.toll.total >= kills:
                 moment, status = "", self._live(())

@@ -1,4 +1,4 @@
-"""File modes that count, for tests that run as root: a process that gives up root's right to pass over them."""
+"""File modes that count, for tests that run as root: a process that gives up root's right to ignore them."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def _lay(fault: Fault) -> None:
 
 
 def lines_of(run: Path, kind: str = "") -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, of one kind if asked for; [] before there is any."""
+    """The whole lines of metrics.jsonl, of one kind if `kind` is given; [] before there is any."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return []
@@ -325,17 +325,17 @@ def numbers_of(run: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def events_of(run: Path, name: str = "") -> list[dict[str, Any]]:
-    """The events of a run, those of one name if asked for."""
+    """The events of a run, those of one name if it is given."""
     return [line for line in lines_of(run, "event") if name in ("", line["name"])]
 
 
 def checkpoints_of(run: Path) -> list[str]:
-    """What lies there with a manifest, as `stage/step-...`."""
+    """The checkpoints that have a manifest, as `stage/step-...`."""
     return sorted(str(path.parent.relative_to(run)) for path in run.glob("*/step-*/manifest.json"))
 
 
 def tensors_of(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, read with safetensors alone: "model" or "optimizer"."""
+    """The tensors of a checkpoint by name, read only with safetensors: "model" or "optimizer"."""
     found = {}
     for name, told in json.loads((checkpoint / "index.json").read_text())["tensors"].items():
         if not name.startswith(f"{part}."):

@@ -257,7 +257,7 @@ def test_generate_adds_the_token_before_a_prompt(imported):
 
 
 def test_scores_equal_those_of_lm_evals_own_model_with_its_token(imported, tmp_path):
-    """Choices, empty contexts and whole texts; in lm-eval, transformers adds the token."""
+    """Choices, empty contexts and whole texts. In lm-eval, transformers adds the token."""
     pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra brings")
     pytest.importorskip("accelerate", reason="needs accelerate, which the test extra brings")
     from lm_eval.api.instance import Instance
@@ -271,11 +271,11 @@ def test_scores_equal_those_of_lm_evals_own_model_with_its_token(imported, tmp_p
     theirs, theirs_without = HFLM(**how), HFLM(**how, add_bos_token=False)
     ours = CheckpointLM(open_checkpoint(imported, init_process_group()))
 
-    def asked(kind, *arguments):
+    def requests(kind, *arguments):
         return [Instance(request_type=kind, doc={}, arguments=one, idx=number) for number, one in enumerate(arguments)]
 
-    pairs = asked("loglikelihood", ("The dog", " ran"), ("", "ab ran"), ("x", " y z"), ("ab ", "ba"))
-    texts = asked("loglikelihood_rolling", ("A short text.",), ("Long. " * 20,))
+    pairs = requests("loglikelihood", ("The dog", " ran"), ("", "ab ran"), ("x", " y z"), ("ab ", "ba"))
+    texts = requests("loglikelihood_rolling", ("A short text.",), ("Long. " * 20,))
     assert [nats for nats, _ in ours.loglikelihood(pairs)] == pytest.approx(
         [nats for nats, _ in theirs.loglikelihood(pairs, disable_tqdm=True)], abs=1e-3
     )

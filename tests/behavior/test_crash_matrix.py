@@ -13,7 +13,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 
 def test_thirty_kills_change_nothing(tmp_path):
-    """Steps, saves, transitions, measurements, skips, starts; scripts/crash_matrix.py goes on for longer."""
+    """Steps, saves, transitions, measurements, skips, starts; scripts/crash_matrix.py makes more of each."""
     toll = Matrix(tmp_path, seed=20).run_until(30)
 
     assert toll.mismatches == []
@@ -65,7 +65,7 @@ def test_every_moment_of_the_matrix_can_be_hit(tmp_path, moment):
 
 
 def test_the_script_prints_kills_resumes_and_mismatches():
-    """As the issue asks for it."""
+    """One line a kill, one a resume, and the number of mismatches at the end."""
     script = Path(__file__).parents[2] / "scripts" / "crash_matrix.py"
     command = [sys.executable, script, "--kills", "2", "--seed", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

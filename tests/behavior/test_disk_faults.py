@@ -57,7 +57,7 @@ class Refusal:
     checkpoint: str
 
     def lay(self):
-        """In the module that writes checkpoints' files alone."""
+        """Only in the module that writes the files of checkpoints."""
         sound, refusing = getattr(os, self.call), self
 
         class Disk:
@@ -90,8 +90,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("mode", ["async", "disabled"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_save_that_fails_is_told_and_the_run_trains_on_to_the_same_end(config, unbroken, tmp_path, fault, mode):
-    """The interval save of step 4 fails; step 8's is a new attempt. No manifest vouches for what is half there."""
+def test_a_failed_save_is_reported_and_the_run_ends_with_the_same_numbers(config, unbroken, tmp_path, fault, mode):
+    """The interval save of step 4 fails; step 8's is a new attempt. A half-written checkpoint has no manifest."""
     call, number = FAULTS[fault]
     refusal = Refusal(call, number, "english/step-00000004")
     outcome = faulty.train(config, "--checkpoint.async_mode", mode, faults=[refusal])
@@ -108,10 +108,8 @@ def test_a_save_that_fails_is_told_and_the_run_trains_on_to_the_same_end(config,
 
 
 @pytest.mark.parametrize(("fault", "step", "before"), [*((fault, 12, 9) for fault in FAULTS), ("a quota", 9, 8)])
-def test_a_point_that_later_stages_begin_from_and_cannot_be_saved_ends_the_run(
-    config, unbroken, tmp_path, fault, step, before
-):
-    """The stage's end, or the pre-anneal point: status 2, what is whole is named; later the same command goes on."""
+def test_a_failed_save_that_later_stages_begin_from_ends_the_run(config, unbroken, tmp_path, fault, step, before):
+    """The stage's end or the pre-anneal checkpoint: status 2, the last good one is named; the same command resumes."""
     call, number = FAULTS[fault]
     stopped = faulty.train(config, faults=[Refusal(call, number, f"english/step-{step:08d}")])
     run = tmp_path / "run"
@@ -167,7 +165,7 @@ DEEDS = {
 def test_data_that_is_changed_under_a_run_is_refused_and_never_read_as_garbage(
     raw_with_own_data, unbroken, tmp_path, deed
 ):
-    """Before step 6: exit status 2, the file named; with the data restored the same command comes to the same end."""
+    """Before step 6: exit status 2 and the name of the file. With the data restored, a resume gives equal numbers."""
     config = training.write_config(raw_with_own_data, tmp_path / "c.toml")
     content = (tmp_path / "en.bin").read_bytes()
     stopped = faulty.train(config, faults=[Before(6, deed, str(tmp_path / "en.bin"))])
@@ -193,7 +191,7 @@ def raw_with_own_data(data, tmp_path):
 
 
 def test_a_folder_that_vanishes_for_a_while_costs_one_save_and_nothing_else(config, unbroken, tmp_path):
-    """Gone at step 2, back at step 6: the save of step 4 fails and is told; it is not made again in an empty place."""
+    """Gone at step 2, back at step 6: the run reports the failed save of step 4 and makes no empty folder."""
     run = tmp_path / "run"
     faults = [Before(2, "moved away", str(run)), Before(6, "moved back", str(run))]
     outcome = faulty.train(config, faults=faults)
@@ -203,8 +201,8 @@ def test_a_folder_that_vanishes_for_a_while_costs_one_save_and_nothing_else(conf
     assert_same(run, unbroken)
 
 
-def test_a_folder_that_vanishes_for_good_ends_the_run_at_the_point_that_it_cannot_do_without(config, tmp_path):
-    """The pre-anneal point after step 9 cannot be saved: status 2, and what was moved away holds all that was saved."""
+def test_a_folder_that_vanishes_for_good_ends_the_run_at_the_next_checkpoint_that_it_needs(config, tmp_path):
+    """The pre-anneal checkpoint after step 9 cannot be saved: status 2; the moved folder holds the earlier one."""
     outcome = faulty.train(config, faults=[Before(6, "moved away", str(tmp_path / "run"))])
 
     assert outcome.status == 2, outcome.output
@@ -231,8 +229,8 @@ class SlowDisk:
         titan_cpt.training.saving.SLOW_SAVE_S = 0.01
 
 
-def test_a_slow_disk_is_waited_for_and_told_and_changes_nothing(config, unbroken, tmp_path):
-    """Saves follow each other faster than they are written: one at a time, none left out."""
+def test_the_run_waits_for_a_slow_disk_says_so_and_changes_no_number(config, unbroken, tmp_path):
+    """Saves follow each other faster than they are written: one at a time, none skipped."""
     outcome = faulty.train(config, "--checkpoint.interval", "2", faults=[SlowDisk()])
 
     assert outcome.status == 0, outcome.output
@@ -248,7 +246,7 @@ DETERMINISTIC = ("--job.deterministic", "true")
     [("world_size", "2 -> 1"), ("torch", "1.0 -> "), ("threads", "7 -> 1"), ("processor", "H100 -> ")],
 )
 def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp_path, key, told):
-    """A checkpoint of other ranks, torch, threads or processor: named, with the flag that goes on anyway."""
+    """Other ranks, torch, threads or processor: the error names the difference and the flag that resumes anyway."""
     checkpoint = tmp_path / "run" / "english" / "step-00000004"
     killed = faulty.train(
         config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:Trainer.train_step", 7, checkpoint)]
@@ -301,8 +299,10 @@ def test_deterministic_gives_cublas_its_workspace_before_cuda_begins(monkeypatch
     "what", ["german/step-00000010/manifest.json", "german/step-00000010/rank-00000-0.safetensors", "german"]
 )
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_may_not_be_read_is_not_damage_and_nothing_is_trained_again(config, unbroken, tmp_path, what, ranks):
-    """Each was taken as damaged or absent; the run resumed from an older checkpoint and replaced this one."""
+def test_a_checkpoint_without_read_permission_is_not_damaged_and_nothing_is_trained_again(
+    config, unbroken, tmp_path, what, ranks
+):
+    """Such files once counted as damaged or absent: the run resumed from an older checkpoint and replaced this one."""
     shutil.copytree(unbroken, tmp_path / "run")
     content = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step-*/*")}
     mode = (tmp_path / "run" / what).stat().st_mode

@@ -1,4 +1,4 @@
-"""Bad numbers: the run stops, passes over the batch or rolls back, as asked, and a kill in between changes nothing."""
+"""Bad numbers: the run stops, skips the batch or rolls back, as configured, and a kill in between changes nothing."""
 
 import json
 import signal
@@ -58,8 +58,8 @@ def end_of(run):
 
 
 @pytest.mark.parametrize("kind", ["nan gradient", "spike"])
-def test_a_passed_over_batch_changes_no_weight_and_the_steps_after_it_are_taken(raw, kind):
-    """Steps 6 and 7 of English: nobody looks before step 8 is saved. Their lines have no loss, the LR goes on."""
+def test_a_skipped_batch_changes_no_weight_and_the_next_steps_are_trained(raw, kind):
+    """Steps 6 and 7 of English, checked when step 8 is saved. Their lines have no loss; the LR schedule continues."""
     training_table = {"on_nonfinite": "skip", **SPIKES}
     skipping, outcome = run(raw, "skipping", BadNumbers("english", (6, 7), kind), training=training_table)
     sound, _ = run(raw, "sound", training=training_table)
@@ -78,7 +78,7 @@ def test_a_passed_over_batch_changes_no_weight_and_the_steps_after_it_are_taken(
     assert {e["step"] for e in training.events_of(skipping, "skip_batch")} == {7, 8}
 
 
-def test_what_is_skipped_does_not_depend_on_how_often_anyone_looks(raw):
+def test_the_skipped_batches_do_not_depend_on_the_logging_interval(raw):
     """Read after every step, and only where something is saved: the same bits everywhere."""
     bad, table = BadNumbers("english", (2, 10)), {"on_nonfinite": "skip"}
     often, first = run(raw, "often", bad, training=table, metrics={"log_freq": 1})
@@ -140,7 +140,7 @@ def test_rolling_back_before_the_first_checkpoint_begins_the_stage_again(raw):
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_fault_that_never_comes_again_is_still_passed_over_after_a_kill(raw, tmp_path, policy):
+def test_a_batch_skipped_for_a_fault_that_does_not_return_is_still_skipped_after_a_kill(raw, tmp_path, policy):
     """A cosmic ray at step 5; kill -9 as soon as the decision stands, before any checkpoint of it; the same command."""
     table = {"on_nonfinite": policy}
     whole, _ = run(raw, "whole", BadNumbers("english", (5,)), training=table)
@@ -154,8 +154,8 @@ def test_a_fault_that_never_comes_again_is_still_passed_over_after_a_kill(raw, t
     assert training.same_bits(end_of(folder), end_of(whole))
 
 
-def test_a_checkpoints_skips_are_known_without_the_stages_file(raw):
-    """skipped.json is gone: what the checkpoint itself went through is still told in the next ones."""
+def test_a_manifest_keeps_its_skips_without_the_stages_file(raw):
+    """skipped.json is gone: later manifests still list the skips that the checkpoint's own manifest lists."""
     table = {"on_nonfinite": "skip"}
     saved = training.Path(raw["job"]["output_dir"]) / "run" / "english" / "step-00000008"
     fault = Fault("titan_cpt.train:Trainer.train_step", 12, saved)
@@ -168,7 +168,7 @@ def test_a_checkpoints_skips_are_known_without_the_stages_file(raw):
     assert manifest.read(folder / "german" / "step-00000010")["skipped"] == {"english": [5]}
 
 
-def test_a_spike_is_told_and_trained_on_unless_asked_otherwise(raw):
+def test_a_spike_is_logged_and_trained_on_by_default(raw):
     """The default; the message has the step, the score and the window."""
     table = {"loss_spike_window": 4}
     folder, outcome = run(raw, "run", BadNumbers("english", (8,), "spike"), training=table)
@@ -213,7 +213,7 @@ def test_a_spike_may_stop_be_skipped_or_rolled_back(raw, policy):
 
 
 def test_more_skips_than_allowed_stop_the_run(raw):
-    """Two are passed over, the third stops it, with the weights of the step before and the count in the message."""
+    """Two batches are skipped, the third stops the run with the weights of the step before; the message counts them."""
     table = {"on_nonfinite": "skip", "max_skips_per_1000_steps": 2}
     folder, outcome = run(raw, "run", BadNumbers("english", (3, 5, 7)), training=table)
 
@@ -225,8 +225,8 @@ def test_more_skips_than_allowed_stop_the_run(raw):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("kind", ["nan gradient", "spike"])
-def test_one_rank_of_four_that_goes_wrong_holds_all_of_them_back(raw, ranks, kind):
-    """The last rank alone has a bad gradient or far too high a loss: every rank passes over the step, none hangs."""
+def test_a_bad_number_on_one_of_four_ranks_makes_every_rank_skip_the_step(raw, ranks, kind):
+    """Only the last rank has a bad gradient or far too high a loss: every rank skips the step, none hangs."""
     bad = BadNumbers("english", (6,), kind, rank=ranks - 1)
     small = {"local_batch_size": 1, "on_nonfinite": "skip", **SPIKES}
     folder, outcome = run(raw, "run", bad, ranks=ranks, training=small)
@@ -246,7 +246,7 @@ def observed(guard, loss):
 
 
 def test_the_score_is_that_of_the_window_before_by_hand():
-    """Losses 1, 2, 3, 4: mean 2.5, deviation sqrt(1.25). The fifth, 5, lies 2.2361 above; the window then moves on."""
+    """Losses 1, 2, 3, 4: mean 2.5, deviation sqrt(1.25). The fifth, 5, has z-score 2.2361; the window moves."""
     guard = small_guard(spike_window=4)
     first = [observed(guard, loss) for loss in (1.0, 2.0, 3.0, 4.0)]
     fifth = observed(guard, 5.0)
@@ -256,7 +256,7 @@ def test_the_score_is_that_of_the_window_before_by_hand():
     assert guard.recent_losses() == [2.0, 3.0, 4.0, 5.0]
 
 
-def test_a_held_back_loss_does_not_enter_the_window():
+def test_the_loss_of_a_skipped_batch_does_not_enter_the_window():
     """Nor do those after it, which were taken with weights that did not move."""
     guard = small_guard(spike_window=4, spike_z_score=3.0)
     for loss in (1.0, 2.0, 1.0, 2.0):
@@ -282,7 +282,7 @@ def test_losses_are_recalled_as_they_were_noted():
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}', "\udcff"])
-def test_a_damaged_list_of_skips_is_told(tmp_path, content):
+def test_a_damaged_list_of_skips_is_reported(tmp_path, content):
     """No traceback, and what to do about it."""
     (tmp_path / "english").mkdir()
     (tmp_path / "english" / "skipped.json").write_text(content, errors="surrogateescape")
@@ -291,7 +291,7 @@ def test_a_damaged_list_of_skips_is_told(tmp_path, content):
         SkippedBatches(tmp_path, writing=False)
 
 
-def test_skips_are_counted_in_the_steps_asked_for(tmp_path):
+def test_skips_are_counted_within_the_given_steps(tmp_path):
     """After 10 and until 20: 11, 20, and not 10 or 21."""
     (tmp_path / "a").mkdir()
     skips = SkippedBatches(tmp_path, writing=True)

@@ -52,7 +52,7 @@ def ended(capsys, *words):
         "generate BAD --prompt a",
     ],
 )
-def test_paths_that_cannot_be(place, tmp_path, monkeypatch, capsys, words, bad):
+def test_an_unusable_path_is_an_error_of_one_line(place, tmp_path, monkeypatch, capsys, words, bad):
     """Every command, every path that it reads or writes: one line, with the name and no traceback."""
     monkeypatch.chdir(tmp_path)
     known = {"BAD": place / BAD[bad], "CONFIG": place / "c.toml", "TEXT": place / "a.txt"}
@@ -81,8 +81,8 @@ def test_paths_that_cannot_be(place, tmp_path, monkeypatch, capsys, words, bad):
         "verify CLOSED",
     ],
 )
-def test_folders_without_permission(tmp_path, capsys, words, kind):
-    """EACCES on reading and on writing is no damage, no absence and no traceback; nothing is changed."""
+def test_a_folder_without_permission_is_an_error_of_one_line(tmp_path, capsys, words, kind):
+    """EACCES on reading and writing is not reported as damage or absence, prints no traceback and changes nothing."""
     closed = tmp_path / "closed"
     closed.mkdir()
     data = training.write_languages(tmp_path)

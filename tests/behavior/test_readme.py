@@ -49,7 +49,7 @@ def test_the_checkpoint_that_the_readme_verifies_is_the_last_one_of_the_german_s
     assert set(news.shares) == {"english", "german", "news"}
 
 
-def test_the_commands_of_the_readme_run_and_an_appended_stage_is_trained_alone(tmp_path):
+def test_the_commands_of_the_readme_run_and_only_an_appended_stage_is_trained(tmp_path):
     """Every command ends with status 0, on a small model; then the same training command trains only `news`."""
     for seed, language in enumerate(("english", "german", "news")):
         (tmp_path / "text" / language).mkdir(parents=True)
@@ -97,5 +97,5 @@ def test_the_table_of_the_readme_has_the_results_of_the_reproduction():
 
 
 def rounded(text, digits):
-    """`1.2345 ± 0.0678` with so many digits."""
+    """`1.2345 ± 0.0678` with this number of digits."""
     return " ± ".join(f"{float(number):.{digits}f}" for number in text.split("±"))

@@ -148,7 +148,7 @@ KILLS = (
 )
 
 
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(config, unbroken, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_numbers_of_an_unbroken_one(config, unbroken, tmp_path):
     """kill -9 at ten chosen moments, one after another in one run: saves, measurements, the border of two stages."""
     statuses = [train(config, fault=fault).status for fault in KILLS]
     last = train(config)
@@ -159,7 +159,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(config, unbrok
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(config, unbroken, tmp_path, seed):
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one(config, unbroken, tmp_path, seed):
     """kill -9 from outside, after a random number of further lines in the record, until it went on mid-stage."""
     rng, run, killed, resumed = random.Random(seed), tmp_path / "run", 0, 0
     while not resumed and killed < 12:
@@ -180,7 +180,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(config, unbr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_ends_with_75_and_the_same_command_goes_on(config, unbroken, tmp_path, number):
+def test_a_signal_saves_and_ends_with_75_and_the_same_command_resumes(config, unbroken, tmp_path, number):
     """The checkpoint is of the last step in the record, wherever that was; no step is taken twice."""
     run = tmp_path / "run"
     process = Process(config)
@@ -201,7 +201,7 @@ def test_a_signal_saves_ends_with_75_and_the_same_command_goes_on(config, unbrok
 
 
 def test_a_finished_run_is_skipped_and_ends_with_0(ended, config, unbroken):
-    """Nothing is trained; what lies there stays as it is."""
+    """Nothing is trained, and the files of the run stay unchanged."""
     outcome = train(config)
 
     assert outcome.status == 0, outcome.output
@@ -210,7 +210,9 @@ def test_a_finished_run_is_skipped_and_ends_with_0(ended, config, unbroken):
     assert_same(ended, unbroken)
 
 
-def test_an_appended_stage_is_trained_alone_and_as_if_it_had_always_been_there(ended, raw, config, data, tmp_path):
+def test_only_an_appended_stage_is_trained_and_gives_the_numbers_of_a_run_that_always_had_it(
+    ended, raw, config, data, tmp_path
+):
     """Two stages done, a third is written into the file; against a run that had three from the start."""
     three = training.changed(raw, stages=[*raw["stages"], training.third_stage()])
     training.write_config(three, config)
@@ -229,7 +231,7 @@ DAMAGES = ("flipped byte", "truncated shard", "missing shard", "garbage manifest
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(ended, config, unbroken, kind):
-    """German's end is gone and step 8 damaged: it says so, goes on after step 4, and ends with the same numbers."""
+    """German's end is gone and step 8 damaged: the run says so, resumes after step 4 and ends with the same numbers."""
     forget_after(ended, "german/step-00000010")
     damage(ended, "german/step-00000008", kind)
     outcome = train(config)
@@ -304,7 +306,7 @@ def test_copies_of_checkpoints_are_neither_removed_nor_resumed_from(ended, confi
 
 
 def test_a_stage_whose_folder_was_renamed_is_trained_again(ended, config, unbroken):
-    """Renaming is the careful way of removing; what lies there is not taken for the stage, and stays."""
+    """Renaming is the careful way of removing: the renamed folder is not taken for the stage's, and stays."""
     (ended / "german").rename(ended / "german_old")
     outcome = train(config)
 
@@ -386,7 +388,7 @@ def test_data_that_changed_under_a_run_is_refused(ended, config, data, tmp_path,
     assert "Traceback" not in outcome.output
 
 
-def test_a_later_stage_and_what_is_no_part_of_the_recipe_may_be_edited(ended, raw, config):
+def test_a_later_stage_and_keys_outside_the_recipe_may_be_edited(ended, raw, config):
     """English is done, German not begun: its LR, its steps and its data's weight may change; so may intervals."""
     shutil.rmtree(ended / "german")
     edited = training.changed(raw, checkpoint={"interval": 3}, validation={"interval": 2}, metrics={"log_freq": 7})
@@ -402,7 +404,7 @@ def test_a_later_stage_and_what_is_no_part_of_the_recipe_may_be_edited(ended, ra
 
 
 def test_settings_that_changed_under_a_run_are_printed_and_recorded(ended, raw, config):
-    """config.toml holds the newest settings alone: the old ones are in an event; a stage that is new is one line."""
+    """config.toml holds only the newest settings: the old ones are in an event; a new stage is one line."""
     forget_after(ended, "german/step-00000010")
     edited = training.changed(raw, training={"local_batch_size": 4, "on_loss_spike": "skip"})
     edited["stages"].append(training.third_stage())
@@ -421,7 +423,7 @@ def test_settings_that_changed_under_a_run_are_printed_and_recorded(ended, raw, 
     assert [event["settings"] for event in training.events_of(ended, "settings_changed")] == [expected]
 
 
-def test_layers_left_out_of_float8_are_compared_with_an_older_versions_run_too(ended, raw, config):
+def test_layers_excluded_from_float8_are_compared_with_an_older_versions_run_too(ended, raw, config):
     """Its checkpoints do not name them, its config.toml does: the same resumes, others are refused."""
     for path in ended.glob("*/*/manifest.json"):
         record = json.loads(path.read_text())
@@ -458,8 +460,8 @@ def test_data_of_a_stage_that_has_not_begun_may_be_replaced(ended, config, data,
 
 
 @pytest.mark.parametrize("mode", ["async", "disabled"])
-def test_a_disk_that_is_full_ends_with_2_and_the_last_good_checkpoint_is_whole(ended, config, unbroken, mode):
-    """No file may exceed 0.5 MB: the save of German's step 8 fails; with room again the run goes on from step 4."""
+def test_a_full_disk_ends_the_run_with_2_and_the_last_good_checkpoint_is_whole(ended, config, unbroken, mode):
+    """No file may exceed 0.5 MB: the save of German's step 8 fails; with room again the run resumes from step 4."""
     forget_after(ended, "german/step-00000010", "german/step-00000008")
     outcome = train(config, "--checkpoint.async_mode", mode, largest_file_bytes=500_000)
     whole = manifest.verify(ended / "german" / "step-00000004")
@@ -477,7 +479,7 @@ def test_a_disk_that_is_full_ends_with_2_and_the_last_good_checkpoint_is_whole(e
 
 
 def test_an_output_folder_that_cannot_be_written_ends_with_2(raw, config, tmp_path):
-    """output_dir lies below a regular file, which not even root can write into."""
+    """output_dir is below a regular file, which not even root can write into."""
     (tmp_path / "file").write_text("")
     outcome = train(config, "--job.output_dir", str(tmp_path / "file" / "outputs"))
 
@@ -487,7 +489,7 @@ def test_an_output_folder_that_cannot_be_written_ends_with_2(raw, config, tmp_pa
 
 
 def test_a_record_that_cannot_grow_waits_in_memory_and_no_checkpoint_is_made_without_it(config, tmp_path):
-    """metrics.jsonl fills the disk at once: told at every look; the pre-anneal point cannot be saved, which ends it."""
+    """metrics.jsonl fills the disk: each flush warns; the pre-anneal checkpoint cannot be saved, which ends the run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"kind": "event", "name": "earlier"}\n' * 1000)
@@ -502,7 +504,7 @@ def test_a_record_that_cannot_grow_waits_in_memory_and_no_checkpoint_is_made_wit
 
 
 def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeypatch):
-    """Ten lines, the disk full in the middle of one: told; later all are there, once and in order."""
+    """Ten lines, the disk full in the middle of one: a warning; later the file has each line once and in order."""
     log = MetricsLog(tmp_path, writing=True, tensorboard=None, flops_per_token=1, peak_flops=1.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
     try:
@@ -521,7 +523,7 @@ def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeyp
     assert [e["name"] for e in training.events_of(tmp_path)] == [*(f"e{number}" for number in range(10)), "last"]
 
 
-def test_only_stages_that_are_there_may_be_changed_freely(ended, config, raw):
+def test_the_error_offers_later_stages_for_change_only_where_there_are_some(ended, config, raw):
     """Nothing comes after German, so nothing is promised of it; with a third stage, that one is free."""
     first = train(config, "--stages.english.lr.max", "4e-3")
     with_third = training.write_config({**raw, "stages": [*raw["stages"], training.third_stage()]}, config)

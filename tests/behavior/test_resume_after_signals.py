@@ -71,7 +71,7 @@ def assert_same(run, unbroken):
         assert training.same_bits(*ends)
 
 
-def test_slurms_signal_before_the_time_limit_saves_and_leaves_with_75(config, unbroken, tmp_path):
+def test_slurms_signal_before_the_time_limit_saves_and_exits_with_75(config, unbroken, tmp_path):
     """SIGUSR1, from outside."""
     process = Process(config)
     process.wait_for(lambda: len(training.lines_of(tmp_path / "run", "train")) >= 2)
@@ -115,9 +115,9 @@ MEASUREMENTS = {
 
 
 @pytest.mark.parametrize("call", MEASUREMENTS)
-def test_a_signal_cuts_a_measurement_short_which_is_made_up_for(config, unbroken, tmp_path, call):
-    """It comes during the first dataset's measurement: the second is not begun, and the state is saved. The same
-    command then measures first, so that not a number is missing or different in the end."""
+def test_a_signal_stops_a_validation_and_the_resume_repeats_it(config, unbroken, tmp_path, call):
+    """It comes during the first dataset's validation: the second does not begin, and the state is saved. The same
+    command then validates first, so that no number is missing or different in the end."""
     _, steps, saved = MEASUREMENTS[call]
     stopped = faulty.train(
         config, faults=[Signalled("titan_cpt.training.validation:Validator._loss", call, signal.SIGTERM)]
@@ -135,8 +135,8 @@ def test_a_signal_cuts_a_measurement_short_which_is_made_up_for(config, unbroken
     assert len(training.lines_of(run, "train")) == 22
 
 
-def test_stopped_while_it_makes_up_for_a_measurement_it_still_owes_it(config, unbroken, tmp_path):
-    """Twice in a row at the same place; the third time it is made."""
+def test_a_validation_stopped_in_its_repetition_is_repeated_once_more(config, unbroken, tmp_path):
+    """Stopped twice in a row at the same place; the third process completes it."""
     place = "titan_cpt.training.validation:Validator._loss"
     first = faulty.train(config, faults=[Signalled(place, 3, signal.SIGTERM)])
     again = faulty.train(config, faults=[Signalled(place, 1, signal.SIGINT)])
@@ -148,8 +148,8 @@ def test_stopped_while_it_makes_up_for_a_measurement_it_still_owes_it(config, un
     assert training.numbers_of(tmp_path / "run") == training.numbers_of(unbroken)
 
 
-def test_a_second_sigint_leaves_at_once_and_harms_nothing(config, unbroken, tmp_path):
-    """While the save that the first one asked for is being written."""
+def test_a_second_sigint_exits_at_once_and_damages_nothing(config, unbroken, tmp_path):
+    """While the save that the first one requested is being written."""
     faults = [
         Signalled("titan_cpt.train:Trainer.train_step", 6, signal.SIGINT),
         Signalled("titan_cpt.checkpoint.manifest:write", 2, signal.SIGINT),
@@ -208,8 +208,8 @@ def lives_with_a_killed_rank(raw, tmp_path, *, nodes):
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_torchrun_starts_again_by_itself_when_a_rank_is_killed(data, tmp_path, nodes):
-    """Two ranks, one of them killed at step 6: it goes on from step 4 and ends as if nothing had been."""
+def test_torchrun_restarts_the_ranks_when_one_is_killed(data, tmp_path, nodes):
+    """One of two ranks is killed at step 6: the run resumes from step 4 and gives the numbers of an unbroken one."""
     raw = training.changed(training.two_stages(data, tmp_path), training={"local_batch_size": 1})
     raw["stages"] = raw["stages"][:1]
     whole = training.write_config(training.changed(raw, job={"name": "whole"}), tmp_path / "whole.toml")

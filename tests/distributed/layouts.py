@@ -61,7 +61,7 @@ def write(arguments: Sequence[str]) -> None:
 
 
 def read(arguments: Sequence[str]) -> None:
-    """Read the checkpoints of all layouts under every layout of this number of ranks, and go on from the last."""
+    """Read the checkpoints of all layouts under every layout of this number of ranks, and resume from the last."""
     folder, ranks = Path(arguments[0]), _join()
     for name, overrides in LAYOUTS[ranks.world_size].items():
         with _built(folder, ranks, f"to-{name}", overrides) as trainer:

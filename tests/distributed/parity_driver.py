@@ -1,7 +1,7 @@
 """Run under torchrun: several runs of the real trainer, one after another, inside one process group.
 
 `parity_driver.py JSON`: the file holds a list of overrides by dotted key, one a run; "toml" names its base, "seal_s"
-holds every manifest back by so many seconds.
+holds every manifest back by that many seconds.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def small_quickstart() -> dict[str, Any]:
 
 
 def launch(folder: Path, runs: list[dict[str, str]], world_size: int, name: str = "") -> None:
-    """Carry out runs on so many ranks, in `folder`; "toml" in a run's overrides names what they are laid over."""
+    """Train runs on `world_size` ranks, in `folder`; "toml" in a run's overrides names its config."""
     name = name or str(world_size)
     (folder / f"runs-{name}.json").write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]

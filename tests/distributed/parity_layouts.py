@@ -1,4 +1,4 @@
-"""The layouts that are held against one process, by world size; docs/parallelism.md lists the same ones as tested."""
+"""The layouts that are compared with one process, by world size; docs/parallelism.md lists the same ones as tested."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ MOMENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float8, one scale": 1e-1
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all runs lie, those of one process among them, which whichever pytest process comes first carries out."""
+    """The folder of all runs. The pytest process that comes first trains those of one process."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # of all workers
@@ -52,7 +52,7 @@ def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: 
 
 
 def test_every_layout_reads_the_checkpoint_of_any_other(folder: Path) -> None:
-    """A second stage with the optimizer kept, under another layout than the first, goes on as one process would.
+    """A second stage with the optimizer kept, under another layout than the first, continues as one process would.
 
     So do two stages of one run, where the manifest between them takes as long to write as a large model's.
     """
@@ -72,8 +72,8 @@ def test_every_layout_reads_the_checkpoint_of_any_other(folder: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_float8_is_one_process_in_float8(folder: Path) -> None:
-    """Every layout to the tolerance of its rounding, float8 itself near the others, and checkpoints without it."""
+def test_float8_on_several_ranks_gives_the_losses_of_one_process_in_float8(folder: Path) -> None:
+    """Layouts agree within rounding, float8 is close to fp32 and bf16, and checkpoints hold no float8 tensor."""
     alone = [{"job.name": name, **overrides} for name, overrides in FLOAT8_REFERENCES.items()]
     launch(folder, [*alone, {"job.name": "new-weights-one", **NEW_WEIGHTS}], 1, "float8-1")
     ranks = [{"job.name": case.name, **case.overrides} for case in FLOAT8]
@@ -103,7 +103,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def in_two_stages(overrides: dict[str, str]) -> dict[str, str]:
-    """These overrides over the TOML that goes on where theirs ends."""
+    """These overrides over the TOML that continues where theirs ends."""
     return {**overrides, "toml": f"{overrides.get('toml', 'gpt_neox')}-two-stages"}
 
 

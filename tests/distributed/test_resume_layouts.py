@@ -15,7 +15,7 @@ NAMES = [(ranks, name) for ranks, of_ranks in LAYOUTS.items() for name in of_ran
 
 
 def on_ranks(ranks, function, folder):
-    """Call a function of layouts.py on so many ranks."""
+    """Call a function of layouts.py on `ranks` ranks."""
     life = Life((str(folder),), main=f"layouts:{function}")
     ended = [faulty.outcome_of(*one) for one in faulty.start_all(life, folder / "layouts", ranks=ranks)]
 
@@ -24,7 +24,7 @@ def on_ranks(ranks, function, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The run of one process, its step 2 under every layout, and what each layout made of all of those."""
+    """The run of one process, its step 2 rewritten by every layout, and those rewritten and resumed by every layout."""
     folder = tmp_path_factory.mktemp("layouts")
     make_data(folder)
     toml = (
@@ -54,7 +54,7 @@ def test_a_resume_reads_every_layouts_checkpoint_into_the_same_bits(folder, rank
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
 def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, ranks, name, part):
-    """What it writes again at once is bit for bit what the one process wrote, whoever reads and writes in between."""
+    """Each layout reads a checkpoint and writes it at once: its tensors are bit for bit those of the one process."""
     one = training.tensors_of(folder / "one" / STEP, part)
     for run in (name, f"to-{name}"):
         assert training.same_bits(one, training.tensors_of(folder / run / STEP, part))

@@ -112,7 +112,7 @@ def test_only_one_rank_writes_the_record(two):
     assert [event["world_size"] for event in training.events_of(two, "start")] == [2]
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_two(raw, folder, one, two):
+def test_one_process_resumes_from_a_checkpoint_of_two(raw, folder, one, two):
     """From step 4 of German: the same batches, and the losses of both unbroken runs."""
     run = folder / "two-then-one"
     forget_the_end(two, run)
@@ -125,7 +125,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(raw, folder, one, two):
     assert_alike(one, run)
 
 
-def test_two_go_on_from_a_checkpoint_of_one(raw, folder, one):
+def test_two_processes_resume_from_a_checkpoint_of_one(raw, folder, one):
     """The other way about."""
     run = folder / "one-then-two"
     forget_the_end(one, run)

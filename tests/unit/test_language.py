@@ -1,4 +1,4 @@
-"""The language of the package: the field's terms in docstrings, messages and names, none of the old dialect."""
+"""The language of the package, its tests and its pages: the field's terms, none of the phrases in BANNED."""
 
 import ast
 import re
@@ -9,6 +9,8 @@ import pytest
 from unit.test_architecture import FILES, TREES
 
 ROOT = Path(__file__).resolve().parents[2]
+TESTS = {str(path.relative_to(ROOT)): path for path in sorted(ROOT.glob("tests/**/*.py"))}
+del TESTS["tests/unit/test_language.py"]  # it has to name the banned phrases
 PAGES = {str(page.relative_to(ROOT)): page for page in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]}
 
 BANNED = {  # what is never written: what is written instead
@@ -57,6 +59,15 @@ def texts(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+
+
+def claims(tree):
+    """(line, text) of every docstring and of every test's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield getattr(node, "lineno", 1), ast.get_docstring(node) or ""
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.lineno, node.name.replace("_", " ")
 
 
 def prose(page):
@@ -110,6 +121,14 @@ def test_identifiers_are_spelt_as_in_torch_and_say_what_they_are(name):
     found = [f"{line}: {one}" for line, one in names(TREES[name]) if words_of(one) & BANNED_IN_NAMES]
 
     assert found == []
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_names_and_docstrings_of_tests_are_in_the_language_of_the_field(name):
+    """A test's name is a claim in plain words; BANNED says what to write instead."""
+    tree = ast.parse(TESTS[name].read_text(encoding="utf-8"))
+
+    assert [one for claim in claims(tree) for one in banned([claim])] == []
 
 
 @pytest.mark.parametrize("name", PAGES)

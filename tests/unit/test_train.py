@@ -33,7 +33,7 @@ def raw(tmp_path):
 
 @pytest.fixture(autouse=True)
 def garbage_is_collected_again():
-    """A run turns Python's collector off and ends with its process; this one goes on."""
+    """A run turns Python's collector off and ends with its process; this one continues."""
     yield
     gc.enable()
 
@@ -60,7 +60,7 @@ def german_lr(t):
 
 
 def plain_groups(model):
-    """Decay for matrices alone."""
+    """Decay only for matrices."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     kept = [p for p in model.parameters() if p.dim() == 1]
     return [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
@@ -123,7 +123,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
             assert list(lrs) == [pytest.approx(english_lr(step + 1), rel=1e-12)]
         assert expected[1] > 1.0  # there was something to clip
         for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
-            if mine.dim() == 2:  # the keys' biases have a gradient of rounding errors alone, which AdamW blows up
+            if mine.dim() == 2:  # the keys' biases have a gradient of nothing but rounding errors, which AdamW blows up
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
 
 
@@ -373,7 +373,7 @@ def test_tensorboard_shows_the_run(finished):
 
 
 def test_a_finished_run_is_all_skipped(finished):
-    """The same command again: 0, nothing is trained, the record grows by events alone."""
+    """The same command again: 0, nothing is trained, the record grows only by events."""
     before = training.numbers_of(finished), training.checkpoints_of(finished)
     status = run(training.load_config(finished / "config.toml"))
     events = training.events_of(finished)
@@ -397,7 +397,7 @@ def test_measuring_does_not_change_training(raw):
 
 
 def test_saving_in_the_background_does_not_change_training(raw):
-    """Asynchronous after every third step, and synchronous at the stage's end alone."""
+    """Asynchronous after every third step, and synchronous only at the stage's end."""
     tables = []
     for mode, interval in (("async", 3), ("disabled", 1000)):
         table = {"async_mode": mode, "interval": interval}

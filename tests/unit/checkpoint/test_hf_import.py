@@ -325,7 +325,7 @@ def test_an_export_has_the_longest_sequence_and_the_end_of_document_id(round_tri
 
 
 def test_a_damaged_checkpoint_is_not_exported(round_trip, tmp_path):
-    """One byte of a file is changed: the error names the file, and nothing is left behind."""
+    """One byte of a file is changed: the error names the file, and no file remains."""
     folder, _ = round_trip
     copy = shutil.copytree(folder / "gpt_neox-imported", tmp_path / "copy")
     file = next(copy.glob("*.safetensors"))

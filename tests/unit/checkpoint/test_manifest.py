@@ -277,7 +277,7 @@ def test_text_is_replaced_atomically(tmp_path, monkeypatch):
 
 
 def test_differences_name_the_key_the_old_and_the_new_value():
-    """Changed, new and gone keys, sorted; 1 and 1.0 are told apart, tuples and lists are not."""
+    """Changed, new and gone keys, sorted; 1 and 1.0 differ, tuples and lists do not."""
     old = {"a": 1, "b": "x", "gone": 0.5, "list": [1, 2], "same": {"p": 1, "q": 2}}
     new = {"a": 1.0, "b": "y", "new": [1], "list": (1, 2), "same": {"q": 2, "p": 1}}
 

@@ -1,4 +1,4 @@
-"""glibc is told to keep freed memory, in a process of its own."""
+"""glibc keeps freed memory, checked in a process of its own."""
 
 import platform
 import subprocess

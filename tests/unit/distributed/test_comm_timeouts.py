@@ -17,7 +17,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 @dataclass(frozen=True)
 class Late:
-    """Rank 1 comes to a step of the first stage so many seconds after rank 0."""
+    """Rank 1 begins a step of the first stage `seconds` seconds after rank 0."""
 
     step: int
     seconds: float

@@ -1,4 +1,4 @@
-"""Where a context-parallel rank's positions lie, and what of ring attention can be held to without a GPU."""
+"""The positions of a context-parallel rank, and what can be tested of ring attention without a GPU."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def lrs(stage):
 
 
 def test_every_baseline_differs_in_what_its_name_says(raw, tmp_path):
-    """By hand: 12 + 10 steps in the union, 12 : 10; German alone for 10; no sequence replayed; LRs that stay."""
+    """By hand: 12 + 10 steps in the union, 12 : 10; 10 of German only; no sequence replayed; LRs that stay."""
     plans = plans_of(raw, tmp_path)
     union, alone, bare = (plans[name].stages for name in ("union", "alone-german", "no-replay"))
 

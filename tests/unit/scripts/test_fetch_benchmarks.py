@@ -57,7 +57,7 @@ def test_blimp_is_read_as_pairs(tmp_path, monkeypatch):
 
 
 def test_a_source_without_rows_leaves_no_file(tmp_path, monkeypatch):
-    """It was moved, say: told, and the next run tries again."""
+    """The source was moved, say: the script prints it, and the next run tries again."""
     monkeypatch.setattr(fetcher, "github", lambda _: archive({"other/agreement.jsonl": "{}"}))
 
     with pytest.raises(fetcher.FetchError, match="may have been moved"):
@@ -65,7 +65,7 @@ def test_a_source_without_rows_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_fetched_does_not_stop_the_rest(tmp_path, monkeypatch, capsys):
+def test_a_failed_download_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """Status 1 and the cause; what came has its task, which says where in the harness it comes from."""
 
     def fail(folder, names):

@@ -1,4 +1,4 @@
-"""scripts/fetch_quickstart.py: from packages and articles to clean text that can be held out honestly. No network."""
+"""scripts/fetch_quickstart.py: from packages and articles to clean training and validation text. No network."""
 
 import importlib.util
 import io
@@ -69,7 +69,7 @@ class TestHtml:
         ],
         ids=["nav", "script", "code", "nested contents", "one class of two", "bare cells", "formula"],
     )
-    def test_what_is_no_prose_is_left_out(self, frame: str) -> None:
+    def test_navigation_code_and_bare_cells_are_omitted(self, frame: str) -> None:
         """Navigation, code and cells of a word leave no trace, and what follows them is still read."""
         lines = manual.html_lines(f"{frame}<p>This is the text itself.</p>")
 
@@ -113,7 +113,7 @@ class TestMallard:
         assert "Press Ctrl+P and read More." in texts_of(manual.mallard_lines(self.PAGE, titles))
 
     def test_only_what_a_reader_sees_is_text(self) -> None:
-        """Credits, editors' notes and the wording for another desktop are left out; titles keep their depth."""
+        """Credits, editors' notes and the wording for another desktop are omitted; titles keep their depth."""
         lines = manual.mallard_lines(self.PAGE)
 
         assert lines == [
@@ -131,7 +131,7 @@ class TestLanguage:
         ("text", "language"),
         [(ENGLISH, "english"), (GERMAN, "german"), ("SELECT name, size WHERE size 17", None), ("", None)],
     )
-    def test_the_commonest_words_tell(self, text: str, language: str | None) -> None:
+    def test_the_commonest_words_identify_the_language(self, text: str, language: str | None) -> None:
         """English is English, German is German, and what has neither's words is neither."""
         assert manual.language_of(text) == language
 
@@ -293,7 +293,7 @@ class TestPackages:
         return served
 
     def test_pages_are_read_from_the_packages_that_there_are(self, apt: Path, tmp_path: Path) -> None:
-        """A package that the sources lack is passed over; files that are no pages are not read."""
+        """A package that the sources lack is skipped; files that are not pages are not read."""
         write_package(
             apt / "debian-faq-de.deb",
             {
@@ -343,7 +343,7 @@ class TestPackages:
             fetch.debian_pages(folder)
 
     def test_apts_state_stays_inside_the_folder(self, tmp_path: Path) -> None:
-        """Every place that apt writes to lies in the temporary folder, and hooks of the system are cleared."""
+        """Every place that apt writes to is in the temporary folder, and hooks of the system are cleared."""
         config = fetch.write_apt_config(tmp_path).read_text(encoding="utf-8").splitlines()
 
         for place in ("Dir::State", "Dir::State::Lists", "Dir::State::Status", "Dir::Cache"):
@@ -369,7 +369,7 @@ class TestHub:
         return folder
 
     def test_the_first_articles_of_each_language_are_read(self, wikipedia: Path) -> None:
-        """As many articles as asked for, each up to its references."""
+        """As many articles as requested, each up to its references."""
         pages = fetch.hub_pages(str(wikipedia), articles=3)
 
         assert [page.lines for page in pages["english"]] == [body(ENGLISH)] * 3
@@ -385,7 +385,7 @@ class TestHub:
 class TestCommandLine:
     """What a user sees."""
 
-    def test_what_is_there_is_not_fetched_again(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_existing_files_are_not_fetched_again(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """With both files in place it says so and leaves them as they are."""
         for name in ("english.jsonl", "german.jsonl"):
             (tmp_path / name).write_text("{}\n", encoding="utf-8")

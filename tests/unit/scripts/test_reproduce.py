@@ -216,7 +216,7 @@ def archive_of(path, files):
 
 
 def test_an_archive_of_tei_is_split_by_whole_novels(tmp_path, monkeypatch, capsys):
-    """Fifty of each language: no novel is in both parts, about one in twenty is held out; level 1 alone is read."""
+    """Fifty a language: no novel is in both parts, about one in twenty is validation; only level 1 is read."""
     names = [f"{code}{number:03d}" for code in ("ENG", "DEU") for number in range(50)]
     files = {f"ELTeC/level1/{name}.xml": TEI.encode() for name in names}
     path = archive_of(tmp_path / "a.tar.xz", files | {"ELTeC/level0/ENG999.xml": TEI.encode()})

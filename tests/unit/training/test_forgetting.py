@@ -136,7 +136,7 @@ def test_settings_that_do_not_change_the_validation_loss_do_not_renew_baselines(
 
 
 def test_forgetting_is_unknown_where_the_weights_were_removed(resumed):
-    """English's checkpoints were removed to save disk: training goes on, and the line says null."""
+    """English's checkpoints were removed to save disk: training continues, and the line says null."""
     run, output = resumed(*FEWER, before=lambda run: shutil.rmtree(run / "english"))
 
     assert "forgetting of en is unknown from here on" in output
@@ -195,7 +195,7 @@ def test_a_stage_appended_with_other_windows_is_compared_with_them(raw, unbroken
 
 
 def test_a_branch_finds_its_baseline_in_the_run_that_it_left(raw, tmp_path):
-    """German's annealing under other windows: English's baseline is measured on weights that lie in the old run."""
+    """German's annealing under other windows: English's baseline is measured on weights of the old run."""
 
     def infinite(out):
         raw_ = raw(out)

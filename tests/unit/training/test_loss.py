@@ -134,7 +134,7 @@ def test_the_fused_loss_is_the_loss_of_the_heads_logits(dtype, tolerance, chunk_
 
 
 def test_the_softmax_for_torch_compile_gives_the_same(monkeypatch):
-    """It runs on CUDA alone, where the chunks of the other one would be many small kernels."""
+    """It runs only on CUDA, where the chunks of the other one would be many small kernels."""
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
     logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))
     targets_C = torch.arange(14)

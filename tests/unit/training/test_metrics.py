@@ -196,7 +196,7 @@ def test_tensorboard_holds_loss_lr_throughput_validation_and_forgetting(tmp_path
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash_a_rollback_and_a_resume(tmp_path):
-    """Steps 1 to 4 were drawn; a new process resumes after 2, draws 3 and 4, rolls back to 2 itself and draws 3 alone.
+    """Steps 1 to 4 were drawn; a new process resumes after 2, draws 3 and 4, rolls back to 2 and draws only 3.
 
     The fourth step of both earlier attempts is gone from every curve, and so are their losses of the third.
     """
@@ -235,7 +235,7 @@ def test_tensorboard_marks_where_the_validation_data_of_a_dataset_changed(tmp_pa
 
 
 def test_a_run_with_nothing_to_do_leaves_no_events_file(tmp_path):
-    """Stages that are all skipped are noted in metrics.jsonl alone."""
+    """Stages that are all skipped are noted only in metrics.jsonl."""
     log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
     log.event("start")
     log.event("skip", stage="a")

@@ -96,7 +96,7 @@ def test_embeddings_and_matrices_decay_norms_and_biases_do_not():
 
 @pytest.mark.parametrize(("max_norm", "expected"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0))])
 def test_gradients_are_clipped_together(max_norm, expected):
-    """Norms 3 and 4 make 5; scaled down to 1, or left alone where 5 is allowed."""
+    """Norms 3 and 4 make 5; scaled down to 1, or unchanged where 5 is allowed."""
     model = Small()
     model.weight.grad, model.bias.grad = torch.zeros(3, 4), torch.zeros(3)
     model.weight.grad[1, 2], model.bias.grad[0] = 3.0, -4.0

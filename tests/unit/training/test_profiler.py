@@ -48,7 +48,7 @@ def test_one_step_in_every_n_is_traced_and_no_number_changes(raw, tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_does_not_stop_the_run(raw, tmp_path):
-    """The place is taken by a file: it is said, and every step is trained."""
+    """A file has the folder's name: the run prints a warning, and every step is trained."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "profile").write_text("in the way")

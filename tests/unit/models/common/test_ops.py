@@ -53,7 +53,7 @@ def test_short_attention_is_trained_in_float32_and_gives_bfloat16(positions, upc
 
 
 def test_short_attention_is_as_exact_as_bfloat16_can_hold():
-    """Its gradients lie no further from exact ones than rounding the exact ones does, by half as much again."""
+    """Its gradients are no further from exact ones than rounding the exact ones does, by half as much again."""
     heads = bf16_heads(128)
     exact_heads = [x.detach().double().requires_grad_() for x in heads]
     grads = torch.autograd.grad(RotaryCausalAttention(rotary_width=8, rope_base=10_000.0).attend(*heads).sum(), heads)
