@@ -81,7 +81,7 @@ class Toll:
 
 
 def small_run(folder: Path) -> dict[str, Any]:
-    """Two stages of 8 and 6 steps, a save every third, a measurement every fourth; three batches of them are bad."""
+    """Stages of 8 and 6 steps; a checkpoint every 3 steps, validation every 4; three bad batches."""
     raw = training.two_stages(training.write_languages(folder), folder)
     raw = training.changed(
         raw,
@@ -101,7 +101,7 @@ ENDS = ("english/step-00000006", "english/step-00000008", "german/step-00000006"
 
 
 class Matrix:
-    """Kills runs until there were enough kills, the last run being trained to its end.
+    """Kills runs until there were enough kills, and trains the last run to its end.
 
     Args:
         folder: for data and runs.
@@ -121,7 +121,7 @@ class Matrix:
         self.unbroken = folder / "unbroken"
 
     def run_until(self, kills: int, tell: Callable[[str], None] = lambda line: None) -> Toll:
-        """Kill until `kills` were counted, and finish what is under way."""
+        """Kill until there were `kills` kills, then finish the current run."""
         while self.toll.total < kills:
             self._runs += 1
             run = self.folder / f"run-{self._runs}"
@@ -163,7 +163,7 @@ class Matrix:
         return moment, self._live((Fault(place, self.rng.randint(1, most)),))
 
     def _live(self, faults: tuple[Fault, ...], *, after_s: float | None = None, number: int = 9) -> int:
-        """One life on all ranks; the exit status of the rank that the fault, or the signal, was meant for."""
+        """One start on all ranks; returns the exit status of the rank that gets the fault or the signal."""
         victim = self.rng.randrange(self.ranks)
         started = faulty.start_ranks(self._config, faults=(*BAD, *faults), ranks=self.ranks, only=victim)
         process = started[victim][0]

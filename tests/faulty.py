@@ -26,7 +26,7 @@ import titan_cpt.train
 
 @dataclass(frozen=True)
 class BadNumbers:
-    """Spoil steps of a stage, on one rank or on all.
+    """Make the numbers of some steps of a stage bad, on one rank or on all.
 
     Attributes:
         kind: "nan gradient", or "spike": logits a hundred times too large, and so the loss and its true gradient.
@@ -90,7 +90,7 @@ class Life:
 
 
 def start(life: Life, output: Path) -> Any:
-    """The process, under way."""
+    """Start the process."""
     output.touch()
     process = training._server().Process(target=_child, args=(life, str(output)))
     process.start()

@@ -1,4 +1,4 @@
-"""The crash matrix in small: thirty kills at seeded moments, and not one number or tensor that is another's."""
+"""A small crash matrix: after thirty kills at seeded moments every number and tensor is that of an unbroken run."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 
 def test_thirty_kills_change_nothing(tmp_path):
-    """Steps, saves, transitions, measurements, skips, starts; scripts/crash_matrix.py makes more of each."""
+    """Kills in steps, saves, transitions, validation, skips and starts; scripts/crash_matrix.py runs longer."""
     toll = Matrix(tmp_path, seed=20).run_until(30)
 
     assert toll.mismatches == []
@@ -54,7 +54,7 @@ def test_two_ranks_share_the_files_to_verify_and_both_fall_back_from_a_damaged_o
 
 @pytest.mark.parametrize("moment", [name for name, places in MOMENTS.items() if places])
 def test_every_moment_of_the_matrix_can_be_hit(tmp_path, moment):
-    """A place that was renamed would never be called, and its kills never counted."""
+    """A kill is tied to a function by its name: if that is renamed, the kill never happens."""
     matrix = Matrix(tmp_path, seed=1)
     matrix.rng.choice = lambda among: moment if moment in among else among[0]
     matrix.rng.randint = lambda low, high: low

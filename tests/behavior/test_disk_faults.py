@@ -1,4 +1,4 @@
-"""A disk that fails under a run: it says so, trains on where that is safe, and what was saved before survives."""
+"""A disk that fails during a run: the run reports it and continues where that is safe; earlier checkpoints survive."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """The run that nothing disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("unbroken")
     outcome = training.train(training.write_config(training.two_stages(data, folder), folder / "c.toml"))
 
@@ -128,7 +128,7 @@ def test_a_failed_save_that_later_stages_begin_from_ends_the_run(config, unbroke
 
 @dataclass(frozen=True)
 class Before:
-    """Do something to files right before a step of English is taken, in the run's own process."""
+    """Change files right before a step of English, in the run's own process."""
 
     step: int
     what: str
@@ -267,7 +267,7 @@ def test_deterministic_refuses_a_resume_whose_bits_it_could_not_keep(config, tmp
 
 
 def test_deterministic_runs_give_the_bits_of_ordinary_ones_and_a_resume_keeps_them(config, unbroken, tmp_path):
-    """On a CPU every kernel of ours is deterministic: asking for it changes nothing but what is refused."""
+    """On a CPU all our kernels are deterministic: the option only adds refusals."""
     checkpoint = tmp_path / "run" / "english" / "step-00000004"
     killed = faulty.train(
         config, *DETERMINISTIC, faults=[training.Fault("titan_cpt.train:Trainer.train_step", 7, checkpoint)]
@@ -281,7 +281,7 @@ def test_deterministic_runs_give_the_bits_of_ordinary_ones_and_a_resume_keeps_th
 
 @pytest.mark.parametrize(("chosen", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
 def test_deterministic_gives_cublas_its_workspace_before_cuda_begins(monkeypatch, config, chosen, expected):
-    """torch stops at the first product on CUDA without it; what the user chose stays."""
+    """Without it torch stops at the first matrix product on CUDA; a value that the user chose stays."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen or "")
     if chosen is None:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

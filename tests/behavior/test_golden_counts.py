@@ -122,7 +122,7 @@ def one_step(family, precision, layout, *, accumulation=1):
 
 
 def test_golden_counts_of_a_single_process_in_fp32():
-    """No cast, no collective, nothing waited for."""
+    """No cast, no collective, no host sync."""
     assert one_step("gpt_neox", torch.float32, ParallelDims()) == {
         "operators": 238,
         "allocations": 340,
@@ -132,7 +132,7 @@ def test_golden_counts_of_a_single_process_in_fp32():
 
 
 def test_golden_counts_of_two_micro_batches_in_bf16():
-    """The weights are cast once, not twice; nothing waited for."""
+    """The weights are cast once, not twice; no host sync."""
     assert one_step("gpt_neox", torch.bfloat16, ParallelDims(), accumulation=2) == {
         "operators": 617,
         "allocations": 765 if BFLOAT16_BY_ONEDNN else 711,

@@ -30,12 +30,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def raw(data, tmp_path):
-    """Two stages, looked at every fifth step."""
+    """Two stages, logged and validated every fifth step."""
     return training.changed(training.two_stages(data, tmp_path), metrics={"log_freq": 5})
 
 
 def run(raw, name, *faults, ranks=1, **tables):
-    """A run to its end: its folder and its outcome."""
+    """Train a run to its end; return its folder and its outcome."""
     changed = training.changed(raw, **{**tables, "job": {"name": name}})
     folder = training.Path(raw["job"]["output_dir"])
     outcome = faulty.train(training.write_config(changed, folder / f"{name}.toml"), faults=faults, ranks=ranks)
@@ -79,7 +79,7 @@ def test_a_skipped_batch_changes_no_weight_and_the_next_steps_are_trained(raw, k
 
 
 def test_the_skipped_batches_do_not_depend_on_the_logging_interval(raw):
-    """Read after every step, and only where something is saved: the same bits everywhere."""
+    """Losses are checked after every step, or only before a save: the same bits."""
     bad, table = BadNumbers("english", (2, 10)), {"on_nonfinite": "skip"}
     often, first = run(raw, "often", bad, training=table, metrics={"log_freq": 1})
     rarely, second = run(raw, "rarely", bad, training=table, metrics={"log_freq": 1000})
@@ -117,7 +117,7 @@ def test_the_sequences_of_a_skipped_batch_are_named(raw):
 
 
 def test_rolling_back_takes_the_steps_since_the_checkpoint_again(raw):
-    """Saved after step 4, spoilt at step 6: steps 4 and 5 are taken a second time, with the same numbers."""
+    """A checkpoint after step 4, a bad number at step 6: steps 4 and 5 are repeated with the same numbers."""
     folder, outcome = run(raw, "rolling", BadNumbers("english", (6,)), training={"on_nonfinite": "rollback"})
     skipping, _ = run(raw, "skipping", BadNumbers("english", (6,)), training={"on_nonfinite": "skip"})
 
@@ -141,7 +141,7 @@ def test_rolling_back_before_the_first_checkpoint_begins_the_stage_again(raw):
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_batch_skipped_for_a_fault_that_does_not_return_is_still_skipped_after_a_kill(raw, tmp_path, policy):
-    """A cosmic ray at step 5; kill -9 as soon as the decision stands, before any checkpoint of it; the same command."""
+    """A cosmic ray at step 5; kill -9 right after the skip, before the next checkpoint; the same command."""
     table = {"on_nonfinite": policy}
     whole, _ = run(raw, "whole", BadNumbers("english", (5,)), training=table)
     ray = BadNumbers("english", (5,), once=str(tmp_path / "ray"))
@@ -182,7 +182,7 @@ def test_a_spike_is_logged_and_trained_on_by_default(raw):
 
 
 def test_the_window_of_losses_survives_a_kill(raw):
-    """Killed between the window's filling and the spike: it is found all the same, by the losses in the manifest."""
+    """A kill after the window is full and before the spike: the losses in the manifest still detect it."""
     bad = BadNumbers("english", (9,), "spike")
     whole, _ = run(raw, "whole", bad, training=SPIKES)
     saved = training.Path(raw["job"]["output_dir"]) / "killed" / "english" / "step-00000008"
@@ -257,7 +257,7 @@ def test_the_score_is_that_of_the_window_before_by_hand():
 
 
 def test_the_loss_of_a_skipped_batch_does_not_enter_the_window():
-    """Nor do those after it, which were taken with weights that did not move."""
+    """Nor do the next ones until the reset, since the weights are frozen."""
     guard = small_guard(spike_window=4, spike_z_score=3.0)
     for loss in (1.0, 2.0, 1.0, 2.0):
         observed(guard, loss)

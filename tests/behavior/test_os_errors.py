@@ -1,4 +1,4 @@
-"""What the operating system refuses is one message with the path, its reason and what to do, and exit status 2."""
+"""An operating system error is one message with the path, the reason and what to do, and exit status 2."""
 
 import pytest
 import training

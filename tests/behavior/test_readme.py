@@ -80,7 +80,7 @@ def run(command, folder):
 
 
 def transitions(folder):
-    """The stages that were begun in a run, in order."""
+    """The stages that a run began, in order."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line["stage"] for line in lines if line.get("name") == "transition"]
 

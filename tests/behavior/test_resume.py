@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """The run that nothing disturbed: the real command, in its own interpreter."""
+    """An undisturbed run of the real command, in its own interpreter."""
     folder = tmp_path_factory.mktemp("unbroken")
     config = training.write_config(training.two_stages(data, folder), folder / "c.toml")
     command = [sys.executable, "-m", "titan_cpt", "train", "--config", str(config)]
@@ -87,7 +87,7 @@ def assert_same(run, unbroken):
 
 
 def forget_after(run, *folders):
-    """Take checkpoints away, as if the run had not come there yet."""
+    """Remove checkpoints, as if the run had not reached them yet."""
     for folder in folders:
         shutil.rmtree(run / folder)
 
@@ -100,7 +100,7 @@ def points_of(run, tag):
 
 
 def damage(run, folder, kind):
-    """One of the ways in which a checkpoint is no longer what was saved."""
+    """Damage a checkpoint in one of several ways."""
     shard = next((run / folder).glob("*.safetensors"))
     if kind == "flipped byte":
         content = bytearray(shard.read_bytes())
@@ -125,7 +125,7 @@ def test_the_unbroken_run_is_whole(unbroken):
 
 
 def test_a_second_run_from_the_start_gives_the_same_bits(config, unbroken, tmp_path):
-    """In a forked process here, in an interpreter of its own there: the two are comparable at all."""
+    """A forked process and a separate interpreter give equal bits, which the other tests rely on."""
     outcome = train(config)
 
     assert outcome.status == 0, outcome.output
@@ -149,7 +149,7 @@ KILLS = (
 
 
 def test_a_run_killed_again_and_again_ends_with_the_numbers_of_an_unbroken_one(config, unbroken, tmp_path):
-    """kill -9 at ten chosen moments, one after another in one run: saves, measurements, the border of two stages."""
+    """kill -9 at ten chosen moments, one after another in one run: in saves, in validation, between two stages."""
     statuses = [train(config, fault=fault).status for fault in KILLS]
     last = train(config)
 
@@ -160,7 +160,7 @@ def test_a_run_killed_again_and_again_ends_with_the_numbers_of_an_unbroken_one(c
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one(config, unbroken, tmp_path, seed):
-    """kill -9 from outside, after a random number of further lines in the record, until it went on mid-stage."""
+    """kill -9 from outside, after a random number of further lines in the record, until a run resumed in mid-stage."""
     rng, run, killed, resumed = random.Random(seed), tmp_path / "run", 0, 0
     while not resumed and killed < 12:
         process = Process(config)
@@ -181,7 +181,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_75_and_the_same_command_resumes(config, unbroken, tmp_path, number):
-    """The checkpoint is of the last step in the record, wherever that was; no step is taken twice."""
+    """The checkpoint is of the last step in the record, wherever that was; no step is trained twice."""
     run = tmp_path / "run"
     process = Process(config)
     process.wait_for(lambda: len(training.lines_of(run, "train")) >= 2)
@@ -317,7 +317,7 @@ def test_a_stage_whose_folder_was_renamed_is_trained_again(ended, config, unbrok
 
 
 def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, config):
-    """Work is not begun again, and written over, on the word of a disk that fails: status 2, and what can be done."""
+    """A failing disk must not make the run start again and overwrite its results: status 2, and what to do."""
     record = (ended / "metrics.jsonl").read_bytes()
     for folder in training.checkpoints_of(ended):
         damage(ended, folder, "flipped byte")
@@ -330,7 +330,7 @@ def test_with_every_checkpoint_damaged_nothing_is_trained_over_them(ended, confi
 
 
 def test_a_damaged_pre_anneal_checkpoint_is_an_error_and_not_another_beginning(ended, config):
-    """The stage after it cannot begin as planned, and nothing else is taken in its place."""
+    """The next stage cannot begin as planned, and does not begin from another checkpoint instead."""
     shutil.rmtree(ended / "german")
     damage(ended, "english/step-00000009", "flipped byte")
     outcome = train(config)
@@ -354,7 +354,7 @@ PAST_EDITS = {
 
 
 def test_an_edited_past_is_refused_with_the_key_the_old_and_the_new_value(ended, config, unbroken):
-    """German is running: 2, one message, no traceback, and the run's folder is as it was."""
+    """German is running: status 2, one message, no traceback, and the run's folder is unchanged."""
     forget_after(ended, "german/step-00000010")
     for key, (value, difference) in PAST_EDITS.items():
         outcome = train(config, f"--{key}", value)
@@ -524,7 +524,7 @@ def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeyp
 
 
 def test_the_error_offers_later_stages_for_change_only_where_there_are_some(ended, config, raw):
-    """Nothing comes after German, so nothing is promised of it; with a third stage, that one is free."""
+    """No stage follows German, so the error offers none; it offers the third stage where there is one."""
     first = train(config, "--stages.english.lr.max", "4e-3")
     with_third = training.write_config({**raw, "stages": [*raw["stages"], training.third_stage()]}, config)
     second = train(with_third, "--stages.english.lr.max", "4e-3")

@@ -1,4 +1,4 @@
-"""Signals and killed ranks: everything is saved within a step, during a measurement too, and torchrun starts again."""
+"""Signals and killed ranks: a run saves within a step, also during validation, and torchrun restarts killed ranks."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """The run that nothing disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("unbroken")
     outcome = train(training.write_config(training.two_stages(data, folder), folder / "c.toml"))
 
@@ -46,7 +46,7 @@ class Signalled:
         self.place, self.call, self.number = place, call, number
 
     def lay(self):
-        """Take the place's place."""
+        """Replace the function at `place`."""
         module, _, name = self.place.partition(":")
         holder = sys.modules[module]
         *path, name = name.split(".")
@@ -86,7 +86,7 @@ def test_slurms_signal_before_the_time_limit_saves_and_exits_with_75(config, unb
 
 
 def test_a_signal_while_data_is_prepared_stops_the_run_at_once_and_keeps_the_parts(config, tmp_path):
-    """It came between two steps only, which a preparation of hours does not have; Slurm then killed it without a 75."""
+    """Signals were once handled only between steps: during hours of preparation Slurm killed the run without a 75."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"text {number} " * 9}) + "\n" for number in range(300)))
     raw = parse_toml(config.read_text())

@@ -27,7 +27,7 @@ from titan_cpt.train import run_with_process_group
 
 @contextmanager
 def slow_seals(seconds: float) -> Iterator[None]:
-    """Manifests take so long to write, as those of large models do."""
+    """Each manifest takes `seconds` longer to write, as those of large models do."""
     write = manifest.write
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def slow_seals(seconds: float) -> Iterator[None]:
 
 
 def main(runs: Path) -> None:
-    """Carry out every run; one that fails on any rank ends the process, since its peers would wait for ever."""
+    """Train every run; one that fails on any rank ends the process, since its peers would wait for ever."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     ranks = init_process_group()

@@ -62,7 +62,7 @@ def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, 
 
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
 def test_a_resume_under_another_layout_trains_on_the_same_batches(folder, ranks, name):
-    """Steps 3 and 4 against those of the run that nothing interrupted: the hashes are equal, the losses within 1e-5."""
+    """Steps 3 and 4 compared with those of an uninterrupted run: equal hashes, losses within 1e-5."""
     expected, found = (training.numbers_of(folder / run) for run in ("one", f"to-{name}"))
     steps = [("train", "first", step, None) for step in (3, 4)]
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun against one: the same batches, the same losses, and checkpoints that change places."""
+"""Two processes under torchrun against one: the same batches and losses, and each resumes the other's checkpoints."""
 
 import os
 import shutil
@@ -64,14 +64,14 @@ def two(raw, folder):
 
 
 def forget_the_end(run, new):
-    """A copy of a run that has come as far as step 4 of German."""
+    """A copy of a run that has reached step 4 of German."""
     shutil.copytree(run, new)
     for name in ("german/step-00000010", "german/step-00000008"):
         shutil.rmtree(new / name)
 
 
 def assert_alike(first, second):
-    """The last line of every step and measurement: hash, LR and counts exactly, what is computed closely."""
+    """The last line of every step and measurement: hash, LR and counts are equal, losses and norms close."""
     a, b = training.numbers_of(first), training.numbers_of(second)
 
     assert a.keys() == b.keys()
@@ -88,7 +88,7 @@ def assert_alike(first, second):
 
 
 def test_two_ranks_train_as_one_does(one, two):
-    """Both stages, replay, the pre-anneal hand-over and kept moments, sharded against whole."""
+    """Both stages, replay, the start from the pre-anneal checkpoint and kept moments, sharded and not."""
     assert_alike(one, two)
     assert training.checkpoints_of(one) == training.checkpoints_of(two)
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_two_ranks_holds_the_whole_model(one, two):
 
 
 def test_only_one_rank_writes_the_record(two):
-    """A line for every step and one for every measurement, from a run that nothing disturbed."""
+    """A line for every step and one for every measurement, from an undisturbed run."""
     assert len(training.lines_of(two, "train")) == 22
     assert len(training.lines_of(two, "validation")) == 2 * (4 + 3)
     assert [event["world_size"] for event in training.events_of(two, "start")] == [2]
@@ -126,7 +126,7 @@ def test_one_process_resumes_from_a_checkpoint_of_two(raw, folder, one, two):
 
 
 def test_two_processes_resume_from_a_checkpoint_of_one(raw, folder, one):
-    """The other way about."""
+    """The reverse, from step 4 of German."""
     run = folder / "one-then-two"
     forget_the_end(one, run)
     config = training.write_config(training.changed(raw, job={"name": run.name}), folder / f"{run.name}.toml")

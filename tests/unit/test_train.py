@@ -1,4 +1,4 @@
-"""A step against plain torch, what a transition carries, bad numbers, and what a finished run has written."""
+"""A step compared with plain torch, the state kept at a transition, bad numbers, and the files of a finished run."""
 
 import copy
 import gc
@@ -203,7 +203,7 @@ def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperpa
 
 
 def test_a_transition_that_resets_zeroes_moments_and_step_counts_and_leaves_the_weights(raw):
-    """After a stage of which nothing but the weights is to stay."""
+    """With `optimizer_state = "reset"` only the weights stay."""
     raw["stages"][1]["optimizer_state"] = "reset"
     with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
@@ -280,7 +280,7 @@ def test_every_dataset_is_measured_at_the_start_the_interval_the_end_and_in_the_
 
 
 def test_forgetting_is_the_loss_minus_the_loss_when_the_weights_left_the_dataset(finished):
-    """English was left at German's step 0, German at French's; a dataset is not forgotten while it is new or unmet."""
+    """English ends at German's step 0, German at French's; before that, a dataset has no forgetting."""
     lines = training.lines_of(finished, "validation")
     loss = {(line["stage"], line["step"], line["dataset"]): line["loss_nats_per_token"] for line in lines}
     since = {("german", "en"): "german", ("french", "en"): "german", ("french", "de"): "french"}
@@ -307,7 +307,7 @@ def test_the_transition_event_names_weights_optimizer_and_lr(finished):
 
 
 def test_stage_ends_and_the_pre_anneal_point_stay_and_two_intervals(finished):
-    """Interval checkpoints lay at 4, 8 of English and German and 4 of French."""
+    """Interval checkpoints were at 4, 8 of English and German and 4 of French."""
     kinds = {name: manifest.verify(finished / name)["kind"] for name in training.checkpoints_of(finished)}
 
     assert kinds == {
@@ -321,7 +321,7 @@ def test_stage_ends_and_the_pre_anneal_point_stay_and_two_intervals(finished):
 
 
 def test_the_events_are_those_of_the_run_in_order(finished):
-    """One start, a transition a stage, the annealing, and every checkpoint that came to exist."""
+    """One start, a transition a stage, the annealing, and every checkpoint that was saved."""
     names = [event["name"] for event in training.events_of(finished)]
 
     assert names[:2] == ["start", "transition"]
@@ -408,7 +408,7 @@ def test_saving_in_the_background_does_not_change_training(raw):
 
 
 def poison(monkeypatch, call, value=math.nan):
-    """The `call`-th loss that is worked out for training comes out as another number, and its gradient with it."""
+    """The `call`-th loss that is worked out for training is replaced by another number, and so is its gradient."""
     calls, sound = [0], titan_cpt.training.forward_backward.fused_linear_cross_entropy
 
     def poisoned(*tensors, **numbers):
@@ -441,7 +441,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_of_the_step_be
 
 
 def test_after_a_bad_step_the_same_command_resumes_from_the_step_before(raw, monkeypatch):
-    """With the cause gone (cosmic rays), the run ends as if nothing had been."""
+    """Without the cause (a cosmic ray, say), the run ends with the numbers of an unbroken one."""
     config = training.config_of(training.changed(raw, job={"name": "whole"}))
     run(config)
     with monkeypatch.context() as patch:
@@ -474,7 +474,7 @@ def test_a_poisoned_weight_stops_the_run_at_its_first_step(raw, capsys, monkeypa
 
 
 def test_a_bad_step_right_after_the_pre_anneal_checkpoint_leaves_it_unchanged(raw, monkeypatch):
-    """The tenth step, whose predecessor is saved already: not as an interval, which pruning would take away."""
+    """The tenth step: the state before it is already saved, not as an interval checkpoint, which is pruned."""
     poison(monkeypatch, 19)
     status = command(raw)
     folder = training.Path(raw["job"]["output_dir"]) / "run"
@@ -484,7 +484,7 @@ def test_a_bad_step_right_after_the_pre_anneal_checkpoint_leaves_it_unchanged(ra
 
 
 def test_a_bad_step_is_not_reported_before_the_metrics_are_flushed(raw, monkeypatch):
-    """With a logging interval of 100 and no checkpoint due, only the stage's end reads: nothing good is saved after."""
+    """Logging interval 100, no checkpoint due: the stage's end detects it and saves only the step before."""
     poison(monkeypatch, 5)
     quiet = {"metrics": {"log_freq": 100}, "checkpoint": {"interval": 100}, "validation": {"interval": 100}}
     raw["stages"][0] |= {"lr": {"schedule": "cosine", "max": 3e-3}}

@@ -54,7 +54,7 @@ def test_all_checks_run_in_order(tmp_path):
 
 @pytest.mark.parametrize("failing", ALL_CALLS)
 def test_the_first_failing_check_ends_it_with_its_status(tmp_path, failing):
-    """A failing setup as well, which stands before `&&`."""
+    """Also a failing setup, which comes before `&&`."""
     status, calls = run_checks(tmp_path, failing)
 
     assert status == 3

@@ -35,7 +35,7 @@ fetch = _load("fetch_quickstart")
 
 
 def body(*texts: str) -> list:
-    """Lines that are no headings."""
+    """Lines that are not headings."""
     return [manual.Line(text, manual.BODY) for text in texts]
 
 
@@ -44,7 +44,7 @@ def texts_of(lines: list) -> list[str]:
 
 
 class TestHtml:
-    """What is read of a page in HTML."""
+    """The text that is read from an HTML page."""
 
     def test_paragraphs_items_and_headings_become_lines_of_their_own(self) -> None:
         """Inline markup joins, block markup divides, entities are read and spaces are single."""
@@ -88,7 +88,7 @@ class TestHtml:
 
 
 class TestMallard:
-    """What is read of a page of GNOME's help."""
+    """The text that is read from a page of GNOME's help."""
 
     PAGE = """
         <page xmlns="http://projectmallard.org/1.0/" xmlns:if="http://projectmallard.org/if/1.0/" id="wifi">
@@ -171,7 +171,7 @@ class TestRepeats:
 
     @given(overlapping_texts())
     def test_no_two_kept_texts_share_ten_words_in_a_row(self, texts: list[list[str]]) -> None:
-        """The law that makes a hold-out by document honest."""
+        """Therefore splitting by document leaks no training text into validation."""
         kept = [texts_of(lines) for lines in manual.drop_repeats(body(*lines) for lines in texts)]
 
         assert len(kept) == len(texts)
@@ -209,7 +209,7 @@ class TestRepeats:
         assert texts_of(second) == ["see also here"]
 
     def test_a_text_may_repeat_itself(self) -> None:
-        """Repeats inside one document do not leak into a hold-out by document."""
+        """Repeats inside one document stay in one part when documents are split into training and validation."""
         line = "one two three four five six seven eight nine ten"
 
         assert [texts_of(lines) for lines in manual.drop_repeats([body(line, line)])] == [[line, line]]
@@ -260,7 +260,7 @@ def write_tool(folder: Path, name: str, script: str) -> None:
 
 
 def write_package(path: Path, files: dict[str, str]) -> None:
-    """What the stand-in for dpkg-deb takes for a .deb: the tar archive that the real one would print."""
+    """A .deb for the stand-in of dpkg-deb: the tar archive that the real one would print."""
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(f"./{name}")

@@ -1,7 +1,7 @@
 """run_train.sh in a copy of the repository's skeleton, with stand-ins for Python.
 
 A stand-in writes down how it was called and ends as the test says, so that what is tested is the script: which command
-it runs, with which environment, and what becomes of its exit status.
+it runs, with which environment, and with which exit status it ends.
 """
 
 import os

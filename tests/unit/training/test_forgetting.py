@@ -28,13 +28,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def raw(data):
-    """Both stages; nothing is measured between their ends but for German's step 5."""
+    """Both stages; between their ends validation runs only at German's step 5."""
     return lambda out: training.two_stages(data, out)
 
 
 @pytest.fixture(scope="module")
 def unbroken(raw, tmp_path_factory):
-    """The whole run with one set of windows: what others are compared with."""
+    """The whole run with one set of windows, with which others are compared."""
     return whole(raw, tmp_path_factory.mktemp("six"))
 
 
@@ -71,7 +71,7 @@ def resumed(killed, tmp_path):
 
 
 def measured(run, stage="german", after=5):
-    """What was measured from a step of a stage on, by (step, dataset); of lines written twice the last."""
+    """Validation losses from a step of a stage on, by (step, dataset); the last of lines written twice."""
     lines = [line for line in training.lines_of(run, "validation") if line["stage"] == stage and line["step"] >= after]
     return {(line["step"], line["dataset"]): [line.get(key) for key in KEYS] for line in lines}
 
@@ -102,7 +102,7 @@ def test_windows_changed_in_mid_run_give_the_forgetting_of_a_run_that_always_had
         assert training.same_bits(*ends)
 
 
-def test_new_validation_data_is_no_reason_to_refuse_a_run(raw, data, resumed, tmp_path):
+def test_a_run_with_new_validation_data_is_not_refused(raw, data, resumed, tmp_path):
     """Another text of English: noted and marked, and forgetting is counted on that text."""
     other = ("--datasets.en.validation", str(data / "other-validation"))
     reference = whole(raw, tmp_path / "other", *other)

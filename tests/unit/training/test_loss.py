@@ -38,7 +38,7 @@ def test_values_by_hand():
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 14, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradient_are_torchs_whatever_the_chunks(dtype, chunk_tokens, monkeypatch):
-    """Against fp64, on the same logits: 14 tokens in chunks that fit, that leave a rest, that are larger than all."""
+    """Against fp64, on the same logits: 14 tokens in chunks that divide them, leave a rest, or are larger."""
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 50 * chunk_tokens)
     logits_BLV, targets_BL = example(dtype)
     expected, expected_grad = reference(logits_BLV, targets_BL, scale=1 / 14)
@@ -75,7 +75,7 @@ def test_a_batch_is_the_sum_of_its_micro_batches():
     torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-6, atol=0)
 
 
-def test_padding_rows_are_pushed_down():
+def test_the_loss_lowers_the_logits_of_padding_rows():
     """Rows of the vocabulary that no target names have a gradient above 0 everywhere: descent lowers them."""
     logits_BLV, targets_BL = example(torch.float32)
     summed_cross_entropy(logits_BLV, targets_BL % 40).backward()

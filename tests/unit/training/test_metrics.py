@@ -80,7 +80,7 @@ def test_every_step_has_a_line_of_its_own_with_its_own_numbers(tmp_path):
 
 
 def test_steps_are_written_once(tmp_path):
-    """A second flush has nothing to write."""
+    """A second flush writes nothing."""
     log = log_in(tmp_path)
     keep(log, 1)
     log.flush()
@@ -141,7 +141,7 @@ def test_other_ranks_write_nothing_and_still_know_the_numbers(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
+def test_an_incomplete_last_line_is_removed_before_more_is_written(tmp_path):
     """After a crash in the middle of a line; the whole lines stay as they are."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "event", "name": "start"}\n{"kind": "train", "st')
@@ -153,7 +153,7 @@ def test_a_last_line_cut_short_is_taken_away_before_more_is_written(tmp_path):
 
 @pytest.mark.parametrize("content", ["", '{"kind": "tr'])
 def test_a_metrics_file_without_a_whole_line_becomes_empty(tmp_path, content):
-    """Nothing but the beginning of a line, or nothing."""
+    """The file holds only the beginning of a line, or is empty."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
     open_metrics_file(path).close()

@@ -80,7 +80,7 @@ def test_two_steps_are_adamws_by_hand():
         np.testing.assert_allclose(model.get_parameter(name).detach().numpy(), after, rtol=2e-6, atol=1e-7)
 
 
-def test_embeddings_and_matrices_decay_norms_and_biases_do_not():
+def test_embeddings_and_matrices_have_weight_decay_norms_and_biases_have_none():
     """The groups of a GPT-NeoX, by name; every weight is in one of them, once."""
     model = GPTNeoX(named_size("gpt_neox", "debug", 257))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -141,7 +141,7 @@ def test_nothing_moves_from_the_first_bad_step_on_until_the_reset(fault):
 
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf")])
 def test_an_infinite_gradient_changes_no_weight_either(poison):
-    """Clipping by an infinite norm turns the sound gradients into 0 and the infinite one into NaN; neither arrives."""
+    """Clipping by an infinite norm makes sound gradients 0 and the infinite one NaN; neither reaches a weight."""
     model = Small()
     optimizer = build_adamw(model, lr=1e-2, **NUMBERS)
     guard = UpdateGuard(optimizer)

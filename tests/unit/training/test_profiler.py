@@ -1,4 +1,4 @@
-"""[profiling]: which steps are traced, what a trace holds, and that the run is the one without."""
+"""[profiling]: which steps are traced, what a trace holds, and that a traced run has the same numbers."""
 
 import gzip
 import json

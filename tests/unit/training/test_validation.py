@@ -42,7 +42,7 @@ def stream(tmp_path, tokens):
 
 @pytest.fixture(scope="module")
 def model():
-    """The debug model as it is born."""
+    """The debug model with its initial weights."""
     model = GPTNeoX(named_size("gpt_neox", "debug", 257))
     model.init_weights(0)
     return model
@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_the_windows_by_hand(model, stream, tokens):
 
 @pytest.mark.parametrize("local_batch", [1, 2, 3, 7, 64])
 def test_the_size_of_a_pass_does_not_change_the_loss(model, stream, local_batch):
-    """Of seven windows, in passes of which the last is often smaller."""
+    """Seven windows, in forward passes of which the last is often smaller."""
     alone = validator_of(stream, local_batch=1).measure(SingleStageRunner(model, ONE))["x"]
     found = validator_of(stream, local_batch=local_batch).measure(SingleStageRunner(model, ONE))["x"]
 
@@ -120,7 +120,7 @@ def test_text_without_a_byte_has_no_bits_per_byte(model, tmp_path):
 
 
 def test_a_validation_set_shorter_than_a_sequence_is_refused_before_training(tmp_path):
-    """It cannot be measured; the message says which and why. One window is enough."""
+    """It cannot be measured; the message says which and why. One window is enough to measure."""
     with IndexedWriter(tmp_path / "short", 257) as writer:
         writer.add_document(np.arange(8))
     stream = TokenStream([tmp_path / "short"], 257)
