@@ -65,7 +65,7 @@ def test_every_moment_of_the_matrix_can_be_hit(tmp_path, moment):
 
 
 def test_the_script_prints_kills_resumes_and_mismatches():
-    """One line a kill, one a resume, and the number of mismatches at the end."""
+    """Two kills, and no checkpoint damaged by them; the summary has each count."""
     script = Path(__file__).parents[2] / "scripts" / "crash_matrix.py"
     command = [sys.executable, script, "--kills", "2", "--seed", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

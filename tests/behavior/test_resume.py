@@ -489,7 +489,7 @@ def test_an_output_folder_that_cannot_be_written_ends_with_2(raw, config, tmp_pa
 
 
 def test_a_record_that_cannot_grow_waits_in_memory_and_no_checkpoint_is_made_without_it(config, tmp_path):
-    """metrics.jsonl fills the disk: each flush warns; the pre-anneal checkpoint cannot be saved, which ends the run."""
+    """metrics.jsonl fills the disk: the run warns; the pre-anneal checkpoint cannot be saved, which ends the run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"kind": "event", "name": "earlier"}\n' * 1000)
