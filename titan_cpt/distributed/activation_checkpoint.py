@@ -1,4 +1,4 @@
-"""Activation checkpointing: full, selective (per operator or every n-th block), or by torch.compile's memory budget."""
+"""Activation checkpointing: full, selective (per operator or every n-th block), or torch.compile's memory budget."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ _SAVED_OPERATORS = {
     "aten._scaled_dot_product_cudnn_attention.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_attention_math.default",
-    "_c10d_functional.reduce_scatter_tensor.default",  # cheaper to save than to communicate again
+    "_c10d_functional.reduce_scatter_tensor.default",  # saving is cheaper than communicating again
 }
-_RECOMPUTED_MATMULS = 2  # every second matmul is recomputed: half the memory for a sixth of the work
+_RECOMPUTED_MATMULS = 2  # recompute every second matmul: half their memory for about a sixth more matmul FLOPs
 
 
 def apply_ac(model: LanguageModel, options: ParallelOptions) -> None:
     """Save fewer activations and recompute the others in the backward pass.
 
-    "full" saves only the input of each block; "selective" per operator saves the outputs of attention and of every
-    second matmul, every n-th block is "full" on these blocks only; "memory_budget" lets torch.compile choose.
+    - "full" saves only the input of each block.
+    - "selective" with selection "op" saves the outputs of attention and of every second matmul; with selection n it is
+      "full" in every n-th block, and does not change the others.
+    - "memory_budget" lets torch.compile choose what to save.
     """
     if options.recompute == "memory_budget":
         torch._functorch.config.activation_memory_budget = options.memory_budget
@@ -46,7 +48,7 @@ def apply_ac(model: LanguageModel, options: ParallelOptions) -> None:
 
 
 def _selective_contexts() -> object:
-    """The contexts of one forward pass and of its recomputation, which count matmuls separately."""
+    """The contexts of a block's forward pass and of its recomputation; each counts its own matmuls."""
     matmuls = {False: 0, True: 0}
 
     def policy(context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:

@@ -1,4 +1,4 @@
-"""From a model spec to this rank's parallelized model."""
+"""Build this rank's parallelized model from a spec."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from titan_cpt.models.spec import ModelSpec
 def build_parallel_model(
     spec: ModelSpec, mesh: Mesh, options: ParallelOptions
 ) -> tuple[LanguageModel, dict[int, LanguageModel], ComputeCopy | None]:
-    """Build, parallelize and materialize the pipeline stages of this rank; their weights are not initialized yet.
+    """Build, parallelize and materialize the pipeline stages of this rank, with uninitialized weights.
 
     Returns:
         model: the float32 weights to initialize, train and save. It holds all pipeline stages of this rank under the
             parameter names of the whole model, so that optimizer and checkpoints do not depend on the pipeline degree.
-        stages: the modules to run, by pipeline stage; a single stage 0 without pipeline parallelism.
-        compute_copy: updates stage 0 from `model` where they are two modules: in a single process with mixed precision.
+        stages: pipeline stage index -> the module to run; only stage 0 without pipeline parallelism.
+        compute_copy: in a single process with mixed precision, where stage 0 is a separate bf16 module: updates it from
+            `model`. Otherwise None.
+
+    Raises:
+        ConfigError: float8 is requested, and this machine does not support it (see `require_float8`).
     """
     if options.float8 is not None:
         require_float8(mesh.process.device)

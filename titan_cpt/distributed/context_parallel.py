@@ -1,8 +1,9 @@
 """Context parallelism: a sequence's positions are sharded over ranks; attention all-gathers keys and values.
 
 A sequence is split into 2 x cp equal chunks. Rank r holds chunks r and 2 cp - 1 - r, one early and one late, so that
-causal attention is the same amount of work on each rank. Queries stay local; keys and values are all-gathered, which
-works on every device and costs little beside attention. With a sliding window each chunk uses only the keys inside it.
+causal attention takes the same amount of work on each rank. Queries stay local; keys and values are all-gathered,
+which works on every device and takes little time compared with attention. With a sliding window each chunk attends only
+to the keys inside its window.
 Source of the load balancing and of all-gathering: Llama 3, arXiv:2407.21783, section 3.3.2.
 
 Shape letters: B sequences, L positions of the whole sequence, P positions of this rank, S positions that a chunk
@@ -32,12 +33,12 @@ from titan_cpt.models.common.ops import attention
 
 
 def apply_cp(model: LanguageModel, group: dist.ProcessGroup, *, ring: bool) -> None:
-    """Replace the attention of each block: all-gather keys and values, or pass them around a ring.
+    """Replace each block's attention with one that all-gathers keys and values, or passes them around a ring.
 
     Args:
-        model: whose blocks are replaced in place.
+        model: its blocks' `attention.core` is replaced in place.
         group: the ranks that share each sequence.
-        ring: use torch's ring attention (CUDA only).
+        ring: use torch's ring attention (CUDA only, without a sliding window).
     """
     mesh = DeviceMesh.from_group(group, "cuda") if ring else None
     for block_attention in model.attentions():
@@ -46,23 +47,27 @@ def apply_cp(model: LanguageModel, group: dist.ProcessGroup, *, ring: bool) -> N
 
 
 def local_positions(length: int, rank: int, degree: int) -> Tensor:
-    """The positions of a sequence of `length` that a context-parallel rank holds, ascending, int64 [P]."""
+    """Positions, of 0 to length - 1, that a context-parallel rank holds: ascending, int64, shape [P]."""
     chunks = torch.arange(length).chunk(2 * degree)
     return torch.cat((chunks[rank], chunks[2 * degree - 1 - rank]))
 
 
 class ContextParallelAttention(nn.Module):
-    """Replaces `RotaryCausalAttention` under context parallelism, with all-gathered keys and values; no weights."""
+    """Replaces `RotaryCausalAttention` under context parallelism: all-gathers keys and values. Has no weights."""
 
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.rotary_width, self.rope_base, self.group = plain.rotary_width, plain.rope_base, group
-        self.scaling, self.window = plain.scaling, plain.window
+        self.group = group
+        self.rotary_width = plain.rotary_width
+        self.rope_base = plain.rope_base
+        self.scaling = plain.scaling
+        self.window = plain.window
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
         """Attention's output for this rank's positions, out_BPNH; k and v may have fewer heads (GQA)."""
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        own, device = q_BPNH.shape[1], q_BPNH.device
+        own = q_BPNH.shape[1]
+        device = q_BPNH.device
         positions_P = local_positions(own * degree, rank, degree).to(device)
         cos_PR, sin_PR = rotary_tables(
             positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
@@ -91,15 +96,17 @@ class RingAttention(nn.Module):
     """Replaces `RotaryCausalAttention` with torch's ring attention: no rank holds all keys and values at once.
 
     CUDA only: partial results are merged with the log-sum-exp that CUDA's attention kernels return. torch expects one
-    early and one late chunk per rank, as in `local_positions`; a test compares the two. Not run by us on a GPU.
+    early and one late chunk per rank, as in `local_positions`; a test compares the two. Not tested on GPUs yet.
     Source: Liu et al. 2023, arXiv:2310.01889.
     """
 
     def __init__(self, plain: RotaryCausalAttention, mesh: DeviceMesh) -> None:
         super().__init__()
         assert plain.window is None, "torch's ring attention has no sliding window; the plan refuses this"
-        self.rotary_width, self.rope_base, self.scaling = plain.rotary_width, plain.rope_base, plain.scaling
         self.group = mesh.get_group()
+        self.rotary_width = plain.rotary_width
+        self.rope_base = plain.rope_base
+        self.scaling = plain.scaling
         _enable_context_parallel_dispatcher()
         style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
         self.attend = parallelize_module(_CausalAttention(), mesh, style)
@@ -130,7 +137,7 @@ class _CausalAttention(nn.Module):
 
 
 def _in_sequence_order(x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather over the ranks, in sequence order, x_BNLH."""
+    """All-gather the positions of all ranks and restore sequence order; x_BNLH."""
     degree = dist.get_world_size(group)
     gathered: Tensor = _GatherPositions.apply(x_BNPH, group)  # type: ignore[no-untyped-call]
     chunks = gathered.chunk(2 * degree, dim=2)  # rank 0's early and late chunk, then rank 1's ...
@@ -138,7 +145,7 @@ def _in_sequence_order(x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _GatherPositions(torch.autograd.Function):
-    """All-gather of positions, rank by rank; backward reduce-scatters the gradient in fp32."""
+    """All-gather positions in rank order; the backward pass reduce-scatters the gradient in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x_BNPH: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,4 +1,4 @@
-"""The torch device meshes and process groups of all parallelism dimensions, seen from one rank."""
+"""The device meshes and process groups of all parallelism dimensions, as one rank sees them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from titan_cpt.distributed.process_group import ProcessInfo
 
 @dataclass(frozen=True)
 class Mesh:
-    """Parallelism degrees and device meshes, seen from one rank.
+    """Parallelism degrees, and this rank's coordinates, device mesh and process groups.
 
     Attributes:
         coordinates: this rank's coordinate in every dimension.
         data_rank: index of this rank's share of each global batch.
-        device_mesh: dimensions `pp` and `tp` where their degree is above 1, and `fsdp`, over which parameters are
-            sharded: dp_shard and cp flattened into one, behind `dp_replicate` with HSDP. None in a single process,
-            which has no process group.
+        device_mesh: dimensions `pp`, `dp_replicate`, `fsdp` (dp_shard and cp flattened into one) and `tp`, in this
+            order. `fsdp` always exists, the others only if their degree is above 1. None in a single process.
         context: process group of the ranks that share this rank's sequences; None without context parallelism.
     """
 
@@ -35,7 +34,7 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """The mesh of FSDP2: one dimension to shard over, and before it one of replicas with HSDP."""
+        """The mesh of FSDP2: [fsdp], or [dp_replicate, fsdp] with HSDP."""
         assert self.device_mesh is not None, "a single process is not sharded"
         replicated = self.parallel_dims.dp_replicate > 1
         return self.device_mesh["dp_replicate", "fsdp"] if replicated else self.device_mesh["fsdp"]
@@ -48,13 +47,13 @@ class Mesh:
 
     @property
     def pipeline(self) -> dist.ProcessGroup | None:
-        """The process group of this rank's pipeline; None without pipeline parallelism."""
+        """The process group of the ranks that hold this rank's pipeline; None without pipeline parallelism."""
         if self.device_mesh is None or self.parallel_dims.pp == 1:
             return None
         return self.device_mesh["pp"].get_group()
 
     def sum_loss(self, loss: Tensor) -> Tensor:
-        """Sum over all ranks of each rank's share of a loss; in place, collective."""
+        """Sum each rank's share of a loss over all ranks; in place, collective."""
         if self.device_mesh is None:
             return loss
         loss *= float(self.coordinates.tensor == 0)  # tensor-parallel ranks hold identical losses: count each once
@@ -63,16 +62,18 @@ class Mesh:
 
 
 def build_mesh(process: ProcessInfo, parallel_dims: ParallelDims) -> Mesh:
-    """Create the device mesh and process groups of `parallel_dims`, whose product is the world size; collective."""
+    """Create the device mesh and process groups; collective. The degrees must multiply to the world size."""
     dims = parallel_dims
-    assert dims.world_size == process.world_size, f"{dims} is not for {process.world_size} ranks"
-    # Otherwise torch warns at each step that a norm over two mesh dimensions is reduced one after the other.
+    assert dims.world_size == process.world_size, (
+        f"{dims}: degrees multiply to {dims.world_size}, but the run has {process.world_size} ranks"
+    )
+    # Silence a warning at each step: torch reduces a norm over two mesh dimensions one after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device_mesh = context = None
     if process.world_size > 1:
         degrees = {"pp": dims.pp, "dp_replicate": dims.dp_replicate}
         degrees = {name: degree for name, degree in degrees.items() if degree > 1}
-        degrees["fsdp"] = dims.dp_shard * dims.cp  # even of size 1: FSDP2 does the mixed precision
+        degrees["fsdp"] = dims.dp_shard * dims.cp  # also if its size is 1: FSDP2 does the mixed precision
         degrees |= {"tp": dims.tp} if dims.tp > 1 else {}
         device_mesh = init_device_mesh(process.device.type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
         context = _context_group(process.device.type, dims) if dims.cp > 1 else None

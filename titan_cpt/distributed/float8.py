@@ -1,8 +1,8 @@
 """Float8 training of linear layers with torchao: conversion, scales, and FSDP2 all-gather in float8.
 
 Master weights and optimizer moments stay in float32. A converted layer casts its input, its weight and its output's
-gradient to float8 before each of its three products. Without float8 hardware (on a CPU) torchao emulates it: same
-numbers, no speedup. Source: Micikevicius et al. 2022, arXiv:2209.05433, for the formats.
+gradient to float8 for its three matrix products (output, input gradient, weight gradient). On a CPU torchao emulates
+float8: same numbers, no speedup. Source of the formats: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.options import Float8Options
 from titan_cpt.errors import ConfigError, how_to_install
 
-MIN_CAPABILITY = (8, 9)  # Ada and Hopper
+MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def require_float8(device: torch.device) -> None:
     """Check that this machine supports float8 training.
 
     Raises:
-        ConfigError: torchao is not installed, or the GPU has no float8 products.
+        ConfigError: torchao cannot be imported, or the GPU does not support float8 matrix multiplication.
     """
     try:
         import torchao.float8  # noqa: F401  # find_spec is not enough: a build for another torch fails to import
@@ -36,20 +36,20 @@ def require_float8(device: torch.device) -> None:
         ) from None
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         raise ConfigError(
-            f"float8.recipe_name: {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) has "
-            f"no float8 products, which need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or more: remove the key"
+            f"float8.recipe_name: needs a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or higher; "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: remove the key"
         )
 
 
 def convert_layers(model: nn.Module, float8: Float8Options, *, tp: int, sharded: bool, emulated: bool) -> None:
-    """Replace the linear layers that `in_float8` selects with torchao's, which have the same weights.
+    """Replace the linear layers that `in_float8` selects with torchao's float8 layers; the weights do not change.
 
     Args:
         model: not sharded yet; may be on the meta device.
-        float8: its settings.
-        tp: tensor-parallel degree that will be applied.
-        sharded: FSDP2 will be applied, so that an all-gather in float8 is possible.
-        emulated: the device has no float8 products.
+        float8: recipe, float8 all-gather, and layers to exclude.
+        tp: degree of the tensor parallelism that will be applied.
+        sharded: whether FSDP2 will be applied; without it `fsdp_all_gather` has no effect.
+        emulated: whether to emulate float8 in software, as a CPU needs.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # optional, slow to import
 
@@ -64,10 +64,10 @@ def convert_layers(model: nn.Module, float8: Float8Options, *, tp: int, sharded:
 
 
 def refresh_scales(model: nn.Module) -> None:
-    """Compute the scales of all weights that are gathered in float8; call after every change of the weights.
+    """Compute the scales of all weights that FSDP2 all-gathers in float8; call after every change of the weights.
 
-    One collective for all layers instead of one per layer before each all-gather. With scales of older weights, newer
-    ones would saturate or lose precision silently. Does nothing if no weight is gathered in float8.
+    One collective for all layers, instead of one per layer before each all-gather. With outdated scales the weights
+    would saturate or lose precision silently. Does nothing if FSDP2 does not gather in float8.
     """
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -75,9 +75,9 @@ def refresh_scales(model: nn.Module) -> None:
 
 
 def without_float8_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with plain float32 tensors instead of torchao's wrappers, sharing their memory.
+    """The state dict with torchao's weight wrappers replaced by the float32 tensors inside them, without a copy.
 
-    So a checkpoint can be loaded with or without float8, and with any parallelism.
+    A checkpoint saved from it can be loaded with or without float8, and with any parallelism.
     """
     return {name: _plain(value) if _cast_before_gather(value) else value for name, value in state.items()}
 

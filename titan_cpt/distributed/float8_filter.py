@@ -1,4 +1,4 @@
-"""Which linear layers are converted to float8; used by the conversion and the memory estimate. No torch."""
+"""Selects the linear layers to convert to float8, for the conversion and the memory estimate. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ _FLOAT8_MULTIPLE = 16
 
 
 def in_float8(name: str, size: tuple[int, ...], *, tp: int, filter_fqns: tuple[str, ...]) -> bool:
-    """Whether a linear layer is converted: in a block, with dimensions that divide by 16 x TP, as the hardware needs.
+    """Whether to convert a linear layer: it is in a block, and both dimensions are multiples of 16 x tp.
 
-    The output head is not converted: its product is fused with the loss.
+    Float8 matrix multiplication needs multiples of 16 in each tensor-parallel shard. The output head is not converted,
+    because its matrix product is fused with the loss.
 
     Args:
         name: name of the layer, or of its weight, in the unsharded model.

@@ -1,4 +1,4 @@
-"""FSDP2, and HSDP over a mesh of two dimensions."""
+"""FSDP2, and HSDP: replicas of an FSDP2-sharded model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from titan_cpt.models.common.language_model import LanguageModel
 
 
 def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offloaded: bool) -> None:
-    """Shard each block, the embedding, and the head with its norm.
+    """Shard each block, the embedding, and final norm and head together, each as one FSDP2 parameter group.
 
-    A tied embedding is used at both ends of the model and by the head without a call of its module. So it belongs to
-    the root, which stays all-gathered from the first forward to the end of the backward pass. With one data-parallel
-    rank nothing is sharded, but parameters and activations are cast to the compute dtype.
+    A tied embedding belongs to the root's group instead, which stays all-gathered from the beginning of the forward
+    pass to the end of the backward pass: the head reads its weight without calling the embedding module. If the `fsdp`
+    dimension has size 1, FSDP2 shards nothing but still casts parameters and activations to the compute dtype.
 
     Args:
         model: a whole model or a pipeline stage.
@@ -36,11 +36,11 @@ def apply_fsdp(model: LanguageModel, mesh: Mesh, precision: torch.dtype, *, offl
         shard(block, reshard_after_forward=reshard)
     last = [module for module in (model.final_norm, model.head) if module is not None and not tied]
     if last:
-        shard(last, reshard_after_forward=False)  # the backward pass begins with them
+        shard(last, reshard_after_forward=False)  # the backward pass needs them first
     shard(model, reshard_after_forward=reshard and not tied)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is a share of the global batch's mean: sum gradients over ranks, do not average them.
+            # Each rank's loss is its share of the global batch's mean, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             if mesh.process.device.type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM

@@ -1,6 +1,6 @@
 """bfloat16 compute copy of float32 master weights, for a single process.
 
-With several processes FSDP2 casts the weights that it gathers, by the same rule and with the same results.
+With several processes FSDP2 casts the weights that it all-gathers, with the same results.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class ComputeCopy:
-    """Casts the master weights once per step and accumulates gradients in float32.
+    """Casts the master weights once per step, and accumulates gradients in float32.
 
-    Detects changed master weights by their version counters, which loading a checkpoint and initialization increase,
-    and by gradients that were cleared: the fused optimizer does not increase the counters. A gradient is cast to
-    float32 as it is computed, and both models share it, so nothing is copied back.
+    `refresh` detects new master weights in two ways. Initialization and loading a checkpoint increase the tensors'
+    version counters. The fused optimizer does not, but the gradients are cleared after its step. autograd casts each
+    gradient to float32, and both models share the gradient tensors, so nothing is copied back.
 
     Args:
         master: the model whose float32 weights the optimizer updates and checkpoints save.
@@ -24,7 +24,9 @@ class ComputeCopy:
     def __init__(self, master: nn.Module, compute: nn.Module) -> None:
         self._master: list[torch.Tensor] = [*master.parameters()]
         self._compute: list[torch.Tensor] = [*compute.parameters()]
-        assert [p.shape for p in self._master] == [p.shape for p in self._compute], "two different models"
+        assert [p.shape for p in self._master] == [p.shape for p in self._compute], (
+            "master and compute are two different models"
+        )
         self._versions: list[int] = []
         self._gave_gradients = False
         for weight in self._compute:
@@ -41,12 +43,12 @@ class ComputeCopy:
             self._gave_gradients = False
 
     def take_gradients(self) -> None:
-        """Continue accumulating in the master weights' gradients; None after the optimizer cleared them."""
+        """Share the master weights' gradients with the compute copy, which adds to them; call before backward."""
         for master, compute in zip(self._master, self._compute, strict=True):
             compute.grad = master.grad
 
     def give_gradients(self) -> None:
-        """Give the gradients of the backward pass to the master weights."""
+        """Share the compute copy's gradients with the master weights; call after a backward pass."""
         for master, compute in zip(self._master, self._compute, strict=True):
             master.grad = compute.grad
         self._gave_gradients = True

@@ -1,4 +1,4 @@
-"""Options of the parallelism techniques that are applied to a model, apart from the parallelism degrees."""
+"""Options of precision, memory and parallelism techniques, except the parallelism degrees (see parallel_dims.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Float8Options:
 
     Attributes:
         recipe: torchao's scaling recipe: "tensorwise", "rowwise" or "rowwise_with_gw_hp".
-        fsdp_all_gather: FSDP2 gathers weights in float8, one byte per parameter; with the tensorwise recipe only.
+        fsdp_all_gather: FSDP2 all-gathers weights in float8, one byte per parameter; only with recipe "tensorwise".
         filter_fqns: a layer whose name contains one of these is not converted.
     """
 
@@ -24,18 +24,18 @@ class Float8Options:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How `parallelize` treats a model, apart from the parallelism degrees.
+    """Options of `parallelize`, except the parallelism degrees.
 
     Attributes:
         precision: dtype of computation and of gathered parameters; gradients are reduced in float32.
         recompute: activation checkpointing mode: "none", "full", "selective" or "memory_budget".
-        selection: under "selective": "op" (per operator), or n to checkpoint every n-th block.
-        memory_budget: under "memory_budget": fraction of the activation memory that may be used.
+        selection: for "selective": "op" (per operator), or "n", an integer, to checkpoint every n-th block.
+        memory_budget: for "memory_budget": fraction of the activation memory that may be used, 0 to 1.
         compiled: apply torch.compile to each block.
         ring_attention: context-parallel ranks pass keys and values around a ring instead of all-gathering them.
         async_tp: overlap tensor-parallel communication with matrix products.
         offloaded: keep parameters, gradients and optimizer state in host memory.
-        float8: settings of float8 training; None: no layer is converted.
+        float8: settings of float8 training, or None to train without it.
     """
 
     precision: torch.dtype

@@ -1,7 +1,7 @@
-"""Parallelism degrees and what each rank holds. Does not import torch; planning/parallel_rules.py checks validity.
+"""Parallelism degrees, and the coordinates, data and pipeline stages of each rank. Does not import torch.
 
-Ranks are numbered with the tensor-parallel coordinate fastest and the pipeline coordinate slowest, so that the ranks
-that communicate most are on one node:
+planning/parallel_rules.py checks validity. In rank order the tensor-parallel coordinate changes fastest and the
+pipeline coordinate slowest, so that the ranks that communicate most are on one node:
 
     rank = (((pp * dp_replicate + replica) * dp_shard + shard) * cp + context) * tp + tensor
 """
@@ -20,7 +20,7 @@ class ScheduleKind:
     Attributes:
         stages_per_rank: pipeline stages on each rank.
         placement: rank r of p holds pipeline stages r, r + p, ... ("loop"), or r and 2p - 1 - r ("v").
-        splits_backward: computes gradients of inputs and of weights separately, to fill the bubble.
+        splits_backward: the backward pass computes input and weight gradients separately, to fill the bubble.
     """
 
     stages_per_rank: int
@@ -52,7 +52,7 @@ class RankCoordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """Degree of every kind of parallelism; their product is the world size.
+    """Degree of every kind of parallelism, and related options. The degrees multiply to the world size.
 
     Attributes:
         dp_replicate: replicas of the sharded model (HSDP).
@@ -61,9 +61,10 @@ class ParallelDims:
         tp: tensor-parallel degree: ranks that share each matrix.
         pp: pipeline-parallel degree: ranks that share the layers.
         schedule: pipeline schedule, a key of `SCHEDULES`; ignored if pp is 1.
-        microbatches: pipeline micro-batches of a local batch; 1 without a pipeline.
-        reshard_after_forward: FSDP2 frees gathered parameters after the forward pass and gathers them again.
-        loss_parallel: logits stay sharded over the vocabulary.
+        microbatches: micro-batches that a pipeline splits a local batch into; 1 without a pipeline.
+        reshard_after_forward: FSDP2 frees gathered parameters after the forward pass, and gathers them again for the
+            backward pass.
+        loss_parallel: keep the logits sharded over the vocabulary (tensor parallelism only).
     """
 
     dp_replicate: int = 1
@@ -110,7 +111,7 @@ class ParallelDims:
         return coordinates.replica * self.dp_shard + coordinates.shard
 
     def stages_of(self, pipeline: int) -> tuple[int, ...]:
-        """Indices of the pipeline stages on a pipeline rank, in model order."""
+        """Indices of the pipeline stages on a pipeline rank, ascending."""
         if self.schedule_kind.placement == "v":
             return (pipeline, self.pipeline_stages - 1 - pipeline)
         return tuple(range(pipeline, self.pipeline_stages, self.pp))

@@ -1,4 +1,4 @@
-"""Apply every parallelism technique to a model, in torchtitan's order; each is in a file of its own."""
+"""Apply all parallelism techniques to a model, in torchtitan's order. Each technique has its own file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from titan_cpt.models.common.language_model import LanguageModel
 
 
 def parallelize(model: LanguageModel, mesh: Mesh, options: ParallelOptions) -> None:
-    """Parallelize a model, or a pipeline stage of one, in place. A single process is not sharded.
+    """Parallelize a model, or one of its pipeline stages, in place. FSDP2 is not applied in a single process.
 
-    Parameter names in checkpoints do not change: DCP and `get_model_state_dict` remove the prefixes that activation
+    Parameter names in checkpoints do not change: `get_model_state_dict` removes the prefixes that activation
     checkpointing and torch.compile add.
     """
     dims = mesh.parallel_dims

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the layers of a model are split into pipeline stages, several of which may be on one rank."""
+"""Pipeline parallelism: split a model into pipeline stages of consecutive layers. A rank may hold several of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from titan_cpt.models.spec import ModelSpec
 
 
 def build_pipeline_stage(spec: ModelSpec, mesh: Mesh, stage: int) -> LanguageModel:
-    """One pipeline stage on the meta device: the first holds the embedding, the last the final norm and the head."""
+    """Build one pipeline stage on the meta device. The first has the embedding, the last final norm and head."""
     with torch.device("meta"):
         model = build_model(spec)
     own = {str(layer) for layer in mesh.parallel_dims.layers_of(stage, spec.layers)}
@@ -27,9 +27,9 @@ def build_pipeline_stage(spec: ModelSpec, mesh: Mesh, stage: int) -> LanguageMod
 
 
 def merge_pipeline_stages(stages: list[LanguageModel]) -> LanguageModel:
-    """One model that shares the modules of several pipeline stages; for initialization, optimizer and checkpoints.
+    """One model that shares the modules of this rank's pipeline stages, for initialization, optimizer and checkpoints.
 
-    It is never called: layers that are missing between its stages are on other ranks.
+    Do not call its `forward`: layers between its stages may be on other ranks.
     """
     if len(stages) == 1:
         return stages[0]

@@ -1,4 +1,4 @@
-"""The processes of a run: rank and device, initializing and destroying the process group, barriers, shared errors."""
+"""The processes of a run: rank and device, the process group, barriers, and errors that all ranks raise together."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from titan_cpt import errors
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.errors import PlanError, TitanError
 
-_waits = itertools.count()  # the same on every rank: all ranks wait equally often
-_POLL_INTERVAL_S = (0.1, 2.0)  # first and longest; grows, so that thousands of ranks do not overload the store
+_waits = itertools.count()  # numbers the calls of wait_for_rank_0, which every rank makes in the same order
+_POLL_INTERVAL_S = (
+    0.1,
+    2.0,
+)  # first and longest interval; it grows, so that thousands of ranks do not overload the store
 _LONGEST_WAIT_FOR_READERS_S = 10.0
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """This process in the process group.
+    """Rank and device of this process.
 
     Attributes:
-        rank: 0 to world_size - 1.
-        device: its GPU, or the CPU without CUDA.
+        rank: 0 to world_size - 1; 0 in a single process.
+        world_size: number of processes of the run.
+        device: the GPU of this process, or the CPU if CUDA is not available.
     """
 
     rank: int
@@ -41,16 +45,19 @@ class ProcessInfo:
 
 
 def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
-    """Initialize the process group from torchrun's environment variables; without them, this is a single process.
+    """Select this process's device, and initialize the process group from torchrun's environment variables.
+
+    Without these variables, or with WORLD_SIZE=1, the run is a single process and has no process group.
 
     Args:
-        timeout_s: longest wait for other processes, here and in every collective until `set_timeouts`; None for torch's
-            default (10 minutes for NCCL, 30 for gloo).
+        timeout_s: longest wait for other processes, here and in every collective until `set_timeouts` is called; None
+            for torch's default (10 minutes for NCCL, 30 for gloo).
 
     Raises:
-        PlanError: this process has no usable GPU of its own, or the port is in use.
+        PlanError: the GPU of this local rank does not exist or cannot be used, or MASTER_PORT is in use.
     """
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -61,8 +68,8 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart torchrun (2.13) reuses the store of the dead processes, which still holds their addresses: use
-        # another prefix. run_train.sh requests a new store instead, which also works with several nodes.
+        # After a restart torchrun (2.13) reuses the store of the previous processes, which still holds their addresses,
+        # so use another prefix. run_train.sh requests a new store instead, which also works on several nodes.
         store, rank, _ = next(rendezvous("env://"))
         store = PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -84,9 +91,9 @@ def _take_device(device: torch.device) -> None:
     where = f"local rank {device.index} on {socket.gethostname()}"
     if device.index is not None and device.index >= count:
         raise PlanError(
-            f"{where}: takes GPU {device.index}, and this node has {count} for the run (0 to {count - 1}): each "
-            f"process takes one. Start with NPROC={count}, or give the job more GPUs (CUDA_VISIBLE_DEVICES, "
-            "--gpus-per-node)"
+            f"{where}: needs GPU {device.index}, but this node has {count} GPUs for the run (0 to {count - 1}), and "
+            f"each process needs its own. Start {count} processes per node (NPROC={count}), or give the job more GPUs "
+            "(CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
     try:
         torch.cuda.set_device(device)
@@ -102,13 +109,13 @@ def destroy_process_group() -> None:
 
 
 def barrier() -> None:
-    """Wait until every rank calls this; collective."""
+    """Wait until every rank has called this; does nothing in a single process."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def set_timeouts(timeout_s: int) -> None:
-    """Set the timeout of collectives in every process group of this process."""
+    """Set the timeout of collectives in every process group of this process; does nothing in a single process."""
     if not dist.is_initialized():
         return
     for group in list(dist.distributed_c10d._world.pg_map):
@@ -116,12 +123,13 @@ def set_timeouts(timeout_s: int) -> None:
 
 
 def wait_for_rank_0(failure: TitanError | None = None) -> None:
-    """Wait, without a timeout, until rank 0 calls this; rank 0 itself does not wait.
+    """Wait, without a timeout, until rank 0 calls this; every rank must call it.
 
-    A barrier would time out while rank 0 prepares data for hours.
+    Rank 0 does not wait, except up to 10 seconds for the other ranks to read its failure. A barrier would time out
+    while rank 0 prepares data for hours.
 
     Args:
-        failure: an error of this rank; rank 0's is raised on every rank.
+        failure: an error of this rank, or None. Rank 0's is raised on every rank, another rank's on that rank only.
 
     Raises:
         TitanError: rank 0's failure, or this rank's own.
@@ -146,11 +154,11 @@ def wait_for_rank_0(failure: TitanError | None = None) -> None:
         error.on_every_rank = True
         raise error
     if failure is not None:
-        raise failure  # of a rank that is not 0
+        raise failure  # this rank is not rank 0
 
 
 def _wait_until_read(store: Store, key: str) -> None:
-    """Keep rank 0, whose process may serve the store, until the other ranks have read the failure."""
+    """Wait on rank 0, whose process may serve the store, until the other ranks have read the failure."""
     store.add(f"{key}/read", 1)
     until = time.monotonic() + _LONGEST_WAIT_FOR_READERS_S
     while dist.get_rank() == 0 and store.add(f"{key}/read", 0) < dist.get_world_size() and time.monotonic() < until:
@@ -159,7 +167,7 @@ def _wait_until_read(store: Store, key: str) -> None:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Every rank waits at the end of the block for rank 0; a TitanError of rank 0 is raised on every rank."""
+    """At the end of the block, wait for rank 0; a TitanError of rank 0 is raised on every rank."""
     failure = None
     try:
         yield
@@ -170,10 +178,10 @@ def rank_0_first() -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a TitanError of any rank within the block on every rank at its end; collective.
+    """If any rank raises a TitanError in the block, raise one on every rank at the end of the block; collective.
 
-    The block must not contain collectives before which one rank can fail: the other ranks would wait for it. The joint
-    message has each rank's message once, rank 0's first.
+    The block must not contain a collective that a failing rank would skip: the other ranks would wait for it. The
+    message combines the messages of all ranks, each distinct one once, rank 0's first.
     """
     failure: TitanError | None = None
     try:
@@ -196,7 +204,7 @@ def raise_on_all_ranks() -> Iterator[None]:
 
 
 def any_rank_stops(stop: StopRequest) -> bool:
-    """Whether any rank received a stop signal; collective, the same result on every rank."""
+    """Whether any rank received a stop signal; collective, with the same result on every rank."""
     if not dist.is_initialized():
         return bool(stop.name)
     requested = torch.tensor(int(bool(stop.name)))

@@ -19,15 +19,15 @@ from titan_cpt.models.registry import family_module
 
 
 def apply_tp(model: LanguageModel, mesh: DeviceMesh, *, loss_parallel: bool) -> None:
-    """Shard linear layers over columns, then rows, and the residual stream between them over sequence positions.
+    """Shard linear layers column-wise and row-wise, and norms and residual stream over sequence positions.
 
-    Sequence parallelism cannot be switched off: without it the norms' weights would be plain tensors beside DTensors,
-    and no gradient norm could be computed over both. Source: Korthikanti et al. 2022, arXiv:2205.05198.
+    Sequence parallelism is always on: without it the norms' weights would be plain tensors, and clipping cannot compute
+    one gradient norm over plain tensors and DTensors. Source: Korthikanti et al. 2022, arXiv:2205.05198.
 
     Args:
         model: not sharded yet.
         mesh: the mesh of the tensor-parallel ranks.
-        loss_parallel: keep the logits sharded over the vocabulary.
+        loss_parallel: keep the logits sharded over the vocabulary, as DTensors.
     """
     sequence, replicated = Shard(1), Replicate()
     ends = {
@@ -56,9 +56,9 @@ def _head_plan(*, tied: bool, loss_parallel: bool) -> ParallelStyle:
 
 
 def enable_async_tp(mesh: DeviceMesh) -> None:
-    """Async TP: torch.compile splits all-gathers and products into chunks and overlaps them, by symmetric memory.
+    """Async tensor parallelism: torch.compile overlaps chunks of collectives and matmuls, using symmetric memory.
 
-    On CUDA only; not tested on a GPU yet.
+    CUDA only, and only in compiled blocks. Not tested on GPUs yet.
     """
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group  # not in every build of torch
 

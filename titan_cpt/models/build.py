@@ -6,7 +6,7 @@ from titan_cpt.models.spec import ModelSpec
 
 
 def build_model(spec: ModelSpec) -> LanguageModel:
-    """The model with uninitialized weights, on torch's default device.
+    """Build the model with uninitialized weights on torch's default device.
 
     Raises:
         ConfigError: the spec's family is unknown.

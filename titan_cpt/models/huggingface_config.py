@@ -1,8 +1,9 @@
-"""Hugging Face's config.json and our specs, mapped both ways. Does not import torch.
+"""Convert Hugging Face's config.json to a spec and back. Does not import torch.
 
-A config that we cannot compute exactly is refused. Keys are read in the spelling of transformers 4 and 5, and written
-in that of 4, which both versions and vLLM read. An optional key has the default of transformers' own config class of
-that model_type; widths, layers, heads and vocabulary are required, although they have defaults there.
+`spec_from_config` rejects a config whose model ours would not reproduce exactly. It reads the key spellings of
+transformers 4 and 5; `config_from_spec` writes those of 4, which both versions and vLLM read. An optional key has the
+default of the model_type's config class in transformers. Width, layers, heads and vocabulary size are required here,
+although they have defaults there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from titan_cpt.models.huggingface_keys import Keys
 from titan_cpt.models.registry import FAMILIES, SPECS, family_module
 from titan_cpt.models.spec import ModelSpec
 
-_MOST_LAYERS = 10_000  # otherwise a typing error would be built layer by layer
+_MOST_LAYERS = 10_000  # stops a typo in the config from building millions of layers
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     model_type: defaults
     for family in FAMILIES
@@ -33,7 +34,7 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         where: its path, for messages.
 
     Raises:
-        CheckpointError: the model_type or a value is not supported; names each.
+        CheckpointError: the model_type or a value is not supported; the message names every such key.
     """
     kind = str(config.get("model_type"))
     if kind not in _FAMILY:
@@ -64,12 +65,12 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def config_from_spec(spec: ModelSpec, *, max_positions: int, dtype: str) -> dict[str, Any]:
-    """The config.json of a model, for the plainest architecture in transformers that computes it.
+    """The config.json of a model, for the simplest transformers class that computes the same function.
 
     Args:
-        spec: the model's.
-        max_positions: the longest sequence that the model is meant for.
-        dtype: of the weights beside it.
+        spec: hyperparameters of the model.
+        max_positions: longest sequence that the model is meant for, in tokens.
+        dtype: dtype of the weight files, such as "bfloat16".
 
     Raises:
         ConfigError: the spec's family is unknown.

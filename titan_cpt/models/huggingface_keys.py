@@ -1,4 +1,4 @@
-"""Reading config.json with checks: a key that is missing, null or of another type is reported by name. No torch."""
+"""Read and check the keys of a config.json; problems are collected by key. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 REQUIRED = object()
-_LARGEST = 2**31 - 1  # far above any number of an architecture
+_LARGEST = 2**31 - 1  # far above any hyperparameter
 
 
 class Keys:
     """Reads keys of a JSON object and collects problems.
 
     Attributes:
-        problems: one line per wrong key.
-        defaulted: missing keys that have a default, as `key = value`.
+        problems: one line per missing or wrong key.
+        defaulted: missing keys for which a default was used, as `key = value`.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
-        """Args:
-
-        table: the JSON object.
-        defaults: values of optional keys.
-        prefix: added before each key in messages.
-        """
-        self.table, self.defaults, self.prefix = table, defaults, prefix
+        """Read from `table`, with `defaults` for optional keys; `prefix` is put before each key in messages."""
+        self.table = table
+        self.defaults = defaults
+        self.prefix = prefix
         self.problems = list[str]()
         self.defaulted = list[str]()
 
@@ -43,7 +40,7 @@ class Keys:
         Args:
             kind: int or float.
             key: its name.
-            null: the result for null or a default of None; by default null is a problem.
+            null: the result if the value, or the default, is null (None). If not given, null is a problem.
         """
         found = self.value(key)
         if found is None and null is not REQUIRED:
@@ -56,7 +53,7 @@ class Keys:
         return kind(1)
 
     def flag(self, key: str) -> bool:
-        """A key's value, true or false."""
+        """A key's value as a bool. If it is wrong, adds a problem and returns False."""
         found = self.value(key)
         if not isinstance(found, bool):
             self.add_problem(key, "is missing" if found is REQUIRED else f"must be true or false, got {_shown(found)}")
@@ -77,7 +74,7 @@ class Keys:
         return {}
 
     def add_problem(self, key: str, what: str) -> None:
-        """Add a problem of a key."""
+        """Add a problem: the key with its prefix, and what is wrong with it."""
         self.problems.append(f"{self.prefix}{key}: {what}")
 
 

@@ -1,14 +1,14 @@
 """RoPE settings of a config.json, in the spellings of transformers 4 and 5. Does not import torch.
 
 transformers 4 writes the base (and GPT-NeoX's rotated fraction) as separate keys, and a scaling as `rope_scaling`; 5
-writes everything into `rope_parameters`. If a file has several of them, 4.57.3 and 5.24.0 do this:
+writes everything into `rope_parameters`. If a file has several of these, 4.57.3 and 5.24.0 resolve them as follows:
 
-- `rope_scaling` and `rope_parameters`: both versions read `rope_scaling` and ignore the other, its base too.
-- a base or fraction as separate key and in a table: 4 reads the key, 5 the table.
+- `rope_scaling` and `rope_parameters`: both versions read `rope_scaling` and ignore `rope_parameters`, even its base.
+- base or fraction both as a separate key and in a table: 4 reads the separate key, 5 the table.
 - `original_max_position_embeddings` at the top level: 5 prefers it to the table's, 4 ignores it.
 - `type` and `rope_type`: 4 reads `type`, 5 `rope_type`.
 
-Contradicting values are refused. A key that only version 5 knows is read as 5 reads it.
+Contradicting values are rejected. A key that only version 5 knows is read as in version 5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 @dataclass(frozen=True)
 class Rope:
-    """RoPE: base of the wavelengths, fraction of each head that is rotated, and the scaling or None."""
+    """RoPE settings: base of the wavelengths, fraction of each head that is rotated, and scaling (None: none)."""
 
     base: float
     fraction: float
@@ -36,12 +36,12 @@ class Rope:
 
 
 def read_rope(keys: Keys, *, base: str, fraction: str) -> Rope:
-    """Read the RoPE settings; problems are added to those of `keys`.
+    """Read the RoPE settings, and add problems to `keys.problems`.
 
     Args:
-        keys: of the whole config.json.
-        base: the separate key of the base, such as rope_theta.
-        fraction: the separate key of the rotated fraction, such as rotary_pct.
+        keys: the whole config.json.
+        base: name of the separate key for the base, such as rope_theta.
+        fraction: name of the separate key for the rotated fraction, such as rotary_pct.
     """
     tables = {name: keys.object(name) for name in ("rope_scaling", "rope_parameters")}
     given = [name for name, table in tables.items() if table] or ["rope_parameters"]
@@ -49,9 +49,9 @@ def read_rope(keys: Keys, *, base: str, fraction: str) -> Rope:
     if len(read) == 2 and read[0] != read[1] and not keys.problems:
         keys.add_problem(
             "rope_scaling",
-            f"is {dict(tables['rope_scaling'])}, and rope_parameters beside it {dict(tables['rope_parameters'])}: "
-            "transformers reads rope_scaling and ignores the other with its rope_theta. Remove the one that the model "
-            "was not trained with",
+            f"is {dict(tables['rope_scaling'])}, but rope_parameters is {dict(tables['rope_parameters'])}: "
+            "transformers reads rope_scaling and ignores rope_parameters, including its rope_theta. Remove the one "
+            "that the model was not trained with",
         )
     return read[0]
 
@@ -99,7 +99,7 @@ def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
 
 
 def _length(keys: Keys, part: Keys) -> int:
-    """Context length before the extension: from the top level, the table, or max_position_embeddings."""
+    """Context length before the extension, from the top level, the table, or else max_position_embeddings."""
     at_the_top = keys.number(int, _LENGTH, null=None) if _LENGTH in keys.table else None
     inside = part.number(int, _LENGTH) if _LENGTH in part.table else None
     if at_the_top is not None and inside is not None and at_the_top != inside:
@@ -111,6 +111,6 @@ def _length(keys: Keys, part: Keys) -> int:
 def _contradiction(keys: Keys, first: str, old: Any, second: str, new: Any) -> None:
     keys.add_problem(
         first,
-        f"is {old!r}, and {second} is {new!r}: one version of transformers reads the first, another the second. Remove "
-        "the one that the model was not trained with",
+        f"is {old!r}, but {second} is {new!r}, and transformers 4 and 5 do not read the same one. Remove the one that "
+        "the model was not trained with",
     )

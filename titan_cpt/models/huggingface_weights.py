@@ -1,7 +1,7 @@
-"""Weight names of our models and of Hugging Face's files, mapped both ways. No weight is changed, copied or cast.
+"""Rename weights from our names to those in Hugging Face's files and back, without changing, copying or casting them.
 
-The names are those in the FILES, which all versions of transformers read and write. In memory, transformers 5 has other
-names for some weights (the head of GPT-NeoX, `embed_out` in a file, is `lm_head` there).
+All versions of transformers read and write the same names in files. In memory, transformers 5 names some weights
+differently (GPT-NeoX's head is `embed_out` in files and `lm_head` in memory).
 """
 
 import re
@@ -15,15 +15,15 @@ from titan_cpt.models.registry import family_module
 from titan_cpt.models.spec import ModelSpec
 
 VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
-"""Our names of the weights that have one row per token id."""
+"""Our names of the weights with one row per token id."""
 
 _CONSTANTS = re.compile(
     r"(^|\.)((attention|attn|self_attn)\.(bias|masked_bias)"  # causal masks
     r"|(rotary_emb|rotary_pos_emb|rope)\.(original_)?inv_freq|rotary_emb\.(cos|sin)_cached"  # wavelengths
     r"|position_ids)$"
 )
-"""Matches the names of buffers that some releases saved beside the weights: Pythia's causal masks, a Llama's rotary_emb
-of each layer (transformers before 4.31), and that of the whole model (4.43 and later) in a state dict."""
+"""Matches the names of buffers that some releases saved with the weights: Pythia's causal masks, and Llama's
+rotary_emb, per layer (transformers before 4.31) or once in a state dict of the whole model (4.43 and later)."""
 
 
 def hub_names(spec: ModelSpec) -> dict[str, str]:
@@ -37,9 +37,9 @@ def hub_names(spec: ModelSpec) -> dict[str, str]:
 
 
 def foreign_and_missing(names: Iterable[str], spec: ModelSpec) -> tuple[list[str], list[str]]:
-    """Names in Hugging Face's files that are not weights of the model, and weights of the model that the files lack.
+    """Names in Hugging Face's files that are not weights of the model, and the model's weights missing from the files.
 
-    Buffers of older releases do not count, nor does the head that some files of tied models repeat.
+    Ignores constant buffers, and the copy of the embedding that some files of tied models save as the head.
     """
     known = set(hub_names(spec).values())
     found = {name for name in names if not is_constant(name)}
@@ -49,15 +49,15 @@ def foreign_and_missing(names: Iterable[str], spec: ModelSpec) -> tuple[list[str
 
 
 def is_constant(name: str) -> bool:
-    """Whether a name in a file is that of a constant buffer, which is recomputed and never read."""
+    """Whether a name in a file is that of a constant buffer, which we compute instead of loading it."""
     return _CONSTANTS.search(name) is not None
 
 
 def to_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    """Our model's state dict under the names of Hugging Face's files.
+    """Rename our model's state dict to the names in Hugging Face's files.
 
     Raises:
-        CheckpointError: a weight is missing, or the model does not have it.
+        CheckpointError: the state dict lacks a weight of the model, or has one that the model does not have.
     """
     names = hub_names(spec)
     _refuse(sorted(set(state) - set(names)), sorted(set(names) - set(state)))
@@ -65,10 +65,10 @@ def to_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Te
 
 
 def from_huggingface(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    """The weights of Hugging Face's files under our names, without the constant buffers of older releases.
+    """Rename the weights of Hugging Face's files to our names, and drop the constant buffers of older releases.
 
     Raises:
-        CheckpointError: a weight is missing, or the model does not have it.
+        CheckpointError: the files lack a weight of the model, or have one that the model does not have.
     """
     _refuse(*foreign_and_missing(state, spec))
     return {ours: state[theirs] for ours, theirs in hub_names(spec).items()}

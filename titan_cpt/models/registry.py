@@ -1,4 +1,4 @@
-"""The model families and their named sizes. Does not import torch: the training plan uses it.
+"""The model families and their named sizes. Does not import torch, because the training plan uses it.
 
 To add a family: write a folder titan_cpt/models/<family> with model.py, spec.py, parallelize.py and huggingface.py, add
 a line to `FAMILIES`, and the name to `model.family` in titan_cpt/config/model.py.
@@ -18,14 +18,14 @@ FAMILIES: tuple[str, ...] = (
     "gpt_neox",  # the models of Ibrahim et al. 2024, Pythia
     "llama",  # Llama 2 and 3, Mistral, Qwen2.5, Qwen3
 )
-"""Names of the families: values of model.family, and folders in titan_cpt/models."""
+"""Names of the families: the values of model.family, and the folders in titan_cpt/models."""
 
 VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this many rows."""
+"""The vocabulary size is padded to a multiple of this number."""
 
 
 def family_module(family: str, name: str) -> ModuleType:
-    """Import titan_cpt/models/<family>/<name>.py; `model` and `parallelize` import torch.
+    """Import titan_cpt/models/<family>/<name>.py. `model` and `parallelize` import torch; `spec`, `huggingface` do not.
 
     Raises:
         ConfigError: the family is unknown.
@@ -45,17 +45,18 @@ SIZES: Mapping[str, tuple[str, ...]] = {family: spec.sizes() for family, spec in
 def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
     """The spec of a named size for a tokenizer.
 
-    The vocabulary is the tokenizer's or, if that is larger, the released model's, padded to a multiple of
+    The vocabulary size is that of the tokenizer or of the released model, whichever is larger, padded to a multiple of
     `VOCABULARY_MULTIPLE`. An overridden `vocab_size` is not padded.
 
     Args:
         family: one of `FAMILIES`.
         size: one of `SIZES[family]`.
         tokenizer_vocab: number of token ids of the tokenizer.
-        overrides: values of other fields of the family's spec, by name.
+        overrides: fields of the family's spec, by name, that replace those of the size.
 
     Raises:
-        ConfigError: the family, the size or an overridden field is unknown, or the model cannot be built.
+        ConfigError: the family, the size or an overridden field is unknown; the spec is invalid; or an overridden
+            `vocab_size` is smaller than the tokenizer's.
     """
     overrides = dict(overrides or {})
     if family not in FAMILIES:
@@ -81,28 +82,28 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
 
 
 def round_up(count: int, multiple: int) -> int:
-    """`count`, rounded up to a multiple."""
+    """The smallest multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
 
 
 def spec_from_recipe(recipe: Mapping[str, Any]) -> ModelSpec:
-    """The spec whose `as_recipe` a recipe contains, among other keys.
+    """The spec from the `model.*` keys of a run's recipe, as `ModelSpec.as_recipe` writes them.
 
     Raises:
-        ConfigError: these are not the hyperparameters of a known family.
+        ConfigError: the keys are not exactly the hyperparameters of a known family, or a value is invalid.
     """
     fields = {key.removeprefix("model."): value for key, value in recipe.items() if key.startswith("model.")}
     kind = SPECS.get(str(fields.get("family")))
     names = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
     if kind is None or sorted(names) != sorted(fields):
-        raise ConfigError(f"these are not the hyperparameters of a known model family: {fields}")
+        raise ConfigError(f"not the hyperparameters of a known model family ({', '.join(FAMILIES)}): {fields}")
     if isinstance(fields.get("rope_scaling"), Mapping):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return kind(**fields)
 
 
 def as_config_table(spec: ModelSpec) -> str:
-    """The [model] table of a config for this spec: the named size that differs least, and the other fields."""
+    """The [model] table of a config for this spec: the named size with the fewest differences, and the differences."""
     candidates = {size: _overrides_to(spec, size) for size in SIZES[spec.family]}
     size, overrides = min(
         ((size, fields) for size, fields in candidates.items() if fields is not None), key=lambda pair: len(pair[1])
@@ -112,7 +113,7 @@ def as_config_table(spec: ModelSpec) -> str:
 
 
 def _overrides_to(spec: ModelSpec, size: str) -> dict[str, Any] | None:
-    """The fields to set beside `size` for this spec; None if one of them would have to be None, which TOML lacks."""
+    """The overrides that turn a named size into this spec; None if one of them is None, which TOML cannot express."""
     ours, named = (
         {name.removeprefix("model."): value for name, value in each.as_recipe().items()}
         for each in (spec, named_size(spec.family, size, 1))
@@ -120,7 +121,7 @@ def _overrides_to(spec: ModelSpec, size: str) -> dict[str, Any] | None:
     wanted = {name: value for name, value in ours.items() if value != named[name]}
     if None in wanted.values():
         return None
-    if {"width", "heads"} & set(wanted):  # these two follow from width and heads unless they are set
+    if {"width", "heads"} & set(wanted):  # unless set, mlp_width and head_width are derived from width and heads
         wanted |= {name: ours[name] for name in ("mlp_width", "head_width") if name in ours}
     return wanted
 

@@ -1,6 +1,6 @@
 """Architecture hyperparameters that all model families share, and parameter, FLOP and activation counts from them.
 
-Each family's own hyperparameters are in models/<family>/spec.py. Does not import torch: the training plan uses it.
+Each family's own hyperparameters are in models/<family>/spec.py. Does not import torch, because the plan uses it.
 """
 
 import abc
@@ -25,7 +25,7 @@ class RopeScaling:
     kind: str
     """A key of `ROPE_SCALINGS`."""
     factor: float
-    """Context-extension factor: long wavelengths are multiplied by it."""
+    """Context-extension factor, 1 or more: long wavelengths are multiplied by it."""
     original_seq_len: int
     """Context length before the extension, in tokens."""
     low_freq_factor: float = 1.0
@@ -40,7 +40,7 @@ class RopeScaling:
     """yarn: multiplies cosine and sine. Default: 0.1 ln(factor) + 1, and 1 for llama3."""
 
     def __post_init__(self) -> None:
-        """Sets the default of attention_factor, so that equal scalings compare equal."""
+        """Compute the default of attention_factor, so that equal scalings compare equal."""
         if self.attention_factor is None and isinstance(self.factor, int | float) and self.factor >= 1:
             amplitude = 0.1 * math.log(self.factor) + 1.0 if self.kind == "yarn" else 1.0
             object.__setattr__(self, "attention_factor", amplitude)
@@ -50,8 +50,8 @@ class ParameterSpec(NamedTuple):
     """One weight or bias of a model.
 
     Attributes:
-        name: its name inside its block or, outside the blocks, in the whole model.
-        size: its unsharded size, one or two dimensions.
+        name: its name relative to its block or, outside the blocks, to the whole model.
+        size: its unsharded shape, one or two dimensions.
         tp_dim: the dimension that tensor parallelism shards; None: replicated.
     """
 
@@ -61,7 +61,7 @@ class ParameterSpec(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Product of the dimensions."""
+        """Number of elements: the product of the dimensions."""
         return math.prod(self.size)
 
 
@@ -79,7 +79,7 @@ class ActivationBytes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec(abc.ABC):
-    """Hyperparameters that every family has. A spec that cannot be built raises ConfigError."""
+    """Hyperparameters that every family has. Raises ConfigError if they are invalid, with one line per problem."""
 
     family: str
     """The architecture: one of `registry.FAMILIES`."""
@@ -99,7 +99,7 @@ class ModelSpec(abc.ABC):
     """Added to the variance, or the mean square, in every norm."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError, one line per problem."""
+        """Check all hyperparameters."""
         problems = _type_problems(self) or _positive_problems(self) or self._problems()
         if problems:
             raise ConfigError("\n".join(problems))
@@ -116,15 +116,16 @@ class ModelSpec(abc.ABC):
 
         Args:
             size: one of `sizes`.
-            overrides: fields that the caller replaces afterwards; others may follow from them (head width from width).
+            overrides: fields that the caller replaces afterwards; other fields may be derived from them, such as head
+                width from width.
 
         Returns:
-            Rows of the released model's embedding (None: as many as the tokenizer needs), and the other fields.
+            Rows of the released model's embedding (None: the tokenizer's number of tokens), and the other fields.
         """
 
     @abc.abstractmethod
     def _problems(self) -> list[str]:
-        """Problems of this family's hyperparameters; each is of its type and positive already."""
+        """Problems of this family's hyperparameters; their types and signs have been checked before."""
 
     @property
     @abc.abstractmethod
@@ -171,7 +172,7 @@ class ModelSpec(abc.ABC):
 
     @abc.abstractmethod
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block, per token of a context-parallel rank's share.
+        """Activation memory of one block on one rank, per token that the rank holds under context parallelism.
 
         Args:
             tp: tensor-parallel degree t, with sequence parallelism.
@@ -181,7 +182,7 @@ class ModelSpec(abc.ABC):
 
     @property
     def parameters_without_embeddings(self) -> int:
-        """Number of parameters except those of the input embedding and of the output head."""
+        """Number of parameters without input embedding and output head."""
         block = sum(parameter.elements for parameter in self.block_parameters())
         return self.layers * block + sum(parameter.elements for parameter in self.final_norm_parameters())
 
@@ -192,7 +193,7 @@ class ModelSpec(abc.ABC):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, padding rows included; a tied embedding counts once."""
+        """Number of parameters, including padding rows of the vocabulary; a tied embedding counts once."""
         return self.parameters_without_embeddings + (1 if self.tied else 2) * self.embedding_parameters
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -200,9 +201,9 @@ class ModelSpec(abc.ABC):
 
             6 * (parameters without embeddings + head) + 12 * layers * attention width * min(seq_len, sliding window)
 
-        A multiply-add counts as two operations. Only matrix products count, an embedding lookup does not. The second
-        term is attention's two products. It is not halved for the causal mask, and recomputation is not counted, so
-        that model FLOPs utilization (MFU) compares with published numbers.
+        A multiply-add counts as two operations. Only matrix products count; an embedding lookup does not. The second
+        term is attention's two products (scores, and scores times values). It is not halved for the causal mask, and
+        recomputation is not counted, so that model FLOPs utilization (MFU) is comparable with published numbers.
         Source: PaLM, arXiv:2204.02311, appendix B; torchtitan counts the same.
         """
         products = self.parameters_without_embeddings + self.embedding_parameters
@@ -210,7 +211,7 @@ class ModelSpec(abc.ABC):
         return 6 * products + 12 * self.layers * self.attention_width * span
 
     def as_recipe(self) -> dict[str, Any]:
-        """Every field under its dotted config key, as in a run's recipe and in a checkpoint's manifest."""
+        """Dotted config key -> value of every field, as in a run's recipe and in a checkpoint's manifest."""
         return {f"model.{name}": value for name, value in sorted(dataclasses.asdict(self).items())}
 
 
@@ -245,7 +246,7 @@ def _type_problems(spec: ModelSpec | RopeScaling, prefix: str = "model.") -> lis
 
 
 def _positive_problems(spec: ModelSpec) -> list[str]:
-    """Every number must be above 0; rotary_fraction has a message of its own."""
+    """A message for each number that is not above 0, except rotary_fraction, which `_problems` checks."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return [
         f"model.{name}: must be above 0, got {value}"

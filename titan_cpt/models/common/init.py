@@ -11,18 +11,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def fill_normal(weight: Tensor, *, std: float, seed: int, name: str) -> None:
     """Fill a weight with samples of N(0, std^2) that depend only on the run's seed and the weight's name.
 
-    Each rank draws the whole weight in fp32 on the CPU and keeps its shard, without communication. So initial weights
-    are the same for every device, world size and pipeline split. (`DTensor.normal_` draws the same numbers on every
-    rank of a CPU mesh.)
+    Each rank draws the whole weight in fp32 on the CPU and keeps its shard, without communication, so that initial
+    weights are the same for every device, world size and pipeline split. (`DTensor.normal_` cannot be used: on a CPU
+    mesh it draws the same numbers for every shard.)
 
     Args:
-        weight: a tensor, or a DTensor of any placement.
+        weight: a tensor, or a DTensor with any placements; overwritten.
         std: standard deviation.
         seed: the run's seed.
         name: the weight's name in the whole model, without the prefixes of wrappers.
     """
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)  # torch accepts no sign bit
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(digest, "big") >> 1
+    )  # torch's seeds are signed: clear the sign bit
     drawn = torch.randn(weight.shape, generator=generator).mul_(std)
     if isinstance(weight, DTensor):
         drawn = distribute_tensor(drawn, weight.device_mesh, weight.placements, src_data_rank=None)
@@ -30,7 +32,7 @@ def fill_normal(weight: Tensor, *, std: float, seed: int, name: str) -> None:
 
 
 def init_linear(linear: nn.Linear, *, std: float, seed: int, name: str) -> None:
-    """Initialize a linear layer: weight N(0, std^2), bias 0. `name` is the layer's in the whole model."""
+    """Initialize a linear layer: weight N(0, std^2), bias 0. `name` is the layer's name in the whole model."""
     fill_normal(linear.weight, std=std, seed=seed, name=f"{name}.weight")
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -1,8 +1,8 @@
 """KV cache for generation, installed into a model without changing its code.
 
-Each block's `attention.core` is replaced while the cache is in use. Sequences of a batch may have different lengths:
-they start at position 0 and are padded at the end. Padding is never attended to: a new token overwrites it before any
-query stands behind it.
+While the cache is in use, `CachedAttention` replaces each block's `attention.core`. Sequences of a batch may have
+different lengths: they start at position 0 and are padded at the end. No real token attends to padding: causal
+attention hides it from the tokens before it, and new tokens overwrite it in the cache before later ones attend to it.
 
 Shape letters: B sequences, L new positions, S positions of the cache, N heads, H head width.
 """
@@ -23,10 +23,10 @@ from titan_cpt.models.common.ops import attention
 
 
 class CachePositions:
-    """Position of each sequence of a batch, shared by all layers.
+    """Number of cached tokens of each sequence of a batch, shared by all layers.
 
     Attributes:
-        starts_B: position of the first new token of each sequence.
+        starts_B: position of each sequence's next token, int64.
         capacity: S, the number of positions that the cache can hold.
     """
 
@@ -46,17 +46,20 @@ class CachedAttention(nn.Module):
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Attention's output for the new positions, out_BLNH; their keys and values are added to the cache."""
-        (sequences, length), plain = q_BLNH.shape[:2], self.plain
+        sequences, length = q_BLNH.shape[:2]
+        plain = self.plain
         positions_BL = self.positions.starts_B[:, None] + torch.arange(length, device=q_BLNH.device)
         tables = rotary_tables(
             positions_BL.flatten(), rotary_width=plain.rotary_width, base=plain.rope_base, scaling=plain.scaling
         )
         cos_B1LR, sin_B1LR = (table.view(sequences, 1, length, -1) for table in tables)
         q_BNLH = rotate(q_BLNH.transpose(1, 2), cos_B1LR, sin_B1LR)
-        k_BNLH, v_BNLH = rotate(k_BLNH.transpose(1, 2), cos_B1LR, sin_B1LR), v_BLNH.transpose(1, 2)
-        if self.k_BNSH is None or self.v_BNSH is None:  # the prompts
+        k_BNLH = rotate(k_BLNH.transpose(1, 2), cos_B1LR, sin_B1LR)
+        v_BNLH = v_BLNH.transpose(1, 2)
+        if self.k_BNSH is None or self.v_BNSH is None:  # the first call, with the prompts
             room = (0, 0, 0, self.positions.capacity - length)
-            self.k_BNSH, self.v_BNSH = F.pad(k_BNLH, room), F.pad(v_BNLH, room)
+            self.k_BNSH = F.pad(k_BNLH, room)
+            self.v_BNSH = F.pad(v_BNLH, room)
             return plain.attend(q_BNLH, k_BNLH, v_BNLH).transpose(1, 2)
         at_BNLH = positions_BL[:, None, :, None].expand_as(k_BNLH)
         self.k_BNSH.scatter_(2, at_BNLH, k_BNLH)
@@ -77,7 +80,7 @@ class KVCache:
         self._cores, self._positions = cores, positions
 
     def advance(self, lengths_B: Tensor) -> None:
-        """Add the number of tokens of each sequence, without padding, that the model was just called with."""
+        """Count the new tokens of each sequence, without padding; call after each call of the model."""
         self._positions.starts_B += lengths_B
 
     def select_rows(self, rows: Tensor) -> None:
@@ -90,12 +93,13 @@ class KVCache:
 
 @contextmanager
 def kv_cache(model: LanguageModel, *, sequences: int, capacity: int, device: torch.device) -> Iterator[KVCache]:
-    """Use a KV cache: each call of the model takes only the tokens after those of the previous calls.
+    """Give a model a KV cache within the block: each call takes only the tokens that follow those of earlier calls.
 
     Args:
-        model: whole, on this rank, without tensor, context or pipeline parallelism; FSDP2 may shard it.
-        sequences: B of the first call.
-        capacity: maximum length of prompt and continuation together.
+        model: a whole model, without tensor, context or pipeline parallelism; FSDP2 may shard it.
+        sequences: number of sequences of the first call.
+        capacity: maximum number of tokens of padded prompt and continuation together.
+        device: device of the tokens.
     """
     positions = CachePositions(sequences, capacity, device)
     attentions = model.attentions()

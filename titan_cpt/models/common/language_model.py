@@ -1,4 +1,4 @@
-"""The interface of a language model, which every family's model.py implements."""
+"""The base class of the language models; each family's model.py has a subclass."""
 
 from typing import cast
 
@@ -10,11 +10,11 @@ from titan_cpt.models.spec import ModelSpec
 
 
 class LanguageModel(nn.Module):
-    """Token ids in, logits out.
+    """Maps token ids to logits.
 
-    A pipeline stage is a model of which parts were removed: `embedding`, `final_norm` and `head` may be None, and
-    `blocks` may lack layers. The remaining blocks keep their layer index as key, and so their parameter names and
-    initial weights. Weights are undefined until `init_weights` is called or a checkpoint is loaded.
+    A pipeline stage is a model with parts removed: `embedding`, `final_norm` and `head` may be None, and `blocks` may
+    lack layers. The remaining blocks keep their layer index as key, and therefore their parameter names and initial
+    weights. Weights are undefined until `init_weights` is called or a checkpoint is loaded.
 
     Each block has a module `attention`, which calls its module `core` (a `RotaryCausalAttention`): context parallelism
     and the KV cache replace `core`.
@@ -29,8 +29,8 @@ class LanguageModel(nn.Module):
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
-        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
-        head returns it.
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
+        returns the residual stream.
         """
         raise NotImplementedError
 

@@ -16,9 +16,9 @@ from titan_cpt.models.spec import RopeScaling
 class RotaryCausalAttention(nn.Module):
     """RoPE and causal scaled dot-product attention; no weights.
 
-    A separate module so that context parallelism and the KV cache can replace it. It computes the RoPE tables in each
-    call: they have L x R elements, work for every sequence length, and leave no buffer that could be wrong after a
-    model was built on the meta device.
+    It is a separate module so that context parallelism and the KV cache can replace it. It computes the RoPE tables in
+    each call: that is cheap (L x R elements), works for every sequence length, and needs no buffer, whose values would
+    be lost when a model is built on the meta device.
 
     Args:
         rotary_width: features of each head that are rotated.
@@ -31,13 +31,15 @@ class RotaryCausalAttention(nn.Module):
         self, *, rotary_width: int, rope_base: float, scaling: RopeScaling | None = None, window: int | None = None
     ) -> None:
         super().__init__()
-        self.rotary_width, self.rope_base = rotary_width, rope_base
-        self.scaling, self.window = scaling, window
+        self.rotary_width = rotary_width
+        self.rope_base = rope_base
+        self.scaling = scaling
+        self.window = window
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Attention's output, out_BLNH, in the dtype of the queries.
 
-        With grouped-query attention k and v have fewer heads, each for a group of neighboring query heads.
+        With grouped-query attention k and v have fewer heads, and each serves a group of consecutive query heads.
         """
         positions_L = torch.arange(q_BLNH.shape[1], device=q_BLNH.device)
         cos_LR, sin_LR = rotary_tables(
@@ -48,8 +50,9 @@ class RotaryCausalAttention(nn.Module):
         return self.attend(q_BNLH, k_BNLH, v_BLNH.transpose(1, 2)).transpose(1, 2)
 
     def attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
-        """Attention without RoPE, out_BNLH: queries and keys are rotated already."""
-        group, length = q_BNLH.shape[1] // k_BNLH.shape[1], q_BNLH.shape[2]
+        """Attention without RoPE, out_BNLH: the caller has rotated queries and keys."""
+        group = q_BNLH.shape[1] // k_BNLH.shape[1]
+        length = q_BNLH.shape[2]
         if self.window is None or length <= self.window:
             return attention(q_BNLH, k_BNLH, v_BNLH, is_causal=True, enable_gqa=group > 1)
         behind_LL = torch.arange(length, device=q_BNLH.device)
@@ -61,9 +64,9 @@ class RotaryCausalAttention(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output head: logits, or a function of its input and weight, such as the fused linear cross-entropy.
+    """The output head. Returns logits, or another function of its input and weight: the fused linear cross-entropy.
 
-    The function is called inside this module's forward, where FSDP2 has all-gathered the weight.
+    `forward` calls the function, because FSDP2 all-gathers the weight only for this module's forward pass.
     """
 
     def forward(self, x_BLD: Tensor, project: "Project" = linear) -> Tensor:
@@ -72,7 +75,7 @@ class Head(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """The output head of a model with tied embeddings. It has no parameter, so the weight exists and is saved once."""
+    """The output head of a model with tied embeddings. It has no parameter, so that the weight is saved only once."""
 
     def forward(self, x_BLD: Tensor, embedding_VD: Tensor, project: "Project" = linear) -> Tensor:
         """`project(x_BLD, embedding_VD)`, by default the logits."""
@@ -90,7 +93,7 @@ def rotary_tables(
 
         angle(p, i) = p * base^(-2 i / rotary_width)        0 <= i < R = rotary_width / 2
 
-    Always in fp32: bf16 cannot distinguish positions above 256. RoPE scaling changes the frequencies; YaRN also
+    Always in fp32: bf16 cannot represent every position above 256. RoPE scaling changes the frequencies; YaRN also
     multiplies both tables by attention_factor.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
@@ -111,7 +114,7 @@ def _llama3_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScalin
 
         f * (s + (1 - s) / factor)        s = clamp((original f / 2 pi - low) / (high - low), 0, 1)
 
-    Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.4.2, with the form of the reference code.
+    Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.4.2; the equation is that of Meta's reference code.
     """
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns_R = scaling.original_seq_len * frequencies_R / (2 * math.pi)
@@ -143,8 +146,8 @@ def _yarn_frequencies(frequencies_R: Tensor, base: float, scaling: RopeScaling) 
 def rotate(x_BNLH: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     """Rotate the first 2R features of each head; computed in fp32, returned in x's dtype.
 
-    Feature i is paired with feature i + R, as in Hugging Face's GPT-NeoX and Llama, not with its neighbor as in the
-    paper: the same up to a permutation of the weights.
+    Feature i is paired with feature i + R, as in Hugging Face's GPT-NeoX and Llama; the paper pairs neighbors. The two
+    are equal up to a permutation of the weights.
     """
     half = cos_LR.shape[-1]
     first, second = x_BNLH[..., :half].float(), x_BNLH[..., half : 2 * half].float()

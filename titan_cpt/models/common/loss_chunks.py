@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 LOGITS_CHUNK = 2**26
-"""Number of logits in memory at a time; 128 MiB in bfloat16. A batch is split into ceil(logits / LOGITS_CHUNK)."""
+"""Number of logits in memory at a time (128 MiB in bfloat16); a batch has ceil(logits / LOGITS_CHUNK) chunks."""

@@ -1,11 +1,11 @@
-"""Operations that torch 2.13 computes slowly on some CPUs or cannot compile for them, with replacements for those CPUs.
+"""Replacements for operations that torch 2.13 computes slowly on some CPUs or cannot compile for them.
 
-On every other device each one is torch's own. Two reasons for replacements:
+Elsewhere these functions call torch's own operation. There are two reasons for replacements:
 
-- A CPU without bfloat16 instructions multiplies bfloat16 matrices element by element, 4 to 50 times slower than float32
-  (scripts/bench/products.py). There, products are computed in float32 and rounded once. Bfloat16 instructions give the
-  same results: they also accumulate in float32.
-- torch.compile decomposes an operation and makes it slower, or fails.
+- On a CPU without bfloat16 instructions torch multiplies bfloat16 matrices element by element, 4 to 50 times slower
+  than float32 (scripts/bench/products.py). There, `linear` and `multiply` compute in float32 and round once. Bfloat16
+  instructions also accumulate in float32, so the results are the same.
+- torch.compile decomposes an operation and makes it slower, or fails to compile it.
 
 Shape letters: B sequences, L positions, S positions of keys, N heads, H head width, R half of its rotated features.
 """
@@ -23,7 +23,7 @@ _SHORT_ON_CPU = 128 * 64  # largest product of positions and head width that cou
 
 
 class Linear(nn.Linear):
-    """torch's linear layer with the product `linear`."""
+    """torch's linear layer, computed with `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + b; the input's last dimension is the number of input features."""
@@ -49,9 +49,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Tensor:
     """torch's scaled dot-product attention with its keyword arguments, out_BNLH in the dtype of the queries.
 
-    Short sequences are trained in float32 on every CPU: the backward pass of torch's bfloat16 kernel has a large fixed
-    cost per block. Forward and backward take 2.5 times as long as in float32 at 128 positions of 32 features, as long
-    at 512, and less beyond (scripts/bench/attention.py).
+    On every CPU, training computes attention over short sequences in float32: the backward pass of torch's bfloat16
+    kernel has a large fixed cost per call. With heads of 32 features, forward and backward in bfloat16 take 2.5 times
+    as long as in float32 at 128 positions, equally long at 512, and less beyond (scripts/bench/attention.py).
     """
     length, width = q_BNLH.shape[-2:]
     on_cpu = q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
@@ -63,12 +63,12 @@ def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Ten
 
 
 def multiplied_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are computed in float32 and rounded."""
+    """Whether matrix products in this dtype on this device are computed in float32 and rounded."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not CPU_HAS_BFLOAT16
 
 
 class _RoundedLinear(torch.autograd.Function):
-    """Saves its operands in bfloat16, so that it needs no more memory than a bfloat16 layer."""
+    """`linear` in float32 that saves its operands in bfloat16, so that it saves no more bytes than a bfloat16 layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +79,8 @@ class _RoundedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, grad_x, grad_weight, grad_bias = grad.flatten(0, -2).float(), None, None, None
+        rows = grad.flatten(0, -2).float()
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ weight.float()).to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
@@ -90,7 +91,7 @@ class _RoundedLinear(torch.autograd.Function):
 
 
 def cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle; opaque to torch.compile, which would recompute them for every rotated element."""
+    """Cosine and sine of every angle. Opaque to torch.compile, which would recompute them for every rotated element."""
     if torch.compiler.is_compiling():
         opaque: tuple[Tensor, Tensor] = _cos_sin(angles_LR)
         return opaque
@@ -98,7 +99,7 @@ def cos_sin(angles_LR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, x Phi(x); opaque to torch.compile, whose error function for CPUs takes twice as long as torch's."""
+    """Exact GELU, x Phi(x). Opaque to torch.compile on a CPU: its error function takes twice as long as torch's."""
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         opaque: Tensor = _gelu(x)
         return opaque
@@ -106,10 +107,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def copy_for_separate_grad(x: Tensor) -> Tensor:
-    """x; when compiled for a CPU in bfloat16, a copy of it, so that its gradient is a separate tensor.
+    """x, or a copy of it when compiled for a CPU in reduced precision, so that its gradient is a separate tensor.
 
-    Works around an Inductor bug: where attention and MLP are added to the same residual stream, their last biases have
-    the same gradient, and the generated C++ declares it twice under one name.
+    Works around an Inductor bug: if attention and MLP are added to the same residual stream, the biases of their output
+    projections have the same gradient, and the generated C++ declares it twice under one name.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype != torch.float32:
         copied: Tensor = _copy(x)

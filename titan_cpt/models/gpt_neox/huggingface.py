@@ -47,7 +47,7 @@ def weight_names(spec: GPTNeoXSpec) -> dict[str, str]:
 
 
 def spec_fields(keys: Keys) -> dict[str, Any]:
-    """Fields of the spec from the keys of config.json that only this family has."""
+    """Fields of the spec from config.json, except those that `spec_from_config` reads for all families."""
     rope = read_rope(keys, base="rotary_emb_base", fraction="rotary_pct")
     if rope.scaling is not None:
         keys.add_problem("rope_scaling", "RoPE scaling is not supported for GPT-NeoX")
@@ -65,7 +65,7 @@ def spec_fields(keys: Keys) -> dict[str, Any]:
 
 
 def config_fields(spec: GPTNeoXSpec) -> tuple[str, dict[str, Any]]:
-    """The class in transformers, and the keys of config.json that only this family has."""
+    """The class in transformers, and config.json without the keys that `config_from_spec` writes for all families."""
     return "GPTNeoXForCausalLM", {
         "model_type": "gpt_neox",
         "hidden_act": "gelu",
@@ -80,6 +80,6 @@ def config_fields(spec: GPTNeoXSpec) -> tuple[str, dict[str, Any]]:
 
 
 def settings_to_compare(spec: GPTNeoXSpec, config: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> (our value, the value in transformers' config object) of settings that only this family has."""
+    """Key -> (our value, the value in transformers' config object) of the settings to compare in this family."""
     keys = {"layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel_residual"}
     return {key: (getattr(spec, ours), getattr(config, key)) for key, ours in keys.items() if hasattr(config, key)}

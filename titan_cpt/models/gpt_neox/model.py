@@ -33,8 +33,8 @@ class GPTNeoX(LanguageModel):
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
-        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
-        head returns it.
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
+        returns the residual stream.
         """
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
@@ -102,7 +102,7 @@ class Attention(nn.Module):
     """Causal self-attention with a fused query, key and value projection.
 
     The rows of `qkv` are ordered head by head (a head's queries, keys and values, then the next head's), so that a
-    tensor-parallel shard has whole heads; `forward` infers how many.
+    tensor-parallel shard has whole heads. `forward` infers the number of heads of its shard.
     """
 
     def __init__(self, spec: GPTNeoXSpec) -> None:
@@ -114,7 +114,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Causal self-attention output, out_BLD."""
-        qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # H is 3 x head width here
+        qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # here H is 3 x head width
         q_BLNH, k_BLNH, v_BLNH = qkv_BLNH.chunk(3, dim=-1)
         out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH).flatten(-2))
         return out_BLD

@@ -13,7 +13,7 @@ from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 
 
 def tensor_parallel_plan(_spec: GPTNeoXSpec) -> dict[str, ParallelStyle]:
-    """Tensor and sequence parallelism of one block; the residual stream is sharded over sequence positions."""
+    """Tensor and sequence parallelism of one block; the residual stream stays sharded over sequence positions."""
     sequence, replicated = Shard(1), Replicate()
     return {
         "attention_norm": SequenceParallel(),

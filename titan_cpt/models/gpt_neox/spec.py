@@ -1,4 +1,4 @@
-"""GPT-NeoX: hyperparameters, named sizes (Ibrahim et al. 2024, Pythia), parameters, activation memory. No torch."""
+"""Hyperparameters, named sizes, parameters and activation memory of GPT-NeoX models. Does not import torch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ _FP32_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTNeoXSpec(ModelSpec):
-    """Hyperparameters of a GPT-NeoX."""
+    """Hyperparameters of a GPT-NeoX model."""
 
     rotary_fraction: float = 0.25
     """Fraction of each head's features that is rotated, in (0, 1]."""
     parallel_residual: bool = True
-    """Attention and MLP both read the block's input; otherwise the MLP reads the residual stream after attention."""
+    """True: attention and MLP both read the block's input. False: the MLP reads the residual stream after attention."""
 
     @classmethod
     def sizes(cls) -> tuple[str, ...]:
@@ -91,12 +91,17 @@ class GPTNeoXSpec(ModelSpec):
         )
 
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block per token; D width, F MLP width, t tensor-parallel degree.
+        """Activation memory of one block per token, the sum of these elements (D width, F MLP width, t TP degree):
 
-        The block's input, D/t; the all-gathered inputs of attention and MLP, 2 D; queries, keys and values, 3 D/t, and
-        rotated queries and keys, 2 D/t; attention's output, D/t; the MLP before and after GELU, 2 F/t. The statistics
-        of LayerNorm and attention are in fp32. Selective checkpointing per operator saves the block's input and the
-        outputs of `qkv`, `up` and attention.
+            D/t     the block's input
+            2 D     all-gathered inputs of attention and MLP
+            3 D/t   queries, keys and values
+            2 D/t   rotated queries and keys
+            D/t     attention's output
+            2 F/t   the MLP before and after GELU
+
+        and, in fp32, the statistics of LayerNorm and attention. Selective checkpointing per operator saves only the
+        block's input and the outputs of `qkv`, `up` and attention.
         """
         d, f = self.width, self.mlp_width
         statistics = (4 / tp + self.heads / tp) * _FP32_BYTES

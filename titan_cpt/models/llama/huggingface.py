@@ -74,10 +74,10 @@ def weight_names(spec: LlamaSpec) -> dict[str, str]:
 
 
 def spec_fields(keys: Keys) -> dict[str, Any]:
-    """Fields of the spec from the keys of config.json that only this family has."""
+    """Fields of the spec from config.json, except those that `spec_from_config` reads for all families."""
     kind = keys.table["model_type"]
     keys.only("hidden_act", "silu")
-    for bias in ("attention_bias", "mlp_bias"):  # Qwen2 always has q, k and v biases, Mistral none
+    for bias in ("attention_bias", "mlp_bias"):  # not keys of Qwen2 (always q, k and v biases) and Mistral (none)
         if bias in keys.defaults:
             keys.only(bias, False)
     rope = read_rope(keys, base="rope_theta", fraction="partial_rotary_factor")
@@ -103,14 +103,14 @@ def spec_fields(keys: Keys) -> dict[str, Any]:
 
 
 def _head_width(keys: Keys, width_over_heads: int) -> int:
-    """head_dim; null means width / heads only where that is the default."""
+    """head_dim. Null means width / heads, but only for a model_type whose default is null."""
     if "head_dim" in keys.defaults and keys.defaults["head_dim"] is None:
         return int(keys.number(int, "head_dim", null=width_over_heads))
     return int(keys.number(int, "head_dim"))
 
 
 def _sliding_window(keys: Keys) -> int | None:
-    """The window of all layers, or None: Mistral has one unless the key is null, Qwen if use_sliding_window is true."""
+    """The sliding window of all layers, or None. Mistral has one unless the key is null, Qwen if it is switched on."""
     window = keys.number(int, "sliding_window", null=None)
     if "use_sliding_window" not in keys.defaults:
         return None if window is None else int(window)
@@ -125,7 +125,9 @@ def _sliding_window(keys: Keys) -> int | None:
         or len(kinds) != layers
         or set(map(str, kinds)) - {"sliding_attention", "full_attention"}
     ):
-        keys.add_problem("layer_types", f"must be {layers} times full_attention or sliding_attention, got {kinds!r}")
+        keys.add_problem(
+            "layer_types", f"must be a list of {layers} full_attention or sliding_attention, got {kinds!r}"
+        )
     elif len(set(kinds)) > 1:
         keys.add_problem("layer_types", "a sliding window in only some of the layers is not supported")
     elif "sliding_attention" in kinds:
@@ -138,7 +140,10 @@ def _sliding_window(keys: Keys) -> int | None:
 
 
 def config_fields(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
-    """The plainest class in transformers that computes this model, and the keys of config.json that only it has."""
+    """The simplest transformers class that computes this model, and its config.json.
+
+    config.json lacks the keys that `config_from_spec` writes for all families.
+    """
     if spec.qk_norm:
         kind, name = "qwen3", "Qwen3ForCausalLM"
     elif spec.qkv_bias:
@@ -185,7 +190,7 @@ def _rope_scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def settings_to_compare(spec: LlamaSpec, config: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> (our value, the value in transformers' config object) of settings that only this family has."""
+    """Key -> (our value, the value in transformers' config object) of the settings to compare in this family."""
     keys = {"rms_norm_eps": "norm_eps", "num_key_value_heads": "kv_heads"}
     found = {key: (getattr(spec, ours), getattr(config, key)) for key, ours in keys.items() if hasattr(config, key)}
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -196,7 +201,7 @@ def settings_to_compare(spec: LlamaSpec, config: Any) -> dict[str, tuple[Any, An
 
 
 def _window_of(config: Any) -> int | None:
-    """The sliding window of any layer in transformers' config object; Llama may have the key and ignores it."""
+    """The sliding window in transformers' config object, or None. Llama ignores the key if a config has it."""
     if config.model_type == "llama":
         return None
     slides = config.model_type == "mistral" or "sliding_attention" in config.layer_types

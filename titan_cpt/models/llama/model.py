@@ -27,7 +27,7 @@ INITIAL_STD = 0.02
 class Llama(LanguageModel):
     """A Llama language model; see `LanguageModel`.
 
-    With tied embeddings it cannot be split into pipeline stages: the last one needs the weight of the first.
+    With tied embeddings it cannot be split into pipeline stages, because the last stage would need the first's weight.
     """
 
     def __init__(self, spec: LlamaSpec) -> None:
@@ -43,15 +43,15 @@ class Llama(LanguageModel):
     def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
-        A pipeline stage without the embedding takes the residual stream x_BLD instead of the tokens; one without the
-        head returns it.
+        A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
+        returns the residual stream.
         """
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD)
         x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
         if isinstance(self.head, TiedHead):
-            assert self.embedding is not None, "a model with tied embeddings has both or neither"
+            assert self.embedding is not None, "the head of a model with tied embeddings needs the embedding"
             logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight, project=project)
             return logits_BLV
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
@@ -135,8 +135,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query self-attention.
 
-    The rows of `q`, `k` and `v` are ordered head by head, so that a tensor-parallel shard has whole heads; `forward`
-    infers how many.
+    The rows of `q`, `k` and `v` are ordered head by head, so that a tensor-parallel shard has whole heads. `forward`
+    infers the number of heads of its shard.
     """
 
     def __init__(self, spec: LlamaSpec) -> None:

@@ -13,10 +13,10 @@ from titan_cpt.models.llama.spec import LlamaSpec
 
 
 def tensor_parallel_plan(spec: LlamaSpec) -> dict[str, ParallelStyle]:
-    """Tensor and sequence parallelism of one block; the residual stream is sharded over sequence positions.
+    """Tensor and sequence parallelism of one block; the residual stream stays sharded over sequence positions.
 
-    The norms of queries and keys (Qwen3) take q_BLNH, whose heads are sharded: they are "sequence parallel" over
-    dimension 2. That makes their weights replicated DTensors and sums the ranks' gradients.
+    The query and key norms (Qwen3) use `SequenceParallel` over dimension 2, because the heads of their input q_BLNH are
+    sharded. It makes their weights replicated DTensors, so that their gradients are summed over the ranks.
     """
     sequence, replicated = Shard(1), Replicate()
     head_norms = ("attention.q_norm", "attention.k_norm") if spec.qk_norm else ()

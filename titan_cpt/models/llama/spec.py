@@ -1,4 +1,4 @@
-"""Llama 2 and 3, Mistral, Qwen2.5 and Qwen3: hyperparameters, named sizes, parameters, activation memory. No torch."""
+"""Hyperparameters, named sizes, parameters and activation memory of Llama, Mistral and Qwen. Does not import torch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _SIZES: Mapping[str, tuple[int, int, int, int, int, int | None, Mapping[str, Any
     "llama3.1-405b": (126, 16_384, 128, 8, 53_248, 128_256, _LLAMA31),
     "llama3.2-1b": (16, 2048, 32, 8, 8192, 128_256, _LLAMA32),
     "llama3.2-3b": (28, 3072, 24, 8, 8192, 128_256, _LLAMA32),
-    # Jiang et al. 2023, arXiv:2310.06825 (v0.1); v0.3 has no window and more tokens
+    # Jiang et al. 2023, arXiv:2310.06825 (v0.1); v0.3 has no sliding window and a larger vocabulary
     "mistral-7b": (32, 4096, 32, 8, 14_336, 32_000, {"sliding_window": 4096}),
     "mistral-7b-v0.3": (32, 4096, 32, 8, 14_336, 32_768, {"rope_base": 1_000_000.0}),
     # Qwen team 2024, arXiv:2412.15115, and the configurations of the base models on the hub
@@ -60,7 +60,7 @@ _FP32_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaSpec(ModelSpec):
-    """Hyperparameters of a Llama, Mistral, Qwen2 or Qwen3."""
+    """Hyperparameters of a Llama, Mistral, Qwen2 or Qwen3 model."""
 
     kv_heads: int
     """Number of key/value heads (grouped-query attention): heads / kv_heads query heads share each of them."""
@@ -73,7 +73,7 @@ class LlamaSpec(ModelSpec):
     tie_embeddings: bool = False
     """The output head uses the weight of the input embedding."""
     sliding_window: int | None = None
-    """Each token attends to itself and the sliding_window - 1 tokens before it (Mistral); None: to all before it."""
+    """Each token attends to itself and the sliding_window - 1 tokens before it; None: full causal attention."""
     rope_scaling: RopeScaling | None = None
     """RoPE scaling for context extension; None: none."""
 
@@ -87,13 +87,13 @@ class LlamaSpec(ModelSpec):
         """The fields of a named size; a head has width / heads features unless the size (Qwen3) or an override sets it.
 
         Raises:
-            ConfigError: heads do not divide width.
+            ConfigError: the head width is width / heads, and heads do not divide width.
         """
         layers, width, heads, kv_heads, mlp_width, vocab, more = _SIZES[size]
         width_now, heads_now = overrides.get("width", width), overrides.get("heads", heads)
         if "head_width" not in more and "head_width" not in overrides and heads_now > 0 and width_now % heads_now:
             raise ConfigError(
-                f"model.heads: must divide model.width = {width_now} where model.head_width is not set, got {heads_now}"
+                f"model.heads: must divide model.width = {width_now} if model.head_width is not set, got {heads_now}"
             )
         fields = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
         return vocab, fields | {"head_width": width_now // max(heads_now, 1)} | dict(more)
@@ -142,15 +142,23 @@ class LlamaSpec(ModelSpec):
         return (ParameterSpec("final_norm.weight", (self.width,), None),)
 
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block per token; D, A, K, F width of model, queries, keys and MLP, t TP degree.
+        """Activation memory of one block per token, the sum of these elements:
 
-        Both RMSNorms' inputs, before and after the division by the root, in fp32, 4 D/t (a fused kernel, as on CUDA,
-        saves half of that); the all-gathered inputs of attention and MLP, 2 D; rotated queries, rotated keys, and
-        values, (A + 2 K)/t, where keys and values are repeated for their query heads if attention takes a mask, and
-        are those of all positions under context parallelism; attention's output, A/t; the MLP's gate before and after
-        SiLU, up, and their product, 4 F/t; queries and keys twice more, in fp32, where they are normed. Selective
-        checkpointing per operator saves the block's input and the outputs of `q`, `v`, `gate`, `down` (of all
-        positions, as it is before the reduce-scatter) and attention.
+            2 D          all-gathered inputs of attention and MLP
+            A/t          rotated queries
+            2 K/t        rotated keys, and values (*)
+            A/t          attention's output
+            4 F/t        the MLP's gate before and after SiLU, up, and their product
+            4 D/t        fp32: inputs of both RMSNorms before and after normalization (a fused kernel saves half)
+            2 (A + K)/t  fp32: the same of the query and key norms (Qwen3)
+
+        and, in fp32, the statistics of the two RMSNorms and of attention. D, A, K and F are the widths of model,
+        queries, keys and MLP; t is the tensor-parallel degree.
+        (*) 2 A/t with a sliding window or context parallelism, where keys and values are repeated for their query
+        heads; times cp, as keys and values are all-gathered.
+
+        Selective checkpointing per operator saves only the block's input and the outputs of `q`, `v`, `gate`, `down` (D
+        elements: it is not reduce-scattered yet) and attention.
         """
         d, a, k, f = self.width, self.attention_width, self.kv_width, self.mlp_width
         statistics = (2 + self.heads) / tp * _FP32_BYTES
@@ -168,11 +176,11 @@ class LlamaSpec(ModelSpec):
         if self.heads % self.kv_heads:
             problems.append(f"model.kv_heads: must divide model.heads = {self.heads}, got {self.kv_heads}")
         if self.head_width % 2:
-            problems.append(f"model.head_width: must be even, as rotary positions turn pairs, got {self.head_width}")
-        if self.qkv_bias and self.qk_norm:
             problems.append(
-                "model.qk_norm: must be false where model.qkv_bias is true: no released architecture has both"
+                f"model.head_width: must be even, because RoPE rotates pairs of features, got {self.head_width}"
             )
+        if self.qkv_bias and self.qk_norm:
+            problems.append("model.qk_norm: must be false if model.qkv_bias is true: no released architecture has both")
         return problems + (rope_scaling_problems(self.rope_scaling) if self.rope_scaling else [])
 
 

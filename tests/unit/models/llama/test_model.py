@@ -333,14 +333,14 @@ def test_a_spec_without_a_named_size_is_written_as_a_config_table():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"heads": 3}, "model.heads: must divide model.width = 64 where model.head_width is not set, got 3"),
+        ({"heads": 3}, "model.heads: must divide model.width = 64 if model.head_width is not set, got 3"),
         ({"heads": 2, "kv_heads": 4}, "model.kv_heads: must divide model.heads = 2, got 4"),
         ({"head_width": 31}, "model.head_width: must be even"),
         ({"kv_heads": 0}, "model.kv_heads: must be above 0, got 0"),
         ({"sliding_window": 0}, "model.sliding_window: must be above 0, got 0"),
         ({"tie_embeddings": 1}, "model.tie_embeddings: must be bool, got 1"),
         ({"parallel_residual": True}, "model.parallel_residual: unknown parallel_residual"),
-        ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm: must be false where model.qkv_bias is true"),
+        ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm: must be false if model.qkv_bias is true"),
         ({"rope_scaling": YARN | {"kind": "ntk"}}, "model.rope_scaling.kind: must be one of llama3, yarn, got 'ntk'"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "model.rope_scaling.factor: must be 1 or more, got 0.5"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "model.rope_scaling.low_freq_factor: must be above 0"),
