@@ -148,7 +148,7 @@ def test_a_gpu_that_does_not_exist_or_is_in_use_is_a_plan_error(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(PlanError, match=r"local rank 3 on .* this node has 2 GPUs .*\(0 to 1\).*NPROC=2"):
+    with pytest.raises(PlanError, match=r"local rank 3 on .* has only 2 on this node \(0 to 1\).*NPROC=2"):
         process_group.init_process_group()
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(PlanError, match=r"GPU 1 cannot be used: CUDA error: .* busy\. `nvidia-smi`"):

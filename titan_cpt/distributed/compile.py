@@ -15,20 +15,21 @@ from titan_cpt.models.common.language_model import LanguageModel
 
 
 def apply_compile(model: LanguageModel) -> None:
-    """Compile each transformer block; all blocks share the generated code."""
+    """Compile each transformer block separately, in place; all blocks share the generated code."""
     for layer, block in list(model.blocks.items()):
         model.blocks[layer] = cast(nn.Module, torch.compile(block))
 
 
 def require_compiler(device: torch.device) -> None:
-    """Check that torch.compile finds a compiler: g++ or $CXX for a CPU; Triton and a C compiler for CUDA.
+    """Check that torch.compile finds its compilers: g++ or $CXX for a CPU; Triton, and a C compiler or $CC, for CUDA.
 
     Raises:
-        ConfigError: it is missing. Without this check torch would raise in the first training step.
+        ConfigError: one is missing. Without this check torch would raise an error in the first training step.
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or unset the key"
+            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or remove "
+            "the key"
         )
     variable = "CC" if device.type == "cuda" else "CXX"
     defaults = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++",)

@@ -84,10 +84,10 @@ class ContextParallelAttention(nn.Module):
         chunk = own // 2
         window = own * degree if self.window is None else self.window
         for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * chunk, (2 * degree - 1 - rank) * chunk), strict=True):
-            since, until = max(0, first - window + 1), first + chunk  # the keys that this chunk attends to
-            mask = torch.ones(chunk, until - since, dtype=torch.bool, device=device)
-            mask = mask.tril(first - since).triu(first - since - window + 1)  # position p: from p - window + 1 to p
-            k_BNSH, v_BNSH = k_BNLH[:, :, since:until], v_BNLH[:, :, since:until]
+            start, end = max(0, first - window + 1), first + chunk  # the keys that this chunk attends to
+            mask = torch.ones(chunk, end - start, dtype=torch.bool, device=device)
+            mask = mask.tril(first - start).triu(first - start - window + 1)  # p attends to p - window + 1 ... p
+            k_BNSH, v_BNSH = k_BNLH[:, :, start:end], v_BNLH[:, :, start:end]
             out.append(attention(half, k_BNSH, v_BNSH, attn_mask=mask))
         return torch.cat(out, dim=2).transpose(1, 2)
 

@@ -22,10 +22,8 @@ from titan_cpt.common.signals import StopRequest
 from titan_cpt.errors import PlanError, TitanError
 
 _waits = itertools.count()  # numbers the calls of wait_for_rank_0, which every rank makes in the same order
-_POLL_INTERVAL_S = (
-    0.1,
-    2.0,
-)  # first and longest interval; it grows, so that thousands of ranks do not overload the store
+# First and longest interval; it grows, so that thousands of ranks do not overload the store.
+_POLL_INTERVAL_S = (0.1, 2.0)
 _LONGEST_WAIT_FOR_READERS_S = 10.0
 
 
@@ -91,8 +89,8 @@ def _take_device(device: torch.device) -> None:
     where = f"local rank {device.index} on {socket.gethostname()}"
     if device.index is not None and device.index >= count:
         raise PlanError(
-            f"{where}: needs GPU {device.index}, but this node has {count} GPUs for the run (0 to {count - 1}), and "
-            f"each process needs its own. Start {count} processes per node (NPROC={count}), or give the job more GPUs "
+            f"{where}: needs GPU {device.index}, but the run has only {count} on this node (0 to {count - 1}), and "
+            f"each process needs its own. Start with NPROC={count} processes per node, or give the job more GPUs "
             "(CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
     try:

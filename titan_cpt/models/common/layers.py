@@ -66,7 +66,7 @@ class RotaryCausalAttention(nn.Module):
 class Head(nn.Linear):
     """The output head. Returns logits, or another function of its input and weight: the fused linear cross-entropy.
 
-    `forward` calls the function, because FSDP2 all-gathers the weight only for this module's forward pass.
+    `forward` calls the function itself, because FSDP2 all-gathers the weight when this module is called.
     """
 
     def forward(self, x_BLD: Tensor, project: "Project" = linear) -> Tensor:
