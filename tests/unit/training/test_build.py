@@ -49,7 +49,7 @@ def test_settings_of_the_config_are_options_of_parallelization(write, one_stage,
 def test_the_parts_of_a_run_have_its_configs_numbers(tmp_path):
     """Sequence length, validation and world size; config.toml and plan.json are written before training."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
-    with training.cast(training.config_of(raw)) as state:
+    with training.built_trainer(training.config_of(raw)) as state:
         loader = training.loader_of(state, state.plan.stages[0])
         run = tmp_path / "run"
 
