@@ -175,7 +175,10 @@ make_logs() {
     fi
     trap clean_up EXIT
     [[ -t 1 ]] || keep_console
-    export TITAN_CPT_STATUS_FILE="$logs/status" # after keep_console: has_processes finds the training processes by it
+    # After keep_console: has_processes finds the training processes by it. Absolute, since a run of the same name that
+    # began in the same second in another folder would have the same relative path.
+    TITAN_CPT_STATUS_FILE="$(cd -- "$logs" && pwd -P)/status"
+    export TITAN_CPT_STATUS_FILE
     rm -f -- "$TITAN_CPT_STATUS_FILE" "$TITAN_CPT_STATUS_FILE".process-*
 }
 

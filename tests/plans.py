@@ -4,6 +4,32 @@ COSINE = 'schedule = "cosine", max = 1e-3, min = 1e-4'
 INFINITE = 'schedule = "infinite_cosine", max = 1e-3, constant = 5e-4, cooldown_until = 0.6, constant_until = 0.85'
 SPLITS = ("pile", "split1", "split2", "split3")
 
+# Eight layers of six heads on one dataset that need not exist: for rules of parallel layouts.
+PARALLEL_TOML = """
+[job]
+name = "laid-out"
+[model]
+family = "gpt_neox"
+size = "debug"
+layers = 8
+width = 96
+heads = 6
+[datasets.pages]
+train = "pages"
+[training]
+global_batch_size = 48
+local_batch_size = 8
+seq_len = 48
+[[stages]]
+name = "only"
+dataset = "pages"
+steps = 2
+lr = { schedule = "constant", max = 1e-3 }
+"""
+TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
+RING = "parallelism.context_parallel_method"
+ASYNC = "parallelism.enable_async_tensor_parallel"
+
 SLIMPAJAMA = {
     "wikipedia": 4.00,
     "book": 4.20,

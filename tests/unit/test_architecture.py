@@ -365,40 +365,36 @@ def at_import(name):
     return found
 
 
+def heavy_imports(names):
+    """Imports of heavy or optional packages at the top of these files."""
+    return {
+        f"{name} imports {module}"
+        for name in names
+        for module in at_the_top(name)
+        if module.partition(".")[0] in OPTIONAL
+    }
+
+
 @pytest.mark.parametrize(
     "name",
     [name for name in FILES if (package(name) in NO_TORCH or name in NO_TORCH) and name not in HEAVY_ON_PURPOSE],
 )
 def test_what_starts_fast_imports_no_torch(name):
     """Nor anything else that is heavy or optional, at import time, directly or through other files."""
-    heavy = {
-        f"{one} imports {module}"
-        for one in at_import(name)
-        for module in at_the_top(one)
-        if module.partition(".")[0] in OPTIONAL
-    }
-
-    assert heavy == set()
+    assert heavy_imports(at_import(name)) == set()
 
 
 @pytest.mark.parametrize("name", TORCHLESS)
 def test_what_the_plan_needs_imports_no_torch(name):
     """Nor anything else that is heavy or optional, at the top of a file: a plan answers in milliseconds."""
-    heavy = {
-        f"{one} imports {module}"
-        for one in below(name)
-        for module in at_the_top(one)
-        if module.partition(".")[0] in OPTIONAL
-    }
-
-    assert heavy == set()
+    assert heavy_imports(below(name)) == set()
 
 
-@pytest.mark.parametrize("name", ["cli", *(name for name in FILES if package(name) == "commands")])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if package(name) in ("cli", "commands") and name not in HEAVY_ON_PURPOSE]
+)
 def test_commands_import_heavy_modules_only_when_they_run(name):
     """`titan-cpt --help` and a mistake in the options answer at once: a handler imports what it needs."""
-    if name == "commands.launch":
-        pytest.skip("a program of its own, which wraps torchrun")
     light = ("titan_cpt.errors", "titan_cpt.common.exit_status", "titan_cpt.commands.")
     ours = {module for module in at_the_top(name) if module.startswith("titan_cpt")}
 

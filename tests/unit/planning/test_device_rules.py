@@ -5,35 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from plans import ASYNC, CP, PARALLEL_TOML, RING, TP
 
 from titan_cpt.config.load import load_config
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.device_rules import CPU_RULES, check_device
-
-TOML = """
-[job]
-name = "laid-out"
-[model]
-family = "gpt_neox"
-size = "debug"
-layers = 8
-width = 96
-heads = 6
-[datasets.pages]
-train = "pages"
-[training]
-global_batch_size = 48
-local_batch_size = 8
-seq_len = 48
-[[stages]]
-name = "only"
-dataset = "pages"
-steps = 2
-lr = { schedule = "constant", max = 1e-3 }
-"""
-TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
-RING = "parallelism.context_parallel_method"
-ASYNC = "parallelism.enable_async_tensor_parallel"
 
 ON_CPU = [
     ({TP: "2", ASYNC: "true", "compile.enable": "true"}, ["symmetric memory, which only CUDA has"]),
@@ -46,7 +22,7 @@ ON_CPU = [
 def test_refused_on_a_cpu_and_not_on_cuda(tmp_path: Path, overrides: dict[str, str], words: list[str]) -> None:
     """The plan accepts it, as it may be made on another machine."""
     path = tmp_path / "config.toml"
-    path.write_text(TOML)
+    path.write_text(PARALLEL_TOML)
     config = load_config(path, list(overrides.items()))
     with pytest.raises(PlanError) as refusal:
         check_device(config, "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from plans import ASYNC, CP, PARALLEL_TOML, PP, RING, TP
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
@@ -13,30 +14,6 @@ from titan_cpt.planning.parallel_rules import RULES
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
 
-TOML = """
-[job]
-name = "laid-out"
-[model]
-family = "gpt_neox"
-size = "debug"
-layers = 8
-width = 96
-heads = 6
-[datasets.pages]
-train = "pages"
-[training]
-global_batch_size = 48
-local_batch_size = 8
-seq_len = 48
-[[stages]]
-name = "only"
-dataset = "pages"
-steps = 2
-lr = { schedule = "constant", max = 1e-3 }
-"""
-TP, PP, CP = (f"parallelism.{name}_parallel_degree" for name in ("tensor", "pipeline", "context"))
-RING = "parallelism.context_parallel_method"
-ASYNC = "parallelism.enable_async_tensor_parallel"
 SCHEDULE = "parallelism.pipeline_parallel_schedule"
 LLAMA = {"model.family": "llama"}
 
@@ -113,7 +90,7 @@ REFUSED = [
 
 def planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> Plan:
     path = tmp_path / "config.toml"
-    path.write_text(TOML)
+    path.write_text(PARALLEL_TOML)
     config = load_config(path, list(overrides.items()))
     return make_plan(config, take_inventory(config), world_size)
 

@@ -327,21 +327,7 @@ class TestSeveralProcesses:
         action = f"""
             trap 'sleep 0.3; echo saved; echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' {name}
             echo ready; while :; do sleep 0.02; done"""
-        process = subprocess.Popen(
-            [str(repository.folder / "run_train.sh")],
-            cwd=repository.elsewhere,
-            env={**repository.environment, "NPROC": "2", "ACTION": action},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        with process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(number)
-            rest = process.stdout.read()
-
-            assert (process.wait(timeout=30), rest) == (75, "saved\n")
+        assert signalled(repository, action, number) == (75, "saved\n")
         assert int(repository.only_call()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 600
 
 
@@ -474,7 +460,7 @@ class TestLogsAndRestarts:
             trap 'echo 75 > "$TITAN_CPT_STATUS_FILE"; exit 1' TERM
             echo ready; while :; do sleep 0.02; done"""
 
-        assert self.signalled(repository, action, signal.SIGUSR1) == 75
+        assert signalled(repository, action, signal.SIGUSR1)[0] == 75
 
     def test_the_script_waits_for_processes_that_save_after_torchrun_has_exited(self, repository: Repository) -> None:
         """torchrun exits at once at a second signal; its processes save, and their status counts."""
@@ -483,24 +469,33 @@ class TestLogsAndRestarts:
             trap 'exit 1' TERM
             echo ready; while :; do sleep 0.02; done"""
 
-        assert self.signalled(repository, action, signal.SIGTERM) == 75
+        assert signalled(repository, action, signal.SIGTERM)[0] == 75
 
-    @staticmethod
-    def signalled(repository: Repository, action: str, number: signal.Signals) -> int:
-        """The exit status of a run of two processes that is sent a signal once it is ready."""
-        process = subprocess.Popen(
-            [str(repository.folder / "run_train.sh")],
-            cwd=repository.elsewhere,
-            env={**repository.environment, "NPROC": "2", "ACTION": action},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        with process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(number)
-            return process.wait(timeout=30)
+    def test_runs_of_one_name_in_two_folders_do_not_wait_for_each_other(self, repository: Repository) -> None:
+        """The path by which a script finds its own processes is absolute; equal ones made both wait for 15 minutes."""
+        done = repository.run("run_train.sh", NPROC="2")
+
+        assert done.returncode == 0
+        status_file = Path(repository.only_call()["TITAN_CPT_STATUS_FILE"])
+        assert status_file.is_relative_to(repository.elsewhere.resolve())
+
+
+def signalled(repository: Repository, action: str, number: signal.Signals) -> tuple[int, str]:
+    """Exit status and later output of a run of two processes that is sent a signal once it has printed `ready`."""
+    process = subprocess.Popen(
+        [str(repository.folder / "run_train.sh")],
+        cwd=repository.elsewhere,
+        env={**repository.environment, "NPROC": "2", "ACTION": action},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        output = process.stdout.read()
+        return process.wait(timeout=30), output
 
 
 @pytest.mark.parametrize("script", ["run_train.sh", "scripts/setup.sh", ".ci/run"])
