@@ -30,6 +30,9 @@ from titan_cpt.checkpoint.storage import ShardWriter
 from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder, checkpoint_folders
 from titan_cpt.errors import AccessError, CheckpointError, TitanError
 
+# Before torch 2.13 a stager closes itself after its first use, and the next use of it raises KeyError.
+STAGER_CAN_BE_REUSED = torch.__version__ >= "2.13"
+
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
@@ -76,9 +79,7 @@ class CheckpointManager:
         self.rank = dist.get_rank() if self.distributed else 0
         # The writing thread has a process group of its own: its collectives must not mix with those of training.
         self.group = dist.new_group(backend="gloo") if self.distributed else None
-        # Staging copies the state to host memory, from which it is written while training changes the original. The
-        # first save allocates that memory; later saves reuse it.
-        self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+        self._stager = _new_stager()
         self.misplaced: set[Path] = set()
         """Checkpoints that `listed` and `newest_valid` ignored because someone copied, renamed or moved them."""
         self._pending: _PendingSave | None = None
@@ -114,6 +115,8 @@ class CheckpointManager:
         state = state_to_save(model, optimizer)
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = ShardWriter(folder)
+        if not STAGER_CAN_BE_REUSED:
+            self._stager = _new_stager()
         written = dcp_async_save(state, storage_writer=writer, async_stager=self._stager, process_group=self.group)
         assert isinstance(written, Future), "DCP's async_save returns a future when its stager blocks"
         self._pending = _PendingSave(folder, written, record, writer, self.group)
@@ -269,6 +272,14 @@ class CheckpointManager:
         _raise_first(faults, AccessError)
         _raise_first(faults, TitanError)
         return record
+
+
+def _new_stager() -> DefaultStager:
+    """Copies the state to host memory, pinned with CUDA, from which it is written while training changes the original.
+
+    The first save allocates that memory; later saves with the same stager reuse it.
+    """
+    return DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
 
 
 def _raise_first(faults: Sequence[TitanError | None], kind: type[TitanError]) -> None:
