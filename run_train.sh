@@ -74,10 +74,16 @@ check_count() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be a whole number from 1, got '$2'"
 }
 
-# Print the number of GPUs of this node: those that Slurm allocated, else all; 1 if there is none, for the CPU.
+# Print the number of GPUs for this run: those that Slurm allocated, else all of this node, in either case no more than
+# CUDA_VISIBLE_DEVICES lists; 1 if there is none, for the CPU. titan_cpt refuses an NPROC above the number that torch
+# finds.
 count_gpus() {
-    local found=${SLURM_GPUS_ON_NODE:-}
+    local found=${SLURM_GPUS_ON_NODE:-} visible
     [[ -n $found ]] || found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        visible=$(count_visible_devices)
+        ((visible >= found)) || found=$visible
+    fi
     if ! ((found)); then
         printf 'run_train.sh: NPROC=gpu, but this node has no GPU: training with one process on the CPU\n' >&2
         found=1
@@ -85,20 +91,33 @@ count_gpus() {
     echo "$found"
 }
 
-# Set `python` to the interpreter of the active environment if titan_cpt is installed there, else to .venv's.
+# Print the number of devices in CUDA_VISIBLE_DEVICES: CUDA ignores the first that is not a device (-1, NoDevFiles) and
+# all after it. Of several MIG devices a process sees one.
+count_visible_devices() {
+    local devices device count=0
+    IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES// /}"
+    for device in "${devices[@]}"; do
+        [[ $device =~ ^([0-9]+|GPU-.+|MIG-.+)$ ]] || break
+        count=$((count + 1))
+        [[ $device != MIG-* ]] || break
+    done
+    echo "$count"
+}
+
+# Set `python` to an interpreter with titan_cpt: the active environment's, else .venv's, else the one on PATH, as in a
+# container.
 find_python() {
     local candidate tried=()
-    for candidate in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "$root/.venv"; do
-        python=$candidate/bin/python
-        if [[ -n $candidate && -x $python ]]; then
-            has_titan_cpt "$python" && return
-            tried+=("$candidate")
-        fi
+    for candidate in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} ${CONDA_PREFIX:+"$CONDA_PREFIX/bin/python"} \
+        "$root/.venv/bin/python" "$(type -P python || true)" "$(type -P python3 || true)"; do
+        [[ -x $candidate && " ${tried[*]-} " != *" $candidate "* ]] || continue
+        python=$candidate
+        has_titan_cpt "$python" && return
+        tried+=("$candidate")
     done
-    if ((${#tried[@]})); then
-        fail "titan_cpt is not installed in ${tried[*]}." "Install it into $root/.venv: $root/scripts/setup.sh"
-    fi
-    fail "found no Python environment: none is active and $root/.venv does not exist." "Make it: $root/scripts/setup.sh"
+    fail "found no Python with titan_cpt and torch; tried: ${tried[*]:-none exists}." \
+        "Activate the environment that has them, or install both into $root/.venv: $root/scripts/setup.sh" \
+        "In a container with torch: pip install $root"
 }
 
 # Whether titan_cpt is installed; a checkout in the working directory without its requirements does not count.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import training
 
 from titan_cpt.commands import launch
-from titan_cpt.commands.launch import LaunchError, Node, check_gpus, meet
+from titan_cpt.commands.launch import LaunchError, Node, meet
 from titan_cpt.distributed import process_group
 from titan_cpt.errors import PlanError
 
@@ -127,29 +127,66 @@ def test_an_unknown_address_is_an_error_at_once(port):
         meet(Node(1, 2, "no such host", port), "", 5)
 
 
-def test_fewer_gpus_than_processes_is_an_error_before_any_starts(monkeypatch):
-    """Without a GPU, any number of processes trains on the CPU."""
-    check_gpus(4)
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """torch finds two GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_gpus(2)
-
-    with pytest.raises(PlanError, match=r"^4 processes on .* has 2 GPUs: .*NPROC=2"):
-        check_gpus(4)
 
 
-def test_a_gpu_that_does_not_exist_or_is_in_use_is_a_plan_error(monkeypatch):
-    """Under another launcher, and not "CUDA error: invalid device ordinal"."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_without_a_gpu_any_number_of_processes_trains_on_the_cpu(monkeypatch):
+    """As on a laptop."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    process_group.require_gpus(4)
+
+
+def test_more_processes_than_gpus_are_refused_before_any_starts(two_gpus, config, monkeypatch, capsys):
+    """What run_train.sh runs prints one sentence, exits with 2 and does not start torchrun."""
+    monkeypatch.setattr(launch, "torchrun", lambda words: pytest.fail("torchrun was started"))
+    words = ["-m", "titan_cpt", "train", "--config", str(config)]
+    assert launch.find_problem(["--standalone", "--nproc-per-node=2", *words], nodes=1) == ""
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--standalone", "--nproc-per-node=4", *words])
+
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"PlanError: 4 processes on {socket.gethostname()}, which has 2 GPUs for them: ")
+    assert "Start with NPROC=2" in line
+
+
+@pytest.mark.parametrize("local_rank", ["0", "3"])
+def test_more_processes_than_gpus_are_refused_on_every_rank_under_torchrun(two_gpus, monkeypatch, local_rank):
+    """Also on the ranks that have a GPU: they would wait for the others."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: pytest.fail("a rank waits"))
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "4",
+        "RANK": local_rank,
+        "LOCAL_RANK": local_rank,
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(PlanError, match=r"^4 processes on .* 2 GPUs for them: .*--nproc-per-node=2"):
+        process_group.init_process_group()
+
+
+def test_a_local_rank_without_a_gpu_is_refused_under_a_launcher_that_tells_no_count(two_gpus, monkeypatch):
+    """And not "CUDA error: invalid device ordinal"."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+
+    with pytest.raises(PlanError, match=r"^4 processes on .* 2 GPUs for them"):
+        process_group.init_process_group()
+
+
+def test_a_gpu_in_use_is_a_plan_error(two_gpus, monkeypatch):
+    """The first line of torch's message, and where to look."""
 
     def set_device(device):
         raise RuntimeError("CUDA error: CUDA-capable device(s) is busy\nCUDA kernel errors might ...")
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(PlanError, match=r"local rank 3 on .* has only 2 on this node \(0 to 1\).*NPROC=2"):
-        process_group.init_process_group()
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(PlanError, match=r"GPU 1 cannot be used: CUDA error: .* busy\. `nvidia-smi`"):
         process_group.init_process_group()

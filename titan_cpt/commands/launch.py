@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
 
-import torch
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # torch exports it
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,7 +35,8 @@ from titan_cpt.common.exit_status import FAILURE, SUCCESS, USER_ERROR, exit_with
 from titan_cpt.config.load import load_run
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.prepare.prepare_missing import is_complete
-from titan_cpt.errors import PlanError, TitanError
+from titan_cpt.distributed.process_group import require_gpus
+from titan_cpt.errors import TitanError
 from titan_cpt.planning.planner import make_plan
 
 _SECONDS_BETWEEN_REMINDERS = 30.0
@@ -110,25 +110,11 @@ def find_problem(words: Sequence[str], *, nodes: int) -> str:
     options = parse_args(list(words))  # type: ignore[no-untyped-call]  # torch's
     nproc = int(options.nproc_per_node)
     try:
-        check_gpus(nproc)
+        require_gpus(nproc)
         check_training(options.training_script_args, world_size=nproc * nodes)
     except TitanError as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def check_gpus(nproc: int) -> None:
-    """Check that this node has a GPU for each process; without any GPU, the processes train on the CPU.
-
-    Raises:
-        PlanError: this node has GPUs, but fewer than processes.
-    """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else nproc
-    if found < nproc:
-        raise PlanError(
-            f"{nproc} processes on {socket.gethostname()}, which has {found} GPUs: each process needs one. "
-            f"Start with NPROC={found}, or give the job more GPUs (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
-        )
 
 
 def check_training(arguments: Sequence[str], *, world_size: int) -> None:

@@ -52,10 +52,14 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
             for torch's default (10 minutes for NCCL, 30 for gloo).
 
     Raises:
-        PlanError: the GPU of this local rank does not exist or cannot be used, or MASTER_PORT is in use.
+        PlanError: this node has fewer GPUs than processes, the GPU of this local rank cannot be used, or MASTER_PORT is
+            in use.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # All processes of the node raise: those that have a GPU would wait for the others. A launcher other than torchrun
+    # may not tell how many there are.
+    require_gpus(max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -84,19 +88,29 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     return ProcessInfo(dist.get_rank(), world_size, device)
 
 
-def _take_device(device: torch.device) -> None:
-    count = torch.cuda.device_count()
-    where = f"local rank {device.index} on {socket.gethostname()}"
-    if device.index is not None and device.index >= count:
+def require_gpus(processes: int) -> None:
+    """Check that this node has a GPU for each of its processes; without any GPU, the processes train on the CPU.
+
+    torch counts the GPUs that CUDA_VISIBLE_DEVICES allows, given as numbers, UUIDs or MIG devices.
+
+    Raises:
+        PlanError: this node has GPUs, but fewer than processes.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if found < processes:
         raise PlanError(
-            f"{where}: needs GPU {device.index}, but the run has only {count} on this node (0 to {count - 1}), and "
-            f"each process needs its own. Start with NPROC={count} processes per node, or give the job more GPUs "
-            "(CUDA_VISIBLE_DEVICES, --gpus-per-node)"
+            f"{processes} processes on {socket.gethostname()}, which has {found} GPU{'s' if found > 1 else ''} for "
+            f"them: each process needs one. Start with NPROC={found} (torchrun: --nproc-per-node={found}), or give the "
+            "job more GPUs (CUDA_VISIBLE_DEVICES, --gpus-per-node)"
         )
+
+
+def _take_device(device: torch.device) -> None:
     try:
         torch.cuda.set_device(device)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
+        where = f"local rank {device.index} on {socket.gethostname()}"
         raise PlanError(f"{where}: GPU {device.index} cannot be used: {reason}. `nvidia-smi` shows its state") from None
 
 

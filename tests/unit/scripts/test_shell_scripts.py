@@ -128,24 +128,30 @@ class TestEnvironment:
 
         assert repository.only_call()["program"] == f"{repository.folder}/.venv/bin/python"
 
-    def test_without_titan_cpt_it_says_what_to_run(self, repository: Repository) -> None:
-        """The message lists the environments that were searched, and the command that installs titan_cpt."""
-        done = repository.run("run_train.sh", LACKS_TITAN_CPT=".venv")
+    @pytest.mark.parametrize("name", ["python", "python3"])
+    def test_without_an_environment_the_python_on_path_is_used(self, repository: Repository, name: str) -> None:
+        """A container has neither a virtual environment nor conda; an existing .venv comes before it."""
+        repository.add_tool(repository.tools / "python", "#!/usr/bin/env bash\nexit 1\n")
+        repository.add_recorder(repository.tools / name)
+        repository.run("run_train.sh")
+        shutil.rmtree(repository.folder / ".venv")
+        repository.run("run_train.sh")
+
+        programs = [call["program"] for call in repository.calls()]
+        assert programs == [f"{repository.folder}/.venv/bin/python", str(repository.tools / name)]
+
+    def test_without_titan_cpt_it_says_what_was_tried_and_what_to_run(self, repository: Repository) -> None:
+        """Every Python that was tried, once, and the command that installs titan_cpt."""
+        for name in ("python", "python3"):
+            repository.add_tool(repository.tools / name, "#!/usr/bin/env bash\nexit 1\n")
+
+        done = repository.run("run_train.sh", LACKS_TITAN_CPT=".venv", VIRTUAL_ENV=f"{repository.folder}/.venv")
 
         assert done.returncode == 2
-        assert f"not installed in {repository.folder}/.venv" in done.stderr
+        tried = f"{repository.folder}/.venv/bin/python {repository.tools}/python {repository.tools}/python3"
+        assert f"no Python with titan_cpt and torch; tried: {tried}." in done.stderr
         assert f"{repository.folder}/scripts/setup.sh" in done.stderr
         assert repository.calls() == []
-
-    def test_without_any_environment_it_says_what_to_run(self, repository: Repository) -> None:
-        """A fresh clone."""
-        shutil.rmtree(repository.folder / ".venv")
-
-        done = repository.run("run_train.sh")
-
-        assert done.returncode == 2
-        assert "no Python environment" in done.stderr
-        assert f"{repository.folder}/scripts/setup.sh" in done.stderr
 
 
 class TestSeveralProcesses:
@@ -436,15 +442,45 @@ class TestLogsAndRestarts:
         assert "MAX_RESTARTS must be a whole number from 0, got '-1'" in done.stderr
         assert repository.calls() == []
 
-    def test_nproc_gpu_starts_one_process_per_gpu_of_this_node(self, repository: Repository) -> None:
-        """Slurm's count, which can differ between the nodes of a job; without Slurm the GPUs that nvidia-smi lists."""
-        listing = "#!/usr/bin/env bash\nprintf 'GPU 0: A (UUID: a)\\nGPU 1: A (UUID: b)\\n  MIG 1g\\n'\n"
+    @pytest.mark.parametrize(
+        ("environment", "processes"),
+        [
+            ({}, 4),
+            ({"SLURM_GPUS_ON_NODE": "3"}, 3),
+            ({"CUDA_VISIBLE_DEVICES": "2,0"}, 2),
+            ({"CUDA_VISIBLE_DEVICES": "GPU-8f6, GPU-1a2,GPU-77b"}, 3),
+            ({"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 2),
+            ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "3"}, 2),
+            ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 4),
+        ],
+    )
+    def test_nproc_gpu_starts_one_process_per_gpu(
+        self, repository: Repository, environment: dict[str, str], processes: int
+    ) -> None:
+        """Those that Slurm allocated on this node, else those that nvidia-smi lists (four here), and of them those that
+        CUDA_VISIBLE_DEVICES lists, up to its first entry that is no device."""
+        listing = "#!/usr/bin/env bash\nprintf 'GPU %d: A (UUID: a)\\n  MIG 1g\\n' 0 1 2 3\n"
         repository.add_tool(repository.tools / "nvidia-smi", listing)
 
-        repository.run("run_train.sh", NPROC="gpu", SLURM_GPUS_ON_NODE="5")
-        repository.run("run_train.sh", NPROC="gpu")
+        repository.run("run_train.sh", NPROC="gpu", **environment)
 
-        assert [option(call, "--nproc-per-node") for call in repository.calls()] == ["5", "2"]
+        assert option(repository.only_call(), "--nproc-per-node") == str(processes)
+
+    @pytest.mark.parametrize(
+        ("visible", "message"),
+        [("MIG-7c1,MIG-9e2", ""), ("", "has no GPU"), ("-1", "has no GPU"), ("NoDevFiles", "has no GPU")],
+    )
+    def test_nproc_gpu_starts_one_process_if_a_process_sees_at_most_one_device(
+        self, repository: Repository, visible: str, message: str
+    ) -> None:
+        """CUDA shows a process one of several MIG devices; without a visible device a note is printed."""
+        repository.add_tool(repository.tools / "nvidia-smi", "#!/usr/bin/env bash\necho 'GPU 0: A'; echo 'GPU 1: A'\n")
+
+        done = repository.run("run_train.sh", NPROC="gpu", CUDA_VISIBLE_DEVICES=visible)
+
+        assert repository.only_call()["arguments"][:3] == ["-m", "titan_cpt", "train"]
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1 + bool(message)
 
     def test_nproc_gpu_without_gpus_starts_one_process_and_prints_a_note(self, repository: Repository) -> None:
         """On a CPU cluster."""
