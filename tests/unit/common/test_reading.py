@@ -113,7 +113,7 @@ def test_work_whose_record_cannot_be_read_is_not_repeated(tmp_path, read):
 def test_a_shard_whose_tokens_cannot_be_read_is_not_prepared_again(tmp_path):
     """Its counts can be read, its .idx cannot."""
     counts = dict.fromkeys(("documents", "tokens", "held_out_documents", "held_out_tokens", "empty_documents"), 0)
-    (tmp_path / "data.json").write_text(json.dumps(counts))
+    (tmp_path / "data.json").write_text(json.dumps({"counts": counts, "holdout": 0.0, "checksum": ""}))
 
     assert finished_counts(Path(tmp_path / "data")) is None  # no .idx
     (tmp_path / "data.idx").write_bytes(b"MMIDIDX\x00\x00")

@@ -31,10 +31,17 @@ class IndexedWriter:
     If the `with` block raises, both temporary files are removed.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        """Begin the pair at `prefix` (the path without .bin and .idx), for ids in [0, vocab_size)."""
+    def __init__(self, prefix: Path, vocab_size: int, *, durable: bool = True) -> None:
+        """Begin a pair.
+
+        Args:
+            prefix: the path without .bin and .idx.
+            vocab_size: ids are in [0, vocab_size).
+            durable: sync the files to the disk; without it, a power failure may leave a damaged pair.
+        """
         self.prefix = prefix
         self.vocab_size = vocab_size
+        self._durable = durable
         self.tokens = 0
         self._code = dtype_code(vocab_size)
         self._sizes = array("i")
@@ -50,7 +57,7 @@ class IndexedWriter:
         """
         self.add_documents(np.asarray(tokens, dtype=np.int64), np.array([len(tokens)], dtype=np.int64))
 
-    def add_documents(self, tokens: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> None:
+    def add_documents(self, tokens: npt.NDArray[np.integer[Any]], sizes: npt.NDArray[np.int64]) -> None:
         """Append several documents.
 
         Args:
@@ -69,17 +76,18 @@ class IndexedWriter:
                 f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows at most "
                 f"{LARGEST_DOCUMENT_TOKENS}: split the document"
             )
-        self._file.write(tokens.astype(DTYPES[self._code]).tobytes())
+        self._file.write(np.ascontiguousarray(tokens, dtype=DTYPES[self._code]).data)
         self._sizes.frombytes(sizes.astype(np.int32).tobytes())
         self.tokens += len(tokens)
 
     def close(self) -> None:
         """Write the index, sync both files and rename them, the .idx last."""
-        _flush(self._file)
+        _flush(self._file, durable=self._durable)
         self._file.close()
         sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        _write_index(pair_paths(self._temporary)[1], self._code, len(sizes), lambda: _blocks(sizes))
-        rename_pair(self._temporary, self.prefix)
+        index = pair_paths(self._temporary)[1]
+        _write_index(index, self._code, len(sizes), lambda: _blocks(sizes), durable=self._durable)
+        rename_pair(self._temporary, self.prefix, durable=self._durable)
 
     def abort(self) -> None:
         """Remove the temporary files."""
@@ -103,38 +111,80 @@ def dtype_code(vocab_size: int) -> int:
     return 8 if vocab_size < LARGEST_UINT16_VOCABULARY else 4
 
 
-def concatenate(shards: Sequence[Path], prefix: Path, vocab_size: int) -> None:
-    """Concatenate finished pairs into one at `prefix`, in the order given, with constant memory.
+class PairJoiner:
+    """Concatenates finished pairs into one, in the order in which they are appended, with constant memory.
 
-    Raises:
-        DataError: a shard is missing or damaged, or its dtype is not that of `vocab_size`.
+    The pair appears under its name when the joiner is closed. If the `with` block raises, the temporary files are
+    removed.
     """
-    code = dtype_code(vocab_size)
-    headers = [read_header(pair_paths(shard)[1]) for shard in shards]
-    for shard, header in zip(shards, headers, strict=True):
-        if header.dtype != DTYPES[code]:
-            raise DataError(f"{shard}: has dtype {header.dtype.name}, not {DTYPES[code].name}: prepare it again")
-    temporary = _temporary_prefix(prefix)
-    bin_path, idx_path = pair_paths(temporary)
-    try:
-        with open(bin_path, "wb") as target:
-            for shard in shards:
-                with open(pair_paths(shard)[0], "rb") as source:
-                    shutil.copyfileobj(source, target, COPY_BYTES)
-            _flush(target)
-        _write_index(idx_path, code, sum(header.sequences for header in headers), lambda: _sizes_of(shards))
-    except BaseException:
-        _remove_pair(temporary)
-        raise
-    rename_pair(temporary, prefix)
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        """Begin the pair at `prefix` (the path without .bin and .idx), for pairs of this vocabulary size."""
+        self.prefix = prefix
+        self._code = dtype_code(vocab_size)
+        self._parts: list[Path] = []
+        self._sequences = 0
+        self._temporary = _temporary_prefix(prefix)
+        self._file: IO[bytes] = open(pair_paths(self._temporary)[0], "wb")  # noqa: SIM115  lives until close()
+
+    def append(self, part: Path) -> None:
+        """Append the tokens of a finished pair.
+
+        Raises:
+            DataError: it is missing or damaged, or its dtype is not that of the vocabulary size.
+        """
+        bin_path, idx = pair_paths(part)
+        header = read_header(idx)
+        if header.dtype != DTYPES[self._code]:
+            expected = DTYPES[self._code].name
+            raise DataError(f"{part}: has dtype {header.dtype.name}, not {expected}: prepare it again")
+        with open(bin_path, "rb") as source:
+            shutil.copyfileobj(source, self._file, COPY_BYTES)
+        self._parts.append(part)
+        self._sequences += header.sequences
+
+    def close(self) -> None:
+        """Write the index, sync both files and rename them, the .idx last."""
+        _flush(self._file)
+        self._file.close()
+        _write_index(pair_paths(self._temporary)[1], self._code, self._sequences, lambda: _sizes_of(self._parts))
+        rename_pair(self._temporary, self.prefix)
+
+    def abort(self) -> None:
+        """Remove the temporary files."""
+        self._file.close()
+        _remove_pair(self._temporary)
+
+    def __enter__(self) -> "PairJoiner":
+        """Return the joiner itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        """Close the pair, or abort it if the block or the closing raises."""
+        try:
+            if fault is None:
+                self.close()
+        except BaseException:
+            self.abort()
+            raise
+        if fault is not None:
+            self.abort()
 
 
-def rename_pair(source: Path, target: Path) -> None:
+def concatenate(parts: Sequence[Path], prefix: Path, vocab_size: int) -> None:
+    """Concatenate finished pairs into one at `prefix`, in the order given; see PairJoiner."""
+    with PairJoiner(prefix, vocab_size) as joiner:
+        for part in parts:
+            joiner.append(part)
+
+
+def rename_pair(source: Path, target: Path, *, durable: bool = True) -> None:
     """Rename a complete pair within a file system, replacing an existing pair of that name."""
     pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never be beside a new .bin
     for old, new in zip(pair_paths(source), pair_paths(target), strict=True):
         os.replace(old, new)
-    fsync(target.parent)  # the renames outlive a power failure
+    if durable:
+        fsync(target.parent)  # the renames outlive a power failure
 
 
 def _temporary_prefix(prefix: Path) -> Path:
@@ -147,9 +197,10 @@ def _remove_pair(prefix: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(file: IO[bytes]) -> None:
+def _flush(file: IO[bytes], *, durable: bool = True) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    if durable:
+        os.fsync(file.fileno())
 
 
 def _blocks(sizes: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.int32]]:
@@ -171,7 +222,12 @@ def _sizes_of(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
 
 
 def _write_index(
-    path: Path, code: int, sequences: int, size_blocks: Callable[[], Iterator[npt.NDArray[np.int32]]]
+    path: Path,
+    code: int,
+    sequences: int,
+    size_blocks: Callable[[], Iterator[npt.NDArray[np.int32]]],
+    *,
+    durable: bool = True,
 ) -> None:
     """Write an .idx: first the sizes, then the pointers computed from them; `size_blocks` is called twice."""
     with open(path, "wb") as file:
@@ -185,4 +241,4 @@ def _write_index(
             start_bytes = int(ends[-1])
         for start in range(0, sequences + 1, BLOCK_SEQUENCES):
             file.write(np.arange(start, min(start + BLOCK_SEQUENCES, sequences + 1), dtype="<i8").tobytes())
-        _flush(file)
+        _flush(file, durable=durable)

@@ -1,30 +1,62 @@
 """Read text inputs as chunks of documents. Chunk borders depend only on the inputs, not on the machine.
 
-JSON lines stay bytes until a worker parses them: parsing is the slow part, so it runs in parallel. JSON and parquet
-files of a Hugging Face dataset are read like local ones.
+JSON lines stay bytes until a worker parses them. Of an uncompressed local file, a chunk names only its range of bytes,
+which the worker reads itself; the main process then reads a few kilobytes per chunk. JSON and parquet files of a
+Hugging Face dataset are read like local ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+import xxhash
 
 from titan_cpt.data.prepare import hub
 from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES, decompressed_blocks, read_blocks
+from titan_cpt.data.prepare.json_lines import BYTE_ORDER_MARK, CHOOSE_FIELD, field_of_lines, parsed, record_field, short
 from titan_cpt.data.prepare.text_inputs import TextInput, file_kind, find_inputs
 from titan_cpt.errors import DataError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
 CHUNKS_PER_FILE = 64  # about, of a large file; an interrupted run keeps the chunks that are finished
 SMALLEST_CHUNK_BYTES = 2 * 2**20
 LARGEST_CHUNK_BYTES = 32 * 2**20
 PARQUET_ROWS = 1024
+SEARCHED_BYTES = 2**16  # read at a time to find the end of a line
+COUNTED_BYTES = 2**24  # read at a time to count lines
+
+
+class FileRange(NamedTuple):
+    """Bytes [start, stop) of a file."""
+
+    path: str
+    start: int
+    stop: int
+
+    def blocks(self, block_bytes: int) -> Iterator[bytes]:
+        """Yield the bytes in blocks.
+
+        Raises:
+            DataError: the file cannot be read, or has become shorter.
+        """
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start)
+                remaining = self.stop - self.start
+                while remaining:
+                    block = file.read(min(remaining, block_bytes))
+                    if not block:
+                        raise DataError(f"{self.path}: became shorter while it was read; start the run again")
+                    remaining -= len(block)
+                    yield block
+        except OSError as fault:
+            raise DataError(f"{self.path}: cannot be read: {fault.strerror or fault}") from fault
 
 
 @dataclass(frozen=True)
@@ -36,47 +68,65 @@ class Chunk:
     unit: str
     """"line" or "row", for messages."""
     first: int
-    """Number of the first line or row, from 1."""
-    content: bytes | tuple[Any, ...]
+    """Number of the first line or row, from 1; after a range of the file, counted from the end of that range."""
+    content: bytes | tuple[Any, ...] | FileRange
+    """JSON lines, as bytes or where to read them, or texts."""
     disk_bytes: int = field(compare=False, default=0)
     """Bytes of the input files that this chunk accounts for, for progress."""
+    before: FileRange | None = None
+    """The range of the file before this chunk; its lines are counted only if a message needs the number."""
+
+    def loaded(self) -> Chunk:
+        """Return the chunk with its content in memory.
+
+        Raises:
+            DataError: the file cannot be read, or has become shorter.
+        """
+        if not isinstance(self.content, FileRange):
+            return self
+        blocks = [*self.content.blocks(self.content.stop - self.content.start)]
+        return replace(self, content=blocks[0] if len(blocks) == 1 else b"".join(blocks))
 
     def digest(self) -> bytes:
-        """Return a digest of the content, independent of the file name."""
-        digest = hashlib.blake2b(digest_size=32)
+        """Return a digest of the content of a loaded chunk, independent of the file name."""
+        digest = xxhash.xxh3_128()
         if isinstance(self.content, bytes):
-            digest.update(b"lines\0" + self.content)
+            digest.update(b"lines\0")
+            digest.update(self.content)
         else:
             digest.update(json.dumps(self.content, default=repr).encode())
         return digest.digest()
 
     def texts(self, text_field: str) -> Iterator[tuple[str, bytes]]:
-        """Yield each text, as str and as UTF-8.
+        """Yield each text of a loaded chunk, as str and as UTF-8.
 
         Raises:
             DataError: a line is not a JSON object or lacks the field, or a text is not a valid string; names file and
                 line.
         """
-        for number, text in self._values(text_field):
-            place = f"{self.where}:{number}" if self.unit == "line" else f"{self.where}: {self.unit} {number}"
+        for position, text in self._values(text_field):
             if not isinstance(text, str):
-                raise DataError(f"{place}: {text_field!r} is {_short(text)}; allowed is a string")
+                raise DataError(f"{self._place(position)}: {text_field!r} is {short(text)}; allowed is a string")
             try:
                 yield text, text.encode()
             except UnicodeEncodeError as fault:
                 raise DataError(
-                    f"{place}: the text contains {text[fault.start]!r}, half of a surrogate pair and not a character: "
-                    "correct or remove it"
+                    f"{self._place(position)}: the text contains {text[fault.start]!r}, half of a surrogate pair and "
+                    "not a character: correct or remove it"
                 ) from None
 
     def _values(self, text_field: str) -> Iterator[tuple[int, Any]]:
-        """Yield the number and the text field of each document, whatever its type."""
-        if not isinstance(self.content, bytes):
-            yield from enumerate(self.content, self.first)
-            return
-        for number, line in enumerate(self.content.split(b"\n"), self.first):
-            if line.strip():
-                yield number, _field(_parsed(line, f"{self.where}:{number}"), text_field, f"{self.where}:{number}")
+        """Yield the position and the text field of each document, whatever its type."""
+        if isinstance(self.content, bytes):
+            return field_of_lines(self.content, text_field, self._place)
+        return enumerate(self.content)
+
+    def _place(self, position: int) -> str:
+        """Return file and line, or row, of the document at a position of the chunk, for messages."""
+        number = self.first + position
+        if self.before is not None:
+            number += sum(block.count(b"\n") for block in self.before.blocks(COUNTED_BYTES))
+        return f"{self.where}:{number}" if self.unit == "line" else f"{self.where}: {self.unit} {number}"
 
 
 def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[str]:
@@ -86,7 +136,7 @@ def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[s
         DataError: see find_inputs and Chunk.texts.
     """
     for chunk in read_chunks(find_inputs(inputs), text_field):
-        yield from (text for text, _ in chunk.texts(text_field) if text.strip())
+        yield from (text for text, _ in chunk.loaded().texts(text_field) if text and not text.isspace())
 
 
 def read_chunks(sources: Sequence[TextInput], text_field: str) -> Iterator[Chunk]:
@@ -118,15 +168,14 @@ def _read_source(source: TextInput, text_field: str) -> Iterator[Chunk]:
     target = _chunk_bytes(source.disk_bytes)
     if path.suffix == ".parquet":
         return _cut_values(source.spec, _parquet_values(path, source.spec, text_field), target, source.disk_bytes)
-    return _read_json(read_blocks(path), source.spec, text_field, target, source.disk_bytes)
+    return _read_json(read_blocks(path), source.spec, text_field, target, source.disk_bytes, local=path)
 
 
 def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
     """Read JSON and parquet files directly, one by one, and other formats through the `datasets` library."""
     split = hub.open_split(spec)
     if split.format not in ("json", "parquet"):
-        rows = enumerate(hub.stream_rows(spec, split, text_field), 1)
-        values = (_field(row, text_field, f"{spec}: row {number}") for number, row in rows)
+        values = _fields(hub.stream_rows(spec, split, text_field), text_field, spec)
         yield from _cut_values(spec, values, LARGEST_CHUNK_BYTES, 0)
         return
     for name in split.files:
@@ -136,7 +185,7 @@ def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
                     yield from _cut_values(name, _parquet_values(file, name, text_field), LARGEST_CHUNK_BYTES, 0)
                 else:
                     blocks = decompressed_blocks(file, hub.base_name(name))
-                    yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, split.field)
+                    yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, list_field=split.field)
         except OSError as fault:
             raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault
 
@@ -169,7 +218,9 @@ def _read_json(
     text_field: str,
     target: int,
     disk_bytes: int,
+    *,
     list_field: str | None = None,
+    local: Path | None = None,
 ) -> Iterator[Chunk]:
     """Read JSON lines, or one JSON array if a .json begins with [; an array is loaded into memory completely.
 
@@ -180,19 +231,21 @@ def _read_json(
         target: bytes of a chunk.
         disk_bytes: length of the file on disk.
         list_field: field with the array, if the file is one object.
+        local: the file, if it is a local one.
     """
     head = list(_take_until_content(blocks))
     begin = b"".join(block for block, _ in head).removeprefix(BYTE_ORDER_MARK).lstrip()
     _refuse_utf16(begin[:100], where)
     may_be_array = not where.endswith(tuple(f".jsonl{packing}" for packing in ("", *COMPRESSED_SUFFIXES)))
     if list_field is not None or (may_be_array and begin.startswith(b"[")):
-        records = _parsed(b"".join(block for block, _ in (*head, *blocks)), where)
+        records = parsed(b"".join(block for block, _ in (*head, *blocks)), lambda: where)
         if list_field is not None:
-            records = _field(records, list_field, where)
+            records = record_field(records, list_field, lambda: where)
         if not isinstance(records, list):
-            raise DataError(f"{where}: {list_field!r} is {_short(records)}; allowed is a list of objects")
-        values = (_field(record, text_field, f"{where}: row {row}") for row, record in enumerate(records, 1))
-        return _cut_values(where, values, target, disk_bytes)
+            raise DataError(f"{where}: {list_field!r} is {short(records)}; allowed is a list of objects")
+        return _cut_values(where, _fields(records, text_field, where), target, disk_bytes)
+    if local is not None and local.suffix not in COMPRESSED_SUFFIXES:
+        return _cut_file(where, target)
     return _cut_lines(where, chain(head, blocks), target)
 
 
@@ -224,6 +277,48 @@ def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> 
         yield Chunk(where, "line", first, bytes(buffer), position - reported)
 
 
+def _cut_file(where: str, target: int) -> Iterator[Chunk]:
+    """Cut an uncompressed file as `_cut_lines` cuts its content, and read only the ends of its chunks."""
+    try:
+        with open(where, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
+            while size - start > target:
+                stop = _last_line_end(file, start, start + target) or _next_line_end(file, start + target)
+                if not stop:
+                    break
+                yield Chunk(where, "line", 1, FileRange(where, start, stop), stop - start, FileRange(where, 0, start))
+                start = stop
+            rest = FileRange(where, start, size)
+            if any(block.strip() for block in rest.blocks(COUNTED_BYTES)):
+                yield Chunk(where, "line", 1, rest, size - start, FileRange(where, 0, start))
+    except OSError as fault:
+        raise DataError(f"{where}: cannot be read: {fault.strerror or fault}") from fault
+
+
+def _last_line_end(file: IO[bytes], start: int, stop: int) -> int:
+    """Return the position after the last line end of bytes [start, stop); 0 without one."""
+    while stop > start:
+        begin = max(start, stop - SEARCHED_BYTES)
+        file.seek(begin)
+        found = file.read(stop - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        stop = begin
+    return 0
+
+
+def _next_line_end(file: IO[bytes], start: int) -> int:
+    """Return the position after the first line end at or after `start`; 0 without one."""
+    file.seek(start)
+    while block := file.read(SEARCHED_BYTES):
+        found = block.find(b"\n")
+        if found >= 0:
+            return start + found + 1
+        start += len(block)
+    return 0
+
+
 def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int) -> Iterator[Chunk]:
     """Cut chunks of about `target` characters; the last one accounts for all of the file's bytes on disk."""
     pending: list[Any] = []
@@ -236,6 +331,12 @@ def _cut_values(where: str, values: Iterator[Any], target: int, disk_bytes: int)
             first, size, pending = first + len(pending), 0, []
     if pending or disk_bytes:
         yield Chunk(where, "row", first, tuple(pending), disk_bytes)
+
+
+def _fields(records: Iterable[Any], name: str, where: str) -> Iterator[Any]:
+    """Yield a field of each record of a file or dataset."""
+    for row, record in enumerate(records, 1):
+        yield record_field(record, name, partial("{}: row {}".format, where, row))
 
 
 def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iterator[Any]:
@@ -256,30 +357,3 @@ def _parquet_values(file: Path | IO[bytes], where: str, text_field: str) -> Iter
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as fault:
         raise DataError(f"{where}: cannot be read as parquet: {fault}") from fault
-
-
-def _parsed(content: bytes, place: str) -> Any:
-    content = content.removeprefix(BYTE_ORDER_MARK)
-    try:
-        return json.loads(content.decode())
-    except UnicodeDecodeError as fault:
-        raise DataError(f"{place}: byte {content[fault.start]:#04x} is not UTF-8; convert the file") from None
-    except (ValueError, RecursionError) as fault:
-        raise DataError(
-            f"{place}: is not JSON ({fault}); begins with {_short(content[:60])}; allowed is one object per line, or "
-            "in a .json file one array of objects"
-        ) from None
-
-
-def _field(record: Any, text_field: str, place: str) -> Any:
-    if not isinstance(record, dict):
-        raise DataError(f"{place}: is {_short(record)}; allowed is an object with the field {text_field!r}")
-    if text_field not in record:
-        fields = ", ".join(record) or "none"
-        raise DataError(f"{place}: no field {text_field!r}; its fields are {fields}: choose one with {CHOOSE_FIELD}")
-    return record[text_field]
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."

@@ -4,64 +4,75 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import chain, islice
 
-from titan_cpt.data.prepare.chunks import Chunk, read_chunks
-from titan_cpt.data.prepare.progress import report_progress
-from titan_cpt.data.prepare.shards import Counts, TokenizeJob, encode_chunk, finished_counts, start_worker
-from titan_cpt.data.prepare.text_inputs import TextInput
+from titan_cpt.data.prepare.chunks import Chunk
+from titan_cpt.data.prepare.shards import Shard, TokenizeJob, make_shard, share_tokenizer, start_worker
+from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 
 CHUNKS_AHEAD = 2  # chunks in memory for each worker
+STARTS_THREADS = ("torch", "pyarrow", "datasets")  # libraries with threads of their own, beside which a fork is unsafe
 
 
 def encode_all(
-    sources: Sequence[TextInput], job: TokenizeJob, *, output: Path, workers: int, show_progress: bool
-) -> tuple[list[tuple[Path, Counts]], int]:
-    """Write the shards that do not exist yet. Returns (prefix, counts) of all in text order, and how many existed."""
-    shards: list[tuple[Path, Counts]] = []
-    pending: deque[tuple[int, Path, Future[Counts]]] = deque()
-    reused = 0
-    total_bytes = sum(source.disk_bytes for source in sources)
-    with report_progress(output, total_bytes, show=show_progress) as advance, _pool(workers) as pool:
+    chunks: Iterator[Chunk],
+    job: TokenizeJob,
+    *,
+    tokenizer: Tokenizer,
+    workers: int,
+    finished: Callable[[Chunk, Shard], None],
+) -> list[Shard]:
+    """Write the shards that do not exist yet, and return all in text order.
+
+    Args:
+        chunks: the documents.
+        job: how to tokenize them.
+        tokenizer: the open tokenizer of the job.
+        workers: number of processes; one works in this process.
+        finished: called with each chunk and its shard, in text order, while others are tokenized.
+
+    Raises:
+        DataError: a document is invalid, or a worker process was killed.
+    """
+    shards: list[Shard] = []
+    pending: deque[tuple[Chunk, Future[Shard]]] = deque()
+    first = [*islice(chunks, workers)]
+    share_tokenizer(tokenizer)
+    with _pool(min(workers, len(first))) as pool:
 
         def take_oldest() -> None:
-            disk_bytes, shard, future = pending.popleft()
-            shards.append((shard, _result(future)))
-            advance(disk_bytes, shards[-1][1])
+            chunk, future = pending.popleft()
+            shards.append(_result(future))
+            finished(chunk, shards[-1])
 
-        for chunk in read_chunks(sources, job.text_field):
-            shard = job.shard_of(chunk)
-            finished = finished_counts(shard)
-            reused += finished is not None
-            pending.append((chunk.disk_bytes, shard, _submit(pool, chunk, job, finished)))
+        for chunk in chain(first, chunks):
+            pending.append((chunk, _submit(pool, chunk, job)))
             if len(pending) > CHUNKS_AHEAD * workers:
                 take_oldest()
         while pending:
             take_oldest()
-    return shards, reused
+    return shards
 
 
-def _submit(pool: Executor | None, chunk: Chunk, job: TokenizeJob, finished: Counts | None) -> Future[Counts]:
-    """Start tokenizing a chunk; returns its counts as a future, already set without a pool or for a finished chunk."""
-    if pool is not None and finished is None:
-        # SIGINT is blocked while the worker starts: Python would print a traceback of its imports.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return pool.submit(encode_chunk, chunk, job)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    future: Future[Counts] = Future()
-    future.set_result(finished or encode_chunk(chunk, job))
+def _submit(pool: Executor | None, chunk: Chunk, job: TokenizeJob) -> Future[Shard]:
+    """Start tokenizing a chunk; returns its shard as a future, already set without a pool."""
+    if pool is not None:
+        with _sigint_blocked():
+            return pool.submit(make_shard, chunk, job)
+    future: Future[Shard] = Future()
+    future.set_result(make_shard(chunk, job))
     return future
 
 
-def _result(future: Future[Counts]) -> Counts:
+def _result(future: Future[Shard]) -> Shard:
     try:
         return future.result()
     except BrokenProcessPool as fault:
@@ -73,13 +84,28 @@ def _result(future: Future[Counts]) -> Counts:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor | None]:
-    """Start worker processes, or none for one worker. They are spawned: a fork beside the progress thread is unsafe."""
-    if workers == 1:
+    """Start worker processes, or none for one worker.
+
+    They are forked, which takes milliseconds and shares the open tokenizer, if this process has one thread. Otherwise
+    they are spawned, and each opens the tokenizer itself.
+    """
+    if workers < 2:
         yield None
         return
-    fresh = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=start_worker)
+    alone = threading.active_count() == 1 and not any(name in sys.modules for name in STARTS_THREADS)
+    start = "fork" if alone and sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(start), initializer=start_worker)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT while a worker starts: Python would print a traceback of its imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,15 +1,15 @@
 """Tokenize text into a Megatron .bin/.idx pair: parallel, deterministic and resumable.
 
 chunks.py cuts the inputs into chunks of documents, shards.py tokenizes each chunk into a shard in PREFIX.partial, and
-the shards are concatenated in the order of the text, so the output does not depend on the number of processes. The pair
-and PREFIX.json, which records how it was made, appear together or not at all. A run that was killed finds its finished
-shards by the digest of their text.
+the shards are concatenated in the order of the text as they are finished, so the output does not depend on the number
+of processes. The pair and PREFIX.json, which records how it was made, appear together or not at all. A run that was
+killed finds its finished shards by the digest of their text.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from titan_cpt.common.files import fsync, make_folder, write_bytes_atomically
 from titan_cpt.common.reading import is_there
 from titan_cpt.data.formats.indexed import count_tokens
 from titan_cpt.data.formats.indexed_layout import pair_paths
-from titan_cpt.data.formats.indexed_writer import concatenate, rename_pair
+from titan_cpt.data.formats.indexed_writer import PairJoiner, rename_pair
+from titan_cpt.data.prepare.chunks import Chunk, read_chunks
 from titan_cpt.data.prepare.outputs import (
     RECORD,
     has_finished_parts,
@@ -32,14 +33,16 @@ from titan_cpt.data.prepare.outputs import (
     validation_prefix,
 )
 from titan_cpt.data.prepare.parallel import encode_all
+from titan_cpt.data.prepare.progress import report_progress
 from titan_cpt.data.prepare.provenance import read_record, record_path
-from titan_cpt.data.prepare.shards import Counts, TokenizeJob
+from titan_cpt.data.prepare.shards import Counts, Shard, TokenizeJob
 from titan_cpt.data.prepare.text_inputs import TextInput, find_inputs
 from titan_cpt.data.tokenizer.diagnostics import tokenizer_notes
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import ConfigError, DataError
 
 RECIPE_VERSION = 1
+JOINED = "joined"  # prefix of the output in the parts folder, until it is renamed
 
 
 @dataclass(frozen=True)
@@ -129,13 +132,56 @@ def prepare(
     note = "\nnote: ".join(tokenizer_notes(vocabulary)) or None
     with _only_writer(output), _resumable(output):
         job = TokenizeJob(tokenizer, vocabulary.fingerprint, text_field, holdout, parts_folder(output), add_bos)
-        shards, reused = encode_all(sources, job, output=output, workers=workers, show_progress=show_progress)
-        counts = sum((part for _, part in shards), Counts())
-        _require_documents(counts, holdout)
-        record = {**recipe, "counts": asdict(counts.shortened())}
-        _publish([shard for shard, _ in shards], output, job, vocabulary.vocab_size, record, force=force)
+        with _joined(job, vocabulary.vocab_size) as append:
+            shards = _make_shards(
+                sources, job, vocabulary, append, output=output, workers=workers, show_progress=show_progress
+            )
+            counts = sum((shard.counts for shard in shards), Counts())
+            _require_documents(counts, holdout)
+        _publish(output, job, {**recipe, "counts": asdict(counts.shortened())}, force=force)
         remove_partial(output)
+    reused = sum(shard.reused for shard in shards)
     return PrepareResult(output, name, counts, already_done=False, reused_chunks=reused, chunks=len(shards), note=note)
+
+
+def _make_shards(
+    sources: Sequence[TextInput],
+    job: TokenizeJob,
+    tokenizer: Tokenizer,
+    append: Callable[[Path], None],
+    *,
+    output: Path,
+    workers: int,
+    show_progress: bool,
+) -> list[Shard]:
+    """Tokenize all inputs; each shard is appended to the output while later ones are tokenized."""
+    total_bytes = sum(source.disk_bytes for source in sources)
+    with report_progress(output, total_bytes, show=show_progress) as advance:
+
+        def finished(chunk: Chunk, shard: Shard) -> None:
+            append(shard.prefix)
+            advance(chunk.disk_bytes, shard.counts)
+
+        chunks = read_chunks(sources, job.text_field)
+        return encode_all(chunks, job, tokenizer=tokenizer, workers=workers, finished=finished)
+
+
+@contextmanager
+def _joined(job: TokenizeJob, vocab_size: int) -> Iterator[Callable[[Path], None]]:
+    """Write the pairs of the output in the parts folder; yields a function that appends a shard to them."""
+    joined = job.folder / JOINED
+    with ExitStack() as stack:
+        train = stack.enter_context(PairJoiner(joined, vocab_size))
+        if not job.holdout:
+            yield train.append
+            return
+        validation = stack.enter_context(PairJoiner(validation_prefix(joined), vocab_size))
+
+        def append(shard: Path) -> None:
+            train.append(shard)
+            validation.append(validation_prefix(shard))
+
+        yield append
 
 
 def _remove_leftovers(output: Path) -> None:
@@ -281,14 +327,9 @@ def _require_documents(counts: Counts, holdout: float) -> None:
         )
 
 
-def _publish(
-    shards: list[Path], output: Path, job: TokenizeJob, vocab_size: int, record: dict[str, Any], *, force: bool
-) -> None:
-    """Concatenate the shards and rename the result, OUTPUT.idx last: if it exists, the whole output does."""
-    joined = job.folder / "joined"
-    concatenate(shards, joined, vocab_size)
-    if job.holdout:
-        concatenate([validation_prefix(shard) for shard in shards], validation_prefix(joined), vocab_size)
+def _publish(output: Path, job: TokenizeJob, record: dict[str, Any], *, force: bool) -> None:
+    """Rename the joined pairs, OUTPUT.idx last: if it exists, the whole output does."""
+    joined = job.folder / JOINED
     old = replaceable(output, recipe_of(record), force=force)  # checked again: tokenizing may have taken hours
     written = job.folder / RECORD
     write_bytes_atomically(written, (json.dumps(record, indent=2) + "\n").encode())

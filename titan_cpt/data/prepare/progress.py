@@ -3,11 +3,8 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from titan_cpt.data.prepare.shards import Counts
 
@@ -21,23 +18,12 @@ def report_progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[C
     Yields:
         A function to call after each chunk, with its bytes on disk and its counts.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    counted = TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens")
-    bar = Progress(
-        *columns,
-        counted,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (show and console.is_terminal),
-    )
-    with bar:
-        task = bar.add_task("", total=total_bytes or None, documents=0, tokens=0)
-        so_far = Counts()
-        read_bytes = 0
-        begin = time.monotonic()
-        last_line = begin
+    terminal = sys.stderr.isatty()
+    so_far = Counts()
+    read_bytes = 0
+    begin = time.monotonic()
+    last_line = begin
+    with _bar(total_bytes) if show and terminal else nullcontext(_no_bar) as update:
 
         def advance(disk_bytes: int, counts: Counts) -> None:
             nonlocal so_far, read_bytes, last_line
@@ -45,12 +31,29 @@ def report_progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[C
             read_bytes += disk_bytes
             documents = so_far.documents + so_far.held_out_documents
             tokens = so_far.tokens + so_far.held_out_tokens
-            bar.update(task, advance=disk_bytes, documents=documents, tokens=tokens)
+            update(disk_bytes, documents, tokens)
             now = time.monotonic()
-            if show and not console.is_terminal and now - last_line >= SECONDS_BETWEEN_LINES:
+            if show and not terminal and now - last_line >= SECONDS_BETWEEN_LINES:
                 last_line = now
                 share = f"{min(read_bytes / total_bytes, 1):.0%} of the input, " if total_bytes else ""
                 line = f"{output}: {share}{documents:,} documents, {tokens:,} tokens after {now - begin:.0f} s"
                 print(line, file=sys.stderr, flush=True)
 
         yield advance
+
+
+@contextmanager
+def _bar(total_bytes: int) -> Iterator[Callable[[int, int, int], None]]:
+    """Show a bar; yields a function that takes the bytes to add, and the numbers of documents and tokens."""
+    from rich.console import Console  # imported here: most runs that are timed or logged have no terminal
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    counted = TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens")
+    with Progress(*columns, counted, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total_bytes or None, documents=0, tokens=0)
+        yield lambda more, documents, tokens: bar.update(task, advance=more, documents=documents, tokens=tokens)
+
+
+def _no_bar(more: int, documents: int, tokens: int) -> None:
+    """Show nothing."""

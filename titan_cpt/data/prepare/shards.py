@@ -1,28 +1,33 @@
 """Tokenize one chunk of text into one shard: the work of a worker process of `prepare`.
 
-A shard is a .bin/.idx pair, with --holdout also one of validation data, and a .json of its counts. The .json is
-written last, so its existence proves that the shard is complete. The name of a shard is a digest of the text, the
-tokenizer and the options: a resumed run finds exactly its own finished shards.
+A shard is a .bin/.idx pair, with --holdout also one of validation data, and a .json of its counts and of a checksum of
+its pairs. The .json is written last. No file of a shard is synced to the disk: if the power fails, the checksum tells
+a resumed run which shards are whole. The name of a shard is a digest of the text, the tokenizer and the options: a
+resumed run finds exactly its own finished shards.
 """
 
 import functools
+import gc
 import hashlib
 import json
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from titan_cpt.common.reading import is_absent, read_text
 from titan_cpt.data.formats.indexed import count_tokens
+from titan_cpt.data.formats.indexed_layout import open_binary, pair_paths
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.prepare.chunks import Chunk
 from titan_cpt.data.prepare.outputs import validation_prefix
@@ -31,7 +36,8 @@ from titan_cpt.errors import DataError
 
 LOST_CHARACTERS_RECORDED = 20
 BATCH_CHARACTERS = 2**20  # characters that a worker tokenizes at a time; bounds its memory
-SHARD_VERSION = 2  # increased when the same text and options give other tokens
+CHECKED_BYTES = 2**20  # of a pair, read at a time for its checksum
+SHARD_VERSION = 3  # increased when the same text and options give other tokens, or another format
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class TokenizeJob:
     add_bos: bool = False
 
     def shard_of(self, chunk: Chunk) -> Path:
-        """Return the prefix of the shard of a chunk."""
+        """Return the prefix of the shard of a loaded chunk."""
         recipe = json.dumps([SHARD_VERSION, self.fingerprint, self.text_field, self.holdout, self.add_bos]).encode()
         return self.folder / hashlib.blake2b(recipe + chunk.digest(), digest_size=16).hexdigest()
 
@@ -85,6 +91,28 @@ class Counts:
         return replace(self, lost=dict([*self.lost.items()][:LOST_CHARACTERS_RECORDED]))
 
 
+class Shard(NamedTuple):
+    """A finished shard."""
+
+    prefix: Path
+    counts: Counts
+    reused: bool
+    """Whether an earlier run had finished it."""
+
+
+def make_shard(chunk: Chunk, job: TokenizeJob) -> Shard:
+    """Return the shard of a chunk, which is tokenized unless an earlier run finished it.
+
+    Raises:
+        DataError: a document is invalid; names file and line.
+        AccessError: the shard exists but cannot be read.
+    """
+    loaded = chunk.loaded()
+    prefix = job.shard_of(loaded)
+    finished = finished_counts(prefix)
+    return Shard(prefix, finished or encode_chunk(loaded, job), reused=finished is not None)
+
+
 def finished_counts(shard: Path) -> Counts | None:
     """Return the counts of a finished shard; None if it does not exist, is incomplete or damaged.
 
@@ -92,11 +120,13 @@ def finished_counts(shard: Path) -> Counts | None:
         AccessError, DataError: the shard exists but cannot be read.
     """
     try:
-        counts = Counts(**json.loads(read_text(Path(f"{shard}.json"))))
+        record = json.loads(read_text(Path(f"{shard}.json")))
+        counts = Counts(**record["counts"])
         complete = count_tokens(shard) == counts.tokens
         if counts.held_out_documents:
             complete = complete and count_tokens(validation_prefix(shard)) == counts.held_out_tokens
-    except (FileNotFoundError, ValueError, TypeError):
+        complete = complete and _checksum(_pairs(shard, record["holdout"])) == record["checksum"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     except DataError as error:
         if isinstance(error.__cause__, OSError) and not is_absent(error.__cause__):
@@ -106,26 +136,34 @@ def finished_counts(shard: Path) -> Counts | None:
 
 
 def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
-    """Tokenize a chunk into its shard.
+    """Tokenize a loaded chunk into its shard.
 
     Raises:
         DataError: a document is invalid; names file and line.
     """
-    tokenizer = _tokenizer(job.tokenizer, job.fingerprint, job.add_bos)
+    tokenizer = _tokenizer(job)
     shard = job.shard_of(chunk)
     counts = Counts()
-    with IndexedWriter(shard, tokenizer.vocab_size) as train:
+    with IndexedWriter(shard, tokenizer.vocab_size, durable=False) as train:
         if job.holdout:
-            with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size) as validation:
+            with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size, durable=False) as validation:
                 for texts, encoded in _batches(chunk, job.text_field):
                     counts += _write(texts, encoded, tokenizer, job.holdout, train, validation)
         else:
             for texts, encoded in _batches(chunk, job.text_field):
                 counts += _write(texts, encoded, tokenizer, 0.0, train, train)
+    checksum = _checksum(_pairs(shard, job.holdout))
     temporary = Path(f"{shard}.{os.getpid()}.json.tmp")
-    temporary.write_text(json.dumps(asdict(counts)), encoding="utf-8")
+    record = {"counts": asdict(counts), "holdout": job.holdout, "checksum": checksum}
+    temporary.write_text(json.dumps(record), encoding="utf-8")
     os.replace(temporary, f"{shard}.json")
     return counts
+
+
+def share_tokenizer(tokenizer: Tokenizer) -> None:
+    """Let this process, and processes that it forks afterwards, use an open tokenizer instead of opening it again."""
+    _shared.clear()
+    _shared[tokenizer.fingerprint, tokenizer.add_bos] = tokenizer
 
 
 def start_worker() -> None:
@@ -135,6 +173,7 @@ def start_worker() -> None:
     parent = parent_process()
     assert parent is not None, "start_worker is called in a child process"
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    gc.freeze()  # a collection would write to the pages that a forked worker shares with its parent
 
 
 def is_validation(text: bytes, holdout: float) -> bool:
@@ -148,13 +187,35 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+_shared: dict[tuple[str, bool], Tokenizer] = {}
+
+
+def _tokenizer(job: TokenizeJob) -> Tokenizer:
+    return _shared.get((job.fingerprint, job.add_bos)) or _opened(job.tokenizer, job.fingerprint, job.add_bos)
+
+
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, fingerprint: str, add_bos: bool) -> Tokenizer:
+def _opened(path: str, fingerprint: str, add_bos: bool) -> Tokenizer:
     """Load the tokenizer; raises DataError if the file changed since the run began."""
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"{path}: changed since this run began; start the run again")
     return tokenizer.with_bos(add_bos)
+
+
+def _pairs(shard: Path, holdout: float) -> list[Path]:
+    """Return the prefixes of the pairs of a shard."""
+    return [shard, validation_prefix(shard)] if holdout else [shard]
+
+
+def _checksum(prefixes: Sequence[Path]) -> str:
+    """Return a checksum of all files of some pairs."""
+    digest = xxhash.xxh3_128()
+    for path in (path for prefix in prefixes for path in pair_paths(prefix)):
+        with open_binary(path) as file:
+            while block := file.read(CHECKED_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:
@@ -184,9 +245,14 @@ def _write(
     nonempty = [number for number, text in enumerate(texts) if text and not text.isspace()]
     tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in nonempty])
     utf8_bytes = np.array([len(encoded[number]) for number in nonempty], dtype=np.int64)
-    chosen = np.array([is_validation(encoded[number], holdout) for number in nonempty], dtype=np.bool_)
-    train.add_documents(tokens[np.repeat(~chosen, sizes)], sizes[~chosen])
-    validation.add_documents(tokens[np.repeat(chosen, sizes)], sizes[chosen])
+    chosen = np.zeros(len(nonempty), dtype=np.bool_)
+    if holdout:
+        chosen[:] = [is_validation(encoded[number], holdout) for number in nonempty]
+    if chosen.any():
+        validation.add_documents(tokens[np.repeat(chosen, sizes)], sizes[chosen])
+        train.add_documents(tokens[np.repeat(~chosen, sizes)], sizes[~chosen])
+    else:
+        train.add_documents(tokens, sizes)
     counted = Counter("".join(lost.values()))
     return Counts(
         *_totals(~chosen, sizes, utf8_bytes),

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,6 +241,38 @@ def test_chunk_borders_depend_only_on_the_content(lines, cuts, target):
     ]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    content=st.lists(st.sampled_from([b"\n", b" ", b"a", b"\xef\xbb\xbf", b"bcd" * 20]), min_size=1, max_size=60),
+    target=st.integers(1, 100),
+    searched=st.integers(1, 50),
+)
+def test_an_uncompressed_file_is_cut_as_its_content_is(tmp_path_factory, content, target, searched):
+    """Ranges of the file with the same lines and numbers as the chunks of a compressed file."""
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    path.write_bytes(b"".join(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "SEARCHED_BYTES", searched)
+        ranges = list(chunks._cut_file(str(path), target))
+    blocks = list(chunks._cut_lines(str(path), iter([(path.read_bytes(), 0)]), target))
+
+    assert [chunk.loaded().content for chunk in ranges] == [chunk.content for chunk in blocks]
+    assert [chunk._place(2) for chunk in ranges] == [chunk._place(2) for chunk in blocks]
+    assert [chunk.loaded().digest() for chunk in ranges] == [chunk.digest() for chunk in blocks]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path, small_chunks):
+    """A document must not be cut silently."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(jsonl(words(300)))
+    found = list(read_chunks(find_inputs([str(path)]), "text"))
+    path.write_text(jsonl(words(100)))
+
+    assert len(list(found[0].loaded().texts("text"))) > 0
+    with pytest.raises(DataError, match=r"a\.jsonl: became shorter while it was read; start the run again"):
+        found[-1].loaded()
+
+
 def test_the_chunk_size_depends_on_the_size_of_the_file(tmp_path, monkeypatch):
     """About 64 per file within the bounds, however many workers there are."""
     monkeypatch.setattr(chunks, "SMALLEST_CHUNK_BYTES", 100)
@@ -261,6 +295,39 @@ def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path, small_chu
     assert results[0] == results[1]
     assert results[0][1].keys() == {"out.bin", "out.idx", "out-validation.bin", "out-validation.idx"}
     assert results[0][0].chunks > 20
+
+
+def test_forked_workers_write_the_bytes_of_spawned_ones(tmp_path):
+    """The command forks its workers; in this process, which has loaded pyarrow, they are spawned."""
+    train_bpe(words(500), 300, tmp_path / "tokenizer.json")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text * 300}) for text in words(500)))
+    for name in ("forked", "spawned"):
+        (tmp_path / name).mkdir()
+    options = {"tokenizer": str(tmp_path / "tokenizer.json"), "holdout": 0.2, "workers": 2}
+    assert "pyarrow" in sys.modules
+    assert run([tmp_path / "a.jsonl"], tmp_path / "spawned" / "out", **options).chunks > 2
+    code = """
+import concurrent.futures, multiprocessing, sys
+used = []
+class Pool(concurrent.futures.ProcessPoolExecutor):
+    def __init__(self, *arguments, **options):
+        used.append(options["mp_context"].get_start_method())
+        super().__init__(*arguments, **options)
+concurrent.futures.ProcessPoolExecutor = Pool
+from titan_cpt.cli import main
+try:
+    main()
+finally:
+    print(used)
+"""
+    command = ["prepare", "--input", "a.jsonl", "--output", "forked/out", "--tokenizer", "tokenizer.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--holdout", "0.2", "--workers", "2"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert done.stdout.splitlines()[-1] == ("['fork']" if sys.platform == "linux" else "['spawn']")
+    assert outputs(tmp_path / "forked" / "out") == outputs(tmp_path / "spawned" / "out")
 
 
 def test_the_output_does_not_depend_on_the_chunks(tmp_path, monkeypatch):

@@ -1,0 +1,105 @@
+"""JSON lines: the fast parser gives the values and the messages of Python's `json`, line by line."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from titan_cpt.data.prepare.json_lines import field_of_lines, parsed, record_field
+from titan_cpt.errors import DataError
+
+
+def place(position: int) -> str:
+    return f"x.jsonl:{position + 1}"
+
+
+def fast(content: bytes) -> list[tuple[int, object]] | str:
+    """The values by position, or the message."""
+    try:
+        return [*field_of_lines(content, "text", place)]
+    except DataError as fault:
+        return str(fault)
+
+
+def slow(content: bytes) -> list[tuple[int, object]] | str:
+    """The same with `json` only."""
+    try:
+        return [
+            (position, record_field(parsed(line, lambda position=position: place(position)), "text",
+                                    lambda position=position: place(position)))
+            for position, line in enumerate(content.split(b"\n"))
+            if line.strip()
+        ]  # fmt: skip
+    except DataError as fault:
+        return str(fault)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+records = st.dictionaries(st.sampled_from(["text", "id", "\u00e4"]), values | st.text(), max_size=3) | values
+whole = st.builds(
+    lambda record, ascii_only: json.dumps(record, ensure_ascii=ascii_only).encode(errors="surrogatepass"),
+    records,
+    st.booleans(),
+)
+damaged = st.builds(
+    lambda line, at, more: line[: at % (len(line) + 1)] + more + line[at % (len(line) + 1) :],
+    whole,
+    st.integers(0, 200),
+    st.binary(max_size=3).map(lambda more: more.replace(b"\n", b" ")),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(whole | damaged, max_size=5).map(b"\n".join))
+@example(b'{"text": "a", "id": NaN}\n{"text": "b", "id": -Infinity, "text": "c"}')
+@example(b'{"text": "a\\ud800b"}\n{"text": "a", "id": "\\udfff"}')
+@example(b'{"text": "\xed\xa0\x80"}')
+@example(b'{"text": "a", "id": "\xff"}')
+@example(b'{"text": "a", "id": "\xc0\x80"}')
+@example(b'\xef\xbb\xbf{"text": "a"}\n \x0b\x0c\n\t{"text": "b"} \r\n\n')
+@example(b'{"text": "a", "id": ' + b"9" * 5000 + b"}")
+@example(b'{"text": 123456789012345678901234567890}')
+@example(b'{"text": "a", "id": 1e999}')
+@example(b'{"text": "a", "id": 01}')
+@example(b'{"text": "a\tb"}')
+@example(b'{"text": "a",}')
+@example(b'{"text": "a"} {"text": "b"}')
+@example(b'["text"]')
+@example(b'"text"')
+@example(b"7\n")
+@example(b'{"text": null}\n{"txt": 1}')
+def test_every_line_gives_the_value_or_the_message_of_json(content):
+    """Whole and damaged lines, of every type, with what orjson refuses and `json` accepts."""
+    assert repr(fast(content)) == repr(slow(content))
+
+
+def test_a_line_nested_deeper_than_pythons_limit_is_the_only_one_that_only_orjson_reads():
+    """Up to 1,024 levels; the text beside the nested value is a text like others."""
+    line = b'{"text": "a", "id": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+
+    assert fast(line) == [(0, "a")]
+    with pytest.raises(DataError, match=r"x\.jsonl:1: is not JSON"):
+        next(field_of_lines(line.replace(b"[" * 1000, b"[" * 9000).replace(b"]" * 1000, b"]" * 9000), "text", place))
+
+
+def test_lines_are_counted_for_messages_only():
+    """To know the number of a line, the file before it has to be read again."""
+    asked: list[int] = []
+
+    def counting(position: int) -> str:
+        asked.append(position)
+        return place(position)
+
+    content = b'{"text": "a"}\n{"text": "b", "id": NaN}\n\n{"text": 5}\n{"txt": "c"}\n'
+    lines = field_of_lines(content, "text", counting)
+    assert [next(lines) for _ in range(3)] == [(0, "a"), (1, "b"), (3, 5)]
+    assert asked == []
+    with pytest.raises(DataError, match=r"x\.jsonl:5: no field 'text'; its fields are txt"):
+        next(lines)
+
+    assert asked == [4]
