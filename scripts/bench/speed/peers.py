@@ -4,7 +4,9 @@ hf_trainer   transformers' Trainer
 litgpt       litgpt's model under Lightning's Fabric, as in litgpt/pretrain.py; the whole model compiled
 plain        a loop like nanoGPT's: autocast, fused AdamW, the whole model compiled
 torchtitan   torchtitan's Llama, compiled block by block; the step in torchtitan's order
-gemm         a matrix product, the reference for MFU
+
+On CUDA each has the settings that its makers recommend for a GPU: fused AdamW, TF32 for what stays in float32 (in
+bfloat16 races; float32 races are in float32 throughout), batches copied from pinned memory without waiting.
 """
 
 from __future__ import annotations
@@ -27,15 +29,30 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-torch.set_num_threads(1)
-folder, shape = Path(wanted["folder"]), wanted["shape"]
-half = wanted["precision"] == "bfloat16"
+folder, shape, device = Path(wanted["folder"]), wanted["shape"], wanted["device"]
+half, on_gpu = wanted["precision"] == "bfloat16", device == "cuda"
+if on_gpu:
+    torch.set_float32_matmul_precision("high" if half else "highest")
+else:
+    torch.set_num_threads(1)
 ADAMW = {"lr": wanted["lr"], "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def batches() -> Tensor:
-    """All batches, int64 [steps, B, L + 1]."""
-    return torch.from_numpy(np.load(folder / "batches.npy"))
+    """All batches, int64 [steps, B, L + 1], in pinned memory on a machine with a GPU."""
+    rows = torch.from_numpy(np.load(folder / "batches.npy"))
+    return rows.pin_memory() if on_gpu else rows
+
+
+def split(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one step, int64 [B, L] each, on the device."""
+    batch = rows[number].to(device, non_blocking=True)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def precision() -> Any:
+    """Autocast to bfloat16, in a bfloat16 race."""
+    return torch.autocast(device, dtype=torch.bfloat16) if half else nullcontext()
 
 
 def weights() -> dict[str, Tensor]:
@@ -77,12 +94,10 @@ def hf_model() -> Any:
     from transformers import GPTNeoXForCausalLM, LlamaForCausalLM
 
     found = weights()
-    if wanted["family"] == "llama":
-        model = LlamaForCausalLM(hf_config())
-    else:
-        model = GPTNeoXForCausalLM(hf_config())
-        if "lm_head.weight" in model.state_dict():
-            found["lm_head.weight"] = found.pop("embed_out.weight")
+    with torch.device(device):
+        model = LlamaForCausalLM(hf_config()) if wanted["family"] == "llama" else GPTNeoXForCausalLM(hf_config())
+    if wanted["family"] != "llama" and "lm_head.weight" in model.state_dict():
+        found["lm_head.weight"] = found.pop("embed_out.weight")
     missing = model.load_state_dict(found, strict=False)
     assert missing == ([], []), missing
     return model
@@ -93,9 +108,10 @@ def hf_trainer() -> None:
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    rows = batches().flatten(0, 1)
+    serve.wait_until_told_to_load()
+    rows = torch.from_numpy(np.load(folder / "batches.npy")).flatten(0, 1)  # its data loader pins batches
     requests: Queue[int] = Queue()
-    answers: Queue[Tensor] = Queue()
+    answers: Queue[Tensor | BaseException] = Queue()
 
     class Rows(Dataset):
         def __len__(self) -> int:
@@ -130,7 +146,8 @@ def hf_trainer() -> None:
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
         bf16=half,
-        use_cpu=True,
+        tf32=half if on_gpu else None,
+        use_cpu=not on_gpu,
         torch_compile=wanted["compiled"],
         logging_strategy="no",
         save_strategy="no",
@@ -140,13 +157,23 @@ def hf_trainer() -> None:
         dataloader_num_workers=0,
     )
     trainer = InOrder(model=hf_model(), args=options, train_dataset=Rows(), callbacks=[Gate()])
-    threading.Thread(target=trainer.train, daemon=True).start()
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except BaseException as error:
+            answers.put(error)
+
+    threading.Thread(target=train, daemon=True).start()
 
     def step(_: int) -> Tensor:
         requests.put(1)
-        return answers.get()
+        answer = answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
-    serve.serve(step)
+    serve.serve(step, device)
 
 
 def litgpt() -> None:
@@ -175,8 +202,11 @@ def litgpt() -> None:
         norm_eps=1e-5,
         mlp_class_name="LLaMAMLP" if llama else "GptNeoxMLP",
     )
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if half else "32-true")
-    model, state = GPT(config), {}
+    serve.wait_until_told_to_load()
+    fabric = L.Fabric(accelerator=device, devices=1, precision="bf16-mixed" if half else "32-true")
+    with torch.device(device):
+        model = GPT(config)
+    state: dict[str, Tensor] = {}
     if llama:
         copy_weights_hf_llama(config, {}, state, weights())
     else:
@@ -188,15 +218,15 @@ def litgpt() -> None:
     rows = batches()
 
     def step(number: int) -> Tensor:
-        logits = model(rows[number, :, :-1].contiguous())
-        loss = chunked_cross_entropy(logits, rows[number, :, 1:].contiguous())
+        inputs, targets = split(rows, number)
+        loss = chunked_cross_entropy(model(inputs), targets)
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    serve.serve(step)
+    serve.serve(step, device)
 
 
 class PlainBlock(nn.Module):
@@ -259,22 +289,25 @@ class PlainGPT(nn.Module):
 
 def plain() -> None:
     """nanoGPT/train.py's step."""
-    model = PlainGPT()
+    serve.wait_until_told_to_load()
+    with torch.device(device):
+        model = PlainGPT()
     model.load_state_dict(weights(), strict=True)
     optimizer = torch.optim.AdamW(groups(model), fused=True, **ADAMW)
     run: Callable[..., Tensor] = torch.compile(model) if wanted["compiled"] else model
     rows = batches()
 
     def step(number: int) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext():
-            loss = run(rows[number, :, :-1].contiguous(), rows[number, :, 1:].contiguous())
+        inputs, targets = split(rows, number)
+        with precision():
+            loss = run(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    serve.serve(step)
+    serve.serve(step, device)
 
 
 def torchtitan() -> None:
@@ -288,11 +321,14 @@ def torchtitan() -> None:
         n_layers=shape["layers"],
         n_heads=shape["heads"],
         n_kv_heads=shape["kv_heads"],
+        multiple_of=shape["mlp_width"],  # it rounds 8/3 of the width up to a multiple of this
         vocab_size=shape["vocab_size"],
         norm_eps=1e-5,
         max_seq_len=wanted["seq_len"],
     )
-    model = Transformer(sizes)
+    serve.wait_until_told_to_load()
+    with torch.device(device):
+        model = Transformer(sizes)
     model.load_state_dict(Llama3StateDictAdapter(sizes, None).from_hf(weights()), strict=True)
 
     def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -308,21 +344,22 @@ def torchtitan() -> None:
 
     def step(number: int) -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext():
-            loss = loss_of(model(rows[number, :, :-1].contiguous()), rows[number, :, 1:].contiguous())
+        inputs, targets = split(rows, number)
+        with precision():
+            loss = loss_of(model(inputs), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         return loss.detach()
 
-    serve.serve(step)
+    serve.serve(step, device)
 
 
-def gemm() -> None:
-    """A step is one matrix product of 2048^3."""
-    a = torch.randn(2048, 2048).to(torch.bfloat16 if half else torch.float32)
-    serve.serve(lambda _: (a @ a)[0, 0])
-
-
-{"hf_trainer": hf_trainer, "litgpt": litgpt, "plain": plain, "torchtitan": torchtitan, "gemm": gemm}[wanted["kind"]]()
+STEPS = {"hf_trainer": hf_trainer, "litgpt": litgpt, "plain": plain, "torchtitan": torchtitan}
+try:
+    STEPS[wanted["kind"]]()
+except ImportError as error:
+    serve.decline("not installed", str(error))
+except torch.OutOfMemoryError as error:
+    serve.decline("out of memory", str(error).splitlines()[0])
 sys.stdout.flush()

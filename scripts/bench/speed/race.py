@@ -1,264 +1,196 @@
-"""Compare the speed of titan_cpt and other trainers on the same work; writes the tables of docs/performance.md.
+"""Compare the speed of titan_cpt and other trainers on the same work, on a CPU or on one GPU.
 
-    python scripts/bench/speed/race.py --peers .venv-bench/bin/python [--quick] [--write docs/performance.md]
+    python scripts/bench/speed/race.py --peers .venv-bench/bin/python [--quick] [--write]          # A, B, B32, C
+    python scripts/bench/speed/race.py --races G405,L1B,W4096,Q --json races.json [--write]        # on one GPU
+    python scripts/bench/speed/race.py --device cuda --dry-run                    # tiny shapes on a CPU, no figures
 
-Every trainer is a process that stays alive: it loads the same weights, takes the same batches in the same order, in the
-same precision, with one thread. They take turns (A B C A B C ...), so that other work on the machine affects all
-equally; figures are medians over the turns. The first losses must agree, otherwise nothing is written. MFU is relative
-to a matrix product of 2048^3 measured in the same turns.
+Every trainer is a process that stays alive: it loads the same weights and takes the same batches in the same order, in
+the same precision. They take turns (A B C A B C ...), so that other work on the machine affects all equally; figures
+are medians over the turns. The first losses must agree, otherwise nothing is written. MFU is relative to a matrix
+product in the same turns (2048^3, on CUDA 8192^3), and on CUDA to the data sheet's peak.
+
+On a CPU every trainer has one thread, pinned to the core CORE (default 0). On CUDA nothing is pinned, one trainer at a
+time computes, the clock waits for the device, and memory is that of the device (contest.py says how trainers share it).
+A trainer that is not installed or fails is named in the table. Exit status: 1 if one failed or its loss disagrees.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import math
 import os
-import platform
 import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-BEGIN, END = "<!-- races: begin -->", "<!-- races: end -->"
-STEPS_A_TURN = 3
-LOSS_TOLERANCE = {"bfloat16": 0.02, "float32": 2e-4}
+import goals
+import report
+from contest import Entry, Settings, race
+from shapes import COMPILED, PEERS, RACES, VARIANTS, Race, tiny
 
-RACES: dict[str, dict[str, Any]] = {
-    "A": {
-        "title": "A: GPT-NeoX, 6 layers, width 128, 4 heads, vocabulary 50304",
-        "family": "gpt_neox",
-        "shape": {"layers": 6, "width": 128, "heads": 4, "mlp_width": 512, "vocab_size": 50304},
-        "precision": "bfloat16",
-    },
-    "B": {
-        "title": "B: GPT-NeoX, 8 layers, width 384, 6 heads, vocabulary 8192",
-        "family": "gpt_neox",
-        "shape": {"layers": 8, "width": 384, "heads": 6, "mlp_width": 1536, "vocab_size": 8192},
-        "precision": "bfloat16",
-    },
-    "B32": {
-        "title": "B in float32",
-        "family": "gpt_neox",
-        "shape": {"layers": 8, "width": 384, "heads": 6, "mlp_width": 1536, "vocab_size": 8192},
-        "precision": "float32",
-    },
-    "C": {
-        "title": "C: Llama, 8 layers, width 384, 6 heads, vocabulary 8192",
-        "family": "llama",
-        "shape": {"layers": 8, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024, "vocab_size": 8192},
-        "precision": "bfloat16",
-    },
-}
-# name -> (kind, compiled, whether glibc keeps freed memory)
-OURS = {"titan_cpt": ("ours", False, True), "titan_cpt, compiled": ("ours", True, True)}
-ALIKE = " with our allocator setting"
-PEERS = {
-    "gpt_neox": {
-        "HF Trainer": ("hf_trainer", False, False),
-        "litgpt, compiled": ("litgpt", True, False),
-        "plain loop, compiled": ("plain", True, False),
-        "litgpt, compiled" + ALIKE: ("litgpt", True, True),
-        "plain loop, compiled" + ALIKE: ("plain", True, True),
-    },
-    "llama": {
-        "HF Trainer": ("hf_trainer", False, False),
-        "litgpt, compiled": ("litgpt", True, False),
-        "torchtitan, compiled": ("torchtitan", True, False),
-        "torchtitan, compiled" + ALIKE: ("torchtitan", True, True),
-    },
-}
+KINDS = ("hf_trainer", "litgpt", "plain", "torchtitan")
+SHM_NEEDED_BYTES = 24 << 30  # weights of the largest shape, twice, and room for the trainers' own files
 
 
-@dataclass
-class TrainerProcess:
-    """The process of one trainer, and its results."""
-
-    name: str
-    process: subprocess.Popen[str]
-    log: Path
-    first_loss: float = 0.0
-    speeds: list[float] = field(default_factory=list)
-    cpu_speeds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak_gib: float = 0.0
-
-    def hear(self) -> dict[str, Any]:
-        """Its next answer."""
-        assert self.process.stdout is not None, "it was started with a pipe"
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.name} exited; the end of its output:\n{self.log.read_text()[-3000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def turn(self, steps: int, tokens: int) -> None:
-        """Let it take `steps` steps, and record their speed and losses."""
-        assert self.process.stdin is not None, "it was started with a pipe"
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        answer = self.hear()
-        self.speeds.append(steps * tokens / answer["seconds"])
-        self.cpu_speeds.append(steps * tokens / answer["cpu_s"])
-        self.losses += answer["losses"]
-        self.peak_gib = answer["peak_gib"]
-
-
-def start(name: str, python: str, program: str, options: dict[str, Any], folder: Path) -> TrainerProcess:
-    """Start a trainer with one thread."""
-    log = folder / f"{options['name']}.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [python, str(HERE / program), json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log.open("w"),
-        text=True,
-        env=environment,
-    )
-    return TrainerProcess(name, process, log)
-
-
-def race(key: str, *, peers: str, turns: int, batch: int, only: str) -> dict[str, Any]:
-    """Run all trainers of one shape, in turns."""
-    spec, folder = RACES[key], Path(tempfile.mkdtemp(prefix="race-"))
-    seq_len = 512
-    common = {
-        "folder": str(folder),
-        "family": spec["family"],
-        "shape": spec["shape"],
-        "precision": spec["precision"],
-        "batch": batch,
-        "seq_len": seq_len,
-        "steps": 2 + turns * STEPS_A_TURN,
-        "lr": 3e-4,
-    }
-    plain = {**common, "compiled": False, "allocator": False}
-    scribe = start("prepare", sys.executable, "ours.py", {**plain, "name": "prepare"}, folder)
-    flops_per_token = scribe.hear()["flops_per_token"]
-    scribe.process.wait()
-
-    field_of: list[TrainerProcess] = []
-    entries = {**OURS, **PEERS[spec["family"]]}
-    for number, (name, (kind, compiled, allocator)) in enumerate(entries.items()):
-        if only and kind not in (*only.split(","), "ours"):
-            continue
-        options = {**common, "name": f"{number}-{kind}", "kind": kind, "compiled": compiled, "allocator": allocator}
-        python, program = (sys.executable, "ours.py") if kind == "ours" else (peers, "peers.py")
-        field_of.append(start(name, python, program, options, folder))
-        begin = time.perf_counter()
-        field_of[-1].first_loss = field_of[-1].hear()["first_loss"]
-        print(f"  {name}: ready after {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    gemm = start("gemm", peers, "peers.py", {**plain, "name": "gemm", "kind": "gemm"}, folder)
-    gemm.hear()
-    agree(field_of, LOSS_TOLERANCE[spec["precision"]])
-    for turn in range(turns):
-        for trainer in field_of:
-            trainer.turn(STEPS_A_TURN, batch * seq_len)
-        gemm.turn(10, 2 * 2048**3)
-        line = ", ".join(f"{c.name} {c.speeds[-1]:.0f}" for c in field_of)
-        print(f"  turn {turn + 1}: {line}", file=sys.stderr, flush=True)
-    for trainer in (*field_of, gemm):
-        assert trainer.process.stdin is not None, "it was started with a pipe"
-        trainer.process.stdin.close()
-        trainer.process.kill()
-        trainer.process.wait()
-    shutil.rmtree(folder)
-    return {
-        "key": key,
-        "title": spec["title"],
-        "precision": spec["precision"],
-        "flops_per_token": flops_per_token,
-        "gemm_flops": statistics.median(gemm.speeds),
-        "gemm_cpu_flops": statistics.median(gemm.cpu_speeds),
-        "contestants": [
-            {
-                "name": c.name,
-                "tokens_per_s": statistics.median(c.speeds),
-                "tokens_per_cpu_s": statistics.median(c.cpu_speeds),
-                "peak_gib": c.peak_gib,
-                "first_loss": c.first_loss,
-                "last_loss": c.losses[-1],
-            }
-            for c in field_of
-        ],
-    }
-
-
-def agree(trainers: list[TrainerProcess], tolerance: float) -> None:
-    """Exit unless all first losses agree: a trainer with another loss does other work."""
-    losses = {c.name: c.first_loss for c in trainers}
-    if max(losses.values()) - min(losses.values()) > tolerance:
-        sys.exit(f"the losses of the first step do not agree within {tolerance}: {losses}")
-
-
-def table(result: dict[str, Any]) -> str:
-    """The results of one shape as a Markdown table."""
-    rows = result["contestants"]
-    ours = max((row for row in rows if row["name"].startswith("titan_cpt")), key=lambda row: row["tokens_per_s"])
-    lines = [
-        f"### {result['title']}, {result['precision']}, sequence 512",
-        "",
-        f"A matrix product of 2048^3 in the same run: {result['gemm_flops'] / 1e9:.0f} GFLOP/s.",
-        "",
-        "| | tokens/s | our best / it | tokens per CPU second | peak GiB | MFU | loss at step 1 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        mfu = row["tokens_per_s"] * result["flops_per_token"] / result["gemm_flops"]
-        lines.append(
-            f"| {row['name']} | {row['tokens_per_s']:.0f} | {ours['tokens_per_s'] / row['tokens_per_s']:.2f} "
-            f"| {row['tokens_per_cpu_s']:.0f} | {row['peak_gib']:.2f} | {mfu:.1%} | {row['first_loss']:.4f} |"
-        )
-    return "\n".join(lines)
-
-
-def write_into(path: Path, text: str) -> None:
-    """Replace the text between the two markers of a page."""
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{rest[rest.index(END) :]}")
-
-
-def machine() -> str:
-    """Processor, number of cores and load of this machine."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-
-
-def main() -> None:
+def main(words: list[str]) -> int:
     """Run the selected shapes; print and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", required=True, help="Python of the virtual environment with requirements.txt")
-    parser.add_argument("--races", default=",".join(RACES), help="shapes, comma-separated, of " + ", ".join(RACES))
-    parser.add_argument(
-        "--only", default="", help="only these other trainers, comma-separated: hf_trainer, litgpt, plain, torchtitan"
-    )
-    parser.add_argument(
-        "--turns", type=int, default=5, help=f"turns of {STEPS_A_TURN} steps for each trainer (default 5)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="sequences per step (default 8)")
-    parser.add_argument("--quick", action="store_true", help="A and B in 3 turns")
-    parser.add_argument("--write", type=Path, help="page in which to replace the tables")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    options = parser.parse_args()
-    keys, turns = (["A", "B"], 3) if options.quick else (options.races.split(","), options.turns)
-    results = []
-    for key in keys:
+    options = parsed(words)
+    results: list[dict[str, Any]] = []
+    settings = settings_of(options)
+    if settings.device == "cpu" and not options.dry_run and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(os.environ.get("CORE", "0"))})
+    for key in options.races:
+        spec = tiny(RACES[key]) if options.dry_run else RACES[key]
+        spec = with_options(spec, options)
         print(f"shape {key}", file=sys.stderr, flush=True)
-        results.append(race(key, peers=options.peers, turns=turns, batch=options.batch, only=options.only))
-        print(table(results[-1]) + "\n", flush=True)
-    head = f"Measured on {machine()}; {turns} turns of {STEPS_A_TURN} steps each, medians; one thread."
+        results.append(race(spec, entries_of(spec, options), settings))
+        print(report.table(results[-1]) + "\n", flush=True)
+    return finish(options, results)
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The options, checked, with `races` as a list and `device` decided."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default=sys.executable, help="Python of the other trainers (default: this one)")
+    parser.add_argument("--wheels", default="", help="folder of packages unpacked for the other trainers")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: that of the first race, else cpu")
+    parser.add_argument("--races", default="", help="shapes, comma-separated: " + ", ".join(RACES))
+    parser.add_argument(
+        "--only", default="", help=f"only these other trainers, comma-separated: {', '.join(KINDS)}; or none"
+    )
+    parser.add_argument("--variants", default="", help=f"of titan_cpt, comma-separated: {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME:KEY=VALUE,...", help="a further variant of titan_cpt"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, help="checkout of another commit of titan_cpt: takes part, eager and compiled"
+    )
+    parser.add_argument("--turns", type=int, default=5, help="turns of each trainer (default 5)")
+    parser.add_argument("--steps", type=int, help="timed steps a turn (default 3 on a CPU, 8 on CUDA, Q 50)")
+    parser.add_argument("--batch", type=int, help="sequences a step (default: the shape's)")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds a race may take: fewer turns and trainers"
+    )
+    parser.add_argument("--patience", type=float, default=900.0, help="seconds until a silent trainer is ended")
+    parser.add_argument("--quick", action="store_true", help="A and B in 3 turns")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, uncompiled: no figure counts")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=Path(), help="replace the tables of a page (default: the device's)"
+    )
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    options = parser.parse_args(words)
+    named = ["A", "B"] if options.quick else [key for key in options.races.split(",") if key]
+    if unknown := [key for key in named if key not in RACES]:
+        parser.error(f"unknown race {', '.join(unknown)}: choose from {', '.join(RACES)}")
+    options.device = options.device or (RACES[named[0]].device if named else "cpu")
+    options.races = named or [key for key, spec in RACES.items() if spec.device == options.device]
+    large = [key for key in options.races if RACES[key].device == "cuda"]
+    if options.device == "cpu" and large and not options.dry_run:
+        parser.error(f"{', '.join(large)}: meant for a GPU; on a CPU only with --dry-run")
+    if unknown := [name for name in options.variants.split(",") if name and name not in VARIANTS]:
+        parser.error(f"unknown variant {', '.join(unknown)}: choose from {', '.join(VARIANTS)}, or define --variant")
+    if unknown := [name for name in options.only.split(",") if name not in ("", "none", *KINDS)]:
+        parser.error(f"unknown trainer {', '.join(unknown)}: choose from {', '.join(KINDS)}, none")
+    if options.turns < 1 or (options.steps is not None and options.steps < 1):
+        parser.error("--turns and --steps must be at least 1")
+    if options.baseline and not (options.baseline / "titan_cpt" / "train.py").is_file():
+        parser.error(f"--baseline {options.baseline}: not a checkout of titan_cpt, it has no titan_cpt/train.py")
+    if options.quick:
+        options.turns = 3
+    if options.dry_run:
+        options.turns = min(options.turns, 2)
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What holds for all races. In a dry run the processes run on a CPU."""
+    cuda = options.device == "cuda" and not options.dry_run
+    memory = Path("/dev/shm")
+    roomy = cuda and memory.is_dir() and shutil.disk_usage(memory).free > SHM_NEEDED_BYTES
+    return Settings(
+        device="cuda" if cuda else "cpu",
+        target=options.device,
+        peers=options.peers,
+        wheels=str(Path(options.wheels).resolve()) if options.wheels else "",
+        turns=options.turns,
+        dry_run=options.dry_run,
+        budget_s=options.budget,
+        patience_s=options.patience,
+        folder=memory if roomy else None,
+    )
+
+
+def with_options(spec: Race, options: argparse.Namespace) -> Race:
+    """The shape with the batch, the steps and the variants of the command line."""
+    variants = tuple(name for name in options.variants.split(",") if name) or spec.variants
+    steps = options.steps if options.steps and not options.dry_run else spec.steps_a_turn
+    batch = options.batch if options.batch and not options.dry_run else spec.batch
+    return replace(spec, variants=variants, steps_a_turn=steps, batch=batch)
+
+
+def entries_of(spec: Race, options: argparse.Namespace) -> list[Entry]:
+    """The contestants: titan_cpt's variants, the other build, the other trainers."""
+    allocator = options.device == "cpu"  # keep_freed_memory, which `titan-cpt train` calls, concerns a CPU's memory
+    variants = {name: VARIANTS[name] for name in spec.variants}
+    for text in options.variant:
+        name, _, pairs = text.partition(":")
+        variants[name] = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
+    entries = []
+    for name, overrides in variants.items():
+        label = "titan_cpt" if name == "eager" else f"titan_cpt, {name}"
+        entries.append(Entry(label, "ours", name, allocator=allocator, overrides=overrides))
+    if options.baseline:
+        source = str(options.baseline.resolve())
+        for name, overrides in (("eager", {}), ("compiled", COMPILED)):
+            entries.append(
+                Entry(f"baseline build, {name}", "ours", f"baseline-{name}", overrides=overrides, source=source)
+            )
+    chosen = options.only.split(",") if options.only else KINDS
+    for name in spec.peers:
+        kind, compiled, tuned = PEERS[name]
+        if kind in chosen:
+            entries.append(Entry(name, kind, compiled=compiled, allocator=tuned))
+    return entries
+
+
+def finish(options: argparse.Namespace, results: list[dict[str, Any]]) -> int:
+    """Write the JSON file and the page, print the goals; returns the exit status."""
+    result: dict[str, Any] = {
+        "device": options.device,
+        "machine": report.machine(options.device),
+        "commit": report.commit(),
+        "baseline": report.commit(options.baseline) if options.baseline else None,
+        "date": datetime.date.today().isoformat(),
+        "dry_run": options.dry_run,
+        "command": sys.argv[1:],
+        "races": results,
+        "goals": goals.verdicts(results, dry_run=options.dry_run) if options.device == "cuda" else [],
+    }
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    if options.write:
-        write_into(options.write, "\n\n".join([head, *(table(result) for result in results)]))
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.device == "cuda":
+        print(goals.table(result["goals"]))
+    wrong = [f"{race['key']}: {row['name']}: {row['reason']}" for race in results for row in failed(race)]
+    if wrong:
+        print("\n".join(["these trainers have no valid figures:", *wrong]), file=sys.stderr)
+    if options.write is not None:
+        if wrong or options.dry_run:
+            print("no page was written", file=sys.stderr)
+        else:
+            target = options.write if options.write != Path() else report.PAGES[options.device]
+            report.write_into(target, report.page(result))
+    return int(bool(wrong))
+
+
+def failed(race_result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Contestants that failed or did other work. Not installed, not supported and out of budget are no failures."""
+    return [row for row in race_result["contestants"] if row["status"] in ("failed", "disagrees", "out of memory")]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
