@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.transformers_check import reason_of, without_transformers_output
-from titan_cpt.data.tokenizer.backends import TOKENIZER_TEST_STRINGS
+from titan_cpt.data.tokenizer.check_texts import TOKENIZER_TEST_STRINGS
 from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.data.tokenizer.special_tokens import model_vocab
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer

@@ -8,11 +8,12 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from titan_cpt.data.tokenizer.byte_level import BYTE_OF
+from titan_cpt.data.tokenizer.encoded import Encoded, id_dtype, joined
 from titan_cpt.data.tokenizer.special_tokens import (
     BYTE_NAME,
     GuardedSpec,
@@ -21,29 +22,16 @@ from titan_cpt.data.tokenizer.special_tokens import (
     model_vocab,
     without_byte_fallback,
 )
-from titan_cpt.data.tokenizer.tiktoken_bpe import BYTE_OF
 from titan_cpt.errors import DataError, how_to_install
 
-Ids = npt.NDArray[np.int64]
 # Kinds of ids that need an extra check.
 _FORBIDDEN = 1
 _BYTE = 2
 _UNKNOWN = 3
 
 
-class Encoded(NamedTuple):
-    """Encoded texts."""
-
-    ids: Ids
-    """Ids of all texts, concatenated."""
-    lengths: Ids
-    """Number of ids of each text."""
-    lost: dict[int, str]
-    """Index of a text -> its characters that became the unknown token or no token."""
-
-
 class HuggingFaceBackend:
-    """The `tokenizers` library: supports every tokenizer.json, about half as fast as tiktoken."""
+    """The `tokenizers` library: supports every tokenizer.json; many times slower than gigatoken."""
 
     def __init__(self, spec: dict[str, Any], name: str, guarded: GuardedSpec, table: Sequence[bytes]) -> None:
         """Open a tokenizer.
@@ -70,23 +58,30 @@ class HuggingFaceBackend:
         self._marks[list(marked)] = list(marked.values())
         model = guarded.spec["model"]
         self._drops = kind_of(model) == "BPE" and not model.get("unk_token") and not model.get("byte_fallback")
+        self._dtype = id_dtype(len(table))
         self._byte_level = is_byte_level(spec)
         self._alphabet = _alphabet(model, byte_level=self._byte_level) if self._drops else frozenset()
         self._is_dropped: dict[str, bool] = {}
         matched = [token["content"] for token in spec.get("added_tokens") or [] if not token.get("special")]
         self._matched = re.compile("|".join(map(re.escape, matched))) if matched else None
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Return the ids of the texts, and the characters that were lost.
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        utf8: Sequence[bytes] | None = None,
+        begin: Sequence[int] = (),
+        end: Sequence[int] = (),
+    ) -> Encoded:
+        """See TokenizerBackend; `utf8` is not used.
 
         Raises:
             DataError: a text contains the name of a special or byte token that cannot be kept as text.
         """
         encodings = self._encoder.encode_batch(list(texts), add_special_tokens=False)
-        parts = [encoding.ids for encoding in encodings]
-        ids, lengths = _joined(parts)
+        parts: list[Sequence[int]] = [encoding.ids for encoding in encodings]
         lost = {}
-        for number, marks in self._marked(ids, lengths):
+        for number, marks in self._marked(parts):
             if _BYTE in marks:
                 parts[number] = self._without_named_bytes(texts[number], encodings[number])
             if _UNKNOWN in marks:
@@ -98,17 +93,22 @@ class HuggingFaceBackend:
                 raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_excerpt(texts[number])}")
         if self._drops:
             lost = {number: dropped for number, text in enumerate(texts) if (dropped := self._dropped(text))}
-        if self._guarded.byte_ids:
-            ids, lengths = _joined(parts)
-        return Encoded(ids, lengths, lost)
+        arrays = [[np.array(part, dtype=self._dtype)] for part in parts]
+        return joined(arrays, self._dtype, begin=begin, end=end, lost=lost)
+
+    def normalized(self, text: str) -> str:
+        """Return the text after the file's normalizer."""
+        normalizer = self._encoder.normalizer
+        return str(normalizer.normalize_str(text)) if normalizer else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; special tokens are decoded to their names."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def _marked(self, ids: Ids, lengths: Ids) -> list[tuple[int, set[int]]]:
+    def _marked(self, parts: Sequence[Sequence[int]]) -> list[tuple[int, set[int]]]:
         """Return (index, kinds of ids) of the texts that contain ids which need an extra check."""
-        marks = self._marks[ids]
+        lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        marks = self._marks[np.fromiter(chain.from_iterable(parts), np.int32, int(lengths.sum()))]
         positions = np.flatnonzero(marks)
         text_indices = np.searchsorted(np.cumsum(lengths), positions, side="right")
         found: dict[int, set[int]] = {}
@@ -126,8 +126,7 @@ class HuggingFaceBackend:
                     f"as the byte: {_excerpt(text)}. Remove it from the text"
                 )
             return list(encoding.ids)
-        normalizer = self._encoder.normalizer
-        if not BYTE_NAME.search(normalizer.normalize_str(text) if normalizer else text):
+        if not BYTE_NAME.search(self.normalized(text)):
             return list(encoding.ids)
         encoding = self._without_fallback.encode(text, add_special_tokens=False)
         ids: list[int] = []
@@ -145,17 +144,10 @@ class HuggingFaceBackend:
         if self._matched is not None:
             text = self._matched.sub("", text)
         for character in set(text) - self._is_dropped.keys():
-            normalizer = self._encoder.normalizer
-            normal = normalizer.normalize_str(character) if normalizer else character
+            normal = self.normalized(character)
             parts = normal.encode() if self._byte_level else normal.replace("\u2581", "")
             self._is_dropped[character] = not character.isspace() and not self._alphabet.issuperset(parts)
         return "".join(character for character in text if self._is_dropped[character])
-
-
-def _joined(parts: Sequence[Sequence[int]]) -> tuple[Ids, Ids]:
-    """Return the ids of all texts, concatenated, and the number of ids of each."""
-    lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
 
 def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
@@ -164,7 +156,7 @@ def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
         import tokenizers
     except ImportError as fault:
         raise DataError(
-            f"{name}: tiktoken cannot encode this; the `tokenizers` library is needed ({fault}); "
+            f"{name}: gigatoken cannot encode this; the `tokenizers` library is needed ({fault}); "
             f"{how_to_install('tokenizers')}"
         ) from fault
     plain = {**spec, "truncation": None, "padding": None, "post_processor": None}

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.data.tokenizer.tiktoken_bpe import token_bytes
+from titan_cpt.data.tokenizer.byte_level import token_bytes
 from titan_cpt.data.tokenizer.tokenizer import BYTES, END_OF_DOCUMENT, fingerprint_of
 from titan_cpt.errors import DataError
 

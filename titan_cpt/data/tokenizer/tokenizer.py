@@ -1,11 +1,9 @@
-"""The Tokenizer: text to token ids and back, from bytes or a tokenizer.json; uses tiktoken if its ids are the same.
+"""The Tokenizer: text to token ids and back, from bytes or a tokenizer.json; uses gigatoken if its ids are the same.
 
 The name of a special token in a text, such as a literal <|endoftext|>, is text: only `encode_documents` adds the
 end-of-document id.
 
-Opening a tokenizer only reads its file; the backend is loaded with the first text. NFC normalization is Python's: it
-may order about a hundred combining marks that Unicode added after version 9 differently from the `tokenizers` library,
-whose tables are older.
+Opening a tokenizer only reads its file; the backend is loaded with the first text.
 """
 
 import functools
@@ -18,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from titan_cpt.data.tokenizer.backends import BytesBackend, TokenizerBackend, best_backend
-from titan_cpt.data.tokenizer.huggingface_backend import Encoded, Ids
+from titan_cpt.data.tokenizer.byte_level import token_bytes
+from titan_cpt.data.tokenizer.encoded import Encoded
 from titan_cpt.data.tokenizer.special_tokens import (
     BEGIN_NAMES,
     END_NAMES,
@@ -33,7 +33,6 @@ from titan_cpt.data.tokenizer.special_tokens import (
     model_vocab,
     usual_name,
 )
-from titan_cpt.data.tokenizer.tiktoken_bpe import token_bytes
 from titan_cpt.errors import DataError
 
 BYTES = "bytes"
@@ -122,19 +121,18 @@ class Tokenizer:
         ids, lengths, _ = self._encode(texts)
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(lengths) else []
 
-    def encode_documents(self, texts: Sequence[str]) -> Encoded:
+    def encode_documents(self, texts: Sequence[str], utf8: Sequence[bytes] | None = None) -> Encoded:
         """Return the concatenated ids of all documents, with begin- and end-of-document ids, and their lengths.
+
+        Args:
+            texts: the documents.
+            utf8: the same documents in UTF-8, if the caller has them; saves encoding them once more.
 
         Raises:
             DataError: see encode.
         """
-        ids, lengths, lost = self._encode(texts)
-        ends = np.cumsum(lengths)
-        if self.bos_id is None:
-            return Encoded(np.insert(ids, ends, self.eod_id), lengths + 1, lost)
-        positions = np.stack([ends - lengths, ends], axis=1).ravel()  # at equal positions, np.insert keeps this order
-        marks = np.tile([self.bos_id, self.eod_id], len(ends))
-        return Encoded(np.insert(ids, positions, marks), lengths + 2, lost)
+        begin = () if self.bos_id is None else (self.bos_id,)
+        return self._encode(texts, utf8=utf8, begin=begin, end=(self.eod_id,))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens become their names, bytes that are not UTF-8 become U+FFFD.
@@ -147,7 +145,7 @@ class Tokenizer:
                 raise DataError(f"{self.name}: id {number}; allowed are ids from 0 to {self.vocab_size - 1}")
         return self._backend[0].decode(ids)
 
-    def token_byte_lengths(self) -> Ids:
+    def token_byte_lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of UTF-8 bytes of each id, 0 for special tokens; used for bits per byte."""
         lengths = np.array([len(token) for token in self._table], dtype=np.int64)
         lengths[list(self._special_ids)] = 0
@@ -160,9 +158,16 @@ class Tokenizer:
         with _valid_tokenizer_json(self.name):
             return best_backend(self._spec, self.name, self._guarded, self._table)
 
-    def _encode(self, texts: Sequence[str]) -> Encoded:
+    def _encode(
+        self,
+        texts: Sequence[str],
+        *,
+        utf8: Sequence[bytes] | None = None,
+        begin: Sequence[int] = (),
+        end: Sequence[int] = (),
+    ) -> Encoded:
         try:
-            return self._backend[0].encode(texts)
+            return self._backend[0].encode(texts, utf8=utf8, begin=begin, end=end)
         except UnicodeEncodeError as fault:
             raise DataError(
                 f"a text contains {fault.object[fault.start]!r}, half of a surrogate pair and not a character"

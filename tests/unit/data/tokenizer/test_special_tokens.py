@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from titan_cpt.data.tokenizer import backends, huggingface_backend
+from titan_cpt.data.tokenizer import backends, encoded
 from titan_cpt.data.tokenizer.special_tokens import BYTE_NAMES, GuardedSpec, check_added_tokens
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError
@@ -113,7 +113,7 @@ def test_a_bpe_does_not_merge_letters_into_a_special_token(tmp_path, whole):
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_byte_level_bpe_in_tiktoken_does_not_merge_letters_into_a_special_token(tmp_path, whole):
+def test_a_byte_level_bpe_in_gigatoken_does_not_merge_letters_into_a_special_token(tmp_path, whole):
     """Its pattern does not split before a name of only letters."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*alphabet, "en", "end", "<|endoftext|>"])}
@@ -152,7 +152,7 @@ def test_opening_a_tokenizer_checks_every_backend():
     """Not only the `tokenizers` library."""
     guarded = GuardedSpec({}, {"<|endoftext|>": 256}, None, ())
     wrong = backends.BytesBackend([bytes([byte]) for byte in range(256)])
-    wrong.encode = lambda texts: huggingface_backend.Encoded(np.array([256]), np.array([1]), {})
+    wrong.encode = lambda texts: encoded.Encoded(np.array([256]), np.array([1]), {})
 
     with pytest.raises(DataError, match="becomes the special token"):
         backends._check_literals(wrong, guarded, "x.json")

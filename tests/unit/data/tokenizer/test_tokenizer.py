@@ -1,4 +1,4 @@
-"""The Tokenizer gives exactly the ids of the `tokenizers` library, through tiktoken or not."""
+"""The Tokenizer gives exactly the ids of the `tokenizers` library, through gigatoken or not."""
 
 import json
 import os
@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from titan_cpt.data.tokenizer.backends import TiktokenBackend
-from titan_cpt.data.tokenizer.tiktoken_bpe import CannotConvertError, to_tiktoken
+from titan_cpt.data.tokenizer.byte_level import token_bytes
+from titan_cpt.data.tokenizer.gigatoken_backend import GigatokenBackend
+from titan_cpt.data.tokenizer.gigatoken_spec import UnsupportedTokenizerError, to_gigatoken
+from titan_cpt.data.tokenizer.huggingface_backend import HuggingFaceBackend
+from titan_cpt.data.tokenizer.special_tokens import GuardedSpec
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of
 from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
@@ -141,13 +144,13 @@ def pair(request, tmp_path_factory):
     """Our tokenizer and the library's, of each kind."""
     path = trained(tmp_path_factory.mktemp("trained"), request.param)
     ours = load_tokenizer(str(path))
-    assert ours.note is None, "tiktoken is used for every one of these"
+    assert ours.note is None, "gigatoken is used for every one of these"
     return ours, reference(path)
 
 
 @SLOW
 @given(text=TEXTS)
-def test_tiktoken_gives_the_librarys_tokens(pair, text):
+def test_gigatoken_gives_the_librarys_tokens(pair, text):
     """Runs of white space, scripts, emoji, combining marks and names of special tokens, in any order."""
     ours, library = pair
 
@@ -182,6 +185,7 @@ def test_decoding_gives_the_text_and_byte_lengths_add_up(pair, text):
     ours, library = pair
     normal = library.normalizer.normalize_str(text) if library.normalizer else text
     assume("\u1ed9" not in normal)  # the added token of "tools" that is not in normal form itself
+    assume("<tool>\u0338" not in text)  # an added token matched before normalization, which would change its end
     ids = ours.encode(text)
 
     assert ours.decode(ids) == normal
@@ -208,14 +212,13 @@ def test_the_vocabulary_size_is_the_largest_id_plus_one(pair):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox"])
-def test_white_space_that_overflows_tiktokens_stack_still_gives_the_librarys_tokens(tmp_path, kind, capfd):
-    """A million line ends in one document crash tiktoken; its neighbours in the batch keep their places."""
+def test_a_million_line_ends_give_the_librarys_tokens(tmp_path, kind):
+    """They overflow the stack of regular expressions; their neighbours in the batch keep their places."""
     path = trained(tmp_path, kind)
     texts = ["before ", "x" + "\n" * 1_000_000 + "y", " after"]
     ours, library = load_tokenizer(str(path)), reference(path)
 
     assert ours.encode_batch(texts) == [library.encode(text, add_special_tokens=False).ids for text in texts]
-    assert "panicked" not in capfd.readouterr().err
 
 
 @settings(max_examples=400, deadline=None)
@@ -239,25 +242,18 @@ def test_any_merge_list_is_converted_exactly_or_refused(choices, swap, whole):
     vocab = {token: number for number, token in enumerate([*alphabet, *tokens[2:], "bba", "aab"])}
     library = Tokenizer(models.BPE(vocab, merges, ignore_merges=whole))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    name_of = {number: token for token, number in vocab.items()}
+    table = [token_bytes(name_of.get(number, "")) for number in range(max(name_of) + 1)]
     words = [f"{number:b}"[1:].replace("0", "a").replace("1", "b") for number in range(2, 2**8)]
 
+    guarded = GuardedSpec(json.loads(library.to_str()), {}, None, ())
     try:
-        backend = TiktokenBackend(
-            to_tiktoken(json.loads(library.to_str())), [b"?"] * len(vocab), lambda: pytest.fail("unused")
-        )
-    except CannotConvertError:
+        backend = GigatokenBackend(guarded, table, lambda: pytest.fail("unused"))
+    except UnsupportedTokenizerError:
         return
     ids, lengths, _ = backend.encode(words)
     expected = [part.ids for part in library.encode_batch(words)]
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
-
-
-def test_every_trained_merge_list_is_converted(pair):
-    """No tokenizer trained here needs the slower backend, and no token of it is unreachable."""
-    _, library = pair
-    spec = json.loads(library.to_str())
-
-    assert len(to_tiktoken(spec).ranks) >= len(spec["model"]["merges"]) + 256
 
 
 @pytest.mark.parametrize(
@@ -276,7 +272,7 @@ def test_every_trained_merge_list_is_converted(pair):
         ({"ignore_merges": False, "merges": [["a", "b"], ["c", "a"], ["b", "c"], ["ca", "b"], ["c", "ab"]]}, None),
     ],
 )  # fmt: skip
-def test_tokenizers_that_tiktoken_cannot_encode_use_the_library_with_a_note(tmp_path, changes, reason):
+def test_tokenizers_that_gigatoken_cannot_encode_use_the_library_with_a_note(tmp_path, changes, reason):
     """The ids are always the library's."""
     path = edited(trained(tmp_path, "gpt2"), **changes)
     if "merges" in changes:
@@ -290,28 +286,39 @@ def test_tokenizers_that_tiktoken_cannot_encode_use_the_library_with_a_note(tmp_
     assert reason is None or reason in (ours.note or "")
 
 
-def test_text_that_the_pattern_does_not_match_is_not_lost(tmp_path, monkeypatch):
-    """tiktoken drops it, `tokenizers` keeps it; the test strings cannot cover every pattern."""
-    monkeypatch.setattr("titan_cpt.data.tokenizer.backends.TOKENIZER_TEST_STRINGS", ())
-    split = {"type": "Split", "pattern": {"Regex": r"[^7]+"}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    both = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    path = edited(trained(tmp_path, "gpt2"), pre_tokenizer=both)
-    ours = load_tokenizer(str(path))
+def test_ids_that_lack_bytes_of_the_text_are_replaced_by_the_librarys(tmp_path):
+    """The check of every text: here one id counts as a special token, which stands for no bytes of a text."""
+    spec = json.loads(trained(tmp_path, "gpt2").read_text())
+    library = reference(tmp_path / "gpt2.json")
+    table = [library.decode([number], skip_special_tokens=False).encode() for number in range(600)]
+    used = []
 
-    assert ours.note is None
-    assert ours.decode(ours.encode("a 77 b")) == "a 77 b"
-    assert ours.encode("a 77 b") == reference(path).encode("a 77 b").ids
+    def fallback():
+        used.append(True)
+        return HuggingFaceBackend(spec, "gpt2.json", GuardedSpec(spec, {}, None, ()), table)
+
+    backend = GigatokenBackend(GuardedSpec(spec, {"q": library.token_to_id("q")}, None, ()), table, fallback)
+
+    assert backend.encode(["the a"]).ids.tolist() == library.encode("the a").ids
+    assert not used
+    assert backend.encode(["the a", "q b"]).ids.tolist() == [*library.encode("the a").ids, *library.encode("q b").ids]
+    assert used
 
 
-def test_a_conversion_that_differs_on_the_test_strings_is_not_used(tmp_path, monkeypatch):
+def test_a_backend_that_differs_on_the_test_strings_is_not_used(tmp_path, monkeypatch):
     """The last check: other ids than the library's are never given."""
     path = trained(tmp_path, "gpt2")
-    monkeypatch.setattr("titan_cpt.data.tokenizer.tiktoken_bpe.GPT2_PATTERN", r"\p{L}+|[^\p{L}]")
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    wrong = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    monkeypatch.setattr(
+        "titan_cpt.data.tokenizer.gigatoken_backend.to_gigatoken",
+        lambda spec: to_gigatoken({**spec, "pre_tokenizer": wrong}),
+    )
     ours = load_tokenizer(str(path))
 
     assert ours.encode("It's  so") == reference(path).encode("It's  so").ids
-    assert "tiktoken encodes" in (ours.note or "")
+    assert "gigatoken encodes" in (ours.note or "")
 
 
 def test_a_text_never_becomes_an_end_of_document_that_is_not_declared_special(tmp_path):
@@ -389,7 +396,7 @@ def test_files_that_are_not_tokenizers_are_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_half_a_surrogate_pair_is_refused(tmp_path, name):
-    """It is not a character, and tiktoken would replace it silently."""
+    """It is not a character, and no text of a file has one."""
     tokenizer = load_tokenizer(name if name == "bytes" else str(trained(tmp_path, name)))
 
     with pytest.raises(DataError, match="surrogate"):
@@ -397,7 +404,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, name):
 
 
 def test_a_trained_tokenizer_has_the_requested_size(tmp_path):
-    """<|endoftext|> is its special token, it uses tiktoken, and no other file remains."""
+    """<|endoftext|> is its special token, it uses gigatoken, and no other file remains."""
     train_bpe(iter(CORPUS), 400, tmp_path / "new" / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "new"))
 
@@ -417,20 +424,20 @@ def test_a_vocabulary_size_that_is_not_possible_is_refused(tmp_path, size, messa
 
 
 def test_a_plan_reads_the_vocabulary_size_without_the_libraries(tmp_path):
-    """Opening a tokenizer imports neither tiktoken nor tokenizers nor torch."""
+    """Opening a tokenizer imports neither gigatoken nor tokenizers nor torch."""
     path = trained(tmp_path, "neox")
     code = (
         "import sys; from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, vocab_size_of;"
         f"print(vocab_size_of({str(path)!r}), load_tokenizer({str(path)!r}).eod_id,"
-        "[name for name in ('tiktoken', 'tokenizers', 'torch') if name in sys.modules])"
+        "[name for name in ('gigatoken', 'tokenizers', 'torch') if name in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     assert printed.split("\n")[0] == f"{reference(path).get_vocab_size()} 0 []"
 
 
-def test_without_the_library_tiktoken_works_and_the_rest_names_the_package(tmp_path, monkeypatch):
-    """`tokenizers` is an extra."""
+def test_without_the_library_gigatoken_works_and_the_rest_names_the_package(tmp_path, monkeypatch):
+    """A broken or missing `tokenizers`."""
     quick, slow = trained(tmp_path, "neox"), edited(trained(tmp_path, "gpt2"), normalizer={"type": "Lowercase"})
     expected = reference(quick).encode("a   b").ids
     monkeypatch.setitem(sys.modules, "tokenizers", None)

@@ -1,0 +1,189 @@
+"""The gigatoken backend: byte-level BPE, tens of times as fast as the `tokenizers` library, with the same ids.
+
+gigatoken is imported inside functions, so that a plan, which needs only the vocabulary size, starts quickly.
+
+Three checks for each text keep the ids those of the `tokenizers` library, which encodes the text where one fails:
+the ids must have as many bytes as the text; a character that is not in both libraries' Unicode tables may be split
+otherwise; and a text with the name of a special token that could hide an added token is not given to gigatoken.
+"""
+
+import functools
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from titan_cpt.data.tokenizer.encoded import Encoded, Ids, id_dtype, joined
+from titan_cpt.data.tokenizer.gigatoken_spec import GigatokenSpec, UnsupportedTokenizerError, to_gigatoken
+from titan_cpt.data.tokenizer.huggingface_backend import HuggingFaceBackend
+from titan_cpt.data.tokenizer.special_tokens import GuardedSpec
+
+PIECE_CHARACTERS = 1 << 20  # longer texts are cut, so that a text of 50 MB does not need several times its size
+_CUT = re.compile(r"[a-z](?= [a-z])|[^\s\x1c-\x1f]\n(?=[^\W\d_])")
+"""A place where every pattern of gigatoken starts a new piece, and where the left part has the same pieces if the text
+ends there: before a single space between letters, or after a single line end between text and a letter."""
+_CACHE_CHECK_BYTES = 16 << 20  # of text; gigatoken caches each distinct word, without a limit
+_CACHE_LIMIT_BYTES = 256 << 20
+_COMMON_BYTES = bytes((*range(0xC0), *range(0xC2, 0xCC), 0xE2))
+# Letters and digits of Unicode 17, which gigatoken 0.10 knows and `tokenizers` 0.23 does not, as (first, last).
+# `scripts/fuzz_tokenizers.py --characters` compares the two libraries on every character.
+_UNICODE_17 = (
+    *((0x088F, 0x088F), (0x0C5C, 0x0C5C), (0x0CDC, 0x0CDC), (0xA7CE, 0xA7D4), (0xA7F1, 0xA7F1), (0x10940, 0x10959)),
+    *((0x10EC5, 0x10EFB), (0x11B60, 0x11B67), (0x11DB0, 0x11DE9), (0x16EA0, 0x16ED3), (0x16FF2, 0x16FF6)),
+    *((0x187F8, 0x187FF), (0x18D09, 0x18DF2), (0x1E6C0, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD)),
+    *((0x323B0, 0x33479),),
+)
+
+
+class GigatokenBackend:
+    """A byte-level BPE in gigatoken, with the `tokenizers` library for texts that gigatoken may encode otherwise."""
+
+    def __init__(
+        self, guarded: GuardedSpec, table: Sequence[bytes], fallback: Callable[[], HuggingFaceBackend]
+    ) -> None:
+        """Build the encoder.
+
+        Args:
+            guarded: content of the tokenizer.json, changed so that no text becomes a special token.
+            table: the bytes of every id.
+            fallback: returns the `tokenizers` backend, which is slower and encodes every text.
+
+        Raises:
+            UnsupportedTokenizerError: gigatoken does not support the file.
+        """
+        spec = to_gigatoken(guarded.spec)
+        self._spec = spec
+        self._table = table
+        self._fallback = fallback
+        self._bytes_of = _byte_lengths(table, spec, guarded)
+        self._dtype = id_dtype(len(table))
+        self._hiding = [name.encode() for name in spec.hiding_names]
+        self._encoder = _encoder(spec)
+        self._bytes_since_check = 0
+        self._resident_bytes = _resident_bytes()
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        utf8: Sequence[bytes] | None = None,
+        begin: Sequence[int] = (),
+        end: Sequence[int] = (),
+    ) -> Encoded:
+        """See TokenizerBackend.
+
+        Raises:
+            DataError: gigatoken cannot encode a text, and `tokenizers` is not installed.
+        """
+        parts: list[list[Ids]] = []
+        for number, text in enumerate(texts):
+            if len(text) > PIECE_CHARACTERS and self._spec.may_cut:
+                parts.append([self._ids(piece, piece.encode()) for piece in pieces(text)])
+            else:
+                parts.append([self._ids(text, text.encode() if utf8 is None else utf8[number])])
+        return joined(parts, self._dtype, begin=begin, end=end)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See TokenizerBackend."""
+        return b"".join(self._table[number] for number in ids).decode("utf-8", errors="replace")
+
+    def _ids(self, text: str, utf8: bytes) -> Ids:
+        """Return the ids of a text or piece."""
+        if not utf8.isascii():
+            if self._spec.nfc and not unicodedata.is_normalized("NFC", text):
+                if self._spec.raw_tokens:
+                    return self._library_ids(text)
+                text = self._fallback().normalized(text)
+                utf8 = text.encode()
+            if _has_unsettled(text, utf8):
+                return self._library_ids(text)
+        if any(name in utf8 for name in self._hiding):
+            return self._library_ids(text)
+        ids = self._encoder.encode(utf8)
+        if int(self._bytes_of.take(ids).sum()) != len(utf8):
+            return self._library_ids(text)
+        self._limit_cache(len(utf8))
+        return np.asarray(ids, dtype=self._dtype)
+
+    def _library_ids(self, text: str) -> Ids:
+        return self._fallback().encode([text]).ids.astype(self._dtype)
+
+    def _limit_cache(self, utf8_bytes: int) -> None:
+        """Replace the encoder, and so its cache, when memory has grown: it would hold every distinct word."""
+        self._bytes_since_check += utf8_bytes
+        if self._bytes_since_check < _CACHE_CHECK_BYTES:
+            return
+        self._bytes_since_check = 0
+        resident = _resident_bytes()
+        if resident is None or self._resident_bytes is None or resident > self._resident_bytes + _CACHE_LIMIT_BYTES:
+            self._encoder = None  # free it first
+            self._encoder = _encoder(self._spec)
+            self._resident_bytes = _resident_bytes()
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Yield parts of a long text that have the same ids as the whole; a part without a place to cut is longer."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = _CUT.search(text, start + PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def _encoder(spec: GigatokenSpec) -> Any:
+    from gigatoken.gigatoken_rs import load_hf_json
+
+    try:
+        return load_hf_json(spec.content)
+    except Exception as fault:  # the library raises nothing more specific
+        reason = str(fault).split("\n")[0]
+        raise UnsupportedTokenizerError(f"gigatoken refuses it: {reason}") from fault
+
+
+def _byte_lengths(table: Sequence[bytes], spec: GigatokenSpec, guarded: GuardedSpec) -> npt.NDArray[np.uint32]:
+    """Return the number of bytes that each id stands for in a text; 0 for special tokens, which no text contains."""
+    lengths = np.array([len(token) for token in table], dtype=np.uint32)
+    for number, content in spec.added.items():
+        lengths[number] = len(content.encode())
+    lengths[[number for number in guarded.names.values() if number >= 0]] = 0
+    return lengths
+
+
+def _has_unsettled(text: str, utf8: bytes) -> bool:
+    """Whether a text has characters that the Unicode tables of gigatoken and `tokenizers` may not both have."""
+    # Most European texts have only characters below U+0300, and U+2000 to U+203F; this is ten times as fast.
+    if not utf8.translate(None, _COMMON_BYTES) and utf8.count(b"\xe2") == utf8.count(b"\xe2\x80"):
+        return False
+    starts = range(0, len(text), PIECE_CHARACTERS)
+    codes = (np.frombuffer(text[start : start + PIECE_CHARACTERS].encode("utf-32-le"), np.uint32) for start in starts)
+    return any(bool(_unsettled().take(block).any()) for block in codes)
+
+
+@functools.cache
+def _unsettled() -> npt.NDArray[np.bool_]:
+    """Return, for each code point, whether the libraries' tables may differ: no character for Python, or a new one."""
+    unsettled = np.ones(sys.maxunicode + 1, dtype=np.bool_)
+    for first, last in ((0, 0x3FFFF), (0xE0000, 0xE0FFF)):
+        unsettled[first : last + 1] = [unicodedata.category(chr(code)) == "Cn" for code in range(first, last + 1)]
+    unsettled[0xF0000:] = False  # for private use
+    for first, last in _UNICODE_17:
+        unsettled[first : last + 1] = True
+    return unsettled
+
+
+def _resident_bytes() -> int | None:
+    """Return the resident memory of this process; None where Linux's /proc does not exist."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
