@@ -120,6 +120,8 @@ def write_apt_config(folder: Path) -> Path:
         f'Dir::State::Lists "{folder}/state/lists";',
         f'Dir::State::Status "{folder}/state/status";',
         f'Dir::Cache "{folder}/cache";',
+        'Dir::Cache::pkgcache "pkgcache.bin";',  # container images disable it: every call would parse the lists again
+        'Dir::Cache::srcpkgcache "srcpkgcache.bin";',
         'APT::Sandbox::User "root";',  # apt would otherwise download as a user who may not enter this folder
         'Acquire::Languages "none";',
         'Acquire::Retries "2";',
@@ -137,13 +139,16 @@ def write_apt_config(folder: Path) -> Path:
 
 
 def _available(config: Path, folder: Path) -> dict[str, int]:
-    """Return the download size in bytes of the newest version of each available package."""
+    """Return the download size in bytes of the newest version of each available package, in the order of PACKAGES."""
+    names = list(dict.fromkeys(package.name for package in PACKAGES))
+    # One call for all: each one may read the package lists again. It fails if one package is missing.
+    shown = _apt(config, "apt-cache", "--no-all-versions", "show", *names, folder=folder, may_fail=True)
     sizes: dict[str, int] = {}
-    for name in dict.fromkeys(package.name for package in PACKAGES):
-        shown = _apt(config, "apt-cache", "--no-all-versions", "show", name, folder=folder, may_fail=True)
-        if match := re.search(r"^Size: (\d+)$", shown, flags=re.MULTILINE):
-            sizes[name] = int(match[1])
-    return sizes
+    for record in shown.split("\n\n"):
+        name, size = (re.search(rf"^{field}: (\S+)$", record, flags=re.MULTILINE) for field in ("Package", "Size"))
+        if name and size:
+            sizes[name[1]] = int(size[1])
+    return {name: sizes[name] for name in names if name in sizes}
 
 
 def _apt(config: Path, tool: str, *arguments: str, folder: Path, may_fail: bool = False) -> str:
@@ -228,7 +233,7 @@ def fetch(output: Path) -> None:
     failures = []
     for name, source in (("Debian packages", _by_packages), ("the Hugging Face hub", hub_pages)):
         try:
-            cleaned = {language: clean(pages, language) for language, pages in source().items()}
+            cleaned = clean_in_parallel(source())
             for language, (pages, _) in cleaned.items():
                 size = sum(len(joined(page.lines).encode()) for page in pages)
                 if size < MIN_LANGUAGE_BYTES:
@@ -244,6 +249,13 @@ def fetch(output: Path) -> None:
         f"Make one of the two available, or put your own English and German text at {output}/english.jsonl and "
         f'{output}/german.jsonl, one document per line: {{"text": "..."}}.'
     )
+
+
+def clean_in_parallel(by_language: dict[str, list[Page]]) -> dict[str, tuple[list[Page], Dropped]]:
+    """Return `clean`'s results by language, each from a process of its own."""
+    with ProcessPoolExecutor(max_workers=len(by_language)) as pool:
+        cleaned = pool.map(clean, by_language.values(), by_language)
+        return dict(zip(by_language, cleaned, strict=True))
 
 
 def _by_packages() -> dict[str, list[Page]]:

@@ -212,13 +212,17 @@ def _append(lines: list[Line], text: str, level: int) -> None:
 
 def tidy(text: str) -> str:
     """Return `text` in NFC on one line, without invisible characters and doubled spaces."""
-    text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", unicodedata.normalize("NFC", text))
-    return re.sub(r"\s+([,.;:!?])(?=\s|$)", r"\1", " ".join(text.split()))
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    return _SPACE_BEFORE_MARK.sub(r"\1", " ".join(text.split()))
+
+
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_SPACE_BEFORE_MARK = re.compile(r"\s+([,.;:!?])(?=\s|$)")
 
 
 def is_prose(line: Line) -> bool:
     """Whether a line is running text: mostly letters, and, unless a heading, longer than a table cell."""
-    letters = sum(character.isalpha() for character in line.text)
+    letters = sum(map(str.isalpha, line.text))
     if not letters or letters < 0.7 * (len(line.text) - line.text.count(" ")):
         return False
     return line.level < BODY or len(words_of(line.text)) >= SHORT_LINE_WORDS

@@ -288,7 +288,12 @@ class TestPackages:
             """shift 3; [[ $1 == download ]] || exit 0; shift
             for name; do cp "$SERVED/$name.deb" "${name}_1%3a2_all.deb"; done""",
         )
-        write_tool(tools, "apt-cache", '[[ -f $SERVED/${!#}.deb ]] && printf "Package: x\\nSize: 12\\n"')
+        write_tool(
+            tools,
+            "apt-cache",
+            """shift 5; for name; do  # the status is that of the last name, missing or not
+            [[ -f $SERVED/$name.deb ]] && printf "Package: $name\\nSize: 12\\n\\n"; done""",
+        )
         write_tool(tools, "dpkg-deb", 'cat "${!#}"')
         return served
 
