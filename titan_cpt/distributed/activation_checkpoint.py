@@ -15,6 +15,7 @@ _MATMULS = (
     "aten.mm.default",
     "aten.addmm.default",  # a linear layer with a bias
     "aten._scaled_mm.default",  # float8
+    "mkldnn._linear_pointwise.default",  # training.enable_onednn
 )
 _SAVED_OPERATORS = {
     *_MATMULS,

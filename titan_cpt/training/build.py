@@ -33,7 +33,7 @@ from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
-from titan_cpt.models.common.ops import multiplied_in_float32
+from titan_cpt.models.common.ops import multiplied_in_float32, use_onednn
 from titan_cpt.planning.device_rules import check_device
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
@@ -76,6 +76,7 @@ def build(
         TitanError: config, data, device and checkpoints do not fit together; raised on every rank.
     """
     torch.use_deterministic_algorithms(config.job.deterministic)
+    use_onednn(config.training.enable_onednn)
     console = make_console() if process.rank == 0 else Console(quiet=True)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)

@@ -8,6 +8,7 @@ import training
 
 from titan_cpt.config.load import load_config
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
+from titan_cpt.models.common import ops
 from titan_cpt.training.build import parallel_options
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -44,6 +45,20 @@ def test_settings_of_the_config_are_options_of_parallelization(write, one_stage,
 
     assert plain.precision is torch.bfloat16
     assert {name: getattr(configured, name) for name in expected} == expected
+
+
+def test_float32_products_are_onednns_in_a_run_that_enables_it(tmp_path, monkeypatch):
+    """training.enable_onednn acts on a CPU on which oneDNN is faster, until a run without it is built."""
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda: True)
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    found = []
+    for name, enable in (("with", True), ("without", False)):
+        raw["job"]["name"] = name
+        raw["training"]["enable_onednn"] = enable
+        with training.built_trainer(training.config_of(raw)):
+            found.append(ops._onednn_multiplies(torch.zeros(2, 2), torch.zeros(2, 2)))
+
+    assert found == [True, False]
 
 
 def test_the_parts_of_a_run_have_its_configs_numbers(tmp_path):

@@ -1,24 +1,29 @@
 """Replacements for operations that torch 2.13 computes slowly on some CPUs or cannot compile for them.
 
-Elsewhere these functions call torch's own operation. There are two reasons for replacements:
+Elsewhere these functions call torch's own operation. There are three reasons for replacements:
 
 - On a CPU without bfloat16 instructions torch multiplies bfloat16 matrices element by element, 4 to 50 times slower
   than float32 (scripts/bench/products.py). There, `linear` and `multiply` compute in float32 and round once. Bfloat16
   instructions also accumulate in float32, so the results are the same.
+- On AMD CPUs torch's BLAS (MKL) multiplies float32 matrices with AVX2, although the CPU may have AVX-512. After
+  `use_onednn(True)`, `linear` and `multiply` take oneDNN there, which torch contains too: twice as fast.
 - torch.compile decomposes an operation and makes it slower, or fails to compile it.
 
 Shape letters: B sequences, L positions, S positions of keys, N heads, H head width, R half of its rotated features.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 CPU_HAS_BFLOAT16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 """Whether torch uses bfloat16 instructions on this CPU: x86 with AVX-512 or AMX, newer aarch64."""
+_onednn_enabled = False
 _SHORT_ON_CPU = 128 * 64  # largest product of positions and head width that counts as short
 
 
@@ -32,18 +37,24 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in the dtype of x; the last dimensions of x and of the weight are equal."""
+    if _onednn_multiplies(x, weight):
+        product: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return product
     if not multiplied_in_float32(x.dtype, x.device):
         return F.linear(x, weight, bias)
-    product: Tensor = _RoundedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return product
+    rounded: Tensor = _RoundedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """The product of two matrices, written to `out` if given; without autograd."""
-    if not multiplied_in_float32(a.dtype, a.device):
+    if _onednn_multiplies(a, b):
+        product = _onednn_product(a, b.t())
+    elif multiplied_in_float32(a.dtype, a.device):
+        product = torch.mm(a.float(), b.float()).to(a.dtype)
+    else:
         return torch.mm(a, b, out=out)
-    product = torch.mm(a.float(), b.float())
-    return product.to(a.dtype) if out is None else out.copy_(product)
+    return product if out is None else out.copy_(product)
 
 
 def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Tensor:
@@ -65,6 +76,68 @@ def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Ten
 def multiplied_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrix products in this dtype on this device are computed in float32 and rounded."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not CPU_HAS_BFLOAT16
+
+
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 matrices with wider instructions than MKL: on an AMD CPU with AVX-512."""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_both = has_both and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not has_both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return False
+
+
+def use_onednn(enable: bool) -> None:
+    """Multiply float32 matrices on this process's CPU with oneDNN from now on, if it is faster, or with MKL again.
+
+    The sums are in another order: both results are within float32's rounding of the exact ones, not equal.
+    """
+    global _onednn_enabled
+    _onednn_enabled = enable and onednn_is_faster()
+
+
+def _onednn_multiplies(a: Tensor, b: Tensor) -> bool:
+    if not _onednn_enabled or torch.compiler.is_compiling():
+        return False
+    return (
+        a.dtype == b.dtype == torch.float32 and a.is_cpu and not isinstance(a, DTensor) and not isinstance(b, DTensor)
+    )
+
+
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias; both matrices may be transposed views."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return product
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """`linear` whose three products are oneDNN's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _onednn_product(grad_rows, weight.t()).view_as(x)
+        if ctx.needs_input_grad[1]:
+            # The result with fewer rows than columns is up to 1.6 times as fast as its transpose.
+            if len(weight) > weight.shape[1]:
+                grad_weight = _onednn_product(x_rows.t(), grad_rows.t()).t()
+            else:
+                grad_weight = _onednn_product(grad_rows.t(), x_rows.t())
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_rows.sum(0)
+        return grad_x, grad_weight, grad_bias
 
 
 class _RoundedLinear(torch.autograd.Function):

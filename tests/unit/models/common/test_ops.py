@@ -132,3 +132,63 @@ def test_a_weights_gradient_is_rounded_to_bfloat16_even_where_it_is_kept_in_floa
 
     assert layer.weight.grad.dtype == torch.float32
     assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """oneDNN multiplies float32 matrices, whatever CPU runs the test, until the test ends."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda: True)
+    ops.use_onednn(True)
+    yield
+    ops.use_onednn(False)
+
+
+def products(x, weight, bias, grad):
+    """A linear layer's output and its gradients, and the product of `multiply`, also into a given matrix."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    out = ops.linear(*leaves)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    into = torch.empty(len(weight), x.shape[-1], dtype=x.dtype)
+    product = ops.multiply(grad.flatten(0, -2).t(), x.flatten(0, -2), out=into)
+    assert product is into
+    return [*found, product, ops.multiply(grad.flatten(0, -2), weight)]
+
+
+@pytest.mark.parametrize(("features", "outputs"), [(24, 56), (56, 24), (1, 3)])
+def test_onednn_gives_a_linear_layers_products(onednn, features, outputs):
+    """Values, gradients and strided operands, within float32's rounding of the same in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 9, features), (outputs, features), (outputs,), (2, 9, outputs)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    for found, exact in zip(products(*tensors), products(*(tensor.double() for tensor in tensors)), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_onednn_multiplies_only_plain_float32_on_request(onednn, monkeypatch):
+    """Other dtypes keep torch's products, and all do after use_onednn(False) or where oneDNN is not faster."""
+    x, weight = torch.randn(5, 7), torch.randn(3, 7)
+    used = []
+    monkeypatch.setattr(ops, "_onednn_product", lambda a, b, bias=None: used.append(a.dtype) or F.linear(a, b, bias))
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        ops.linear(x.to(dtype), weight.to(dtype))
+    assert used == [torch.float32]
+
+    ops.use_onednn(False)
+    ops.linear(x, weight)
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda: False)
+    ops.use_onednn(True)
+    ops.linear(x, weight)
+    assert used == [torch.float32]
+
+
+def test_compiled_code_does_not_take_onednn(onednn):
+    """torch.compile chooses the kernels of what it compiles; the same graph serves both settings."""
+    graphs = []
+    compiled = torch.compile(ops.linear, backend=lambda module, _: graphs.append(module) or module.forward)
+    compiled(torch.randn(5, 7), torch.randn(3, 7))
+
+    assert "mkldnn" not in graphs[0].code
