@@ -1,10 +1,11 @@
-"""What all tests share: one torch thread, hypothesis without deadlines, and a config of one stage to start from."""
+"""What all tests share: no GPU, one torch thread, hypothesis without deadlines, and a config of one stage."""
 
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import hardware
 import pytest
 from hypothesis import Phase, settings
 
@@ -13,6 +14,7 @@ from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.prepare import chunks
 from titan_cpt.planning.planner import make_plan
 
+hardware.prepare()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -21,6 +23,59 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 settings.register_profile("titan_cpt", deadline=None, max_examples=60)
 settings.register_profile("mutants", settings.get_profile("titan_cpt"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile("titan_cpt")  # `--hypothesis-profile mutants` fails without looking for the smallest example
+
+
+def pytest_unconfigure() -> None:
+    """Remove what `hardware` made."""
+    hardware.clean_up()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    why = "" if hardware.ON_GPU in os.environ else hardware.why_no_gpu()
+    for item in items:
+        if why and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Report a test marked `gpu` from the process that sees the GPUs."""
+    if not item.get_closest_marker("gpu") or item.get_closest_marker("skip") or hardware.ON_GPU in os.environ:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in hardware.reports_of(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """In the process that sees the GPUs: hand the report to the process that was given the test."""
+    report = yield
+    if hardware.ON_GPU in os.environ:
+        hardware.record(item.config, report)
+    return report
+
+
+@pytest.fixture
+def cuda_device():
+    """The first GPU, in tests marked `gpu`."""
+    import torch
+
+    if hardware.ON_GPU not in os.environ:
+        pytest.fail("this test needs the mark gpu")
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} sees no GPU")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _has_its_device(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("cuda_device")
+
 
 HEAD = """
 [job]

@@ -90,7 +90,8 @@ def _pass(copy: Path, tests: str) -> bool:
     command = [sys.executable, "-c", "import pytest; raise SystemExit(pytest.main())"]
     command += ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-profile", "mutants"]
     command += [str(path) for path in sorted((copy / "tests").glob(tests))]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from titan_cpt.models.huggingface_weights import to_huggingface
 from titan_cpt.models.registry import named_size
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SPECS = {
     "gpt_neox": named_size("gpt_neox", "debug", 257, overrides={"vocab_size": 300}),
     "llama": named_size("llama", "debug", 257, overrides={"vocab_size": 300}),

@@ -72,7 +72,7 @@ def run(command, folder):
     """A command of the README, typed in `folder`; `run_train.sh` with one process is `titan-cpt train`."""
     words = shlex.split(command, comments=True)
     arguments = {"titan-cpt": words[1:], "./run_train.sh": ["train", *words[1:]]}[words[0]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "titan_cpt", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )

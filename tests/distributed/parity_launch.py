@@ -101,12 +101,11 @@ def launch(folder: Path, runs: list[dict[str, str]], world_size: int, name: str 
     name = name or str(world_size)
     (folder / f"runs-{name}.json").write_text(json.dumps(runs))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     driver = str(Path(__file__).with_name("parity_driver.py"))
     done = subprocess.run(
         [sys.executable, *(torchrun if world_size > 1 else []), driver, f"runs-{name}.json"],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -205,7 +205,7 @@ def test_a_port_in_use_is_a_plan_error_under_another_launcher(monkeypatch):
 
 def test_a_plan_error_is_one_message_under_several_processes(config, tmp_path):
     """A batch of 4 is not divisible by 3 x 2; the message is not repeated per process, and torchrun prints no log."""
-    environment = {**os.environ, "NPROC": "3", "PYTHONPATH": str(ROOT), "VIRTUAL_ENV": sys.prefix}
+    environment = {**os.environ, "NPROC": "3", "VIRTUAL_ENV": sys.prefix}
     done = subprocess.run(
         [str(ROOT / "run_train.sh"), "--config", str(config), "--job.output_dir", str(tmp_path)],
         env=environment,

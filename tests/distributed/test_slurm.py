@@ -111,7 +111,6 @@ def submit(
         "FOLDER": str(cluster),
         "SUBMITTED": str(submitted),
         "VIRTUAL_ENV": sys.prefix,
-        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": port,
         "SLURM_JOB_ID": "4711",

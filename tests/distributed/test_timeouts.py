@@ -43,7 +43,7 @@ def test_timeouts_hold_in_every_group_and_not_for_rank_0s_data(tmp_path: Path) -
     a sum in a group of their own for which rank 1 comes 6 s late."""
     (tmp_path / "ranks.py").write_text(RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "ranks.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     files = sorted(path.name for path in tmp_path.glob("told-*"))
     assert files == ["told-0.json", "told-1.json"], done.stderr
@@ -58,7 +58,7 @@ def test_a_node_that_never_starts_ends_the_wait_after_the_configs_timeout(tmp_pa
     (tmp_path / "run.toml").write_text(TOML)
     given = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "VIRTUAL_ENV": sys.prefix}
     command = [str(ROOT / "run_train.sh"), "--config", "run.toml", "--comm.init_timeout_seconds", "3"]
-    environment = {**os.environ, **given, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **given}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 1, done.stderr

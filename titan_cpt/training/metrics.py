@@ -225,11 +225,18 @@ class MetricsLog:
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of titan_cpt, torch and Python, and the name of the device."""
     return {
-        "titan_cpt": metadata.version("titan_cpt"),
+        "titan_cpt": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "on": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("titan_cpt")
+    except metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout on PYTHONPATH
 
 
 def memory_gib() -> float:

@@ -65,7 +65,7 @@ def test_python_m_titan_cpt_is_the_same_program():
     """For an installation whose bin folder is not on PATH."""
     done = subprocess.run(
         [sys.executable, "-m", "titan_cpt", "--help"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=os.environ,
         capture_output=True,
         text=True,
     )
@@ -79,7 +79,7 @@ def test_a_reader_that_leaves_early_is_not_a_traceback(write, two_stages):
     program = f"{sys.executable} -m titan_cpt plan --config {write(two_stages)} --json --lr-at $(seq -s, 1 3000)"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {program} | :"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=os.environ,
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,6 @@
 """`titan-cpt plan`: exit statuses, JSON, the table, overrides, real token files."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -42,12 +41,9 @@ def plan(run, write):
 
 def in_a_process(folder, *words):
     """Run titan-cpt as a user starts it."""
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(
         [sys.executable, "-m", "titan_cpt", *map(str, words)],
         cwd=folder,
-        env=environment,
         capture_output=True,
         text=True,
     )

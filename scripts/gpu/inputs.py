@@ -1,0 +1,195 @@
+"""Configs and token files of the checks: a small model on two made-up languages, the shapes that are measured.
+
+The tokens are generated, so that the checks need neither a network nor a tokenizer; the quick start's own text can be
+given as a folder (`check.sh --text`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 257
+LANGUAGES = ("english", "german")
+SHAPES: dict[str, dict[str, Any]] = {
+    # The paper's 405M model, 8 x 2,048 tokens a step.
+    "G405": {
+        "model": {"family": "gpt_neox", "size": "mini", "layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096},
+        "vocab_size": 50304,
+        "batch": 8,
+        "seq_len": 2048,
+    },
+    # A Llama of 1.1B parameters, 4 x 2,048 tokens a step.
+    "L1B": {
+        "model": {
+            "family": "llama",
+            "size": "mini",
+            **{"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "mlp_width": 5632},
+        },
+        "vocab_size": 32000,
+        "batch": 4,
+        "seq_len": 2048,
+    },
+    # Four blocks of Llama 3 8B, 2 x 4,096 tokens a step: matrices at which float8 should pay.
+    "W4096": {
+        "model": {
+            "family": "llama",
+            "size": "mini",
+            **{"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336},
+        },
+        "vocab_size": 32000,
+        "batch": 2,
+        "seq_len": 4096,
+    },
+    # The dry run's.
+    "tiny": {
+        "model": {"family": "gpt_neox", "size": "debug"},
+        "vocab_size": 512,
+        "batch": 4,
+        "seq_len": 64,
+    },
+}
+
+
+def write_languages(folder: Path, *, tokens: int) -> None:
+    """Two languages, training and validation: after each byte one of three others follows."""
+    import numpy as np
+
+    from titan_cpt.data.formats.indexed_writer import IndexedWriter
+
+    for number, name in enumerate(LANGUAGES, start=1):
+        follows = np.random.default_rng(number).integers(97, 117, size=(VOCABULARY, 3))
+        for suffix, size in (("", tokens), ("-validation", max(tokens // 8, 4096))):
+            choices = np.random.default_rng([number, len(suffix)]).integers(0, 3, size=size)
+            text, byte = np.empty(size, dtype=np.int64), 97
+            for place, choice in enumerate(choices):
+                byte = int(follows[byte, choice])
+                text[place] = byte
+            with IndexedWriter(folder / f"{name}{suffix}", VOCABULARY) as writer:
+                for document in np.array_split(text, max(1, size // 600)):
+                    writer.add_document([*document.tolist(), VOCABULARY - 1])
+
+
+def write_text(folder: Path, documents: int = 120) -> None:
+    """Made-up text in the two languages of the quick start, as jsonl, for a dry run without the real text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(LANGUAGES, start=1):
+        rng = random.Random(number)
+        words = ["".join(rng.choices("abdeghiklmnorstu", k=rng.randint(2, 9))) for _ in range(400)]
+        lines = (json.dumps({"text": " ".join(rng.choices(words, k=150))}) for _ in range(documents))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_noise(folder: Path, *, vocab_size: int, tokens: int) -> Path:
+    """Tokens that follow Zipf's law; returns their prefix."""
+    import numpy as np
+
+    from titan_cpt.data.formats.indexed_writer import IndexedWriter
+
+    prefix = folder / f"zipf-{vocab_size}"
+    if not prefix.with_suffix(".idx").exists():
+        rng = np.random.default_rng(0)
+        with IndexedWriter(prefix, vocab_size) as writer:
+            for _ in range(-(-tokens // 2000)):
+                writer.add_document((rng.zipf(1.3, size=2000) % 256).tolist())
+    return prefix
+
+
+def small_config(data: Path, out: Path, *, tiny: bool, **tables: dict[str, Any]) -> dict[str, Any]:
+    """Two stages of a small model with float32 products; `tables` replace keys of tables, by the table's name."""
+    steps = 6 if tiny else 60
+    raw: dict[str, Any] = {
+        "job": {"name": "run", "output_dir": str(out)},
+        "model": {"family": "gpt_neox", "size": "debug" if tiny else "mini"},
+        "datasets": {
+            name: {"train": str(data / name), "validation": str(data / f"{name}-validation")} for name in LANGUAGES
+        },
+        "training": {
+            "global_batch_size": 4 if tiny else 16,
+            "local_batch_size": 2 if tiny else 8,
+            "seq_len": 32 if tiny else 256,
+            "mixed_precision_param": "float32",
+        },
+        "checkpoint": {"interval": 2 if tiny else 15, "keep_latest_k": 2},
+        "metrics": {"log_freq": 2 if tiny else 5, "enable_tensorboard": False},
+        "validation": {"interval": 3 if tiny else 20, "sequences": 4 if tiny else 32},
+        "stages": [
+            {
+                "name": name,
+                "dataset": name,
+                "steps": steps,
+                "lr": {"schedule": "cosine", "max": 2e-3, "min": 2e-4, "warmup_until": 0.1},
+                **({"replay": {"fraction": 0.25}, "optimizer_state": "keep"} if name == "german" else {}),
+            }
+            for name in LANGUAGES
+        ],
+    }
+    for table, keys in tables.items():
+        raw[table] = {**raw.get(table, {}), **keys}
+    return raw
+
+
+def shape_config(shape: str, folder: Path, *, steps: int, **tables: dict[str, Any]) -> dict[str, Any]:
+    """One stage of a measured shape on generated tokens, bfloat16; `tables` as in `small_config`."""
+    given = SHAPES[shape]
+    tokens = given["batch"] * given["seq_len"]
+    prefix = write_noise(folder, vocab_size=given["vocab_size"], tokens=(steps + 2) * max(tokens, 4096))
+    raw: dict[str, Any] = {
+        "job": {"name": "run", "output_dir": str(folder / "runs")},
+        "model": {**given["model"], "vocab_size": given["vocab_size"]},
+        "datasets": {"text": {"train": str(prefix)}},
+        "training": {
+            "global_batch_size": given["batch"],
+            "local_batch_size": given["batch"],
+            "seq_len": given["seq_len"],
+        },
+        "metrics": {"enable_tensorboard": False},
+        "stages": [
+            {"name": "only", "dataset": "text", "steps": steps, "lr": {"schedule": "constant", "max": 3e-4}},
+        ],
+    }
+    for table, keys in tables.items():
+        raw[table] = {**raw.get(table, {}), **keys}
+    return raw
+
+
+def write_config(raw: dict[str, Any], path: Path) -> Path:
+    """The config as a TOML file."""
+    import tomli_w
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tomli_w.dumps(raw))
+    return path
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def numbers_of(run: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """What the run computed, by (kind, stage, step, dataset); of what was written twice, the last. No times."""
+    found: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    names = {
+        "train": ("loss_nats_per_token", "grad_norm", "lr", "batch_hash", "tokens", "run_step"),
+        "validation": ("loss_nats_per_token", "bits_per_byte", "forgetting_nats_per_token"),
+    }
+    for line in metrics_of(run):
+        if line["kind"] in names:
+            key = (line["kind"], line.get("stage"), line.get("step"), line.get("dataset"))
+            found[key] = tuple(line[name] for name in names[line["kind"]])
+    return found
+
+
+def losses_of(run: Path) -> dict[tuple[str, str, int], float]:
+    """The last validation loss of each (stage, dataset), in nats per token."""
+    found: dict[tuple[str, str, int], float] = {}
+    for line in metrics_of(run):
+        if line["kind"] == "validation":
+            found[line["stage"], line["dataset"], line["step"]] = line["loss_nats_per_token"]
+    return found
