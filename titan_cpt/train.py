@@ -28,7 +28,6 @@ from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import StageLoader
 from titan_cpt.data.prepare.prepare_missing import prepare_missing_data_unless_stopped
-from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import (
     ProcessInfo,
     any_rank_stops,
@@ -45,12 +44,13 @@ from titan_cpt.training.build import build
 from titan_cpt.training.changed_validation import renew_baselines
 from titan_cpt.training.due import actions_due, benchmarks_due
 from titan_cpt.training.forgetting import validate
-from titan_cpt.training.optimizer import clip_grad_norm, set_lr
+from titan_cpt.training.forward_backward import StepResult
+from titan_cpt.training.optimizer import set_lr
 from titan_cpt.training.resume import first_unfinished_stage, log_start
 from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
-from titan_cpt.training.step_log import StepResult, record_step
+from titan_cpt.training.step_log import record_step
 
 _IGNORED_WARNINGS = (
     "'set_vital' is deprecated",  # raised inside torch when torchdata's loader starts
@@ -150,6 +150,7 @@ class Trainer(TrainerState):
             them.
         """
         loader = self.open_loader(stage, steps_done)
+        self.stepper.restart()
         self.display.begin_stage(stage, steps_done)
         if not self.measure_at_start(stage, steps_done, validate_first=validate_first):
             return steps_done, False
@@ -167,6 +168,7 @@ class Trainer(TrainerState):
             if due.log and (bad_step := self.flush_metrics(stage)):
                 step = handle_bad_step(self, stage, bad_step)
                 loader = self.open_loader(stage, step)
+                self.stepper.restart()
                 continue
             if due.validation:
                 interrupted = not validate(self, stage, step)
@@ -188,20 +190,11 @@ class Trainer(TrainerState):
         Args:
             step: 0-based, in the stage.
         """
-        loss = torch.zeros((), device=self.process.device)
         for microbatch in range(self.plan.gradient_accumulation_steps):
             inputs_BL, targets_BL = loader.batch(step, microbatch)
-            loss += self.runner.backward(inputs_BL, targets_BL, self.plan.step_tokens)  # share of the batch's mean loss
-        loss = self.mesh.sum_loss(loss)
-        grad_norm = clip_grad_norm(self.model, self.config.training.max_norm, self.mesh.pipeline)
-        loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
-        health = self.guard.observe(loss, grad_norm)
+            self.stepper.backward(inputs_BL, targets_BL, first=microbatch == 0)
         set_lr(self.optimizer, stage.lr_at(step))
-        self.optimizer.step()
-        if self.config.float8.enable_fsdp_float8_all_gather:
-            refresh_scales(self.model)
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, health)
+        return self.stepper.update()
 
     def skip_batch(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
         """Read a step's batch and discard it: LR schedule and data advance, weights and moments do not change."""

@@ -93,7 +93,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "data.tokenizer.train_bpe": "unit/data/tokenizer/test_tokenizer.py",
     "distributed.activation_checkpoint": "distributed/test_parity.py",
     "distributed.build": "distributed/test_parity.py",
-    "distributed.compile": "distributed/test_parity.py",
     "distributed.device_mesh": "distributed/test_parity.py",
     "distributed.float8_filter": "unit/distributed/test_float8.py",
     "distributed.fsdp": "distributed/test_parity.py",

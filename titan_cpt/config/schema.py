@@ -132,6 +132,12 @@ class TrainingConfig(Table):
     the detection off."""
     max_skips_per_1000_steps: Annotated[int, Field(ge=0, le=1000)] = 10
     """Skipped batches allowed in any 1000 steps of a stage; one more stops the run."""
+    attention_backend: Literal["default", "cudnn", "flash", "efficient", "math", "fastest"] = "default"
+    """Kernel of scaled dot-product attention (SDPA). default: torch chooses; fastest: measure the available ones when
+    the run begins, and use the fastest one; a resumed run uses that one too."""
+    cuda_graphs: bool = False
+    """Replay CUDA graphs of a micro-batch and of the optimizer step, instead of launching every kernel from Python.
+    Single process, CUDA."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, which all ranks run after the same step."""
 
@@ -217,7 +223,13 @@ class CompileConfig(Table):
     """[compile]: torch.compile."""
 
     enable: bool = False
-    """Compile each transformer block with torch.compile."""
+    """Compile the model with torch.compile."""
+    scope: Literal["block", "model"] = "block"
+    """block: compile each transformer block; all blocks share the code. model: compile embedding, blocks and final norm
+    as one graph, which also fuses operations of neighboring blocks and takes longer to compile; single process only."""
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """`mode` of torch.compile. max-autotune-no-cudagraphs chooses kernels by measuring them at the start of every
+    session: a resumed run may choose others, whose results differ in the last bits."""
 
 
 class Float8Config(Table):

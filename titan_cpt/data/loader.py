@@ -98,7 +98,8 @@ class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
             self._drawn = (step, self.batch_of(step))
         first = (self.rank * self.accumulation + micro) * self.local_batch
         tokens = torch.from_numpy(self.reader.read(self._drawn[1][first : first + self.local_batch]))
-        return tokens[:, :-1], tokens[:, 1:]
+        # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, which waits for it.
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 class StageLoader:

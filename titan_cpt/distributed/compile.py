@@ -1,4 +1,4 @@
-"""torch.compile, block by block."""
+"""torch.compile, block by block or for the whole model without its head."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import cast
 import torch
 from torch import nn
 
+from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.language_model import LanguageModel
 
 
-def apply_compile(model: LanguageModel) -> None:
-    """Compile each transformer block separately, in place; all blocks share the generated code."""
+def apply_compile(model: LanguageModel, options: ParallelOptions) -> None:
+    """Compile a model in place, with torch.compile's mode `options.compile_mode`.
+
+    - scope "block" compiles each transformer block separately; all blocks share the generated code.
+    - scope "model" compiles `model.trunk` as one graph, so that operations are fused across the borders of blocks. The
+      head stays outside: the fused linear cross-entropy computes its own gradients. In a single process only.
+    """
+    if options.compile_scope == "model":
+        model.trunk = torch.compile(model.trunk, mode=options.compile_mode, fullgraph=True)  # type: ignore[method-assign]
+        return
     for layer, block in list(model.blocks.items()):
-        model.blocks[layer] = cast(nn.Module, torch.compile(block))
+        model.blocks[layer] = cast(nn.Module, torch.compile(block, mode=options.compile_mode))
 
 
 def require_compiler(device: torch.device) -> None:

@@ -42,13 +42,21 @@ class ComputeCopy:
             self._versions = versions
             self._gave_gradients = False
 
+    def note_update(self) -> None:
+        """Cast in the next `refresh`; call after an update without a backward pass in Python: a replayed CUDA graph."""
+        self._gave_gradients = True
+
     def take_gradients(self) -> None:
         """Share the master weights' gradients with the compute copy, which adds to them; call before backward."""
         for master, compute in zip(self._master, self._compute, strict=True):
             compute.grad = master.grad
 
     def give_gradients(self) -> None:
-        """Share the compute copy's gradients with the master weights; call after a backward pass."""
+        """Hand the compute copy's gradients to the master weights; call after a backward pass.
+
+        The compute copy keeps none: torch.compile refuses to trace a bf16 weight that has a float32 gradient.
+        """
         for master, compute in zip(self._master, self._compute, strict=True):
             master.grad = compute.grad
+            compute.grad = None
         self._gave_gradients = True

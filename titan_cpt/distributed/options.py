@@ -31,7 +31,9 @@ class ParallelOptions:
         recompute: activation checkpointing mode: "none", "full", "selective" or "memory_budget".
         selection: for "selective": "op" (per operator), or "n", an integer, to checkpoint every n-th block.
         memory_budget: for "memory_budget": fraction of the activation memory that may be used, 0 to 1.
-        compiled: apply torch.compile to each block.
+        compiled: apply torch.compile.
+        compile_scope: "block" to compile each block, "model" to compile all but the head as one graph.
+        compile_mode: mode of torch.compile.
         ring_attention: context-parallel ranks pass keys and values around a ring instead of all-gathering them.
         async_tp: overlap tensor-parallel communication with matrix products.
         offloaded: keep parameters, gradients and optimizer state in host memory.
@@ -43,6 +45,8 @@ class ParallelOptions:
     selection: str = "op"
     memory_budget: float = 0.5
     compiled: bool = False
+    compile_scope: str = "block"
+    compile_mode: str = "default"
     ring_attention: bool = False
     async_tp: bool = False
     offloaded: bool = False

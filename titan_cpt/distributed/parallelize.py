@@ -31,7 +31,7 @@ def parallelize(model: LanguageModel, mesh: Mesh, options: ParallelOptions) -> N
     if options.recompute != "none":
         apply_ac(model, options)
     if options.compiled:
-        apply_compile(model)
+        apply_compile(model, options)
     if options.async_tp:
         enable_async_tp(mesh.tensor)
     if mesh.device_mesh is not None:

@@ -59,8 +59,23 @@ def _compiled_float8(config: Config) -> str | None:
     )
 
 
+def _cuda_graphs(config: Config) -> str | None:
+    if not config.training.cuda_graphs:
+        return None
+    return "training.cuda_graphs: a CPU has no CUDA graphs: set it to false"
+
+
+def _cuda_attention(config: Config) -> str | None:
+    backend = config.training.attention_backend
+    if backend not in ("cudnn", "efficient"):
+        return None
+    return f'training.attention_backend: "{backend}" is a CUDA kernel: use "default", "flash", "math" or "fastest"'
+
+
 CPU_RULES: tuple[CPURule, ...] = (
     CPURule("ring attention", "torch 2.13 has no ring attention on a CPU", _ring_attention),
     CPURule("async TP", "it needs symmetric memory, which only CUDA has", _async_tp),
     CPURule("float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8),
+    CPURule("CUDA graphs", "a CPU has none", _cuda_graphs),
+    CPURule("the attention kernels cudnn and efficient", "they are CUDA kernels", _cuda_attention),
 )

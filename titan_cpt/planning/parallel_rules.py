@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from titan_cpt.common.text import did_you_mean
-from titan_cpt.config.schema import Config
+from titan_cpt.config.schema import CompileConfig, Config
 from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.models.spec import ModelSpec
@@ -289,6 +289,70 @@ def _selective_option(inputs: RuleInput) -> str | None:
     )
 
 
+def _cuda_graphs_on_ranks(inputs: RuleInput) -> str | None:
+    if not inputs.config.training.cuda_graphs or inputs.world_size == 1:
+        return None
+    return (
+        f"training.cuda_graphs: graphs are captured in a single process only, and the run has {inputs.world_size}: set "
+        "it to false"
+    )
+
+
+def _cuda_graphs_with(inputs: RuleInput) -> str | None:
+    config = inputs.config
+    others = {"float8.recipe_name": config.float8.recipe_name is not None}
+    others["profiling.enable_profiling"] = config.profiling.enable_profiling
+    found = [key for key, is_set in others.items() if is_set]
+    if not config.training.cuda_graphs or not found:
+        return None
+    return f"training.cuda_graphs: not supported together with {' and '.join(found)}: remove it or training.cuda_graphs"
+
+
+def _compiled_model(inputs: RuleInput) -> str | None:
+    config = inputs.config
+    if config.compile.scope == "block" or not config.compile.enable:
+        return None
+    if inputs.world_size > 1:
+        return (
+            f'compile.scope: "model" compiles one graph in a single process, and the run has {inputs.world_size}, '
+            'whose communication happens between blocks: use "block"'
+        )
+    if config.activation_checkpoint.mode in ("full", "selective"):
+        return (
+            f'compile.scope: "model" has no blocks to recompute, and activation_checkpoint.mode is '
+            f'"{config.activation_checkpoint.mode}": use scope "block", or mode "memory_budget"'
+        )
+    return None
+
+
+def _compile_options_without_compile(inputs: RuleInput) -> str | None:
+    options = inputs.config.compile
+    changed = [
+        f"compile.{name}" for name in ("scope", "mode") if getattr(options, name) != getattr(CompileConfig(), name)
+    ]
+    if options.enable or not changed:
+        return None
+    return f"{' and '.join(changed)}: without effect while compile.enable is false: set it to true, or remove the key"
+
+
+def _autotuned_and_deterministic(inputs: RuleInput) -> str | None:
+    if inputs.config.compile.mode == "default" or not inputs.config.job.deterministic:
+        return None
+    return (
+        "compile.mode: autotuning chooses kernels by measuring them in every session, which job.deterministic excludes"
+        ': use "default", or set job.deterministic to false'
+    )
+
+
+def _attention_backend_with_cp(inputs: RuleInput) -> str | None:
+    if inputs.config.training.attention_backend == "default" or inputs.dims.cp == 1:
+        return None
+    return (
+        "training.attention_backend: context parallelism chooses the attention kernel itself: remove the key, or set "
+        f"{_PARALLELISM}context_parallel_degree to 1"
+    )
+
+
 def _not_a_divisor(key: str, degree: int, count: int, unit: str) -> str:
     nearest = _nearest(degree, _divisors(count))
     return f"{_PARALLELISM}{key}: {count} {unit} cannot be split evenly over {degree} ranks: {nearest}"
@@ -341,4 +405,14 @@ RULES: tuple[Rule, ...] = (
     Rule("CPU offload on a single rank", "FSDP2 offloads sharded parameters only", _offload_on_one_rank),
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
+    Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),
+    Rule("CUDA graphs with float8 or the profiler", "never tried on a GPU", _cuda_graphs_with),
+    Rule(
+        'compile scope "model" with several processes or recomputed blocks',
+        "both need the blocks as separate modules",
+        _compiled_model,
+    ),
+    Rule("compile options without torch.compile", "they would have no effect", _compile_options_without_compile),
+    Rule("autotuning with job.deterministic", "a resumed run may choose other kernels", _autotuned_and_deterministic),
+    Rule("an attention kernel with CP", "context parallelism chooses its own", _attention_backend_with_cp),
 )

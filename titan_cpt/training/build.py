@@ -39,7 +39,8 @@ from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.plan_text import print_plan
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.training.forward_backward import make_runner
+from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
+from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.profiler import Profiler
@@ -110,6 +111,19 @@ def build(
     checkpoints.before_save = log.fsync
     checkpoints.on_saved = partial(log_saved, log, display)
     checkpoints.on_failed = partial(log_save_failed, log, display)
+    runner = make_runner(pipeline_stages, compute_copy, mesh, options)
+    guard = _build_guard(config, optimizer)
+    eager = EagerStep(
+        model=model,
+        runner=runner,
+        optimizer=optimizer,
+        guard=guard,
+        mesh=mesh,
+        step_tokens=plan.step_tokens,
+        max_norm=config.training.max_norm,
+        float8_gather=config.float8.enable_fsdp_float8_all_gather,
+    )
+    graphs = CudaGraphs(process.device) if config.training.cuda_graphs else None
     state = kind(
         config=config,
         plan=plan,
@@ -117,9 +131,10 @@ def build(
         mesh=mesh,
         folder=folder,
         model=model,
-        runner=make_runner(pipeline_stages, compute_copy, mesh, options),
+        runner=runner,
+        stepper=eager if graphs is None else CapturedStep(eager, compute_copy, graphs),
         optimizer=optimizer,
-        guard=_build_guard(config, optimizer),
+        guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         reader=SequenceReader(data.training, seq_len=plan.seq_len, seed=plan.seed),
         validator=_build_validator(config, plan, data, mesh),
@@ -143,6 +158,8 @@ def parallel_options(config: Config) -> ParallelOptions:
         selection=activation.selective_ac_option,
         memory_budget=activation.memory_budget,
         compiled=config.compile.enable,
+        compile_scope=config.compile.scope,
+        compile_mode=config.compile.mode,
         ring_attention=config.parallelism.context_parallel_method == "ring"
         and config.parallelism.context_parallel_degree > 1,
         async_tp=config.parallelism.enable_async_tensor_parallel,

@@ -1,6 +1,7 @@
-"""Forward and backward of one micro-batch, with and without pipeline parallelism, and the loss for validation.
+"""One optimizer step, from forward and backward of its micro-batches to the update; and the loss for validation.
 
-Both runners have `backward`, for training, and `per_sequence_loss`, for validation.
+`EagerStep` makes a step of a runner and the optimizer. Both runners, with and without pipeline parallelism, have
+`backward`, for training, and `per_sequence_loss`, for validation.
 
 Shape letters: B sequences, L positions, D width, V vocabulary.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.optim import AdamW
 
 from titan_cpt.distributed.context_parallel import local_positions
 from titan_cpt.distributed.device_mesh import Mesh
+from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
+from titan_cpt.training.optimizer import UpdateGuard, clip_grad_norm
 
 
 class SingleStageRunner:
@@ -56,7 +61,6 @@ class SingleStageRunner:
         targets_BL = local_tokens(targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
-            self.copy.take_gradients()
         with sharded_loss(self.mesh):
             if self.mesh.parallel_dims.tp > 1:  # tensor parallelism splits the head's rows over ranks
                 loss = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
@@ -65,6 +69,8 @@ class SingleStageRunner:
                     fused_linear_cross_entropy, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled
                 )
                 loss = self.model(inputs_BL, head_and_loss)
+            if self.copy is not None:
+                self.copy.take_gradients()
             loss.backward()  # type: ignore[no-untyped-call]
         if self.copy is not None:
             self.copy.give_gradients()
@@ -185,6 +191,85 @@ def make_runner(
         width = next(iter(stages.values())).spec.width
         return PipelineRunner(dict(stages), mesh, options.precision, width=width)
     return SingleStageRunner(stages[0], mesh, compute_copy, compiled=options.compiled)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss, gradient norm and health of one step, as tensors on the device.
+
+    Attributes:
+        loss: mean over the global batch in nats per token, 0-dimensional.
+        grad_norm: L2 norm before clipping, 0-dimensional.
+        health: result of `UpdateGuard.observe`, [2]; None for a skipped batch.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    health: Tensor | None
+
+
+class EagerStep:
+    """Launches every operation of a step from Python. `CapturedStep` captures the same methods in CUDA graphs.
+
+    Args:
+        model: this rank's float32 weights.
+        runner: forward and backward of a micro-batch.
+        optimizer: updates `model`.
+        guard: of the optimizer's steps.
+        step_tokens: target tokens of the global batch.
+        max_norm: largest L2 norm of the clipped gradients.
+        float8_gather: FSDP2 gathers weights in float8, whose scales an update changes.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: LanguageModel,
+        runner: ModelRunner,
+        optimizer: AdamW,
+        guard: UpdateGuard,
+        mesh: Mesh,
+        step_tokens: int,
+        max_norm: float,
+        float8_gather: bool = False,
+    ) -> None:
+        self.model = model
+        self.runner = runner
+        self.optimizer = optimizer
+        self.guard = guard
+        self.mesh = mesh
+        self.step_tokens = step_tokens
+        self.max_norm = max_norm
+        self.float8_gather = float8_gather
+        self._loss = torch.zeros((), device=mesh.process.device)
+
+    def restart(self) -> None:
+        """Call before the first step, and after anything but `update` has changed weights or optimizer: no effect."""
+
+    def backward(self, inputs_BL: Tensor, targets_BL: Tensor, *, first: bool) -> None:
+        """Accumulate a micro-batch's gradients and its share of the batch's mean loss.
+
+        Args:
+            first: it is the step's first micro-batch.
+        """
+        share = self.runner.backward(inputs_BL, targets_BL, self.step_tokens)
+        self._loss = share if first else self._loss + share
+
+    def update(self) -> StepResult:
+        """Clip, check and apply the gradients, then clear them. A non-finite loss or gradient changes nothing."""
+        return self.apply_gradients(self._loss)
+
+    def apply_gradients(self, loss: Tensor) -> StepResult:
+        """`update`, given this rank's loss."""
+        loss = self.mesh.sum_loss(loss)
+        grad_norm = clip_grad_norm(self.model, self.max_norm, self.mesh.pipeline)
+        loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
+        health = self.guard.observe(loss, grad_norm)
+        self.optimizer.step()
+        if self.float8_gather:
+            refresh_scales(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, health)
 
 
 def local_tokens(tokens_BL: Tensor, mesh: Mesh) -> Tensor:

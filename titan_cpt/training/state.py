@@ -15,7 +15,8 @@ from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.planning.plan import Plan
-from titan_cpt.training.forward_backward import ModelRunner
+from titan_cpt.training.cuda.graphs import CapturedStep
+from titan_cpt.training.forward_backward import EagerStep, ModelRunner
 from titan_cpt.training.metrics import MetricsLog
 from titan_cpt.training.optimizer import UpdateGuard
 from titan_cpt.training.profiler import Profiler
@@ -33,6 +34,7 @@ class TrainerState:
         folder: the run's folder.
         model: this rank's part of the model, with float32 master weights.
         runner: forward and backward of a batch.
+        stepper: gradients of micro-batches and the update; launched one by one, or as CUDA graphs.
         guard: prevents optimizer updates from the first bad step on.
         skipped: batches that training skips because their loss or gradient was bad.
         reader: sequences of every dataset.
@@ -47,6 +49,7 @@ class TrainerState:
     folder: Path
     model: LanguageModel
     runner: ModelRunner
+    stepper: EagerStep | CapturedStep
     optimizer: AdamW
     guard: UpdateGuard
     skipped: SkippedBatches

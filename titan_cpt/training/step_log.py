@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from titan_cpt.planning.plan import StagePlan
+from titan_cpt.training.forward_backward import StepResult
 from titan_cpt.training.state import TrainerState
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Loss, gradient norm and health of one step, as tensors on the device.
-
-    Attributes:
-        loss: mean over the global batch in nats per token, 0-dimensional.
-        grad_norm: L2 norm before clipping, 0-dimensional.
-        health: result of `UpdateGuard.observe`, [2]; None for a skipped batch.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    health: Tensor | None
 
 
 def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepResult) -> None:

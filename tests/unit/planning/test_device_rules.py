@@ -15,6 +15,8 @@ ON_CPU = [
     ({TP: "2", ASYNC: "true", "compile.enable": "true"}, ["symmetric memory, which only CUDA has"]),
     ({CP: "2", RING: "ring"}, ["no ring attention on a CPU", '"gather"']),
     ({"float8.recipe_name": "rowwise", "compile.enable": "true"}, ["emulated float8 in bfloat16", '"float32"']),
+    ({"training.cuda_graphs": "true"}, ["training.cuda_graphs", "set it to false"]),
+    ({"training.attention_backend": "cudnn"}, ['"cudnn" is a CUDA kernel', '"flash"']),
 ]
 
 

@@ -84,6 +84,33 @@ REFUSED = [
     ),
     (1, {"training.enable_cpu_offload": "true"}, ["a single rank has none", "use 2 ranks"]),
     (2, {ASYNC: "true", TP: "2"}, ["compile.enable = true"]),
+    (2, {"training.cuda_graphs": "true"}, ["single process only, and the run has 2", "set it to false"]),
+    (
+        1,
+        {"training.cuda_graphs": "true", "float8.recipe_name": "rowwise", "profiling.enable_profiling": "true"},
+        ["together with float8.recipe_name and profiling.enable_profiling", "remove it or training.cuda_graphs"],
+    ),
+    (2, {"compile.enable": "true", "compile.scope": "model"}, ["compile.scope", "the run has 2", 'use "block"']),
+    (
+        1,
+        {"compile.enable": "true", "compile.scope": "model", "activation_checkpoint.mode": "full"},
+        ["no blocks to recompute", 'use scope "block"'],
+    ),
+    (
+        1,
+        {"compile.scope": "model", "compile.mode": "max-autotune-no-cudagraphs"},
+        ["compile.scope and compile.mode: without effect", "set it to true"],
+    ),
+    (
+        1,
+        {"compile.enable": "true", "compile.mode": "max-autotune-no-cudagraphs", "job.deterministic": "true"},
+        ["compile.mode", "job.deterministic excludes", 'use "default"'],
+    ),
+    (
+        2,
+        {CP: "2", "training.attention_backend": "flash"},
+        ["context parallelism chooses the attention kernel itself", "context_parallel_degree to 1"],
+    ),
     (5, {}, ["48 is not a multiple of data-parallel ranks (5) x training.local_batch_size (8) = 40"]),
 ]
 
@@ -128,6 +155,9 @@ def test_every_rule_is_tested_here() -> None:
         (2, {"float8.recipe_name": "tensorwise", "float8.enable_fsdp_float8_all_gather": "true"}),
         (2, {"training.enable_cpu_offload": "true"}),
         (2, {PP: "2", SCHEDULE: "DualPipeV", "activation_checkpoint.mode": "full"}),
+        (1, {"training.cuda_graphs": "true", "compile.enable": "true", "compile.scope": "model"}),
+        (1, {"compile.enable": "true", "compile.scope": "model", "activation_checkpoint.mode": "memory_budget"}),
+        (2, {TP: "2", "training.attention_backend": "fastest"}),
     ],
 )
 def test_valid_combinations_are_planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> None:

@@ -27,6 +27,8 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
             {"recompute": "memory_budget", "memory_budget": 0.25},
         ),
         ({"compile.enable": "true"}, {"compiled": True}),
+        ({"compile.scope": "model"}, {"compile_scope": "model"}),
+        ({"compile.mode": "max-autotune-no-cudagraphs"}, {"compile_mode": "max-autotune-no-cudagraphs"}),
         ({"training.enable_cpu_offload": "true"}, {"offloaded": True}),
         ({"parallelism.enable_async_tensor_parallel": "true"}, {"async_tp": True}),
         (

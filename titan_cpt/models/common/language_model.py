@@ -34,6 +34,10 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
+    def trunk(self, tokens_BL: Tensor) -> Tensor:
+        """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
+        raise NotImplementedError
+
     def init_weights(self, seed: int) -> None:
         """Set every weight to its initial value, which depends only on the seed and the weight's name."""
         raise NotImplementedError

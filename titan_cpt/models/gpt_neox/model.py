@@ -36,11 +36,15 @@ class GPTNeoX(LanguageModel):
         A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
         returns the residual stream.
         """
+        x_BLD = self.trunk(tokens_BL)
+        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
+
+    def trunk(self, tokens_BL: Tensor) -> Tensor:
+        """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD)
-        x_BLD = self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
-        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
+        return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Initialize every weight; values depend only on the seed and the weight's name, not on devices or parallelism.

@@ -1,0 +1,56 @@
+"""torch.compile with scope "model": the same losses as without it, one graph for training, one for validation."""
+
+import pytest
+import torch
+import training
+from torch._dynamo.utils import counters
+
+from titan_cpt.training.stage_start import begin_stage
+
+pytestmark = [
+    *training.THEIR_WARNINGS_IGNORED,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # raised inside torch's compiler
+]
+
+
+def losses_of(raw, folder, name, *, steps=2, **compile_keys):
+    """Losses and gradient norms of some steps, the validation loss after them, and the number of compiled graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+    raw = training.changed(raw, job={"name": name, "output_dir": str(folder)}, compile=compile_keys)
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        stage = trainer.plan.stages[0]
+        begin_stage(trainer, stage)
+        loader = training.loader_of(trainer, stage)
+        results = [trainer.train_step(loader, stage, step) for step in range(steps)]
+        graphs = [counters["stats"]["unique_graphs"]]
+        inputs_BL, targets_BL = loader.batch(steps, 0)
+        nats = trainer.runner.per_sequence_loss(inputs_BL, targets_BL).sum()
+        graphs.append(counters["stats"]["unique_graphs"])
+    numbers = [value.item() for result in results for value in (result.loss, result.grad_norm)]
+    return [*numbers, nats.item()], graphs
+
+
+def test_the_whole_model_as_one_graph_trains_as_without_compile(tmp_path):
+    """Losses and gradient norms agree to 1e-5; the second step, with another LR and batch, compiles nothing."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["model"] = {"family": "llama", "size": "debug"}
+    eager, none = losses_of(raw, tmp_path, "eager")
+    model, graphs = losses_of(raw, tmp_path, "model", enable=True, scope="model")
+
+    assert none == [0, 0]
+    assert graphs == [1, 2]
+    assert model == pytest.approx(eager, rel=1e-5)
+    assert model[0] == pytest.approx(eager[0], rel=1e-6)
+
+
+def test_the_whole_model_compiles_in_bfloat16(tmp_path):
+    """With a parallel residual, whose output projections get the same gradient, and with float32 gradients."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["training"]["mixed_precision_param"] = "bfloat16"
+    eager, _ = losses_of(raw, tmp_path, "eager", steps=1)
+    model, graphs = losses_of(raw, tmp_path, "model", steps=1, enable=True, scope="model")
+
+    assert graphs == [1, 2]
+    assert model == pytest.approx(eager, rel=2e-2)
+    assert model[0] == pytest.approx(eager[0], rel=1e-3)
