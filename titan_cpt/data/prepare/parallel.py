@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -13,13 +11,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, islice
 
+from titan_cpt.common.forked import may_fork
 from titan_cpt.data.prepare.chunks import Chunk
 from titan_cpt.data.prepare.shards import Shard, TokenizeJob, make_shard, share_tokenizer, start_worker
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 
 CHUNKS_AHEAD = 2  # chunks in memory for each worker
-STARTS_THREADS = ("torch", "pyarrow", "datasets")  # libraries with threads of their own, beside which a fork is unsafe
 
 
 def encode_all(
@@ -86,14 +84,13 @@ def _result(future: Future[Shard]) -> Shard:
 def _pool(workers: int) -> Iterator[Executor | None]:
     """Start worker processes, or none for one worker.
 
-    They are forked, which takes milliseconds and shares the open tokenizer, if this process has one thread. Otherwise
-    they are spawned, and each opens the tokenizer itself.
+    They are forked, which takes milliseconds and shares the open tokenizer, if this process may fork. Otherwise they
+    are spawned, and each opens the tokenizer itself.
     """
     if workers < 2:
         yield None
         return
-    alone = threading.active_count() == 1 and not any(name in sys.modules for name in STARTS_THREADS)
-    start = "fork" if alone and sys.platform == "linux" else "spawn"
+    start = "fork" if may_fork() else "spawn"
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(start), initializer=start_worker)
     try:
         yield pool

@@ -173,6 +173,7 @@ def start_worker() -> None:
     parent = parent_process()
     assert parent is not None, "start_worker is called in a child process"
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker, also in the `tokenizers` library
     gc.freeze()  # a collection would write to the pages that a forked worker shares with its parent
 
 
@@ -243,7 +244,9 @@ def _write(
 ) -> Counts:
     """Tokenize a batch, and write each document to the training or the validation pair."""
     nonempty = [number for number, text in enumerate(texts) if text and not text.isspace()]
-    tokens, sizes, lost = tokenizer.encode_documents([texts[number] for number in nonempty])
+    tokens, sizes, lost = tokenizer.encode_documents(
+        [texts[number] for number in nonempty], utf8=[encoded[number] for number in nonempty]
+    )
     utf8_bytes = np.array([len(encoded[number]) for number in nonempty], dtype=np.int64)
     chosen = np.zeros(len(nonempty), dtype=np.bool_)
     if holdout:

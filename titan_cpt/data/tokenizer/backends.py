@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from titan_cpt.common.forked import begin_forked
 from titan_cpt.data.tokenizer.check_texts import TOKENIZER_TEST_STRINGS
 from titan_cpt.data.tokenizer.encoded import Encoded, joined
 from titan_cpt.data.tokenizer.gigatoken_backend import GigatokenBackend
@@ -106,22 +107,26 @@ def _best(
     guarded: GuardedSpec, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
 ) -> tuple[TokenizerBackend, str | None]:
     """Return the gigatoken backend if it can be used, otherwise the `tokenizers` backend and the reason."""
+    texts = [*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS])]
+    expected = None
+    if importlib.util.find_spec("tokenizers"):
+        # The two libraries take equally long to open: where possible, at the same time.
+        expected = begin_forked(lambda: [exact().encode([text]).ids.tolist() for text in texts])
     try:
         backend = GigatokenBackend(guarded, table, exact)
-        if importlib.util.find_spec("tokenizers"):
-            _compare(backend, exact(), guarded)
+        if expected is not None:
+            _compare(backend, texts, expected())
     except UnsupportedTokenizerError as reason:
         return exact(), f"{name}: uses the `tokenizers` library, many times slower than gigatoken: {reason}"
     return backend, None
 
 
-def _compare(backend: TokenizerBackend, exact: TokenizerBackend, guarded: GuardedSpec) -> None:
-    """Raise UnsupportedTokenizerError for the first test string that the two backends encode differently."""
-    for text in (*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS])):
+def _compare(backend: TokenizerBackend, texts: Sequence[str], expected: Sequence[list[int]]) -> None:
+    """Raise UnsupportedTokenizerError for the first test string whose ids differ from those of the library."""
+    for text, ids in zip(texts, expected, strict=True):
         found = backend.encode([text]).ids.tolist()
-        expected = exact.encode([text]).ids.tolist()
-        if found != expected:
-            raise UnsupportedTokenizerError(f"gigatoken encodes {text!r} as {found}, the file defines {expected}")
+        if found != ids:
+            raise UnsupportedTokenizerError(f"gigatoken encodes {text!r} as {found}, the file defines {ids}")
 
 
 def _check_literals(backend: TokenizerBackend, guarded: GuardedSpec, name: str) -> None:

@@ -1,5 +1,7 @@
 """The byte-level alphabet of GPT-2: printable characters that represent bytes in a vocabulary."""
 
+import codecs
+
 NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 
 
@@ -13,10 +15,16 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
+_TO_BYTES = codecs.charmap_build("".join(sorted(BYTE_OF, key=BYTE_OF.__getitem__)))
+
+
 def token_bytes(token: str) -> bytes:
     """Return the bytes of a token of a byte-level vocabulary.
 
     Raises:
         KeyError: a character is not one of the 256 that represent bytes.
     """
-    return bytes(BYTE_OF[character] for character in token)
+    try:
+        return codecs.charmap_encode(token, "strict", _TO_BYTES)[0]  # several times as fast as a look-up per character
+    except UnicodeEncodeError as fault:
+        raise KeyError(token[fault.start]) from None

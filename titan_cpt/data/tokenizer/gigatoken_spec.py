@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
+import orjson
+
 from titan_cpt.data.tokenizer.byte_level import BYTE_OF, NEVER_IN_UTF8
 
 _MAX_IDS = 1 << 21  # gigatoken packs two ids and the id of their product into 63 bits
@@ -26,7 +28,7 @@ class UnsupportedTokenizerError(Exception):
 class GigatokenSpec:
     """A tokenizer for gigatoken, and what to do with a text before gigatoken encodes it."""
 
-    content: str
+    content: bytes
     """The tokenizer.json that gigatoken reads: no normalizer and no special tokens."""
     nfc: bool
     """Whether texts are normalized to Unicode form NFC first."""
@@ -52,9 +54,10 @@ def to_gigatoken(spec: dict[str, Any]) -> GigatokenSpec:
     pre_tokenizer = spec.get("pre_tokenizer") or {}
     _check_pre_tokenizer(pre_tokenizer)
     # No text contains these tokens, but their UTF-8 may be that of a token which a text does contain.
-    vocab = {token: number for token, number in model["vocab"].items() if BYTE_OF.keys() >= {*token}}
-    merges = [[left, right] for left, right in _merge_pairs(model["merges"]) if left + right in vocab]
-    _check_merges(vocab, merges)
+    vocab = model["vocab"]
+    if not BYTE_OF.keys() >= {*"".join(vocab)}:
+        vocab = {token: number for token, number in vocab.items() if BYTE_OF.keys() >= {*token}}
+    merges = _merges_of(model["merges"], vocab)
     raw, normal = _Added(nfc=False), _Added(nfc=nfc)
     for token in spec.get("added_tokens") or []:
         (normal if token.get("normalized", not token.get("special", False)) else raw).add(token)
@@ -73,13 +76,20 @@ def to_gigatoken(spec: dict[str, Any]) -> GigatokenSpec:
     }
     names = [*raw.matched, *normal.matched, *raw.special, *normal.special]
     return GigatokenSpec(
-        content=json.dumps(content),
+        content=_json(content),
         nfc=nfc,
         added=added,
         raw_tokens=bool(raw.matched),
         hiding_names=(*raw.hiding_names(), *normal.hiding_names()),
         may_cut=not any(" " in name.lstrip(" ") or "\n" in name for name in names),
     )
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(content)
+    except TypeError:  # half of a surrogate pair, or an integer of more than 64 bits
+        return json.dumps(content).encode()
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -126,21 +136,30 @@ def _sequence(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return list(part[key]) if part["type"] == "Sequence" else [part]
 
 
-def _merge_pairs(merges: list[Any]) -> list[tuple[str, str]]:
-    """Return merges as pairs; the file writes them as "left right" or [left, right]."""
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges)
-    return [(left, right) for left, right in pairs]
+def _merges_of(merges: list[Any], vocab: dict[str, int]) -> list[Any]:
+    """Return the merges that produce tokens of the vocabulary, in the file's form: "left right" or [left, right].
 
-
-def _check_merges(vocab: dict[str, int], merges: list[list[str]]) -> None:
-    """Refuse merges whose priority gigatoken may read otherwise: equal pairs, or equal neighboring products."""
+    Raises:
+        UnsupportedTokenizerError: gigatoken may read their priority otherwise: equal pairs, equal neighboring products.
+    """
     if max(vocab.values()) >= _MAX_IDS:
         raise UnsupportedTokenizerError(f"its ids reach {max(vocab.values())}")
-    if len({(left, right) for left, right in merges}) != len(merges):
+    if {*map(type, merges)} == {str} and all(" " in merge for merge in merges):
+        products = [merge.replace(" ", "", 1) for merge in merges]
+        distinct = len({*merges})
+    else:
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+        products = [left + right for left, right in merges]
+        distinct = len({(left, right) for left, right in merges})
+    if distinct != len(merges):
         raise UnsupportedTokenizerError("its merges contain a pair twice")
-    for first, second in pairwise(merges):
-        if "".join(first) == "".join(second):
-            raise UnsupportedTokenizerError(f"its merges produce {''.join(first)!r} in two ways")
+    if not vocab.keys() >= {*products}:
+        merges = [merge for merge, product in zip(merges, products, strict=True) if product in vocab]
+        products = [product for product in products if product in vocab]
+    for first, second in pairwise(products):
+        if first == second:
+            raise UnsupportedTokenizerError(f"its merges produce {first!r} in two ways")
+    return merges
 
 
 class _Added:

@@ -230,3 +230,17 @@ def test_every_character_that_python_calls_normalized_is_unchanged_by_the_librar
         words = [word for word in text.split(" ") if unicodedata.is_normalized("NFC", word)]
         assert [normalizer.normalize_str(word) for word in words] == words
     assert tokenizers.__version__
+
+
+def test_only_texts_of_characters_that_need_no_check_are_common():
+    """Below U+0300 and from U+2002 to U+203F: in form NFC with any neighbor, and known to both libraries."""
+    common = [*range(0x300), *range(0x2002, 0x2040)]
+    rare = [code for code in (*range(0x300, 0x3000), 0xE000, 0xFFFD, 0x1F600, 0x10FFFF) if code not in common]
+    every = "".join(map(chr, common))
+
+    assert gigatoken_backend._is_common(every.encode())
+    assert not gigatoken_backend._has_unsettled(every)
+    assert all(unicodedata.is_normalized("NFC", f"{chr(code)}{every}{chr(code)}") for code in common)
+    for code in rare:
+        for text in (chr(code), f"\u2013a{chr(code)}", f"{chr(code)}\u00e4\u2013"):
+            assert not gigatoken_backend._is_common(text.encode()), hex(code)
