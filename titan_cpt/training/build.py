@@ -27,12 +27,19 @@ from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from titan_cpt.distributed.attention_backend import (
+    AttentionChoice,
+    AttentionShape,
+    choose_attention_backend,
+    set_attention_backend,
+)
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
+from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import multiplied_in_float32, use_onednn
 from titan_cpt.planning.device_rules import check_device
 from titan_cpt.planning.plan import Plan
@@ -104,7 +111,8 @@ def build(
         if checkpoint is not None and config.job.deterministic:
             check_same_machine(checkpoint, process)
         notes = list(_weight_notes(config, plan, checkpoints, checkpoint))
-    _print_notes(console, notes)
+    attention = _choose_attention(config, plan, pipeline_stages, mesh, checkpoint, checkpoints)
+    _print_notes(console, [*notes, *([attention.note] if attention and attention.note else [])])
     log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
     run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
     display = Display(plan, console, steps_done=run_step, shown=process.rank == 0)
@@ -134,6 +142,7 @@ def build(
         runner=runner,
         stepper=eager if graphs is None else CapturedStep(eager, compute_copy, graphs),
         optimizer=optimizer,
+        attention_backend=attention.backend if attention else None,
         guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         reader=SequenceReader(data.training, seq_len=plan.seq_len, seed=plan.seed),
@@ -214,6 +223,35 @@ def _weight_notes(
 def _print_notes(console: Console, notes: Sequence[str]) -> None:
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _choose_attention(
+    config: Config,
+    plan: Plan,
+    stages: Mapping[int, LanguageModel],
+    mesh: Mesh,
+    checkpoint: FoundCheckpoint | None,
+    checkpoints: CheckpointManager,
+) -> AttentionChoice | None:
+    """Set the attention backend that the config requests; None if torch chooses."""
+    requested = config.training.attention_backend
+    if requested == "default":
+        return None
+    dims = plan.parallel_dims
+    microbatch = config.parallelism.pipeline_parallel_microbatch_size if dims.pp > 1 else plan.local_batch_size
+    shape = AttentionShape(
+        sequences=microbatch,
+        positions=plan.seq_len,
+        heads=plan.spec.heads // dims.tp,
+        key_value_heads=plan.spec.key_value_heads // dims.tp,
+        head_width=plan.spec.attention_width // plan.spec.heads,
+        dtype=getattr(torch, config.training.mixed_precision_param),
+    )
+    recorded = None if checkpoint is None else checkpoint.manifest.get("fastest_attention")
+    model = next(iter(stages.values()))
+    choice = choose_attention_backend(requested, recorded, model, shape, mesh.process, group=checkpoints.group)
+    set_attention_backend(stages.values(), choice.backend)
+    return choice
 
 
 def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:

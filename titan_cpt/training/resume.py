@@ -51,6 +51,7 @@ def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
         data=state.identities,
         validation=state.validator.identities,
         versions=versions(state.process.device),
+        **({"attention_backend": state.attention_backend} if state.attention_backend else {}),
     )
 
 

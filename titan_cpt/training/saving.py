@@ -52,6 +52,7 @@ def checkpoint_metadata(state: TrainerState, stage: StagePlan, steps_done: int, 
     plan = state.plan
     index = plan.stages.index(stage)
     recipe = plan.recipe_until(index)
+    attention_backend = state.config.training.attention_backend
     return {
         "stage_index": index,
         "kind": kind,
@@ -61,6 +62,7 @@ def checkpoint_metadata(state: TrainerState, stage: StagePlan, steps_done: int, 
         "data": state.identities,
         "skipped": state.skipped.skipped_before([earlier.name for earlier in plan.stages[: index + 1]], steps_done),
         "recent_losses": state.guard.recent_losses(),
+        **({"fastest_attention": state.attention_backend} if attention_backend == "fastest" else {}),
         "python": platform.python_version(),
         **machine(state.process),
     }

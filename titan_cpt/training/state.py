@@ -35,6 +35,7 @@ class TrainerState:
         model: this rank's part of the model, with float32 master weights.
         runner: forward and backward of a batch.
         stepper: gradients of micro-batches and the update; launched one by one, or as CUDA graphs.
+        attention_backend: the kernel of attention; None if torch chooses.
         guard: prevents optimizer updates from the first bad step on.
         skipped: batches that training skips because their loss or gradient was bad.
         reader: sequences of every dataset.
@@ -50,6 +51,7 @@ class TrainerState:
     model: LanguageModel
     runner: ModelRunner
     stepper: EagerStep | CapturedStep
+    attention_backend: str | None
     optimizer: AdamW
     guard: UpdateGuard
     skipped: SkippedBatches

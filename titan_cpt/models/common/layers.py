@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from titan_cpt.models.common.ops import attention, cos_sin, linear
 from titan_cpt.models.spec import RopeScaling
@@ -35,6 +36,8 @@ class RotaryCausalAttention(nn.Module):
         self.rope_base = rope_base
         self.scaling = scaling
         self.window = window
+        self.backend: SDPBackend | None = None
+        """The kernel of scaled dot-product attention; None: torch chooses."""
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         """Attention's output, out_BLNH, in the dtype of the queries.
@@ -54,13 +57,13 @@ class RotaryCausalAttention(nn.Module):
         group = q_BNLH.shape[1] // k_BNLH.shape[1]
         length = q_BNLH.shape[2]
         if self.window is None or length <= self.window:
-            return attention(q_BNLH, k_BNLH, v_BNLH, is_causal=True, enable_gqa=group > 1)
+            return attention(q_BNLH, k_BNLH, v_BNLH, backend=self.backend, is_causal=True, enable_gqa=group > 1)
         behind_LL = torch.arange(length, device=q_BNLH.device)
         behind_LL = behind_LL[:, None] - behind_LL[None, :]
         seen_LL = (behind_LL >= 0) & (behind_LL < self.window)
         # Fused kernels with a mask need as many key heads as query heads.
         k_BNLH, v_BNLH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNLH, v_BNLH))
-        return attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=seen_LL)
+        return attention(q_BNLH, k_BNLH, v_BNLH, backend=self.backend, attn_mask=seen_LL)
 
 
 class Head(nn.Linear):

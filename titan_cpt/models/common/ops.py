@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CPU_HAS_BFLOAT16: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 """Whether torch uses bfloat16 instructions on this CPU: x86 with AVX-512 or AMX, newer aarch64."""
@@ -57,13 +58,22 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return product if out is None else out.copy_(product)
 
 
-def attention(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, **how: Any) -> Tensor:
+def attention(
+    q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, backend: SDPBackend | None = None, **how: Any
+) -> Tensor:
     """torch's scaled dot-product attention with its keyword arguments, out_BNLH in the dtype of the queries.
+
+    `backend` is the only kernel to use; None leaves the choice to torch. It is set here, within what torch.compile
+    traces: a setting from outside is not part of the key of the compiler's cache, from which a later process with
+    another setting would take the kernel of the first one.
 
     On every CPU, training computes attention over short sequences in float32: the backward pass of torch's bfloat16
     kernel has a large fixed cost per call. With heads of 32 features, forward and backward in bfloat16 take 2.5 times
     as long as in float32 at 128 positions, equally long at 512, and less beyond (scripts/bench/attention.py).
     """
+    if backend is not None:
+        with sdpa_kernel(backend):
+            return attention(q_BNLH, k_BNSH, v_BNSH, **how)
     length, width = q_BNLH.shape[-2:]
     on_cpu = q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
     short = on_cpu and torch.is_grad_enabled() and length * width <= _SHORT_ON_CPU
