@@ -9,6 +9,7 @@ those of trainers that ran in turns with it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
@@ -31,7 +32,10 @@ LEARNING_RATE = 3e-4
 LOSS_TOLERANCE = {"bfloat16": 0.02, "float32": 2e-4}
 FLOAT8_TOLERANCE = 0.05
 PRODUCTS_A_TURN = 10
+LEAST_TURNS = 2
+MORE_TRIES = 2  # of a trainer that finds too little memory beside others
 STARTING_SHARE = 0.75  # of --budget: after this much of it no further trainer starts
+LEAST_PATIENCE_S = 60.0  # a compilation takes up to half a minute
 NEEDED = 1.5  # memory that the next trainer may need, relative to the reference's peak: litgpt's is 1.47 on G405
 
 
@@ -63,6 +67,7 @@ class Settings:
         peers: Python that runs the other trainers, and `wheels`, a folder of unpacked packages for it, or empty.
         budget_s: seconds for one race; infinite if not given.
         patience_s: seconds after which a silent trainer is ended.
+        parallel: trainers that load and compile at the same time on CUDA.
     """
 
     device: str
@@ -73,6 +78,7 @@ class Settings:
     dry_run: bool
     budget_s: float
     patience_s: float
+    parallel: int = 1
     folder: Path | None = None
 
 
@@ -86,6 +92,7 @@ class Contestant:
     status: str = "waits"
     reason: str = ""
     heat: int = 0
+    tries: int = 0
     first_loss: float = 0.0
     speeds: list[float] = field(default_factory=list)
     cpu_speeds: list[float] = field(default_factory=list)
@@ -94,25 +101,36 @@ class Contestant:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, request: str, patience_s: float) -> dict[str, Any] | None:
-        """Send a line and return the answer; None, with status and reason set, if there is no usable one."""
+        """Send a line and return the answer, as `answer` does."""
+        self.tell(request)
+        return self.answer(patience_s)
+
+    def tell(self, request: str) -> None:
+        """Send a line."""
         assert self.process.stdin is not None, "it was started with pipes"
-        assert self.process.stdout is not None, "it was started with pipes"
         with suppress(BrokenPipeError):  # a process that has ended may have said why
             self.process.stdin.write(request + "\n")
             self.process.stdin.flush()
+
+    def answer(self, patience_s: float) -> dict[str, Any] | None:
+        """Wait for the answer; None, with status and reason set, if there is no usable one."""
+        assert self.process.stdout is not None, "it was started with pipes"
         if not select.select([self.process.stdout], [], [], patience_s)[0]:
-            return self._failed(f"no answer within {patience_s:.0f} s")
+            self._fail(f"no answer within {patience_s:.0f} s")
+            return None
         line = self.process.stdout.readline()
         if not line:
             lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            return self._failed(f"exited: {lines[-1][:300] if lines else 'without a message'}")
+            self._fail(f"exited: {lines[-1][:300] if lines else 'without a message'}")
+            return None
         answer: dict[str, Any] = json.loads(line)
         if "status" in answer:
-            return self._failed(answer["reason"], answer["status"])
+            self._fail(answer["reason"], answer["status"])
+            return None
         self.figures |= {key: value for key, value in answer.items() if key not in ("losses", "seconds", "cpu_s")}
         return answer
 
-    def _failed(self, reason: str, status: str = "failed") -> None:
+    def _fail(self, reason: str, status: str = "failed") -> None:
         self.status, self.reason = status, reason
         self.leave()
 
@@ -127,9 +145,17 @@ class Contestant:
 
     def leave(self) -> None:
         """End the process and wait for it, so that its memory is free."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        end(self.process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process, wait for it and close its pipes; does nothing if this was done before."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(BrokenPipeError):  # what was written and never read
+            if pipe is not None:
+                pipe.close()
+    process.wait()
 
 
 def race(spec: Race, entries: list[Entry], settings: Settings) -> dict[str, Any]:
@@ -140,8 +166,7 @@ def race(spec: Race, entries: list[Entry], settings: Settings) -> dict[str, Any]
             return contest.run(entries)
         finally:
             for process in contest.processes:
-                process.kill()
-                process.wait()
+                end(process)
 
 
 @contextmanager
@@ -154,12 +179,21 @@ def _temporary_folder(settings: Settings) -> Iterator[Path]:
 
 
 class _Contest:
-    """One race under way."""
+    """One race under way.
+
+    Attributes:
+        reference: the first trainer that could be loaded; takes turns in every heat.
+        waiting: trainers that are not loaded yet.
+        heats: speeds of the reference in the turns of every heat.
+    """
 
     def __init__(self, spec: Race, settings: Settings, folder: Path) -> None:
         self.spec, self.settings, self.folder = spec, settings, folder
         self.begin = time.perf_counter()
         self.processes: list[subprocess.Popen[str]] = []
+        self.reference: Contestant | None = None
+        self.waiting: deque[Contestant] = deque()
+        self.heats: list[list[float]] = []
         size = 8192 if settings.device == "cuda" else 2048
         self.product = size if not settings.dry_run else 256
         # The first step; then in every turn the timed ones, and on CUDA one that is not timed.
@@ -170,28 +204,31 @@ class _Contest:
         """Seconds that are left of the budget."""
         return self.settings.budget_s - (time.perf_counter() - self.begin)
 
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for an answer: a silent trainer may not take the budget of all others."""
+        return min(self.settings.patience_s, max(self.left_s, LEAST_PATIENCE_S))
+
     def run(self, entries: list[Entry]) -> dict[str, Any]:
         """Start, take turns, report."""
         scribe = self.start(Entry("prepare", "ours"), "prepare")
-        waiting = deque(self.start(entry, f"{number}-{entry.kind}") for number, entry in enumerate(entries))
+        contestants = [self.start(entry, f"{number}-{entry.kind}") for number, entry in enumerate(entries)]
         facts = scribe.ask("load", self.settings.patience_s)
-        if facts is None:
+        if facts is None or scribe.ask("load", self.settings.patience_s) is None:
             tail = scribe.log.read_text(errors="replace")[-3000:]
             sys.exit(f"{self.spec.key}: the inputs could not be prepared: {scribe.reason}\n{tail}")
-        all_contestants = list(waiting)
-        reference, scribe.status = waiting[0], "ran"
-        if scribe.ask("load", self.settings.patience_s) is None:
-            sys.exit(f"{self.spec.key}: no matrix product could be timed: {scribe.reason}")
-        heats: list[dict[str, Any]] = []
-        present: list[Contestant] = []
-        while waiting:
-            present = [reference] if reference.status == "ran" else []
-            self._fill(present, waiting, reference, len(heats))
-            heats.append(self._turns(present, scribe))
+        scribe.status = "ran"
+        self.waiting.extend(contestants)
+        while self.waiting:
+            present = [self.reference] if self.reference and self.reference.status == "ran" else []
+            self._fill(present)
+            self._take_turns(present, scribe)
             for contestant in present:
-                if contestant is not reference:
+                if contestant is not self.reference:
                     contestant.leave()
-        return self._result(all_contestants, reference, facts, scribe, heats)
+        if not scribe.speeds:
+            sys.exit(f"{self.spec.key}: no matrix product could be timed: {scribe.reason}")
+        return self._result(contestants, facts, statistics.median(scribe.speeds))
 
     def start(self, entry: Entry, name: str) -> Contestant:
         """Start a trainer's process, which imports its libraries and waits."""
@@ -217,14 +254,15 @@ class _Contest:
         ours = entry.kind == "ours"
         python, program = (sys.executable, "ours.py") if ours else (settings.peers, "peers.py")
         log = self.folder / f"{name}.log"
-        process = subprocess.Popen(
-            [python, str(HERE / program), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-            env=self._environment(entry),
-        )
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [python, str(HERE / program), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=self._environment(entry),
+            )
         self.processes.append(process)
         return Contestant(entry, process, log)
 
@@ -242,72 +280,88 @@ class _Contest:
             found["PYTHONPATH"] = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
         return found
 
-    def _fill(self, present: list[Contestant], waiting: deque[Contestant], reference: Contestant, heat: int) -> None:
+    def _fill(self, present: list[Contestant]) -> None:
         """Load waiting trainers until the next one does not fit, or none is left."""
-        while waiting:
-            contestant = waiting[0]
-            late = self.left_s < (1 - STARTING_SHARE) * self.settings.budget_s
-            if late and contestant is not reference:
-                contestant.status, contestant.reason = "not run", "--budget was used up"
-                contestant.leave()
-                waiting.popleft()
+        while self.waiting and (count := self._fitting(present)):
+            loading = [self.waiting.popleft() for _ in range(count)]
+            if self.left_s < (1 - STARTING_SHARE) * self.settings.budget_s and present:
+                for contestant in loading:
+                    contestant.status, contestant.reason = "not run", "--budget was used up"
+                    contestant.leave()
                 continue
-            if len(present) > 1 and not self._fits(present[-1], reference):
-                return
             begin = time.perf_counter()
-            contestant.heat = heat
-            answer = contestant.ask("load", min(self.settings.patience_s, max(self.left_s, 30.0)))
-            if answer is None and contestant.status == "out of memory" and len(present) > 1:
-                number = f"again-{len(self.processes)}-{contestant.entry.kind}"
-                again = self.start(contestant.entry, number)
-                contestant.process, contestant.log = again.process, again.log
-                contestant.status, contestant.reason = "waits", ""
+            for contestant in loading:
+                contestant.heat = len(self.heats)
+                contestant.tell("load")
+            full, alone = False, len(present) + len(loading) <= 2
+            for contestant in loading:
+                answer = contestant.answer(self.patience_s)
+                self._say_loaded(contestant, answer, time.perf_counter() - begin)
+                if answer is not None:
+                    present.append(contestant)
+                elif contestant.status == "out of memory" and not alone and contestant.tries < MORE_TRIES:
+                    self._start_again(contestant)
+                    full = True
+            if full:
                 return
-            waiting.popleft()
-            if answer is None:
-                self._say(f"{contestant.entry.name}: {contestant.status}: {contestant.reason}")
-                continue
-            contestant.status, contestant.first_loss = "ran", answer["first_loss"]
-            present.append(contestant)
-            self._say(f"{contestant.entry.name}: ready after {time.perf_counter() - begin:.0f} s")
 
-    @staticmethod
-    def _fits(newest: Contestant, reference: Contestant) -> bool:
-        """Whether one more trainer finds memory on the device. On a CPU all are loaded at once."""
-        free = newest.figures.get("free_gib")
-        return free is None or free > NEEDED * reference.figures.get("peak_reserved_gib", 0.0)
+    def _fitting(self, present: list[Contestant]) -> int:
+        """How many trainers to load next: as many as find memory, and one in any case beside the reference."""
+        reference = self.reference
+        if reference is None or "free_gib" not in reference.figures:
+            return 1  # the reference is loaded first; on a CPU all fit
+        free, needed = present[-1].figures["free_gib"] if present else math.inf, reference.figures["peak_reserved_gib"]
+        fitting = self.settings.parallel if not needed else free / (NEEDED * needed)
+        return min(len(self.waiting), self.settings.parallel, max(int(fitting), int(len(present) < 2)))
 
-    def _turns(self, present: list[Contestant], scribe: Contestant) -> dict[str, Any]:
-        """Let the present trainers take their turns; the reference's and the product's speeds in this heat."""
-        spec, patience_s = self.spec, self.settings.patience_s
-        at = {id(one): len(one.speeds) for one in (*present, scribe)}
+    def _say_loaded(self, contestant: Contestant, answer: dict[str, Any] | None, seconds: float) -> None:
+        """Note a trainer's first answer, and print it."""
+        if answer is None:
+            return self._say(f"{contestant.entry.name}: {contestant.status}: {contestant.reason}")
+        contestant.status, contestant.first_loss = "ran", answer["first_loss"]
+        self.reference = self.reference or contestant
+        return self._say(f"{contestant.entry.name}: ready after {seconds:.0f} s")
+
+    def _start_again(self, contestant: Contestant) -> None:
+        """A new process for a trainer that found too little memory beside others: it waits for the next heat."""
+        again = self.start(contestant.entry, f"again-{len(self.processes)}-{contestant.entry.kind}")
+        contestant.process, contestant.log = again.process, again.log
+        contestant.status, contestant.reason = "waits", ""
+        contestant.tries += 1
+        self.waiting.append(contestant)
+
+    def _take_turns(self, present: list[Contestant], scribe: Contestant) -> None:
+        """Let the present trainers and the matrix product take their turns."""
+        spec, reference = self.spec, self.reference
+        before = len(reference.speeds) if reference else 0
         duration = 0.0
-        for turn in range(self.settings.turns if present else 0):
-            if turn >= 2 and self.left_s < duration:
+        for turn in range(self.settings.turns if present else 1):
+            if turn >= LEAST_TURNS and self.left_s < duration:
                 break
             begin = time.perf_counter()
             for contestant in present:
-                contestant.turn(spec.steps_a_turn, spec.batch * spec.seq_len, patience_s)
-            scribe.turn(PRODUCTS_A_TURN, 2 * self.product**3, patience_s)
+                contestant.turn(spec.steps_a_turn, spec.batch * spec.seq_len, self.patience_s)
+            scribe.turn(PRODUCTS_A_TURN, 2 * self.product**3, self.patience_s)
             duration = time.perf_counter() - begin
             line = ", ".join(f"{one.entry.name} {one.speeds[-1]:.0f}" for one in present if one.status == "ran")
             self._say(f"turn {turn + 1}: {line}")
-        return {id(one): one.speeds[at[id(one)] :] for one in present}
+        self.heats.append(reference.speeds[before:] if reference else [])
 
     def _say(self, line: str) -> None:
         print(f"  {line}", file=sys.stderr, flush=True)
 
-    def _result(
-        self,
-        contestants: list[Contestant],
-        reference: Contestant,
-        facts: dict[str, Any],
-        scribe: Contestant,
-        heats: list[dict[str, Any]],
-    ) -> dict[str, Any]:
-        spec = self.spec
-        product = _median(scribe.speeds)
-        result = {
+    def _result(self, contestants: list[Contestant], facts: dict[str, Any], product_flops: float) -> dict[str, Any]:
+        spec, reference = self.spec, self.reference
+        rows = []
+        for one in contestants:
+            rows.append(_row(one, self.heats[one.heat], facts["flops_per_token"] / product_flops))
+            if facts["datasheet_flops"] and "tokens_per_s" in rows[-1]:
+                rows[-1]["mfu_datasheet"] = (
+                    rows[-1]["tokens_per_s"] * facts["flops_per_token"] / facts["datasheet_flops"]
+                )
+            if reference and one.status == "ran":
+                rows[-1] |= _disagreement(one, reference, spec.precision)
+        return {
             "key": spec.key,
             "title": spec.title,
             "device": self.settings.target,
@@ -319,24 +373,24 @@ class _Contest:
             "parameters": facts["parameters"],
             "flops_per_token": facts["flops_per_token"],
             "product": self.product,
-            "product_flops": product,
+            "product_flops": product_flops,
             "datasheet_flops": facts["datasheet_flops"],
             "seconds": time.perf_counter() - self.begin,
-            "reference": reference.entry.name,
+            "reference": reference.entry.name if reference else None,
+            "contestants": sorted(rows, key=lambda row: row["kind"] != "ours"),
         }
-        tolerance = LOSS_TOLERANCE[spec.precision]
-        rows = []
-        for one in contestants:
-            compared = heats[one.heat].get(id(reference), []) if one.heat < len(heats) else []
-            rows.append(_row(one, compared, facts, product))
-            allowed = FLOAT8_TOLERANCE if "float8.recipe_name" in one.entry.overrides else tolerance
-            apart = abs(one.first_loss - reference.first_loss)
-            if one.status == "ran" and reference.status == "ran" and not apart <= allowed:
-                rows[-1] |= {"status": "disagrees", "reason": f"loss at step 1 is {apart:.4f} from the reference's"}
-        return {**result, "contestants": rows}
 
 
-def _row(one: Contestant, reference: list[float], facts: dict[str, Any], product: float) -> dict[str, Any]:
+def _disagreement(one: Contestant, reference: Contestant, precision: str) -> dict[str, str]:
+    """Status and reason of a trainer whose first loss is not that of the reference; empty if it is."""
+    allowed = FLOAT8_TOLERANCE if "float8.recipe_name" in one.entry.overrides else LOSS_TOLERANCE[precision]
+    apart = abs(one.first_loss - reference.first_loss)
+    if apart <= allowed:  # NaN is not
+        return {}
+    return {"status": "disagrees", "reason": f"loss at step 1 is {apart:.4f} from that of {reference.entry.name}"}
+
+
+def _row(one: Contestant, reference: list[float], products_per_token: float) -> dict[str, Any]:
     """The figures of one contestant; `reference` are the reference's speeds in the same heat."""
     row: dict[str, Any] = {
         "name": one.entry.name,
@@ -348,25 +402,19 @@ def _row(one: Contestant, reference: list[float], facts: dict[str, Any], product
     }
     if not one.speeds:
         return row if one.status != "ran" else {**row, "status": "failed", "reason": "took no timed step"}
-    speed = _median(one.speeds)
+    speed = statistics.median(one.speeds)
     row |= {
         "tokens_per_s": speed,
         "turns": one.speeds,
-        "tokens_per_cpu_s": _median(one.cpu_speeds),
+        "tokens_per_cpu_s": statistics.median(one.cpu_speeds),
         "heat": one.heat,
-        "reference_tokens_per_s": _median(reference) if reference else None,
+        "reference_tokens_per_s": statistics.median(reference) if reference else None,
         "peak_gib": max(allocated for allocated, _ in one.peaks_gib),
         "peak_reserved_gib": max(reserved for _, reserved in one.peaks_gib),
-        "mfu_product": speed * facts["flops_per_token"] / product,
+        "mfu_product": speed * products_per_token,
         "first_loss": one.first_loss,
         "last_loss": one.losses[-1],
         "first_step_s": one.figures["first_step_s"],
         "torch": one.figures["torch"],
     }
-    if facts["datasheet_flops"]:
-        row["mfu_datasheet"] = speed * facts["flops_per_token"] / facts["datasheet_flops"]
     return row
-
-
-def _median(values: list[float]) -> float:
-    return statistics.median(values)

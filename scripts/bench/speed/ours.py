@@ -87,7 +87,7 @@ def main() -> None:
     source = wanted["source"]
     if source and not Path(titan_cpt.__file__).is_relative_to(source):
         serve.decline("failed", f"titan_cpt comes from {Path(titan_cpt.__file__).parent}, not from {source}")
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     with StopRequest() as stop:
         if wanted["name"] == "prepare":
             facts = prepare(*begun(stop))
@@ -148,7 +148,7 @@ def prepare(trainer: Trainer, stage: Any) -> dict[str, Any]:
 
 def multiply() -> None:
     """Multiply matrices on request: the reference for MFU."""
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     dtype, size = torch.bfloat16 if wanted["precision"] == "bfloat16" else torch.float32, wanted["product"]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     serve.serve(lambda _: (a @ b)[0, 0], device)

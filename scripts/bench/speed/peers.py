@@ -108,7 +108,7 @@ def hf_trainer() -> None:
     from torch.utils.data import Dataset, SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     rows = torch.from_numpy(np.load(folder / "batches.npy")).flatten(0, 1)  # its data loader pins batches
     requests: Queue[int] = Queue()
     answers: Queue[Tensor | BaseException] = Queue()
@@ -202,7 +202,7 @@ def litgpt() -> None:
         norm_eps=1e-5,
         mlp_class_name="LLaMAMLP" if llama else "GptNeoxMLP",
     )
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     fabric = L.Fabric(accelerator=device, devices=1, precision="bf16-mixed" if half else "32-true")
     with torch.device(device):
         model = GPT(config)
@@ -289,7 +289,7 @@ class PlainGPT(nn.Module):
 
 def plain() -> None:
     """nanoGPT/train.py's step."""
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     with torch.device(device):
         model = PlainGPT()
     model.load_state_dict(weights(), strict=True)
@@ -326,7 +326,7 @@ def torchtitan() -> None:
         norm_eps=1e-5,
         max_seq_len=wanted["seq_len"],
     )
-    serve.wait_until_told_to_load()
+    serve.wait_for_load()
     with torch.device(device):
         model = Transformer(sizes)
     model.load_state_dict(Llama3StateDictAdapter(sizes, None).from_hf(weights()), strict=True)

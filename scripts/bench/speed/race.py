@@ -76,6 +76,13 @@ def parsed(words: list[str]) -> argparse.Namespace:
         "--budget", type=float, default=math.inf, help="seconds a race may take: fewer turns and trainers"
     )
     parser.add_argument("--patience", type=float, default=900.0, help="seconds until a silent trainer is ended")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="trainers that load and compile at the same time on CUDA (default 1): the start is shorter, but kernels "
+        "that a compiler chooses by timing them may be chosen less well",
+    )
     parser.add_argument("--quick", action="store_true", help="A and B in 3 turns")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, uncompiled: no figure counts")
     parser.add_argument(
@@ -95,8 +102,8 @@ def parsed(words: list[str]) -> argparse.Namespace:
         parser.error(f"unknown variant {', '.join(unknown)}: choose from {', '.join(VARIANTS)}, or define --variant")
     if unknown := [name for name in options.only.split(",") if name not in ("", "none", *KINDS)]:
         parser.error(f"unknown trainer {', '.join(unknown)}: choose from {', '.join(KINDS)}, none")
-    if options.turns < 1 or (options.steps is not None and options.steps < 1):
-        parser.error("--turns and --steps must be at least 1")
+    if min(options.turns, options.steps or 1, options.parallel) < 1 or options.steps == 0:
+        parser.error("--turns, --steps and --parallel must be at least 1")
     if options.baseline and not (options.baseline / "titan_cpt" / "train.py").is_file():
         parser.error(f"--baseline {options.baseline}: not a checkout of titan_cpt, it has no titan_cpt/train.py")
     if options.quick:
@@ -120,6 +127,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         dry_run=options.dry_run,
         budget_s=options.budget,
         patience_s=options.patience,
+        parallel=options.parallel,
         folder=memory if roomy else None,
     )
 
@@ -133,16 +141,19 @@ def with_options(spec: Race, options: argparse.Namespace) -> Race:
 
 
 def entries_of(spec: Race, options: argparse.Namespace) -> list[Entry]:
-    """The contestants: titan_cpt's variants, the other build, the other trainers."""
+    """The contestants in the order of their start: if --budget cuts the list short, the last ones do not run."""
     allocator = options.device == "cpu"  # keep_freed_memory, which `titan-cpt train` calls, concerns a CPU's memory
     variants = {name: VARIANTS[name] for name in spec.variants}
     for text in options.variant:
         name, _, pairs = text.partition(":")
         variants[name] = dict(pair.split("=", 1) for pair in pairs.split(",") if pair)
+    ours = [
+        Entry(
+            "titan_cpt" if name == "eager" else f"titan_cpt, {name}", "ours", name, allocator=allocator, overrides=keys
+        )
+        for name, keys in variants.items()
+    ]
     entries = []
-    for name, overrides in variants.items():
-        label = "titan_cpt" if name == "eager" else f"titan_cpt, {name}"
-        entries.append(Entry(label, "ours", name, allocator=allocator, overrides=overrides))
     if options.baseline:
         source = str(options.baseline.resolve())
         for name, overrides in (("eager", {}), ("compiled", COMPILED)):
@@ -154,7 +165,7 @@ def entries_of(spec: Race, options: argparse.Namespace) -> list[Entry]:
         kind, compiled, tuned = PEERS[name]
         if kind in chosen:
             entries.append(Entry(name, kind, compiled=compiled, allocator=tuned))
-    return entries
+    return [*ours[:2], *entries[:2], *ours[2:], *entries[2:]] if options.device == "cuda" else [*ours, *entries]
 
 
 def finish(options: argparse.Namespace, results: list[dict[str, Any]]) -> int:

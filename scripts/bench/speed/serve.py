@@ -39,7 +39,7 @@ def say(**fields: Any) -> None:
     _out.flush()
 
 
-def wait_until_told_to_load() -> None:
+def wait_for_load() -> None:
     """Wait for the line "load"; end the process if the driver closes the pipe instead."""
     if sys.stdin.readline().strip() != "load":
         sys.exit()

@@ -25,7 +25,8 @@ class Race:
         device: "cpu" or "cuda": the device for which the shape is meant.
         shape: the keys of [model].
         steps_a_turn: timed steps of each trainer before the next one's turn.
-        variants: titan_cpt's variants that run unless the command line selects others.
+        variants: titan_cpt's variants that run unless the command line selects others; the first is the reference.
+        peers: names of PEERS.
     """
 
     key: str
@@ -43,15 +44,25 @@ class Race:
 
 # titan_cpt's variants: name -> config overrides. A variant that a build or device does not support is reported so.
 COMPILED = {"compile.enable": "true"}
+TRITON = {"optimizer.implementation": "triton"}
+GRAPHS = {"training.cuda_graphs": "true"}
+WHOLE = {"compile.scope": "model"}
+ATTENTION = {"training.attention_backend": "fastest"}
 VARIANTS: dict[str, dict[str, str]] = {
     "eager": {},
     "compiled": COMPILED,
+    "triton": {**COMPILED, **TRITON},
+    "graphs": {**COMPILED, **GRAPHS},
+    "whole": {**COMPILED, **WHOLE},
+    "attention": {**COMPILED, **ATTENTION},
+    "autotune": {**COMPILED, "compile.mode": "max-autotune-no-cudagraphs"},
+    "all": {**COMPILED, **TRITON, **GRAPHS, **WHOLE, **ATTENTION},
     "float8": {**COMPILED, "float8.recipe_name": "tensorwise"},
     "float8-rowwise": {**COMPILED, "float8.recipe_name": "rowwise"},
-    "triton": {**COMPILED, "optimizer.implementation": "triton"},
+    "float8-all": {**COMPILED, **TRITON, **WHOLE, **ATTENTION, "float8.recipe_name": "tensorwise"},
 }
 CPU_VARIANTS = ("eager", "compiled")
-GPU_VARIANTS = ("compiled", "eager", "triton")
+GPU_VARIANTS = ("compiled", "all", "triton", "graphs", "whole", "attention", "eager")
 
 ALIKE = " with our allocator setting"
 # Name of a peer -> (kind in peers.py, compiled, whether glibc keeps freed memory).
@@ -75,10 +86,9 @@ CPU_PEERS = {
     ),
     "llama": ("HF Trainer", "litgpt, compiled", "torchtitan, compiled", "torchtitan, compiled" + ALIKE),
 }
-# The first ones run even if --budget cuts the list short.
 GPU_PEERS = {
-    "gpt_neox": ("plain loop, compiled", "HF Trainer", "litgpt, compiled", "HF Trainer, compiled"),
-    "llama": ("torchtitan, compiled", "HF Trainer", "litgpt, compiled", "HF Trainer, compiled"),
+    "gpt_neox": ("plain loop, compiled", "HF Trainer", "litgpt, compiled"),
+    "llama": ("torchtitan, compiled", "HF Trainer", "litgpt, compiled"),
 }
 
 
@@ -139,6 +149,7 @@ RACES: dict[str, Race] = {
             "gpt_neox",
             {"layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096, "vocab_size": 50304},
             (8, 2048),
+            peers=(*GPU_PEERS["gpt_neox"], "HF Trainer, compiled"),
         ),
         _on_gpu(
             "L1B",
@@ -146,7 +157,7 @@ RACES: dict[str, Race] = {
             "llama",
             {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "mlp_width": 5632, "vocab_size": 32000},
             (4, 2048),
-            variants=(*GPU_VARIANTS, "float8"),
+            variants=("compiled", "all", "float8", "triton", "graphs", "whole", "attention", "eager"),
         ),
         # The head takes 7 % of the matrix FLOPs of the 8B (vocabulary 128,256). Beside 4 layers it would take 38 %;
         # one of 32,000 takes 13 %.
@@ -157,7 +168,8 @@ RACES: dict[str, Race] = {
             "llama",
             {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336, "vocab_size": 32000},
             (2, 4096),
-            variants=("compiled", "float8", "float8-rowwise"),
+            variants=("compiled", "float8", "float8-all", "float8-rowwise", "all"),
+            peers=("torchtitan, compiled",),
         ),
     )
 }

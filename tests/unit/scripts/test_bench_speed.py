@@ -179,7 +179,7 @@ def test_a_dry_run_races_every_kind_of_trainer_and_names_those_without_figures(t
         (["--races", "Q", "--variants", "fast"], "unknown variant fast: choose from eager, compiled"),
         (["--races", "Q", "--only", "keras"], "unknown trainer keras: choose from hf_trainer"),
         (["--races", "Q", "--baseline", "/nowhere"], "--baseline /nowhere: not a checkout of titan_cpt"),
-        (["--turns", "0"], "--turns and --steps must be at least 1"),
+        (["--turns", "0"], "--turns, --steps and --parallel must be at least 1"),
     ],
     ids=["no GPU", "race", "variant", "trainer", "checkout", "turns"],
 )
