@@ -47,6 +47,7 @@ class Context:
     Attributes:
         tiny: smallest shapes, for a dry run on a CPU.
         text: folder with the quick start's text or prepared tokens; None if none was given.
+        baseline: checkout of another commit, with which the races compare; None if none was given.
         deadline: time.monotonic at which the section must have ended.
     """
 
@@ -55,6 +56,7 @@ class Context:
     tiny: bool
     folder: Path
     text: Path | None
+    baseline: Path | None
     deadline: float
     report: Report
     gpus: int = 0
@@ -159,6 +161,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="sections to run, comma-separated")
     parser.add_argument("--skip", default="", help="sections not to run, comma-separated")
     parser.add_argument("--text", type=Path, help="folder with english.jsonl and german.jsonl of the quick start")
+    parser.add_argument("--baseline", type=Path, help="checkout of another commit of titan_cpt, for the races")
     parser.add_argument("--jobs", type=int, default=4, help="sections side by side, of those that time nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
@@ -206,9 +209,9 @@ def main(arguments: Sequence[str]) -> int:
         def make(name: str, until: float) -> Context:
             place = folder / name
             place.mkdir(exist_ok=True)
-            text = None if options.text is None else options.text.resolve()
+            text, baseline = (path and path.resolve() for path in (options.text, options.baseline))
             gpus = report.about["gpus"]
-            return Context(name, device, options.dry_run, place, text, until, report, gpus=gpus)
+            return Context(name, device, options.dry_run, place, text, baseline, until, report, gpus=gpus)
 
         for alone, group in groupby((s for s in every if s.name in wanted), key=lambda section: section.alone):
             with ThreadPoolExecutor(1 if alone else max(1, options.jobs)) as pool:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from check import Context
 
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-PROMISED_MEMORY = 0.10
 FLOAT8_CAPABILITY = (8, 9)
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED_LOSSES = Path(__file__).parent / "quickstart_losses.json"
@@ -203,35 +203,27 @@ def killed_and_compared(context: Context, name: str, *, kills: int, **tables: An
 
 
 def memory(context: Context) -> None:
-    """The plan's memory against the allocator's peak."""
-    long = {"seq_len": 2048}
-    layouts: list[tuple[str, str, dict[str, Any]]] = [
-        ("G405, 8 x 2,048", "G405", {}),
-        ("G405, full activation checkpointing", "G405", {"activation_checkpoint": {"mode": "full"}}),
-        ("G405, accumulating 4 x 2", "G405", {"training": {**long, "global_batch_size": 8, "local_batch_size": 2}}),
-        ("G405, compiled", "G405", {"compile": {"enable": True}}),
-        ("L1B, 4 x 2,048", "L1B", {}),
-        ("L1B, selective activation checkpointing", "L1B", {"activation_checkpoint": {"mode": "selective"}}),
-    ]
-    if context.tiny:
-        layouts = [("tiny", "tiny", {})]
-    for number, (name, shape, tables) in enumerate(layouts):
-        raw = inputs.shape_config(shape, context.folder, steps=2, **tables)
-        raw["job"]["name"] = f"memory-{number}"
-        config = inputs.write_config(raw, context.folder / f"memory-{number}.toml")
+    """The plan's memory against the allocator's peak: the configurations of scripts/bench/memory.py --device cuda."""
+    bench = measure.memory_bench()
+    for number, name in enumerate([*bench.ON_CUDA][: 1 if context.tiny else None]):
+        folder = context.folder / str(number)
+        folder.mkdir()
         try:
-            found = context.call(measure.peak_memory, str(config), log=f"memory-{number}")
+            found = context.call(
+                partial(measure.peak_memory, tiny=context.tiny), name, str(folder), log=f"memory-{number}"
+            )
         except ChildError as error:
             context.row(name, value=str(error), ok=False)
             continue
         off = found["planned"] / found["measured"] - 1
         context.figures[name] = found
-        gib = {key: found[key] / 2**30 for key in ("planned", "measured", "reserved")}
+        gib = {key: value / 2**30 for key, value in found.items()}
+        reserved = f" ({gib['reserved']:.2f} reserved)" if "reserved" in gib else ""
         context.row(
             name,
-            value=f"{gib['planned']:.2f} planned, {gib['measured']:.2f} measured GiB ({off:+.1%})",
-            expected=f"+- {PROMISED_MEMORY:.0%} (reserved {gib['reserved']:.2f})",
-            ok=None if context.device == "cpu" else abs(off) <= PROMISED_MEMORY,
+            value=f"{gib['planned']:.2f} planned, {gib['measured']:.2f} GiB ({off:+.1%})",
+            expected=f"+- {bench.PROMISED_ON_CUDA:.0%}{reserved}",
+            ok=None if context.device == "cpu" else abs(off) <= bench.PROMISED_ON_CUDA,
         )
 
 

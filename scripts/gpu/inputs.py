@@ -8,49 +8,40 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 257
 LANGUAGES = ("english", "german")
-SHAPES: dict[str, dict[str, Any]] = {
-    # The paper's 405M model, 8 x 2,048 tokens a step.
-    "G405": {
-        "model": {"family": "gpt_neox", "size": "mini", "layers": 24, "width": 1024, "heads": 16, "mlp_width": 4096},
-        "vocab_size": 50304,
-        "batch": 8,
-        "seq_len": 2048,
-    },
-    # A Llama of 1.1B parameters, 4 x 2,048 tokens a step.
-    "L1B": {
-        "model": {
-            "family": "llama",
-            "size": "mini",
-            **{"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "mlp_width": 5632},
-        },
-        "vocab_size": 32000,
-        "batch": 4,
-        "seq_len": 2048,
-    },
-    # Four blocks of Llama 3 8B, 2 x 4,096 tokens a step: matrices at which float8 should pay.
-    "W4096": {
-        "model": {
-            "family": "llama",
-            "size": "mini",
-            **{"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336},
-        },
-        "vocab_size": 32000,
-        "batch": 2,
-        "seq_len": 4096,
-    },
-    # The dry run's.
-    "tiny": {
-        "model": {"family": "gpt_neox", "size": "debug"},
-        "vocab_size": 512,
-        "batch": 4,
-        "seq_len": 64,
-    },
-}
+TINY = "tiny"  # the dry run's shape
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the work of a step."""
+
+    model: dict[str, Any]
+    vocab_size: int
+    batch: int
+    seq_len: int
+
+
+def shape_of(name: str) -> Shape:
+    """A shape of the races (scripts/bench/speed/shapes.py: G405, L1B, W4096, Q), or "tiny"."""
+    if name == TINY:
+        return Shape({"family": "gpt_neox", "size": "debug", "vocab_size": 512}, 512, 4, 64)
+    bench = str(ROOT / "scripts" / "bench" / "speed")
+    if bench not in sys.path:
+        sys.path.append(bench)  # at the end: it has a report.py too
+    from shapes import RACES
+
+    race = RACES[name]
+    return Shape(
+        {"family": race.family, "size": "mini", **race.shape}, race.shape["vocab_size"], race.batch, race.seq_len
+    )
 
 
 def write_languages(folder: Path, *, tokens: int) -> None:
@@ -133,17 +124,17 @@ def small_config(data: Path, out: Path, *, tiny: bool, **tables: dict[str, Any])
 
 def shape_config(shape: str, folder: Path, *, steps: int, **tables: dict[str, Any]) -> dict[str, Any]:
     """One stage of a measured shape on generated tokens, bfloat16; `tables` as in `small_config`."""
-    given = SHAPES[shape]
-    tokens = given["batch"] * given["seq_len"]
-    prefix = write_noise(folder, vocab_size=given["vocab_size"], tokens=(steps + 2) * max(tokens, 4096))
+    given = shape_of(shape)
+    tokens = given.batch * given.seq_len
+    prefix = write_noise(folder, vocab_size=given.vocab_size, tokens=(steps + 2) * max(tokens, 4096))
     raw: dict[str, Any] = {
         "job": {"name": "run", "output_dir": str(folder / "runs")},
-        "model": {**given["model"], "vocab_size": given["vocab_size"]},
+        "model": given.model,
         "datasets": {"text": {"train": str(prefix)}},
         "training": {
-            "global_batch_size": given["batch"],
-            "local_batch_size": given["batch"],
-            "seq_len": given["seq_len"],
+            "global_batch_size": given.batch,
+            "local_batch_size": given.batch,
+            "seq_len": given.seq_len,
         },
         "metrics": {"enable_tensorboard": False},
         "stages": [

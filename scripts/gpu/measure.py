@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import platform
 import statistics
@@ -109,50 +111,22 @@ def timed(work: Callable[[], object], device: str, repeats: int = 20) -> float:
     return statistics.median(seconds)
 
 
-def peak_memory(config: str) -> dict[str, float]:
-    """Build the run, take two steps: planned bytes, and the peak of the second step in bytes.
-
-    On a GPU the peak is that of torch's allocator; `reserved` is what the allocator took from the device. On a CPU it
-    is the rise of the resident memory since before the model was built.
-    """
-    from titan_cpt.common.signals import StopRequest
-    from titan_cpt.config.load import load_config
-    from titan_cpt.distributed.process_group import init_process_group
-    from titan_cpt.train import Trainer
-    from titan_cpt.training.build import build
-    from titan_cpt.training.stage_start import begin_stage
-
-    torch.ones(64, 64).mm(torch.ones(64, 64))
-    process, before = init_process_group(), resident("VmRSS")
-    loaded = load_config(Path(config))
-    run = Path(loaded.job.output_dir) / loaded.job.name
-    run.mkdir(parents=True, exist_ok=True)
-    cuda = process.device.type == "cuda"
-    with StopRequest() as stop:
-        trainer, _ = build(Trainer, loaded, process, run, stop)
-        stage = trainer.plan.stages[0]
-        begin_stage(trainer, stage)
-        loader = trainer.open_loader(stage, 0)
-        for step in range(2):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            loss = float(trainer.train_step(loader, stage, step).loss)
-        costs = trainer.plan.footprint
-        trainer.log.close()
-    return {
-        "planned": costs.memory + costs.host,
-        "measured": torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before,
-        "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
-        "loss": loss,
-    }
+def peak_memory(name: str, folder: str, *, tiny: bool) -> dict[str, int]:
+    """`planned`, `measured` and on a GPU `reserved` bytes of a configuration of scripts/bench/memory.py."""
+    memory = memory_bench()
+    overrides = memory.ON_CUDA[name][1]
+    os.chdir(folder)
+    memory.work(memory.tiny(overrides) if tiny else dict(overrides))
+    found: dict[str, int] = json.loads(Path("rank-0.json").read_text())
+    return found
 
 
-def resident(name: str) -> int:
-    """VmRSS (current) or VmHWM (peak) resident memory of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def memory_bench() -> Any:
+    """scripts/bench/memory.py."""
+    bench = str(Path(__file__).resolve().parents[1] / "bench")
+    if bench not in sys.path:
+        sys.path.append(bench)
+    return importlib.import_module("memory")
 
 
 def _version(package: str) -> str | None:

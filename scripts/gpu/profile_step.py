@@ -33,7 +33,7 @@ def profile_shape(
 ) -> dict[str, Any]:
     """Train a shape of inputs.py and profile it: the table, tokens/s of steps that were not profiled, peak memory."""
     import torch
-    from inputs import SHAPES, shape_config, write_config
+    from inputs import shape_config, shape_of, write_config
     from torch.profiler import ProfilerActivity, profile
 
     from titan_cpt.common.signals import StopRequest
@@ -84,7 +84,7 @@ def profile_shape(
     trace = json.loads(trace_path.read_text())
     trace_path.unlink()
     kernels = kernels_of(trace)
-    tokens = SHAPES[shape]["batch"] * SHAPES[shape]["seq_len"]
+    tokens = shape_of(shape).batch * shape_of(shape).seq_len
     flops = trainer.plan.spec.flops_per_token(trainer.plan.seq_len)
     return {
         "shape": shape,
