@@ -30,6 +30,7 @@ from titan_cpt.commands.report import add_report
 from titan_cpt.commands.sweep import add_sweep
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.verify import add_verify
+from titan_cpt.commands.version import PrintVersion
 from titan_cpt.common.exit_status import FAILURE, USER_ERROR, exit_interrupted, exit_with, print_error
 from titan_cpt.errors import TitanError, how_to_install, os_error_message
 
@@ -84,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="titan-cpt",
         description="Continual pre-training of language models: stages, LR re-warming and replay from one TOML file.",
     )
+    parser.add_argument("--version", action=PrintVersion, nargs=0, help="print versions and devices, and exit")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add_command in COMMANDS:
         add_command(subparsers)
