@@ -6,13 +6,19 @@
 #
 # Environment:
 #   PYTHON            interpreter for .venv (default: python3)
-#   TORCH_INDEX_URL   package index for torch (default: pip's own), for example
-#                     https://download.pytorch.org/whl/cpu
+#   TORCH             version of torch to install (default: 2.13.0, with TORCH_INDEX_URL the newest there), or "system":
+#                     .venv uses the packages of PYTHON, with the torch that a container has, and installs none
+#   TORCH_INDEX_URL   package index for torch (default: pip's own): https://download.pytorch.org/whl/ followed by cpu, by
+#                     cu126, cu128, ... for a CUDA version, or by a version of ROCm
+#
+# For Linux on x86-64 pip's own index has torch's builds for CUDA 13: about 3 GB to download, 5 GB on the disk. They run
+# without a GPU; with one they need NVIDIA's driver 580 or newer.
 #
 # It can be run again at any time: it installs only what is missing or incomplete.
 set -euo pipefail
 
-readonly TORCH="torch==2.13.0"
+readonly OLDEST_TORCH=2.11
+readonly DEFAULT_TORCH=2.13.0
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 readonly root
 readonly venv="$root/.venv"
@@ -23,7 +29,8 @@ main() {
         sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
         return
     fi
-    local extras
+    local extras keep_torch=()
+    check_torch_choice
     extras=$(joined_by_comma "${@:-hf}")
     check_extras "$extras"
     make_venv
@@ -32,7 +39,7 @@ main() {
         return
     fi
     install_torch
-    run "$venv_python" -m pip install --editable "${root}[$extras]"
+    run "$venv_python" -m pip install --editable "${root}[$extras]" "${keep_torch[@]}"
     is_installed "$extras" || fail \
         "pip reported success, but $venv lacks requirements of titan_cpt[$extras] (or torch does not import)." \
         "Remove $venv and run this again."
@@ -70,6 +77,14 @@ check_extras() {
     done
 }
 
+# Fail for a TORCH that is neither a version nor "system".
+check_torch_choice() {
+    [[ ${TORCH:-system} == system || $TORCH =~ ^[0-9]+(\.[0-9]+)+[0-9a-z.+]*$ ]] ||
+        fail "TORCH must be a version of torch, such as 2.15.0, or 'system'; got '$TORCH'"
+    [[ ${TORCH:-} != system || -z ${TORCH_INDEX_URL:-} ]] ||
+        fail "TORCH=system installs no torch: unset TORCH_INDEX_URL, or unset TORCH"
+}
+
 # Make .venv, or repair one that an interrupted run left incomplete.
 make_venv() {
     if is_venv && { has_pip || run "$venv_python" -m ensurepip --upgrade; }; then
@@ -80,12 +95,17 @@ make_venv() {
     fi
     local python
     python=$(find_python)
+    local options=()
     if [[ -e $venv ]]; then
         say "$venv is incomplete (an interrupted run?): making it again"
-        run "$python" -m venv --clear "$venv"
-    else
-        run "$python" -m venv "$venv"
+        options+=(--clear)
     fi
+    if [[ ${TORCH:-} == system ]]; then
+        options+=(--system-site-packages)
+    elif [[ -z ${TORCH:-}${TORCH_INDEX_URL:-} ]] && has_torch "$python"; then
+        say "$python has torch already; to use that one, interrupt this and run: TORCH=system ./scripts/setup.sh"
+    fi
+    run "$python" -m venv "${options[@]}" "$venv"
 }
 
 # A link to an interpreter without pyvenv.cfg would be the system's Python.
@@ -111,12 +131,28 @@ find_python() {
 
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }
 
+has_torch() { "$1" -c 'import torch; torch.empty(1)' 2>/dev/null; }
+
+# Install torch, unless there is one or it is the system's. Of the latter set `keep_torch`: a pip option with which no
+# other package replaces it.
 install_torch() {
-    "$venv_python" -c 'import torch; torch.empty(1)' 2>/dev/null && return
-    if [[ -n ${TORCH_INDEX_URL:-} ]]; then
-        run "$venv_python" -m pip install --index-url "$TORCH_INDEX_URL" 'torch>=2.13'
-    else
-        run "$venv_python" -m pip install "$TORCH"
+    if [[ ${TORCH:-} == system ]]; then
+        has_torch "$venv_python" || fail \
+            "TORCH=system, but ${PYTHON:-python3} has no torch that $venv can import." \
+            "A .venv made without TORCH=system does not see it: remove $venv and run this again." \
+            "If torch is in a virtual environment: activate that and run: pip install --editable $root"
+        "$venv_python" -c "import sys, torch; sys.exit(torch.__version__ < '$OLDEST_TORCH')" ||
+            fail "titan_cpt needs torch $OLDEST_TORCH or newer; use a newer container, or unset TORCH."
+        "$venv_python" -c 'from importlib.metadata import version; print("torch===" + version("torch"))' \
+            >"$venv/torch.txt"
+        keep_torch=(--constraint "$venv/torch.txt")
+    elif ! has_torch "$venv_python"; then
+        local torch=torch==${TORCH:-$DEFAULT_TORCH} index=()
+        if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+            index=(--index-url "$TORCH_INDEX_URL")
+            [[ -n ${TORCH:-} ]] || torch="torch>=$OLDEST_TORCH"
+        fi
+        run "$venv_python" -m pip install "${index[@]}" "$torch"
     fi
 }
 

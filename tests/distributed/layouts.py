@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from parity_layouts import V_SCHEDULE
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.checkpoint import manifest
@@ -37,7 +38,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
         "fsdp-tp": {"parallelism.tensor_parallel_degree": "2", "training.local_batch_size": "4"},
         "pp-fsdp": {
             "parallelism.pipeline_parallel_degree": "2",
-            "parallelism.pipeline_parallel_schedule": "ZBVZeroBubble",
+            "parallelism.pipeline_parallel_schedule": V_SCHEDULE,
             "training.local_batch_size": "4",
         },
         "pp-tp": {"parallelism.pipeline_parallel_degree": "2", "parallelism.tensor_parallel_degree": "2"},

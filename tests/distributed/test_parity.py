@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from parity_launch import launch, make_inputs, record
-from parity_layouts import CASES, FLOAT8, FLOAT8_REFERENCES, HANDED_ON, NEW_WEIGHTS, QUICKSTART, REFERENCES, Case
+from parity_layouts import (
+    CASES,
+    FLOAT8,
+    FLOAT8_REFERENCES,
+    HANDED_ON,
+    IS_OLD_TORCH,
+    NEW_WEIGHTS,
+    QUICKSTART,
+    REFERENCES,
+    Case,
+)
 from training import tensors_of
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
@@ -43,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: Path) -> None:
     """Losses, gradient norms, each parameter's, validation, hashes of the batches: all layouts of a world size."""
-    cases = [case for case in (*CASES, *QUICKSTART) if case.world_size == world_size]
+    cases = [case for case in (*CASES, *QUICKSTART) if case.world_size == world_size and case.runs_here]
     if world_size > 1:
         launch(folder, [{"job.name": case.name, **case.overrides} for case in cases], world_size)
 
@@ -76,11 +86,12 @@ def test_float8_on_several_ranks_gives_the_losses_of_one_process_in_float8(folde
     """Layouts agree within rounding, float8 is close to fp32 and bf16, and checkpoints hold no float8 tensor."""
     alone = [{"job.name": name, **overrides} for name, overrides in FLOAT8_REFERENCES.items()]
     launch(folder, [*alone, {"job.name": "new-weights-one", **NEW_WEIGHTS}], 1, "float8-1")
-    ranks = [{"job.name": case.name, **case.overrides} for case in FLOAT8]
-    gathered = {"job.name": "new-weights", **NEW_WEIGHTS, "float8.enable_fsdp_float8_all_gather": "true"}
-    launch(folder, [*ranks, gathered], 2, "float8-2")
+    cases = [case for case in FLOAT8 if case.runs_here]
+    ranks = [{"job.name": case.name, **case.overrides} for case in cases]
+    gathered = {} if IS_OLD_TORCH else {"float8.enable_fsdp_float8_all_gather": "true"}
+    launch(folder, [*ranks, {"job.name": "new-weights", **NEW_WEIGHTS, **gathered}], 2, "float8-2")
 
-    faults = [fault for case in FLOAT8 for fault in faults_of(case, folder)]
+    faults = [fault for case in cases for fault in faults_of(case, folder)]
     assert not faults, "\n".join(faults)
     for name in FLOAT8_REFERENCES:
         plain = "one-bf16" if name.endswith("bf16") else "one"
@@ -92,7 +103,7 @@ def test_float8_on_several_ranks_gives_the_losses_of_one_process_in_float8(folde
     )
     assert begun["loss_nats_per_token"] == pytest.approx(one["loss_nats_per_token"], abs=1e-5)  # the scales are new too
     assert "float8 is emulated on a CPU" in (folder / "output-float8-1.txt").read_text()
-    files = [path for path in (folder / "outputs" / FLOAT8[1].name).glob("*/step-*/*") if path.is_file()]
+    files = [path for path in (folder / "outputs" / cases[1].name).glob("*/step-*/*") if path.is_file()]
     assert files
     assert not any(b"torchao" in path.read_bytes() for path in files)
 

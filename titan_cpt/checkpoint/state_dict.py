@@ -49,10 +49,12 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     if optimizer is not None:
         optimizer_state = _optimizer_state(model, optimizer)
         state["optimizer"] = _only_tensors(optimizer_state)
+    reader = ShardReader(folder)
     try:
-        load(state, storage_reader=ShardReader(folder))
+        load(state, storage_reader=reader)
     except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException
-        raise CheckpointError(f"{folder}: cannot be loaded into this model: {reason_of_failure(error)}") from None
+        reason = reason_of_failure(reader.failure or error)
+        raise CheckpointError(f"{folder}: cannot be loaded into this model: {reason}") from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, {**optimizer_state, **state["optimizer"]}, options=_FLAT)

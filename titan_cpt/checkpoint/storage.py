@@ -150,9 +150,18 @@ class ShardReader(StorageReader):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tensors: dict[str, dict[tuple[int, ...], _Shard]] = {}
+        self.failure: Exception | None = None
+        """Why the index could not be read. DCP of torch 2.11 hides it behind an error of its own."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index as DCP metadata."""
+        try:
+            return self._read_metadata()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _read_metadata(self) -> Metadata:
         stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for name, dtype, shape, shards in read_index(self._folder):
             chunks = [ChunkStorageMetadata(torch.Size(shard.offset), torch.Size(shard.shape)) for shard in shards]

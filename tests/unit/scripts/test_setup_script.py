@@ -13,7 +13,11 @@ case "$*" in
     "-c import sys; sys.exit(sys.version_info < (3, 10))") [[ ${VERSION:-3.11.7} != 3.9.* ]] ;;
     "-c import ensurepip, venv") [[ -z ${NO_VENV:-} ]] ;;
     "-c import sys; sys.exit(sys.prefix == sys.base_prefix)") [[ $0 == */.venv/bin/python ]] ;;
-    "-c import torch; torch.empty(1)") [[ -e $marks/torch ]] ;;
+    "-c import torch; torch.empty(1)")
+        [[ $0 == */.venv/bin/python && -e $marks/torch ]] ||
+            [[ -n ${SYSTEM_TORCH:-} && ($0 != */.venv/* || -e $marks/shared) ]] ;;
+    "-c import sys, torch; sys.exit(torch.__version__ < '2.11')") [[ $SYSTEM_TORCH != 2.9* ]] ;;
+    "-c from importlib.metadata import version; "*) echo "torch===$SYSTEM_TORCH" ;;
     "-m pip --version") [[ -e $marks/pip ]] ;;
     "-I - "*) cat >/dev/null; [[ -e $marks/package && " $(cat "$marks/package") " == *"[${!#}]"* ]] ;;
     *)
@@ -21,9 +25,10 @@ case "$*" in
         case "$*" in
             "-m venv --clear "* | "-m venv "*)
                 [[ $2 == venv && $3 == --clear ]] && rm -rf "${!#}"
-                mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; touch "$marks/pip" ;;
+                mkdir -p "${!#}/bin"; cp "$0" "${!#}/bin/python"; touch "$marks/pip"
+                [[ $* != *--system-site-packages* ]] || touch "$marks/shared" ;;
             "-m ensurepip --upgrade") [[ -z ${NO_ENSUREPIP:-} ]] && touch "$marks/pip" ;;
-            "-m pip install --editable "*) echo "${!#}" >"$marks/package" ;;
+            "-m pip install --editable "*) echo "$5" >"$marks/package" ;;
             "-m pip install "*) touch "$marks/torch" ;;
         esac ;;
 esac
@@ -77,7 +82,55 @@ class TestSetup:
         """TORCH_INDEX_URL chooses the build."""
         machine.run("scripts/setup.sh", TORCH_INDEX_URL="https://example.org/cpu")
 
-        assert "-m pip install --index-url https://example.org/cpu torch>=2.13" in self.installs(machine)
+        assert "-m pip install --index-url https://example.org/cpu torch>=2.11" in self.installs(machine)
+
+    @pytest.mark.parametrize("index", [{}, {"TORCH_INDEX_URL": "https://example.org/cpu"}], ids=["pip's", "another"])
+    def test_a_chosen_version_of_torch_is_installed(self, machine: Repository, index: dict[str, str]) -> None:
+        """From either index."""
+        machine.run("scripts/setup.sh", TORCH="2.15.0", **index)
+
+        (command,) = (line for line in self.installs(machine) if "torch==" in line)
+        assert command.endswith(" torch==2.15.0")
+        assert ("example.org" in command) == bool(index)
+
+    def test_the_torch_of_a_container_is_used_and_kept(self, machine: Repository) -> None:
+        """.venv sees it; none is installed, and no requirement of another package may replace it."""
+        done = machine.run("scripts/setup.sh", TORCH="system", SYSTEM_TORCH="2.12.0a0+b558c98")
+
+        assert done.returncode == 0, done.stderr
+        venv = machine.folder / ".venv"
+        assert self.installs(machine) == [
+            f"-m venv --system-site-packages {venv}",
+            f"-m pip install --editable {machine.folder}[hf] --constraint {venv}/torch.txt",
+        ]
+        assert (venv / "torch.txt").read_text() == "torch===2.12.0a0+b558c98\n"
+
+    def test_a_torch_beside_the_interpreter_is_mentioned(self, machine: Repository) -> None:
+        """Another one is installed unless the user chooses it."""
+        done = machine.run("scripts/setup.sh", SYSTEM_TORCH="2.12.0")
+
+        assert "has torch already; to use that one, interrupt this and run: TORCH=system" in done.stdout
+        assert "-m pip install torch==2.13.0" in self.installs(machine)
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"TORCH": "system"}, "has no torch that"),
+            ({"TORCH": "system", "SYSTEM_TORCH": "2.9.1"}, "needs torch 2.11 or newer"),
+            ({"TORCH": "newest"}, "TORCH must be a version of torch, such as 2.15.0, or 'system'; got 'newest'"),
+            ({"TORCH": "system", "TORCH_INDEX_URL": "x"}, "TORCH=system installs no torch"),
+        ],
+        ids=["none", "too old", "no version", "index"],
+    )
+    def test_a_torch_that_cannot_be_used_is_refused(
+        self, machine: Repository, environment: dict[str, str], message: str
+    ) -> None:
+        """Before any package is installed."""
+        done = machine.run("scripts/setup.sh", **environment)
+
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not any("pip install" in line for line in self.installs(machine))
 
     def test_a_second_run_does_nothing(self, machine: Repository) -> None:
         """Nothing is installed again."""
