@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+from titan_cpt.common.gpus import NVIDIA_DRIVER_FILE
 from titan_cpt.errors import how_to_install
-
-_DRIVER_FILE = Path("/sys/module/nvidia/version")  # also visible in containers
 
 
 class PrintVersion(argparse.Action):
@@ -23,11 +22,18 @@ class PrintVersion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print and exit."""
-        print(f"titan_cpt {metadata.version('titan_cpt')}{_commit(Path(__file__).parents[2])}", flush=True)
+        print(f"titan_cpt {_own_version()}{_commit(Path(__file__).parents[2])}", flush=True)
         print(f"Python {platform.python_version()} ({sys.executable})", flush=True)
         for line in _torch_lines():
             print(line, flush=True)
         parser.exit()
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("titan_cpt")
+    except metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout on PYTHONPATH
 
 
 def _commit(root: Path) -> str:
@@ -67,7 +73,7 @@ def _torch_lines() -> Iterator[str]:
 
 def _driver(torch: ModuleType) -> str:
     """The driver's release and the newest CUDA that it supports, as far as they are known; "" without a driver."""
-    release = _DRIVER_FILE.read_text(encoding="utf-8").strip() if _DRIVER_FILE.exists() else ""
+    release = NVIDIA_DRIVER_FILE.read_text(encoding="utf-8").strip() if NVIDIA_DRIVER_FILE.exists() else ""
     supported = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
     cuda = f"up to CUDA {supported // 1000}.{supported % 1000 // 10}" if supported else ""
     return ", ".join(filter(None, (release, cuda)))

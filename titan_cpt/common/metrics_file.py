@@ -26,7 +26,7 @@ _REQUIRED_KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 _NUMERIC_KEYS = (  # keys whose value, if present, is a number or null; a value that is not finite is written as null
     *("loss_nats_per_token", "forgetting_nats_per_token", "perplexity", "bits_per_byte", "grad_norm", "lr"),
-    *("tokens_per_s", "mfu", "memory_gib", "tokens", "run_step", "replayed_tokens"),
+    *("tokens_per_s", "mfu", "memory_gib", "memory_active_gib", "tokens", "run_step", "replayed_tokens"),
 )
 
 

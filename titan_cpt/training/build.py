@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import make_console
 from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.gpus import NVIDIA_DRIVER_FILE
 from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
@@ -202,6 +204,11 @@ def _check_support(config: Config, device: torch.device) -> None:
 def _print_precision_notes(config: Config, device: torch.device, console: Console) -> None:
     if config.float8.recipe_name is not None and device.type == "cpu":
         console.print("[yellow]note[/] float8 is emulated on a CPU: it rounds as on a GPU, but is not faster")
+    if device.type == "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ and NVIDIA_DRIVER_FILE.exists():
+        console.print(
+            "[yellow]note[/] this machine has an NVIDIA driver, but torch cannot use a GPU, so the CPU trains: "
+            "`titan-cpt --version` prints why"
+        )
     if multiplied_in_float32(getattr(torch, config.training.mixed_precision_param), device):
         console.print(
             "[yellow]note[/] this CPU has no bfloat16 matrix multiplication: products are computed in float32 and "

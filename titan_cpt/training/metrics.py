@@ -23,11 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from titan_cpt.common.gpus import peak_flops_of
 from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.common.run_folder import METRICS_FILE
-
-# Dense bfloat16 peak of one device, FLOP/s, from the data sheets.
-_CUDA_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
 class ScalarWriter(Protocol):
@@ -119,7 +117,7 @@ class MetricsLog:
         shared = {
             "tokens_per_s": speed,
             "mfu": speed * self._flops_per_token / self._peak_flops,
-            "memory_gib": memory_gib(),
+            **peak_memory(),
         }
         lines = []
         for (fields, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
@@ -129,7 +127,11 @@ class MetricsLog:
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
-        self._scalars(lines[-1]["run_step"], {f"throughput/{key}": value for key, value in shared.items()})
+        points = {f"throughput/{key}": value for key, value in shared.items() if key != "memory_active_gib"}
+        if "memory_active_gib" in shared:  # torchtitan's names
+            points["memory/max_active(GiB)"] = shared["memory_active_gib"]
+            points["memory/max_reserved(GiB)"] = shared["memory_gib"]
+        self._scalars(lines[-1]["run_step"], points)
         self._pending.clear()
         self._sync()
         self.restart_clock()
@@ -239,12 +241,18 @@ def _own_version() -> str:
         return "not installed"  # run from a checkout on PYTHONPATH
 
 
-def memory_gib() -> float:
-    """Peak memory of this process in GiB: memory reserved by torch on CUDA, resident memory otherwise."""
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process so far in GiB.
+
+    Returns:
+        memory_gib: on CUDA the memory that torch's allocator has reserved, otherwise resident memory.
+        memory_active_gib: on CUDA only: the memory in use by tensors, without what the allocator keeps for later ones.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
+        active = torch.cuda.memory_stats().get("active_bytes.all.peak", 0)
+        return {"memory_gib": torch.cuda.max_memory_reserved() / 2**30, "memory_active_gib": active / 2**30}
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def peak_flops(device: torch.device) -> float:
@@ -252,7 +260,4 @@ def peak_flops(device: torch.device) -> float:
 
     A CPU's peak is unknown: measured matrix products differ by a factor of two from one second to the next.
     """
-    if device.type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _CUDA_PEAKS.items() if known in name), math.nan)
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else math.nan

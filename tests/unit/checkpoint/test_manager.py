@@ -7,8 +7,9 @@ import pytest
 import torch
 import training
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager
 
-from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint import manager, manifest
 from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, checkpoint_folder
@@ -108,6 +109,22 @@ def test_a_save_holds_the_state_at_the_call_although_training_continues(tmp_path
 
     assert training.same_bits(saved, everything(model, optimizer))
     assert not training.same_bits(saved, went_on)
+
+
+def test_a_second_save_needs_no_stager_that_can_be_used_twice(tmp_path, monkeypatch):
+    """As before torch 2.13, where a stager closes itself after its first use."""
+
+    class UsedOnce(DefaultStager):
+        def stage(self, state_dict, **kwargs):
+            staged = super().stage(state_dict, **kwargs)
+            self.close()
+            return staged
+
+    monkeypatch.setattr(manager, "DefaultStager", UsedOnce)
+    monkeypatch.setattr(manager, "STAGER_CAN_BE_REUSED", False)
+    save_all(checkpoints_in(tmp_path), ("a", 0, 1, INTERVAL), ("a", 0, 2, INTERVAL))
+
+    assert [found.folder.name for found in checkpoints_in(tmp_path).listed()] == ["step-00000002", "step-00000001"]
 
 
 def test_a_save_changes_neither_weights_nor_optimizer_state(tmp_path):

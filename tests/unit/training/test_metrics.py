@@ -113,6 +113,22 @@ def test_speed_is_the_tokens_of_the_steps_over_their_seconds(tmp_path, monkeypat
     assert all(0.01 < line["memory_gib"] < 100 for line in lines)
 
 
+def test_on_cuda_a_step_has_the_allocators_reserved_and_active_memory(tmp_path, monkeypatch):
+    """3 GiB reserved, of which tensors used 2 at most; TensorBoard has them under torchtitan's names too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"active_bytes.all.peak": 2 * 2**30})
+    log = log_in(tmp_path, tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""))
+    keep(log, 1)
+    (line,) = log.flush()
+    log.close()
+    curves = curves_in(tmp_path / "tb")
+
+    assert (line["memory_gib"], line["memory_active_gib"]) == (3.0, 2.0)
+    assert [curves[f"memory/max_{name}(GiB)"] for name in ("reserved", "active")] == [[(101, 3.0)], [(101, 2.0)]]
+    assert "throughput/memory_active_gib" not in curves
+
+
 def test_numbers_that_are_not_finite_are_null_so_that_the_line_is_json(tmp_path):
     """JSON has no NaN; the lines returned to the training loop have it."""
     log = log_in(tmp_path, peak=math.nan)
