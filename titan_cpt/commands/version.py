@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from titan_cpt.common.gpus import NVIDIA_DRIVER_FILE
 from titan_cpt.errors import how_to_install
 
 
@@ -73,6 +72,8 @@ def _torch_lines() -> Iterator[str]:
 
 def _driver(torch: ModuleType) -> str:
     """The driver's release and the newest CUDA that it supports, as far as they are known; "" without a driver."""
+    from titan_cpt.common.gpus import NVIDIA_DRIVER_FILE
+
     release = NVIDIA_DRIVER_FILE.read_text(encoding="utf-8").strip() if NVIDIA_DRIVER_FILE.exists() else ""
     supported = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
     cuda = f"up to CUDA {supported // 1000}.{supported % 1000 // 10}" if supported else ""

@@ -12,6 +12,7 @@ import torch
 
 from titan_cpt.cli import main
 from titan_cpt.commands import version
+from titan_cpt.common import gpus
 
 ROOT = Path(__file__).parents[3]
 
@@ -101,7 +102,7 @@ def test_an_old_driver_is_the_reason_for_no_gpu(monkeypatch):
 def test_the_driver_is_printed_with_the_newest_cuda_that_it_supports(monkeypatch, tmp_path):
     """Its release from the kernel module; 13000 is CUDA 13.0."""
     (tmp_path / "version").write_text("580.159.03\n")
-    monkeypatch.setattr(version, "NVIDIA_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(gpus, "NVIDIA_DRIVER_FILE", tmp_path / "version")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
 
     assert version._driver(torch) == "580.159.03, up to CUDA 13.0"
