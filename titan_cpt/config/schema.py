@@ -72,6 +72,9 @@ class OptimizerConfig(Table):
 
     name: Literal["AdamW"] = "AdamW"
     """The optimizer; AdamW is the only one."""
+    implementation: Literal["fused", "triton"] = "fused"
+    """Kernel of the update: torch's fused AdamW, or one Triton launch (CUDA only) that also clips the gradients and
+    writes the bf16 compute copy. Checkpoints of one resume under the other; results differ in the last bits."""
     beta1: Fraction01 = 0.9
     """Decay rate of the first moment."""
     beta2: Fraction01 = 0.95

@@ -29,17 +29,26 @@ def apply_compile(model: LanguageModel, options: ParallelOptions) -> None:
         model.blocks[layer] = cast(nn.Module, torch.compile(block, mode=options.compile_mode))
 
 
+def require_triton(setting: str) -> None:
+    """Check that Triton is installed.
+
+    Raises:
+        ConfigError: it is not; the message begins with `setting`.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"{setting}: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or remove the key"
+        )
+
+
 def require_compiler(device: torch.device) -> None:
     """Check that torch.compile finds its compilers: g++ or $CXX for a CPU; Triton, and a C compiler or $CC, for CUDA.
 
     Raises:
         ConfigError: one is missing. Without this check torch would raise an error in the first training step.
     """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            "compile.enable: needs Triton, which comes with torch's CUDA builds: `pip install triton`, or remove "
-            "the key"
-        )
+    if device.type == "cuda":
+        require_triton("compile.enable")
     variable = "CC" if device.type == "cuda" else "CXX"
     defaults = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++",)
     configured = os.environ.get(variable)

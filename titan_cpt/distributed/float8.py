@@ -20,6 +20,7 @@ from titan_cpt.distributed.options import Float8Options
 from titan_cpt.errors import ConfigError, how_to_install
 
 MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+_WRAPPER = "WeightWithDynamicFloat8CastTensor"  # torchao's class of a weight that FSDP2 gathers in float8
 
 
 def require_float8(device: torch.device) -> None:
@@ -82,14 +83,22 @@ def without_float8_wrappers(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(value) if _cast_before_gather(value) else value for name, value in state.items()}
 
 
+@torch.no_grad()
+def local_values(tensor: Tensor) -> Tensor:
+    """This rank's shard as a plain tensor that shares its memory, without torchao's wrapper."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    if type(local).__name__ == _WRAPPER:
+        local = local._tensor  # type: ignore[attr-defined]  # torchao's attribute for the wrapped tensor
+    return local
+
+
 def _cast_before_gather(value: Any) -> bool:
-    return isinstance(value, DTensor) and type(value.to_local()).__name__ == "WeightWithDynamicFloat8CastTensor"
+    return isinstance(value, DTensor) and type(value.to_local()).__name__ == _WRAPPER
 
 
 def _plain(weight: DTensor) -> DTensor:
-    local: Tensor = weight.to_local()._tensor  # type: ignore[attr-defined]  # torchao's attribute for the wrapped tensor
     return DTensor.from_local(
-        local,
+        local_values(weight),
         weight.device_mesh,
         weight.placements,
         run_check=False,

@@ -5,8 +5,10 @@ With several processes FSDP2 casts the weights that it all-gathers, with the sam
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ComputeCopy:
@@ -14,7 +16,8 @@ class ComputeCopy:
 
     `refresh` detects new master weights in two ways. Initialization and loading a checkpoint increase the tensors'
     version counters. The fused optimizer does not, but the gradients are cleared after its step. autograd casts each
-    gradient to float32, and both models share the gradient tensors, so nothing is copied back.
+    gradient to float32, and both models share the gradient tensors, so nothing is copied back. An optimizer that
+    writes the compute copy itself is announced by `leave_to_optimizer`.
 
     Args:
         master: the model whose float32 weights the optimizer updates and checkpoints save.
@@ -29,14 +32,34 @@ class ComputeCopy:
         )
         self._versions: list[int] = []
         self._gave_gradients = False
+        self._written_by_optimizer = False
         for weight in self._compute:
             weight.grad_dtype = torch.float32
+
+    def leave_to_optimizer(self, *, accumulates: bool, float32: Collection[Tensor]) -> dict[Tensor, Tensor]:
+        """Let the optimizer write the compute copy in its step, and read gradients as the backward pass makes them.
+
+        Args:
+            accumulates: gradients of several micro-batches are summed, so all of them stay in float32.
+            float32: weights of the compute model whose gradients stay in float32 in any case: their backward pass
+                computes them in float32, or sums several in the compute dtype otherwise.
+
+        Returns:
+            Master weight -> compute copy, which the optimizer must write whenever it changes the weight.
+        """
+        self._written_by_optimizer = True
+        kept = {id(weight) for weight in float32}
+        for master, compute in zip(self._master, self._compute, strict=True):
+            if not accumulates and id(compute) not in kept:
+                master.grad_dtype = compute.grad_dtype = compute.dtype
+        return dict(zip(self._master, self._compute, strict=True))
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the master weights if they may have changed; call before a forward pass."""
         versions = [weight._version for weight in self._master]
-        stepped = self._gave_gradients and all(weight.grad is None for weight in self._master)
+        cleared = self._gave_gradients and all(weight.grad is None for weight in self._master)
+        stepped = cleared and not self._written_by_optimizer
         if stepped or versions != self._versions:
             torch._foreach_copy_(self._compute, self._master)
             self._versions = versions

@@ -72,10 +72,17 @@ def _cuda_attention(config: Config) -> str | None:
     return f'training.attention_backend: "{backend}" is a CUDA kernel: use "default", "flash", "math" or "fastest"'
 
 
+def _triton_optimizer(config: Config) -> str | None:
+    if config.optimizer.implementation != "triton":
+        return None
+    return 'optimizer.implementation: "triton" compiles a kernel for the GPU: use "fused"'
+
+
 CPU_RULES: tuple[CPURule, ...] = (
     CPURule("ring attention", "torch 2.13 has no ring attention on a CPU", _ring_attention),
     CPURule("async TP", "it needs symmetric memory, which only CUDA has", _async_tp),
     CPURule("float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8),
     CPURule("CUDA graphs", "a CPU has none", _cuda_graphs),
     CPURule("the attention kernels cudnn and efficient", "they are CUDA kernels", _cuda_attention),
+    CPURule('optimizer.implementation = "triton"', "Triton compiles for GPUs only", _triton_optimizer),
 )

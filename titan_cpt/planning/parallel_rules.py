@@ -353,6 +353,16 @@ def _attention_backend_with_cp(inputs: RuleInput) -> str | None:
     )
 
 
+def _offload_with_triton(inputs: RuleInput) -> str | None:
+    config = inputs.config
+    if not config.training.enable_cpu_offload or config.optimizer.implementation != "triton":
+        return None
+    return (
+        'optimizer.implementation: "triton" updates weights in GPU memory, and training.enable_cpu_offload keeps them '
+        'on the CPU: use "fused", or set enable_cpu_offload to false'
+    )
+
+
 def _not_a_divisor(key: str, degree: int, count: int, unit: str) -> str:
     nearest = _nearest(degree, _divisors(count))
     return f"{_PARALLELISM}{key}: {count} {unit} cannot be split evenly over {degree} ranks: {nearest}"
@@ -403,6 +413,7 @@ RULES: tuple[Rule, ...] = (
     Rule("float8 all-gather without the tensorwise recipe", "a gathered weight has one scale", _float8_gather),
     Rule("float8 that converts no layer", "dimensions must be multiples of 16", _float8_no_layer),
     Rule("CPU offload on a single rank", "FSDP2 offloads sharded parameters only", _offload_on_one_rank),
+    Rule('CPU offload with optimizer.implementation = "triton"', "the kernel runs on the GPU", _offload_with_triton),
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
     Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),

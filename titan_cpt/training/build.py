@@ -36,9 +36,10 @@ from titan_cpt.distributed.attention_backend import (
     set_attention_backend,
 )
 from titan_cpt.distributed.build import build_parallel_model
-from titan_cpt.distributed.compile import require_compiler
+from titan_cpt.distributed.compile import require_compiler, require_triton
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
+from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
 from titan_cpt.models.common.language_model import LanguageModel
@@ -100,8 +101,7 @@ def build(
     set_timeouts(config.comm.init_timeout_seconds)  # torch gives the mesh's process groups its default timeouts
     options = parallel_options(config)
     model, pipeline_stages, compute_copy = build_parallel_model(plan.spec, mesh, options)
-    adamw = plan.stages[0].optimizer
-    optimizer = build_adamw(model, lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay)
+    optimizer = _build_optimizer(config, plan, model, pipeline_stages, compute_copy)
     checkpoints = CheckpointManager(
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
@@ -199,6 +199,8 @@ def _check_support(config: Config, device: torch.device) -> None:
         require_float8(device)
     if config.compile.enable:
         require_compiler(device)
+    if config.optimizer.implementation == "triton":
+        require_triton('optimizer.implementation = "triton"')
 
 
 def _print_precision_notes(config: Config, device: torch.device, console: Console) -> None:
@@ -259,6 +261,34 @@ def _choose_attention(
     choice = choose_attention_backend(requested, recorded, model, shape, mesh.process, group=checkpoints.group)
     set_attention_backend(stages.values(), choice.backend)
     return choice
+
+
+def _build_optimizer(
+    config: Config,
+    plan: Plan,
+    model: LanguageModel,
+    stages: Mapping[int, LanguageModel],
+    compute_copy: ComputeCopy | None,
+) -> AdamW:
+    """The optimizer of the first stage's hyperparameters; with Triton it writes the compute copy."""
+    adamw = plan.stages[0].optimizer
+    triton = config.optimizer.implementation == "triton"
+    copies = None
+    if triton and compute_copy is not None:
+        whole = stages[0]
+        head = whole.embedding if plan.spec.tied else whole.head  # the loss computes its weight's gradient in float32
+        assert head is not None, "a single process has the whole model"
+        accumulates = plan.gradient_accumulation_steps > 1
+        copies = compute_copy.leave_to_optimizer(accumulates=accumulates, float32=tuple(head.parameters()))
+    return build_adamw(
+        model,
+        lr=0.0,
+        betas=adamw.betas,
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        triton=triton,
+        copies=copies,
+    )
 
 
 def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:

@@ -262,7 +262,7 @@ class EagerStep:
     def apply_gradients(self, loss: Tensor) -> StepResult:
         """`update`, given this rank's loss."""
         loss = self.mesh.sum_loss(loss)
-        grad_norm = clip_grad_norm(self.model, self.max_norm, self.mesh.pipeline)
+        grad_norm = clip_grad_norm(self.model, self.max_norm, self.mesh.pipeline, optimizer=self.optimizer)
         loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
         health = self.guard.observe(loss, grad_norm)
         self.optimizer.step()

@@ -1,7 +1,7 @@
 """AdamW and its step: parameter groups, gradient clipping, the guard against bad steps, resetting. No host sync."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,8 +9,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from titan_cpt.training.cuda.adamw import TritonAdamW
 
-def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamW:
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    triton: bool = False,
+    copies: Mapping[Tensor, Tensor] | None = None,
+) -> AdamW:
     """Fused AdamW over the model's parameters, with moments and step counts allocated and zero.
 
     They are allocated before the first step so that a checkpoint of step 0 can be written: torch's distributed
@@ -26,8 +37,16 @@ def build_adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], eps:
         betas: decay rates of the first and second moment.
         eps: added to the square root of the second moment.
         weight_decay: coefficient of the decoupled decay, for the matrices only (see `parameter_groups`).
+        triton: update with our Triton kernel instead of torch's; needs CUDA and Triton.
+        copies: with `triton`: master weight -> bf16 compute copy that the update writes too.
     """
-    optimizer = AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    groups = parameter_groups(model, weight_decay)
+    optimizer: AdamW
+    if triton:
+        optimizer = TritonAdamW(groups, lr=lr, betas=betas, eps=eps, copies=copies)
+    else:
+        assert not copies, "only the Triton kernel writes compute copies"
+        optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     reset_state(optimizer)
     return optimizer
 
@@ -83,8 +102,12 @@ def reset_state(optimizer: AdamW) -> None:
                 value.zero_()
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup | None = None) -> Tensor:
+def clip_grad_norm(
+    model: nn.Module, max_norm: float, pipeline: dist.ProcessGroup | None = None, *, optimizer: AdamW | None = None
+) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before clipping.
+
+    `TritonAdamW` multiplies them in its step: here it only receives the factor, and the gradients stay as they are.
 
     The norm spans all sharded parameters and all pipeline stages, and is the same on every rank. No host sync and no
     check: a norm that is not finite turns the gradients into NaN or 0, and `UpdateGuard` then prevents the update.
@@ -93,20 +116,36 @@ def clip_grad_norm(model: nn.Module, max_norm: float, pipeline: dist.ProcessGrou
         model: all its gradients are plain tensors, or all are DTensors of one mesh.
         max_norm: largest L2 norm after clipping, above 0.
         pipeline: process group of the pipeline-parallel ranks; None without pipeline parallelism.
+        optimizer: whose next step applies these gradients.
 
     Returns:
         A plain 0-dimensional tensor on the gradients' device.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if pipeline is not None:
         squared = norm.square()
         dist.all_reduce(squared, group=pipeline)
         norm = squared.sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if isinstance(optimizer, TritonAdamW):
+        optimizer.clip_factor.copy_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # torch's factor
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all gradients together, in float32; torch's function would round the norms of bf16 gradients."""
+    reduced = [gradient for gradient in gradients if gradient.dtype == torch.bfloat16]
+    if not reduced:
+        return nn.utils.get_total_norm(gradients)
+    others = [gradient for gradient in gradients if gradient.dtype != torch.bfloat16]
+    norms = [norm for part in (reduced, others) if part for norm in torch._foreach_norm(part, 2, dtype=torch.float32)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 class UpdateGuard:

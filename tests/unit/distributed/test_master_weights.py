@@ -66,6 +66,36 @@ def test_gradients_of_micro_batches_are_summed_in_fp32():
     assert master.weight.grad[0, 0].item() == 1 + 3 * 2**-9
 
 
+def test_an_optimizer_that_writes_the_copy_spares_the_cast_and_reads_bf16_gradients(monkeypatch):
+    """Only new master weights are cast; a weight that is named keeps gradients in fp32, as all do with accumulation."""
+    casts, cast = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *tensors: casts.append(cast(*tensors)))
+    master, compute, copy = pair()
+    written = copy.leave_to_optimizer(accumulates=False, float32=(compute.bias,))
+    for _ in range(2):
+        pass_through(compute, copy, torch.ones(1, 3, dtype=torch.bfloat16))
+        dtypes = master.weight.grad.dtype, master.bias.grad.dtype
+        master.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        master.bias.fill_(1 / 3)
+    copy.refresh()
+
+    assert dtypes == (torch.bfloat16, torch.float32)
+    assert written == {master.weight: compute.weight, master.bias: compute.bias}
+    assert len(casts) == 2
+    assert torch.equal(compute.bias, master.bias.bfloat16())
+
+
+def test_accumulated_gradients_stay_in_fp32_when_the_optimizer_writes_the_copy():
+    """1 and 1/512: bf16 would lose the small one."""
+    master, compute, copy = pair()
+    copy.leave_to_optimizer(accumulates=True, float32=())
+    for value in (1.0, 2**-9):
+        pass_through(compute, copy, torch.full((1, 3), value, dtype=torch.bfloat16))
+
+    assert master.weight.grad[0, 0].item() == 1 + 2**-9
+
+
 def test_two_different_models_are_refused():
     """The pairs are made by order, so shapes must agree."""
     with pytest.raises(AssertionError, match="two different models"):

@@ -17,6 +17,7 @@ ON_CPU = [
     ({"float8.recipe_name": "rowwise", "compile.enable": "true"}, ["emulated float8 in bfloat16", '"float32"']),
     ({"training.cuda_graphs": "true"}, ["training.cuda_graphs", "set it to false"]),
     ({"training.attention_backend": "cudnn"}, ['"cudnn" is a CUDA kernel', '"flash"']),
+    ({"optimizer.implementation": "triton"}, ['compiles a kernel for the GPU: use "fused"']),
 ]
 
 

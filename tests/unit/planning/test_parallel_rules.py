@@ -83,6 +83,11 @@ REFUSED = [
         ["no layer can be converted", "must be multiples of 32"],
     ),
     (1, {"training.enable_cpu_offload": "true"}, ["a single rank has none", "use 2 ranks"]),
+    (
+        2,
+        {"training.enable_cpu_offload": "true", "optimizer.implementation": "triton"},
+        ["optimizer.implementation", "in GPU memory", 'use "fused"'],
+    ),
     (2, {ASYNC: "true", TP: "2"}, ["compile.enable = true"]),
     (2, {"training.cuda_graphs": "true"}, ["single process only, and the run has 2", "set it to false"]),
     (

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.errors import ConfigError
+from titan_cpt.training.cuda.adamw import TritonAdamW
 from titan_cpt.training.forward_backward import EagerStep, StepResult
 
 EAGER_STEPS = 2
@@ -108,6 +109,8 @@ class CapturedStep:
         # torch's fused AdamW reads an LR tensor on a GPU as float32, on a CPU as float64.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self._lrs = [torch.zeros((), dtype=dtype, device=device) for _ in eager.optimizer.param_groups]
+        if isinstance(eager.optimizer, TritonAdamW):
+            eager.optimizer.uploads = False  # `update` does it, outside of the capture
         self._tokens: tuple[Tensor, Tensor] | None = None
         self._replays: dict[Callable[[], None], Callable[[], None]] = {}
         self._steps = 0
@@ -136,8 +139,13 @@ class CapturedStep:
 
     def update(self) -> StepResult:
         """As `EagerStep.update`; the result is a copy, which the next step does not overwrite."""
-        for lr, group in zip(self._lrs, self.eager.optimizer.param_groups, strict=True):
+        optimizer = self.eager.optimizer
+        for lr, group in zip(self._lrs, optimizer.param_groups, strict=True):
             lr.fill_(group["lr"])
+        if isinstance(optimizer, TritonAdamW):
+            optimizer.write_hyperparameters()
+            if self._update not in self._replays:  # replays read gradients where the capture did
+                optimizer.write_addresses()
         self._run(self._update)
         if self.compute_copy is not None:
             self.compute_copy.note_update()
@@ -173,7 +181,10 @@ class CapturedStep:
 
     @contextmanager
     def _lr_on_device(self) -> Iterator[None]:
-        """Let AdamW read its LR from device memory; elsewhere it stays a float, which is logged."""
+        """Let torch's AdamW read its LR from device memory; elsewhere it stays a float, which is logged."""
+        if isinstance(self.eager.optimizer, TritonAdamW):
+            yield
+            return
         groups = self.eager.optimizer.param_groups
         lrs = [group["lr"] for group in groups]
         capturing = self._loss.is_cuda and torch.cuda.is_current_stream_capturing()
