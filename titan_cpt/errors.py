@@ -48,7 +48,6 @@ class NumericsError(TitanError):
 
 
 _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packages are required ones
-    "tokenizers": "hf",
     "huggingface_hub": "hf",
     "lm_eval": "eval",
     "matplotlib": "report",

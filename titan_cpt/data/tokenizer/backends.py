@@ -12,15 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from titan_cpt.common.forked import begin_forked
-from titan_cpt.data.tokenizer.check_texts import TOKENIZER_TEST_STRINGS
+from titan_cpt.data.tokenizer.check_texts import TOKENIZER_TEST_STRINGS, texts_in_every_script
 from titan_cpt.data.tokenizer.encoded import Encoded, joined
 from titan_cpt.data.tokenizer.gigatoken_backend import GigatokenBackend
 from titan_cpt.data.tokenizer.gigatoken_spec import UnsupportedTokenizerError
-from titan_cpt.data.tokenizer.huggingface_backend import HuggingFaceBackend
+from titan_cpt.data.tokenizer.huggingface_backend import HuggingFaceBackend, excerpt
 from titan_cpt.data.tokenizer.special_tokens import GuardedSpec, literals
 from titan_cpt.errors import DataError
 
-MAX_TESTED_SPECIAL_TOKENS = 64  # names to encode as a test when a tokenizer is opened; every text is checked later
+MAX_TESTED_TOKENS = 64  # special and other added tokens, whose names are encoded as a test; every text is checked later
 
 
 class TokenizerBackend(Protocol):
@@ -107,15 +107,18 @@ def _best(
     guarded: GuardedSpec, name: str, table: Sequence[bytes], exact: Callable[[], HuggingFaceBackend]
 ) -> tuple[TokenizerBackend, str | None]:
     """Return the gigatoken backend if it can be used, otherwise the `tokenizers` backend and the reason."""
-    texts = [*TOKENIZER_TEST_STRINGS, *literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS])]
+    added = [token["content"] for token in guarded.spec.get("added_tokens") or []]
+    names = [*guarded.names][:MAX_TESTED_TOKENS] + added[:MAX_TESTED_TOKENS]
+    texts = [*TOKENIZER_TEST_STRINGS, *texts_in_every_script(), *literals(names)]
     expected = None
     if importlib.util.find_spec("tokenizers"):
         # The two libraries take equally long to open: where possible, at the same time.
         expected = begin_forked(lambda: [exact().encode([text]).ids.tolist() for text in texts])
     try:
         backend = GigatokenBackend(guarded, table, exact)
-        if expected is not None:
-            _compare(backend, texts, expected())
+        if expected is None:
+            return backend, f"{name}: its ids were not compared with the `tokenizers` library, which is not installed"
+        _compare(backend, texts, expected())
     except UnsupportedTokenizerError as reason:
         return exact(), f"{name}: uses the `tokenizers` library, many times slower than gigatoken: {reason}"
     return backend, None
@@ -126,13 +129,17 @@ def _compare(backend: TokenizerBackend, texts: Sequence[str], expected: Sequence
     for text, ids in zip(texts, expected, strict=True):
         found = backend.encode([text]).ids.tolist()
         if found != ids:
-            raise UnsupportedTokenizerError(f"gigatoken encodes {text!r} as {found}, the file defines {ids}")
+            first = next((n for n, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), 0)
+            raise UnsupportedTokenizerError(
+                f"gigatoken encodes {excerpt(text)} as {found[first : first + 4]}, the file defines "
+                f"{ids[first : first + 4]}"
+            )
 
 
 def _check_literals(backend: TokenizerBackend, guarded: GuardedSpec, name: str) -> None:
     """Raise DataError if the name of a special token in a text becomes that token."""
     forbidden = {number: token for token, number in guarded.names.items() if number != guarded.unknown_id}
-    for text in literals([*guarded.names][:MAX_TESTED_SPECIAL_TOKENS]):
+    for text in literals([*guarded.names][:MAX_TESTED_TOKENS]):
         for number in backend.encode([text]).ids.tolist():
             if number in forbidden:
                 raise DataError(f"{name}: the text {text!r} becomes the special token {forbidden[number]!r}")

@@ -1,12 +1,15 @@
 """Texts on which a backend is compared with the `tokenizers` library when a tokenizer is opened."""
 
+import unicodedata
+from collections.abc import Iterator
+
 TOKENIZER_TEST_STRINGS = (
     *("", " ", "  ", "   ", "a", " a", "  a", "a ", "a  ", "a\nb", "a\n\nb", "a \n b", "a\n  b", "\n\n\n", "\t\tx\t "),
     *(
         "\r\n",
         "a\r\n\r\n  b",
         " \n  \n   x",
-        "\x00\x01\x1c\x1f\x7f",
+        "".join(map(chr, range(0x20))) + "\x7f\x80\x9f",
         "=" * 40 + "-" * 41 + "\n" * 7,
         "a" * 17 + "ab" * 9,
     ),
@@ -29,4 +32,14 @@ TOKENIZER_TEST_STRINGS = (
         "a <|endoftext|>b</s><s>",
         "<|padding|>  <|endoftext|>",
     ),
+    *("\u0301", "\n\u0301\u0301a", "x" * 300 + " " + "Word" * 90 + "0" * 300, " " * 3000 + "\n" * 3000 + "x\r\n" * 40),
 )
+_EVERY = 32  # characters; almost no script has fewer
+
+
+def texts_in_every_script() -> Iterator[str]:
+    """Yield texts with a character of each script between letters, digits, spaces and signs."""
+    for block in range(0, 0x20000, 0x1000):
+        characters = map(chr, range(block + 1, block + 0x1001, _EVERY))
+        known = [one for one in characters if unicodedata.category(one) not in ("Cn", "Cs")]
+        yield " ".join(f"a{one}b 1{one} !{one}\n{one}" for one in known)

@@ -90,7 +90,7 @@ class HuggingFaceBackend:
                 lost[number] = "".join(texts[number][start:end] for token, (start, end) in spans if token == unknown)
             if _FORBIDDEN in marks:
                 token = next(self._forbidden[one] for one in parts[number] if one in self._forbidden)
-                raise DataError(f"{self._name}: a text becomes the special token {token!r}: {_excerpt(texts[number])}")
+                raise DataError(f"{self._name}: a text becomes the special token {token!r}: {excerpt(texts[number])}")
         if self._drops:
             lost = {number: dropped for number, text in enumerate(texts) if (dropped := self._dropped(text))}
         arrays = [[np.array(part, dtype=self._dtype)] for part in parts]
@@ -123,7 +123,7 @@ class HuggingFaceBackend:
             if any(number in self._guarded.byte_ids and end - start > 1 for number, (start, end) in spans):
                 raise DataError(
                     f"{self._name}: a text contains the name of a byte token, such as <0x0A>, which this model encodes "
-                    f"as the byte: {_excerpt(text)}. Remove it from the text"
+                    f"as the byte: {excerpt(text)}. Remove it from the text"
                 )
             return list(encoding.ids)
         if not BYTE_NAME.search(self.normalized(text)):
@@ -189,5 +189,6 @@ def _check_ids(tokenizer: Any, spec: dict[str, Any], name: str) -> None:
     )
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
+    """Return a text's representation for a message, shortened."""
     return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."

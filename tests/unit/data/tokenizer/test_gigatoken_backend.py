@@ -8,40 +8,14 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers, pre_tokenizers
 
+from tests.byte_level_tokenizers import PATTERNS, save_tokenizer
 from titan_cpt.data.tokenizer import gigatoken_backend
 from titan_cpt.data.tokenizer.gigatoken_backend import pieces
 from titan_cpt.data.tokenizer.gigatoken_spec import UnsupportedTokenizerError, to_gigatoken
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CASES = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+SUFFIX"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
-)
-PATTERNS = {
-    "gpt2": [],
-    "llama3": [_LETTERS + r"\p{N}{1,3}" + _REST],
-    "qwen2": [_LETTERS + r"\p{N}" + _REST],
-    "cl100k": [_LETTERS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"],
-    "o200k": [
-        _CASES.replace("SUFFIX", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?")
-        + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ],
-    "deepseek": [
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-    ],
-}
-CORPUS = [
-    "def function(self, value):\n        return value + 1\n\n\nclass Thing:\n    pass\n",
-    "Der Zug fährt über die Brücke. Größe: 1.234,50 €. Er sagt: „Schön!“ it's we'll they've 2024-01-02 1000000",
-    "中文字符 日本語です 한국어 مرحبا שלום नमस्ते 😀👨‍👩‍👧 \t\ttabs\r\nlines\r\n\r\n the theme of the thesis then",
-] * 3
 WORDS = [
     *(" " * length for length in (1, 1, 1, 1, 2, 3, 7)),
     *("\n", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "\u2028"),
@@ -52,27 +26,10 @@ TEXTS = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=3)), max_siz
 SLOW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def saved(folder, kind, *, nfc=False, added=()):
-    """A small BPE with the given pattern."""
-    tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[kind]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level]) if splits else byte_level
-    if nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken(token, normalized=normalized) for token, normalized in added])
-    path = folder / f"{kind}.json"
-    tokenizer.save(str(path))
-    library = Tokenizer.from_file(str(path))
-    library.encode_special_tokens = True
-    return load_tokenizer(str(path)), library
+def saved(folder, pattern, **options):
+    """Our tokenizer and the library's of a file."""
+    library = save_tokenizer(folder / f"{pattern}.json", pattern, **options)
+    return load_tokenizer(str(folder / f"{pattern}.json")), library
 
 
 @pytest.fixture(scope="module", params=[*PATTERNS])

@@ -221,7 +221,7 @@ def test_a_million_line_ends_give_the_librarys_tokens(tmp_path, kind):
     assert ours.encode_batch(texts) == [library.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     choices=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=14),
     swap=st.integers(0, 60),
@@ -444,9 +444,9 @@ def test_without_the_library_gigatoken_works_and_the_rest_names_the_package(tmp_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     assert load_tokenizer(str(quick)).encode("a   b") == expected
-    with pytest.raises(DataError, match=r"pip install 'titan_cpt\[hf\]'"):
+    with pytest.raises(DataError, match=r"pip install titan_cpt"):
         load_tokenizer(str(slow)).encode("a")
-    with pytest.raises(DataError, match=r"pip install 'titan_cpt\[hf\]'"):
+    with pytest.raises(DataError, match=r"pip install titan_cpt"):
         train_bpe(["a"], 300, tmp_path / "new.json")
 
 
