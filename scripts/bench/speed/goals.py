@@ -83,7 +83,7 @@ GOALS = (
     Goal("G405: speed >= 1.8x HF Trainer", "G405", 1.8, over("HF Trainer")),
     Goal("G405: peak memory <= 0.9x the plain compiled loop's", "G405", 0.9, memory_over(PLAIN), at_least=False),
     Goal("L1B: speed >= 1.12x torchtitan compiled", "L1B", 1.12, over(TITAN)),
-    Goal("Q: speed >= 4x the baseline build with the quick start's settings", "Q", 4.0, over(BASELINE)),
+    Goal("Q: speed >= 4x the baseline build with its quick start's settings", "Q", 4.0, over(BASELINE)),
     Goal("W4096: float8 >= 1.15x titan_cpt in bfloat16", "W4096", 1.15, float8_over_bfloat16),
 )
 

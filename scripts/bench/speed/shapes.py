@@ -1,19 +1,12 @@
-"""The compared shapes, titan_cpt's variants, and the other trainers. Reads one config, imports no torch."""
+"""The compared shapes, titan_cpt's variants, and the other trainers. Imports no torch."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parents[3]
-QUICK_START = ROOT / "train_configs" / "quickstart.toml"
 
 
 @dataclass(frozen=True)
@@ -106,24 +99,6 @@ def _on_gpu(key: str, title: str, family: str, shape: dict[str, int], work: tupl
     return Race(key, title, "cuda", family, shape, batch=work[0], seq_len=work[1], **{**standard, **more})
 
 
-def _quick_start() -> Race:
-    """The quick start's model, batch and precision, read from its config. `size = "mini"` is spelled out."""
-    with QUICK_START.open("rb") as file:
-        config = tomllib.load(file)
-    training, model = config["training"], config["model"]
-    assert (model["family"], model["size"]) == ("gpt_neox", "mini"), f"{QUICK_START}: shapes.py expects GPT-NeoX mini"
-    vocabulary = config["tokenizer"]["train"]["vocab_size"]
-    return _on_gpu(
-        "Q",
-        f"Q, the quick start's: GPT-NeoX, 6 layers, width 256, 8 heads, vocabulary {vocabulary:,}",
-        "gpt_neox",
-        {"layers": 6, "width": 256, "heads": 8, "mlp_width": 1024, "vocab_size": vocabulary},
-        (training["local_batch_size"], training["seq_len"]),
-        precision=training["mixed_precision_param"],
-        steps_a_turn=50,
-    )
-
-
 B = {"layers": 8, "width": 384, "heads": 6, "mlp_width": 1536, "vocab_size": 8192}
 RACES: dict[str, Race] = {
     race.key: race
@@ -142,7 +117,15 @@ RACES: dict[str, Race] = {
             "llama",
             {"layers": 8, "width": 384, "heads": 6, "kv_heads": 6, "mlp_width": 1024, "vocab_size": 8192},
         ),
-        _quick_start(),
+        _on_gpu(
+            "Q",
+            "Q, the first quick start's: GPT-NeoX, 6 layers, width 256, 8 heads, vocabulary 4,096",
+            "gpt_neox",
+            {"layers": 6, "width": 256, "heads": 8, "mlp_width": 1024, "vocab_size": 4096},
+            (16, 256),
+            precision="float32",
+            steps_a_turn=50,
+        ),
         _on_gpu(
             "G405",
             "G405, the paper's 405M: GPT-NeoX, 24 layers, width 1,024, 16 heads, vocabulary 50,304",

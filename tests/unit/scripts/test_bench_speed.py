@@ -121,20 +121,6 @@ class TestGoals:
 class TestShapes:
     """The compared shapes."""
 
-    def test_the_quick_starts_shape_is_that_of_its_config(self, bench) -> None:
-        """The plan of train_configs/quickstart.toml has the same spec, batch and precision."""
-        from titan_cpt.config.load import load_config
-        from titan_cpt.models.registry import named_size
-
-        config = load_config(ROOT / "train_configs" / "quickstart.toml")
-        race = bench["shapes"].RACES["Q"]
-        spec = named_size("gpt_neox", "mini", race.shape["vocab_size"])
-
-        assert (race.batch, race.seq_len) == (config.training.local_batch_size, config.training.seq_len)
-        assert race.precision == config.training.mixed_precision_param
-        for key, value in race.shape.items():
-            assert getattr(spec, key) == value, key
-
     def test_the_papers_shape_has_405m_parameters(self, bench) -> None:
         """24 layers of 12 D^2 + 13 D, two matrices of V x D, and the last norm's 2 D."""
         shape = bench["shapes"].RACES["G405"].shape
