@@ -51,9 +51,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.suggest:
         return _suggest(config, world_size, device_bytes, as_json=options.json)
     inventory = take_inventory(config)
-    plan = make_plan(
-        config, replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config))), world_size
-    )
+    inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
+    plan = make_plan(config, inventory, world_size, gpu_bytes=device_bytes)
     if options.json or options.lr_at or options.batch or options.recipe:
         print(json.dumps(_as_json(plan, options, device_bytes)))
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_cpt.distributed.parallel_dims import ParallelDims, RankCoordinates
-from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
+from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK, logits_chunk
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import MemoryInputs
 from titan_cpt.planning.pipeline_cost import bubble, in_flight
@@ -36,7 +36,7 @@ class Footprint:
         local_parameters: parameter elements of each pipeline rank, at coordinate 0 of the other dimensions.
         pipeline_rank: the pipeline rank that the following numbers describe.
         parameters: bytes of fp32 master weights.
-        gradients: bytes of their gradients.
+        gradients: bytes of their gradients, in float32, or in bfloat16 where the optimizer reads them so.
         optimizer: bytes of AdamW's two moments.
         gathered: bytes of all-gathered parameters, or of the compute copy of a single process.
         activations: bytes saved for the backward pass, and one block recomputed if activations are checkpointed.
@@ -92,20 +92,22 @@ def _of_pipeline_rank(
     saved, one_layer = _activations(spec, dims, inputs, rank)
     activations = saved + (one_layer if inputs.recompute != "none" else 0)
     logits = _logits(spec, dims, inputs) if dims.pipeline_stages - 1 in stages else 0
+    head = spec.vocab_size * spec.width  # its gradient is in float32 whatever the others are in
+    gradients = min(weights, local[rank] * inputs.gradient_bytes + head * (_FP32_BYTES - inputs.gradient_bytes))
     # Gradients grow while activations are freed: the peak is at the first or at the last layer of the backward pass.
     gradients_before = inputs.accumulation > 1 or dims.pp > 1  # of the previous local batch
-    peak = max(saved + logits + (weights if gradients_before else 0), weights + one_layer)
+    peak = max(saved + logits + (gradients if gradients_before else 0), gradients + one_layer)
     return Footprint(
         local_parameters=local,
         pipeline_rank=rank,
         parameters=weights,
-        gradients=weights,
+        gradients=gradients,
         optimizer=weights * 2,
         gathered=_gathered(spec, dims, inputs, stages),
         activations=activations,
         logits=logits,
         working=round(_working(spec, dims, inputs)),
-        overlap_bytes=weights + activations + logits - peak,
+        overlap_bytes=gradients + activations + logits - peak,
         host=local[rank] * 4 * _FP32_BYTES if inputs.offloaded else 0,
         traffic=traffic(spec, dims, inputs, stages),
         bubble=bubble(dims),
@@ -170,8 +172,10 @@ def _logits(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs) -> int:
     """
     logits = inputs.microbatch_tokens * spec.vocab_size
     if dims.tp == 1 and dims.pp == 1:
-        chunks = -(-logits // LOGITS_CHUNK)
-        head = spec.vocab_size * spec.width * (_FP32_BYTES + inputs.bytes_per_number) if chunks > 1 else 0
+        chunks = -(-logits // (LOGITS_CHUNK if inputs.gpu_bytes is None else logits_chunk(inputs.gpu_bytes)))
+        head = spec.vocab_size * spec.width * _FP32_BYTES if chunks > 1 or inputs.gpu_bytes is not None else 0
+        if chunks > 1 and inputs.gpu_bytes is None:  # a GPU adds to the sum without a chunk's share in between
+            head += spec.vocab_size * spec.width * inputs.bytes_per_number
         return logits // chunks * inputs.bytes_per_number + head
     if dims.tp == 1 or not dims.loss_parallel:
         return logits * 2 * inputs.bytes_per_number

@@ -84,6 +84,8 @@ class MemoryInputs:
         offloaded: CPU offload of parameters, gradients and optimizer state.
         float8_filter_fqns: with float8 all-gather: layers whose names contain one of these are gathered in the compute
             dtype; None without it.
+        gradient_bytes: bytes of a gradient before the update, except the head's, which are always 4.
+        gpu_bytes: memory of the GPU; None on a CPU, or if it is not known.
     """
 
     microbatch_tokens: int
@@ -94,19 +96,27 @@ class MemoryInputs:
     memory_budget: float
     offloaded: bool = False
     float8_filter_fqns: tuple[str, ...] | None = None
+    gradient_bytes: int = 4
+    gpu_bytes: int | None = None
 
 
-def memory_inputs(config: Config, dims: ParallelDims, accumulation: int) -> MemoryInputs:
+def memory_inputs(
+    config: Config, dims: ParallelDims, accumulation: int, *, gpu_bytes: int | None = None
+) -> MemoryInputs:
     """The inputs of the memory model from the config."""
+    reduced = config.training.mixed_precision_param == "bfloat16"
+    in_one_pass = config.optimizer.implementation == "triton" and dims.world_size == 1 and accumulation == 1
     checkpointing = config.activation_checkpoint
     sequences = config.training.local_batch_size // dims.microbatches
     return MemoryInputs(
         microbatch_tokens=sequences * config.training.seq_len // dims.cp,
         accumulation=accumulation,
-        bytes_per_number=2 if config.training.mixed_precision_param == "bfloat16" else 4,
+        bytes_per_number=2 if reduced else 4,
         recompute=checkpointing.mode,
         selection=checkpointing.selective_ac_option,
         memory_budget=checkpointing.memory_budget,
         offloaded=config.training.enable_cpu_offload,
         float8_filter_fqns=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
+        gradient_bytes=2 if reduced and in_one_pass else 4,
+        gpu_bytes=gpu_bytes,
     )

@@ -23,8 +23,11 @@ from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
 from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
 
 
-def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> Plan:
+def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, gpu_bytes: int | None = None) -> Plan:
     """The plan of the config on `world_size` ranks.
+
+    Args:
+        gpu_bytes: memory of each GPU, on which the loss's share of the estimated memory depends; None: of a CPU.
 
     Raises:
         ConfigError: the model cannot be built.
@@ -54,7 +57,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1) -> 
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
         parallel_dims=dims,
-        footprint=footprint(spec, dims, memory_inputs(config, dims, accumulation)),
+        footprint=footprint(spec, dims, memory_inputs(config, dims, accumulation, gpu_bytes=gpu_bytes)),
         gradient_accumulation_steps=accumulation,
         sequences=draft.sequences,
         base_recipe=base_recipe(config, spec),

@@ -86,7 +86,7 @@ def suggest(config: Config, inventory: DataInventory, world_size: int, device_by
     error: PlanError | None = None
     for overrides in _candidates(config, world_size):
         try:
-            plan = make_plan(_with(config, overrides), inventory, world_size)
+            plan = make_plan(_with(config, overrides), inventory, world_size, gpu_bytes=device_bytes)
         except PlanError as refused:
             error = refused
             continue

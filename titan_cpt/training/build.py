@@ -91,7 +91,7 @@ def build(
     console = make_console() if process.rank == 0 else Console(quiet=True)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
-        plan = make_plan(config, take_inventory(config), process.world_size)
+        plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
         data = _open_data(config, tokenizer)
         _check_support(config, process.device)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
@@ -179,6 +179,10 @@ def parallel_options(config: Config) -> ParallelOptions:
         if recipe is None
         else Float8Options(recipe, config.float8.enable_fsdp_float8_all_gather, config.float8.filter_fqns),
     )
+
+
+def _gpu_bytes(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _open_data(config: Config, tokenizer: Tokenizer) -> _Data:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK
+from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK, logits_chunk
 from titan_cpt.models.common.ops import linear, multiply
 
 CPU_CHUNK_ELEMENTS = 2**18
@@ -32,8 +32,8 @@ def fused_linear_cross_entropy(
     """`summed_cross_entropy` of the logits x W^T, times `scale`, without materializing the logits of all tokens.
 
     The loss is a scalar, so the gradients of x and W are known up to a factor once a chunk's logits are computed: they
-    are computed in the forward pass, chunk by chunk, without recomputation. With one chunk the gradient of W is rounded
-    once to its dtype; with several chunks it is summed in fp32 before that.
+    are computed in the forward pass, chunk by chunk, without recomputation. On a GPU the gradient of W is computed and
+    summed in fp32. On a CPU each chunk's share is rounded to the dtype of W; several shares are summed in fp32.
     Source of the idea: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
 
     Args:
@@ -86,7 +86,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         x_TD = x_BLD.flatten(0, 1)
         targets_T = targets_BL.flatten()
-        chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // LOGITS_CHUNK)
+        chunk = logits_chunk(_memory_of(x_BLD.device)) if x_BLD.is_cuda else LOGITS_CHUNK
+        chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // chunk)
         losses_T = []
         grad_x_TD = torch.empty_like(x_TD) if any(ctx.needs_input_grad) else None
         grad_VD: Tensor | None = None
@@ -96,11 +97,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             losses_T.append(losses_C)
             if grad_x_TD is not None:
                 multiply(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
-                share_VD = _share_of_weight(grad_CV, x_CD)
-                if grad_VD is None:
-                    grad_VD = share_VD.float() if chunks > 1 else share_VD
+                if grad_CV.is_cuda:
+                    grad_VD = _add_product(grad_VD, grad_CV.t(), x_CD)
                 else:
-                    grad_VD += share_VD
+                    share_VD = _share_of_weight(grad_CV, x_CD)
+                    if grad_VD is None:
+                        grad_VD = share_VD.float() if chunks > 1 else share_VD
+                    else:
+                        grad_VD += share_VD
             first += len(x_CD)
         ctx.gradients = grad_x_TD.view_as(x_BLD) if grad_x_TD is not None else None, grad_VD
         return torch.cat(losses_T).sum() * scale
@@ -113,12 +117,41 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:
-    """A chunk's share of the weight's gradient, [V, D].
+    """A chunk's share of the weight's gradient on a CPU, [V, D].
 
-    On a CPU a transposed left operand can double the time of a matrix product, so the input, the smaller of the two
+    There a transposed left operand can double the time of a matrix product, so the input, the smaller of the two
     operands, is transposed instead.
     """
-    return multiply(x_CD.t().contiguous(), grad_CV).t() if grad_CV.is_cpu else multiply(grad_CV.t(), x_CD)
+    return multiply(x_CD.t().contiguous(), grad_CV).t()
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b in fp32 on a GPU, in place if there is a total; the product is not rounded to a's dtype."""
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if _adds_to_float32(a.device, a.dtype):
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.add_(torch.mm(a, b, out_dtype=torch.float32))
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of reduced precision to an fp32 matrix; older ones want one dtype for all."""
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.cache
+def _memory_of(device: torch.device) -> int:
+    """A GPU's memory in bytes."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 _Softmax = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

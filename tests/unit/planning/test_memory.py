@@ -102,3 +102,27 @@ def test_cpu_offload_moves_weights_gradients_and_optimizer_to_host_memory() -> N
     assert offloaded.host == on_device.parameters + on_device.gradients + on_device.optimizer
     assert offloaded.parameters == offloaded.gradients == offloaded.optimizer == on_device.host == 0
     assert offloaded.gathered == on_device.gathered
+
+
+def test_bf16_gradients_take_half_except_the_heads() -> None:
+    """With the Triton optimizer and one micro-batch a step."""
+    in_float32 = footprint(SPEC, ParallelDims(), WORK)
+    halved = footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, gradient_bytes=2))
+    head = SPEC.vocab_size * SPEC.width
+
+    assert in_float32.gradients - halved.gradients == 2 * (in_float32.local_parameters[0] - head)
+    assert (halved.parameters, halved.optimizer) == (in_float32.parameters, in_float32.optimizer)
+
+
+def test_a_large_gpu_computes_the_logits_in_fewer_chunks() -> None:
+    """824 million logits of 405M parameters: 13 chunks on a CPU, 4 on 80 GiB, where the head has no bf16 share."""
+    spec = named_size("gpt_neox", "410m", 50_304)
+    inputs = dataclasses.replace(WORK, microbatch_tokens=8 * 2048, bytes_per_number=2)
+    on_cpu, on_gpu = (
+        footprint(spec, ParallelDims(), dataclasses.replace(inputs, gpu_bytes=gpu_bytes)).logits
+        for gpu_bytes in (None, 80 * 2**30)
+    )
+    logits, head = 8 * 2048 * 50_304, 50_304 * 1024
+
+    assert on_cpu == logits // 13 * 2 + head * 6
+    assert on_gpu == logits // 4 * 2 + head * 4

@@ -161,3 +161,20 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch):
         fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
 
     assert max(sizes) == 300
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_tokens", [5, 100])
+def test_on_a_gpu_the_heads_gradient_is_summed_in_float32(chunk_tokens, monkeypatch):
+    """bf16 operands, float32 gradient: within bf16's error of the logits' gradient, and not a bf16 number."""
+    monkeypatch.setattr(loss, "logits_chunk", lambda _: 50 * chunk_tokens)
+    x_BLD, weight_VD, targets_BL = head_example(torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x_BLD, weight_VD)]
+    (F.cross_entropy(F.linear(*exact).flatten(0, 1), targets_BL.flatten(), reduction="sum") / 14).backward()
+    x_BLD, weight_VD = (tensor.detach().cuda().requires_grad_() for tensor in (x_BLD, weight_VD))
+    weight_VD.grad_dtype = torch.float32
+    fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL.cuda(), scale=1 / 14).backward()
+
+    assert weight_VD.grad.dtype is torch.float32
+    assert not torch.equal(weight_VD.grad, weight_VD.grad.bfloat16().float())
+    assert (weight_VD.grad.cpu() - exact[1].grad).norm() <= 2**-7 * exact[1].grad.norm()
