@@ -111,7 +111,7 @@ def sections() -> list[Section]:
         Section("ceilings", "FLOP/s of a product and bytes/s of a copy", speed.ceilings, 45, 10, alone=True),
         Section("losses", "the same losses in float32, bfloat16, float8", correctness.losses, 150, 30),
         Section("compile", "the same losses compiled", correctness.compiled, 150, 30),
-        Section("quickstart", "the quick start against a CPU's losses", correctness.quickstart, 150, 40),
+        Section("quickstart", "the quick start against this CPU's losses", correctness.quickstart, 240, 60),
         Section("resume", "bit-exact resume after kill -9; async saves", correctness.resume, 120, 30),
         Section("memory", "peak memory against the plan's", correctness.memory, 150, 40),
         Section("offload", "CPU offload", correctness.offload, 90, 20),

@@ -22,14 +22,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="Python of that machine (default 3.12)")
     parser.add_argument("--extras", default="float8", help="extras of pyproject.toml, comma-separated (default float8)")
-    parser.add_argument("--packages", default="", help="further requirements, comma-separated")
+    parser.add_argument("--packages", default="", help="more, NAME==VERSION, without what they require")
     parser.add_argument("--have", type=Path, help="file with the names of packages on that machine, one a line")
     parser.add_argument("--limit-mb", type=float, default=60, help="largest total size in MB (default 60)")
     options = parser.parse_args()
     wanted = requirements(list(filter(None, options.extras.split(","))))
-    wanted += list(filter(None, options.packages.split(",")))
     have = set() if options.have is None else {normalized(line) for line in options.have.read_text().split()}
     pins = [pin for name, pin in resolve(wanted, options.python) if name not in have and not WITH_TORCH.match(name)]
+    pins += filter(None, options.packages.split(","))
     if pins:
         download(pins, options.python, options.folder)
     sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(options.folder.glob("*.whl"))}

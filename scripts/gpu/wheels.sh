@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Download the packages that a GPU machine without a network lacks, for check.sh --wheels.
 #
-#   scripts/gpu/wheels.sh DIR [--python 3.12] [--extras float8] [--have FILE] [--limit-mb 60]
+#   scripts/gpu/wheels.sh DIR [--python 3.12] [--extras float8] [--packages A==1,B==2] [--have FILE]
 #
 # The packages are the requirements in pyproject.toml and all that these require, except torch and what torch brings
 # (CUDA libraries, triton), and except those named in FILE, one a line, which the machine has; packages_there.txt lists
