@@ -244,7 +244,7 @@ class Float8Config(Table):
     """All-gather FSDP2 parameters in float8 (recipe tensorwise)."""
     filter_fqns: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Linear layers of the blocks whose fully qualified name contains one of these strings stay in the compute dtype.
-    The output head always does."""
+    The output head always does. The entry "auto_filter_small_kn" excludes layers that are too small to gain."""
 
 
 class MetricsConfig(Table):

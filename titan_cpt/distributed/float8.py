@@ -59,7 +59,8 @@ def convert_layers(model: nn.Module, float8: Float8Options, *, tp: int, sharded:
 
     def wanted(layer: nn.Module, name: str) -> bool:
         assert isinstance(layer, nn.Linear), f"expected a linear layer, got {type(layer).__name__}"
-        return in_float8(name, tuple(layer.weight.shape), tp=tp, filter_fqns=float8.filter_fqns)
+        size = tuple(layer.weight.shape)
+        return in_float8(name, size, tp=tp, filter_fqns=float8.filter_fqns, recipe=float8.recipe)
 
     convert_to_float8_training(model, module_filter_fn=wanted, config=config)
 

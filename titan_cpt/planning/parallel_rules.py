@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.schema import CompileConfig, Config
-from titan_cpt.distributed.float8_filter import in_float8
+from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import parallel_dims_of
@@ -234,12 +234,15 @@ def _float8_no_layer(inputs: RuleInput) -> str | None:
     if float8.recipe_name is None or inputs.spec.heads % inputs.dims.tp:
         return None
     matrices = [(f"blocks.0.{name}", size) for name, size, _ in inputs.spec.block_parameters() if len(size) == 2]
-    if any(in_float8(name, size, tp=inputs.dims.tp, filter_fqns=float8.filter_fqns) for name, size in matrices):
+    filters, recipe, tp = float8.filter_fqns, float8.recipe_name, inputs.dims.tp
+    if any(in_float8(name, size, tp=tp, filter_fqns=filters, recipe=recipe) for name, size in matrices):
         return None
+    small = " and be large enough" if AUTO_FILTER in float8.filter_fqns else ""
     return (
         f"float8.recipe_name: no layer can be converted: both dimensions of a weight must be multiples of "
-        f"{16 * inputs.dims.tp} (16 x tensor {inputs.dims.tp}), and its name must contain none of float8.filter_fqns = "
-        f"{list(float8.filter_fqns)}: remove float8.recipe_name, or change model.width and model.mlp_width"
+        f"{16 * inputs.dims.tp} (16 x tensor {inputs.dims.tp}){small}, and its name must contain none of "
+        f"float8.filter_fqns = {list(float8.filter_fqns)}: remove float8.recipe_name, or change model.width and "
+        "model.mlp_width"
     )
 
 

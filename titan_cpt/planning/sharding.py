@@ -62,7 +62,11 @@ def gathered_bytes(parameters: Iterable[ParameterSpec], dims: ParallelDims, inpu
     for parameter in parameters:
         cast = inputs.float8_filter_fqns is not None and len(parameter.size) == 2
         cast = cast and in_float8(
-            parameter.name, parameter.size, tp=dims.tp, filter_fqns=inputs.float8_filter_fqns or ()
+            parameter.name,
+            parameter.size,
+            tp=dims.tp,
+            filter_fqns=inputs.float8_filter_fqns or (),
+            recipe="tensorwise",  # the only one whose weights are gathered in float8
         )
         total += tp_count([parameter], dims.tp) * (1 if cast else inputs.bytes_per_number)
     return total

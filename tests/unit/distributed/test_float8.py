@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import sys
 
 import pytest
 import torch
 
 from titan_cpt.distributed.float8 import convert_layers, require_float8
-from titan_cpt.distributed.float8_filter import in_float8
+from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8
 from titan_cpt.distributed.options import Float8Options
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.build import build_model
@@ -66,7 +67,7 @@ def test_layers_in_filter_fqns_are_not_converted() -> None:
 )
 def test_the_rule_by_hand(size: tuple[int, int], tp: int, expected: bool) -> None:
     """Both dimensions divide by 16 x TP."""
-    assert in_float8("blocks.0.mlp.up.weight", size, tp=tp, filter_fqns=("head",)) == expected
+    assert in_float8("blocks.0.mlp.up.weight", size, tp=tp, filter_fqns=("head",), recipe="rowwise") == expected
 
 
 def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +77,17 @@ def test_float8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match=r"pip install 'titan_cpt\[float8\]'"):
         require_float8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_the_filter_of_small_layers_is_torchaos(recipe):
+    """Every combination of sizes around torchao's thresholds."""
+    utilities = pytest.importorskip("torchao.float8.float8_linear_utils")
+    theirs = utilities._auto_filter_for_recipe(recipe, filter_fqns=[])
+    sides = [side + more for side in (1024, 2048, 4096) for more in (-16, 0, 16)]
+    for size in itertools.product(sides, sides):
+        with torch.device("meta"):
+            layer = torch.nn.Linear(size[1], size[0], bias=False)
+        ours = in_float8("blocks.0.mlp.up.weight", size, tp=1, filter_fqns=(AUTO_FILTER,), recipe=recipe)
+
+        assert ours == theirs(layer, "blocks.0.mlp.up"), size

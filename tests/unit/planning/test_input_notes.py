@@ -1,5 +1,7 @@
 """Notes on a config and its files; commands/test_plan.py has those on missing files."""
 
+import pytest
+
 TP = "parallelism.tensor_parallel_degree"
 
 
@@ -19,3 +21,30 @@ def test_a_vocabulary_padded_for_tensor_parallelism_is_noted(one_stage, make):
 
     assert any("512 rows, padded to 128 x tensor-parallel degree 2 (384 with degree 1)" in note for note in padded)
     assert not any("rows, padded" in note for note in (*fixed, *one_rank))
+
+
+L1B = {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "mlp_width": 5632}
+W4096 = {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp_width": 14336}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recipe", "noted"),
+    [
+        # By hand, torchao's thresholds for rowwise: q, k, v, attention.out and mlp.down have at most 2,048 rows.
+        # (2 x 2048^2 + 2 x 256 x 2048 + 2048 x 5632) of (2 x 2048^2 + 2 x 256 x 2048 + 3 x 2048 x 5632) elements
+        (L1B, "rowwise", "attention.q, attention.k, attention.v, attention.out, mlp.down (48% of the FLOPs in float8)"),
+        (W4096, "rowwise", ""),  # only k and v, 4 %
+        (L1B, "tensorwise", ""),  # only k and v, 2 %
+        (W4096, "tensorwise", ""),
+    ],
+)
+def test_a_plan_says_where_float8_does_not_pay(one_stage, make, sizes, recipe, noted):
+    """The layers and their share of the FLOPs; not with the filter, which leaves them in bfloat16."""
+    model = [("model.family", "llama"), *((f"model.{key}", str(value)) for key, value in sizes.items())]
+    chosen = [*model, ("float8.recipe_name", recipe)]
+    notes = [note for note in make(one_stage, *chosen).notes if note.startswith("float8.")]
+    filtered = make(one_stage, *chosen, ("float8.filter_fqns", '["auto_filter_small_kn"]')).notes
+
+    assert len(notes) == bool(noted)
+    assert all(noted in note for note in notes)
+    assert not any(note.startswith("float8.") for note in filtered)
