@@ -10,7 +10,7 @@ AUTO_FILTER = "auto_filter_small_kn"
 def too_small(size: tuple[int, ...], recipe: str) -> bool:
     """Whether a linear layer's products are faster in bfloat16 than in float8, by torchao's thresholds for H100s.
 
-    Casting costs a pass over the operands, which only large products pay back. Source: torchao 0.18,
+    Casting reads and writes the operands once more, which only large products pay back. Source: torchao 0.18,
     torchao/float8/float8_linear_utils.py, from the tables in torchao/float8/README.md, "Performance". For
     rowwise_with_gw_hp torchao has no thresholds; those of rowwise are used, since two of its products are the same.
 
