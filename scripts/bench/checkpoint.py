@@ -5,8 +5,9 @@
 
 Three kinds take turns, so that other work on the machine affects all of them equally: ours; ours without hashing; and
 torch's own files (DCP's FileSystemWriter, two threads, synced) of the same tensors. Each save is timed from the call to
-its return (the stall) and to its end (the manifest, for ours). The first round warms up: it allocates the memory of the
-copy that is written. Prints one line of JSON, in seconds and GB/s; medians.
+its return (the stall) and to its end (the manifest, for ours). On a machine with a GPU the model is on the GPU. The
+first round warms up: it allocates the memory of the copy that is written. Prints one line of JSON, in seconds and GB/s;
+medians.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 import xxhash
+from device import device, wait
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -54,7 +56,7 @@ class Bench:
     """One model with its moments, saved repeatedly in one folder."""
 
     def __init__(self, family: str, size: str, run: Path) -> None:
-        self.model = build_model(named_size(family, size, 50_304))
+        self.model = build_model(named_size(family, size, 50_304)).to(device())
         self.optimizer = build_adamw(self.model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.run = run
         self.checkpoints = CheckpointManager(run, keep_latest=1, async_save=True, on_saved=lambda folder: None)
@@ -63,6 +65,7 @@ class Bench:
     def timed(self, kind: str, number: int) -> tuple[float, float, int]:
         """Stall and whole time of a save, in seconds, and its bytes; removes the checkpoint afterwards."""
         os.sync()
+        wait()
         began = time.perf_counter()
         ended, folder = self._dcp(number) if kind == "dcp" else self._ours(kind, number)
         stall = time.perf_counter() - began

@@ -3,7 +3,8 @@
     python scripts/bench/fsdp.py [--turns 3]
 
 Runs of one and of two processes take turns; each process trains on batches of 8 x 512 tokens, shape B of
-speed/race.py in bfloat16, over gloo. Ideal is twice the tokens per second of one process. Medians over the turns.
+speed/race.py in bfloat16, over gloo on the CPU. On a machine with two GPUs each process has its own, over NCCL. Ideal
+is twice the tokens per second of one process. Medians over the turns.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from shape_b import HEAD, STAGE
+from shape_b import HEAD, SHAPES, STAGE
 
-WARM_UP_STEPS, STEPS = 2, 8
+WARM_UP_STEPS, STEPS, PROCESSES = 2, 8, 2
+
+
+def gpus() -> int:
+    """How many GPUs torch finds; it is imported by another process, so that none of them stays in use here."""
+    count = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
@@ -32,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(options.worker)
-    speeds: dict[int, list[float]] = {1: [], 2: []}
+    speeds: dict[int, list[float]] = {1: [], PROCESSES: []}
     for _ in range(options.turns):
         for processes, found in speeds.items():
             found.append(tokens_per_second(processes))
@@ -48,6 +55,8 @@ def tokens_per_second(processes: int) -> float:
     with tempfile.TemporaryDirectory() as name:
         words = [sys.executable, *torchrun, str(Path(__file__).resolve()), "--worker", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if gpus() < PROCESSES:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr[-3000:])
@@ -56,7 +65,7 @@ def tokens_per_second(processes: int) -> float:
 
 def work(folder: Path) -> None:
     """Train as one rank; rank 0 writes the speed into the folder."""
-    import torch
+    import device
 
     from titan_cpt.common.allocator import keep_freed_memory
     from titan_cpt.common.signals import StopRequest
@@ -67,14 +76,14 @@ def work(folder: Path) -> None:
     from titan_cpt.training.build import build
     from titan_cpt.training.stage_start import begin_stage
 
-    torch.set_num_threads(1)
+    device.one_thread_on_a_cpu()
     keep_freed_memory()
     ranks, steps = init_process_group(), WARM_UP_STEPS + STEPS
     if ranks.rank == 0:
         with IndexedWriter(folder / "noise", 257) as writer:
             writer.add_document(np.random.default_rng(0).integers(0, 257, size=16 * 512 * steps + 1))
         (folder / "fsdp.toml").write_text(
-            HEAD.format(folder=folder, interval=1000) + STAGE.format(number=0, steps=steps)
+            HEAD.format(folder=folder, interval=1000, **SHAPES["B"]) + STAGE.format(number=0, steps=steps)
         )
     barrier()
     config = load_config(folder / "fsdp.toml", [("training.global_batch_size", str(8 * ranks.world_size))])
@@ -86,10 +95,12 @@ def work(folder: Path) -> None:
         loader = trainer.open_loader(stage, 0)
         for step in range(WARM_UP_STEPS):
             trainer.train_step(loader, stage, step)
+        device.wait()
         barrier()
         begin = time.perf_counter()
         for step in range(WARM_UP_STEPS, steps):
             trainer.train_step(loader, stage, step)
+        device.wait()
         barrier()
         seconds = time.perf_counter() - begin
         trainer.log.close()

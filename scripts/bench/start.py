@@ -3,7 +3,8 @@
     python scripts/bench/start.py [--turns 5]
 
 Three processes take turns: `import torch, torch.distributed.fsdp`; a run to the end of its first step, a sequence of
-512 tokens of shape B; the same with compiled blocks, whose cache an uncounted run fills first. Medians of wall seconds.
+512 tokens of shape B, on a GPU if there is one; the same with compiled blocks, whose cache an uncounted run fills
+first. Medians of wall seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from shape_b import HEAD, STAGE
+from shape_b import HEAD, SHAPES, STAGE
 
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
@@ -54,7 +55,7 @@ def main() -> None:
     turns = parser.parse_args().turns
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = HEAD.format(folder=folder, interval=1000) + STAGE.format(number=0, steps=100)
+        text = HEAD.format(folder=folder, interval=1000, **SHAPES["B"]) + STAGE.format(number=0, steps=100)
         (folder / "start.toml").write_text(text)
         with IndexedWriter(folder / "noise", 257) as writer:
             writer.add_document(np.random.default_rng(0).integers(0, 257, size=200_000))

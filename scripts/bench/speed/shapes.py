@@ -156,10 +156,13 @@ RACES: dict[str, Race] = {
         ),
     )
 }
+DRY_VARIANTS = ("compiled", "eager", "all", "float8")  # each process costs seconds; these have every key
 TINY = {"layers": 2, "width": 64, "heads": 4, "mlp_width": 192, "vocab_size": 512}
 
 
 def tiny(race: Race) -> Race:
     """The shape made small enough for two CPU cores: the same code path, and speeds that mean nothing."""
     shape = {**TINY, **({"kv_heads": 2} if "kv_heads" in race.shape else {})}
-    return replace(race, title=f"{race.key}, tiny (dry run)", shape=shape, batch=2, seq_len=64, steps_a_turn=2)
+    variants = tuple(name for name in race.variants if name in DRY_VARIANTS)
+    title, peers = f"{race.key}, tiny (dry run)", tuple(name for name in race.peers if name != "HF Trainer, compiled")
+    return replace(race, title=title, shape=shape, batch=2, seq_len=64, steps_a_turn=2, variants=variants, peers=peers)

@@ -121,6 +121,13 @@ class TestGoals:
 class TestShapes:
     """The compared shapes."""
 
+    def test_the_variants_consist_of_keys_of_the_schema(self, bench) -> None:
+        """Every variant is a config that loads; whether a device supports it is found out by the race."""
+        from titan_cpt.config.load import load_config
+
+        for overrides in bench["shapes"].VARIANTS.values():
+            load_config(ROOT / "train_configs" / "quickstart.toml", list(overrides.items()))
+
     def test_the_papers_shape_has_405m_parameters(self, bench) -> None:
         """24 layers of 12 D^2 + 13 D, two matrices of V x D, and the last norm's 2 D."""
         shape = bench["shapes"].RACES["G405"].shape
@@ -139,7 +146,7 @@ def driver(*words: str) -> subprocess.CompletedProcess[str]:
 def test_a_dry_run_races_every_kind_of_trainer_and_names_those_without_figures(tmp_path: Path) -> None:
     """On a CPU: equal first losses, figures of every turn, a reason for what cannot run, and no verdict on goals."""
     done = driver(
-        *("--device", "cuda", "--dry-run", "--races", "G405", "--variants", "compiled", "--only", "plain,litgpt"),
+        *("--device", "cuda", "--dry-run", "--races", "G405", "--variants", "compiled,all", "--only", "plain,litgpt"),
         *("--variant", "unknown:optimizer.no_such_key=1", "--json", str(tmp_path / "races.json")),
     )
 
@@ -152,6 +159,7 @@ def test_a_dry_run_races_every_kind_of_trainer_and_names_those_without_figures(t
     assert len(ours["turns"]) == len(plain["turns"]) == 2
     assert rows["titan_cpt, unknown"]["status"] == "not supported"
     assert "no_such_key" in rows["titan_cpt, unknown"]["reason"]
+    assert rows["titan_cpt, all"]["reason"].startswith("not supported on a CPU")  # its options fit together otherwise
     assert rows["litgpt, compiled"]["status"] in ("ran", "not installed")
     assert {line["verdict"] for line in result["goals"]} == {"not run"}
     assert result["dry_run"]
