@@ -109,18 +109,19 @@ def sections() -> list[Section]:
 
     return [
         Section("ceilings", "FLOP/s of a product and bytes/s of a copy", speed.ceilings, 45, 10, alone=True),
+        # Side by side; the longest first.
+        Section("tests", "the tests that need a GPU", suites.gpu_tests, 200, 30),
+        Section("options", "new options: losses and bit-exact resume", options.parity, 180, 40),
+        Section("quickstart", "the quick start against this CPU's losses", correctness.quickstart, 200, 60),
+        Section("memory", "peak memory against the plan's", correctness.memory, 150, 40),
         Section("losses", "the same losses in float32, bfloat16, float8", correctness.losses, 150, 30),
         Section("compile", "the same losses compiled", correctness.compiled, 150, 30),
-        Section("quickstart", "the quick start against this CPU's losses", correctness.quickstart, 240, 60),
         Section("resume", "bit-exact resume after kill -9; async saves", correctness.resume, 120, 30),
-        Section("memory", "peak memory against the plan's", correctness.memory, 150, 40),
         Section("offload", "CPU offload", correctness.offload, 90, 20),
-        Section("options", "new options: losses and bit-exact resume", options.parity, 200, 40),
-        Section("tests", "the tests that need a GPU", suites.gpu_tests, 200, 30),
-        Section("profile", "where a step's time goes; float8", speed.profile, 170, 40, alone=True),
-        Section("speed", "tokens/s with and without each option", speed.options, 120, 40, alone=True),
+        Section("profile", "where a step's time goes; float8", speed.profile, 130, 40, alone=True),
         Section("races", "tokens/s beside other trainers", speed.races, 240, 60, alone=True),
-        Section("suite", "the whole test suite on this machine", suites.whole, 240, 120, alone=True),
+        Section("speed", "tokens/s with and without each option", speed.options, 180, 40, alone=True),
+        Section("suite", "the whole test suite on this machine", suites.whole, 400, 120, alone=True),
     ]
 
 
@@ -162,7 +163,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="sections not to run, comma-separated")
     parser.add_argument("--text", type=Path, help="folder with english.jsonl and german.jsonl of the quick start")
     parser.add_argument("--baseline", type=Path, help="checkout of another commit of titan_cpt, for the races")
-    parser.add_argument("--jobs", type=int, default=4, help="sections side by side, of those that time nothing")
+    parser.add_argument("--jobs", type=int, default=5, help="sections side by side, of those that time nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--list", action="store_true", help="print the sections and end")
