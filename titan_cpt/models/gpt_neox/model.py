@@ -120,7 +120,8 @@ class Attention(nn.Module):
         """Causal self-attention output, out_BLD."""
         qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # here H is 3 x head width
         q_BLNH, k_BLNH, v_BLNH = qkv_BLNH.chunk(3, dim=-1)
-        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH).flatten(-2))
+        # A copy, since attention saves the values for the backward pass: a view would keep all of qkv in memory.
+        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH.contiguous()).flatten(-2))
         return out_BLD
 
 

@@ -95,8 +95,7 @@ class GPTNeoXSpec(ModelSpec):
 
             D/t     the block's input
             2 D     all-gathered inputs of attention and MLP
-            3 D/t   queries, keys and values
-            2 D/t   rotated queries and keys
+            3 D/t   values, rotated queries and keys
             D/t     attention's output
             2 F/t   the MLP before and after GELU
 
@@ -105,7 +104,7 @@ class GPTNeoXSpec(ModelSpec):
         """
         d, f = self.width, self.mlp_width
         statistics = (4 / tp + self.heads / tp) * _FP32_BYTES
-        unchecked = dtype_bytes * (2 * d + 7 * d / tp + 2 * f / tp) + statistics
+        unchecked = dtype_bytes * (2 * d + 5 * d / tp + 2 * f / tp) + statistics
         selective_op = dtype_bytes * (5 * d / tp + f / tp) + self.heads / tp * _FP32_BYTES
         return ActivationBytes(unchecked, selective_op)
 

@@ -13,11 +13,11 @@ def test_the_mlp_is_four_times_as_wide_as_the_model():
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_activation_memory_by_hand(tp):
-    """Debug in bfloat16, width 64, MLP 256, 2 heads: 2 x (2 x 64 + 7 x 64 + 2 x 256) bytes and 6 fp32 statistics.
+    """Debug in bfloat16, width 64, MLP 256, 2 heads: 2 x (2 x 64 + 5 x 64 + 2 x 256) bytes and 6 fp32 statistics.
 
     Tensor parallelism shards everything except the two all-gathered inputs of 64 features.
     """
     saved = named_size("gpt_neox", "debug", 257).activation_bytes_per_token(tp=tp, cp=1, dtype_bytes=2)
 
-    assert saved.unchecked == 2 * 2 * 64 + (2 * (7 * 64 + 2 * 256) + 6 * 4) / tp
+    assert saved.unchecked == 2 * 2 * 64 + (2 * (5 * 64 + 2 * 256) + 6 * 4) / tp
     assert saved.selective_op == (2 * (5 * 64 + 256) + 2 * 4) / tp
