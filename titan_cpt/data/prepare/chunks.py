@@ -20,7 +20,15 @@ import xxhash
 
 from titan_cpt.data.prepare import hub
 from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES, decompressed_blocks, read_blocks
-from titan_cpt.data.prepare.json_lines import BYTE_ORDER_MARK, CHOOSE_FIELD, field_of_lines, parsed, record_field, short
+from titan_cpt.data.prepare.json_lines import (
+    BYTE_ORDER_MARK,
+    CHOOSE_FIELD,
+    LongText,
+    field_of_lines,
+    parsed,
+    record_field,
+    short,
+)
 from titan_cpt.data.prepare.text_inputs import TextInput, file_kind, find_inputs
 from titan_cpt.errors import DataError
 
@@ -97,14 +105,17 @@ class Chunk:
             digest.update(json.dumps(self.content, default=repr).encode())
         return digest.digest()
 
-    def texts(self, text_field: str) -> Iterator[tuple[str, bytes]]:
-        """Yield each text of a loaded chunk, as str and as UTF-8.
+    def texts(self, text_field: str) -> Iterator[tuple[str | LongText, bytes]]:
+        """Yield each text of a loaded chunk, as str and as UTF-8; a LongText without its UTF-8.
 
         Raises:
             DataError: a line is not a JSON object or lacks the field, or a text is not a valid string; names file and
                 line.
         """
         for position, text in self._values(text_field):
+            if isinstance(text, LongText):
+                yield text, b""
+                continue
             if not isinstance(text, str):
                 raise DataError(f"{self._place(position)}: {text_field!r} is {short(text)}; allowed is a string")
             try:
@@ -136,7 +147,10 @@ def iterate_texts(inputs: Sequence[str], text_field: str = "text") -> Iterator[s
         DataError: see find_inputs and Chunk.texts.
     """
     for chunk in read_chunks(find_inputs(inputs), text_field):
-        yield from (text for text, _ in chunk.loaded().texts(text_field) if text and not text.isspace())
+        for text, _ in chunk.loaded().texts(text_field):
+            whole = "".join(text.pieces()) if isinstance(text, LongText) else text
+            if whole and not whole.isspace():
+                yield whole
 
 
 def read_chunks(sources: Sequence[TextInput], text_field: str) -> Iterator[Chunk]:

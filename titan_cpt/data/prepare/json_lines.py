@@ -5,6 +5,7 @@ refuses NaN, infinite numbers, halves of surrogate pairs and a byte order mark, 
 """
 
 import json
+import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,9 @@ import orjson
 from titan_cpt.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONG_LINE_BYTES = 2**23  # the text of a longer line is decoded piece by piece
+PIECE_BYTES = 2**20
+_ESCAPE_BYTES = 12  # of the longest character in JSON: two \\uXXXX
 CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
 
 
@@ -33,16 +37,97 @@ def field_of_lines(content: bytes, name: str, place: Callable[[int], str]) -> It
     while start < len(content):
         end = content.find(b"\n", start)
         end = len(content) if end < 0 else end
-        try:
-            value = orjson.loads(view[start:end])[name]
-        except (ValueError, KeyError, TypeError):
-            value = None
-        if isinstance(value, str):
+        value: Any = None
+        if end - start > LONG_LINE_BYTES:
+            value = long_text(content, start, end, name)
+        if value is None:
+            try:
+                value = orjson.loads(view[start:end])[name]
+            except (ValueError, KeyError, TypeError):
+                value = None
+        if isinstance(value, str | LongText):
             yield position, value
         elif (line := content[start:end]).strip():
             at = partial(place, position)
             yield position, record_field(parsed(line, at), name, at)
         position, start = position + 1, end + 1
+
+
+class LongText:
+    """A text of many megabytes, as the JSON string that it is in its line.
+
+    As a str it would take up to four bytes per character, beside the line and the parser's copy of it.
+    """
+
+    def __init__(self, encoded: memoryview) -> None:
+        """Take the JSON string without its quotation marks. Its pieces must be valid; see `long_text`."""
+        self._encoded = encoded
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces.
+
+        Raises:
+            ValueError: a piece is not valid JSON.
+        """
+        start = 0
+        while start < len(self._encoded):
+            end = self._cut(start + PIECE_BYTES)
+            yield orjson.loads(b"".join((b'"', self._encoded[start:end], b'"')))
+            start = end
+
+    def _cut(self, position: int) -> int:
+        """Return the first position from here on at which neither a character of UTF-8 nor an escape continues."""
+        encoded = self._encoded
+        while position < len(encoded):
+            continues = encoded[position] & 0xC0 == 0x80
+            if not continues and b"\\" not in bytes(encoded[position - _ESCAPE_BYTES : position]):
+                return position
+            position += 1
+        return len(encoded)
+
+
+def long_text(content: bytes, start: int, end: int, name: str) -> LongText | None:
+    """Return the field of a long line as a LongText; None if it is short, or the line has to be parsed as a whole.
+
+    The longest string of the line is replaced by a random one, and the rest is parsed. If the field is then the random
+    string, it is the longest string, and every other part of the line is valid.
+    """
+    first, last = _longest_string(content, start, end)
+    if last - first < LONG_LINE_BYTES // 2:
+        return None
+    mark = secrets.token_hex(16)
+    text = LongText(memoryview(content)[first:last])
+    try:
+        record = orjson.loads(content[start:first] + mark.encode() + content[last:end])
+        if record[name] != mark:
+            return None
+        for _ in text.pieces():
+            pass
+    except (ValueError, KeyError, TypeError):
+        return None
+    return text
+
+
+def _longest_string(content: bytes, start: int, end: int) -> tuple[int, int]:
+    """Return begin and end of the longest JSON string of a line, without quotation marks."""
+    longest = (start, start)
+    while (first := content.find(b'"', start, end) + 1) > 0:
+        last = content.find(b'"', first, end)
+        while last > 0 and _is_escaped(content, last):
+            last = content.find(b'"', last + 1, end)
+        if last < 0:
+            break
+        longest = max(longest, (first, last), key=lambda found: found[1] - found[0])
+        start = last + 1
+    return longest
+
+
+def _is_escaped(content: bytes, position: int) -> bool:
+    """Whether an odd number of backslashes stands before a position."""
+    before = position
+    while content[before - 1] == 0x5C:
+        before -= 1
+    return (position - before) % 2 == 1
 
 
 def parsed(content: bytes, place: Callable[[], str]) -> Any:

@@ -30,6 +30,7 @@ from titan_cpt.data.formats.indexed import count_tokens
 from titan_cpt.data.formats.indexed_layout import open_binary, pair_paths
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.prepare.chunks import Chunk
+from titan_cpt.data.prepare.json_lines import LongText
 from titan_cpt.data.prepare.outputs import validation_prefix
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.errors import DataError
@@ -147,11 +148,11 @@ def encode_chunk(chunk: Chunk, job: TokenizeJob) -> Counts:
     with IndexedWriter(shard, tokenizer.vocab_size, durable=False) as train:
         if job.holdout:
             with IndexedWriter(validation_prefix(shard), tokenizer.vocab_size, durable=False) as validation:
-                for texts, encoded in _batches(chunk, job.text_field):
-                    counts += _write(texts, encoded, tokenizer, job.holdout, train, validation)
+                for batch in _batches(chunk, job.text_field):
+                    counts += _write(batch, tokenizer, job.holdout, train, validation)
         else:
-            for texts, encoded in _batches(chunk, job.text_field):
-                counts += _write(texts, encoded, tokenizer, 0.0, train, train)
+            for batch in _batches(chunk, job.text_field):
+                counts += _write(batch, tokenizer, 0.0, train, train)
     checksum = _checksum(_pairs(shard, job.holdout))
     temporary = Path(f"{shard}.{os.getpid()}.json.tmp")
     record = {"counts": asdict(counts), "holdout": job.holdout, "checksum": checksum}
@@ -179,8 +180,15 @@ def start_worker() -> None:
 
 def is_validation(text: bytes, holdout: float) -> bool:
     """Whether a document is validation data. A hash of its text decides, so duplicates are on the same side."""
-    digest = hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held").digest()
-    return int.from_bytes(digest, "big") < holdout * 2**64
+    return _is_below(_holdout_hash(text), holdout)
+
+
+def _holdout_hash(text: bytes = b"") -> "hashlib.blake2b":
+    return hashlib.blake2b(text, digest_size=8, person=b"titan_cpt held")
+
+
+def _is_below(digest: "hashlib.blake2b", holdout: float) -> bool:
+    return int.from_bytes(digest.digest(), "big") < holdout * 2**64
 
 
 def _end_with(sentinel: int) -> None:
@@ -219,30 +227,35 @@ def _checksum(prefixes: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Yield batches of about BATCH_CHARACTERS, as texts and as UTF-8."""
+def _batches(chunk: Chunk, text_field: str) -> Iterator[tuple[list[str], list[bytes]] | LongText]:
+    """Yield batches of about BATCH_CHARACTERS, as texts and as UTF-8; a LongText by itself."""
     texts: list[str] = []
     encoded: list[bytes] = []
     characters = 0
     for text, utf8 in chunk.texts(text_field):
-        texts.append(text)
-        encoded.append(utf8)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
+        if not isinstance(text, LongText):
+            texts.append(text)
+            encoded.append(utf8)
+            characters += len(text)
+        if characters >= BATCH_CHARACTERS or isinstance(text, LongText):
             yield texts, encoded
             texts, encoded, characters = [], [], 0
+        if isinstance(text, LongText):
+            yield text
     yield texts, encoded
 
 
 def _write(
-    texts: list[str],
-    encoded: list[bytes],
+    batch: tuple[list[str], list[bytes]] | LongText,
     tokenizer: Tokenizer,
     holdout: float,
     train: IndexedWriter,
     validation: IndexedWriter,
 ) -> Counts:
     """Tokenize a batch, and write each document to the training or the validation pair."""
+    if isinstance(batch, LongText):
+        return _write_long(batch, tokenizer, holdout, train, validation)
+    texts, encoded = batch
     nonempty = [number for number, text in enumerate(texts) if text and not text.isspace()]
     tokens, sizes, lost = tokenizer.encode_documents(
         [texts[number] for number in nonempty], utf8=[encoded[number] for number in nonempty]
@@ -256,11 +269,47 @@ def _write(
         train.add_documents(tokens[np.repeat(~chosen, sizes)], sizes[~chosen])
     else:
         train.add_documents(tokens, sizes)
+    return _counted(chosen, sizes, utf8_bytes, empty_documents=len(texts) - len(nonempty), lost=lost)
+
+
+def _write_long(
+    text: LongText, tokenizer: Tokenizer, holdout: float, train: IndexedWriter, validation: IndexedWriter
+) -> Counts:
+    """The same for a text of many megabytes, which is decoded, hashed and tokenized in pieces."""
+    digest = _holdout_hash()
+    utf8_bytes = 0
+    blank = True
+
+    def pieces() -> Iterator[str]:
+        nonlocal utf8_bytes, blank
+        for piece in text.pieces():
+            utf8 = piece.encode()
+            digest.update(utf8)
+            utf8_bytes += len(utf8)
+            blank = blank and piece.isspace()
+            yield piece
+
+    tokens, sizes, lost = tokenizer.encode_pieces(pieces())
+    if blank:
+        return Counts(empty_documents=1)
+    chosen = bool(holdout) and _is_below(digest, holdout)
+    (validation if chosen else train).add_documents(tokens, sizes)
+    return _counted(np.array([chosen]), sizes, np.array([utf8_bytes]), empty_documents=0, lost=lost)
+
+
+def _counted(
+    chosen: npt.NDArray[np.bool_],
+    sizes: npt.NDArray[np.int64],
+    utf8_bytes: npt.NDArray[np.int64],
+    *,
+    empty_documents: int,
+    lost: Mapping[int, str],
+) -> Counts:
     counted = Counter("".join(lost.values()))
     return Counts(
         *_totals(~chosen, sizes, utf8_bytes),
         *_totals(chosen, sizes, utf8_bytes),
-        empty_documents=len(texts) - len(nonempty),
+        empty_documents=empty_documents,
         lost_documents=len(lost),
         lost_characters=counted.total(),
         lost=counted,

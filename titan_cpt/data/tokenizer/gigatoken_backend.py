@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,13 @@ class GigatokenBackend:
                 parts.append([self._ids(text, text.encode() if utf8 is None else utf8[number])])
         return joined(parts, self._dtype, begin=begin, end=end)
 
+    def encode_pieces(self, parts: Iterable[str], *, begin: Sequence[int] = (), end: Sequence[int] = ()) -> Encoded:
+        """The same for one text, given in parts."""
+        if not self._spec.may_cut:
+            return self.encode(["".join(parts)], begin=begin, end=end)
+        ids = [self._ids(piece, piece.encode()) for piece in _cut_again(parts)]
+        return joined([ids], self._dtype, begin=begin, end=end)
+
     def decode(self, ids: Sequence[int]) -> str:
         """See TokenizerBackend."""
         return b"".join(self._table[number] for number in ids).decode("utf-8", errors="replace")
@@ -135,6 +142,15 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
+
+
+def _cut_again(parts: Iterable[str]) -> Iterator[str]:
+    """Yield parts of a text, given in any parts, that have the same ids as the whole."""
+    rest = ""
+    for part in parts:
+        *whole, rest = pieces(rest + part)
+        yield from whole
+    yield rest
 
 
 def _encoder(spec: GigatokenSpec) -> Any:

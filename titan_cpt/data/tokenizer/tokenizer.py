@@ -9,7 +9,7 @@ Opening a tokenizer only reads its file; the backend is loaded with the first te
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from titan_cpt.data.tokenizer.backends import BytesBackend, TokenizerBackend, best_backend
 from titan_cpt.data.tokenizer.byte_level import token_bytes
 from titan_cpt.data.tokenizer.encoded import Encoded
+from titan_cpt.data.tokenizer.gigatoken_backend import GigatokenBackend
 from titan_cpt.data.tokenizer.special_tokens import (
     BEGIN_NAMES,
     END_NAMES,
@@ -133,6 +134,13 @@ class Tokenizer:
         """
         begin = () if self.bos_id is None else (self.bos_id,)
         return self._encode(texts, utf8=utf8, begin=begin, end=(self.eod_id,))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Encoded:
+        """Return the same as `encode_documents` for one document, given in pieces; long ones take less memory so."""
+        backend = self._backend[0]
+        if not isinstance(backend, GigatokenBackend):
+            return self.encode_documents(["".join(pieces)])
+        return backend.encode_pieces(pieces, begin=() if self.bos_id is None else (self.bos_id,), end=(self.eod_id,))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens become their names, bytes that are not UTF-8 become U+FFFD.

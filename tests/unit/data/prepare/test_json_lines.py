@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from titan_cpt.data.prepare.json_lines import field_of_lines, parsed, record_field
+from titan_cpt.data.prepare import json_lines
+from titan_cpt.data.prepare.json_lines import LongText, field_of_lines, parsed, record_field
 from titan_cpt.errors import DataError
 
 
@@ -103,3 +104,48 @@ def test_lines_are_counted_for_messages_only():
         next(lines)
 
     assert asked == [4]
+
+
+long_texts = st.lists(
+    st.text(max_size=30) | st.sampled_from(["\\", '"', "\n", "\U0001f600", "a" * 50, "\u4e2d"]), max_size=40
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=long_texts.map("".join),
+    others=st.dictionaries(st.sampled_from(["id", "a\\", 'b"']), st.text(max_size=9) | st.integers(), max_size=3),
+    ascii_only=st.booleans(),
+    piece_bytes=st.integers(13, 60),
+    break_at=st.none() | st.integers(0, 2000),
+)
+def test_a_long_text_in_pieces_is_the_text(text, others, ascii_only, piece_bytes, break_at):
+    """Whatever characters and escapes are at the cuts; a damaged line has the message of `json`."""
+    line = json.dumps({"id": 1, "text": text, **others}, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+    if break_at is not None:
+        at = break_at % len(line)
+        line = line[:at] + b"\x01" + line[at + 1 :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines, "LONG_LINE_BYTES", 20)
+        patch.setattr(json_lines, "PIECE_BYTES", piece_bytes)
+        found = fast(line + b"\n")
+        if isinstance(found, list) and isinstance(found[0][1], LongText):
+            found = [(0, "".join(found[0][1].pieces()))]
+
+    assert repr(found) == repr(slow(line))
+
+
+def test_the_last_of_two_fields_of_a_name_is_the_text_also_in_a_long_line(monkeypatch):
+    """As in `json`; and a long string elsewhere in the line is not the text."""
+    monkeypatch.setattr(json_lines, "LONG_LINE_BYTES", 20)
+    long = "x" * 100
+    for line, expected in (
+        ({"text": "short", "other": long}, "short"),
+        ({"text": "short", "other": {"text": long}}, "short"),
+        ({long: "y", "text": "short"}, "short"),
+    ):
+        assert fast(json.dumps(line).encode()) == [(0, expected)]
+    assert fast(f'{{"text": "{long}", "text": "b"}}'.encode()) == [(0, "b")]
+    ((_, text),) = fast(f'{{"text": "b", "text": "{long}"}}'.encode())
+
+    assert "".join(text.pieces()) == long

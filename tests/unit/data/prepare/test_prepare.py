@@ -19,9 +19,10 @@ from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from titan_cpt.data.formats.indexed import TokenStream
-from titan_cpt.data.prepare import chunks, shards
+from titan_cpt.data.prepare import chunks, json_lines, shards
 from titan_cpt.data.prepare.chunks import iterate_texts, read_chunks
 from titan_cpt.data.prepare.text_inputs import find_inputs, missing_inputs
+from titan_cpt.data.tokenizer import gigatoken_backend
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import ConfigError, DataError
@@ -295,6 +296,27 @@ def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path, small_chu
     assert results[0] == results[1]
     assert results[0][1].keys() == {"out.bin", "out.idx", "out-validation.bin", "out-validation.idx"}
     assert results[0][0].chunks > 20
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("holdout", [0.0, 0.5])
+def test_long_documents_are_tokenized_in_pieces_to_the_same_bytes(tmp_path, monkeypatch, tokenizer, holdout):
+    """Same tokens, same side of the hold-out, same counts; a long blank document is empty."""
+    if tokenizer == "bpe":
+        train_bpe(words(500), 300, tmp_path / "bpe")
+        tokenizer = str(tmp_path / "bpe")
+    documents = [text * 9 for text in words(60)] + [" " * 900] + ['\u2013 \U0001f600 \n"' * 200]
+    (tmp_path / "a.jsonl").write_text(jsonl(documents))
+    whole = run([tmp_path / "a.jsonl"], tmp_path / "whole" / "out", tokenizer=tokenizer, holdout=holdout)
+    monkeypatch.setattr(json_lines, "LONG_LINE_BYTES", 500)
+    monkeypatch.setattr(json_lines, "PIECE_BYTES", 100)
+    monkeypatch.setattr(gigatoken_backend, "PIECE_CHARACTERS", 70)
+    pieces = run([tmp_path / "a.jsonl"], tmp_path / "pieces" / "out", tokenizer=tokenizer, holdout=holdout)
+
+    assert whole.counts == pieces.counts
+    assert whole.counts.empty_documents == 1
+    assert outputs(tmp_path / "whole" / "out") == outputs(tmp_path / "pieces" / "out")
+    assert list(iterate_texts([str(tmp_path / "a.jsonl")])) == [text for text in documents if text.strip()]
 
 
 def test_forked_workers_write_the_bytes_of_spawned_ones(tmp_path):
