@@ -17,7 +17,7 @@ from titan_cpt.errors import DataError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONG_LINE_BYTES = 2**23  # the text of a longer line is decoded piece by piece
 PIECE_BYTES = 2**20
-_ESCAPE_BYTES = 12  # of the longest character in JSON: two \\uXXXX
+_ESCAPE_BYTES = 6  # of \uXXXX; right after one, the second half of a surrogate pair may follow
 CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
 
 

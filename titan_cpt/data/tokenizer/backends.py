@@ -98,9 +98,7 @@ def best_backend(
     def exact() -> HuggingFaceBackend:
         return HuggingFaceBackend(spec, name, guarded, table)
 
-    backend, note = _best(guarded, name, table, exact)
-    _check_literals(backend, guarded, name)
-    return backend, note
+    return _best(guarded, name, table, exact)
 
 
 def _best(
@@ -110,24 +108,44 @@ def _best(
     added = [token["content"] for token in guarded.spec.get("added_tokens") or []]
     names = [*guarded.names][:MAX_TESTED_TOKENS] + added[:MAX_TESTED_TOKENS]
     texts = [*TOKENIZER_TEST_STRINGS, *texts_in_every_script(), *literals(names)]
-    expected = None
-    if importlib.util.find_spec("tokenizers"):
-        # The two libraries take equally long to open: where possible, at the same time.
-        expected = begin_forked(lambda: [exact().encode([text]).ids.tolist() for text in texts])
+    compared = importlib.util.find_spec("tokenizers") is not None
+    # The two libraries take equally long to open: where possible, at the same time.
+    answers = begin_forked(lambda: _Answers(exact(), texts)) if compared else None
     try:
         backend = GigatokenBackend(guarded, table, exact)
-        if expected is None:
-            return backend, f"{name}: its ids were not compared with the `tokenizers` library, which is not installed"
-        _compare(backend, texts, expected())
+        if answers is not None:
+            known = answers()
+            backend.fallback = lambda: known  # most processes never need the library itself
+            _compare(backend, texts, known)
+        _check_literals(backend, guarded, name)
+        backend.fallback = exact
     except UnsupportedTokenizerError as reason:
+        _check_literals(exact(), guarded, name)
         return exact(), f"{name}: uses the `tokenizers` library, many times slower than gigatoken: {reason}"
-    return backend, None
+    note = f"{name}: its ids were not compared with the `tokenizers` library, which is not installed"
+    return backend, None if compared else note
 
 
-def _compare(backend: TokenizerBackend, texts: Sequence[str], expected: Sequence[list[int]]) -> None:
+class _Answers:
+    """What the `tokenizers` library gives for some texts; takes its place while they are compared."""
+
+    def __init__(self, library: HuggingFaceBackend, texts: Sequence[str]) -> None:
+        self._normalized = {text: library.normalized(text) for text in texts}
+        self._encoded = {text: library.encode([text]) for text in {*texts, *self._normalized.values()}}
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        (text,) = texts
+        return self._encoded[text]
+
+    def normalized(self, text: str) -> str:
+        return self._normalized[text]
+
+
+def _compare(backend: TokenizerBackend, texts: Sequence[str], expected: _Answers) -> None:
     """Raise UnsupportedTokenizerError for the first test string whose ids differ from those of the library."""
-    for text, ids in zip(texts, expected, strict=True):
+    for text in texts:
         found = backend.encode([text]).ids.tolist()
+        ids = expected.encode([text]).ids.tolist()
         if found != ids:
             first = next((n for n, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b), 0)
             raise UnsupportedTokenizerError(

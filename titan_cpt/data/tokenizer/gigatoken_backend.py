@@ -13,14 +13,13 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from titan_cpt.data.tokenizer.encoded import Encoded, Ids, id_dtype, joined
 from titan_cpt.data.tokenizer.gigatoken_spec import GigatokenSpec, UnsupportedTokenizerError, to_gigatoken
-from titan_cpt.data.tokenizer.huggingface_backend import HuggingFaceBackend
 from titan_cpt.data.tokenizer.special_tokens import GuardedSpec
 
 PIECE_CHARACTERS = 1 << 20  # longer texts are cut, so that a text of 50 MB does not need several times its size
@@ -39,12 +38,20 @@ _UNICODE_17 = (
 )
 
 
+class ExactLibrary(Protocol):
+    """The `tokenizers` library, as far as GigatokenBackend uses it."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Return the ids of the texts."""
+
+    def normalized(self, text: str) -> str:
+        """Return the text after the file's normalizer."""
+
+
 class GigatokenBackend:
     """A byte-level BPE in gigatoken, with the `tokenizers` library for texts that gigatoken may encode otherwise."""
 
-    def __init__(
-        self, guarded: GuardedSpec, table: Sequence[bytes], fallback: Callable[[], HuggingFaceBackend]
-    ) -> None:
+    def __init__(self, guarded: GuardedSpec, table: Sequence[bytes], fallback: Callable[[], ExactLibrary]) -> None:
         """Build the encoder.
 
         Args:
@@ -58,7 +65,7 @@ class GigatokenBackend:
         spec = to_gigatoken(guarded.spec)
         self._spec = spec
         self._table = table
-        self._fallback = fallback
+        self.fallback = fallback
         self._bytes_of = _byte_lengths(table, spec, guarded)
         self._dtype = id_dtype(len(table))
         self._hiding = [name.encode() for name in spec.hiding_names]
@@ -104,7 +111,7 @@ class GigatokenBackend:
             if self._spec.nfc and not unicodedata.is_normalized("NFC", text):
                 if self._spec.raw_tokens:
                     return self._library_ids(text)
-                text = self._fallback().normalized(text)
+                text = self.fallback().normalized(text)
                 utf8 = text.encode()
             if _has_unsettled(text):
                 return self._library_ids(text)
@@ -117,7 +124,7 @@ class GigatokenBackend:
         return np.asarray(ids, dtype=self._dtype)
 
     def _library_ids(self, text: str) -> Ids:
-        return self._fallback().encode([text]).ids.astype(self._dtype)
+        return self.fallback().encode([text]).ids.astype(self._dtype)
 
     def _limit_cache(self, utf8_bytes: int) -> None:
         """Replace the encoder, and so its cache, when memory has grown: it would hold every distinct word."""
