@@ -149,3 +149,14 @@ def test_the_last_of_two_fields_of_a_name_is_the_text_also_in_a_long_line(monkey
     ((_, text),) = fast(f'{{"text": "b", "text": "{long}"}}'.encode())
 
     assert "".join(text.pieces()) == long
+
+
+def test_no_cut_parts_the_two_escapes_of_a_character(monkeypatch):
+    """A text with such a cut would be decoded as a whole, which takes several times the memory."""
+    monkeypatch.setattr(json_lines, "LONG_LINE_BYTES", 20)
+    for piece_bytes in range(13, 60):
+        monkeypatch.setattr(json_lines, "PIECE_BYTES", piece_bytes)
+        text = "a" * 30 + "\U0001f600" + "b" * 60
+        ((_, found),) = fast(json.dumps({"text": text}).encode())
+        assert isinstance(found, LongText), piece_bytes
+        assert "".join(found.pieces()) == text
