@@ -130,8 +130,10 @@ def set_timeouts(timeout_s: int) -> None:
     """Set the timeout of collectives in every process group of this process; does nothing in a single process."""
     if not dist.is_initialized():
         return
+    # torch 2.15 has a public function, and warns at each use of the one that earlier versions have.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        set_timeout(timedelta(seconds=timeout_s), group)
 
 
 def wait_for_rank_0(failure: TitanError | None = None) -> None:
