@@ -13,6 +13,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
 
 _TO_BYTES = codecs.charmap_build("".join(sorted(BYTE_OF, key=BYTE_OF.__getitem__)))

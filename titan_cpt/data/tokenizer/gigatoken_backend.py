@@ -107,13 +107,13 @@ class GigatokenBackend:
 
     def _ids(self, text: str, utf8: bytes) -> Ids:
         """Return the ids of a text or piece."""
-        if not (utf8.isascii() or _is_common(utf8)):
+        if not (utf8.isascii() or is_common(utf8)):
             if self._spec.nfc and not unicodedata.is_normalized("NFC", text):
                 if self._spec.raw_tokens:
                     return self._library_ids(text)
                 text = self.fallback().normalized(text)
                 utf8 = text.encode()
-            if _has_unsettled(text):
+            if has_unsettled(text):
                 return self._library_ids(text)
         if any(name in utf8 for name in self._hiding):
             return self._library_ids(text)
@@ -179,7 +179,7 @@ def _byte_lengths(table: Sequence[bytes], spec: GigatokenSpec, guarded: GuardedS
     return lengths
 
 
-def _is_common(utf8: bytes) -> bool:
+def is_common(utf8: bytes) -> bool:
     """Whether all characters are below U+0300 or from U+2002 to U+203F, as in most European texts.
 
     Both libraries know them, and any sequence of them is in form NFC. No other check is needed, and this one is the
@@ -191,7 +191,7 @@ def _is_common(utf8: bytes) -> bool:
     return bool(((three[0] == 0xE2) & (three[1] == 0x80) & (three[2] >= 0x82)).all())
 
 
-def _has_unsettled(text: str) -> bool:
+def has_unsettled(text: str) -> bool:
     """Whether a text has characters that the Unicode tables of gigatoken and `tokenizers` may not both have."""
     starts = range(0, len(text), PIECE_CHARACTERS)
     codes = (np.frombuffer(text[start : start + PIECE_CHARACTERS].encode("utf-32-le"), np.uint32) for start in starts)

@@ -1,13 +1,16 @@
-"""Train a byte-level BPE tokenizer on text, with the `tokenizers` library."""
+"""Train a byte-level BPE tokenizer on text, with gigatoken or the `tokenizers` library, which give the same file."""
 
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.files import require_writable, write_bytes_atomically
+from titan_cpt.data.tokenizer.bpe_merges import TextFile, gigatoken_merges
+from titan_cpt.data.tokenizer.byte_level import CHARACTER_OF
 from titan_cpt.data.tokenizer.tokenizer import END_OF_DOCUMENT, fingerprint_of, vocab_size_of
 from titan_cpt.errors import DataError, how_to_install
 
@@ -49,9 +52,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
 def _trained_tokenizer(tokenizers: Any, texts: Iterable[str], vocab_size: int, output: Path) -> bytes:
     """Train the BPE and return its tokenizer.json; raises DataError if the texts yield fewer entries."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = sorted(byte_level.alphabet())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.") as file:
+        stored = TextFile(file)
+        stored.write(texts)
+        merges = gigatoken_merges(stored, vocab_size - len(alphabet) - 1)
+        if merges is None:
+            tokenizer = _library_training(tokenizers, stored.texts(), vocab_size)
+        else:
+            pairs = [(_characters(left), _characters(right)) for left, right in merges]
+            entries = [END_OF_DOCUMENT, *alphabet, *map("".join, pairs)]
+            vocab = {token: number for number, token in enumerate(entries)}
+            tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+            tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise DataError(
+            f"{output}: the texts yield only {size} entries, not {vocab_size}: choose a vocabulary of at most {size}"
+        )
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    serialized: str = tokenizer.to_str(pretty=True)
+    return serialized.encode()
+
+
+def _library_training(tokenizers: Any, texts: Iterable[str], vocab_size: int) -> Any:
+    """Train with gigatoken or the `tokenizers` library, which give the same file."""
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
@@ -59,12 +88,11 @@ def _trained_tokenizer(tokenizers: Any, texts: Iterable[str], vocab_size: int, o
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if (size := tokenizer.get_vocab_size()) != vocab_size:
-        raise DataError(
-            f"{output}: the texts yield only {size} entries, not {vocab_size}: choose a vocabulary of at most {size}"
-        )
-    serialized: str = tokenizer.to_str(pretty=True)
-    return serialized.encode()
+    return tokenizer
+
+
+def _characters(token: bytes) -> str:
+    return "".join(CHARACTER_OF[byte] for byte in token)
 
 
 def _require_replaceable(output: Path, vocab_size: int, *, force: bool) -> None:
