@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -180,15 +181,24 @@ def _time_ms(
 
 
 def _median_ms(core: RotaryCausalAttention, shape: AttentionShape, device: torch.device, repetitions: int) -> float:
-    began = time.perf_counter()
-    found: list[float] = []
-    while len(found) < repetitions and (len(found) < 3 or time.perf_counter() - began < _SECONDS):
-        inputs = _inputs(shape, device)
+    inputs = _inputs(shape, device)
+    begin = time.perf_counter()
+    _forward_and_backward(core, shape, device, inputs)
+    _wait(device)
+    repetitions = min(repetitions, max(3, int(_SECONDS / (time.perf_counter() - begin))))
+    if device.type == "cuda":  # queued without waiting, so that the host's launches do not count
+        events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for event in events[1:]:
+            _forward_and_backward(core, shape, device, inputs)
+            event.record()
         _wait(device)
-        start = time.perf_counter()
+        return statistics.median(float(first.elapsed_time(second)) for first, second in pairwise(events))
+    found = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
         _forward_and_backward(core, shape, device, inputs)
-        _wait(device)
-        found.append(1000 * (time.perf_counter() - start))
+        found.append(1000 * (time.perf_counter() - begin))
     return statistics.median(found)
 
 
