@@ -143,7 +143,7 @@ class HuggingFaceBackend:
         """Return the characters of a text that a BPE without an unknown token drops."""
         if self._matched is not None:
             text = self._matched.sub("", text)
-        for character in set(text) - self._is_dropped.keys():
+        for character in set(text).difference(self._is_dropped):  # "-" would look at every known character
             normal = self.normalized(character)
             parts = normal.encode() if self._byte_level else normal.replace("\u2581", "")
             self._is_dropped[character] = not character.isspace() and not self._alphabet.issuperset(parts)
