@@ -21,7 +21,8 @@ class Option:
     Attributes:
         allowed: largest difference of a loss from the plain path's, in nats per token.
         alike: overrides of both sides, such as compile for options that need it.
-        resumes: whether a resumed run gives the same bits; not if each session chooses kernels by measuring.
+        resumes: whether a resumed run gives the same bits; not if each session chooses kernels by measuring, nor with
+            cuDNN's attention, which torch excludes under job.deterministic.
     """
 
     name: str
@@ -38,7 +39,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("AdamW in one Triton kernel", "optimizer", "implementation", "triton", 0.02, {}),
     Option("CUDA graphs", "training", "cuda_graphs", True, 0.02, COMPILED),
     Option("compile the whole model", "compile", "scope", "model", 0.02, COMPILED),
-    Option("attention: cuDNN", "training", "attention_backend", "cudnn", 0.02, {}),
+    Option("attention: cuDNN", "training", "attention_backend", "cudnn", 0.02, {}, resumes=False),
     Option("attention: flash", "training", "attention_backend", "flash", 0.02, {}),
     Option("attention: fastest", "training", "attention_backend", "fastest", 0.02, {}),
     Option("compile: max-autotune", "compile", "mode", "max-autotune-no-cudagraphs", 0.02, COMPILED, resumes=False),

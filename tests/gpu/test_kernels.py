@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from titan_cpt.training.loss import fused_linear_cross_entropy
+from titan_cpt.training.loss import _softmax, fused_linear_cross_entropy
 from titan_cpt.training.optimizer import parameter_groups, reset_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -38,6 +38,24 @@ def test_the_fused_head_is_that_of_float64(cuda_device, dtype, allowed, compiled
     assert relative_error(total.detach(), expected.detach()) < (1e-6 if dtype is torch.float32 else 1e-3)
     for tensor, reference in zip(given, exact, strict=True):
         assert relative_error(tensor.grad, reference.grad) < allowed
+
+
+def test_the_gradient_of_the_logits_has_the_same_bits_under_deterministic_algorithms(cuda_device):
+    """Where another operation subtracts the targets' part: scatter_add_ cannot be captured there."""
+    logits_CV = torch.randn(600, 50_304, device=cuda_device).bfloat16()
+    targets_C = torch.randint(0, 50_304, (600,), device=cuda_device)
+    losses, gradients = [], []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            loss_C, grad_CV = _softmax(logits_CV.clone(), targets_C, 1 / 1200)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        losses.append(loss_C)
+        gradients.append(grad_CV)
+
+    assert torch.equal(*losses)
+    assert torch.equal(*gradients)
 
 
 def small_model(device):
@@ -87,3 +105,29 @@ def test_adamw_in_triton_changes_nothing_after_a_bad_step(cuda_device):
     for parameter, value in zip(model, before, strict=True):
         assert torch.equal(parameter, value)
         assert not any(float(state.abs().sum()) for state in optimizer.state[parameter].values())
+
+
+def test_adamw_in_triton_rounds_the_compute_copy_as_torch_does(cuda_device):
+    """After three steps with bf16 gradients; the same gradients in float32 give the same weights, to the last bit."""
+    adamw = pytest.importorskip("titan_cpt.training.cuda.adamw")
+    weights = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = small_model(cuda_device)
+        copies = {parameter: torch.empty_like(parameter, dtype=torch.bfloat16) for parameter in model}
+        groups = parameter_groups(model, 0.1)
+        optimizer = adamw.TritonAdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, copies=copies)
+        reset_state(optimizer)
+        optimizer.clip_factor.fill_(0.3)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            for parameter in model:
+                gradient = torch.randn(parameter.shape, generator=generator).to(cuda_device).bfloat16()
+                parameter.grad_dtype = dtype
+                parameter.grad = gradient.to(dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+        for parameter, copy in copies.items():
+            assert torch.equal(copy, parameter.detach().bfloat16())
+        weights.append([parameter.detach() for parameter in model])
+
+    assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))

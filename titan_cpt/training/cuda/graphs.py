@@ -72,8 +72,7 @@ class CudaGraphs:
                 work()
         except RuntimeError as error:
             raise ConfigError(
-                f"training.cuda_graphs: a step of this config cannot be captured: {str(error).splitlines()[0]}. Remove "
-                "the key"
+                f"training.cuda_graphs: a step of this config cannot be captured: {_first_cause(error)}. Remove the key"
             ) from error
         self._graphs.append(graph)
         return graph.replay
@@ -85,6 +84,13 @@ class CudaGraphs:
             graph.reset()
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle()
+
+
+def _first_cause(error: BaseException) -> str:
+    """First line of the error that broke a capture; when the capture ends, torch raises another one without a cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class CapturedStep:
