@@ -37,7 +37,8 @@ class IndexedWriter:
         Args:
             prefix: the path without .bin and .idx.
             vocab_size: ids are in [0, vocab_size).
-            durable: sync the files to the disk; without it, a power failure may leave a damaged pair.
+            durable: sync the files to the disk; without it, a power failure may leave a damaged pair, and an existing
+                pair must have the same content.
         """
         self.prefix = prefix
         self.vocab_size = vocab_size
@@ -179,8 +180,16 @@ def concatenate(parts: Sequence[Path], prefix: Path, vocab_size: int) -> None:
 
 
 def rename_pair(source: Path, target: Path, *, durable: bool = True) -> None:
-    """Rename a complete pair within a file system, replacing an existing pair of that name."""
-    pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never be beside a new .bin
+    """Rename a complete pair within a file system, replacing an existing pair of that name.
+
+    Args:
+        source: prefix of the pair.
+        target: prefix of the new names.
+        durable: sync the folder. Without it, the existing pair must have the same content: it is whole at any moment,
+            because another process may be reading it.
+    """
+    if durable:
+        pair_paths(target)[1].unlink(missing_ok=True)  # an old index must never be beside a new .bin
     for old, new in zip(pair_paths(source), pair_paths(target), strict=True):
         os.replace(old, new)
     if durable:

@@ -5,6 +5,7 @@ refuses NaN, infinite numbers, halves of surrogate pairs and a byte order mark, 
 """
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +18,9 @@ from titan_cpt.errors import DataError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONG_LINE_BYTES = 2**23  # the text of a longer line is decoded piece by piece
 PIECE_BYTES = 2**20
-_ESCAPE_BYTES = 6  # of \uXXXX; right after one, the second half of a surrogate pair may follow
+_ESCAPE_BYTES = 6  # of \uXXXX
+_FIRST_HALF = re.compile(rb"\\u[dD][89abAB]..")  # of a surrogate pair
+_RUN_BYTES = 64
 CHOOSE_FIELD = "--text-field NAME (in a config: source.text_field)"
 
 
@@ -71,19 +74,28 @@ class LongText:
         """
         start = 0
         while start < len(self._encoded):
-            end = self._cut(start + PIECE_BYTES)
+            end = self._cut(start, start + PIECE_BYTES)
             yield orjson.loads(b"".join((b'"', self._encoded[start:end], b'"')))
             start = end
 
-    def _cut(self, position: int) -> int:
-        """Return the first position from here on at which neither a character of UTF-8 nor an escape continues."""
+    def _cut(self, start: int, position: int) -> int:
+        """Return the first position from here on at which no character of UTF-8, escape or surrogate pair continues.
+
+        Args:
+            start: a position before this one, at which none of them continues either.
+            position: where to begin.
+        """
         encoded = self._encoded
-        while position < len(encoded):
-            continues = encoded[position] & 0xC0 == 0x80
-            if not continues and b"\\" not in bytes(encoded[position - _ESCAPE_BYTES : position]):
-                return position
+        while position < len(encoded) and encoded[position] & 0xC0 == 0x80:
             position += 1
-        return len(encoded)
+        before = max(start, position - _ESCAPE_BYTES)
+        escape = before + bytes(encoded[before:position]).rfind(b"\\")
+        if escape >= before and not _is_escaped(encoded, start, escape):
+            length = _ESCAPE_BYTES if bytes(encoded[escape + 1 : escape + 2]) == b"u" else 2
+            position = max(position, escape + length)
+            if _FIRST_HALF.fullmatch(encoded, escape, position) and bytes(encoded[position : position + 2]) == b"\\u":
+                position += _ESCAPE_BYTES
+        return min(position, len(encoded))
 
 
 def long_text(content: bytes, start: int, end: int, name: str) -> LongText | None:
@@ -113,7 +125,7 @@ def _longest_string(content: bytes, start: int, end: int) -> tuple[int, int]:
     longest = (start, start)
     while (first := content.find(b'"', start, end) + 1) > 0:
         last = content.find(b'"', first, end)
-        while last > 0 and _is_escaped(content, last):
+        while last > 0 and _is_escaped(content, first, last):
             last = content.find(b'"', last + 1, end)
         if last < 0:
             break
@@ -122,12 +134,15 @@ def _longest_string(content: bytes, start: int, end: int) -> tuple[int, int]:
     return longest
 
 
-def _is_escaped(content: bytes, position: int) -> bool:
-    """Whether an odd number of backslashes stands before a position."""
-    before = position
-    while content[before - 1] == 0x5C:
-        before -= 1
-    return (position - before) % 2 == 1
+def _is_escaped(content: bytes | memoryview, start: int, position: int) -> bool:
+    """Whether an odd number of backslashes stands before a position; at `start`, no escape continues."""
+    length = _RUN_BYTES
+    while True:
+        before = bytes(content[max(start, position - length) : position])
+        backslashes = len(before) - len(before.rstrip(b"\\"))
+        if backslashes < len(before) or position - length <= start:
+            return backslashes % 2 == 1
+        length *= _RUN_BYTES
 
 
 def parsed(content: bytes, place: Callable[[], str]) -> Any:

@@ -23,9 +23,9 @@ from titan_cpt.data.tokenizer.gigatoken_spec import GigatokenSpec, UnsupportedTo
 from titan_cpt.data.tokenizer.special_tokens import GuardedSpec
 
 PIECE_CHARACTERS = 1 << 20  # longer texts are cut, so that a text of 50 MB does not need several times its size
-_CUT = re.compile(r"[a-z](?= [a-z])|[^\s\x1c-\x1f]\n(?=[^\W\d_])")
-"""A place where every pattern of gigatoken starts a new piece, and where the left part has the same pieces if the text
-ends there: before a single space between letters, or after a single line end between text and a letter."""
+_CUT = re.compile(r"\x20(?<=[^\W\d_]\x20)(?=[^\W\d_])|\n(?<=[^\s\x1c-\x1f]\n)(?=[^\W\d_])")
+"""A single space between letters, or a single line end between text and a letter. Every pattern of gigatoken starts a
+new piece before the space and after the line end, and the left part has the same pieces if the text ends there."""
 _CACHE_CHECK_BYTES = 16 << 20  # of text; gigatoken caches each distinct word, without a limit
 _CACHE_LIMIT_BYTES = 256 << 20
 # Letters and digits of Unicode 17, which gigatoken 0.10 knows and `tokenizers` 0.23 does not, as (first, last).
@@ -141,23 +141,29 @@ class GigatokenBackend:
 
 def pieces(text: str) -> Iterator[str]:
     """Yield parts of a long text that have the same ids as the whole; a part without a place to cut is longer."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = _CUT.search(text, start + PIECE_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:]
+    return _cut_again([text])
 
 
 def _cut_again(parts: Iterable[str]) -> Iterator[str]:
-    """Yield parts of a text, given in any parts, that have the same ids as the whole."""
-    rest = ""
+    """The same for a text given in any parts, each of which is searched once."""
+    held: list[str] = []
+    characters = 0
     for part in parts:
-        *whole, rest = pieces(rest + part)
-        yield from whole
-    yield rest
+        start = 0
+        while cut := _next_cut(part, max(start + PIECE_CHARACTERS - characters, 0)):
+            yield "".join((*held, part[start:cut]))
+            held, characters, start = [], 0, cut
+        held.append(part[start:])
+        characters += len(held[-1])
+    yield "".join(held)
+
+
+def _next_cut(text: str, position: int) -> int:
+    """Return the next place to cut a text; 0 if there is none."""
+    found = _CUT.search(text, position)
+    if found is None:
+        return 0
+    return found.start() if found.group() == " " else found.end()
 
 
 def _encoder(spec: GigatokenSpec) -> Any:

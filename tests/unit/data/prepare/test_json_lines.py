@@ -160,3 +160,16 @@ def test_no_cut_parts_the_two_escapes_of_a_character(monkeypatch):
         ((_, found),) = fast(json.dumps({"text": text}).encode())
         assert isinstance(found, LongText), piece_bytes
         assert "".join(found.pieces()) == text
+
+
+@pytest.mark.parametrize("unit", ["\n", "\\", '"', "\u0436", "\U0001f600", "\\\u0436\n"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_long_text_of_only_escapes_is_cut_into_pieces_of_one_size(monkeypatch, unit, ascii_only):
+    """Line ends, backslashes, and each script except Latin in the form that `json` writes by default."""
+    monkeypatch.setattr(json_lines, "PIECE_BYTES", 1000)
+    encoded = json.dumps(unit * 3000, ensure_ascii=ascii_only).encode()[1:-1]
+    text = LongText(memoryview(encoded))
+    parts = [*text.pieces()]
+
+    assert "".join(parts) == unit * 3000
+    assert max(len(json.dumps(part, ensure_ascii=ascii_only).encode()) for part in parts) <= 1000 + 2 + 12

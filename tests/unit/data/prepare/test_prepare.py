@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,6 +297,30 @@ def test_the_output_does_not_depend_on_the_number_of_workers(tmp_path, small_chu
     assert results[0] == results[1]
     assert results[0][1].keys() == {"out.bin", "out.idx", "out-validation.bin", "out-validation.idx"}
     assert results[0][0].chunks > 20
+
+
+def test_a_part_stays_whole_while_another_process_writes_it_too(tmp_path):
+    """Two chunks of equal content have one part, which two workers may write while a third process reads it."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(300)))
+    (chunk,) = read_chunks(find_inputs([str(tmp_path / "a.jsonl")]), "text")
+    job = shards.TokenizeJob("bytes", load_tokenizer("bytes").fingerprint, "text", 0.0, tmp_path)
+    part = shards.make_shard(chunk, job).prefix
+    missing = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            if shards.finished_counts(part) is None:
+                missing.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(100):
+        shards.encode_chunk(chunk.loaded(), job)
+    stop.set()
+    reader.join()
+
+    assert not missing
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

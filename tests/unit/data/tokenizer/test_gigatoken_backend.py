@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_long_text_is_cut_into_pieces_of_about_one_size():
             assert 100 < max(map(len, parts)) < 160
             assert len(parts) == pytest.approx(len(unit), abs=len(unit) / 2)
         assert [*pieces("=" * 1000)] == ["=" * 1000]
+
+
+def test_the_time_to_cut_a_text_without_a_place_to_cut_grows_with_its_length():
+    """Eight times the parts take about eight times as long, not sixty-four times."""
+
+    def seconds(parts: int) -> float:
+        begin = time.process_time()
+        assert len([*gigatoken_backend._cut_again(["= " * 10_000] * parts)]) == 1
+        return time.process_time() - begin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gigatoken_backend, "PIECE_CHARACTERS", 100)
+        assert seconds(160) < 25 * max(seconds(20), 0.001)
 
 
 def test_characters_of_the_newest_unicode_version_have_the_librarys_ids(tmp_path):
@@ -195,9 +209,9 @@ def test_only_texts_of_characters_that_need_no_check_are_common():
     rare = [code for code in (*range(0x300, 0x3000), 0xE000, 0xFFFD, 0x1F600, 0x10FFFF) if code not in common]
     every = "".join(map(chr, common))
 
-    assert gigatoken_backend._is_common(every.encode())
-    assert not gigatoken_backend._has_unsettled(every)
+    assert gigatoken_backend.is_common(every.encode())
+    assert not gigatoken_backend.has_unsettled(every)
     assert all(unicodedata.is_normalized("NFC", f"{chr(code)}{every}{chr(code)}") for code in common)
     for code in rare:
         for text in (chr(code), f"\u2013a{chr(code)}", f"{chr(code)}\u00e4\u2013"):
-            assert not gigatoken_backend._is_common(text.encode()), hex(code)
+            assert not gigatoken_backend.is_common(text.encode()), hex(code)
