@@ -167,11 +167,15 @@ def _next_cut(text: str, position: int) -> int:
 
 
 def _encoder(spec: GigatokenSpec) -> Any:
-    from gigatoken.gigatoken_rs import load_hf_json
-
     try:
+        from gigatoken.gigatoken_rs import load_hf_json
+
         return load_hf_json(spec.content)
-    except Exception as fault:  # the library raises nothing more specific
+    except (KeyboardInterrupt, SystemExit, ModuleNotFoundError):  # an installation without gigatoken is incomplete
+        raise
+    except ImportError as fault:
+        raise UnsupportedTokenizerError(f"gigatoken cannot be loaded: {fault}") from fault
+    except BaseException as fault:  # the library raises nothing more specific, and a panic in Rust is no Exception
         reason = str(fault).split("\n")[0]
         raise UnsupportedTokenizerError(f"gigatoken refuses it: {reason}") from fault
 

@@ -162,7 +162,11 @@ def _library_tokenizer(spec: dict[str, Any], name: str) -> Any:
     plain = {**spec, "truncation": None, "padding": None, "post_processor": None}
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
-    except Exception as fault:  # the library raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:
+        # The library raises nothing more specific than Exception. Some versions panic in Rust, which is no Exception,
+        # where a merge's right part is shorter than the model's continuing_subword_prefix.
         raise DataError(f"{name}: the `tokenizers` library cannot read it: {fault}") from fault
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 import time
+import types
 import unicodedata
 
 import pytest
@@ -215,3 +217,13 @@ def test_only_texts_of_characters_that_need_no_check_are_common():
     for code in rare:
         for text in (chr(code), f"\u2013a{chr(code)}", f"{chr(code)}\u00e4\u2013"):
             assert not gigatoken_backend.is_common(text.encode()), hex(code)
+
+
+def test_a_gigatoken_that_cannot_be_loaded_gives_way_to_the_library(tmp_path, monkeypatch):
+    """Such as one whose binary needs a newer system library; the note says why encoding is slow."""
+    library = save_tokenizer(tmp_path / "tokenizer.json", "gpt2")
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", types.ModuleType("without_the_function"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+    assert tokenizer.encode("the theme of 1 thesis") == library.encode("the theme of 1 thesis").ids
+    assert "gigatoken cannot be loaded: cannot import name" in tokenizer.note
