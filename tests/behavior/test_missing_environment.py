@@ -89,6 +89,15 @@ def test_a_missing_compiler_is_reported_before_the_first_step(monkeypatch, tmp_p
     require_compiler(torch.device("cpu"))
 
 
+def test_a_missing_compiler_for_triton_is_reported_before_the_first_step(monkeypatch, tmp_path):
+    """Triton compiles a launcher for every kernel, with gcc, clang or CC; the message names the key that needs it."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"optimizer\.implementation: Triton .*none of gcc, clang is installed"):
+        require_compiler(torch.device("cuda"), "optimizer.implementation")
+
+
 def test_a_missing_module_of_titan_cpt_gives_a_traceback(raw, tmp_path):
     """It is a defect of the installation, not a mistake of the user."""
     config = training.write_config(raw, tmp_path / "c.toml")

@@ -41,22 +41,24 @@ def require_triton(setting: str) -> None:
         )
 
 
-def require_compiler(device: torch.device) -> None:
-    """Check that torch.compile finds its compilers: g++ or $CXX for a CPU; Triton, and a C compiler or $CC, for CUDA.
+def require_compiler(device: torch.device, setting: str = "compile.enable") -> None:
+    """Check that a setting finds its compilers: g++ or $CXX for a CPU; Triton, and a C compiler or $CC, for CUDA.
 
     Raises:
-        ConfigError: one is missing. Without this check torch would raise an error in the first training step.
+        ConfigError: one is missing; the message begins with `setting`. Without this check torch or Triton would raise
+            an error in the first training step.
     """
     if device.type == "cuda":
-        require_triton("compile.enable")
+        require_triton(setting)
     variable = "CC" if device.type == "cuda" else "CXX"
-    defaults = ("gcc", "clang", "cc") if device.type == "cuda" else ("g++",)
+    defaults = ("gcc", "clang") if device.type == "cuda" else ("g++",)
     configured = os.environ.get(variable)
     if not any(map(shutil.which, (configured,) if configured else defaults)):
         problem = f"{variable}={configured} does not exist"
         if not configured:
             problem = f"none of {', '.join(defaults)} is installed"
         raise ConfigError(
-            f"compile.enable: torch.compile needs a compiler, but {problem}: install one (apt install g++, module load "
-            f"gcc, conda install gxx), set {variable} to one, or remove the key"
+            f"{setting}: {'Triton' if device.type == 'cuda' else 'torch.compile'} needs a compiler, but {problem}: "
+            f"install one (apt install g++, module load gcc, conda install gxx), set {variable} to one, or remove the "
+            "key"
         )

@@ -36,7 +36,7 @@ from titan_cpt.distributed.attention_backend import (
     set_attention_backend,
 )
 from titan_cpt.distributed.build import build_parallel_model
-from titan_cpt.distributed.compile import require_compiler, require_triton
+from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.master_weights import ComputeCopy
@@ -204,7 +204,7 @@ def _check_support(config: Config, device: torch.device) -> None:
     if config.compile.enable:
         require_compiler(device)
     if config.optimizer.implementation == "triton":
-        require_triton('optimizer.implementation = "triton"')
+        require_compiler(device, 'optimizer.implementation = "triton"')
 
 
 def _print_precision_notes(config: Config, device: torch.device, console: Console) -> None:
