@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,26 +20,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from children import ChildError, call
+from children import INDUCTOR_CACHE, ChildError, call, end_all
 from report import FAILED, INFO, OK, SKIPPED, Report, Row
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = (
-    "torch",
-    "numpy",
-    "pydantic",
-    "rich",
-    "tiktoken",
-    "torchdata",
-    "safetensors",
-    "xxhash",
-    "zstandard",
-    "tomli_w",
+NEEDED = (  # cheap to import, so that a missing requirement of theirs is found here and not by every section
+    *("numpy", "pydantic", "rich", "safetensors", "xxhash", "zstandard", "tomli_w", "orjson"),
+    *("tokenizers", "gigatoken"),
 )
+FOUND = ("torch", "torchdata", "datasets", "tensorboard")  # slow to import
 OPTIONAL = {"torchao": "float8", "pytest": "tests", "litgpt": "races", "torchtitan": "races", "transformers": "races"}
 _SECONDS_FOR_THE_REPORT = 5
 
@@ -47,7 +45,8 @@ class Context:
     Attributes:
         tiny: smallest shapes, for a dry run on a CPU.
         text: folder with the quick start's text or prepared tokens; None if none was given.
-        baseline: checkout of another commit, with which the races compare; None if none was given.
+        baseline: checkout of another commit, with which race Q compares; None if none was given.
+        races: the races to run.
         deadline: time.monotonic at which the section must have ended.
     """
 
@@ -60,6 +59,7 @@ class Context:
     deadline: float
     report: Report
     gpus: int = 0
+    races: tuple[str, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -109,26 +109,27 @@ def sections() -> list[Section]:
 
     return [
         Section("ceilings", "FLOP/s of a product and bytes/s of a copy", speed.ceilings, 45, 10, alone=True),
-        # Side by side; the longest first.
-        Section("tests", "the tests that need a GPU", suites.gpu_tests, 200, 30),
-        Section("options", "new options: losses and bit-exact resume", options.parity, 180, 40),
-        Section("quickstart", "the quick start against this CPU's losses", correctness.quickstart, 200, 60),
-        Section("memory", "peak memory against the plan's", correctness.memory, 150, 40),
+        # Side by side, all at once, so that the group takes no longer than its longest limit.
+        Section("quickstart", "the quick start against this CPU's losses", correctness.quickstart, 150, 60),
         Section("losses", "the same losses in float32, bfloat16, float8", correctness.losses, 150, 30),
         Section("compile", "the same losses compiled", correctness.compiled, 150, 30),
         Section("resume", "bit-exact resume after kill -9; async saves", correctness.resume, 120, 30),
+        Section("memory", "peak memory against the plan's", correctness.memory, 150, 40),
         Section("offload", "CPU offload", correctness.offload, 90, 20),
-        Section("profile", "where a step's time goes; float8", speed.profile, 130, 40, alone=True),
-        Section("races", "tokens/s beside other trainers", speed.races, 240, 60, alone=True),
+        Section("tests", "the tests that need a GPU", suites.gpu_tests, 150, 30),
+        # One at a time; the goals first. The profile finds what the races have compiled in inductor's cache.
+        Section("races", "tokens/s beside other trainers; the goals", speed.races, 280, 60, alone=True),
+        Section("profile", "where a step's time goes", speed.profile, 100, 30, alone=True),
         Section("speed", "tokens/s with and without each option", speed.options, 180, 40, alone=True),
+        Section("options", "new options: losses and bit-exact resume", options.parity, 240, 40),
         Section("suite", "the whole test suite on this machine", suites.whole, 400, 120, alone=True),
     ]
 
 
-def run_section(section: Section, make: Callable[[str, float], Context], deadline: float) -> None:
-    """Run a section; its failure becomes a row."""
+def run_section(section: Section, make: Callable[[str, float], Context], deadline: float, *, only: bool) -> None:
+    """Run a section; its failure becomes a row. The `only` one may take all the time."""
     began = time.monotonic()
-    context = make(section.name, min(began + section.limit_s, deadline))
+    context = make(section.name, min(began + (math.inf if only else section.limit_s), deadline))
     if context.left_s < section.least_s:
         context.skip("whole section", f"{context.left_s:.0f} s left, needs {section.least_s:.0f}")
         return
@@ -141,6 +142,7 @@ def run_section(section: Section, make: Callable[[str, float], Context], deadlin
     report = context.report
     report.sections[section.name] = {"seconds": time.monotonic() - began}
     report.figures[section.name] = context.figures
+    report.write()
 
 
 def chosen(names: list[str], options: argparse.Namespace) -> list[str]:
@@ -162,8 +164,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="sections to run, comma-separated")
     parser.add_argument("--skip", default="", help="sections not to run, comma-separated")
     parser.add_argument("--text", type=Path, help="folder with english.jsonl and german.jsonl of the quick start")
-    parser.add_argument("--baseline", type=Path, help="checkout of another commit of titan_cpt, for the races")
-    parser.add_argument("--jobs", type=int, default=5, help="sections side by side, of those that time nothing")
+    parser.add_argument("--baseline", type=Path, help="checkout of another commit of titan_cpt, for race Q")
+    parser.add_argument(
+        "--races", default="G405,L1B,Q,W4096", help="races, comma-separated, in this order (default all)"
+    )
+    parser.add_argument("--jobs", type=int, default=8, help="sections side by side, of those that time nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--list", action="store_true", help="print the sections and end")
@@ -172,11 +177,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def check_packages() -> None:
     """Exit with status 2 if a package is missing without which nothing runs; name the others."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in FOUND if importlib.util.find_spec(name) is None]
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # the package, or one that it requires
+            missing.append(str(error.name))
     if missing:
         print(
-            f"check.sh: {sys.executable} has no {', '.join(missing)}: install titan_cpt's requirements, or give wheels "
-            "with --wheels (scripts/gpu/wheels.sh downloads them)",
+            f"check.sh: {sys.executable} has no {', '.join(dict.fromkeys(missing))}: install titan_cpt's requirements, "
+            "or give wheels with --wheels (scripts/gpu/wheels.sh downloads them)",
             file=sys.stderr,
         )
         raise SystemExit(2)
@@ -190,17 +200,21 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     check_packages()
     every = sections()
-    names = [section.name for section in every]
     if options.list:
         for section in every:
             print(f"{section.name:12} {section.about}")
         return 0
-    wanted = chosen(names, options)
+    wanted = chosen([section.name for section in every], options)
+    races = chosen_races(options)
     deadline = time.monotonic() + options.limit - _SECONDS_FOR_THE_REPORT
     device = "cpu" if options.dry_run else options.device
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = Report(options.out)
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+    report = Report(options.out, [section.name for section in every])
+    try:
+        report.keep_earlier()
+    except OSError as error:
+        print(f"check.sh: --out {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
         folder = Path(work)
         report.about = about(folder, options, device)
         if device == "cuda" and not report.about["cuda_available"]:
@@ -212,16 +226,58 @@ def main(arguments: Sequence[str]) -> int:
             place.mkdir(exist_ok=True)
             text, baseline = (path and path.resolve() for path in (options.text, options.baseline))
             gpus = report.about["gpus"]
-            return Context(name, device, options.dry_run, place, text, baseline, until, report, gpus=gpus)
+            return Context(name, device, options.dry_run, place, text, baseline, until, report, gpus=gpus, races=races)
 
-        for alone, group in groupby((s for s in every if s.name in wanted), key=lambda section: section.alone):
-            with ThreadPoolExecutor(1 if alone else max(1, options.jobs)) as pool:
-                for _ in pool.map(lambda section: run_section(section, make, deadline), group):
-                    report.write(names)
-        report.write(names)
-        write_logs(folder, options.out / "logs.txt")
+        run = partial(run_section, make=make, deadline=deadline, only=len(wanted) == 1)
+        selected = [section for section in every if section.name in wanted]
+        stopped = run_all(selected, run, jobs=options.jobs, cache=folder / "inductor")
+        report.write()
+        report.write_logs(folder)
     print(f"\n{report.table()}", flush=True)
-    return 1 if report.failed else 0
+    return 130 if stopped else 1 if report.failed else 0
+
+
+def run_all(wanted: list[Section], run: Callable[[Section], None], *, jobs: int, cache: Path) -> bool:
+    """Run the sections; whether Ctrl-C or SIGTERM ended them. Their processes are then killed.
+
+    Inductor chooses kernels by timing them and stores the choice: what is compiled beside others has its own `cache`.
+    """
+    original = os.environ.get(INDUCTOR_CACHE)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    for alone, group in groupby(wanted, key=lambda section: section.alone):
+        if not alone:
+            os.environ[INDUCTOR_CACHE] = str(cache)
+        elif original is None:
+            os.environ.pop(INDUCTOR_CACHE, None)
+        else:
+            os.environ[INDUCTOR_CACHE] = original
+        pool = ThreadPoolExecutor(1 if alone else max(1, jobs))
+        try:
+            for done in [pool.submit(run, section) for section in group]:
+                done.result()
+        except KeyboardInterrupt:
+            print("check.sh: stopped; what was measured until now is in the table", file=sys.stderr, flush=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            pool.shutdown()
+            return True
+        pool.shutdown()
+    return False
+
+
+def chosen_races(options: argparse.Namespace) -> tuple[str, ...]:
+    """The races of --races."""
+    import speed
+
+    races = tuple(filter(None, options.races.split(",")))
+    if unknown := sorted(set(races) - speed.RACES.keys()):
+        print(f"check.sh: no race {', '.join(unknown)}; there are {', '.join(speed.RACES)}", file=sys.stderr)
+        raise SystemExit(2)
+    return races
 
 
 def about(folder: Path, options: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -245,13 +301,6 @@ def about(folder: Path, options: argparse.Namespace, device: str) -> dict[str, A
         "arguments": sys.argv[1:],
         "text": text,
     }
-
-
-def write_logs(folder: Path, path: Path, limit_bytes: int = 20_000) -> None:
-    """Collect the end of every log in one file."""
-    with path.open("w") as out:
-        for log in sorted(folder.rglob("*.log")):
-            out.write(f"==== {log.relative_to(folder)}\n{log.read_text(errors='replace')[-limit_bytes:]}\n")
 
 
 if __name__ == "__main__":

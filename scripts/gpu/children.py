@@ -11,12 +11,43 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_started: set[int] = set()  # process groups that run, for `end_all`
 PRELOADED = ["titan_cpt.train", "titan_cpt.cli", "torch._dynamo", "measure"]
+
+
+def end_all() -> None:
+    """Kill every process group that runs: children, and what `run_group` started."""
+    for group in [*_started]:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(group, signal.SIGKILL)
+
+
+def run_group(command: list[str], *, log: Path, seconds: float, folder: Path | None = None) -> int | None:
+    """Run a command in a process group of its own; its status, or None if it was killed after `seconds`."""
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        _started.add(process.pid)
+        try:
+            return process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            _started.discard(process.pid)
 
 
 class ChildError(Exception):
@@ -45,10 +76,12 @@ class Child:
         self.log, self._result = log, log.with_suffix(".result.json")
         log.parent.mkdir(parents=True, exist_ok=True)
         self._result.unlink(missing_ok=True)
+        passed = {name: os.environ[name] for name in (INDUCTOR_CACHE,) if name in os.environ}  # the server began before
         self._process = start_server().Process(
-            target=_run, args=(function, arguments, str(log), str(self._result), environment or {})
+            target=_run, args=(function, arguments, str(log), str(self._result), passed | (environment or {}))
         )
         self._process.start()
+        _started.add(self._process.pid)
 
     @property
     def running(self) -> bool:
@@ -64,6 +97,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self._process.join()
+        _started.discard(pid)
 
     def wait(self, deadline: float) -> Any:
         """Its result.
@@ -75,6 +109,7 @@ class Child:
         if self.running:
             self.kill()
             raise ChildError(f"exceeded its time; {self.last_lines()}")
+        _started.discard(self._process.pid)
         if self._process.exitcode != 0 or not self._result.exists():
             raise ChildError(f"ended with status {self._process.exitcode}; {self.last_lines()}")
         return json.loads(self._result.read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, INFO, SKIPPED = "ok", "FAILED", "-", "skipped"
+FILES = ("check.json", "check.md", "logs.txt")
 _WIDTHS = (46, 8, 40, 34)  # columns of the table, in characters: 90 rows stay below 12,000 characters
 
 
@@ -26,9 +28,14 @@ class Row:
 
 @dataclass
 class Report:
-    """The results of all sections; written to `folder` after each, so that an aborted run leaves its results."""
+    """The results of all sections; written to `folder` after each, so that an aborted run leaves its results.
+
+    Attributes:
+        names: of all sections, in the order of the table.
+    """
 
     folder: Path
+    names: list[str]
     about: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -48,18 +55,47 @@ class Report:
         """The rows of checks that failed."""
         return [row for row in self.rows if row.status == FAILED]
 
-    def write(self, names: list[str]) -> None:
+    def keep_earlier(self) -> None:
+        """Make the folder; rename an earlier call's files in it to check-1.json and so on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (self.folder / f"check-{number}.json").exists():
+            number += 1
+        for name in FILES:
+            path = self.folder / name
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}-{number}"))
+        (self.folder / FILES[0]).touch()  # an error now is better than one after nine minutes
+        (self.folder / FILES[0]).unlink()
+
+    def write(self) -> None:
         """Write check.json and check.md, with the rows in the order of the sections' names."""
         with self._lock:
-            self._sort(names)
+            self.rows.sort(key=lambda row: self.names.index(row.section))  # stable
             body = {
                 **self.about,
                 "sections": self.sections,
                 "rows": [asdict(row) for row in self.rows],
                 "figures": self.figures,
             }
-            (self.folder / "check.json").write_text(json.dumps(body, indent=1))
-            (self.folder / "check.md").write_text(self.table() + "\n")
+            self._write("check.json", json.dumps(body, indent=1))
+            self._write("check.md", self.table() + "\n")
+
+    def write_logs(self, folder: Path, limit_bytes: int = 20_000) -> None:
+        """Collect the end of every log in one file."""
+        logs = sorted(folder.rglob("*.log"))
+        ends = (f"==== {log.relative_to(folder)}\n{log.read_text(errors='replace')[-limit_bytes:]}\n" for log in logs)
+        self._write("logs.txt", "".join(ends))
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file. A full disk ends no section: the table is printed in any case."""
+        path = self.folder / name
+        try:
+            temporary = path.with_suffix(".part")
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            print(f"check.sh: {path} was not written: {error.strerror}", file=sys.stderr, flush=True)
 
     def table(self) -> str:
         """A header with the machine, and a line for each check."""
@@ -85,9 +121,6 @@ class Report:
         lines.append("")
         lines.append(", ".join(f"{count} {status}" for status, count in counts.items()))
         return "\n".join(lines)
-
-    def _sort(self, names: list[str]) -> None:
-        self.rows.sort(key=lambda row: names.index(row.section))  # stable
 
 
 def _cut(text: str, width: int) -> str:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import measure
 import profile_step
-from children import ChildError
+from children import ChildError, run_group
 from options import OPTIONS, Option, exists
 
 if TYPE_CHECKING:
     from check import Context
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts" / "bench" / "speed"))  # at the end: it has a report.py too
+import goals  # noqa: E402  # after the path
+
 # Seen on one machine each: bf16 product of 8192^3 in TFLOP/s, device copy in TB/s, read and written.
 SEEN = {"H200": (787, 4.2), "H100 80GB HBM3": (798, 3.0)}
-# Shape -> options of race.py: the trainers of the goals first; `--only races` has time for more.
-RACES = {
-    "G405": ["--variants", "compiled", "--only", "plain,hf_trainer"],
-    "L1B": ["--variants", "compiled", "--only", "torchtitan"],
-    "Q": ["--variants", "compiled,eager", "--only", "plain"],
-    "W4096": ["--only", "none"],
+ALL_OPTIONS = "options"  # stands for `_all_options()`
+FLOAT8 = "float8:compile.enable=true,float8.recipe_name=tensorwise"
+# Race -> (share of the time, options of race.py): titan_cpt compiled and the trainer of the goal, then what is left.
+RACES: dict[str, tuple[int, list[str]]] = {
+    "G405": (9, ["--variants", "compiled", "--only", "plain,hf_trainer", ALL_OPTIONS]),
+    "L1B": (9, ["--variants", "compiled", "--only", "torchtitan", ALL_OPTIONS, "--variant", FLOAT8]),
+    "Q": (5, ["--variants", "compiled", "--only", "none", ALL_OPTIONS]),
+    "W4096": (6, ["--variants", "compiled,float8,float8-rowwise", "--only", "none"]),
 }
 
 
@@ -64,7 +67,7 @@ def _profile(shape: str, device: str, compiled: bool, steps: int, folder: str, s
 
 
 def profile(context: Context) -> None:
-    """Milliseconds of a compiled step by kind of kernel, of each shape; then float8 against bfloat16."""
+    """Milliseconds of a compiled step by kind of kernel, of each shape."""
     results: dict[str, Any] = {}
     for shape in ("tiny",) if context.tiny else ("G405", "L1B"):
         results[shape] = profiled(context, shape, f"profile-{shape}", {})
@@ -83,23 +86,6 @@ def profile(context: Context) -> None:
         rows = [result["kinds"].get(kind, {"ms": 0.0, "launches": 0.0}) for result in results.values()]
         launches = " / ".join(f"{row['launches']:.0f}" for row in rows)
         context.row(kind, value=f"{_joined(row['ms'] for row in rows)} ms; {launches} launches")
-    if context.device == "cuda":
-        _float8(context)
-
-
-def _float8(context: Context) -> None:
-    """Float8 on a shape with large matrices, where it should pay."""
-    if context.report.about.get("torchao") is None or tuple(context.report.about["capability"]) < (8, 9):
-        context.skip("float8 on W4096", "needs torchao and compute capability 8.9")
-        return
-    plain = profiled(context, "W4096", "profile-W4096", {})
-    context.row("W4096, bf16: tokens/s", value=f"{plain['tokens_per_s']:,.0f}")
-    context.figures["W4096"] = plain
-    for recipe in ("tensorwise", "rowwise"):
-        found = profiled(context, "W4096", f"profile-W4096-{recipe}", {"float8.recipe_name": recipe})
-        ratio = found["tokens_per_s"] / plain["tokens_per_s"]
-        context.figures[f"W4096 {recipe}"] = found
-        context.row(f"W4096, float8 {recipe}", value=f"{ratio:.2f}x of bf16", expected="goal 1.15x")
 
 
 def options(context: Context) -> None:
@@ -132,41 +118,48 @@ def _with_option(context: Context, shape: str, option: Option, plain: Any) -> No
 
 
 def races(context: Context) -> None:
-    """titan_cpt beside other trainers: scripts/bench/speed/race.py, one race after another."""
-    for number, (key, choice) in enumerate([*RACES.items()][: 1 if context.tiny else None]):
-        if context.left_s < (20 if context.tiny else 45):
-            context.skip(key, "no time left: check.sh --only races")
-            continue
-        share = (context.left_s - 5) / (len(RACES) - number)
-        _race(context, key, choice, share)
+    """titan_cpt beside other trainers: scripts/bench/speed/race.py, one race after another; then every goal."""
+    waiting = list(context.races[:1] if context.tiny else context.races)
+    results: list[dict[str, Any]] = []
+    while waiting:
+        key = waiting.pop(0)
+        weight, choice = RACES[key]
+        seconds = (context.left_s - 10) * weight / sum(RACES[each][0] for each in (key, *waiting))
+        if seconds < 25:
+            context.skip(key, f"no time left: check.sh --only races --races {key}")
+        else:
+            results += _race(context, key, choice, seconds)
+    for goal in goals.verdicts(results, dry_run=context.tiny):
+        name, sign, bound = re.split(" ([<>]=) ", goal["goal"], maxsplit=1)
+        found = goal["verdict"] if goal["ratio"] is None else f"{goal['verdict']}: {goal['ratio']:.3f}, {goal['of']}"
+        context.row(f"goal {name}", value=found, expected=f"{sign} {bound}")
 
 
-def _race(context: Context, key: str, choice: list[str], seconds: float) -> None:
+def _race(context: Context, key: str, choice: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Run a race and add its rows; returns the races of its result file: one, or none if it failed."""
     found, log = context.folder / f"{key}.json", context.folder / f"{key}.log"
-    command = [sys.executable, str(ROOT / "scripts/bench/speed/race.py"), "--races", key, *choice, "--json", str(found)]
+    command = [sys.executable, str(ROOT / "scripts/bench/speed/race.py"), "--races", key, "--json", str(found)]
     command += ["--device", "cuda", "--turns", "3", "--budget", f"{seconds:.0f}"]
-    if context.baseline is not None:
+    for word in choice:
+        command += _all_options() if word == ALL_OPTIONS else [word]
+    if context.baseline is not None and key == "Q":
         command += ["--baseline", str(context.baseline)]
-    command += ["--dry-run", "--only", "none", "--variants", "eager"] if context.tiny else _all_options()
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=min(max(1.0, context.left_s), 1.5 * seconds))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    elif key == "Q":
+        context.skip("Q: baseline build", "no --baseline DIR: a checkout of commit 19b0c6e")
+    if context.tiny:
+        command += ["--dry-run", "--only", "none", "--variants", "eager"]
+    # A silent trainer is ended after the budget or a minute; the race then still reports the others.
+    status = run_group(command, log=log, seconds=min(context.left_s, seconds + 60))
     if not found.exists():
         last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        context.row(key, value=f"status {process.returncode}; {last}", ok=False)
-        return
+        context.row(key, value=f"exceeded its time; {last}" if status is None else f"status {status}; {last}", ok=False)
+        return []
     result = json.loads(found.read_text())
     context.figures[key] = result
     for row in result["races"][0]["contestants"]:
         _contestant(context, key, row)
-    for goal in result["goals"]:
-        if goal["verdict"] != "not run":
-            context.row(f"goal {goal['goal']}", value=f"{goal['verdict']}: {goal['ratio']:.3f} ({goal['of']})")
+    raced: list[dict[str, Any]] = result["races"]
+    return raced
 
 
 def _contestant(context: Context, key: str, row: dict[str, Any]) -> None:
@@ -184,7 +177,7 @@ def _all_options() -> list[str]:
     """A variant of titan_cpt with those options that may be faster and that this commit has."""
     wanted = [option for option in OPTIONS if exists(option) and option.key in ("implementation", "cuda_graphs")]
     pairs = [f"{option.table}.{option.key}={_toml(option.value)}" for option in wanted]
-    return ["--variant", "options:" + ",".join(["compile.enable=true", *pairs])] if pairs else []
+    return ["--variant", f"{ALL_OPTIONS}:" + ",".join(["compile.enable=true", *pairs])] if pairs else []
 
 
 def _toml(value: Any) -> str:

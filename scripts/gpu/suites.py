@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
+
+from children import run_group
 
 if TYPE_CHECKING:
     from check import Context
@@ -52,18 +53,12 @@ def run_pytest(context: Context, name: str, options: list[str], *, slowest: floa
         f"--timeout={slowest:.0f}",
         *options,
     ]
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process,
-    ):
-        try:
-            process.wait(timeout=max(1.0, context.left_s))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            context.row(name, value=f"exceeded its time; {_last_line(log)}", ok=False)
-            return
+    status = run_group(command, log=log, seconds=context.left_s, folder=ROOT)
+    if status is None:
+        context.row(name, value=f"exceeded its time; {_last_line(log)}", ok=False)
+        return
     if not found.exists():
-        context.row(name, value=f"status {process.returncode}; {_last_line(log)}", ok=False)
+        context.row(name, value=f"status {status}; {_last_line(log)}", ok=False)
         return
     suite = next(ElementTree.parse(found).iter("testsuite"))
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
@@ -74,7 +69,7 @@ def run_pytest(context: Context, name: str, options: list[str], *, slowest: floa
         name,
         value=f"{passed} passed, {bad} failed, {counts['skipped']} skipped",
         expected="0 failed",
-        ok=bad == 0 and process.returncode in (0, 5),
+        ok=bad == 0 and status in (0, 5),
     )
     failing = [case for case in suite.iter("testcase") if any(child.tag in ("failure", "error") for child in case)]
     for case in failing[:10]:

@@ -141,7 +141,11 @@ def with_options(spec: Race, options: argparse.Namespace) -> Race:
 
 
 def entries_of(spec: Race, options: argparse.Namespace) -> list[Entry]:
-    """The contestants in the order of their start: if --budget cuts the list short, the last ones do not run."""
+    """The contestants in the order of their start: if --budget cuts the list short, the last ones do not run.
+
+    On CUDA the goals' contestants come first: titan_cpt's first variant, then another build as the quick start runs it,
+    or the first two trainers.
+    """
     allocator = options.device == "cpu"  # keep_freed_memory, which `titan-cpt train` calls, concerns a CPU's memory
     variants = {name: VARIANTS[name] for name in spec.variants}
     for text in options.variant:
@@ -153,19 +157,21 @@ def entries_of(spec: Race, options: argparse.Namespace) -> list[Entry]:
         )
         for name, keys in variants.items()
     ]
-    entries = []
+    entries, builds = [], []
     if options.baseline:
         source = str(options.baseline.resolve())
-        for name, overrides in (("eager", {}), ("compiled", COMPILED)):
-            entries.append(
-                Entry(f"baseline build, {name}", "ours", f"baseline-{name}", overrides=overrides, source=source)
-            )
+        builds = [
+            Entry(f"baseline build, {name}", "ours", f"baseline-{name}", overrides=overrides, source=source)
+            for name, overrides in (("eager", {}), ("compiled", COMPILED))
+        ]
     chosen = options.only.split(",") if options.only else KINDS
     for name in spec.peers:
         kind, compiled, tuned = PEERS[name]
         if kind in chosen:
             entries.append(Entry(name, kind, compiled=compiled, allocator=tuned))
-    return [*ours[:2], *entries[:2], *ours[2:], *entries[2:]] if options.device == "cuda" else [*ours, *entries]
+    if options.device == "cuda":
+        return [*ours[:1], *builds[:1], *entries[:2], *ours[1:], *builds[1:], *entries[2:]]
+    return [*ours, *builds, *entries]
 
 
 def finish(options: argparse.Namespace, results: list[dict[str, Any]]) -> int:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,68 @@ def test_what_no_longer_fits_into_the_limit_is_skipped_and_named(tmp_path):
     assert done.stdout.count("s left, needs 30") == 4  # as it happens, and in the table
 
 
+def test_a_second_call_keeps_the_results_of_the_first(monkeypatch, tmp_path):
+    """And a third those of both."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import report
+
+    for number in range(3):
+        results = report.Report(tmp_path, [], about={"number": number})
+        results.keep_earlier()
+        results.write()
+
+    found = {path.name: json.loads(path.read_text())["number"] for path in tmp_path.glob("*.json")}
+    assert found == {"check-1.json": 0, "check-2.json": 1, "check.json": 2}
+    assert (tmp_path / "check-2.md").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_an_error_before_anything_runs(tmp_path):
+    """One line, status 2."""
+    (tmp_path / "out").touch()
+
+    done = check("--dry-run", "--out", tmp_path / "out")
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"check.sh: --out {tmp_path / 'out'}: File exists"
+
+
+def test_ctrl_c_ends_all_processes_and_prints_the_table(tmp_path):
+    """The sections that were running are named as failed, and the files are written."""
+    command = [sys.executable, str(SCRIPTS / "check.py"), "--dry-run", "--out", str(tmp_path), "--only"]
+    known = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": known, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*command, "resume,losses"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("gpu-check-*/losses/*.log")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        out, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 30
+    assert "2 FAILED" in out
+    assert json.loads((tmp_path / "check.json").read_text())["rows"][0]["status"] == "FAILED"
+
+
+def test_every_goal_has_a_line_though_no_race_ran(monkeypatch, tmp_path):
+    """A goal that was not measured is named as not run, with its bound."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import speed
+    from check import Context
+    from report import Report, Row
+
+    report = Report(tmp_path, ["races"])
+    until, races = time.monotonic() + 20, ("G405", "L1B")
+    speed.races(Context("races", "cuda", False, tmp_path, None, None, until, report, races=races))
+
+    skipped = [row.check for row in report.rows if row.status == "skipped"]
+    found = [row for row in report.rows if row.check.startswith("goal ")]
+    assert skipped == ["G405", "L1B"]
+    assert len(found) == len(speed.goals.GOALS)
+    assert Row("races", "goal G405: speed", "-", "not run", ">= 1.8x HF Trainer") in found
+
+
 def test_an_unknown_section_is_an_error_that_names_the_sections(tmp_path):
     """Status 2."""
     done = check("--dry-run", "--out", tmp_path, "--only", "speeds")
@@ -79,7 +143,7 @@ def test_a_table_of_a_hundred_checks_fits_into_12000_characters(monkeypatch, tmp
     monkeypatch.syspath_prepend(SCRIPTS)
     import report
 
-    full = report.Report(tmp_path)
+    full = report.Report(tmp_path, [])
     full.rows = [report.Row(f"s{n // 10}", "c" * 99, "FAILED", "v" * 500, "e" * 99) for n in range(80)]
 
     assert len(full.table()) < 12_000
