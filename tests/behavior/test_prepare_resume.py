@@ -1,18 +1,25 @@
 """`titan-cpt prepare` interrupted: finished parts are reused, and the output is complete or absent."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 
 from titan_cpt.data.formats.indexed import IndexedTokens
+from titan_cpt.data.prepare.chunks import Chunk, read_chunks
+from titan_cpt.data.prepare.parallel import encode_all
+from titan_cpt.data.prepare.shards import TokenizeJob
+from titan_cpt.data.prepare.text_inputs import find_inputs
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
@@ -25,6 +32,25 @@ chunks.SMALLEST_CHUNK_BYTES = chunks.LARGEST_CHUNK_BYTES = 2000
 if __name__ == "__main__":
     prepare(inputs=sys.argv[3:], output=Path(sys.argv[1]), tokenizer="bytes", holdout=0.2, workers=int(sys.argv[2]))
 """
+
+
+def test_a_killed_worker_is_named_also_when_the_next_chunk_is_submitted(tmp_path):
+    """As the out-of-memory killer does; `concurrent.futures` then refuses further chunks."""
+    (tmp_path / "a.jsonl").write_text(jsonl(words(10)))
+    (chunk,) = read_chunks(find_inputs([str(tmp_path / "a.jsonl")]), "text")
+    tokenizer = load_tokenizer("bytes")
+    job = TokenizeJob("bytes", tokenizer.fingerprint, "text", 0.0, tmp_path)
+
+    def chunks_and_a_kill() -> Iterator[Chunk]:
+        yield from (chunk, chunk, chunk)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        time.sleep(0.5)  # the pool notices
+        yield from (chunk, chunk)
+
+    with pytest.raises(DataError, match="a worker process was killed, probably for lack of memory"):
+        encode_all(chunks_and_a_kill(), job, tokenizer=tokenizer, workers=2, finished=lambda chunk, shard: None)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def encode_all(
 
         def take_oldest() -> None:
             chunk, future = pending.popleft()
-            shards.append(_result(future))
+            shards.append(future.result())
             finished(chunk, shards[-1])
 
         for chunk in chain(first, chunks):
@@ -70,22 +70,15 @@ def _submit(pool: Executor | None, chunk: Chunk, job: TokenizeJob) -> Future[Sha
     return future
 
 
-def _result(future: Future[Shard]) -> Shard:
-    try:
-        return future.result()
-    except BrokenProcessPool as fault:
-        raise DataError(
-            "a worker process was killed, probably for lack of memory. Finished parts are kept: run the same command "
-            "again with fewer --workers"
-        ) from fault
-
-
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor | None]:
     """Start worker processes, or none for one worker.
 
     They are forked, which takes milliseconds and shares the open tokenizer, if this process may fork. Otherwise they
     are spawned, and each opens the tokenizer itself.
+
+    Raises:
+        DataError: a worker process was killed.
     """
     if workers < 2:
         yield None
@@ -94,6 +87,11 @@ def _pool(workers: int) -> Iterator[Executor | None]:
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(start), initializer=start_worker)
     try:
         yield pool
+    except BrokenProcessPool as fault:  # from a result, or from the next chunk's submission
+        raise DataError(
+            "a worker process was killed, probably for lack of memory. Finished parts are kept: run the same command "
+            "again with fewer --workers"
+        ) from fault
     finally:
         pool.shutdown(cancel_futures=True)
 
