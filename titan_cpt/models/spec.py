@@ -71,10 +71,13 @@ class ActivationBytes(NamedTuple):
     Attributes:
         unchecked: without activation checkpointing.
         selective_op: with selective checkpointing per operator (mode "selective", option "op").
+        compiled: without activation checkpointing, in a block that torch.compile compiled. Its backward pass computes
+            again what it can from other saved tensors without a matrix product.
     """
 
     unchecked: float
     selective_op: float
+    compiled: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def layer_activation_bytes(spec: ModelSpec, dims: ParallelDims, inputs: MemoryIn
         adds, 0 without checkpointing).
     """
     per_token = spec.activation_bytes_per_token(tp=dims.tp, cp=dims.cp, dtype_bytes=inputs.bytes_per_number)
-    unchecked = inputs.microbatch_tokens * per_token.unchecked
+    unchecked = inputs.microbatch_tokens * (per_token.compiled if inputs.compiled else per_token.unchecked)
     block_input = inputs.microbatch_tokens * inputs.bytes_per_number * spec.width / dims.tp
     if inputs.recompute == "full":
         return block_input, unchecked

@@ -86,6 +86,7 @@ class MemoryInputs:
             dtype; None without it.
         gradient_bytes: bytes of a gradient before the update, except the head's, which are always 4.
         gpu_bytes: memory of the GPU; None on a CPU, or if it is not known.
+        compiled: blocks are compiled with torch.compile.
     """
 
     microbatch_tokens: int
@@ -98,6 +99,7 @@ class MemoryInputs:
     float8_filter_fqns: tuple[str, ...] | None = None
     gradient_bytes: int = 4
     gpu_bytes: int | None = None
+    compiled: bool = False
 
 
 def memory_inputs(
@@ -119,4 +121,5 @@ def memory_inputs(
         float8_filter_fqns=config.float8.filter_fqns if config.float8.enable_fsdp_float8_all_gather else None,
         gradient_bytes=2 if reduced and in_one_pass else 4,
         gpu_bytes=gpu_bytes,
+        compiled=config.compile.enable,
     )

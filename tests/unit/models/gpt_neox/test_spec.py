@@ -19,5 +19,5 @@ def test_activation_memory_by_hand(tp):
     """
     saved = named_size("gpt_neox", "debug", 257).activation_bytes_per_token(tp=tp, cp=1, dtype_bytes=2)
 
-    assert saved.unchecked == 2 * 2 * 64 + (2 * (5 * 64 + 2 * 256) + 6 * 4) / tp
+    assert saved.compiled == saved.unchecked == 2 * 2 * 64 + (2 * (5 * 64 + 2 * 256) + 6 * 4) / tp
     assert saved.selective_op == (2 * (5 * 64 + 256) + 2 * 4) / tp

@@ -25,12 +25,13 @@ def test_a_head_has_an_equal_part_of_the_width_unless_it_is_set():
 def test_activation_memory_by_hand(tp):
     """In bfloat16: two inputs of 64; queries and output 64 each, keys and values 32 each, 4 x 192 of the MLP.
 
-    In fp32: 4 x 64 of the norms, and 2 + 4 statistics.
+    In fp32: 4 x 64 of the norms, and 2 + 4 statistics. Compiled: 3 x 192 of the MLP, and 2 x 64 of the norms in bf16.
     """
     saved = llama().activation_bytes_per_token(tp=tp, cp=1, dtype_bytes=2)
 
     assert saved.unchecked == 2 * 2 * 64 + (2 * (2 * 64 + 2 * 32 + 4 * 192) + 4 * 4 * 64 + 6 * 4) / tp
     assert saved.selective_op == 2 * 64 + (2 * (64 + 2 * 64 + 32 + 192) + 4 * 4) / tp
+    assert saved.compiled == 2 * 2 * 64 + (2 * (2 * 64 + 2 * 32 + 3 * 192 + 2 * 64) + 6 * 4) / tp
 
 
 def test_masks_context_parallelism_and_query_norms_take_more_memory():
