@@ -26,10 +26,10 @@ ALL_OPTIONS = "options"  # stands for `_all_options()`
 FLOAT8 = "float8:compile.enable=true,float8.recipe_name=tensorwise"
 # Race -> (share of the time, options of race.py): titan_cpt compiled and the trainer of the goal, then what is left.
 RACES: dict[str, tuple[int, list[str]]] = {
-    "G405": (9, ["--variants", "compiled", "--only", "plain,hf_trainer", ALL_OPTIONS]),
+    "G405": (10, ["--variants", "compiled", "--only", "plain,hf_trainer", ALL_OPTIONS]),
     "L1B": (9, ["--variants", "compiled", "--only", "torchtitan", ALL_OPTIONS, "--variant", FLOAT8]),
     "Q": (5, ["--variants", "compiled", "--only", "none", ALL_OPTIONS]),
-    "W4096": (6, ["--variants", "compiled,float8,float8-rowwise", "--only", "none"]),
+    "W4096": (5, ["--variants", "compiled,float8,float8-rowwise", "--only", "none"]),
 }
 
 
