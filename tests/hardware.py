@@ -2,7 +2,7 @@
 
 The expected values of the suite are a CPU's, so conftest.py hides all GPUs from its process and thereby from every
 process that a test starts. On a machine with a GPU, the first test marked `gpu` that is due starts one further pytest,
-which sees the GPUs and runs all tests with that mark one after another; each worker of pytest-xdist then reports the
+which sees the GPUs and runs all tests with that mark, four at a time; each worker of pytest-xdist then reports the
 outcome of the tests that it was given. Elsewhere these tests are skipped.
 """
 
@@ -27,6 +27,7 @@ ON_GPU = "TITAN_CPT_TESTS_ON_GPU"  # set in the pytest that sees the GPUs: file 
 SHARED = "TITAN_CPT_TESTS_SHARED"  # folder that the workers share; set by the process that starts them
 ORIGINAL = "TITAN_CPT_TESTS_VISIBLE"  # values of HIDING before they were changed
 _made: list[Path] = []  # the shared folder, in the process that made it
+_GPU_WORKERS = 4  # each takes about 1 GiB of the GPU; most of a test's time is the CPU's
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
@@ -93,8 +94,8 @@ def reports_of(item: pytest.Item) -> Iterator[pytest.TestReport]:
 def record(config: pytest.Config, report: pytest.TestReport) -> None:
     """In the pytest that sees the GPUs: write a report for the worker that was given the test."""
     data: dict[str, Any] = config.hook.pytest_report_to_serializable(config=config, report=report)
-    with open(os.environ[ON_GPU], "a") as file:
-        file.write(json.dumps(data) + "\n")
+    with open(os.environ[ON_GPU], "ab", buffering=0) as file:  # one write: workers append to the same file
+        file.write((json.dumps(data) + "\n").encode())
 
 
 def visible_again() -> dict[str, str]:
@@ -111,7 +112,8 @@ def _run_with_gpus(session: pytest.Session, reports: Path) -> None:
         f"--rootdir={session.config.rootpath}",
         *(["-c", str(session.config.inipath)] * bool(session.config.inipath)),
     ]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *where, *nodes]
+    workers = str(min(_GPU_WORKERS, os.cpu_count() or 1, len(nodes)))
+    command = [sys.executable, "-m", "pytest", "-n", workers, "-q", "-p", "no:cacheprovider", *where, *nodes]
     with (reports.parent / "output.txt").open("w") as output:
         subprocess.run(
             command,

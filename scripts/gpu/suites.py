@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def gpu_tests(context: Context) -> None:
-    """The tests marked `gpu`, one at a time."""
+    """The tests marked `gpu`, four at a time (tests/hardware.py)."""
     run_pytest(context, "tests marked gpu", ["-n", "0", "-m", "gpu", "tests/gpu"], slowest=context.left_s)
 
 

@@ -1,4 +1,4 @@
-"""Tests of tests/hardware.py: no test sees a GPU, except those marked `gpu`, which run in one process that does."""
+"""Tests of tests/hardware.py: no test sees a GPU, except those marked `gpu`, which run in processes that do."""
 
 import os
 import platform
@@ -91,14 +91,13 @@ def test_every_python_that_a_test_starts_finds_this_checkout(tmp_path):
     assert Path(child.stdout.strip()) == ROOT / "titan_cpt"
 
 
-def test_marked_tests_see_the_gpus_in_one_process_and_are_reported_one_by_one(tmp_path):
-    """By whichever workers they were given to."""
+def test_marked_tests_run_once_where_gpus_are_visible_and_are_reported_one_by_one(tmp_path):
+    """In few processes, by whichever workers they were given to."""
     done = pytest_on(tmp_path, "-n", "2")
 
     assert "1 failed, 4 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
     assert "assert (2 + 2) == 5" in done.stdout
     assert "a reason of its own" in done.stdout
-    assert len(set((tmp_path / "pids.txt").read_text().split())) == 1
     assert len((tmp_path / "pids.txt").read_text().split()) == 3
 
 
