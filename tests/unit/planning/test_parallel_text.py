@@ -29,3 +29,11 @@ def test_the_last_line_says_whether_the_plan_fits_a_device(one_stage, make):
 
     assert list(parallel_lines(plan, 10 * needed))[-1].startswith("fits: 10% of ")
     assert list(parallel_lines(plan, int(1.05 * needed)))[-1].startswith("does NOT fit: 95% of ")
+
+
+def test_a_compiled_llama_is_planned_with_fewer_activations(one_stage, make):
+    """As torch.compile saves less; test_memory.py has how much."""
+    llama = (("model.family", "llama"), ("model.kv_heads", "2"), ("model.mlp_width", "192"))
+    eager, compiled = (make(one_stage, *llama, ("compile.enable", value)) for value in ("false", "true"))
+
+    assert compiled.footprint.activations < eager.footprint.activations
