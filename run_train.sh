@@ -117,7 +117,7 @@ find_python() {
     done
     fail "found no Python with titan_cpt and torch; tried: ${tried[*]:-none exists}." \
         "Activate the environment that has them, or install both into $root/.venv: $root/scripts/setup.sh" \
-        "In a container with torch: pip install $root"
+        "In a container with torch: pip install -e $root"
 }
 
 # Whether titan_cpt is installed; a checkout in the working directory without its requirements does not count.

@@ -23,6 +23,10 @@ fail() {
 }
 
 main() {
+    if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+        sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+        return
+    fi
     local version=${1:-}
     [[ $version =~ ^[0-9]+(\.[0-9]+)+[0-9a-z.+]*$ ]] || fail "give a version of torch, such as 2.15.0; got '$version'"
     shift

@@ -26,11 +26,13 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops_of(name: str) -> float:
-    """Dense bfloat16 peak of a GPU in FLOP/s, from its data sheet; NaN if it is not listed, or is a MIG share of one.
+    """Dense bfloat16 peak of a GPU in FLOP/s, from its data sheet; NaN if it is not listed, or is a share of one.
+
+    Names of MIG devices contain MIG; those of virtual GPUs begin with GRID.
 
     Args:
         name: as `torch.cuda.get_device_name` returns it, such as "NVIDIA H100 80GB HBM3".
     """
-    if re.search(r"\bMIG\b", name):
+    if re.search(r"\bMIG\b|^GRID\b", name):
         return math.nan
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), math.nan)

@@ -36,7 +36,8 @@ def error_message(error: Any, raw: dict[str, Any]) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{where}: must be a table, got {got}"
         case "tuple_type":
-            return f"{where}: must be a list, got {got}"
+            example = f" such as [{got}]" if isinstance(error["input"], str) else ""
+            return f"{where}: must be a list{example}, got {got}"
         case "too_short":
             return f"{where}: must have at least one entry"
     if error["type"] in _BOUND_ERRORS:

@@ -74,7 +74,8 @@ class OptimizerConfig(Table):
     """The optimizer; AdamW is the only one."""
     implementation: Literal["fused", "triton"] = "fused"
     """Kernel of the update: torch's fused AdamW, or one Triton launch (CUDA only) that also clips the gradients and
-    writes the bf16 compute copy. Checkpoints of one resume under the other; results differ in the last bits."""
+    writes the bf16 compute copy. A checkpoint saved under one resumes under the other; results differ in the last bits.
+    triton was not run on a GPU yet."""
     beta1: Fraction01 = 0.9
     """Decay rate of the first moment."""
     beta2: Fraction01 = 0.95
@@ -137,10 +138,10 @@ class TrainingConfig(Table):
     """Skipped batches allowed in any 1000 steps of a stage; one more stops the run."""
     attention_backend: Literal["default", "cudnn", "flash", "efficient", "math", "fastest"] = "default"
     """Kernel of scaled dot-product attention (SDPA). default: torch chooses; fastest: measure the available ones when
-    the run begins, and use the fastest one; a resumed run uses that one too."""
+    the run begins, and use the fastest one; a resumed run uses that one too. Only default was run on a GPU yet."""
     cuda_graphs: bool = False
     """Replay CUDA graphs of a micro-batch and of the optimizer step, instead of launching every kernel from Python.
-    Single process, CUDA."""
+    Single process and CUDA only; not run on a GPU yet."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, which all ranks run after the same step."""
 
@@ -229,10 +230,11 @@ class CompileConfig(Table):
     """Compile the model with torch.compile."""
     scope: Literal["block", "model"] = "block"
     """block: compile each transformer block; all blocks share the code. model: compile embedding, blocks and final norm
-    as one graph, which also fuses operations of neighboring blocks and takes longer to compile; single process only."""
+    as one graph, which also fuses operations of neighboring blocks and takes longer to compile; single process only.
+    Not run on a GPU yet."""
     mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """`mode` of torch.compile. max-autotune-no-cudagraphs chooses kernels by measuring them at the start of every
-    session: a resumed run may choose others, whose results differ in the last bits."""
+    session: a resumed run may choose others, whose results differ in the last bits. Not run on a GPU yet."""
 
 
 class Float8Config(Table):

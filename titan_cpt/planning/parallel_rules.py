@@ -296,8 +296,8 @@ def _cuda_graphs_on_ranks(inputs: RuleInput) -> str | None:
     if not inputs.config.training.cuda_graphs or inputs.world_size == 1:
         return None
     return (
-        f"training.cuda_graphs: graphs are captured in a single process only, and the run has {inputs.world_size}: set "
-        "it to false"
+        f"training.cuda_graphs: graphs are captured in a single process only, and the run has {inputs.world_size} "
+        "processes: set it to false"
     )
 
 
@@ -308,7 +308,10 @@ def _cuda_graphs_with(inputs: RuleInput) -> str | None:
     found = [key for key, is_set in others.items() if is_set]
     if not config.training.cuda_graphs or not found:
         return None
-    return f"training.cuda_graphs: not supported together with {' and '.join(found)}: remove it or training.cuda_graphs"
+    return (
+        f"training.cuda_graphs: not supported together with {' and '.join(found)}: set it to false, or remove "
+        f"{'them' if len(found) > 1 else found[0]}"
+    )
 
 
 def _compiled_model(inputs: RuleInput) -> str | None:
@@ -317,8 +320,8 @@ def _compiled_model(inputs: RuleInput) -> str | None:
         return None
     if inputs.world_size > 1:
         return (
-            f'compile.scope: "model" compiles one graph in a single process, and the run has {inputs.world_size}, '
-            'whose communication happens between blocks: use "block"'
+            f'compile.scope: "model" compiles one graph in a single process, and the run has {inputs.world_size} '
+            'processes, which communicate between blocks: use "block"'
         )
     if config.activation_checkpoint.mode in ("full", "selective"):
         return (
@@ -335,7 +338,10 @@ def _compile_options_without_compile(inputs: RuleInput) -> str | None:
     ]
     if options.enable or not changed:
         return None
-    return f"{' and '.join(changed)}: without effect while compile.enable is false: set it to true, or remove the key"
+    return (
+        f"{' and '.join(changed)}: without effect while compile.enable is false: set compile.enable to true, or remove "
+        f"{'the keys' if len(changed) > 1 else 'the key'}"
+    )
 
 
 def _autotuned_and_deterministic(inputs: RuleInput) -> str | None:

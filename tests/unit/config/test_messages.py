@@ -119,6 +119,13 @@ def test_a_file_without_stages_or_datasets_is_refused(head, faults):
     assert faults("datasets = 3\nstages = 3")[-1] == "stages: must be a list, got 3"
 
 
+def test_a_string_in_place_of_a_list_of_strings_is_shown_as_a_list(one_stage, faults):
+    """As it is easily written on the command line."""
+    found = faults(one_stage + '[float8]\nfilter_fqns = "mlp"\n')
+
+    assert found == ["float8.filter_fqns: must be a list such as ['mlp'], got 'mlp'"]
+
+
 def test_the_message_for_an_unknown_schedule_lists_the_known_schedules(head, faults):
     """All seven, and the closest one."""
     (found,) = faults(with_lr(head, 'schedule = "infinite_cosin", max = 1.0'))
