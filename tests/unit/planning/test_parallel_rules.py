@@ -93,7 +93,7 @@ REFUSED = [
     (
         1,
         {"training.cuda_graphs": "true", "float8.recipe_name": "rowwise", "profiling.enable_profiling": "true"},
-        ["together with float8.recipe_name and profiling.enable_profiling", "remove it or training.cuda_graphs"],
+        ["together with float8.recipe_name and profiling.enable_profiling", "set it to false, or remove"],
     ),
     (2, {"compile.enable": "true", "compile.scope": "model"}, ["compile.scope", "the run has 2", 'use "block"']),
     (
@@ -104,7 +104,7 @@ REFUSED = [
     (
         1,
         {"compile.scope": "model", "compile.mode": "max-autotune-no-cudagraphs"},
-        ["compile.scope and compile.mode: without effect", "set it to true"],
+        ["compile.scope and compile.mode: without effect", "set compile.enable to true"],
     ),
     (
         1,
