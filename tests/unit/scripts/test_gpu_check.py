@@ -127,7 +127,7 @@ def test_an_unknown_section_is_an_error_that_names_the_sections(tmp_path):
     done = check("--dry-run", "--out", tmp_path, "--only", "speeds")
 
     assert done.returncode == 2
-    assert "no section speeds; there are ceilings, tests" in done.stderr
+    assert "no section speeds; there are ceilings, quickstart" in done.stderr
 
 
 def test_without_a_gpu_the_check_says_so(tmp_path):
