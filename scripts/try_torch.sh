@@ -48,7 +48,7 @@ main() {
     printf 'try_torch: %s, %s: %s; log: %s\n' "$("$venv/bin/python" -c '
 import platform, torch
 print(f"torch {torch.__version__}, Python {platform.python_version()}")')" \
-        "$([[ $status == 0 ]] && echo PASSED || echo "FAILED with exit status $status")" "$(tail -n 1 -- "$log")" "$log"
+        "$([[ $status == 0 ]] && echo PASSED || echo "FAILED with exit status $status")" "$(tail -n 1 -- "$log" | sed 's/^=* *//;s/ *=*$//')" "$log"
     exit "$status"
 }
 
