@@ -25,9 +25,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from tests.byte_level_tokenizers import PATTERNS, save_tokenizer  # noqa: E402
+from byte_level_tokenizers import PATTERNS, save_tokenizer  # noqa: E402
+
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
 
 ADDED = {

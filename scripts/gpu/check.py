@@ -25,8 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from check_report import FAILED, INFO, OK, SKIPPED, Report, Row
 from children import INDUCTOR_CACHE, ChildError, call, end_all
-from report import FAILED, INFO, OK, SKIPPED, Report, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = (  # cheap to import, so that a missing requirement of theirs is found here and not by every section

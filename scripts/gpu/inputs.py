@@ -35,7 +35,7 @@ def shape_of(name: str) -> Shape:
         return Shape({"family": "gpt_neox", "size": "debug", "vocab_size": 512}, 512, 4, 64)
     bench = str(ROOT / "scripts" / "bench" / "speed")
     if bench not in sys.path:
-        sys.path.append(bench)  # at the end: it has a report.py too
+        sys.path.append(bench)
     from shapes import RACES
 
     race = RACES[name]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from check import Context
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts" / "bench" / "speed"))  # at the end: it has a report.py too
+sys.path.append(str(ROOT / "scripts" / "bench" / "speed"))
 import goals  # noqa: E402  # after the path
 
 # Seen on one machine each: bf16 product of 8192^3 in TFLOP/s, device copy in TB/s, read and written.

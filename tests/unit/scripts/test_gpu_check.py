@@ -63,7 +63,7 @@ def test_what_no_longer_fits_into_the_limit_is_skipped_and_named(tmp_path):
 def test_a_second_call_keeps_the_results_of_the_first(monkeypatch, tmp_path):
     """And a third those of both."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    import report
+    import check_report as report
 
     for number in range(3):
         results = report.Report(tmp_path, [], about={"number": number})
@@ -109,7 +109,7 @@ def test_every_goal_has_a_line_though_no_race_ran(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(SCRIPTS)
     import speed
     from check import Context
-    from report import Report, Row
+    from check_report import Report, Row
 
     report = Report(tmp_path, ["races"])
     until, races = time.monotonic() + 20, ("G405", "L1B")
@@ -141,7 +141,7 @@ def test_without_a_gpu_the_check_says_so(tmp_path):
 def test_a_table_of_a_hundred_checks_fits_into_12000_characters(monkeypatch, tmp_path):
     """However long their names and values are: only the end of the output may be visible."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    import report
+    import check_report as report
 
     full = report.Report(tmp_path, [])
     full.rows = [report.Row(f"s{n // 10}", "c" * 99, "FAILED", "v" * 500, "e" * 99) for n in range(80)]

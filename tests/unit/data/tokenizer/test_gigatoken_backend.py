@@ -9,11 +9,11 @@ import unicodedata
 
 import pytest
 import tokenizers
+from byte_level_tokenizers import PATTERNS, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
-from tests.byte_level_tokenizers import PATTERNS, save_tokenizer
 from titan_cpt.data.tokenizer import gigatoken_backend
 from titan_cpt.data.tokenizer.gigatoken_backend import pieces
 from titan_cpt.data.tokenizer.gigatoken_spec import UnsupportedTokenizerError, to_gigatoken
