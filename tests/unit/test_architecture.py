@@ -80,7 +80,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "data.prepare.decompress": "unit/data/prepare/test_prepare.py",
     "data.prepare.parallel": "behavior/test_prepare_resume.py",
     "data.prepare.prepare_missing": "unit/data/prepare/test_outputs.py",
-    "data.prepare.progress": "unit/data/prepare/test_outputs.py",
     "data.prepare.shards": "unit/data/prepare/test_prepare.py",
     "data.prepare.text_inputs": "unit/data/prepare/test_prepare.py",
     "data.tokenizer.backends": "unit/data/tokenizer/test_tokenizer.py",

@@ -9,6 +9,7 @@ from pathlib import Path
 from titan_cpt.data.prepare.shards import Counts
 
 SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_BARS = 0.1
 
 
 @contextmanager
@@ -44,15 +45,32 @@ def report_progress(output: Path, total_bytes: int, *, show: bool) -> Iterator[C
 
 @contextmanager
 def _bar(total_bytes: int) -> Iterator[Callable[[int, int, int], None]]:
-    """Show a bar; yields a function that takes the bytes to add, and the numbers of documents and tokens."""
+    """Show a bar; yields a function that takes the bytes to add, and the numbers of documents and tokens.
+
+    The bar is drawn by that function, not by a thread of its own: a process with several threads cannot fork workers.
+    """
     from rich.console import Console  # imported here: most runs that are timed or logged have no terminal
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    counted = TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens")
-    with Progress(*columns, counted, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    columns = (
+        *(TextColumn("tokenizing"), BarColumn(), TextColumn("{task.percentage:.0f} %")),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
         task = bar.add_task("", total=total_bytes or None, documents=0, tokens=0)
-        yield lambda more, documents, tokens: bar.update(task, advance=more, documents=documents, tokens=tokens)
+        bar.refresh()
+        drawn = time.monotonic()
+
+        def update(more: int, documents: int, tokens: int) -> None:
+            nonlocal drawn
+            bar.update(task, advance=more, documents=documents, tokens=tokens)
+            if time.monotonic() - drawn >= _SECONDS_BETWEEN_BARS:
+                bar.refresh()
+                drawn = time.monotonic()
+
+        yield update
+        bar.refresh()
 
 
 def _no_bar(more: int, documents: int, tokens: int) -> None:
