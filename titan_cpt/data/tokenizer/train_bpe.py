@@ -52,20 +52,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: Path, *, force: boo
 def _trained_tokenizer(tokenizers: Any, texts: Iterable[str], vocab_size: int, output: Path) -> bytes:
     """Train the BPE and return its tokenizer.json; raises DataError if the texts yield fewer entries."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(byte_level.alphabet())
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.") as file:
-        stored = TextFile(file)
-        stored.write(texts)
-        merges = gigatoken_merges(stored, vocab_size - len(alphabet) - 1)
-        if merges is None:
-            tokenizer = _library_training(tokenizers, stored.texts(), vocab_size)
-        else:
-            pairs = [(_characters(left), _characters(right)) for left, right in merges]
-            entries = [END_OF_DOCUMENT, *alphabet, *map("".join, pairs)]
-            vocab = {token: number for number, token in enumerate(entries)}
-            tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
-            tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    try:
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.") as file:
+            stored = TextFile(file)
+            stored.write(texts)
+            tokenizer = _trained(tokenizers, stored, vocab_size, alphabet=sorted(byte_level.alphabet()))
+    except OSError as fault:
+        if fault.filename is None:  # the system names no file when a write fails, such as on a full disk
+            raise OSError(fault.errno, fault.strerror, str(output)) from fault
+        raise
     if (size := tokenizer.get_vocab_size()) != vocab_size:
         raise DataError(
             f"{output}: the texts yield only {size} entries, not {vocab_size}: choose a vocabulary of at most {size}"
@@ -76,8 +72,21 @@ def _trained_tokenizer(tokenizers: Any, texts: Iterable[str], vocab_size: int, o
     return serialized.encode()
 
 
+def _trained(tokenizers: Any, stored: TextFile, vocab_size: int, *, alphabet: list[str]) -> Any:
+    """Train with gigatoken, or with the `tokenizers` library where their merges may differ."""
+    merges = gigatoken_merges(stored, vocab_size - len(alphabet) - 1)
+    if merges is None:
+        return _library_training(tokenizers, stored.texts(), vocab_size)
+    pairs = [(_characters(left), _characters(right)) for left, right in merges]
+    entries = [END_OF_DOCUMENT, *alphabet, *map("".join, pairs)]
+    vocab = {token: number for number, token in enumerate(entries)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    return tokenizer
+
+
 def _library_training(tokenizers: Any, texts: Iterable[str], vocab_size: int) -> Any:
-    """Train with gigatoken or the `tokenizers` library, which give the same file."""
+    """Train with the `tokenizers` library."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level
