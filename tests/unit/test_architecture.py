@@ -32,6 +32,7 @@ RANK = {name: rank for rank, name in enumerate(PACKAGES)}
 LONGEST = {"train": 300}  # lines; every other file has at most LONGEST_FILE
 LONGEST_FILE = 450
 MOST_FILES = 20  # in one folder
+ONE_FILE_PER_VERB = "commands"  # a command is found by its name in a flat folder, however many there are
 FAMILY_FILES = ["huggingface", "model", "parallelize", "spec"]
 NO_TORCH = (  # packages and modules that import nothing heavy when they are imported
     "errors",
@@ -273,8 +274,8 @@ def test_the_root_has_the_entry_points_only():
 
 
 def test_no_folder_has_too_many_files():
-    """At most 20: a folder that grows beyond that should become two."""
-    files = Counter(str(path.parent) for path in FILES.values())
+    """At most 20: a folder that grows beyond that should become two. commands/ has one file for each verb."""
+    files = Counter(str(path.parent) for path in FILES.values() if path.parent != ROOT / ONE_FILE_PER_VERB)
 
     assert {folder: count for folder, count in files.items() if count > MOST_FILES} == {}
 
