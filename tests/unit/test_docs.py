@@ -34,17 +34,25 @@ def test_the_page_of_all_keys_is_what_the_schema_says():
     assert (ROOT / "docs" / "config.md").read_text() == made.stdout
 
 
-def test_the_page_of_the_architecture_shows_the_imports_of_the_code():
-    """Run `python scripts/docs/architecture_diagram.py` after a package has gained or lost an import of another one."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+def test_the_page_of_all_commands_is_what_the_parsers_say():
+    """docs/cli.md equals the output of the command that it names."""
     made = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "docs" / "architecture_diagram.py", "--print"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, ROOT / "scripts" / "docs" / "cli_reference.py"], capture_output=True, text=True, check=True
     )
 
-    assert page == made.stdout
+    assert (ROOT / "docs" / "cli.md").read_text() == made.stdout
+
+
+def test_the_page_of_the_architecture_shows_the_imports_of_the_code():
+    """Run `python scripts/docs/architecture_diagram.py` after a package has gained or lost an import of another one."""
+    script = ROOT / "scripts" / "docs" / "architecture_diagram.py"
+    made = [
+        subprocess.run([sys.executable, script, option], capture_output=True, text=True, check=True).stdout
+        for option in ("--print", "--print-svg")
+    ]
+
+    assert (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8") == made[0]
+    assert (ROOT / "docs" / "packages.svg").read_text(encoding="utf-8") == made[1]
 
 
 def test_contributing_lists_the_packages_in_the_order_of_the_architecture_test():
