@@ -117,7 +117,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "models.llama.huggingface": "unit/models/test_huggingface_config.py",
     "models.llama.parallelize": "distributed/test_parity.py",
     "planning.plan_draft": "unit/planning/stages/test_data_budget.py",
-    "planning.plan_text": "unit/commands/test_plan.py",
     "reporting.benchmark_table": "unit/evaluation/test_scores.py",
     "training.bad_steps": "behavior/test_numeric_faults.py",
     "training.benchmarks": "unit/evaluation/test_evaluate.py",

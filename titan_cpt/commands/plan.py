@@ -56,10 +56,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.json or options.lr_at or options.batch or options.recipe:
         print(json.dumps(_as_json(plan, options, device_bytes)))
     else:
-        from titan_cpt.common.console import make_console
+        from titan_cpt.common.console import TEXT_COLUMNS, make_console
         from titan_cpt.planning.plan_text import print_plan
 
-        print_plan(plan, make_console(), config.checkpoint.keep_latest_k, device_bytes)
+        print_plan(plan, make_console(TEXT_COLUMNS), config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
         from titan_cpt.training.build import parallel_options
         from titan_cpt.training.dry_run import check_layout  # imports torch; the plan itself does not

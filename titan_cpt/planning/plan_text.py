@@ -1,19 +1,28 @@
-"""The plan as text: a table of stages, a drawing of the LR schedule, parallelism, memory, costs and notes."""
+"""The plan as text: a table of stages, a drawing of the LR schedule, parallelism, memory, costs and notes.
+
+Every line fits the console's width, except where a single word, such as a path, is longer.
+"""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
 
+from rich.console import Console
+from rich.text import Text
+
+from titan_cpt.common.readable import shortest_count
 from titan_cpt.planning.parallel_text import parallel_lines
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals without UTF-8
-_DRAWING_WIDTH = 72
+_WIDEST_DRAWING = 112
+_LABEL_WIDTH = 8  # of the drawing: the highest LR
 _DRAWING_HEIGHT = 6
+_NARROWEST_STAGE = 8  # columns of a stage in the drawing, if there is room
 
 
 def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: int | None = None) -> None:
@@ -23,64 +32,157 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         keep_latest_k: number of interval checkpoints that the run keeps.
         device_bytes: memory of a device, to print whether the plan fits.
     """
-    spec = plan.spec
-    console.print(
-        f"[bold]{plan.name}[/]  plan {plan.fingerprint}  {spec.family}, {spec.parameters:,} parameters "
-        f"({spec.parameters_without_embeddings:,} without embeddings)",
-        highlight=False,
+    width = console.width
+    _print(console, f"{plan.name}  plan {plan.fingerprint}", bold=len(plan.name))
+    for line in (_model_line(plan), _step_line(plan)):
+        _print_wrapped(console, line)
+    for number, line in enumerate(_stage_lines(plan, width)):
+        _print(console, line, bold=len(line) if number == 0 else 0)
+    for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
+        _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
+    _print(console, "")
+    for line in [*parallel_lines(plan, device_bytes), *_cost_lines(plan, keep_latest_k)]:
+        _print_wrapped(console, line)
+    print_notes(plan.notes, console)
+
+
+def print_notes(notes: Sequence[str], console: Console) -> None:
+    """Print notes, wrapped to the console's width; the lines of a note that has several are wrapped one by one."""
+    for note in notes:
+        first, *more = f"note {note}".splitlines()
+        for number, line in enumerate(wrapped(first, console.width)):
+            _print(console, line, yellow=4 if number == 0 else 0)
+        for line in more:
+            _print_wrapped(console, line)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, except where a single word is longer; all but the first are indented."""
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    return textwrap.wrap(
+        text.strip(),
+        max(width, 20),
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    console.print(
+
+
+def _print_wrapped(console: Console, text: str) -> None:
+    for line in wrapped(text, console.width):
+        _print(console, line)
+
+
+def _print(console: Console, line: str, *, bold: int = 0, yellow: int = 0) -> None:
+    """Print a line as it is, its first characters in bold or yellow."""
+    text = Text(line)
+    text.stylize("bold", 0, bold)
+    text.stylize("yellow", 0, yellow)
+    console.print(text, soft_wrap=True)
+
+
+def _model_line(plan: Plan) -> str:
+    spec = plan.spec
+    without = f"{spec.parameters_without_embeddings:,} without embeddings"
+    return f"model: {spec.family}, {spec.parameters:,} parameters ({without})"
+
+
+def _step_line(plan: Plan) -> str:
+    accumulation = plan.gradient_accumulation_steps
+    return (
         f"step: {plan.global_batch_size} sequences x {plan.seq_len} = {plan.step_tokens:,} tokens; "
         f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel x "
-        f"{plan.local_batch_size} sequences x {plan.gradient_accumulation_steps} gradient accumulation steps",
-        highlight=False,
+        f"{plan.local_batch_size} sequences"
+        + (f" x {accumulation} gradient accumulation steps" if accumulation > 1 else ", no gradient accumulation")
     )
-    console.print(_stage_table(plan))
-    for line in _lr_drawing(plan):
-        console.print(line.translate(_ASCII) if console.options.ascii_only else line, highlight=False, markup=False)
-    console.print()
-    for line in [*parallel_lines(plan, device_bytes), *_cost_lines(plan, keep_latest_k)]:
-        console.print(line, highlight=False)
-    for note in plan.notes:
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
 
 
-def _stage_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replay), epochs", "FLOPs"):
-        table.add_column(name, justify="left" if name in ("stage", "from") or name.startswith("data") else "right")
-    for index, stage in enumerate(plan.stages):
-        row = stage_as_json(plan, stage, index)
-        init = escape(stage.init) if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
-        data = [
-            f"{name} {_count(use.tokens)}"
-            + (f" ({_count(use.replayed_tokens)})" if use.replayed_tokens else "")
-            + (", ? ep" if use.epochs is None else f", {use.epochs:.2f} ep")
-            for name, use in stage.use_by_dataset.items()
-        ]
-        lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
-        table.add_row(
-            stage.name, init, f"{stage.steps:,}", _count(row["tokens"]), *lrs, "\n".join(data), f"{row['flops']:.2e}"
-        )
-    return table
+def _stage_lines(plan: Plan, width: int) -> list[str]:
+    """The table of stages, a line each; if that is wider than `width`, a second line has the weights and the data."""
+    rows = [
+        ["stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replay), epochs", "FLOPs"],
+        *(_row(plan, stage, index) for index, stage in enumerate(plan.stages)),
+    ]
+    data = [_uses(stage) for stage in plan.stages]
+    for row, uses in zip(rows[1:], data, strict=True):
+        row[7] = uses[0] if uses else ""
+    widths = [max(len(row[column]) for row in rows) for column in range(9)]
+    widths[7] = max([len(rows[0][7]), *(len(use) for uses in data for use in uses)])
+    if sum(widths) + 2 * 8 <= width:
+        lines = [_columns(rows[0], widths)]
+        for row, uses in zip(rows[1:], data, strict=True):
+            lines.append(_columns(row, widths))
+            lines += [_columns(["", "", "", "", "", "", "", use, ""], widths) for use in uses[1:]]
+        return lines
+    numbers = [2, 3, 4, 5, 6, 8]
+    room = width - sum(widths[column] + 2 for column in numbers)
+    name_width = max((len(row[0]) for row in rows if len(row[0]) <= room), default=0)
+    lines = []
+    for row, uses in zip(rows, [[], *data], strict=True):
+        cells = "".join(f"  {row[column]:>{widths[column]}}" for column in numbers)
+        lines += [f"{row[0]:<{name_width}}{cells}"] if len(row[0]) <= name_width else [row[0], " " * name_width + cells]
+        if uses:
+            lines += wrapped(f"  from {row[1]}; data (replay): {'; '.join(uses)}", width)
+    return lines
 
 
-def _lr_drawing(plan: Plan) -> list[str]:
-    """The LR over all stages as a bar chart; the width of a stage is proportional to its steps."""
-    total = sum(stage.steps for stage in plan.stages)
+def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = (0, 1, 7)
+    aligned = [
+        f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(aligned).rstrip()
+
+
+def _row(plan: Plan, stage: StagePlan, index: int) -> list[str]:
+    row = stage_as_json(plan, stage, index)
+    init = stage.init if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
+    lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
+    tokens = shortest_count(row["tokens"])
+    return [stage.name, init, f"{stage.steps:,}", tokens, *lrs, "", f"{row['flops']:.2e}"]
+
+
+def _uses(stage: StagePlan) -> list[str]:
+    """For each dataset of a stage: its tokens, those of them that are replay, epochs."""
+    return [
+        f"{name} {shortest_count(use.tokens)}"
+        + (f" ({shortest_count(use.replayed_tokens)})" if use.replayed_tokens else "")
+        + (", ? ep" if use.epochs is None else f", {use.epochs:.2f} ep")
+        for name, use in stage.use_by_dataset.items()
+    ]
+
+
+def _lr_drawing(plan: Plan, width: int) -> list[str]:
+    """The LR over all stages as a bar chart; the width of a stage is about proportional to its steps."""
+    widths = _stage_widths([stage.steps for stage in plan.stages], width - _LABEL_WIDTH)
     columns: list[float | None] = []
-    names = ""
-    for stage in plan.stages:
-        width = max(8, round(_DRAWING_WIDTH * stage.steps / total))
-        steps = [min(stage.steps - 1, int((column + 0.5) * stage.steps / width)) for column in range(width)]
+    for stage, room in zip(plan.stages, widths, strict=False):
+        steps = [min(stage.steps - 1, int((column + 0.5) * stage.steps / room)) for column in range(room)]
         columns += [stage.lr_at(step) for step in steps] + [None]
-        names += stage.name[: width - 1].ljust(width + 1)
-    top = max(lr for lr in columns if lr is not None)
+    top = max(lr for lr in columns if lr is not None) or 1.0  # all zero: no bars
     rows = []
     for level in range(_DRAWING_HEIGHT, 0, -1):
-        label = f"{top:.1e} " if level == _DRAWING_HEIGHT else " " * 8
-        rows.append(label + "".join("│" if lr is None else _bar(lr / top, level) for lr in columns).rstrip())
-    return [*rows, " " * 8 + names.rstrip()]
+        label = (f"{top:.1e} " if level == _DRAWING_HEIGHT else "").ljust(_LABEL_WIDTH)
+        rows.append((label + "".join("│" if lr is None else _bar(lr / top, level) for lr in columns)).rstrip())
+    names = [stage.name for stage in plan.stages[: len(widths)]]
+    label = ""
+    if any(len(name) > room for name, room in zip(names, widths, strict=True)):
+        names, label = [str(number) for number in range(1, len(widths) + 1)], "stage"
+    legend = "".join(name[:room].ljust(room + 1) for name, room in zip(names, widths, strict=True)).rstrip()
+    more = [f"{'':{_LABEL_WIDTH}}and {len(plan.stages) - len(widths)} more stages"] * (len(widths) < len(plan.stages))
+    return [*rows, label.ljust(_LABEL_WIDTH) + legend, *more]
+
+
+def _stage_widths(steps: Sequence[int], width: int) -> list[int]:
+    """Columns of each stage in a drawing `width` wide, where a border follows each; only of the first that fit."""
+    steps = steps[: max(1, width // 3)]
+    room = max(len(steps), width - len(steps))
+    least = min(_NARROWEST_STAGE, room // len(steps))
+    rest, total = room - least * len(steps), sum(steps)
+    ends = [round(rest * sum(steps[:index]) / total) for index in range(len(steps) + 1)]
+    return [least + end - begin for begin, end in pairwise(ends)]
 
 
 def _bar(height: float, level: int) -> str:
@@ -91,19 +193,13 @@ def _bar(height: float, level: int) -> str:
 def _cost_lines(plan: Plan, keep_latest_k: int) -> list[str]:
     flops = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens
     total = sum(stage.steps for stage in plan.stages)
-    lines = [f"total: {_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
+    lines = [f"total: {shortest_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
     if len(plan.stages) > 1:
         last = plan.stages[-1]
         lines.append(
-            f"continual pre-training on {last.name!r}: {_count(last.steps * plan.step_tokens)} tokens; retraining from "
-            f"scratch on all data: {_count(total * plan.step_tokens)} (ratio {last.steps / total:.2f})"
+            f"continual pre-training on {last.name!r}: {shortest_count(last.steps * plan.step_tokens)} tokens; "
+            f"retraining from scratch on all data: {shortest_count(total * plan.step_tokens)} "
+            f"(ratio {last.steps / total:.2f})"
         )
     disk = plan.disk_bytes(keep_latest_k)
     return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB of disk space"]
-
-
-def _count(tokens: int) -> str:
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if tokens >= size:
-            return f"{tokens / size:.4g}{unit}"
-    return str(tokens)
