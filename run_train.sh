@@ -2,8 +2,9 @@
 # Train a config on one process, on one node or on several nodes.
 #
 #   ./run_train.sh                                               the quick start (train_configs/quickstart.toml)
-#   ./run_train.sh --config FILE [--training.seq_len 512 ...]    any config; keys can be overridden
-#   NPROC=8 ./run_train.sh --config FILE                         eight processes on this node
+#   ./run_train.sh FILE [--training.seq_len 512 ...]             any config; keys can be overridden
+#   NPROC=8 ./run_train.sh FILE                                  eight processes on this node
+#   ./run_train.sh --help                                        this text, and the options of `titan-cpt train`
 #
 # Environment:
 #   NPROC         processes per node, one per device (default 1); "gpu": one per GPU of this node
@@ -27,8 +28,11 @@ readonly root
 
 main() {
     local argument has_config=""
+    # The file stands first, or has the usual ending; titan_cpt reports all other words.
+    [[ $# == 0 || $1 == -* ]] || has_config=yes
     for argument in "$@"; do
-        [[ $argument == --config || $argument == --config=* ]] && has_config=yes
+        [[ $argument != -h && $argument != --help ]] || show_help
+        [[ $argument != --config && $argument != --config=* && ($argument == -* || $argument != *.toml) ]] || has_config=yes
     done
     [[ -n $has_config ]] || set -- --config "$root/train_configs/quickstart.toml" "$@"
 
@@ -55,6 +59,14 @@ main() {
         run_and_exit "$python" -m titan_cpt train "$@"
     fi
     run_torchrun "$nproc" --nnodes="$nnodes" --nproc-per-node="$nproc" "${rendezvous[@]}" -- "$@"
+}
+
+# Print the comment at the top of this script and the options of `titan-cpt train`, and exit.
+show_help() {
+    sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+    echo
+    find_python
+    exec "$python" -m titan_cpt train --help
 }
 
 fail() {

@@ -15,6 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 from titan_cpt.commands.anneal import add_anneal
@@ -24,6 +25,7 @@ from titan_cpt.commands.evaluate import add_eval
 from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
 from titan_cpt.commands.import_model import add_import
+from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.plan import add_plan
 from titan_cpt.commands.prepare import add_prepare
 from titan_cpt.commands.report import add_report
@@ -54,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a latin-1 terminal shows "?" for characters that it lacks
-    options, unknown = make_parser().parse_known_args(sys.argv[1:] if arguments is None else arguments)
     try:
-        options.overrides = parse_overrides(unknown) if options.takes_overrides else refuse_unknown(unknown)
+        options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         status = options.run(options)
     except TitanError as error:
         printed_by_rank_0 = error.on_every_rank and os.environ.get("RANK", "0") != "0"
@@ -79,14 +80,35 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     exit_with(status)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command, with its config overrides as `overrides`.
+
+    Raises:
+        ConfigError: a mistake in the command line; the message names one.
+    """
+    parser = make_parser()
+    if words and words[0].startswith("-") and words[0] not in parser.options():
+        refuse_unknown(words[:1], parser)
+    options: argparse.Namespace
+    options, unknown = parser.parse_known_args(words)
+    check = parse_overrides if options.takes_overrides else refuse_unknown
+    options.overrides = check(unknown, options.parser)
+    return options
+
+
+def make_parser() -> CommandParser:
     """The parser of `titan-cpt` with all its commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="titan-cpt",
-        description="Continual pre-training of language models: stages, LR re-warming and replay from one TOML file.",
+        usage="titan-cpt COMMAND [options]",
+        allow_abbrev=False,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
+        epilog="`titan-cpt COMMAND --help` lists the options of a command, with an example.",
+        description="Continual pre-training of language models: stages, learning-rate re-warming and\n"
+        "replay from one TOML file.",
     )
     parser.add_argument("--version", action=PrintVersion, nargs=0, help="print versions and devices, and exit")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", title="commands")
     for add_command in COMMANDS:
         add_command(subparsers)
     return parser

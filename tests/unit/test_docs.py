@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from titan_cpt.cli import make_parser
-from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
+from titan_cpt.cli import parse_command_line
 from titan_cpt.config.schema import Config
 from titan_cpt.config.schema_lookup import keys_of, tables_at
 from unit.test_architecture import PACKAGES
@@ -85,9 +84,8 @@ def test_every_script_and_test_that_a_page_names_exists(page):
 def test_every_command_has_the_options_and_keys_that_a_page_gives_it(page):
     """Every `titan-cpt` and `./run_train.sh` command of a page is parsed as the command line parses it."""
     for words in commands(page):
-        options, unknown = make_parser().parse_known_args(words)
-        overrides = parse_overrides(unknown) if options.takes_overrides else refuse_unknown(unknown)
-        assert [key for key, _ in overrides if not is_key(key)] == [], words
+        options = parse_command_line(words)
+        assert [key for key, _ in options.overrides if not is_key(key)] == [], words
 
 
 @pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
@@ -109,8 +107,6 @@ def commands(page):
         words = ["1" if word == "N" else word for word in words if word != "$short"]
         if command[1] == "./run_train.sh":
             words = ["train", *words]
-        if words[0] in ("plan", "train", "baselines") and "--config" not in words and "--help" not in words:
-            words += ["--config", "FILE"]
         if len(words) > 1 and "--help" not in words:
             yield words
 

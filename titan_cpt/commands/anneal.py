@@ -11,17 +11,29 @@ from titan_cpt.commands.arguments import Subparsers, add_command, learning_rate,
 
 def add_anneal(subparsers: Subparsers) -> None:
     """The options of `anneal`."""
-    summary = "start a new run from a checkpoint of a constant-LR phase and anneal its learning rate"
-    anneal = add_command(subparsers, "anneal", _run, summary, takes_overrides=True)
-    anneal.epilog = f"{anneal.epilog}. --job.name NAME names the new run; one checkpoint can have several."
-    anneal.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
+    summary = "anneal the learning rate from a checkpoint, in a new run"
+    anneal = add_command(
+        subparsers,
+        "anneal",
+        _run,
+        summary,
+        details="The checkpoint is one of a constant-LR phase; its run is not changed. --job.name NAME names the new "
+        "run, so that one checkpoint can have several.",
+        usage="CHECKPOINT --tokens N [options] [--table.key VALUE ...]",
+        example="titan-cpt anneal outputs/mine/news/step-00000200 --tokens 100K\n"
+        "titan-cpt anneal outputs/mine/news/step-00000200 --tokens 1M --job.name b",
+        takes_overrides=True,
+    )
     anneal.add_argument(
-        "--tokens", type=token_count, required=True, metavar="N", help="length of the annealing in tokens, such as 10B"
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, such as outputs/RUN/STAGE/step-00080000"
+    )
+    anneal.add_argument(
+        "--tokens", type=token_count, required=True, metavar="N", help="number of tokens to anneal over, such as 10B"
     )
     anneal.add_argument(
         "--min", type=learning_rate, metavar="LR", help="learning rate of the last step (default: the stage's minimum)"
     )
-    anneal.add_argument("--prepare-only", action="store_true", help="write the run folder; does not train")
+    anneal.add_argument("--prepare-only", action="store_true", help="write the run folder, and do not train")
 
 
 def _run(options: argparse.Namespace) -> int:

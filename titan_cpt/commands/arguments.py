@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from titan_cpt.commands.parser import CommandParser, split_overrides
 from titan_cpt.errors import ConfigError
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # no public name in argparse
+Subparsers: TypeAlias = "argparse._SubParsersAction[CommandParser]"  # no public name in argparse
 
-CHECKPOINTS_HELP = "a checkpoint folder, or a run folder: the last checkpoint of each of its stages"
-_OVERRIDES_HELP = "Override any config key by its dotted name: --training.seq_len 512 --stages.german.lr.max 1e-4"
+CHECKPOINTS_HELP = "a checkpoint folder, or a run folder for the last checkpoint of each of its stages"
+_OVERRIDES_HELP = (
+    "Any config key can be overridden; a key that is true or false needs no value:\n"
+    "  --training.seq_len 512 --stages.german.lr.max 1e-4 --compile.enable"
+)
+_HELP_WIDTH = 78  # argparse leaves two columns of a terminal empty
 
 
 def add_command(
@@ -21,41 +28,97 @@ def add_command(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     *,
+    example: str,
+    details: str = "",
+    usage: str = "[options]",
     takes_overrides: bool = False,
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """Add a command's parser.
 
     Args:
         run: the handler; takes the parsed options and returns the exit status.
-        summary: one line: what the command does.
+        summary: a phrase that says what the command does, for the list of commands.
+        details: sentences that the command's own help adds to it.
+        example: command lines that --help shows; the tests parse them.
+        usage: the arguments, as --help shows them behind the command's name.
         takes_overrides: accept `--table.key VALUE` for every config key; they are passed as `options.overrides`.
     """
-    epilog = _OVERRIDES_HELP if takes_overrides else None
-    parser = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
-    parser.set_defaults(run=run, takes_overrides=takes_overrides)
+    examples = example.splitlines()
+    heading = "Example:" if len(examples) == 1 else "Examples:"
+    shown = "\n".join([heading, *(f"  {line}" for line in examples)])
+    epilog = f"{_OVERRIDES_HELP}\n\n{shown}" if takes_overrides else shown
+    parser = subparsers.add_parser(
+        name,
+        prog=f"titan-cpt {name}",
+        help=summary,
+        usage=f"titan-cpt {name} {usage}",
+        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}", _HELP_WIDTH),
+        epilog=epilog,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
+        allow_abbrev=False,
+    )
+    parser.takes_overrides = takes_overrides
+    parser.set_defaults(run=run, takes_overrides=takes_overrides, parser=parser, example=example)
     return parser
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
-    """`--config FILE`, required."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's TOML file")
+    """The config as a positional FILE or as `--config FILE`; see `config_path`."""
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="the TOML file of the run")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="another way to give the TOML file")
+
+
+def config_path(options: argparse.Namespace) -> Path:
+    """The file of `add_config_option`.
+
+    Raises:
+        ConfigError: no file is given, or two different ones.
+    """
+    path = optional_config_path(options)
+    if path is None:
+        raise ConfigError(
+            f"command line: the TOML file is missing; write `{options.parser.prog} FILE`. `titan-cpt init` writes one"
+        )
+    return path
+
+
+def optional_config_path(options: argparse.Namespace) -> Path | None:
+    """As `config_path`; None if no file is given."""
+    positional: Path | None = options.file
+    named: Path | None = options.config
+    if positional and named and positional != named:
+        raise ConfigError(f"command line: two files are given, {positional} and --config {named}; remove one")
+    return positional or named
 
 
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
     """Options that say how a checkpoint is loaded and in which batches it computes; see `inference_options`."""
-    parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32", help="compute dtype (default: float32)"
+    group = parser.add_argument_group("how the checkpoint is loaded")
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype in which the model computes (default: float32)",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="bytes|PATH", help="default: the tokenizer of the run or of the imported model"
+    group.add_argument(
+        "--tokenizer",
+        metavar="bytes|PATH",
+        help="tokenizer to use (default: that of the run or of the imported model)",
     )
-    parser.add_argument(
-        "--max-length", type=positive_int, metavar="TOKENS", help="maximum input length (default: as in training)"
+    group.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="TOKENS",
+        help="maximum input length (default: the sequence length of the training)",
     )
-    parser.add_argument(
-        "--batch-tokens", type=positive_int, default=8192, metavar="N", help="tokens per forward pass (default: 8192)"
+    group.add_argument(
+        "--batch-tokens",
+        type=positive_int,
+        default=8192,
+        metavar="N",
+        help="number of tokens per forward pass (default: 8192)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--shard-weights", action="store_true", help="under torchrun: shard the weights over the ranks (FSDP)"
     )
 
@@ -71,20 +134,23 @@ def inference_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def integer(text: str) -> int:
+    """An integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+
+
 def positive_int(text: str) -> int:
     """An integer, 1 or more."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
+    return _number(text, int, "an integer of 1 or more", lambda number: number >= 1)
 
 
 def step_list(text: str) -> tuple[int, ...]:
     """Comma-separated steps, each 0 or more."""
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 0:
-        raise argparse.ArgumentTypeError(f"steps must be 0 or more, got {text}")
-    return numbers
+    allowed = "comma-separated steps of 0 or more, such as 1,100"
+    return tuple(_number(part, int, allowed, lambda step: step >= 0, shown=text) for part in text.split(","))
 
 
 def token_count(text: str) -> int:
@@ -100,55 +166,79 @@ def token_count(text: str) -> int:
 
 def learning_rate(text: str) -> float:
     """A learning rate, 0 or more."""
-    lr = float(text)
-    if not 0 <= lr < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a learning rate of 0 or more, got {text}")
-    return lr
+    return _number(text, float, "a learning rate of 0 or more, such as 3e-5", lambda lr: 0 <= lr < 1e9)
 
 
 def temperature(text: str) -> float:
     """A sampling temperature, 0 or more."""
-    temperature = float(text)
-    if not 0 <= temperature < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a temperature of 0 or more, got {text}")
-    return temperature
+    return _number(text, float, "a temperature of 0 or more", lambda number: 0 <= number < 1e9)
 
 
 def probability(text: str) -> float:
     """A probability above 0 and at most 1."""
-    probability = float(text)
-    if not 0 < probability <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return probability
+    return _number(text, float, "above 0 and at most 1", lambda number: 0 < number <= 1)
 
 
-def parse_overrides(words: Sequence[str]) -> list[tuple[str, str]]:
+def fraction(text: str) -> float:
+    """A fraction from 0 and below 1."""
+    return _number(text, float, "a fraction from 0 and below 1, such as 0.05", lambda number: 0 <= number < 1)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _number(
+    text: str, kind: Callable[[str], _Number], allowed: str, is_allowed: Callable[[_Number], bool], shown: str = ""
+) -> _Number:
+    """Parse and check a number; argparse prints the message behind the option's name."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not is_allowed(number):
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {shown or text!r}")
+    return number
+
+
+def parse_overrides(words: Sequence[str], parser: CommandParser | None = None) -> list[tuple[str, str]]:
     """(dotted key, value) pairs from `--a.b value` and `--a.b=value`.
+
+    Args:
+        parser: of the command; the message about an unknown option suggests one of its options.
 
     Raises:
         ConfigError: a word is neither of the two.
     """
-    pairs: list[tuple[str, str]] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            raise ConfigError(f"command line: unknown argument {word!r}; override a config key with --table.key value")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"command line: {word} has no value; write {word} VALUE")
-            value = rest.pop(0)
-        pairs.append((key, value))
-    return pairs
+    unknown, overrides = split_overrides(words)
+    if unknown:
+        raise ConfigError(_unknown_message(unknown[0], parser, "override a config key with --table.key value"))
+    pairs = [word.removeprefix("--").partition("=") for word in overrides]
+    return [(key, value) for key, _, value in pairs]
 
 
-def refuse_unknown(words: Sequence[str]) -> list[tuple[str, str]]:
+def refuse_unknown(words: Sequence[str], parser: CommandParser | None = None) -> list[tuple[str, str]]:
     """No overrides: this command takes none.
 
     Raises:
         ConfigError: there is a word that no option took.
     """
     if words:
-        raise ConfigError(f"command line: unknown argument {words[0]!r}; --help lists what this command takes")
+        raise ConfigError(_unknown_message(words[0], parser, "--help lists what this command takes"))
     return []
+
+
+def _unknown_message(word: str, parser: CommandParser | None, remedy: str) -> str:
+    """That a word is unknown, with the options or config keys that it may stand for, or else the remedy."""
+    from titan_cpt.common.text import did_you_mean
+
+    name = word.partition("=")[0]
+    if parser is None or not name.startswith("--") or "." in name:
+        return f"command line: unknown argument {word!r}; {remedy}"
+    suggestion = did_you_mean(name, parser.options())
+    if not suggestion and parser.takes_overrides:
+        from titan_cpt.config.schema_lookup import dotted_keys
+
+        key = name.removeprefix("--").replace("-", "_")
+        same = [f"--{dotted}" for dotted in dotted_keys() if dotted.rpartition(".")[2] == key]
+        suggestion = f"; did you mean {' or '.join(same[:3])}?" if same else ""
+    return f"command line: unknown argument {word!r}{suggestion or f'; {remedy}'}"

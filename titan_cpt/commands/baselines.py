@@ -5,17 +5,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, config_path
 from titan_cpt.commands.sweep import add_launch_option, run_sweep
 
 
 def add_baselines(subparsers: Subparsers) -> None:
     """The options of `baselines`."""
-    summary = "write baseline configs to compare with: joint training, no replay, constant LR, ..."
-    baselines = add_command(subparsers, "baselines", _run, summary, takes_overrides=True)
+    summary = "write the configs of runs to compare a config with"
+    baselines = add_command(
+        subparsers,
+        "baselines",
+        _run,
+        summary,
+        details="Such as joint training on all data, no replay, and constant learning rates.",
+        usage="FILE [options] [--table.key VALUE ...]",
+        example="titan-cpt baselines mine.toml --output baselines",
+        takes_overrides=True,
+    )
     add_config_option(baselines)
     baselines.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder for the TOML files (default: below job.output_dir)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder to write the TOML files into (default: below job.output_dir)",
     )
     baselines.add_argument("--run", action="store_true", dest="train", help="train the config and all baselines")
     add_launch_option(baselines)
@@ -28,7 +40,7 @@ def _run(options: argparse.Namespace) -> int:
     from titan_cpt.planning.planner import make_plan
     from titan_cpt.runs.baselines import write_baselines
 
-    config = load_run(options.config, options.overrides)
+    config = load_run(config_path(options), options.overrides)
     plan = make_plan(config, take_inventory(config), min_world_size(config))
     paths = write_baselines(config, plan, options.output)
     if options.train:

@@ -21,27 +21,36 @@ from titan_cpt.errors import DataError
 
 def add_eval(subparsers: Subparsers) -> None:
     """The options of `eval`."""
-    evaluating = add_command(subparsers, "eval", _run, "run benchmarks on checkpoints (lm-evaluation-harness)")
+    evaluating = add_command(
+        subparsers,
+        "eval",
+        _run,
+        "run benchmarks on checkpoints",
+        details="The benchmarks are those of lm-evaluation-harness. Scores that exist are not computed again.",
+        usage="CHECKPOINT [CHECKPOINT ...] [options]",
+        example="titan-cpt eval outputs/mine --suite offline --tasks-dir data/bench\n"
+        "titan-cpt eval outputs/mine --tasks lambada_openai:0 --limit 100",
+    )
     evaluating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=CHECKPOINTS_HELP)
     evaluating.add_argument(
         "--suite",
         metavar="NAME",
-        help="paper_english or paper_german, from the hub; minimal_pairs or offline, from files that "
-        "scripts/fetch_benchmarks.py downloads once",
+        help="paper_english or paper_german from the hub, or minimal_pairs or offline from the files of "
+        "scripts/fetch_benchmarks.py",
     )
     evaluating.add_argument(
         "--tasks",
         nargs="+",
         default=(),
         metavar="TASK[:SHOTS[:METRIC]]",
-        help="tasks of the harness; with --suite: only these tasks of the suite",
+        help="tasks of the harness; with --suite, only these tasks of the suite",
     )
     evaluating.add_argument(
-        "--limit", type=positive_int, metavar="N", help="N evenly spaced samples of each task (default: all)"
+        "--limit", type=positive_int, metavar="N", help="use N evenly spaced samples of each task (default: all)"
     )
-    evaluating.add_argument("--tasks-dir", type=Path, metavar="DIR", help="folder of further harness tasks (YAML)")
+    evaluating.add_argument("--tasks-dir", type=Path, metavar="DIR", help="a folder with further tasks (YAML)")
     evaluating.add_argument("--again", action="store_true", help="repeat tasks that already have a score")
-    evaluating.add_argument("--json", action="store_true", help="one JSON object on stdout, progress on stderr")
+    evaluating.add_argument("--json", action="store_true", help="print one JSON object, and the progress on stderr")
     add_inference_options(evaluating)
 
 

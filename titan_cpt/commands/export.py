@@ -10,24 +10,36 @@ from titan_cpt.commands.arguments import Subparsers, add_command, positive_int
 
 def add_export(subparsers: Subparsers) -> None:
     """The options of `export`."""
-    summary = "convert a checkpoint into a Hugging Face folder that transformers and vLLM load"
-    export = add_command(subparsers, "export", _run, summary)
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
+    summary = "convert a checkpoint into a Hugging Face model folder"
+    export = add_command(
+        subparsers,
+        "export",
+        _run,
+        summary,
+        details="transformers and vLLM load it.",
+        usage="CHECKPOINT OUT [options]",
+        example="titan-cpt export outputs/mine/german/step-00000500 exported",
+    )
+    export.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, such as outputs/RUN/STAGE/step-00080000"
+    )
     export.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
     export.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights (default: bfloat16)"
     )
     export.add_argument(
-        "--tokenizer", metavar="bytes|PATH", help="default: the tokenizer of the run or of the imported model"
+        "--tokenizer",
+        metavar="bytes|PATH",
+        help="tokenizer to write (default: that of the run or of the imported model)",
     )
     export.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="size of the largest weight file (default: 5GB)"
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of one weight file (default: 5GB)"
     )
     export.add_argument(
         "--max-positions",
         type=positive_int,
         metavar="TOKENS",
-        help="max_position_embeddings (default: the longer of the training's and the imported model's)",
+        help="max_position_embeddings (default: the longer sequence length of the training and the imported model)",
     )
 
 

@@ -11,6 +11,7 @@ from titan_cpt.commands.arguments import (
     add_command,
     add_inference_options,
     inference_options,
+    integer,
     positive_int,
     probability,
     temperature,
@@ -20,22 +21,41 @@ from titan_cpt.errors import ConfigError
 
 def add_generate(subparsers: Subparsers) -> None:
     """The options of `generate`."""
-    generating = add_command(subparsers, "generate", _run, "continue prompts with a checkpoint")
+    generating = add_command(
+        subparsers,
+        "generate",
+        _run,
+        "continue prompts with the model of a checkpoint",
+        usage="CHECKPOINT [CHECKPOINT ...] --prompt TEXT [options]",
+        example='titan-cpt generate outputs/mine --prompt "Once upon a time" --tokens 20',
+    )
     generating.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=CHECKPOINTS_HELP)
-    generating.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="can be given several times")
     generating.add_argument(
-        "--examples", action="store_true", help="nine built-in prompts; the answers are saved for the run's report"
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; can be repeated"
     )
     generating.add_argument(
-        "--tokens", type=positive_int, default=64, metavar="N", help="maximum new tokens (default: 64)"
+        "--examples",
+        action="store_true",
+        help="continue nine built-in prompts, and save the answers for the run's report",
     )
     generating.add_argument(
-        "--temperature", type=temperature, default=0.8, metavar="T", help="0 is greedy decoding (default: 0.8)"
+        "--tokens", type=positive_int, default=64, metavar="N", help="maximum number of new tokens (default: 64)"
     )
     generating.add_argument(
-        "--top-p", type=probability, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)"
+        "--temperature",
+        type=temperature,
+        default=0.8,
+        metavar="T",
+        help="sampling temperature; 0 is greedy decoding (default: 0.8)",
     )
-    generating.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    generating.add_argument(
+        "--top-p",
+        type=probability,
+        default=0.95,
+        metavar="P",
+        help="nucleus sampling from this share of the probability (default: 0.95)",
+    )
+    generating.add_argument("--seed", type=integer, default=0, metavar="N", help="seed of the sampling (default: 0)")
     add_inference_options(generating)
 
 

@@ -10,9 +10,19 @@ from titan_cpt.commands.arguments import Subparsers, add_command, positive_int
 
 def add_import(subparsers: Subparsers) -> None:
     """The options of `import`."""
-    summary = "convert a released Hugging Face model into a checkpoint to continue from"
-    importing = add_command(subparsers, "import", _run, summary)
-    importing.add_argument("source", metavar="PATH-OR-HUB-NAME", help="a folder, OWNER/NAME or OWNER/NAME@REVISION")
+    summary = "convert a Hugging Face model into a checkpoint"
+    importing = add_command(
+        subparsers,
+        "import",
+        _run,
+        summary,
+        details='A stage starts from it with init = "checkpoint:OUT".',
+        usage="PATH-OR-HUB-NAME OUT [options]",
+        example="titan-cpt import EleutherAI/pythia-70m checkpoints/pythia-70m",
+    )
+    importing.add_argument(
+        "source", metavar="PATH-OR-HUB-NAME", help="a model folder, or OWNER/NAME[@REVISION] on the hub"
+    )
     importing.add_argument("output", type=Path, metavar="OUT", help="the checkpoint folder to write")
     importing.add_argument(
         "--vocab-size",

@@ -29,7 +29,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
-from titan_cpt.commands.arguments import parse_overrides
+from titan_cpt.commands.arguments import config_path, parse_overrides
+from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.train import add_train
 from titan_cpt.common.exit_status import FAILURE, SUCCESS, USER_ERROR, exit_with
 from titan_cpt.config.load import load_run
@@ -126,10 +127,10 @@ def check_training(arguments: Sequence[str], *, world_size: int) -> None:
     Raises:
         TitanError: the config or the plan is invalid.
     """
-    parser = argparse.ArgumentParser(prog="titan-cpt")
+    parser = CommandParser(prog="titan-cpt")
     add_train(parser.add_subparsers(required=True, metavar="COMMAND"))
     options, unknown = parser.parse_known_args(arguments)
-    config = load_run(options.config, parse_overrides(unknown))
+    config = load_run(config_path(options), parse_overrides(unknown, options.parser))
     if is_complete(config):
         make_plan(config, take_inventory(config), world_size)
 

@@ -7,7 +7,14 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, positive_int, step_list
+from titan_cpt.commands.arguments import (
+    Subparsers,
+    add_command,
+    add_config_option,
+    config_path,
+    positive_int,
+    step_list,
+)
 from titan_cpt.errors import PlanError
 
 if TYPE_CHECKING:
@@ -17,19 +24,40 @@ if TYPE_CHECKING:
 
 def add_plan(subparsers: Subparsers) -> None:
     """The options of `plan`."""
-    summary = "print steps, tokens, LR, memory and compute of a config; needs no device"
-    plan = add_command(subparsers, "plan", _run, summary, takes_overrides=True)
+    summary = "print what a config will train"
+    plan = add_command(
+        subparsers,
+        "plan",
+        _run,
+        summary,
+        details="Prints steps, tokens, epochs, learning rates, memory and compute. Needs no device and trains nothing.",
+        usage="FILE [options] [--table.key VALUE ...]",
+        example="titan-cpt plan mine.toml\ntitan-cpt plan mine.toml --world-size 8 --device-memory 80GiB --suggest",
+        takes_overrides=True,
+    )
     add_config_option(plan)
-    plan.add_argument("--device-memory", metavar="SIZE", help="check that a rank's memory fits, such as 80GiB")
     plan.add_argument(
-        "--check-layout", action="store_true", help="build the sharded model on the meta device, compare its size"
+        "--world-size", type=positive_int, metavar="N", help="plan for N ranks (default: the fewest possible)"
     )
-    plan.add_argument("--suggest", action="store_true", help="list layouts for --world-size and --device-memory")
     plan.add_argument(
-        "--world-size", type=positive_int, metavar="N", help="number of ranks (default: the fewest possible)"
+        "--device-memory", metavar="SIZE", help="check that each rank fits into the memory of a device, such as 80GiB"
     )
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.add_argument("--lr-at", type=step_list, default=(), metavar="T,...", help="add the LR of 1-based steps (JSON)")
+    plan.add_argument(
+        "--suggest", action="store_true", help="list parallel layouts for --world-size and --device-memory"
+    )
+    plan.add_argument(
+        "--check-layout",
+        action="store_true",
+        help="build the sharded model without memory (meta device) and compare its size with the plan",
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    plan.add_argument(
+        "--lr-at",
+        type=step_list,
+        default=(),
+        metavar="T,...",
+        help="add the learning rate of these 1-based steps (JSON)",
+    )
     batch_help = "add the sequences of the global batch of a 0-based step (JSON)"
     plan.add_argument("--batch", nargs=2, metavar=("STAGE", "STEP"), help=batch_help)
     plan.add_argument("--recipe", nargs=2, help=argparse.SUPPRESS)  # old name of --batch
@@ -45,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     from titan_cpt.planning.parallel import min_world_size
     from titan_cpt.planning.planner import make_plan
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(config_path(options), options.overrides)
     device_bytes = parse_bytes(options.device_memory, option="--device-memory") if options.device_memory else None
     world_size = options.world_size or min_world_size(config)
     if options.suggest:

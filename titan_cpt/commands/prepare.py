@@ -7,7 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, positive_int, refuse_unknown
+from titan_cpt.commands.arguments import (
+    Subparsers,
+    add_command,
+    add_config_option,
+    fraction,
+    optional_config_path,
+    positive_int,
+    refuse_unknown,
+)
 from titan_cpt.errors import ConfigError
 
 _BYTES_NOTE = (
@@ -18,26 +26,46 @@ _BYTES_NOTE = (
 
 def add_prepare(subparsers: Subparsers) -> None:
     """The options of `prepare`."""
-    summary = "tokenize text into token files (.bin and .idx), or train a tokenizer"
-    prepare = add_command(subparsers, "prepare", _run, summary, takes_overrides=True)
-    prepare.add_argument(
-        "--config", type=Path, metavar="FILE", help="prepare the datasets of this config that are missing"
+    summary = "tokenize text into token files, or train a tokenizer"
+    prepare = add_command(
+        subparsers,
+        "prepare",
+        _run,
+        summary,
+        details="Prepares the datasets of a config that are missing, or the files of --input.",
+        usage="FILE [options] [--table.key VALUE ...]\n"
+        "       titan-cpt prepare --input TEXT [TEXT ...] --output PREFIX [options]",
+        example="titan-cpt prepare mine.toml\n"
+        "titan-cpt prepare --input 'text/*.jsonl' --output data/more --tokenizer bytes",
+        takes_overrides=True,
     )
-    prepare.add_argument("--input", nargs="+", metavar="FILE", help="text files, globs, or hub:NAME[:CONFIG[:SPLIT]]")
-    prepare.add_argument("--output", metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    prepare.add_argument("--tokenizer", metavar="bytes|PATH", help="default: bytes, one token per byte")
+    add_config_option(prepare)
     prepare.add_argument(
-        "--text-field", default="text", metavar="NAME", help="field that holds a document's text (default: text)"
+        "--input",
+        nargs="+",
+        metavar="TEXT",
+        help="text files, patterns such as 'text/*.jsonl', or hub:NAME[:CONFIG[:SPLIT]]",
+    )
+    prepare.add_argument("--output", metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    prepare.add_argument(
+        "--tokenizer", metavar="bytes|PATH", help="tokenizer to use (default: bytes, one token per byte)"
+    )
+    prepare.add_argument(
+        "--text-field", default="text", metavar="NAME", help="the field that holds a document's text (default: text)"
     )
     prepare.add_argument(
         "--holdout",
-        type=float,
+        type=fraction,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of the documents written to PREFIX-validation (default: 0)",
+        help="write this fraction of the documents to PREFIX-validation instead (default: 0)",
     )
     prepare.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)"
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="number of processes (default: one per core)",
     )
     prepare.add_argument("--force", action="store_true", help="replace an output that was made with other options")
     prepare.add_argument(
@@ -52,28 +80,29 @@ def add_prepare(subparsers: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (options.config is None) == (options.input is None):
-        raise ConfigError("command line: prepare takes either --config FILE or --input FILE... --output PREFIX")
-    if options.add_bos and (options.config is not None or options.train_tokenizer):
+    path = optional_config_path(options)
+    if (path is None) == (options.input is None):
+        raise ConfigError("command line: prepare takes either FILE, a config, or --input TEXT... --output PREFIX")
+    if options.add_bos and (path is not None or options.train_tokenizer):
         raise ConfigError(
-            "command line: --add-bos goes with --input FILE... --output PREFIX; with --config write tokenizer.add_bos "
+            "command line: --add-bos goes with --input TEXT... --output PREFIX; with a config write tokenizer.add_bos "
             "= true into the file, or give --tokenizer.add_bos true"
         )
-    if options.config is not None:
-        return _prepare_datasets_of_config(options)
+    if path is not None:
+        return _prepare_datasets_of_config(path, options)
     refuse_unknown([f"--{key}" for key, _ in options.overrides])
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
     return _train_tokenizer(options) if options.train_tokenizer else _prepare_files(options)
 
 
-def _prepare_datasets_of_config(options: argparse.Namespace) -> int:
+def _prepare_datasets_of_config(path: Path, options: argparse.Namespace) -> int:
     from titan_cpt.config.load import load_config
     from titan_cpt.data.prepare.prepare_missing import prepare_missing_data
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(path, options.overrides)
     if not prepare_missing_data(config, workers=options.workers, force=options.force):
-        print(f"{options.config}: every dataset with a source is already prepared; nothing was changed")
+        print(f"{path}: every dataset with a source is already prepared; nothing was changed")
     return 0
 
 

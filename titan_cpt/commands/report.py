@@ -11,15 +11,23 @@ from titan_cpt.errors import DataError
 
 def add_report(subparsers: Subparsers) -> None:
     """The options of `report`."""
-    summary = "print validation losses, forgetting and adaptation of runs, as tables or as an HTML page"
-    report = add_command(subparsers, "report", _run, summary)
+    summary = "print or draw what runs learned and forgot"
+    report = add_command(
+        subparsers,
+        "report",
+        _run,
+        summary,
+        details="Validation losses, forgetting and adaptation, as tables or as an HTML page with figures.",
+        usage="RUN [RUN ...] [options]",
+        example="titan-cpt report outputs/mine\n"
+        'titan-cpt report outputs/mine "no replay=outputs/no_replay" --html comparison',
+    )
     report.add_argument(
         "runs",
         nargs="+",
         type=Path,
         metavar="RUN",
-        help='run folders, such as outputs/quickstart; LABEL=FOLDER, such as "no replay=outputs/a", names a run in '
-        "tables and figures",
+        help="run folders, such as outputs/quickstart; LABEL=FOLDER names a run in tables and figures",
     )
     report.add_argument(
         "--html",
@@ -27,7 +35,7 @@ def add_report(subparsers: Subparsers) -> None:
         type=Path,
         const=Path(),
         metavar="FOLDER",
-        help="write index.html and its figures (PNG) into this folder (default: report/ in or beside the run folders)",
+        help="write index.html and its figures into this folder (default: report/ in or beside the run folders)",
     )
 
 

@@ -8,26 +8,38 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command
-from titan_cpt.errors import PlanError
+from titan_cpt.commands.arguments import Subparsers, add_command, integer
+from titan_cpt.errors import ConfigError, PlanError
 
 
 def add_sweep(subparsers: Subparsers) -> None:
     """The options of `sweep`."""
-    summary = "train the runs of [sweep] files; stages that several runs share are trained once"
-    sweep = add_command(subparsers, "sweep", _run, summary, takes_overrides=True)
-    sweep.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="TOML files; one without [sweep] is a single run"
+    summary = "train the runs of files with a [sweep] table"
+    sweep = add_command(
+        subparsers,
+        "sweep",
+        _run,
+        summary,
+        details="Stages that several runs share are trained once, and runs that are done are skipped.",
+        usage="FILE [FILE ...] [options] [--table.key VALUE ...]",
+        example="titan-cpt sweep sweep.toml --plan\ntitan-cpt sweep sweep.toml --launch ./run_train.sh",
+        takes_overrides=True,
     )
+    sweep.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="TOML files; a file without [sweep] is a single run"
+    )
+    sweep.add_argument("--config", type=Path, metavar="FILE", help="another way to give a TOML file")
     sweep.add_argument(
         "--index",
-        type=int,
+        type=integer,
         metavar="N",
-        help="train only run N, counted from 0 (default: SLURM_ARRAY_TASK_ID, else all runs)",
+        help="train only run N, counted from 0 (default: SLURM_ARRAY_TASK_ID, or all runs without it)",
     )
-    sweep.add_argument("--arm", type=int, dest="index", help=argparse.SUPPRESS)  # old name of --index
-    sweep.add_argument("--plan", action="store_true", help="list the runs with their steps, tokens and compute")
-    sweep.add_argument("--prepare-only", action="store_true", help="write the run folders; does not train")
+    sweep.add_argument("--arm", type=integer, dest="index", help=argparse.SUPPRESS)  # old name of --index
+    sweep.add_argument(
+        "--plan", action="store_true", help="list the runs with their steps, tokens and compute, and do not train"
+    )
+    sweep.add_argument("--prepare-only", action="store_true", help="write the run folders, and do not train")
     add_launch_option(sweep)
 
 
@@ -36,23 +48,24 @@ def add_launch_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch",
         metavar="COMMAND",
-        help="command that trains each run, such as ./run_train.sh (default: one process)",
+        help="the command that trains each run, such as ./run_train.sh (default: one process)",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
+    files = [*options.files, *([options.config] if options.config and options.config not in options.files else [])]
+    if not files:
+        raise ConfigError("command line: the TOML file is missing; write `titan-cpt sweep FILE`")
     if options.plan:
         from titan_cpt.common.console import make_console
         from titan_cpt.runs.sweep_table import print_sweep_plan
 
-        print_sweep_plan(options.files, options.overrides, make_console())
+        print_sweep_plan(files, options.overrides, make_console())
         return 0
     index = options.index
     if index is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         index = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    return run_sweep(
-        options.files, options.overrides, launch=options.launch, only=index, train=not options.prepare_only
-    )
+    return run_sweep(files, options.overrides, launch=options.launch, only=index, train=not options.prepare_only)
 
 
 def run_sweep(

@@ -5,23 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, config_path
 
 
 def add_train(subparsers: Subparsers) -> None:
     """The options of `train`."""
-    summary = "train every stage that is not trained yet, or resume; run_train.sh starts this on several ranks"
-    train = add_command(subparsers, "train", _run, summary, takes_overrides=True)
+    summary = "train a config, or resume it where it stopped"
+    train = add_command(
+        subparsers,
+        "train",
+        _run,
+        summary,
+        details="Stages that are trained already are skipped. ./run_train.sh starts this command on one or several "
+        "processes.",
+        usage="FILE [options] [--table.key VALUE ...]",
+        example="titan-cpt train mine.toml\ntitan-cpt train mine.toml --job.name b --stages.german.replay.fraction 0",
+        takes_overrides=True,
+    )
     add_config_option(train)
     train.add_argument(
-        "--run-info", action="store_true", help="check the config and print the run folder; does not train"
+        "--run-info", action="store_true", help="check the config, print the run folder, and do not train"
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     from titan_cpt.config.load import load_run
 
-    config = load_run(options.config, options.overrides)  # before torch is imported: config errors are reported at once
+    config = load_run(config_path(options), options.overrides)  # before torch is imported: errors are reported at once
     if options.run_info:
         print(f"run_folder={Path(config.job.output_dir) / config.job.name}")
         print(f"init_timeout_seconds={config.comm.init_timeout_seconds}")

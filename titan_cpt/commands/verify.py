@@ -10,8 +10,18 @@ from titan_cpt.commands.arguments import Subparsers, add_command
 
 def add_verify(subparsers: Subparsers) -> None:
     """The options of `verify`."""
-    verify = add_command(subparsers, "verify", _run, "check a checkpoint's manifest, file sizes and checksums")
-    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as outputs/RUN/STAGE/step-00080000")
+    verify = add_command(
+        subparsers,
+        "verify",
+        _run,
+        "check the files of a checkpoint",
+        details="Compares their sizes and checksums with the manifest.",
+        usage="CHECKPOINT",
+        example="titan-cpt verify outputs/mine/german/step-00000500",
+    )
+    verify.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, such as outputs/RUN/STAGE/step-00080000"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

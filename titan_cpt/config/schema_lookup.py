@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -59,6 +59,33 @@ def nested_tables(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [table for argument in typing.get_args(annotation) for table in nested_tables(argument)]
+
+
+def dotted_keys(*, datasets: Sequence[str] = ("NAME",), stages: Sequence[str] = ("NAME",)) -> dict[str, list[Any]]:
+    """{dotted key: annotations} of every key that the command line can override, in the order of the schema.
+
+    A key of a union, such as that of the LR schedules, has the annotation of each of its tables.
+
+    Args:
+        datasets, stages: the names of the config's datasets and stages.
+    """
+    found: dict[str, list[Any]] = {}
+    for key, annotation in _keys_below(Config, {"datasets": datasets, "stages": stages, "domains": ("NAME",)}):
+        if annotation not in found.setdefault(key, []):
+            found[key].append(annotation)
+    return found
+
+
+def _keys_below(table: type[BaseModel], names: dict[str, Sequence[str]], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key in keys_of(table):
+        annotation = field_of(table, key).annotation
+        tables = nested_tables(annotation)
+        if not tables:
+            yield before + key, annotation
+        named = typing.get_origin(annotation) in (dict, tuple)
+        for inner in tables:
+            for name in names[key] if named else ("",):
+                yield from _keys_below(inner, names, f"{before}{key}.{name}{'.' if name else ''}")
 
 
 def bounds_of(location: Sequence[Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     """The file's tables and its text."""
     try:
         if path.is_char_device() or path.is_fifo():
-            raise ConfigError(f"{path}: is a device, which may never end. Give --config the path of a TOML file")
+            raise ConfigError(f"{path}: is a device, which may never end. Give the path of a TOML file")
         with path.open("rb") as file:
             content = file.read(_LARGEST_BYTES + 1)
         if len(content) > _LARGEST_BYTES or _ENDLESS_KEY.search(content):
@@ -80,7 +80,7 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
         raw = parse_toml(text)
         too_large = exceeds_64_bits(raw)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give --config the path of a TOML file") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give the path of a TOML file") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:

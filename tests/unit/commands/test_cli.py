@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from titan_cpt.cli import main, make_parser
+from titan_cpt.cli import main, make_parser, parse_command_line
+from titan_cpt.config.schema_lookup import keys_of, tables_at
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = next(action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
@@ -38,6 +40,37 @@ def test_every_option_says_what_it_does(name):
         assert action.help
         if action.nargs != 0 and action.help != argparse.SUPPRESS:
             assert action.metavar or action.choices, action.dest
+
+
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_help_fits_a_screen(name, monkeypatch):
+    """80 columns and 40 lines, the example included."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = (COMMANDS.choices[name] if name else make_parser()).format_help().splitlines()
+
+    assert len(lines) <= 40
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_of_a_help_text_is_a_valid_command(name):
+    """It is parsed as the command line parses it, and the keys that it overrides exist."""
+    examples = COMMANDS.choices[name].get_default("example").splitlines()
+    shown = COMMANDS.choices[name].format_help().splitlines()
+
+    for example in examples:
+        program, command, *words = shlex.split(example)
+        options = parse_command_line([command, *words])
+        assert (program, command) == ("titan-cpt", name)
+        assert f"  {example}" in shown
+        assert [key for key, _ in options.overrides if not tables_with(key)] == []
+    assert examples
+
+
+def tables_with(dotted):
+    """The tables of the schema that have this key."""
+    *tables, key = dotted.split(".")
+    return [table for table in tables_at(tables) if key in keys_of(table)]
 
 
 @pytest.mark.parametrize(("new", "old"), [("--batch", "--recipe")])
@@ -86,3 +119,18 @@ def test_a_reader_that_leaves_early_is_not_a_traceback(write, two_stages):
 
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "baselines", "sweep"])
+def test_two_config_files_are_refused_and_the_same_file_twice_is_not(command, write, two_stages, capsys):
+    """`FILE` and `--config FILE` are the same option; a sweep takes several files, and counts the same one once."""
+    config = write(two_stages)
+    other = config.with_name("other.toml")
+    last = {"plan": "--json", "train": "--run-info", "baselines": "--output=x", "sweep": "--plan"}[command]
+    if command != "sweep":
+        assert status_of(command, config, "--config", other, last) == 2
+        assert f"two files are given, {config} and --config {other}; remove one" in capsys.readouterr().err
+        assert status_of(command, last) == 2
+        assert f"the TOML file is missing; write `titan-cpt {command} FILE`" in capsys.readouterr().err
+    if command != "baselines":
+        assert status_of(command, config, "--config", config, last) == 0

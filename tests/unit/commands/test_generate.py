@@ -34,7 +34,7 @@ def test_the_examples_need_no_room_for_the_default_number_of_tokens(tmp_path, ca
     [
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "a", "--top-p", "0"), "--top-p: must be above 0"),
-        (("--prompt", "a", "--tokens", "0"), "--tokens: must be 1 or more"),
+        (("--prompt", "a", "--tokens", "0"), "--tokens: must be an integer of 1 or more"),
         (("--prompt", "a", "--temperature", "-1"), "--temperature: must be a temperature"),
     ],
 )

@@ -184,7 +184,7 @@ def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
         (("--stages.secnod.steps", "3"), "there is no stage 'secnod'; did you mean 'second'?"),
         (("--training.seq_len",), "--training.seq_len has no value"),
         (("--verbose", "3"), "unknown argument '--verbose'"),
-        (("stray",), "unknown argument 'stray'"),
+        (("stray",), "two files are given, stray and --config "),
         (("--job.seed", "-1"), "job.seed: must be in [0, "),
         (
             ("--world-size", "3"),
@@ -192,9 +192,9 @@ def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
         ),
         (("--batch", "third", "0"), "there is no stage 'third'"),
         (("--recipe", "second", "x"), "the 0-based step must be an integer, got 'x'"),
-        (("--world-size", "0"), "must be 1 or more, got 0"),
+        (("--world-size", "0"), "--world-size: must be an integer of 1 or more, got '0'"),
         (("--world-size", "many"), "--world-size"),
-        (("--lr-at", "1,-2"), "steps must be 0 or more, got 1,-2"),
+        (("--lr-at", "1,-2"), "--lr-at: must be comma-separated steps of 0 or more, such as 1,100, got '1,-2'"),
         (("--lr-at", "x"), "--lr-at"),
         (("--model.size", "huge"), "model.size: unknown size 'huge'"),
         (("--tokenizer.path", "data"), "data"),
@@ -226,7 +226,7 @@ def test_a_missing_config_is_status_2(run):
 
     assert (status, err.splitlines()) == (
         2,
-        ["ConfigError: gone.toml: cannot be read: No such file or directory. Give --config the path of a TOML file"],
+        ["ConfigError: gone.toml: cannot be read: No such file or directory. Give the path of a TOML file"],
     )
 
 

@@ -48,13 +48,30 @@ class TestOneProcess:
         assert call["directory"] == str(repository.elsewhere)
 
     @pytest.mark.parametrize(
-        "given", [["--config", "my config.toml", "--training.seq_len", "512"], ["--config=x.toml"]], ids=["two", "one"]
+        "given",
+        [
+            ["--config", "my config.toml", "--training.seq_len", "512"],
+            ["--config=x.toml"],
+            ["my config.toml", "--training.seq_len", "512"],
+            ["--training.seq_len", "512", "x.toml"],
+            ["no ending"],
+        ],
+        ids=["two", "one", "positional", "last", "no-ending"],
     )
     def test_arguments_with_a_config_pass_through(self, repository: Repository, given: list[str]) -> None:
         """No argument is added, split or reordered."""
         repository.run("run_train.sh", *given)
 
         assert train_arguments(repository.only_call()) == given
+
+    def test_help_shows_the_environment_and_the_options_of_train(self, repository: Repository) -> None:
+        """Its own comment first; nothing is trained."""
+        done = repository.run("run_train.sh", "mine.toml", "--help")
+
+        assert done.stdout.splitlines()[0] == "Train a config on one process, on one node or on several nodes."
+        assert "\n  NPROC         processes per node" in done.stdout
+        assert "set -euo" not in done.stdout
+        assert train_arguments(repository.only_call()) == ["--help"]
 
     def test_overrides_without_a_config_change_the_quick_start(self, repository: Repository) -> None:
         """Without --config, the overrides apply to the quick start's."""
