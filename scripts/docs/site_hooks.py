@@ -17,6 +17,9 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES_OF_ROOT = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LANGUAGES = {".py": "python", ".toml": "toml", ".sh": "bash", ".sbatch": "bash", ".json": "json"}
+COMMENT = re.compile(
+    r"^ *<!--(?:(?!-->).)*-->\n", re.DOTALL | re.MULTILINE
+)  # in a list it would end a code block's item
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -40,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to repository files at their pages of the site."""
+    """Point links to repository files at their pages of the site, and remove comments."""
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return markdown
@@ -49,7 +52,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         target = site_uri(repository_path(uri, link[2]))
         return link[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".")
 
-    return LINK.sub(moved, markdown)
+    return LINK.sub(moved, COMMENT.sub("", markdown))
 
 
 def repository_path(uri: str, link: str) -> str:

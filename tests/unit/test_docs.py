@@ -19,7 +19,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 MODULE = re.compile(r"\btitan_cpt/[\w/]+\.py\b")
 SCRIPT = re.compile(r"(?<![\w/])(?:scripts|tests)/[\w/]+\.(?:py|sh|sbatch)\b")
 TABLES = set(keys_of(Config))
-KEY = re.compile(r"`([a-z]\w*(?:\.[\w-]+)+)(?<!\.json)(?<!\.jsonl)(?<!\.py)`")
+KEY = re.compile(r"`([a-z]\w*(?:\.[\w-]+)+)(?<!\.json)(?<!\.jsonl)(?<!\.toml)(?<!\.py)`")
 OF_OTHER_PROJECTS = ROOT / "docs" / "comparison_with_peers.md"  # names their files and keys
 OURS = [page for page in PAGES if page != OF_OTHER_PROJECTS]
 
@@ -59,7 +59,7 @@ def test_contributing_lists_the_packages_in_the_order_of_the_architecture_test()
     section = (
         (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The packages")[2].partition("\n## ")[0]
     )
-    listed = re.findall(r"^    (\w+)", section, flags=re.MULTILINE)
+    listed = re.findall(r"^(\w+) {2,}\w", section, flags=re.MULTILINE)
 
     assert tuple(listed) == PACKAGES
 

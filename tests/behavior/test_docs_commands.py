@@ -1,0 +1,116 @@
+"""Every command of the documentation runs, on small inputs and with small numbers, or its page says why it cannot.
+
+docs_pages.py reads the pages; CONTRIBUTING.md, "Commands in the docs", says how a page declares what its commands need.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from docs_pages import COMMANDS, CONFIG, OTHERS, ROOT, Sandbox, blocks, small_arguments, tomllib
+from forked_commands import Shell
+
+from titan_cpt.config.load import load_config
+from titan_cpt.data.inventory import DataInventory
+from titan_cpt.planning.planner import make_plan
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in ("cli.md", "config.md")),
+]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_of_a_page_that_can_run_here_does(page, tmp_path):
+    """In the order of the page, with exit status 0, in a folder with what the page says exists."""
+    parts = blocks(page)
+    if not any(part.language in COMMANDS and part.said("not run") is None for part in parts):
+        return
+    shell = Shell(tmp_path / "repository", rewrite=small_arguments)
+    try:
+        sandbox = Sandbox(shell)
+        (sandbox.folder / "scripts").symlink_to(ROOT / "scripts")
+        for part in parts:
+            for name, text in part.directives:
+                if name == "given":
+                    for what in text.split(";"):
+                        sandbox.provide(what)
+            for name, append in part.files:
+                sandbox.write(name, part.text, append=append)
+            if part.language in COMMANDS and part.said("not run") is None and part.said("file") is None:
+                status, output = run(shell, part)
+                assert status == 0, f"{name_of(page)}:{part.line}\n{part.text}\n{output[-6000:]}"
+    finally:
+        shell.close()
+
+
+def run(shell, part):
+    if part.language == "bash":
+        return shell.run(part.text)
+    (shell.folder / "block.py").write_text(part.text)
+    return shell.run("python block.py")
+
+
+def test_a_command_that_fails_ends_a_block_with_its_status_and_its_name(tmp_path):
+    """Otherwise the test above would pass whatever a page says. Variables live on, as in a reader's shell."""
+    shell = Shell(tmp_path / "repository", rewrite=small_arguments)
+    try:
+        failed = shell.run("folder=nowhere\ntitan-cpt verify $folder && true\ntitan-cpt verify $folder\necho after")
+        passed = shell.run('test "$PWD" = ' + f'"{shell.folder}"\ntitan-cpt plan --help | grep --quiet config')
+    finally:
+        shell.close()
+
+    assert failed[0] == 2
+    assert "status 2: titan-cpt verify" in failed[1]
+    assert "after" not in failed[1]
+    assert passed == (0, "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_code_block_of_a_page_has_a_language_and_its_syntax(page):
+    """Indented blocks would hide commands from the test above. What is not run is at least parsed, and says why."""
+    for part in blocks(page):
+        where = f"{name_of(page)}:{part.line}"
+        assert part.language in (*COMMANDS, *OTHERS), f"{where}: fence this block, with one of {COMMANDS + OTHERS}"
+        assert part.said("not run") != "", f"{where}: give the reason"
+        if part.language == "bash":
+            parsed = subprocess.run(["bash", "-n"], input=part.text, capture_output=True, text=True)
+            assert parsed.returncode == 0, f"{where}: {parsed.stderr}"
+        elif part.language == "python":
+            compile(part.text, where, "exec")
+        elif part.language == "toml":
+            tomllib.loads(part.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_complete_config_of_a_page_is_planned_with_the_numbers_of_the_page(page, tmp_path, monkeypatch):
+    """A block that has stages and a model says which file it is; with what is appended to it, it makes a plan."""
+    full = {}
+    for part in blocks(page):
+        if part.language != "toml":
+            continue
+        files = list(part.files)
+        raw = tomllib.loads(part.text)
+        complete = {"model", "stages", "training"} <= raw.keys() or ("extends" in raw and "job" in raw)
+        assert files or not complete, f"{name_of(page)}:{part.line}: this config needs `<!-- file: NAME -->`"
+        for name, append in files:
+            full[name] = (full.get(name, "") + "\n" if append else "") + part.text
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "train_configs", tmp_path / "train_configs")
+    (tmp_path / "mine.toml").write_text(CONFIG)  # what `given: config mine.toml` makes, for a block that extends it
+    for name, text in full.items():
+        if {"stages", "extends"} & tomllib.loads(text).keys():
+            Path(name).write_text(text)
+            config = load_config(Path(name))
+            sources = {
+                source: None
+                for dataset, table in config.datasets.items()
+                for source in ([f"{dataset}.{domain}" for domain in table.domains] or [dataset])
+            }
+            assert make_plan(config, DataInventory(sources, 8192)).stages
