@@ -25,6 +25,7 @@ from titan_cpt.commands.evaluate import add_eval
 from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
 from titan_cpt.commands.import_model import add_import
+from titan_cpt.commands.init import add_init
 from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.plan import add_plan
 from titan_cpt.commands.prepare import add_prepare
@@ -37,6 +38,7 @@ from titan_cpt.common.exit_status import FAILURE, USER_ERROR, exit_interrupted, 
 from titan_cpt.errors import TitanError, how_to_install, os_error_message
 
 COMMANDS = (  # in the order of --help
+    add_init,
     add_plan,
     add_train,
     add_sweep,
