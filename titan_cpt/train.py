@@ -19,7 +19,7 @@ import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint
 from titan_cpt.common.allocator import keep_freed_memory
-from titan_cpt.common.console import make_console
+from titan_cpt.common.console import Verbosity
 from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, SUMMARY_FILE, TENSORBOARD_FOLDER, locked
@@ -48,6 +48,7 @@ from titan_cpt.training.forward_backward import StepResult
 from titan_cpt.training.optimizer import set_lr
 from titan_cpt.training.resume import first_unfinished_stage, log_start
 from titan_cpt.training.saving import save_checkpoint
+from titan_cpt.training.screen.startup import print_start, run_console
 from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.step_log import record_step
@@ -60,7 +61,7 @@ _IGNORED_WARNINGS = (
 )
 
 
-def run(config: Config) -> int:
+def run(config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
     """Train every stage that is not trained yet.
 
     Returns:
@@ -77,12 +78,12 @@ def run(config: Config) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read at CUDA's start
     process = init_process_group(config.comm.init_timeout_seconds)
     try:
-        return run_with_process_group(process, config)
+        return run_with_process_group(process, config, verbosity=verbosity)
     finally:
         destroy_process_group()
 
 
-def run_with_process_group(process: ProcessInfo, config: Config) -> int:
+def run_with_process_group(process: ProcessInfo, config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
     """`run` within an initialized process group, which the caller destroys."""
     folder = Path(config.job.output_dir) / config.job.name
     with ExitStack() as stack:
@@ -91,13 +92,19 @@ def run_with_process_group(process: ProcessInfo, config: Config) -> int:
                 require_own_run(folder, config)
             stack.enter_context(locked(folder, rank=process.rank))
             stop = stack.enter_context(StopRequest())
+            if process.rank == 0:
+                console = stack.enter_context(run_console(folder, process, verbosity))
+                print_start(console, config, process, folder)
             prepare_missing_data_unless_stopped(config, stop, rank=process.rank)
+        if process.rank != 0:  # only now: a run that rank 0 refuses writes no log
+            console = stack.enter_context(run_console(folder, process, verbosity))
         if any_rank_stops(stop):
             return STOPPED_EARLY
-        trainer, checkpoint = build(Trainer, config, process, folder, stop)
+        trainer, checkpoint = build(Trainer, config, process, folder, stop, console)
         try:
             return trainer.train(checkpoint)
         finally:
+            trainer.display.close()
             trainer.profiler.close()
             trainer.log.close()
 
@@ -181,7 +188,7 @@ class Trainer(TrainerState):
             self.profiler.step(stage.name, step)
             if due.stop or interrupted:
                 break
-        self.display.end_stage()
+        self.display.end_stage(stage, step)
         return step, not interrupted
 
     def train_step(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
@@ -234,7 +241,7 @@ class Trainer(TrainerState):
         if held_back is None and lines:
             self.display.step(stage, lines[-1])
         if self.log.trouble:
-            self.display.say(f"  {self.log.trouble}")
+            self.display.warn(f"  {self.log.trouble}")
         self.checkpoints.poll()
         return held_back
 
@@ -242,7 +249,7 @@ class Trainer(TrainerState):
         """Finish the last save and print how to resume; returns the exit status of a run that a signal stopped."""
         self.checkpoints.wait()
         self.log.event("stop", stage=stage.name, step=steps_done, signal=self.stop.name)
-        self.display.say(f"stopped by {self.stop.name}; everything is saved, the same command resumes from here")
+        self.display.result(f"stopped by {self.stop.name}; everything is saved, the same command resumes from here")
         self.print_newest_checkpoint()
         return STOPPED_EARLY
 
@@ -250,7 +257,7 @@ class Trainer(TrainerState):
         """Finish the last save and print the table of losses; returns the exit status of a completed run."""
         self.checkpoints.wait()
         if self.process.rank == 0:
-            print_summary(summarize(self.folder), make_console())
+            self.display.results(partial(print_summary, summarize(self.folder)))
         self.print_newest_checkpoint()
         self.display.say(f"to print this table again: titan-cpt report {self.folder}")
         if self.config.metrics.enable_tensorboard:
@@ -265,4 +272,4 @@ class Trainer(TrainerState):
     def print_newest_checkpoint(self) -> None:
         """Print the folder of the newest checkpoint, if there is one."""
         if self.process.rank == 0 and (checkpoint := next(iter(self.checkpoints.listed()), None)):
-            self.display.say(f"newest checkpoint: {checkpoint.folder}")
+            self.display.result(f"newest checkpoint: {checkpoint.folder}")

@@ -68,6 +68,13 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="another way to give the TOML file")
 
 
+def add_verbosity_options(parser: argparse.ArgumentParser) -> None:
+    """`--quiet` and `--verbose`; see `verbosity`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--quiet", action="store_true", help="print errors, warnings and results only")
+    group.add_argument("--verbose", action="store_true", help="print more: settings that are not defaults, timings")
+
+
 def config_path(options: argparse.Namespace) -> Path:
     """The file of `add_config_option`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, config_path
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, add_verbosity_options, config_path
 
 
 def add_train(subparsers: Subparsers) -> None:
@@ -23,6 +23,7 @@ def add_train(subparsers: Subparsers) -> None:
         takes_overrides=True,
     )
     add_config_option(train)
+    add_verbosity_options(train)
     train.add_argument(
         "--run-info", action="store_true", help="check the config, print the run folder, and do not train"
     )
@@ -36,6 +37,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"run_folder={Path(config.job.output_dir) / config.job.name}")
         print(f"init_timeout_seconds={config.comm.init_timeout_seconds}")
         return 0
+    from titan_cpt.common.console import Verbosity
     from titan_cpt.train import run
 
-    return run(config)
+    return run(config, verbosity=Verbosity.of(quiet=options.quiet, verbose=options.verbose))

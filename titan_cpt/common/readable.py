@@ -54,7 +54,7 @@ def loss(nats: float, width: int = 7) -> str:
 
 def significant(value: float, width: int) -> str:
     """Three significant digits, or as many as fit: 1.23, 0.0123, 1.2e-05."""
-    return fit(value, width, (".3g", ".2g", ".1g", ".0e"))
+    return fit(value, width, ("#.3g", ".2g", ".1g", ".0e")).removesuffix(".")
 
 
 def scientific(value: float, width: int = 8) -> str:

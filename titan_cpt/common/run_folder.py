@@ -12,7 +12,8 @@
     profile/STAGE-step-.../       traces of torch.profiler, one for each rank
     tb/                           TensorBoard events
     report/                       the HTML report
-    logs/                         output of each process, written by run_train.sh
+    logs/rank-0.log               what rank 0 printed, its warnings and errors, of all sessions; a file for each rank
+    logs/ATTEMPT/                 all output of each process, written by run_train.sh for several processes and Slurm
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ EVALUATIONS_FOLDER = "evaluations"
 PROFILE_FOLDER = "profile"
 TENSORBOARD_FOLDER = "tb"
 REPORT_FOLDER = "report"
-LOGS_FOLDER = "logs"  # run_train.sh makes it
+LOGS_FOLDER = "logs"
 RESERVED_STAGE_NAMES = (TENSORBOARD_FOLDER, EVALUATIONS_FOLDER, PROFILE_FOLDER, REPORT_FOLDER, LOGS_FOLDER)
 
 INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,
@@ -49,6 +50,11 @@ PRE_ANNEAL = "pre_anneal"  # and on the last step before a schedule anneals
 def step_name(steps_done: int) -> str:
     """The name of a checkpoint's folder after `steps_done` steps of its stage, such as step-00000500."""
     return f"step-{steps_done:08d}"
+
+
+def log_path(run: Path, rank: int) -> Path:
+    """The log file of a rank."""
+    return run / LOGS_FOLDER / f"rank-{rank}.log"
 
 
 def checkpoint_folder(run: Path, stage: str, steps_done: int) -> Path:

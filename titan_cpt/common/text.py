@@ -1,8 +1,9 @@
-"""Parts of messages: "did you mean", lists of names."""
+"""Parts of messages: "did you mean", lists of names, lines that fit a width."""
 
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -22,3 +23,16 @@ def problem_list(faults: list[str]) -> str:
     shown = faults[:10] + ([f"and {len(faults) - 10} more"] if len(faults) > 10 else [])
     count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
     return "\n  - ".join([count, *shown])
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, except where a single word is longer; all but the first are indented."""
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    return textwrap.wrap(
+        text.strip(),
+        max(width, 20),
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -87,6 +87,13 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     ]
 
 
+def settings_that_are_not_defaults(config: Config) -> list[str]:
+    """`key = value` for every setting of a config that differs from its default, stages by their names."""
+    raw: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    raw["stages"] = {stage["name"]: stage for stage in raw.get("stages", [])}
+    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in _flat(raw)]
+
+
 def _settings(config: Config) -> dict[str, Any]:
     """{dotted key: value} of every setting, with stages by their names."""
     raw: dict[str, Any] = config.model_dump(

@@ -18,19 +18,23 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
     """
     yield from _degree_lines(plan)
     costs = plan.footprint
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory_parts(costs).items() if size)
+    unit = _unit(costs.memory)
+    parts = ", ".join(f"{name} {_in(unit, size)}" for name, size in memory_parts(costs).items() if size)
     if costs.overlap_bytes:
-        parts += f"; {_gib(costs.overlap_bytes)} GiB less than their sum, as not all are in memory at the same time"
-    yield f"estimated memory per rank: {_gib(costs.memory)} GiB ({parts})"
+        overlap = f"{_in(unit, costs.overlap_bytes)} {unit}"
+        parts += f"; {overlap} less than their sum, as not all are in memory at the same time"
+    yield f"estimated memory per rank: {_in(unit, costs.memory)} {unit} ({parts})"
     if costs.host:
-        yield f"host memory per rank: {_gib(costs.host)} GiB (parameters, gradients, optimizer)"
+        yield f"host memory per rank: {_with_unit(costs.host)} (parameters, gradients, optimizer)"
     if costs.traffic.total:
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in traffic_parts(costs).items() if size)
-        yield f"sent per rank and step: {_gib(costs.traffic.total)} GiB ({parts})"
+        unit = _unit(costs.traffic.total)
+        parts = ", ".join(f"{name} {_in(unit, size)}" for name, size in traffic_parts(costs).items() if size)
+        yield f"sent per rank and step: {_in(unit, costs.traffic.total)} {unit} ({parts})"
     if device_bytes is not None:
         share = costs.memory / device_bytes
         verdict = "fits" if fits(costs, device_bytes) else "does NOT fit"
-        yield f"{verdict}: {share:.0%} of {_gib(device_bytes)} GiB; {RESERVE:.0%} is reserved for what is not estimated"
+        reserve = f"{RESERVE:.0%} is reserved for what is not estimated"
+        yield f"{verdict}: {share:.0%} of {_with_unit(device_bytes)}; {reserve}"
 
 
 def _degree_lines(plan: Plan) -> Iterator[str]:
@@ -52,5 +56,14 @@ def _degree_lines(plan: Plan) -> Iterator[str]:
             )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+def _unit(size: int) -> str:
+    """GiB, or for debug models MiB."""
+    return "GiB" if size >= 0.1 * 2**30 else "MiB"
+
+
+def _in(unit: str, size: int) -> str:
+    return f"{size / 2**30:.2f}" if unit == "GiB" else f"{size / 2**20:.2f}"
+
+
+def _with_unit(size: int) -> str:
+    return f"{_in(_unit(size), size)} {_unit(size)}"

@@ -5,14 +5,14 @@ Every line fits the console's width, except where a single word, such as a path,
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
 from rich.console import Console
 from rich.text import Text
 
-from titan_cpt.common.readable import shortest_count
+from titan_cpt.common.readable import memory, shortest_count
+from titan_cpt.common.text import wrapped
 from titan_cpt.planning.parallel_text import parallel_lines
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import stage_as_json
@@ -54,19 +54,6 @@ def print_notes(notes: Sequence[str], console: Console) -> None:
             _print(console, line, yellow=4 if number == 0 else 0)
         for line in more:
             _print_wrapped(console, line)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters, except where a single word is longer; all but the first are indented."""
-    indent = " " * (len(text) - len(text.lstrip(" ")))
-    return textwrap.wrap(
-        text.strip(),
-        max(width, 20),
-        initial_indent=indent,
-        subsequent_indent=f"{indent}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def _print_wrapped(console: Console, text: str) -> None:
@@ -202,4 +189,4 @@ def _cost_lines(plan: Plan, keep_latest_k: int) -> list[str]:
             f"(ratio {last.steps / total:.2f})"
         )
     disk = plan.disk_bytes(keep_latest_k)
-    return [*lines, f"checkpoints: up to {disk / 2**30:.2f} GiB of disk space"]
+    return [*lines, f"checkpoints: up to {memory(disk / 2**30)} of disk space"]

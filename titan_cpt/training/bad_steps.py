@@ -33,7 +33,7 @@ def first_held_back(state: TrainerState, stage: StagePlan, lines: Sequence[dict[
         score = line.get("loss_z_score")
         if score is not None and score > training.loss_spike_z_score:
             state.log.event("loss_spike", stage=stage.name, step=line["step"], z_score=score)
-            state.display.say(
+            state.display.warn(
                 f"  loss spike: {line['loss_nats_per_token']:.4f} at step {line['step']:,} of {stage.name} is "
                 f"{score:.1f} standard deviations above the mean of the {training.loss_spike_window} steps before it"
             )
@@ -60,7 +60,7 @@ def handle_bad_step(state: TrainerState, stage: StagePlan, line: dict[str, Any])
         state.log.rewind(int(line["run_step"]) - 1)
         return int(line["step"]) - 1
     state.checkpoints.wait()
-    checkpoint = state.checkpoints.newest_valid(state.display.say)
+    checkpoint = state.checkpoints.newest_valid(state.display.warn)
     if checkpoint is not None and checkpoint.manifest["stage"] == stage.name:
         return resume_stage(state, checkpoint)
     return begin_stage(state, stage)
@@ -84,7 +84,7 @@ def _skip_batch(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> 
     why = reason(line)
     state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences)
     state.log.event("skip_batch", stage=stage.name, step=step + 1, why=why, batch_hash=batch_hash)
-    state.display.say(f"  batch {step:,} of {stage.name} is skipped: {why}; its sequences are in skipped.json")
+    state.display.warn(f"  batch {step:,} of {stage.name} is skipped: {why}; its sequences are in skipped.json")
     state.guard.reset()
 
 

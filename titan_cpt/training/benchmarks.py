@@ -54,7 +54,7 @@ def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bo
     state.checkpoints.poll(until_done=True)
     barrier()  # rank 0 writes the manifest, which every rank reads below
     if not is_there(folder / MANIFEST_FILE):
-        state.display.say(f"  {evaluation.suite} is skipped: {folder} was not saved, or was removed")
+        state.display.warn(f"  {evaluation.suite} is skipped: {folder} was not saved, or was removed")
         return True
     state.display.say(f"  {evaluation.suite} after step {steps_done:,} of {stage.name}")
     scores, missing = evaluate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
-from titan_cpt.common.console import make_console
+from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.gpus import NVIDIA_DRIVER_FILE
 from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
@@ -43,20 +39,21 @@ from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.ops import multiplied_in_float32, use_onednn
+from titan_cpt.models.common.ops import use_onednn
 from titan_cpt.planning.device_rules import check_device
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.plan_json import plan_as_json
-from titan_cpt.planning.plan_text import print_plan
+from titan_cpt.planning.plan_text import print_notes, print_plan
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
 from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimizer import UpdateGuard, build_adamw
 from titan_cpt.training.profiler import Profiler
-from titan_cpt.training.progress import Display
 from titan_cpt.training.resume import check_same_machine, find_checkpoint
 from titan_cpt.training.saving import log_save_failed, log_saved
+from titan_cpt.training.screen.display import Display
+from titan_cpt.training.screen.startup import device_notes, rank_lines
 from titan_cpt.training.skipped_batches import SkippedBatches
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.validation import Validator
@@ -75,27 +72,33 @@ class _Data:
 
 
 def build(
-    kind: type[State], config: Config, process: ProcessInfo, folder: Path, stop: StopRequest
+    kind: type[State],
+    config: Config,
+    process: ProcessInfo,
+    folder: Path,
+    stop: StopRequest,
+    console: RunConsole | None = None,
 ) -> tuple[State, FoundCheckpoint | None]:
     """Build a run's state, and find the checkpoint to resume from, if there is one.
 
     Args:
         kind: class of the result: TrainerState, or a subclass without further fields.
         folder: the run's folder, which this process has locked.
+        console: prints the plan, notes and progress; by default one without a log file.
 
     Raises:
         TitanError: config, data, device and checkpoints do not fit together; raised on every rank.
     """
     torch.use_deterministic_algorithms(config.job.deterministic)
     use_onednn(config.training.enable_onednn)
-    console = make_console() if process.rank == 0 else Console(quiet=True)
+    console = console or RunConsole(shown=process.rank == 0)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
         data = _open_data(config, tokenizer)
         _check_support(config, process.device)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
-    _print_precision_notes(config, process.device, console)
+    _print_notes(console, list(device_notes(config, process.device)))
 
     mesh = build_mesh(process, plan.parallel_dims)
     set_timeouts(config.comm.init_timeout_seconds)  # torch gives the mesh's process groups its default timeouts
@@ -117,7 +120,10 @@ def build(
     _print_notes(console, [*notes, *([attention.note] if attention and attention.note else [])])
     log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
     run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
-    display = Display(plan, console, steps_done=run_step, shown=process.rank == 0)
+    display = Display(plan, console, steps_done=run_step)
+    if console.verbosity == Verbosity.VERBOSE:
+        for line in rank_lines(process):
+            display.detail(line)
     checkpoints.before_save = log.fsync
     checkpoints.on_saved = partial(log_saved, log, display)
     checkpoints.on_failed = partial(log_save_failed, log, display)
@@ -207,21 +213,6 @@ def _check_support(config: Config, device: torch.device) -> None:
         require_compiler(device, 'optimizer.implementation = "triton"')
 
 
-def _print_precision_notes(config: Config, device: torch.device, console: Console) -> None:
-    if config.float8.recipe_name is not None and device.type == "cpu":
-        console.print("[yellow]note[/] float8 is emulated on a CPU: it rounds as on a GPU, but is not faster")
-    if device.type == "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ and NVIDIA_DRIVER_FILE.exists():
-        console.print(
-            "[yellow]note[/] this machine has an NVIDIA driver, but torch cannot use a GPU, so the CPU trains: "
-            "`titan-cpt --version` prints why"
-        )
-    if multiplied_in_float32(getattr(torch, config.training.mixed_precision_param), device):
-        console.print(
-            "[yellow]note[/] this CPU has no bfloat16 matrix multiplication: products are computed in float32 and "
-            'rounded; training.mixed_precision_param = "float32" is faster here and more exact'
-        )
-
-
 def _weight_notes(
     config: Config, plan: Plan, checkpoints: CheckpointManager, checkpoint: FoundCheckpoint | None
 ) -> Iterator[str]:
@@ -233,9 +224,9 @@ def _weight_notes(
         yield f"{where}: was copied, renamed or moved here, so training neither uses nor removes it"
 
 
-def _print_notes(console: Console, notes: Sequence[str]) -> None:
-    for note in notes:
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False, soft_wrap=True)
+def _print_notes(console: RunConsole, notes: Sequence[str]) -> None:
+    with console.level(Verbosity.QUIET):
+        print_notes(notes, console)
 
 
 def _choose_attention(
@@ -320,12 +311,12 @@ def _build_profiler(config: Config, process: ProcessInfo, folder: Path, display:
         folder,
         every_steps=config.profiling.profile_freq if config.profiling.enable_profiling else None,
         rank=process.rank,
-        on_failed=display.say,
+        on_failed=display.warn,
     )
 
 
 def _start_log(
-    config: Config, plan: Plan, process: ProcessInfo, folder: Path, console: Console, *, resumed: bool
+    config: Config, plan: Plan, process: ProcessInfo, folder: Path, console: RunConsole, *, resumed: bool
 ) -> MetricsLog:
     """Open the metrics log, log the settings that changed since the last session, write config.toml and plan.json."""
     log = _open_log(config, plan, process, folder)
@@ -358,7 +349,7 @@ def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) ->
     return log
 
 
-def _log_changed_settings(log: MetricsLog, console: Console, changed: Sequence[str]) -> None:
+def _log_changed_settings(log: MetricsLog, console: RunConsole, changed: Sequence[str]) -> None:
     """Print and log settings that changed since the last session, before config.toml is overwritten."""
     if changed:
         log.event("settings_changed", settings=list(changed))

@@ -38,7 +38,7 @@ def note_changed_validation(state: TrainerState, stage: StagePlan, steps_done: i
     changed = sorted({*changed, *_other_windows(state)})
     if changed:
         state.log.event("validation_changed", stage=stage.name, step=steps_done, datasets=changed)
-        state.display.say(
+        state.display.warn(
             f"the validation set has changed for {', '.join(changed)} (data, windows or tokenizer): losses "
             f"before and after step {steps_done:,} of {stage.name} are not comparable"
         )
@@ -95,7 +95,7 @@ def renew_baselines(state: TrainerState, stage: StagePlan, *, resumes: bool) -> 
         try:
             weights = load_initial(state, replace(baseline_stage, init=init, keep_optimizer=False))
         except TitanError as error:
-            state.display.say(
+            state.display.warn(
                 f"forgetting of {', '.join(datasets)} is unknown from here on: its loss at the start of stage {name} "
                 "was measured on other validation data, and these weights cannot be loaded to measure it again: "
                 f"{error}"
@@ -110,7 +110,7 @@ def renew_baselines(state: TrainerState, stage: StagePlan, *, resumes: bool) -> 
             line = validation_line(state, baseline_stage, 0, dataset, loss)
             state.log.validation({**line, "measured_again": True}, state.plan.steps_before(baseline_stage))
         shown = ", ".join(f"{dataset} {losses[dataset].nats_per_token:.4f}" for dataset in datasets)
-        state.display.say(f"measured again at the start of stage {name}, {weights}: {shown}")
+        state.display.warn(f"measured again at the start of stage {name}, {weights}: {shown}")
 
 
 def _needed(state: TrainerState, stage: StagePlan, *, resumes: bool) -> dict[str, tuple[list[str], str]]:

@@ -24,7 +24,8 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
         False if a signal interrupted the measurement: nothing is logged, and the next session measures again.
     """
     run_step = state.plan.steps_before(stage) + steps_done
-    losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
+    with state.display.timed("validation"):
+        losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
     if losses is None:
         return False
     shown = []
@@ -34,7 +35,8 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
         forgetting = line["forgetting_nats_per_token"]
         shown.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
     if shown:
-        state.display.say(f"  validation after step {steps_done:,} of {stage.name}: {', '.join(shown)}")
+        say = state.display.result if steps_done == stage.steps else state.display.say
+        say(f"  validation after step {steps_done:,} of {stage.name}: {', '.join(shown)}", wrap=True)
     state.log.restart_clock()
     return True
 

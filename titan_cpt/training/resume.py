@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
+from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import CONFIG_FILE
 from titan_cpt.config.run_config import last_setting
@@ -56,7 +56,7 @@ def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
 
 
 def find_checkpoint(
-    plan: Plan, checkpoints: CheckpointManager, identities: dict[str, str], console: Console
+    plan: Plan, checkpoints: CheckpointManager, identities: dict[str, str], console: RunConsole
 ) -> FoundCheckpoint | None:
     """The newest valid checkpoint, if the config and the data that it was trained with have not changed.
 
@@ -69,8 +69,9 @@ def find_checkpoint(
     """
     damaged: list[str] = []
     checkpoint = checkpoints.newest_valid(damaged.append)
-    for message in damaged:
-        console.print(f"skipping damaged checkpoint: {message}", highlight=False, markup=False)
+    with console.level(Verbosity.QUIET):
+        for message in damaged:
+            console.print_line(f"skipping damaged checkpoint: {message}")
     if checkpoint is None and damaged:
         raise CheckpointError(
             f"{checkpoints.run}: all of its checkpoints are damaged. The first: {damaged[0]}. "

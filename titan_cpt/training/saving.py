@@ -17,7 +17,7 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.ops import CPU_HAS_BFLOAT16
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.metrics import MetricsLog
-from titan_cpt.training.progress import Display
+from titan_cpt.training.screen.display import Display
 from titan_cpt.training.state import TrainerState
 
 SLOW_SAVE_S = 10.0  # print a hint if training waited longer than this for the previous save
@@ -33,16 +33,18 @@ def save_checkpoint(
         validation_due: a signal interrupted validation, which is repeated first on resume.
     """
     metadata = {**checkpoint_metadata(state, stage, steps_done, kind), "validation_due": validation_due}
-    state.checkpoints.save(state.model, state.optimizer, stage=stage.name, steps_done=steps_done, record=metadata)
+    with state.display.timed("checkpoints"):
+        state.checkpoints.save(state.model, state.optimizer, stage=stage.name, steps_done=steps_done, record=metadata)
     if state.checkpoints.waited_s > SLOW_SAVE_S:
-        state.display.say(
+        state.display.warn(
             f"  training waited {state.checkpoints.waited_s:.0f} s for the previous checkpoint to be written; "
             "a longer checkpoint.interval or a faster disk would avoid that"
         )
     if kind == PRE_ANNEAL:
         state.log.event("anneal", stage=stage.name, step=steps_done)
         state.display.say(
-            f"  annealing begins; the checkpoint at step {steps_done:,} of {stage.name} is kept for other anneals"
+            f"  annealing begins; the checkpoint at step {steps_done:,} of {stage.name} is kept for other anneals",
+            wrap=True,
         )
     state.log.restart_clock()
 
@@ -97,5 +99,5 @@ def log_saved(log: MetricsLog, display: Display, folder: Path) -> None:
 
 def log_save_failed(log: MetricsLog, display: Display, error: CheckpointError) -> None:
     """Print and log that a checkpoint could not be written."""
-    display.say(f"  {error}")
+    display.warn(f"  {error}")
     log.event("save_failed", why=str(error))

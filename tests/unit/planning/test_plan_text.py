@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from titan_cpt.planning.plan_text import print_notes, print_plan, wrapped
+from titan_cpt.common.text import wrapped
+from titan_cpt.planning.plan_text import print_notes, print_plan
 
 NAMES = ("s{number}", "stage-{number}-with-a-name-of-about-fifty-characters-in-all")
 
