@@ -52,7 +52,12 @@ NO_TORCH = (  # packages and modules that import nothing heavy when they are imp
     "models.registry",
     "models.spec",
 )
-HEAVY_ON_PURPOSE = ("commands.launch", "reporting.figures")  # wraps torchrun; draws, and is imported when it must
+HEAVY_ON_PURPOSE = (  # wraps torchrun; draw, and are imported when they must
+    "commands.launch",
+    "reporting.figures",
+    "reporting.plots",
+    "reporting.stage_strip",
+)
 TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a test that fails if they are wrong
     "__main__": "unit/commands/test_cli.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
@@ -118,6 +123,11 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "models.llama.parallelize": "distributed/test_parity.py",
     "planning.plan_draft": "unit/planning/stages/test_data_budget.py",
     "reporting.benchmark_table": "unit/evaluation/test_scores.py",
+    "reporting.curve_sections": "unit/reporting/test_html_page.py",
+    "reporting.html_parts": "unit/reporting/test_html_page.py",
+    "reporting.loss_sections": "unit/reporting/test_sections.py",
+    "reporting.run_sections": "unit/reporting/test_html_page.py",
+    "reporting.stage_strip": "unit/reporting/test_plots.py",
     "training.bad_steps": "behavior/test_numeric_faults.py",
     "training.benchmarks": "unit/evaluation/test_evaluate.py",
     "training.changed_validation": "unit/training/test_forgetting.py",

@@ -1,70 +1,133 @@
-"""The figures of a report: losses over tokens, learning rates, forgetting over adaptation, throughput.
+"""Rendering of the report's figures: colors, light and dark theme, a wide form and a narrow one for phones.
 
-Each figure is drawn twice, for light and for dark pages.
+SVG files have no legend, because the page shows it as text that wraps; PNG files, which are used elsewhere, have one.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
-from titan_cpt.reporting.comparison import ComparisonRow
-from titan_cpt.reporting.run_log import RunLog
-
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 matplotlib.use("Agg")  # works without a display; must come before the import of pyplot
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 
-# The palette of Okabe and Ito, which is safe for color-blind readers, without its yellow, which is too pale on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
+# Seven colors of Okabe and Ito, which are safe for color-blind readers, without the yellow, which is too pale on white;
+# then three more, for many runs.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#9467BD", "#A6761D", "#E7298A")
 _STYLES = ("-", "--", "-.", ":")
+_DASHES = {"-": "", "--": "7 3", "-.": "8 2.5 1.5 2.5", ":": "1.5 2.5"}  # of the same styles in the page's legend
 _MARKERS = ("o", "s", "^", "v")
-_MAX_POINTS = 500
-_MAX_IN_LEGEND = 16
-_THEMES = {"light": ("#1b1f24", "#8c959f", "#e6e8eb"), "dark": ("#e6edf3", "#8b949e", "#2b3138")}
+_LIGHT = ("#1b1f24", "#8c959f", "#e6e8eb")  # ink, faint, grid
+_DARK = ("#e6edf3", "#8b949e", "#2b3138")
+_COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
+_LONG_NUMBER = re.compile(r"(\d\.\d\d)\d+")  # digits far below a pixel, which are half of a file
 PNG_MARK = "titan_cpt report"  # in a PNG's metadata: marks figures that a report wrote
 
 
 @dataclass(frozen=True)
+class Form:
+    """The shape of a figure: width in inches, panels side by side, font size in points."""
+
+    width: float
+    columns: int
+    font: float
+
+    @property
+    def row_height(self) -> float:
+        """Height of a panel with its title and axis label, in inches."""
+        return 3.3 if self.columns > 1 else 2.9
+
+
+WIDE = Form(9.4, 2, 9.5)
+NARROW = Form(4.0, 1, 8.5)
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """The name and look of a curve or point: `marker` is empty for a curve, `dashes` is an SVG dash array."""
+
+    label: str
+    color: str
+    style: str = "-"
+    marker: str = ""
+    hollow: bool = False
+    band: bool = False
+
+    @property
+    def dashes(self) -> str:
+        """The line style as an SVG dash array."""
+        return _DASHES[self.style]
+
+    @property
+    def symbol(self) -> str:
+        """The marker as a character."""
+        return dict(zip(_MARKERS, "○□△▽" if self.hollow else "●■▲▼", strict=True)).get(self.marker, "")
+
+
+@dataclass(frozen=True)
 class Figure:
-    """A rendered figure: file name without suffix, caption, width in inches, and the picture as PNG and SVG."""
+    """A rendered figure: file name without suffix, caption, and the picture as PNG and SVG."""
 
     name: str
     caption: str
-    width: float
+    legend: Sequence[LegendEntry]
     png: bytes
     svg_light: str
     svg_dark: str
+    narrow_light: str
+    narrow_dark: str
 
 
-def render_figure(name: str, caption: str, plot: Callable[[], Canvas]) -> Figure:
-    """Call `plot` under the light and the dark theme and render its result as PNG and SVG."""
-    with _theme("light"):
-        canvas = plot()
-        width = float(canvas.get_figwidth())
-        png = _rendered(canvas, "png")
-        light = _rendered(canvas, "svg").decode()
-    with _theme("dark"):
-        dark = _rendered(plot(), "svg").decode()
-    return Figure(name, caption, width, png, light, dark)
+def render_figure(
+    name: str, caption: str, plot: Callable[[Form], Canvas], legend: Sequence[LegendEntry] = ()
+) -> Figure:
+    """Render the result of `plot` as PNG, as SVG for light and dark pages, and as SVG for narrow ones."""
+    with _theme(WIDE):
+        canvas = plot(WIDE)
+        wide = _svg(canvas)
+        _add_legend(canvas, legend)
+        png = _png(canvas)
+    with _theme(NARROW):
+        narrow = _svg(plot(NARROW))
+    return Figure(name, caption, legend, png, wide, _darkened(wide), narrow, _darkened(narrow))
+
+
+def look(number: int) -> dict[str, Any]:
+    """Color and line style of a curve; all of the first 40 differ."""
+    return {"color": _COLORS[number % len(_COLORS)], "linestyle": _per_cycle(_STYLES, number)}
+
+
+def marker(number: int) -> str:
+    """Marker of a run's point."""
+    return _per_cycle(_MARKERS, number)
+
+
+def _per_cycle(styles: Sequence[str], number: int) -> str:
+    """The style of a run: the next one each time the colors have been used up."""
+    return styles[number // len(_COLORS) % len(styles)]
+
+
+def faint() -> str:
+    """The color of axes and of borders between stages."""
+    return str(matplotlib.rcParams["xtick.color"])
 
 
 @contextmanager
-def _theme(name: str) -> Iterator[None]:
-    ink, faint, grid = _THEMES[name]
+def _theme(form: Form) -> Iterator[None]:
+    ink, faint, grid = _LIGHT
     settings: dict[str, Any] = {
-        "figure.facecolor": "none" if name == "dark" else "white",
+        "figure.facecolor": "none",
         "axes.facecolor": "none",
-        "savefig.facecolor": "none" if name == "dark" else "white",
         "text.color": ink,
         "axes.labelcolor": ink,
         "axes.titlecolor": ink,
@@ -79,156 +142,60 @@ def _theme(name: str) -> Iterator[None]:
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": 11,
+        "axes.titlesize": form.font + 1.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.labelsize": 9.5,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
-        "legend.fontsize": 8.5,
+        "axes.labelsize": form.font,
+        "xtick.labelsize": form.font - 0.5,
+        "ytick.labelsize": form.font - 0.5,
+        "legend.fontsize": form.font - 0.5,
         "legend.frameon": False,
         "lines.linewidth": 1.6,
         "font.family": "sans-serif",
+        "svg.fonttype": "none",  # text stays text: smaller than outlines, and in the reader's font
         "svg.hashsalt": "titan_cpt",  # the same numbers give the same bytes
     }
     with matplotlib.rc_context(settings):
         yield
 
 
-def _rendered(canvas: Canvas, form: str) -> bytes:
+def _svg(canvas: Canvas) -> str:
     out = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else {"Software": PNG_MARK}
-    canvas.savefig(out, format=form, dpi=180, bbox_inches="tight", metadata=metadata)
+    canvas.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(canvas)
+    return _COORDINATES.sub(lambda found: _LONG_NUMBER.sub(r"\1", found[0]), out.getvalue().decode())
+
+
+def _png(canvas: Canvas) -> bytes:
+    out = io.BytesIO()
+    canvas.savefig(out, format="png", dpi=180, bbox_inches="tight", facecolor="white", metadata={"Software": PNG_MARK})
     pyplot.close(canvas)
     return out.getvalue()
 
 
-def plot_losses(runs: Sequence[RunLog]) -> Canvas:
-    """Validation loss over tokens trained on: one panel per dataset, one line per run."""
-    datasets = sorted({line["dataset"] for run in runs for line in run.validations})
-    columns = min(2, len(datasets))
-    rows = -(-len(datasets) // columns)
-    canvas, panels = pyplot.subplots(rows, columns, figsize=(10.4, 3.5 * rows), squeeze=False)
-    unit, size = _unit(runs)
-    for axes, dataset in zip(panels.flat, datasets, strict=False):
-        shown: list[float] = []
-        last = max(run.total_tokens for run in runs)
-        for number, run in enumerate(runs):
-            known = [line for line in run.validations if line["loss_nats_per_token"] is not None]
-            lines = [line for line in known if line["dataset"] == dataset]
-            tokens = [run.tokens_at(line["stage"], line["step"]) for line in lines]
-            losses = [line["loss_nats_per_token"] for line in lines]
-            for first, end in _comparable_ranges(run, lines):
-                label = run.name if first == 0 else None
-                axes.plot([t / size for t in tokens[first:end]], losses[first:end], **_look(number), label=label)
-                if first:  # the validation data changed: the curve is broken here
-                    axes.axvline(tokens[first] / size, **_look(number) | {"linestyle": ":"}, linewidth=1, zorder=1)
-            shown += [loss for t, loss in zip(tokens, losses, strict=True) if t >= 0.03 * last]
-        _mark_stages(axes, runs, size)
-        if shown:  # without the first 3 %: the loss falls from log(vocab_size) and would flatten the rest
-            low, high = min(shown), max(shown)
-            axes.set_ylim(low - 0.06 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-        axes.set_title(f"loss on {dataset}", pad=18)  # above the stages' names
-        axes.set_xlabel(f"tokens trained on ({unit})")
-        axes.set_ylabel("validation loss, nats per token")
-    for axes in list(panels.flat)[len(datasets) :]:
-        axes.set_axis_off()
-    return _with_legend(canvas, panels[0, 0], len(runs))
+def _darkened(svg: str) -> str:
+    """The figure in the colors of a dark page; those of the curves stay."""
+    for light, dark in zip(_LIGHT, _DARK, strict=True):
+        svg = svg.replace(light, dark)
+    return svg
 
 
-def _comparable_ranges(run: RunLog, lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Index ranges [first, end) of consecutive validation lines that are comparable with each other."""
-    changes = [index for index in range(1, len(lines)) if not run.comparable(lines[index - 1], lines[index])]
-    return list(pairwise([0, *changes, len(lines)]))
-
-
-def plot_learning_rates(runs: Sequence[RunLog]) -> Canvas:
-    """Learning rate over tokens, one line per run."""
-    return _over_tokens(runs, "lr", "learning rate", scientific=True)
-
-
-def plot_throughput(runs: Sequence[RunLog]) -> Canvas:
-    """Training throughput over tokens, without the time of validation and checkpoints."""
-    return _over_tokens(runs, "tokens_per_s", "tokens per second", scientific=False)
-
-
-def _over_tokens(runs: Sequence[RunLog], key: str, label: str, *, scientific: bool) -> Canvas:
-    canvas, axes = pyplot.subplots(figsize=(10.4, 3.1))
-    unit, size = _unit(runs)
-    for number, run in enumerate(runs):
-        lines = [line for line in run.trains if line.get(key) is not None]
-        shown = lines[:: max(1, len(lines) // _MAX_POINTS)] + lines[-1:]
-        tokens = [run.tokens_at(line["stage"], line["step"]) / size for line in shown]
-        axes.plot(tokens, [line[key] for line in shown], **_look(number), label=run.name)
-    _mark_stages(axes, runs, size)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"tokens trained on ({unit})")
-    axes.set_ylabel(label)
-    if scientific:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    return _with_legend(canvas, axes, len(runs))
-
-
-def plot_trade_off(points: Sequence[tuple[int, ComparisonRow, float]]) -> Canvas:
-    """Forgetting over adaptation, one point per run; lower left is better.
-
-    Args:
-        points: (index of the run, its row, forgetting). A run whose row has no forgetting, because it was trained from
-            scratch, gets a hollow point.
-    """
-    canvas, axes = pyplot.subplots(figsize=(8.2, 3.9))
-    for number, row, value in points:
-        inside = "auto" if row.forgetting else "none"
-        look = {"color": _look(number)["color"], "marker": _per_cycle(_MARKERS, number), "label": row.name}
-        axes.plot(row.adaptation or 0.0, value, linestyle="none", markersize=7.5, markerfacecolor=inside, **look)
-    axes.margins(x=0.08, y=0.1)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))  # names beside the points would overlap
-    axes.set_xlabel("adaptation: validation loss on the new data, nats per token")
-    axes.set_ylabel("forgetting: increase of the loss on the old data")
-    return cast("Canvas", canvas)
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {"color": _COLORS[number % len(_COLORS)], "linestyle": _per_cycle(_STYLES, number)}
-
-
-def _per_cycle(styles: Sequence[str], number: int) -> str:
-    """The style of a run: the next one each time the colors have been used up."""
-    return styles[number // len(_COLORS) % len(styles)]
-
-
-def _unit(runs: Sequence[RunLog]) -> tuple[str, float]:
-    most = max(run.total_tokens for run in runs)
-    return next((pair for pair in (("B", 1e9), ("M", 1e6)) if most >= pair[1]), ("thousand", 1e3))
-
-
-def _mark_stages(axes: Axes, runs: Sequence[RunLog], size: float) -> None:
-    """Dashed lines between the stages of the run that has the most, and the stages' names above them."""
-    run = max(runs, key=lambda run: len(run.plan["stages"]))
-    stages = [stage["name"] for stage in run.plan["stages"]]
-    if len(stages) < 2:
+def _add_legend(canvas: Canvas, legend: Sequence[LegendEntry]) -> None:
+    """A legend below the panels."""
+    if not legend:
         return
-    for index, name in enumerate(stages):
-        begin = run.tokens_at(name, 0) / size
-        if index:
-            axes.axvline(begin, color=matplotlib.rcParams["xtick.color"], linestyle=(0, (4, 3)), linewidth=1, zorder=1)
-        color = matplotlib.rcParams["xtick.color"]
-        where = axes.get_xaxis_transform()
-        axes.annotate(
-            f"stage {name}",
-            (begin, 1.0),
-            (4, 3),  # above the panel, where no curve is
-            xycoords=where,
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8,
-            color=color,
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=entry.color,
+            linestyle="none" if entry.marker else entry.style,
+            marker=entry.marker or None,
+            markerfacecolor="none" if entry.hollow else entry.color,
         )
-
-
-def _with_legend(canvas: Canvas, axes: Axes, count: int) -> Canvas:
-    canvas.tight_layout()
-    if 1 < count <= _MAX_IN_LEGEND:
-        handles, labels = axes.get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(5, count))
-    return canvas
+        for entry in legend
+    ]
+    longest = max(len(entry.label) for entry in legend)
+    columns = max(1, min(5, len(legend), 110 // (longest + 6)))
+    labels = [entry.label for entry in legend]
+    canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=columns)

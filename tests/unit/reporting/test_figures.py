@@ -1,34 +1,38 @@
-"""Figures of the report, checked by the lines that they draw."""
+"""Rendering of figures: light and dark, wide and narrow."""
 
-from titan_cpt.reporting.comparison import ComparisonRow
-from titan_cpt.reporting.figures import plot_losses, plot_trade_off
+import re
+
+from titan_cpt.reporting.figures import render_figure
+from titan_cpt.reporting.plots import plot_losses
 from titan_cpt.reporting.run_log import read_run
-from unit.reporting.run_folders import EN_DE, on
+from unit.reporting.run_folders import EN_DE
 
 
-def test_a_curve_is_broken_and_marked_where_the_validation_data_changed(write_run):
-    """English after 10 thousand tokens: two separate lines and a dotted one between; German is one line."""
-    lines = [*on("A", EN_DE[:4]), *(line for line in on("A", EN_DE[4:]) if line["dataset"] == "de")]
-    lines += [line for line in on("B", EN_DE[4:]) if line["dataset"] == "en"]
-    german, english = plot_losses([read_run(write_run("r", lines))]).axes[:2]
+def test_a_dark_figure_differs_in_the_colors_of_text_and_axes_only(write_run):
+    """Same coordinates, same curves; the narrow form is less than half as wide."""
+    run = read_run(write_run("r", EN_DE))
+    figure = render_figure("losses", "", lambda form: plot_losses([run], form))
+    without_colors = [re.sub(r"#[0-9a-f]{6}", "", svg) for svg in (figure.svg_light, figure.svg_dark)]
+    wide, narrow = (float(re.search(r'width="([\d.]+)pt"', svg)[1]) for svg in (figure.svg_light, figure.narrow_light))
 
-    def curves(axes):
-        return [
-            list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) > 1 and max(line.get_ydata()) > 1
-        ]
-
-    assert curves(english) == [[0, 10], [10, 19, 20]]
-    assert curves(german) == [[0, 10, 10, 19, 20]]
-    assert [line.get_linestyle() for line in english.lines].count(":") == 1
-    assert ":" not in {line.get_linestyle() for line in german.lines}
+    assert without_colors[0] == without_colors[1]
+    assert "#1b1f24" in figure.svg_light
+    assert "#1b1f24" not in figure.svg_dark
+    assert narrow < wide / 2
 
 
-def test_no_two_points_of_the_trade_off_look_alike():
-    """Seven colors, four markers; a run from scratch is hollow."""
-    rows = [
-        ComparisonRow(f"run {n}", "s", True, {}, None, {"en": 0.1} if n else {}, 3.0 + n, 1, 1.0) for n in range(28)
-    ]
-    points = plot_trade_off([(number, row, 0.1) for number, row in enumerate(rows)]).axes[0].lines
+def test_a_figure_keeps_all_digits_of_its_tick_labels(write_run):
+    """Coordinates are shortened to hundredths of a point; the labels 3.125 and 3.375 are not."""
+    run = read_run(write_run("r", EN_DE))
 
-    assert len({(point.get_color(), point.get_marker()) for point in points}) == 28
-    assert [point.get_markerfacecolor() == "none" for point in points] == [True] + [False] * 27
+    def plot(form):
+        canvas = plot_losses([run], form)
+        canvas.axes[0].set_yticks([3.125, 3.375])
+        canvas.axes[0].set_yticklabels(["3.125", "3.375"])
+        return canvas
+
+    svg = render_figure("losses", "", plot).svg_light
+
+    assert "3.125" in svg
+    assert "3.375" in svg
+    assert not re.findall(r' d="[^"]*\d\.\d{3}', svg)

@@ -1,5 +1,6 @@
 """The HTML report: a self-contained page, unfinished runs, rendering in a browser, files that it replaces."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -25,13 +26,17 @@ def test_the_page_is_self_contained(write_run, capsys):
 
     assert status == 0
     assert f"HTML page: {page}" in capsys.readouterr().out
-    assert not re.findall(r"""(?:src|href|srcset)=["'](?!data:|#)""", text)
+    links = set(re.findall(r"""(?:src|href|srcset)=["'](?!data:|#)([^"']*)""", text))
+    assert links == {"report.json", "losses.csv", "steps.csv"}
+    assert all((page.parent / link).exists() for link in links)
     assert not re.findall(r"https?://", re.sub(r"base64,[A-Za-z0-9+/=]*", "", text))
     for number in ("5.1000", "3.2000", "4.1500", "+1.1000", "0.50x", "1.00x", "500 (5.0%)", "0.50", "torch 2.13.0"):
         assert number in cells
     assert "abc" in text
     assert {path.name for path in page.parent.glob("*.png")} == {
         "losses.png",
+        "forgetting.png",
+        "training.png",
         "trade-off.png",
         "learning-rates.png",
         "throughput.png",
@@ -92,7 +97,7 @@ def test_a_browser_shows_the_page(write_run, tmp_path, scheme):
     painted = Image.open(shot).convert("L")
     corner = painted.getpixel((5, 5))
 
-    assert b"<title>true,true,true,true,7</title>" in dumped.stdout
+    assert b"<title>true,true,true,true,true,true,11</title>" in dumped.stdout
     assert corner > 240 if scheme == "light" else corner < 40
     assert len(painted.getcolors(maxcolors=256)) > 50
 
@@ -115,3 +120,25 @@ def test_a_page_replaces_only_what_a_report_wrote(write_run, tmp_path, capsys, w
     assert status_of("report", run, "--html", out) == 2
     assert f"{path}: was not written by `titan-cpt report`" in capsys.readouterr().err
     assert {other.name: other.read_text() for other in out.iterdir()} == {path.name: "mine"}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (apt-get install chromium)")
+def test_the_page_is_never_wider_than_the_window(write_run, tmp_path):
+    """On a phone, a tablet and a screen. Names are long; tables scroll in their boxes, figures change their form."""
+    name = "a_very_long_name_of_a_run_" + "x" * 60
+    runs = [
+        write_run(f"{name}{n}", [line | {"dataset": f"{line['dataset']}_{name}"} for line in EN_DE]) for n in (1, 2)
+    ]
+    assert status_of("report", *runs, "--html", tmp_path / "out") == 0
+    text = html.escape((tmp_path / "out" / "index.html").read_text())
+    widths = (390, 800, 1400)  # of frames, because a window has at least 500 pixels
+    frames = "".join(f'<iframe width={width} height=900 frameborder=0 srcdoc="{text}"></iframe>' for width in widths)
+    pages = "[...document.querySelectorAll('iframe')].map(i=>i.contentDocument.documentElement)"
+    script = f"<script>onload=()=>document.title={pages}.flatMap(p=>[p.clientWidth,p.scrollWidth])</script>"
+    framed = tmp_path / "framed.html"
+    framed.write_text(f"<title></title>{frames}{script}")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'c'}"]
+    command = [str(BROWSER), *options, "--window-size=1600,1000", "--dump-dom", framed.as_uri()]
+    dumped = subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    assert dumped.stdout.decode().partition("</title>")[0].endswith("<title>390,390,800,800,1400,1400")
