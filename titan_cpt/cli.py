@@ -21,6 +21,7 @@ from typing import NoReturn
 from titan_cpt.commands.anneal import add_anneal
 from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
 from titan_cpt.commands.baselines import add_baselines
+from titan_cpt.commands.convert_config import add_convert_config
 from titan_cpt.commands.evaluate import add_eval
 from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
@@ -51,6 +52,7 @@ COMMANDS = (  # in the order of --help
     add_generate,
     add_report,
     add_verify,
+    add_convert_config,
 )
 
 

@@ -28,6 +28,7 @@ PURPOSE = {
     "distributed": "Process group, device mesh, and a file for each parallelism technique.",
     "data": "Token file formats, tokenizers, text preparation, replay mixture, shuffling, the loader.",
     "planning": "From config and data to a frozen plan: steps, LR, replay, parallel layout, memory, warnings.",
+    "convert": "Configs of torchtitan, GPT-NeoX, litgpt and Megatron-LM as ours, and what has no counterpart.",
     "checkpoint": "Weights on disk: saving, resuming, manifests, import from and export to Hugging Face.",
     "evaluation": "Benchmarks and text generation with a checkpoint.",
     "reporting": "From run folders to tables, figures and the HTML page. Reads files only.",
