@@ -16,12 +16,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec.config
 import numpy as np
 import pytest
 import tomli_w
@@ -208,11 +209,13 @@ class Process:
         fault: Fault | None = None,
         largest_file_bytes: int | None = None,
         start_method: str = "fork",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.output = config.with_suffix(f".{time.monotonic_ns()}.txt")
         arguments = ["train", "--config", str(config), *overrides]
         self._process = _server().Process(
-            target=_child, args=(arguments, str(self.output), fault, largest_file_bytes, start_method)
+            target=_child,
+            args=(arguments, str(self.output), fault, largest_file_bytes, start_method, dict(environment or {})),
         )
         self._process.start()
         atexit.register(self._process.kill)  # a failed test leaves none behind; a daemon could have no workers
@@ -261,8 +264,15 @@ def _server() -> Any:
 
 
 def _child(
-    arguments: list[str], output: str, fault: Fault | None, largest_file_bytes: int | None, start_method: str
+    arguments: list[str],
+    output: str,
+    fault: Fault | None,
+    largest_file_bytes: int | None,
+    start_method: str,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # read when fsspec was imported, before this process began
     multiprocessing.set_start_method(start_method, force=True)  # of the processes that read ahead for it
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

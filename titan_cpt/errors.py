@@ -1,4 +1,4 @@
-"""The six exceptions that the package raises for its users, and messages for errors of the operating system.
+"""The seven exceptions that the package raises for its users, and messages for errors of the operating system.
 
 A message says where the problem is, what was found, what is allowed and what to do. The command line prints it without
 a traceback and exits with `exit_status`. `os_error_message` formats an OSError in the same way.
@@ -32,6 +32,10 @@ class DataError(TitanError):
     """A text, token or tokenizer file is missing, damaged, or differs from the one that the run was planned with."""
 
 
+class RemoteError(DataError):
+    """Object storage refuses or does not answer, or an object or bucket is missing or was replaced."""
+
+
 class CheckpointError(TitanError):
     """A checkpoint is missing or damaged, or was trained with other settings than the config has."""
 
@@ -54,6 +58,8 @@ _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packag
     "jinja2": "report",
     "torchao": "float8",
     "transformers": "test",
+    "s3fs": "s3",
+    "gcsfs": "gs",
 }
 
 

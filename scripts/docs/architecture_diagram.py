@@ -24,6 +24,7 @@ PURPOSE = {
     "errors": "The exceptions of the project, each with its exit status.",
     "common": "Small tools: atomic writes, file locks, the paths of a run folder, reading metrics.jsonl, numbers.",
     "config": "The TOML file: schema, loading, overrides, error messages, benchmark suites.",
+    "object_storage": "Files in object storage (s3://, gs://): lookups, byte ranges, the local block cache.",
     "models": "A folder for each model family: modules, sizes, parameter and FLOP counts, Hugging Face names.",
     "distributed": "Process group, device mesh, and a file for each parallelism technique.",
     "data": "Token file formats, tokenizers, text preparation, replay mixture, shuffling, the loader.",

@@ -122,6 +122,11 @@ class DatasetConfig(TokenTable):
         if {self.format, self.resolved_validation_format} != {"indexed"}:
             raise validation_error('with source, format must be "indexed": `prepare` writes .bin/.idx')
         train = _prefix((self.train or ("",))[0])
+        if "://" in train or any("://" in name for name in self.validation or ()):
+            raise validation_error(
+                "with source, train and validation must be local prefixes, which `prepare` writes: prepare the data "
+                "with a local prefix, upload the files, and write their URL into a config without source"
+            )
         if os.path.basename(train) in ("", ".", ".."):
             raise validation_error("with source, train must be a prefix, such as data/german/train, and not a folder")
         validation = f"{train}-validation"

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import ModelConfig
+from titan_cpt.config.storage import StorageConfig
 from titan_cpt.config.suites import SUITES
 from titan_cpt.config.types import (
     FileName,
@@ -358,6 +359,7 @@ class Config(Table):
     parallelism: ParallelismConfig = ParallelismConfig()
     comm: CommConfig = CommConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    storage: StorageConfig = StorageConfig()
     activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
     compile: CompileConfig = CompileConfig()
     float8: Float8Config = Float8Config()

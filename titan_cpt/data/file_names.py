@@ -7,11 +7,13 @@ from pathlib import Path
 
 from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.filesystem import find, matching_urls
+from titan_cpt.object_storage.locations import is_url
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
-FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size and modification time: the same for every name of a file, links included."""
+FileIdentity = tuple[int, int, int, int] | str
+"""Device, inode, size and modification time: the same for every name of a file, links included. A URL in storage."""
 
 
 def expand_glob(pattern: str) -> list[str]:
@@ -22,6 +24,8 @@ def expand_glob(pattern: str) -> list[str]:
     """
     if not glob.has_magic(pattern):
         return []
+    if is_url(pattern):
+        return matching_urls(pattern)
     return sorted(glob.glob(pattern, recursive=True) or glob.glob(_with_literal_folders(pattern), recursive=True))
 
 
@@ -34,11 +38,27 @@ def glob_escape_hint(entry: str) -> str:
 
 def file_identity(path: str | Path) -> FileIdentity | None:
     """Return an identity that all names of a file share; None if the file does not exist."""
+    if isinstance(path, str) and is_url(path):
+        return path
     try:
         status = os.stat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def name_exists(name: str) -> bool:
+    """Whether a local file or folder, or an object in storage, exists.
+
+    Raises:
+        RemoteError: object storage cannot be asked.
+    """
+    return find(name) is not None if is_url(name) else os.path.exists(name)
+
+
+def is_file(name: str) -> bool:
+    """Whether a local file or an object in storage exists; see `name_exists`."""
+    return find(name) is not None if is_url(name) else os.path.isfile(name)
 
 
 class UniqueFiles:
@@ -69,7 +89,7 @@ class UniqueFiles:
 def first_text_file(entries: Iterable[str]) -> str | None:
     """Return the first entry that is a text file, judged by its suffix, and not a token file."""
     endings = tuple(suffix + packing for suffix in TEXT_SUFFIXES for packing in ("", *COMPRESSED_SUFFIXES))
-    return next((entry for entry in entries if entry.endswith(endings) and Path(entry).is_file()), None)
+    return next((each for each in entries if each.endswith(endings) and (is_url(each) or Path(each).is_file())), None)
 
 
 def as_entries(spec: str | Sequence[str]) -> list[str]:

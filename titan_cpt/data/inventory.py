@@ -6,7 +6,7 @@ Only headers are read, so a plan over terabytes takes seconds. A file that does 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
 from titan_cpt.data.file_names import FileIdentity, file_identity, first_text_file
+from titan_cpt.data.formats.array_file import REMOTE_SCAN_TOKENS
 from titan_cpt.data.formats.token_files import (
     TokenCounts,
     TokenFiles,
@@ -25,7 +26,8 @@ from titan_cpt.data.formats.token_files import (
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, RemoteError
+from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, is_url
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class _Present:
     source: str
     key: str
     files: TokenFiles
-    paths: list[Path]
+    paths: list[Location]
 
     @property
     def where(self) -> str:
@@ -80,6 +82,7 @@ def take_inventory(config: Config) -> DataInventory:
         *_read_twice(files for files in train.values() if files.dataset in used),
         *_trained_and_measured(train.values(), validation.values()),
         *_absent_weights(config),
+        *_sampled_checks([*train.values(), *validation.values()]),
     ]
     records = _records(config, [*train.values(), *validation.values()])
     unrecorded = tuple(source for source in train if None in records[source, "train"])
@@ -111,13 +114,19 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
     """Return the files of a key, by source, if all of them exist."""
     found = {}
     for source, files in training_files(config) if key == "train" else validation_files(config):
-        _require_token_files(f"{_table(source)}.{key}", files, has_source=_has_source(config, source))
-        if not missing_entries(files):
-            try:
+        where = f"{_table(source)}.{key}"
+        _require_token_files(where, files, has_source=_has_source(config, source))
+        try:
+            missing = missing_entries(files)
+            if not missing:
                 found[source] = _Present(source, key, files, resolve_paths(files))
-                _require_readable(name for _, name in found[source].token_files)
-            except DataError as error:
-                raise DataError(f"{_table(source)}.{key}: {error}") from None
+                _require_readable(name for _, name in found[source].token_files if not is_url(name))
+        except DataError as error:
+            raise type(error)(f"{where}: {error}") from None
+        absent = next((entry for entry in missing if is_url(entry)), None)
+        if absent is not None:
+            what = "has no .bin and .idx" if files.paired else "there is no such object"
+            raise RemoteError(f"{where}: {absent}: {what} in object storage. Upload it, or correct the name")
     return found
 
 
@@ -134,7 +143,7 @@ def _counted(each: _Present, seq_len: int) -> TokenCounts:
     try:
         return count_source(each.files, seq_len, each.paths)
     except DataError as error:
-        raise DataError(f"{each.where}: {error}") from None
+        raise type(error)(f"{each.where}: {error}") from None
 
 
 def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -142,7 +151,8 @@ def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
     for source, table in _tables(config):
         if table.train:
             dtype = table.dtype if table.format in HEADERLESS else None
-            yield source, TokenFiles(table.train, table.format, dtype, table.in_stored_order, table.index_prefix)
+            cache = cache_settings(config)
+            yield source, TokenFiles(table.train, table.format, dtype, table.in_stored_order, table.index_prefix, cache)
 
 
 def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -150,7 +160,14 @@ def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
     for source, table in _tables(config):
         if table.validation:
             dtype = table.dtype if table.resolved_validation_format in HEADERLESS else None
-            yield source, TokenFiles(table.validation, table.resolved_validation_format, dtype)
+            form = table.resolved_validation_format
+            yield source, TokenFiles(table.validation, form, dtype, cache=cache_settings(config))
+
+
+def cache_settings(config: Config) -> CacheSettings:
+    """The block cache of files in object storage."""
+    storage = config.storage
+    return CacheSettings(storage.resolved_cache_dir, storage.cache_size, storage.block_size)
 
 
 def open_sources(files: Iterable[tuple[str, TokenFiles]], vocab_size: int) -> dict[str, TokenSource]:
@@ -187,7 +204,8 @@ def _require_token_files(where: str, files: TokenFiles, *, has_source: bool) -> 
             f"PREFIX` and write PREFIX here, or set source = {{ text = {text!r} }} and let {where.rpartition('.')[2]} "
             "be the prefix to write"
         )
-    for entry in missing_entries(files):
+    local = replace(files, spec=tuple(entry for entry in files.spec if not is_url(entry)), index_prefix=None)
+    for entry in missing_entries(local):
         if Path(entry).is_dir():
             ending = ".idx" if files.paired else files.suffix
             inside = next((path for path in Path(entry).glob(f"*{ending}") if path.is_file()), None)
@@ -234,6 +252,17 @@ def _trained_and_measured(train: Iterable[_Present], validation: Iterable[_Prese
             if (each.source, found.source) not in noted:
                 noted.add((each.source, found.source))
                 yield f"{found.where}: measures {path}, which {each.where} trains on: it is not unseen data"
+
+
+def _sampled_checks(present: Iterable[_Present]) -> Iterator[str]:
+    """Yield a note if files are in object storage, of which only a sample is checked on open."""
+    remote = [each for each in present if any(isinstance(path, RemotePath) for path in each.paths)]
+    if remote:
+        yield (
+            f"{', '.join(each.where for each in remote)}: in object storage: before training, ids are compared with "
+            f"the vocabulary in a sample of {REMOTE_SCAN_TOKENS:,} tokens, not in all; every id is checked when it is "
+            "read"
+        )
 
 
 def _absent_weights(config: Config) -> Iterator[str]:

@@ -20,6 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.permutation import permuted
+from titan_cpt.data.prefetch import Prefetcher
 
 
 class SequenceReader:
@@ -65,6 +66,19 @@ class SequenceReader:
         rows = zip(draws, self.windows(draws), strict=True)
         return np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a source has files in object storage."""
+        return any(source.is_remote for source in self.sources.values())
+
+    def fetch(self, draws: Sequence[Draw]) -> None:
+        """Fetch the tokens of draws that will be read soon from object storage into the local cache."""
+        numbers: dict[str, list[int]] = {}
+        for draw, window in zip(draws, self.windows(draws), strict=True):
+            numbers.setdefault(draw.source, []).append(int(window))
+        for source, windows in numbers.items():
+            self.sources[source].fetch(windows, self.seq_len)
+
     def batch_hash(self, draws: Sequence[Draw]) -> str:
         """Hash of a global batch: 16 hexadecimal digits over its sources and windows, in order."""
         digest = hashlib.blake2b(digest_size=8)
@@ -92,12 +106,16 @@ class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
         self.rank = rank
         self._drawn: tuple[int, list[Draw]] = (-1, [])
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+    def draws(self, number: int) -> list[Draw]:
+        """The draws of a micro-batch."""
         step, micro = divmod(number, self.accumulation)
         if self._drawn[0] != step:
             self._drawn = (step, self.batch_of(step))
         first = (self.rank * self.accumulation + micro) * self.local_batch
-        tokens = torch.from_numpy(self.reader.read(self._drawn[1][first : first + self.local_batch]))
+        return self._drawn[1][first : first + self.local_batch]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.from_numpy(self.reader.read(self.draws(number)))
         # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, which waits for it.
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -130,10 +148,15 @@ class StageLoader:
         rank: int,
         workers: int,
     ) -> None:
-        batches = _MicroBatches(reader, batch_of, accumulation=accumulation, local_batch=local_batch, rank=rank)
+        shape = {"accumulation": accumulation, "local_batch": local_batch, "rank": rank}
+        batches = _MicroBatches(reader, batch_of, **shape)
         self._accumulation = accumulation
         self._next = first_step * accumulation
         numbers = range(self._next, steps * accumulation)
+        # Worker processes read ahead themselves. A thread does so for this process, which would wait for storage.
+        self._prefetcher = None
+        if reader.is_remote and not workers:
+            self._prefetcher = Prefetcher(reader, _MicroBatches(reader, batch_of, **shape).draws, numbers)
         # The sampler starts at first_step, so the state of the StatefulDataLoader is never saved.
         loader: StatefulDataLoader[Any] = StatefulDataLoader(
             batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=torch.cuda.is_available()
@@ -148,4 +171,6 @@ class StageLoader:
         """
         assert step * self._accumulation + micro == self._next, f"batches are read in order; next is {self._next}"
         self._next += 1
+        if self._prefetcher is not None:
+            self._prefetcher.advance(self._next)
         return next(self._batches)

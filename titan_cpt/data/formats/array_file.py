@@ -5,16 +5,20 @@ read is an error that names the file.
 """
 
 import hashlib
+import io
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from titan_cpt.data.formats.indexed_layout import DAMAGED, open_binary, read_exactly, read_head, size_and_mtime, spans
+from titan_cpt.data.formats.indexed_layout import DAMAGED, OpenFile, read_exactly, read_head, size_and_mtime, spans
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import Location, RemotePath
+from titan_cpt.object_storage.remote_file import RemoteFile
 
+REMOTE_SCAN_TOKENS = 1_000_000  # ids of a file in object storage that are checked on open
 NPY_MAGIC = b"\x93NUMPY"
 
 
@@ -30,12 +34,12 @@ class ArrayFile:
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         dtype: np.dtype[Any],
         *,
         offset_bytes: int = 0,
         count: int | None = None,
-        described_by: Path | None = None,
+        described_by: Location | None = None,
         described_as: bytes = b"",
     ) -> None:
         """Read the length and the digest of the file.
@@ -57,7 +61,8 @@ class ArrayFile:
         self._offset_bytes = offset_bytes
         self._described_by = described_by
         self._described_as = described_as
-        self._bytes, self._mtime_ns = size_and_mtime(path)
+        self._remote = RemoteFile(path) if isinstance(path, RemotePath) else None
+        self._bytes, self._mtime_ns = size_and_mtime(path) if self._remote is None else (self._remote.size, 0)
         self.count = (self._bytes - offset_bytes) // dtype.itemsize if count is None else count
         self.digest = self._content_digest()
 
@@ -68,6 +73,14 @@ class ArrayFile:
             DataError: the file changed since it was opened.
         """
         return self._stored(start, count).astype(np.int64)
+
+    def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch elements [start, stop) of a remote file that will be read soon into the cache, all at once."""
+        if self._remote is not None:
+            width = self.dtype.itemsize
+            self._remote.fetch(
+                [(self._offset_bytes + start * width, self._offset_bytes + stop * width) for start, stop in ranges]
+            )
 
     def close(self) -> None:
         """Close the file; the next read reopens it."""
@@ -88,8 +101,8 @@ class ArrayFile:
         """Return elements [start, start + count) in the dtype of the file."""
         if start < 0 or count < 0 or start + count > self.count:
             raise IndexError(f"{self.path}: elements [{start}, {start + count}) of {self.count}")
-        fd = self._opened()
-        data = read_exactly(fd, count * self.dtype.itemsize, self._offset_bytes + start * self.dtype.itemsize)
+        first, size = self._offset_bytes + start * self.dtype.itemsize, count * self.dtype.itemsize
+        data = read_exactly(self._opened(), size, first) if self._remote is None else self._remote.read(first, size)
         if len(data) != count * self.dtype.itemsize:
             raise DataError(f"{self.path}: ends within elements [{start}, {start + count}): {DAMAGED}")
         return np.frombuffer(data, self.dtype)
@@ -98,7 +111,7 @@ class ArrayFile:
         """Return the file descriptor, after comparing the file with what was checked on open."""
         if self._fd is None:
             try:
-                self._fd = os.open(self.path, os.O_RDONLY)
+                self._fd = os.open(str(self.path), os.O_RDONLY)
             except OSError as fault:
                 raise DataError(f"{self.path}: cannot be reopened: {fault.strerror}") from fault
         status = os.fstat(self._fd)
@@ -120,9 +133,9 @@ class ArrayFile:
         """SHA-256 over the description of the file, its length and 16 evenly spaced blocks."""
         head = read_head(self._described_by) if self._described_by else b""
         digest = hashlib.sha256(self._described_as + head + self._bytes.to_bytes(8, "little"))
-        with open_binary(self.path) as file:
-            for start, stop in spans(self._bytes, block=16_384, limit=16 * 16_384):
-                digest.update(read_exactly(file.fileno(), stop - start, start))
+        with OpenFile(self.path, self._remote) as file:
+            for block in file.read_ranges(list(spans(self._bytes, block=16_384, limit=16 * 16_384))):
+                digest.update(block)
         return digest.hexdigest()
 
 
@@ -135,13 +148,13 @@ class TokenFile(ArrayFile):
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         dtype: np.dtype[Any],
         *,
         vocab_size: int | None,
         scan_tokens: int,
         offset_bytes: int = 0,
-        described_by: Path | None = None,
+        described_by: Location | None = None,
         described_as: bytes = b"",
     ) -> None:
         """Open the file and check its ids.
@@ -151,7 +164,7 @@ class TokenFile(ArrayFile):
             dtype: dtype of the ids.
             vocab_size: ids must be in [0, vocab_size); None disables the check.
             scan_tokens: number of ids to check on open: all ids of a smaller file, evenly spaced blocks of a larger
-                one. Every read checks its own ids as well.
+                one; at most REMOTE_SCAN_TOKENS of a file in object storage. Every read checks its own ids as well.
             offset_bytes: offset of the first id.
             described_by: see ArrayFile.
             described_as: see ArrayFile.
@@ -163,7 +176,10 @@ class TokenFile(ArrayFile):
         self.tokens = self.count
         self.vocab_size = vocab_size
         if vocab_size is not None:
-            for start, stop in spans(self.tokens, block=65_536, limit=scan_tokens):
+            limit = scan_tokens if self._remote is None else min(scan_tokens, REMOTE_SCAN_TOKENS)
+            blocks = list(spans(self.tokens, block=65_536, limit=limit))
+            self.fetch(blocks)
+            for start, stop in blocks:
                 self.read(start, stop - start)
         self.close()
 
@@ -194,23 +210,23 @@ class TokenFile(ArrayFile):
         return ""
 
 
-def npy_header(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
+def npy_header(path: Location) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
     """Return dtype, shape and data offset from the header of a .npy file; None if the file has no such header.
 
     Raises:
         DataError: the header is damaged, or the array does not contain integers in C order.
     """
-    with open_binary(path) as file:
-        if file.read(len(NPY_MAGIC)) != NPY_MAGIC:
-            return None
-        file.seek(0)
-        try:
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran, dtype = read(file)
-        except (ValueError, KeyError, SyntaxError, TypeError) as fault:
-            raise DataError(f"{path}: its .npy header cannot be read ({fault}): {DAMAGED}") from fault
-        start_bytes = file.tell()
+    head = read_head(path)
+    if not head.startswith(NPY_MAGIC):
+        return None
+    file = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except (ValueError, KeyError, SyntaxError, TypeError) as fault:
+        raise DataError(f"{path}: its .npy header cannot be read ({fault}): {DAMAGED}") from fault
+    start_bytes = file.tell()
     if dtype.kind not in "iu" or (fortran and len(shape) > 1):
         raise DataError(f"{path}: contains {dtype}{' in Fortran order' * fortran}; allowed are integers in C order")
     expected_bytes = start_bytes + dtype.itemsize * int(np.prod(shape, dtype=np.int64))

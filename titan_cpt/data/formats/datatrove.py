@@ -8,24 +8,25 @@ Source: datatrove's TokenizedFile.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from titan_cpt.data.formats.array_file import TokenFile
-from titan_cpt.data.formats.indexed_layout import DAMAGED, open_binary, read_exactly, size_and_mtime, spans
+from titan_cpt.data.formats.indexed_layout import DAMAGED, OpenFile, file_exists, size_and_mtime, spans
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import Location, RemotePath, with_ending
 
 DS_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 DS_SUFFIX = ".ds"
 FULL_CHECK_DOCUMENTS = 16_000_000  # an index of more documents is checked in evenly spaced blocks
+REMOTE_CHECK_DOCUMENTS = 1_000_000  # the same for an index in object storage
 
 
 class DsTokens(TokenFile):
     """A datatrove .ds file and its .ds.index."""
 
-    def __init__(self, path: Path, *, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
+    def __init__(self, path: Location, *, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
         """Open and check the pair; see TokenFile.
 
         Raises:
@@ -36,7 +37,7 @@ class DsTokens(TokenFile):
         super().__init__(path, stored, vocab_size=vocab_size, scan_tokens=scan_tokens, described_by=index_path(path))
 
 
-def count_ds(path: Path) -> int:
+def count_ds(path: Location) -> int:
     """Count the tokens of a .ds from its length and the last entry of its index.
 
     Raises:
@@ -45,15 +46,15 @@ def count_ds(path: Path) -> int:
     return size_and_mtime(path)[0] // _ds_dtype(path).itemsize
 
 
-def index_path(path: Path) -> Path:
+def index_path(path: Location) -> Location:
     """Return the path of the index of a .ds."""
-    return Path(f"{path}.index")
+    return with_ending(path, ".index")
 
 
-def _ds_dtype(path: Path) -> np.dtype[Any]:
+def _ds_dtype(path: Location) -> np.dtype[Any]:
     """Return the dtype of a .ds, from its length and the last entry of its index."""
     index = index_path(path)
-    if not index.exists():
+    if not file_exists(index):
         raise DataError(
             f"{index}: is missing; datatrove writes it beside {path.name} (save_index). Copy both, or read the file "
             'with format = "raw" and its dtype'
@@ -62,8 +63,8 @@ def _ds_dtype(path: Path) -> np.dtype[Any]:
     index_bytes = size_and_mtime(index)[0]
     if index_bytes % 8:
         raise DataError(f"{index}: {index_bytes} bytes are not a multiple of 8, the size of an entry: {DAMAGED}")
-    with open_binary(index) as file:
-        last = read_exactly(file.fileno(), 8, index_bytes - 8) if index_bytes else bytes(8)
+    with OpenFile(index) as file:
+        last = file.read_ranges([(index_bytes - 8, index_bytes)])[0] if index_bytes else bytes(8)
     tokens = int.from_bytes(last, "little")
     if not tokens and not size_bytes:
         return DS_DTYPES[2]
@@ -76,14 +77,15 @@ def _ds_dtype(path: Path) -> np.dtype[Any]:
     return DS_DTYPES[width]
 
 
-def _check_ends(path: Path) -> None:
+def _check_ends(path: Location) -> None:
     """Raise DataError if a document ends before the previous one."""
     index = index_path(path)
     documents = size_and_mtime(index)[0] // 8
-    with open_binary(index) as file:
-        for start, stop in spans(documents, block=65_536, limit=FULL_CHECK_DOCUMENTS):
+    limit = REMOTE_CHECK_DOCUMENTS if isinstance(index, RemotePath) else FULL_CHECK_DOCUMENTS
+    with OpenFile(index) as file:
+        for start, stop in spans(documents, block=65_536, limit=limit):
             upto = min(stop + 1, documents)  # one more, to compare adjacent blocks as well
-            ends = np.frombuffer(read_exactly(file.fileno(), 8 * (upto - start), 8 * start), "<u8")
+            ends = np.frombuffer(file.read(8 * (upto - start), 8 * start), "<u8")
             wrong = np.flatnonzero(ends[1:] < ends[:-1])
             if len(wrong):
                 first = int(wrong[0])

@@ -5,28 +5,27 @@ memory. indexed_layout.py describes the format, array_file.py reads it, indexed_
 """
 
 import hashlib
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from titan_cpt.data.file_names import UniqueFiles, as_entries, expand_glob, glob_escape_hint
+from titan_cpt.data.file_names import UniqueFiles, as_entries, expand_glob, glob_escape_hint, name_exists
 from titan_cpt.data.formats.array_file import TokenFile
 from titan_cpt.data.formats.indexed_layout import (
+    OpenFile,
     check_index,
     check_pointers,
     checked_tokens,
-    open_binary,
-    pair_paths,
+    pair_locations,
     read_header,
     size_and_mtime,
 )
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, located
 
 FULL_SCAN_TOKENS = 64_000_000  # a stream of up to this many tokens is compared with the vocabulary on open
 OPEN_FILES = 64  # .bin files that one stream keeps open; the usual limit per process is 1024
@@ -41,7 +40,7 @@ class IndexedTokens(TokenFile):
         digest: SHA-256 over the head of the .idx, the length of the .bin and evenly spaced blocks of the .bin.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int | None = None, scan_tokens: int = FULL_SCAN_TOKENS) -> None:
+    def __init__(self, prefix: Location, *, vocab_size: int | None = None, scan_tokens: int = FULL_SCAN_TOKENS) -> None:
         """Open and check the pair.
 
         Args:
@@ -54,13 +53,13 @@ class IndexedTokens(TokenFile):
                 vocabulary.
         """
         self.prefix = prefix
-        bin_path, idx = pair_paths(prefix)
+        bin_path, idx = pair_locations(prefix)
         header = read_header(idx)
         self.sequences = header.sequences
         bin_bytes, _ = size_and_mtime(bin_path)
         checked_tokens(bin_path, bin_bytes, header)
-        with open_binary(idx) as file:
-            check_index(file.fileno(), idx, header, bin_bytes)
+        with OpenFile(idx) as file:
+            check_index(file, idx, header, bin_bytes)
         super().__init__(bin_path, header.dtype, vocab_size=vocab_size, scan_tokens=scan_tokens, described_by=idx)
 
 
@@ -73,11 +72,12 @@ class TokenStream:
     Attributes:
         tokens: number of tokens of all files.
         in_stored_order: each epoch reads the windows in stored order, not permuted.
+        is_remote: a file is in object storage.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Location],
         vocab_size: int | None = None,
         *,
         open_file: Callable[..., TokenFile] = IndexedTokens,
@@ -99,6 +99,7 @@ class TokenStream:
         scan_tokens = FULL_SCAN_TOKENS // len(paths)
         self._files = [open_file(path, vocab_size=vocab_size, scan_tokens=scan_tokens) for path in paths]
         self._starts = [0, *accumulate(file.tokens for file in self._files)]
+        self.is_remote = any(isinstance(path, RemotePath) for path in paths)
         self._recent: OrderedDict[int, None] = OrderedDict()
         self.tokens = self._starts[-1]
         self.in_stored_order = in_stored_order
@@ -129,6 +130,25 @@ class TokenStream:
             start = upto
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int64)])
 
+    def fetch(self, numbers: Sequence[int], seq_len: int) -> None:
+        """Fetch windows of remote files that will be read soon into the cache, concurrently."""
+        if not self.is_remote:
+            return
+        by_file: dict[int, list[tuple[int, int]]] = {}
+        for first in (number * self._stride(seq_len) for number in numbers):
+            start, stop = first, first + seq_len + 1
+            while start < stop:
+                file = bisect_right(self._starts, start) - 1
+                upto = min(stop, self._starts[file + 1])
+                by_file.setdefault(file, []).append((start - self._starts[file], upto - self._starts[file]))
+                start = upto
+        for file, ranges in by_file.items():
+            self._files[file].fetch(ranges)
+
+    def _stride(self, seq_len: int) -> int:
+        """Tokens from the first one of a window to the first one of the next."""
+        return seq_len
+
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of the content; it does not depend on the machine or the paths."""
         return hashlib.sha256("\n".join(file.digest for file in self._files).encode()).hexdigest()
@@ -141,30 +161,34 @@ class TokenStream:
             self._files[self._recent.popitem(last=False)[0]].close()
 
 
-def count_tokens(prefix: Path) -> int:
+def count_tokens(prefix: Location) -> int:
     """Count the tokens of a pair from its header, its last index entry and its file sizes: a few reads at any size.
 
     Raises:
         DataError: a file is missing or damaged.
     """
-    bin_path, idx = pair_paths(prefix)
+    bin_path, idx = pair_locations(prefix)
     header = read_header(idx)
     bin_bytes, _ = size_and_mtime(bin_path)
     tokens = checked_tokens(bin_path, bin_bytes, header)
     if header.sequences:
-        with open_binary(idx) as file:
-            check_pointers(file.fileno(), idx, header, bin_bytes, (header.sequences - 1, header.sequences))
+        with OpenFile(idx) as file:
+            check_pointers(file, idx, header, bin_bytes, (header.sequences - 1, header.sequences))
     return tokens
 
 
-def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
+def find_prefixes(spec: str | Sequence[str], cache: CacheSettings | None = None) -> list[Location]:
     """Return the pairs named by a prefix, a glob over prefixes, or a list of these, in order; globs are sorted.
+
+    Args:
+        spec: names; URLs for object storage.
+        cache: the cache of remote files, required for URLs.
 
     Raises:
         DataError: an entry matches nothing, a pair is named twice, one file of a pair is missing, or a glob matches
             both a pair and the PREFIX-validation that `prepare` split off from it.
     """
-    found: list[Path] = []
+    found: list[Location] = []
     once = UniqueFiles("tokens")
     for entry in as_entries(spec):
         matched = _match(entry)
@@ -176,7 +200,7 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
             )
         names = set(matched)
         for name in matched:
-            if not os.path.exists(f"{name}.bin"):
+            if not name_exists(f"{name}.bin"):
                 raise DataError(f"{name}.bin: is missing, but {name}.idx exists: copy both or remove both")
             once.add(entry, name, f"{name}.bin")
             if f"{name}-validation" in names:
@@ -184,7 +208,7 @@ def find_prefixes(spec: str | Sequence[str]) -> list[Path]:
                     f"{entry}: matches {name} and its validation data {name}-validation: the model would train on "
                     "the text that validation measures; narrow the glob, or list the prefixes"
                 )
-            found.append(Path(name))
+            found.append(located(name, cache))
     if not found:
         raise DataError("the list of .bin/.idx pairs is empty; give at least one prefix")
     return found
@@ -195,7 +219,7 @@ def missing_prefixes(spec: str | Sequence[str]) -> list[str]:
     absent = []
     for entry in as_entries(spec):
         matched = _match(entry)
-        if not matched or not all(os.path.exists(f"{name}.bin") for name in matched):
+        if not matched or not all(name_exists(f"{name}.bin") for name in matched):
             absent.append(entry)
     return absent
 
@@ -203,6 +227,6 @@ def missing_prefixes(spec: str | Sequence[str]) -> list[str]:
 def _match(entry: str) -> list[str]:
     """Return the prefixes that an entry matches and whose .idx exists; an existing literal name is not globbed."""
     prefix = entry.removesuffix(".idx").removesuffix(".bin")
-    if os.path.exists(f"{prefix}.idx"):
+    if name_exists(f"{prefix}.idx"):
         return [prefix]
     return [idx.removesuffix(".idx") for idx in expand_glob(f"{prefix}.idx")]

@@ -9,13 +9,16 @@ Layout of PREFIX.idx and PREFIX.bin, little-endian, for n sequences and d docume
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.filesystem import find, stat
+from titan_cpt.object_storage.locations import Location, RemotePath, with_ending
+from titan_cpt.object_storage.remote_file import RemoteFile, read_remote_head
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -25,6 +28,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }  # without 6 and 7: old and new writers disagree on what they mean
 
 FULL_CHECK_SEQUENCES = 16_000_000  # a larger index is checked in evenly spaced blocks
+REMOTE_CHECK_SEQUENCES = 1_000_000  # the same for an index in object storage, of which 20 MB are transferred
 DAMAGED = "the file is damaged or incomplete: copy it again, or prepare it again"
 
 
@@ -49,11 +53,16 @@ class Header(NamedTuple):
 
 
 def pair_paths(prefix: Path) -> tuple[Path, Path]:
-    """Return the .bin and the .idx of a prefix, which may contain dots."""
+    """Return the .bin and the .idx of a local prefix, which may contain dots."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-def read_header(idx: Path) -> Header:
+def pair_locations(prefix: Location) -> tuple[Location, Location]:
+    """Return the .bin and the .idx of a prefix that is local or in object storage."""
+    return with_ending(prefix, ".bin"), with_ending(prefix, ".idx")
+
+
+def read_header(idx: Location) -> Header:
     """Return the header of an .idx. Its counts are compared with the file size before anything is allocated from them.
 
     Raises:
@@ -81,8 +90,10 @@ def read_header(idx: Path) -> Header:
     return header
 
 
-def size_and_mtime(path: Path) -> tuple[int, int]:
-    """Return the length in bytes and the modification time in ns."""
+def size_and_mtime(path: Location) -> tuple[int, int]:
+    """Return the length in bytes and the modification time in ns; that of an object in storage is 0."""
+    if isinstance(path, RemotePath):
+        return stat(path.url).size, 0
     try:
         status = path.stat()
     except OSError as fault:
@@ -91,7 +102,7 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Open a file for reading.
+    """Open a local file for reading.
 
     Raises:
         DataError: with the reason of the operating system.
@@ -102,10 +113,64 @@ def open_binary(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: cannot be read: {fault.strerror}") from fault
 
 
-def read_head(path: Path) -> bytes:
+class OpenFile:
+    """A file open for reading by ranges, local or in object storage; a context manager that closes it.
+
+    Raises:
+        DataError: with the reason of the operating system.
+    """
+
+    def __init__(self, path: Location, remote: RemoteFile | None = None) -> None:
+        """Open a file.
+
+        Args:
+            path: its location.
+            remote: the object, if it has been looked up already.
+        """
+        self._remote = RemoteFile(path) if isinstance(path, RemotePath) and remote is None else remote
+        try:
+            self._fd = -1 if isinstance(path, RemotePath) else os.open(path, os.O_RDONLY)
+        except OSError as fault:
+            raise DataError(f"{path}: cannot be read: {fault.strerror}") from fault
+
+    def __enter__(self) -> "OpenFile":
+        """The file itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, count_bytes: int, offset: int) -> bytes:
+        """Return bytes [offset, offset + count_bytes), fewer only if the file ends before."""
+        if self._remote is not None:
+            return self._remote.read(offset, count_bytes)
+        return read_exactly(self._fd, count_bytes, offset)
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes [start, stop) of each range; a remote file is read in one round trip."""
+        if self._remote is not None:
+            return self._remote.read_ranges(ranges)
+        return [read_exactly(self._fd, stop - start, start) for start, stop in ranges]
+
+    def fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch byte ranges [start, stop) of a remote file that will be read next, all at once."""
+        if self._remote is not None:
+            self._remote.fetch(ranges)
+
+
+def read_head(path: Location) -> bytes:
     """Return the first 64 KiB of a file."""
-    with open_binary(path) as file:
-        return file.read(65_536)
+    if isinstance(path, RemotePath):
+        return read_remote_head(path)
+    with OpenFile(path) as file:
+        return file.read(65_536, 0)
+
+
+def file_exists(path: Location) -> bool:
+    """Whether there is a file or an object of that name."""
+    return find(path.url) is not None if isinstance(path, RemotePath) else path.exists()
 
 
 def read_exactly(fd: int, count_bytes: int, offset: int) -> bytes:
@@ -119,7 +184,7 @@ def read_exactly(fd: int, count_bytes: int, offset: int) -> bytes:
     return data
 
 
-def checked_tokens(bin_path: Path, bin_bytes: int, header: Header) -> int:
+def checked_tokens(bin_path: Location, bin_bytes: int, header: Header) -> int:
     """Return the number of tokens in a .bin.
 
     Raises:
@@ -133,13 +198,21 @@ def checked_tokens(bin_path: Path, bin_bytes: int, header: Header) -> int:
     return bin_bytes // header.dtype.itemsize
 
 
-def check_index(fd: int, idx: Path, header: Header, bin_bytes: int) -> None:
+def check_index(file: OpenFile, idx: Location, header: Header, bin_bytes: int) -> None:
     """Raise DataError unless sizes, pointers, document indices and the length of the .bin are consistent."""
-    for start, stop in spans(header.sequences, block=65_536, limit=FULL_CHECK_SEQUENCES):
-        check_pointers(fd, idx, header, bin_bytes, (start, stop))
-    for start, stop in spans(header.document_indices, block=65_536, limit=FULL_CHECK_SEQUENCES):
+    limit = REMOTE_CHECK_SEQUENCES if isinstance(idx, RemotePath) else FULL_CHECK_SEQUENCES
+    blocks = list(spans(header.sequences, block=65_536, limit=limit))
+    documents = list(spans(header.document_indices, block=65_536, limit=limit))
+    file.fetch(
+        [(header.sizes_at(start), header.sizes_at(stop)) for start, stop in blocks]
+        + [(header.pointer_at(start), header.pointer_at(stop) + 8) for start, stop in blocks]
+        + [(header.document_at(start), header.document_at(stop) + 8) for start, stop in documents]
+    )
+    for start, stop in blocks:
+        check_pointers(file, idx, header, bin_bytes, (start, stop))
+    for start, stop in documents:
         upto = min(stop + 1, header.document_indices)  # one more, to compare adjacent blocks as well
-        data = read_exactly(fd, 8 * (upto - start), header.document_at(start))
+        data = file.read(8 * (upto - start), header.document_at(start))
         indices = np.frombuffer(data, "<i8")
         wrong = (start == 0 and indices[0] != 0) or (np.diff(indices) < 0).any()
         if wrong or indices[-1] > header.sequences:
@@ -149,12 +222,14 @@ def check_index(fd: int, idx: Path, header: Header, bin_bytes: int) -> None:
             )
 
 
-def check_pointers(fd: int, idx: Path, header: Header, bin_bytes: int, span: tuple[int, int]) -> None:
+def check_pointers(file: OpenFile, idx: Location, header: Header, bin_bytes: int, span: tuple[int, int]) -> None:
     """Raise DataError unless each sequence of a span ends where the next one begins, and the last at the .bin's end."""
     start, stop = span
-    sizes = np.frombuffer(read_exactly(fd, 4 * (stop - start), header.sizes_at(start)), "<i4").astype(np.int64)
     upto = min(stop + 1, header.sequences)
-    pointers = np.frombuffer(read_exactly(fd, 8 * (upto - start), header.pointer_at(start)), "<i8")
+    ranges = [(header.sizes_at(start), header.sizes_at(stop)), (header.pointer_at(start), header.pointer_at(upto))]
+    sizes_data, pointers_data = file.read_ranges(ranges)
+    sizes = np.frombuffer(sizes_data, "<i4").astype(np.int64)
+    pointers = np.frombuffer(pointers_data, "<i8")
     ends = np.append(pointers[1:], bin_bytes) if stop == header.sequences else pointers[1:]
     if start == 0 and pointers[0] != 0:
         raise DataError(f"{idx}: the first sequence begins at byte {pointers[0]} of the .bin, not at 0: {DAMAGED}")

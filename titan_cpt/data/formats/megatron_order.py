@@ -16,15 +16,17 @@ Sources: gpt-neox megatron/data/gpt2_dataset.py; Megatron-LM megatron/core/datas
 """
 
 import hashlib
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from titan_cpt.data.file_names import name_exists
 from titan_cpt.data.formats.array_file import ArrayFile, npy_header
 from titan_cpt.data.formats.indexed import FULL_SCAN_TOKENS, IndexedTokens, count_tokens
-from titan_cpt.data.formats.indexed_layout import pair_paths, read_header, spans
+from titan_cpt.data.formats.indexed_layout import file_exists, pair_locations, read_header, spans
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import Location, RemotePath, located
 
 # Document, sample and shuffle index as GPT-NeoX and old Megatron-LM name them, and as Megatron core names them.
 ENDINGS = (
@@ -40,11 +42,12 @@ class MegatronOrder:
 
     Attributes:
         tokens: number of tokens of the pair.
+        is_remote: the pair is in object storage.
     """
 
     in_stored_order = True
 
-    def __init__(self, prefix: Path, index_prefix: str, vocab_size: int | None = None) -> None:
+    def __init__(self, prefix: Location, index_prefix: str, vocab_size: int | None = None) -> None:
         """Open and check the pair and its three index files.
 
         Args:
@@ -60,6 +63,7 @@ class MegatronOrder:
         self._order = _Order(prefix, index_prefix)
         self._order.check()
         self.tokens = self._pair.tokens
+        self.is_remote = isinstance(prefix, RemotePath)
 
     def windows(self, seq_len: int) -> int:
         """Return the number of samples.
@@ -80,13 +84,20 @@ class MegatronOrder:
         self._order.check_length(sample, pieces, seq_len)
         return np.concatenate([self._pair.read(start, count) for start, count in pieces])
 
+    def fetch(self, numbers: Sequence[int], seq_len: int) -> None:
+        """Fetch the tokens of samples that will be read soon, if the pair is in object storage."""
+        if self.is_remote:
+            samples = [int(self._order.shuffle.read(number, 1)[0]) for number in numbers]
+            pieces = [piece for sample in samples for piece in self._order.pieces(sample)]
+            self._pair.fetch([(start, start + count) for start, count in pieces])
+
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of the tokens and the three index files."""
         files = (self._pair, self._order.documents, self._order.samples, self._order.shuffle)
         return hashlib.sha256("\n".join(file.digest for file in files).encode()).hexdigest()
 
 
-def count_order(prefix: Path, index_prefix: str, seq_len: int) -> tuple[int, int]:
+def count_order(prefix: Location, index_prefix: str, seq_len: int) -> tuple[int, int]:
     """Count the tokens of the pair and the samples of the order, from the headers and the first sample.
 
     Raises:
@@ -98,22 +109,23 @@ def count_order(prefix: Path, index_prefix: str, seq_len: int) -> tuple[int, int
 def missing_index_files(index_prefix: str) -> list[str]:
     """Return the missing index files, of the naming scheme that misses fewest; [] if one scheme is complete."""
     names = [[f"{index_prefix}{ending}" for ending in endings] for endings in ENDINGS]
-    absent = [[name for name in three if not Path(name).exists()] for three in names]
+    absent = [[name for name in three if not name_exists(name)] for three in names]
     return min(absent, key=len)
 
 
 class _Order:
     """The three index files, and the positions of their documents in the .bin."""
 
-    def __init__(self, prefix: Path, index_prefix: str) -> None:
-        idx = pair_paths(prefix)[1]
+    def __init__(self, prefix: Location, index_prefix: str) -> None:
+        idx = pair_locations(prefix)[1]
         self._header = read_header(idx)
         self._idx = idx
         header = self._header
         self._sizes = ArrayFile(idx, np.dtype("<i4"), offset_bytes=header.sizes_at(0), count=header.sequences)
         self._pointers = ArrayFile(idx, np.dtype("<i8"), offset_bytes=header.pointer_at(0), count=header.sequences)
-        endings = next((each for each in ENDINGS if Path(f"{index_prefix}{each[0]}").exists()), ENDINGS[0])
-        paths = [Path(f"{index_prefix}{ending}") for ending in endings]
+        endings = next((each for each in ENDINGS if name_exists(f"{index_prefix}{each[0]}")), ENDINGS[0])
+        cache = prefix.cache if isinstance(prefix, RemotePath) else None
+        paths = [located(f"{index_prefix}{ending}", cache) for ending in endings]
         self.documents, self.samples, self.shuffle = (
             _index_file(path, columns) for path, columns in zip(paths, (1, 2, 1), strict=True)
         )
@@ -192,9 +204,9 @@ class _Order:
                 )
 
 
-def _index_file(path: Path, columns: int) -> ArrayFile:
+def _index_file(path: Location, columns: int) -> ArrayFile:
     """Open an index file of `columns` columns as a flat array."""
-    if not path.exists():
+    if not file_exists(path):
         names = " or ".join(", ".join(f"PREFIX{ending}" for ending in endings) for endings in ENDINGS)
         raise DataError(f"{path}: is missing; index_prefix is the common prefix of three files: {names}")
     header = npy_header(path)

@@ -8,7 +8,6 @@ Source: Pythia's utils/mmap_dataset.py and unshard_memmap.py.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +16,15 @@ from titan_cpt.data.formats.array_file import TokenFile
 from titan_cpt.data.formats.indexed import IndexedTokens, TokenStream
 from titan_cpt.data.formats.indexed_layout import (
     FULL_CHECK_SEQUENCES,
+    REMOTE_CHECK_SEQUENCES,
     Header,
-    open_binary,
-    pair_paths,
-    read_exactly,
+    OpenFile,
+    pair_locations,
     read_header,
     spans,
 )
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import Location, RemotePath
 
 
 class Presequenced(TokenStream):
@@ -32,7 +32,7 @@ class Presequenced(TokenStream):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Location],
         vocab_size: int | None = None,
         *,
         open_file: Callable[..., TokenFile] = IndexedTokens,
@@ -59,12 +59,15 @@ class Presequenced(TokenStream):
         """Return the seq_len + 1 tokens of a sequence, int64; see TokenStream.read."""
         return self.read(number * (seq_len + 1), seq_len + 1)
 
+    def _stride(self, seq_len: int) -> int:
+        return seq_len + 1
+
     def fingerprint(self) -> str:
         """Return a digest that differs from that of the same files read as a token stream."""
         return f"presequenced {super().fingerprint()}"
 
 
-def count_presequenced(paths: Sequence[Path], tokens: int, seq_len: int, *, paired: bool) -> int:
+def count_presequenced(paths: Sequence[Location], tokens: int, seq_len: int, *, paired: bool) -> int:
     """Return the number of sequences in files of `tokens` tokens, from the first entry of each .idx if there is one.
 
     Raises:
@@ -75,7 +78,7 @@ def count_presequenced(paths: Sequence[Path], tokens: int, seq_len: int, *, pair
     )
 
 
-def _describe(paths: Sequence[Path]) -> str:
+def _describe(paths: Sequence[Location]) -> str:
     return f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}"
 
 
@@ -95,30 +98,32 @@ def _count_sequences(where: str, lengths: set[int], tokens: int, seq_len: int) -
     return tokens // (seq_len + 1)
 
 
-def _first_length(prefix: Path) -> int:
+def _first_length(prefix: Location) -> int:
     """Number of tokens of the first entry of a pair's .idx; 0 if it has no entries."""
-    idx = pair_paths(prefix)[1]
+    idx = pair_locations(prefix)[1]
     header = read_header(idx)
-    return int(_lengths(idx, header, 0, 1)[0]) if header.sequences else 0
+    with OpenFile(idx) as file:
+        return int(_lengths(file, header, 0, 1)[0]) if header.sequences else 0
 
 
-def _common_length(prefix: Path) -> int:
+def _common_length(prefix: Location) -> int:
     """Number of tokens of every entry of a pair's .idx; raises DataError if they differ."""
-    idx = pair_paths(prefix)[1]
+    idx = pair_locations(prefix)[1]
     header = read_header(idx)
     length = _first_length(prefix)
-    for start, stop in spans(header.sequences, block=65_536, limit=FULL_CHECK_SEQUENCES):
-        lengths = _lengths(idx, header, start, stop)
-        wrong = np.flatnonzero(lengths != length)
-        if len(wrong):
-            first = int(wrong[0])
-            raise DataError(
-                f"{idx}: sequence {start + first} has {lengths[first]} tokens, the first one {length}; all must have "
-                'the same length. For documents of any length, set format = "indexed"'
-            )
+    limit = REMOTE_CHECK_SEQUENCES if isinstance(idx, RemotePath) else FULL_CHECK_SEQUENCES
+    with OpenFile(idx) as file:
+        for start, stop in spans(header.sequences, block=65_536, limit=limit):
+            lengths = _lengths(file, header, start, stop)
+            wrong = np.flatnonzero(lengths != length)
+            if len(wrong):
+                first = int(wrong[0])
+                raise DataError(
+                    f"{idx}: sequence {start + first} has {lengths[first]} tokens, the first one {length}; all must "
+                    'have the same length. For documents of any length, set format = "indexed"'
+                )
     return length
 
 
-def _lengths(idx: Path, header: Header, start: int, stop: int) -> npt.NDArray[np.int32]:
-    with open_binary(idx) as file:
-        return np.frombuffer(read_exactly(file.fileno(), 4 * (stop - start), header.sizes_at(start)), "<i4")
+def _lengths(file: OpenFile, header: Header, start: int, stop: int) -> npt.NDArray[np.int32]:
+    return np.frombuffer(file.read(4 * (stop - start), header.sizes_at(start)), "<i4")

@@ -6,17 +6,16 @@ is compared with that dtype.
 Sources: OLMo-core's NumPy datasets and nanoGPT's data/*/prepare.py (ndarray.tofile of one array).
 """
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from titan_cpt.data.file_names import UniqueFiles, expand_glob, glob_escape_hint
+from titan_cpt.data.file_names import UniqueFiles, expand_glob, glob_escape_hint, is_file
 from titan_cpt.data.formats.array_file import TokenFile, npy_header
-from titan_cpt.data.formats.indexed_layout import DAMAGED, open_binary, read_exactly, size_and_mtime
+from titan_cpt.data.formats.indexed_layout import DAMAGED, OpenFile, size_and_mtime
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import CacheSettings, Location, located
 
 LOOKED_AT_TOKENS = 65_536  # read from the beginning, to detect a dtype of another width
 
@@ -24,7 +23,7 @@ LOOKED_AT_TOKENS = 65_536  # read from the beginning, to detect a dtype of anoth
 class RawTokens(TokenFile):
     """A headerless file of ids whose dtype the config gives."""
 
-    def __init__(self, path: Path, *, dtype: str, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
+    def __init__(self, path: Location, *, dtype: str, vocab_size: int | None = None, scan_tokens: int = 0) -> None:
         """Open and check the file.
 
         Args:
@@ -54,7 +53,7 @@ class RawTokens(TokenFile):
         return f", or is it of another dtype than {self._dtype_name}"
 
 
-def count_raw(path: Path, dtype: str) -> int:
+def count_raw(path: Location, dtype: str) -> int:
     """Count the tokens of a headerless file from its length.
 
     Raises:
@@ -64,13 +63,13 @@ def count_raw(path: Path, dtype: str) -> int:
     return (size_and_mtime(path)[0] - offset_bytes) // stored.itemsize
 
 
-def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
+def find_files(spec: Sequence[str], *, suffix: str = "", cache: CacheSettings | None = None) -> list[Location]:
     """Return the files named by paths or globs, in order; globs are sorted and match only files with `suffix`.
 
     Raises:
         DataError: an entry matches no file, or a file is named twice.
     """
-    found: list[Path] = []
+    found: list[Location] = []
     once = UniqueFiles("tokens")
     for entry in spec:
         matched = _match(entry, suffix)
@@ -80,7 +79,7 @@ def find_files(spec: Sequence[str], *, suffix: str = "") -> list[Path]:
             raise DataError(f"{entry}: no {kind} of that name. {allowed}{glob_escape_hint(entry)}")
         for name in matched:
             once.add(entry, name, name)
-            found.append(Path(name))
+            found.append(located(name, cache))
     return found
 
 
@@ -91,12 +90,12 @@ def missing_files(spec: Sequence[str], *, suffix: str = "") -> list[str]:
 
 def _match(entry: str, suffix: str) -> list[str]:
     """Return the files that an entry matches; an existing literal name is not globbed."""
-    if os.path.isfile(entry):
+    if is_file(entry):
         return [entry] if entry.endswith(suffix) else []
-    return [name for name in expand_glob(entry) if name.endswith(suffix) and os.path.isfile(name)]
+    return [name for name in expand_glob(entry) if name.endswith(suffix) and is_file(name)]
 
 
-def _layout(path: Path, dtype: str) -> tuple[np.dtype[Any], int]:
+def _layout(path: Location, dtype: str) -> tuple[np.dtype[Any], int]:
     """Return the dtype and the offset of the ids."""
     configured = np.dtype(dtype).newbyteorder("<")
     header = npy_header(path)
@@ -117,15 +116,15 @@ def _layout(path: Path, dtype: str) -> tuple[np.dtype[Any], int]:
     return configured, 0
 
 
-def _refuse_other_width(path: Path, stored: np.dtype[Any], offset_bytes: int, vocab_size: int) -> None:
+def _refuse_other_width(path: Location, stored: np.dtype[Any], offset_bytes: int, vocab_size: int) -> None:
     """Raise DataError if each id is evidently one half of a wider id.
 
     The upper half of an id is at most (vocab_size - 1) >> 16. If no value at an odd position exceeds that and some
     value at an even position does, the odd positions are upper halves. The opposite error, ids of half the width, needs
     no check here: two ids read as one exceed the vocabulary.
     """
-    with open_binary(path) as file:
-        ids = np.frombuffer(read_exactly(file.fileno(), LOOKED_AT_TOKENS * stored.itemsize, offset_bytes), stored)
+    with OpenFile(path) as file:
+        ids = np.frombuffer(file.read(LOOKED_AT_TOKENS * stored.itemsize, offset_bytes), stored)
     highest = 0 if stored.itemsize > 2 else (vocab_size - 1) >> 16
     if len(ids) >= 64 and int(ids[1::2].max()) <= highest < int(ids[::2].max()):
         wider = {2: "uint32 or int32", 4: "int64"}.get(stored.itemsize, "a wider type")

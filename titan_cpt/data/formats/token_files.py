@@ -6,7 +6,6 @@ To add a format, add a module to this folder and a case to each function below.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from titan_cpt.data.formats.array_file import TokenFile
@@ -17,6 +16,7 @@ from titan_cpt.data.formats.presequenced import Presequenced, count_presequenced
 from titan_cpt.data.formats.raw import RawTokens, count_raw, find_files, missing_files
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import CacheSettings, Location
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TokenFiles:
         dtype: dtype of headerless files; None if the files themselves define it.
         in_stored_order: each epoch reads the windows in stored order, not permuted.
         index_prefix: common prefix of the three index files of a GPTDataset, for format megatron_order.
+        cache: the block cache of files in object storage.
     """
 
     spec: tuple[str, ...]
@@ -36,6 +37,7 @@ class TokenFiles:
     dtype: str | None = None
     in_stored_order: bool = False
     index_prefix: str | None = None
+    cache: CacheSettings | None = None
 
     @property
     def paired(self) -> bool:
@@ -66,15 +68,15 @@ def missing_entries(files: TokenFiles) -> list[str]:
     return names + (missing_index_files(files.index_prefix) if files.index_prefix is not None else [])
 
 
-def resolve_paths(files: TokenFiles) -> list[Path]:
+def resolve_paths(files: TokenFiles) -> list[Location]:
     """Return the prefixes or files that the spec names, in order.
 
     Raises:
         DataError: an entry matches no file, or a file that another entry named.
     """
     if not files.paired:
-        return find_files(files.spec, suffix=files.suffix)
-    prefixes = find_prefixes(files.spec)
+        return find_files(files.spec, suffix=files.suffix, cache=files.cache)
+    prefixes = find_prefixes(files.spec, files.cache)
     if files.format == "megatron_order" and len(prefixes) != 1:
         raise DataError(
             f"{', '.join(files.spec)}: names {len(prefixes)} pairs; a Megatron order belongs to one pair: name one"
@@ -82,7 +84,7 @@ def resolve_paths(files: TokenFiles) -> list[Path]:
     return prefixes
 
 
-def count_source(files: TokenFiles, seq_len: int, paths: Sequence[Path] = ()) -> TokenCounts:
+def count_source(files: TokenFiles, seq_len: int, paths: Sequence[Location] = ()) -> TokenCounts:
     """Count tokens and sequences from the headers only.
 
     Args:

@@ -1,5 +1,6 @@
 """TokenSource: the interface through which the data loader and validation read a source, whatever its file format."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ class TokenSource(Protocol):
     in_stored_order: bool
     """Each epoch reads the windows in stored order; otherwise in a seeded permutation."""
 
+    is_remote: bool
+    """A file is in object storage: reading a window may take long, and `fetch` shortens that."""
+
     def windows(self, seq_len: int) -> int:
         """Return the number of windows.
 
@@ -26,6 +30,13 @@ class TokenSource(Protocol):
 
         Raises:
             DataError: a file changed since it was opened, or an id is not in the vocabulary.
+        """
+
+    def fetch(self, numbers: Sequence[int], seq_len: int) -> None:
+        """Fetch windows that will be read soon from object storage into the local cache; nothing for local files.
+
+        Raises:
+            RemoteError: a file changed since it was opened, or storage does not answer.
         """
 
     def fingerprint(self) -> str:
