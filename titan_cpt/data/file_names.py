@@ -51,7 +51,7 @@ def name_exists(name: str) -> bool:
     """Whether a local file or folder, or an object in storage, exists.
 
     Raises:
-        RemoteError: object storage cannot be asked.
+        RemoteError: object storage refuses or does not answer.
     """
     return find(name) is not None if is_url(name) else os.path.exists(name)
 

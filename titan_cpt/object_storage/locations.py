@@ -79,7 +79,7 @@ def located(name: str, cache: CacheSettings | None) -> Location:
     if not is_url(name):
         return Path(name)
     protocol_of(name)
-    assert cache is not None, "whoever reads remote files has cache settings"
+    assert cache is not None, "every reader of remote files has cache settings"
     return RemotePath(name, cache)
 
 
