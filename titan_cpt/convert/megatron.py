@@ -294,6 +294,7 @@ def _schedule(out: Conversion, batch: int) -> None:
         steps=steps,
         wsd_decay=None if decay is None else Fraction(decay, size),
         wsd_shape=out.text("lr-wsd-decay-style", "exponential"),
+        batch=max(batch, 1),
     )
     keys = ["lr", "min-lr", "lr-decay-style", f"lr-decay-{unit}", f"lr-warmup-{unit}", "lr-warmup-fraction"]
     keys += [f"lr-wsd-decay-{unit}", "lr-wsd-decay-style"]
@@ -318,6 +319,7 @@ def megatron_lr(
     steps: int,
     wsd_decay: Fraction | None = None,
     wsd_shape: str = "exponential",
+    batch: int = 1,
 ) -> tuple[dict[str, Any], int, str]:
     """Our LR table, the stage's steps, and what differs; "" if step n here has the LR of their step n + 1.
 
@@ -334,8 +336,8 @@ def megatron_lr(
     stop += "stop there, or set `steps` and accept its end" if stop else ""
     if style == "inverse-square-root":
         table = {"schedule": "inv_sqrt", "max": peak, "min": low, "warmup_until": w}
-        table |= {"timescale": end_point(max(warmup, Fraction(1)))}
-        later = "" if warmup > 0 else "without a warm-up the LR falls one step later there than here"
+        table |= {"timescale": end_point(warmup or Fraction(1, batch))}
+        later = "" if warmup > 0 else "without a warm-up Megatron-LM's LR is that of one sequence earlier here"
         return table, steps, later if decay_end >= steps else stop
     if style == "WSD":
         shapes = {"linear": "linear", "cosine": "cosine", "minus_sqrt": "sqrt", "exponential": "exponential"}

@@ -27,7 +27,7 @@ def theirs(n, *, style, peak, low, warmup, decay, wsd=0, shape="linear"):
     if n > decay:
         return low
     if style == "inverse-square-root":
-        return max(low, peak * math.sqrt(max(warmup, 1) / max(n, 1)))
+        return max(low, peak * math.sqrt(max(8 * warmup, 1) / max(8 * n, 1)))  # in sequences, 8 a step
     x = (n - warmup) / (decay - warmup)
     if style == "WSD":
         x, style = max(0.0, (n - (decay - wsd)) / wsd), shape
@@ -41,9 +41,9 @@ def test_step_n_of_megatron_has_the_learning_rate_of_step_n_minus_1_here(style, 
     conversion = converted(megatron, BASE | {"lr-decay-style": style, "lr-warmup-iters": str(warmup)})
     after = [1, 5, 10, 11, 100, 101, 500, 999]
     expected = [theirs(n, style=style, peak=3e-4, low=3e-5, warmup=warmup, decay=1000) for n in after]
-    if style == "inverse-square-root" and warmup == 0:  # sqrt(1 / n) there, sqrt(1 / (1 + n)) here
-        assert "one step later" in found(conversion.decisions, "lr-decay-style").text
-        after = [n - 1 for n in after]
+    if style == "inverse-square-root" and warmup == 0:
+        assert "one sequence earlier" in found(conversion.decisions, "lr-decay-style").text
+        after = [n - 1 / 8 for n in after]
     assert learning_rates(conversion, at=after) == pytest.approx(expected, rel=1e-12)
 
 
