@@ -146,7 +146,14 @@ READ += ["fp16.enabled", "checkpoint_activations", "rms_norm_epsilon", "num_kv_h
 
 @given(st.sets(st.sampled_from(ADVISED + READ)), st.sampled_from([BASE, LLAMA]), st.booleans())
 def test_each_key_is_in_exactly_one_list(names, base, unset):
-    numbers = {"precision": "fp16", "vocab_file": "v.json", "save": "out", "split": "9,1,0", "attention_config": None}
+    numbers = {
+        "precision": "fp16",
+        "vocab_file": "v.json",
+        "save": "out",
+        "split": "9,1,0",
+        "attention_config": None,
+        "new": 1,
+    }
     keys = base | {
         name: None if unset else numbers.get(name, False if name in gpt_neox._ADVICE else None) for name in names
     }
