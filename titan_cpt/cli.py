@@ -31,6 +31,7 @@ from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.plan import add_plan
 from titan_cpt.commands.prepare import add_prepare
 from titan_cpt.commands.report import add_report
+from titan_cpt.commands.runs import add_runs
 from titan_cpt.commands.sweep import add_sweep
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.verify import add_verify
@@ -50,6 +51,7 @@ COMMANDS = (  # in the order of --help
     add_anneal,
     add_eval,
     add_generate,
+    add_runs,
     add_report,
     add_verify,
     add_convert_config,

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -96,6 +97,44 @@ class FileLock:
         with suppress(OSError):  # such as a full disk; the lock is held nevertheless
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, text.encode(), 0)
+
+
+def lock_state(path: Path) -> tuple[bool | None, str]:
+    """Whether a process holds the lock, and its description as `FileLock.holder` gives it, without taking the lock.
+
+    The first is None if the system does not tell: the file is missing or unreadable, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None, ""
+    try:
+        with suppress(OSError, ValueError):
+            held: bool | None = None
+            holder = _describe_holder(os.pread(descriptor, _LONGEST_TEXT_BYTES, 0))
+            with suppress(OSError):
+                answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, _flock_question())
+                held = _flock_type(answer) != fcntl.F_UNLCK
+            return held, holder
+        return None, ""
+    finally:
+        os.close(descriptor)
+
+
+# struct flock in C: the type stands first on Linux, and behind start, length and process id on macOS and the BSDs.
+_FLOCK = "hhqqi" if sys.platform.startswith("linux") else "qqihhi"
+_FLOCK_TYPE = 0 if sys.platform.startswith("linux") else 3
+
+
+def _flock_question() -> bytes:
+    """The question which lock is in the way of an exclusive one on the whole file."""
+    fields = [0] * 5 if sys.platform.startswith("linux") else [0] * 6
+    fields[_FLOCK_TYPE] = fcntl.F_WRLCK
+    return struct.pack(_FLOCK, *fields)
+
+
+def _flock_type(answer: bytes) -> int:
+    return int(struct.unpack(_FLOCK, answer)[_FLOCK_TYPE])
 
 
 @contextmanager

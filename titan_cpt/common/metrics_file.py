@@ -51,7 +51,7 @@ class Metrics:
     problems: list[str] = field(default_factory=list)
 
 
-def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
+def read_metrics(run: Path, stages: Sequence[str] = (), *, last_bytes: int | None = None) -> Metrics:
     """Read a run's metrics.jsonl and drop the lines of steps that were undone.
 
     These lines are dropped, as the file is read from top to bottom:
@@ -66,6 +66,7 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     Args:
         run: the run's folder.
         stages: names of the stages in the order of the plan; other stages follow in the order of the file.
+        last_bytes: read only the lines within this many bytes of the end of the file; None for all.
 
     Raises:
         DataError: the file is missing or cannot be opened. A damaged line is skipped and reported in `problems`.
@@ -75,7 +76,7 @@ def read_metrics(run: Path, stages: Sequence[str] = ()) -> Metrics:
     history = _History(stages)
     path = run / METRICS_FILE
     number = 0
-    for number, line in _parsed(path):
+    for number, line in _parsed(path, last_bytes):
         if line is None:
             damaged.append(number)
         elif line["kind"] == "event":
@@ -195,12 +196,16 @@ class _History:
                 self._undo(other, after=-1)
 
 
-def _parsed(path: Path) -> Iterator[tuple[int, Line | None]]:
-    """(line number, content) of every line; the content of a damaged line is None."""
+def _parsed(path: Path, last_bytes: int | None) -> Iterator[tuple[int, Line | None]]:
+    """(line number, content) of every line that is read; the content of a damaged line is None."""
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-            for number, text in enumerate(file, 1):
-                yield number, _parse(text)
+        with path.open("rb") as file:
+            start = 0 if last_bytes is None else max(0, path.stat().st_size - last_bytes)
+            if start:
+                file.seek(start - 1)
+                file.readline()  # the rest of a line that begins before; nothing but a newline if none does
+            for number, line in enumerate(file, 1):
+                yield number, _parse(line.decode("utf-8", errors="replace"))
     except OSError as error:
         absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         remedy = "Name the folder of a run" if absent else "Change its permissions or repair the file system"

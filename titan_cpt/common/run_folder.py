@@ -27,6 +27,7 @@ from titan_cpt.common.reading import matching
 from titan_cpt.errors import CheckpointError
 
 CONFIG_FILE = "config.toml"
+SWEEP_CONFIG_FILE = "arm.toml"  # of a sweep run: the config to train with; config.toml is that of the last start
 PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

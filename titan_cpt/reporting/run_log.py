@@ -85,7 +85,7 @@ def read_run(path: Path) -> RunLog:
     has_metrics = (run / METRICS_FILE).exists()
     if not has_plan and not has_metrics:
         raise DataError(_not_a_run_message(path))
-    plan = _read_plan(run) if has_plan else {}
+    plan = read_plan(run) if has_plan else {}
     if not has_metrics:
         return RunLog(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {METRICS_FILE}"])
     found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
@@ -164,7 +164,12 @@ def _not_a_run_message(path: Path) -> str:
     return f"{path}: is not a run folder; give {which} below it: {listed}{more}"
 
 
-def _read_plan(run: Path) -> dict[str, Any]:
+def read_plan(run: Path) -> dict[str, Any]:
+    """The plan.json of a run.
+
+    Raises:
+        DataError: it cannot be read, or a key that reports need is missing.
+    """
     path = run / PLAN_FILE
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from titan_cpt.common.exit_status import FAILURE, STOPPED_EARLY, SUCCESS
 from titan_cpt.common.files import make_folder
+from titan_cpt.common.run_folder import SWEEP_CONFIG_FILE
 from titan_cpt.config.run_config import require_own_run, write_run_config
 from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.runs.shared_stages import SharedStageLock, adopt_shared_stages
 from titan_cpt.runs.sweep_runs import InvalidSweepRun, SweepRun, read_sweep_runs, single_run_file
 from titan_cpt.runs.training_process import StopRequested, StopSignals, last_error, train_in_process
 
-SWEEP_CONFIG_NAME = "arm.toml"  # the config to train with; config.toml is the config of the last start
 CONSOLE_NAME = "console.txt"
 TRAIN = (sys.executable, "-m", "titan_cpt", "train")
 
@@ -135,7 +135,7 @@ def _train(
         adopted = adopt_shared_stages(run, others)
         if adopted:
             log(f"  adopted {adopted}")
-        config = run.folder / SWEEP_CONFIG_NAME
+        config = run.folder / SWEEP_CONFIG_FILE
         make_folder(run.folder)
         write_run_config(config, run.config)
         if not launch:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = next(action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
 NAMES = [
     "init",
-    *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "report"),
+    *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "runs"),
+    "report",
     "verify",
 ]
 
