@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: run -> Trainer.train -> train_stage -> train_step.
+"""The training loop, top to bottom: run -> Trainer.steps -> stage_steps -> train_step.
 
 Learning rate, data order and mixture are pure functions of the step, computed by the plan. The only state is the
 weights, the optimizer's moments and the number of steps done.
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import warnings
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from titan_cpt.checkpoint.manager import FoundCheckpoint
-from titan_cpt.common.allocator import keep_freed_memory
 from titan_cpt.common.console import Verbosity
 from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
 from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.process_settings import configure_process
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, SUMMARY_FILE, TENSORBOARD_FOLDER, locked
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
@@ -53,12 +52,8 @@ from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.step_log import record_step
 
-_IGNORED_WARNINGS = (
-    "'set_vital' is deprecated",  # raised inside torch when torchdata's loader starts
-    "torch.distributed is disabled, unavailable or uninitialized",  # DCP in a single process, as intended
-    "Warning: Profiler clears events at the end of each cycle",  # expected: profiler.py writes a trace per cycle
-    "FSDP2-wrapped module .* returned a view tensor",  # a hint for models that modify the view in place
-)
+Returned = TypeVar("Returned")
+Steps: TypeAlias = Generator[tuple[StagePlan, int, StepResult], None, Returned]
 
 
 def run(config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
@@ -71,11 +66,7 @@ def run(config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
         TitanError: the config, the data or the machine does not permit the run, or a loss or gradient is not finite.
             The newest checkpoint stays valid.
     """
-    for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    keep_freed_memory()
-    if config.job.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read at CUDA's start
+    configure_process(deterministic=config.job.deterministic)
     process = init_process_group(config.comm.init_timeout_seconds)
     try:
         return run_with_process_group(process, config, verbosity=verbosity)
@@ -85,13 +76,25 @@ def run(config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
 
 def run_with_process_group(process: ProcessInfo, config: Config, *, verbosity: Verbosity = Verbosity.NORMAL) -> int:
     """`run` within an initialized process group, which the caller destroys."""
+    with opened_trainer(process, config, StopRequest(), verbosity=verbosity) as (trainer, checkpoint):
+        return STOPPED_EARLY if trainer is None else trainer.train(checkpoint)
+
+
+@contextmanager
+def opened_trainer(
+    process: ProcessInfo, config: Config, stop_request: StopRequest, *, verbosity: Verbosity
+) -> Iterator[tuple[Trainer, FoundCheckpoint | None] | tuple[None, None]]:
+    """The trainer of a run, whose folder is locked within the block, and the checkpoint to resume from.
+
+    Both are None if a signal requested a stop while data was prepared.
+    """
     folder = Path(config.job.output_dir) / config.job.name
     with ExitStack() as stack:
         with rank_0_first():
             if process.rank == 0:
                 require_own_run(folder, config)
             stack.enter_context(locked(folder, rank=process.rank))
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(stop_request)
             if process.rank == 0:
                 console = stack.enter_context(run_console(folder, process, verbosity))
                 print_start(console, config, process, folder)
@@ -99,24 +102,42 @@ def run_with_process_group(process: ProcessInfo, config: Config, *, verbosity: V
         if process.rank != 0:  # only now: a run that rank 0 refuses writes no log
             console = stack.enter_context(run_console(folder, process, verbosity))
         if any_rank_stops(stop):
-            return STOPPED_EARLY
+            yield None, None
+            return
         trainer, checkpoint = build(Trainer, config, process, folder, stop, console)
         try:
-            return trainer.train(checkpoint)
+            yield trainer, checkpoint
         finally:
             trainer.display.close()
             trainer.profiler.close()
             trainer.log.close()
 
 
+def run_to_end(steps: Steps[Returned]) -> Returned:
+    """Take every step, and return what the generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            returned: Returned = end.value
+            return returned
+
+
 class Trainer(TrainerState):
     """Trains the stages of a plan. The fields are those of `TrainerState`."""
 
     def train(self, checkpoint: FoundCheckpoint | None) -> int:
+        """Train every stage that is not finished; returns the exit status. See `steps`."""
+        return run_to_end(self.steps(checkpoint))
+
+    def steps(self, checkpoint: FoundCheckpoint | None) -> Steps[int]:
         """Train every stage that is not finished, in order.
 
         Args:
             checkpoint: the checkpoint to resume from; None for a new run.
+
+        Yields:
+            Every step, see `stage_steps`.
 
         Returns:
             The exit status.
@@ -139,7 +160,7 @@ class Trainer(TrainerState):
                 steps_done = resume_stage(self, checkpoint)
                 validate_first = bool(checkpoint.manifest.get("validation_due"))
                 checkpoint = None  # later stages begin at their step 0
-            steps_done, complete = self.train_stage(stage, steps_done, validate_first=validate_first)
+            steps_done, complete = yield from self.stage_steps(stage, steps_done, validate_first=validate_first)
             self.write_summary()
             finished = complete and steps_done == stage.steps and stage is self.plan.stages[-1]
             if any_rank_stops(self.stop) and not finished:
@@ -147,10 +168,18 @@ class Trainer(TrainerState):
         return self.finish()
 
     def train_stage(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> tuple[int, bool]:
-        """Train a stage from `steps_done` to its end, or until a signal requests a stop.
+        """`stage_steps`, to its end."""
+        return run_to_end(self.stage_steps(stage, steps_done, validate_first=validate_first))
+
+    def stage_steps(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> Steps[tuple[int, bool]]:
+        """Train a stage from `steps_done` to its end, or until a stop is requested.
 
         Args:
             validate_first: measure the validation loss before the first step.
+
+        Yields:
+            The stage, the steps done and the step's result, before what is due after the step: a stop that is requested
+            here saves this step. After a rollback earlier steps come again.
 
         Returns:
             The steps done, and whether all validation and benchmarks due by then are complete: a signal can interrupt
@@ -169,6 +198,7 @@ class Trainer(TrainerState):
             result = self.skip_batch(loader, stage, step) if skip else self.train_step(loader, stage, step)
             record_step(self, stage, step, result)
             step += 1
+            yield stage, step, result
             due = actions_due(self.config, stage, step, stop=any_rank_stops(self.stop))
             if step == first_step + 1:  # by now every rank has compiled and taken its first step
                 set_timeouts(self.config.comm.train_timeout_seconds)

@@ -36,6 +36,7 @@ PURPOSE = {
     "training": "The parts of the training loop: loss, optimizer, validation, metrics, handling of bad steps.",
     "train": "The training loop, from top to bottom.",
     "runs": "Runs made from other runs: sweeps, baselines, annealing branches.",
+    "api": "The Python API: what `import titan_cpt` offers.",
     "commands": "One file for each command: its options and its handler.",
     "cli": "The entry point of `titan-cpt`.",
     "__main__": "The entry point of `python -m titan_cpt`.",

@@ -80,6 +80,9 @@ def _kind(annotation: typing.Any, metadata: typing.Sequence[object] = ()) -> str
         inner, *rest = typing.get_args(known)
         if annotation == known or (annotation == inner and list(metadata)[: len(rest)] == rest):
             return words
+    for each in metadata:
+        if isinstance(each, value_types.OneOf) and each.names:
+            return ", ".join(f"`{json.dumps(name)}`" for name in each.names) + " or a registered name"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in arguments)

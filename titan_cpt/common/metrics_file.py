@@ -22,6 +22,7 @@ Line = dict[str, Any]
 _REQUIRED_KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "train": {"stage": str, "step": int},
     "validation": {"stage": str, "step": int, "dataset": str, "loss_nats_per_token": (int, float, type(None))},
+    "metric": {"stage": str, "step": int, "metric": str, "name": str, "value": (int, float, type(None))},
     "event": {"name": str},
 }
 _NUMERIC_KEYS = (  # keys whose value, if present, is a number or null; a value that is not finite is written as null
@@ -38,6 +39,7 @@ class Metrics:
         trains: one line for each training step.
         validations: one line for each validation of a dataset.
         renewed: validations of a stage's initial weights that were repeated later on other validation data.
+        registered: one line for each value of a metric of another package.
         checkpoints: `checkpoint` events that name their stage and step.
         events: all events in the order of the file, including those of undone steps.
         problems: one sentence for each damaged part of the file that was skipped.
@@ -46,6 +48,7 @@ class Metrics:
     trains: list[Line] = field(default_factory=list)
     validations: list[Line] = field(default_factory=list)
     renewed: list[Line] = field(default_factory=list)
+    registered: list[Line] = field(default_factory=list)
     checkpoints: list[Line] = field(default_factory=list)
     events: list[Line] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -82,7 +85,7 @@ def read_metrics(run: Path, stages: Sequence[str] = (), *, last_bytes: int | Non
         elif line["kind"] == "event":
             metrics.events.append(line)
             history.add_event(line)
-        elif line["kind"] in ("train", "validation"):
+        elif line["kind"] in ("train", "validation", "metric"):
             history.add_measurement(line)
     if damaged and damaged[-1] == number and _lacks_final_newline(path):
         damaged.pop()
@@ -94,6 +97,7 @@ def read_metrics(run: Path, stages: Sequence[str] = (), *, last_bytes: int | Non
         metrics.problems.append(f"{path}:{damaged[0]}: skipped a damaged line{more}")
     metrics.trains, metrics.validations, metrics.checkpoints = history.lines()
     metrics.renewed = history.renewed()
+    metrics.registered = history.registered()
     return metrics
 
 
@@ -131,6 +135,7 @@ class _History:
         self._validations: dict[str, dict[tuple[int, str], Line]] = {}
         self._checkpoints: dict[str, dict[int, Line]] = {}
         self._renewed: dict[str, dict[tuple[int, str], Line]] = {}
+        self._registered: dict[str, dict[tuple[int, str, str], Line]] = {}
         self._skipped_in: str | None = None  # the stage of the last event, if that was a `skip_batch`
 
     def add_event(self, line: Line) -> None:
@@ -150,9 +155,12 @@ class _History:
             self._checkpoints.setdefault(stage, {})[step] = line
 
     def add_measurement(self, line: Line) -> None:
-        """Process the line of a training step or of a validation."""
+        """Process the line of a training step, of a validation or of a metric."""
         stage, step = line["stage"], line["step"]
         self._index_of(stage)
+        if line["kind"] == "metric":
+            self._registered.setdefault(stage, {})[step, line["metric"], line["name"]] = line
+            return
         if line["kind"] == "validation":
             lines = self._renewed if line.get("measured_again") else self._validations
             lines.setdefault(stage, {})[step, line["dataset"]] = line
@@ -179,6 +187,12 @@ class _History:
         """Validations of initial weights that were repeated on other data."""
         return [line for lines in self._renewed.values() for line in lines.values()]
 
+    def registered(self) -> list[Line]:
+        """Values of metrics of other packages, ordered by stage, then by step."""
+        order = sorted(self._stage_index, key=self._stage_index.__getitem__)
+        found = (sorted(self._registered.get(name, {}).items(), key=lambda item: item[0][0]) for name in order)
+        return [line for lines in found for _, line in lines]
+
     def _index_of(self, stage: str) -> int:
         return self._stage_index.setdefault(stage, len(self._stage_index))
 
@@ -189,6 +203,8 @@ class _History:
         for validations in (self._validations, self._renewed):
             for key in [key for key in validations.get(stage, ()) if key[0] > after]:
                 del validations[stage][key]
+        for value in [key for key in self._registered.get(stage, ()) if key[0] > after]:
+            del self._registered[stage][value]
 
     def _undo_later_than(self, stage: str) -> None:
         for other, index in self._stage_index.items():

@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,6 +47,9 @@ RESERVED_STAGE_NAMES = (TENSORBOARD_FOLDER, EVALUATIONS_FOLDER, PROFILE_FOLDER, 
 INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,
 STAGE_END = "stage_end"  # at the end of a stage,
 PRE_ANNEAL = "pre_anneal"  # and on the last step before a schedule anneals
+
+_locked_here: set[tuple[int, Path]] = set()
+"""(process id, run folder) of the locks that this process holds: the kernel's are between processes only."""
 
 
 def step_name(steps_done: int) -> str:
@@ -79,7 +83,7 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
     The kernel releases the lock however the process ends.
 
     Raises:
-        CheckpointError: another process holds the lock, or the folder cannot be created.
+        CheckpointError: another process, or this one, holds the lock, or the folder cannot be created.
         AccessError: the lock cannot be taken for another reason.
     """
     if rank != 0:
@@ -91,6 +95,8 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
             f"{folder}: another process is training here{by}. Wait for it, or choose another job.name"
         )
 
+    if (os.getpid(), folder.resolve()) in _locked_here:
+        raise CheckpointError(f"{folder}: this process is training here already. Close that Trainer first")
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,4 +106,7 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
                 f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or change the "
                 "folder's permissions"
             ) from None
+        mine = os.getpid(), folder.resolve()
+        _locked_here.add(mine)
+        stack.callback(_locked_here.discard, mine)
         yield

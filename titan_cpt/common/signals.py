@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -15,19 +17,25 @@ class StopRequest:
     """Context manager that records SIGTERM, SIGUSR1 and the first SIGINT; the training loop then stops after a step.
 
     Slurm sends SIGUSR1 before the time limit of a job. A second SIGINT ends the process at once, which damages nothing:
-    a checkpoint is valid only once its manifest is written.
+    a checkpoint is valid only once its manifest is written. In a thread other than the main one, no signal is handled.
+
+    Args:
+        raises: a second SIGINT raises KeyboardInterrupt instead, for programs that call titan_cpt as a library.
 
     Attributes:
-        name: name of the last signal received, such as "SIGTERM"; "" before the first.
+        name: name of the last signal received, such as "SIGTERM", or why else to stop; "" before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, raises: bool = False) -> None:
         self.name = ""
+        self._raises = raises
         self._interrupting = False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         """Install the signal handlers."""
-        self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,6 +54,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":
+            if self._raises:
+                raise KeyboardInterrupt
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.name = signal.Signals(number).name

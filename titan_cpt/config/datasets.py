@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from titan_cpt.config.types import Fraction01, Name, PositiveFloat, Strings, Table, validation_error
+from titan_cpt.common.plugins import FORMATS
+from titan_cpt.config.types import Fraction01, Name, OneOf, PositiveFloat, Strings, Table, validation_error
 
+VALIDATION_FORMATS = ("indexed", "raw", "ds", "presequenced")
+OWN_FORMATS = (*VALIDATION_FORMATS, "megatron_order")  # those of titan_cpt; packages register others
 OWN_ORDER = ("presequenced", "megatron_order")  # formats whose files define the order of an earlier training run
 HEADERLESS = ("raw", "presequenced")  # formats whose files may contain only ids, of the dtype that the config gives
 
@@ -39,10 +42,12 @@ class TokenTable(Table):
     """Prefix of a .bin/.idx pair (in other formats: a file), a glob, or a list of them; or give `domains`."""
     validation: Strings | None = None
     """Validation tokens, named like `train`. Without them forgetting of this dataset cannot be measured."""
-    format: Literal["indexed", "raw", "ds", "presequenced", "megatron_order"] = "indexed"
+    format: Annotated[str, OneOf(OWN_FORMATS, FORMATS)] = "indexed"
     """indexed: Megatron's .bin/.idx; raw: headerless ids; ds: datatrove's .ds; presequenced: sequences that are cut and
     shuffled already (Pythia), in a pair or, with dtype, headerless; megatron_order: a pair, in the order of the index
-    files that Megatron saved."""
+    files that Megatron saved; or a format that an installed package registers (titan_cpt.formats)."""
+    format_options: dict[str, Any] | None = None
+    """Keyword arguments for a registered format."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
     """Integer type of headerless files, little-endian; the other formats store it."""
     order: Literal["shuffled", "as_stored"] | None = None
@@ -51,7 +56,7 @@ class TokenTable(Table):
     index_prefix: str | None = None
     """For megatron_order: common prefix of the three index files, up to _doc_idx.npy, _sample_idx.npy and
     _shuffle_idx.npy."""
-    validation_format: Literal["indexed", "raw", "ds", "presequenced"] | None = None
+    validation_format: Annotated[str, OneOf(VALIDATION_FORMATS, FORMATS)] | None = None
     """Format of `validation`. Unset: that of train, or indexed if that is megatron_order."""
 
     @property
@@ -67,6 +72,8 @@ class TokenTable(Table):
     @model_validator(mode="after")
     def _format_has_what_it_needs(self) -> TokenTable:
         formats = {self.format, self.resolved_validation_format if self.validation else self.format}
+        if self.format_options is not None and formats <= {*OWN_FORMATS}:
+            raise validation_error(f'format = "{self.format}" has no options: remove format_options')
         if "raw" in formats and self.dtype is None:
             raise validation_error('format = "raw" needs dtype, the type of the ids: uint16, uint32, int32 or int64')
         if self.dtype is not None and not formats & {*HEADERLESS}:

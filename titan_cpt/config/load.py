@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,36 @@ def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
             "--plan lists them"
         )
     return config
+
+
+def config_from(source: Path | Mapping[str, Any], values: Mapping[str, Any]) -> Config:
+    """`load_config` for Python: from a file or from tables, with overrides that are values and not their text.
+
+    Args:
+        source: the TOML file, or its tables as dictionaries; these are not changed.
+        values: dotted key -> value.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    files: list[TomlFile] = []
+    if isinstance(source, Path):
+        raw, name = read_with_bases(source, files=files), source
+    else:
+        raw, name = _as_toml_tables(source), Path("config")
+    faults = [fault for key, value in values.items() for fault in set_key(raw, key, _as_toml_tables(value), prefix="")]
+    if faults:
+        raise ConfigError("\n".join([f"{name}: overrides:", *(f"  - {fault}" for fault in faults)]))
+    return check_config(raw, name, files=() if values else files)
+
+
+def _as_toml_tables(value: Any) -> Any:
+    """A copy with the types that a TOML file gives: dictionaries, lists, strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_toml_tables(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_toml_tables(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_config(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from titan_cpt.config.types import PositiveFloat, PositiveInt, Table, validation_error
+from titan_cpt.common.plugins import FAMILIES
+from titan_cpt.config.types import OneOf, PositiveFloat, PositiveInt, Table, validation_error
+
+OWN_FAMILIES = ("gpt_neox", "llama")
 
 
 class RopeScalingConfig(Table):
@@ -44,8 +47,8 @@ class RopeScalingConfig(Table):
 class ModelConfig(Table):
     """[model]: a named model size; the keys below `size` override its hyperparameters one by one."""
 
-    family: Literal["gpt_neox", "llama"]
-    """Architecture family."""
+    family: Annotated[str, OneOf(OWN_FAMILIES, FAMILIES)]
+    """Architecture family: one of these, or one that an installed package registers (titan_cpt.families)."""
     size: str
     """A named size of the family, such as "410m", "10b", "llama3.1-8b" or, for a CPU, "debug", "tiny", "mini"."""
     layers: PositiveInt | None = None
@@ -81,3 +84,13 @@ class ModelConfig(Table):
     Mistral has it). Unset: the size's, or full causal attention."""
     tie_embeddings: bool | None = None
     """Tie the output head to the token embedding (Llama family)."""
+    options: dict[str, Any] | None = None
+    """Hyperparameters that only a registered family has, by the names in its spec."""
+
+    @model_validator(mode="after")
+    def _options_are_of_a_registered_family(self) -> ModelConfig:
+        if self.options is not None and self.family in OWN_FAMILIES:
+            raise validation_error(f'options are for registered families: "{self.family}" has the keys of [model]')
+        if known := sorted(set(self.options or ()) & set(ModelConfig.model_fields)):
+            raise validation_error(f"options: {', '.join(known)}: set as a key of [model], not in options")
+        return self

@@ -10,15 +10,18 @@ from titan_cpt.config.schema_lookup import tables_at, takes_only_strings
 from titan_cpt.config.toml_files import exceeds_64_bits, parse_toml
 
 
-def set_key(raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | None = None) -> Iterator[str]:
+def set_key(
+    raw: dict[str, Any], dotted: str, value: Any = None, *, text: str | None = None, prefix: str = "sweep."
+) -> Iterator[str]:
     """Set one dotted key in place; the key names a stage by its `name`. Yields a message if the key cannot be set.
 
     Args:
-        value: the value to set, from a sweep.
+        value: the value to set, from a sweep or from Python.
         text: the value as typed on the command line, instead of `value`; it is parsed as TOML.
+        prefix: what messages put before the key of a `value`.
     """
     parts = dotted.split(".")
-    where = f"sweep.{dotted}" if text is None else f"--{dotted}"
+    where = f"{prefix}{dotted}" if text is None else f"--{dotted}"
     table: Any = raw
     for depth, part in enumerate(parts[:-1]):
         if isinstance(table, list):

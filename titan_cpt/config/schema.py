@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from titan_cpt.common.plugins import METRICS
 from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import ModelConfig
@@ -20,6 +21,7 @@ from titan_cpt.config.types import (
     Mixture,
     Name,
     NonNegativeFloat,
+    OneOf,
     PositiveFloat,
     PositiveInt,
     Table,
@@ -282,6 +284,8 @@ class ValidationConfig(Table):
     steps (100 in the paper); 0: off."""
     final_window_every: PositiveInt = 10
     """Steps between the validations that are averaged in the final loss."""
+    metrics: Annotated[tuple[Annotated[str, OneOf((), METRICS)], ...], Field(strict=False)] = ()
+    """Metrics of other packages (titan_cpt.metrics) that are computed at every validation."""
 
 
 class EvaluationConfig(Table):

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    PlainValidator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from titan_cpt.common.numbers import parse_steps, parse_tokens
+from titan_cpt.common.plugins import registered, what_is_registered
+from titan_cpt.common.text import did_you_mean, quoted_list
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -105,6 +116,32 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction01 = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a string: one of titan_cpt's own names, or one that an installed package registers.
+
+    Attributes:
+        names: titan_cpt's own; a package cannot replace them.
+        group: the entry-point group of the others.
+    """
+
+    names: tuple[str, ...]
+    group: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Validate the string, then the name."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def _checked(self, value: str) -> str:
+        if value in self.names or value in registered(self.group):
+            return value
+        hint = did_you_mean(value, [*self.names, *registered(self.group)])
+        shown = not hint or registered(self.group)
+        of_packages = f"; {what_is_registered(self.group)} under {self.group}" if shown else ""
+        own = f"one of {quoted_list(self.names)}" if self.names else f"a name registered under {self.group}"
+        raise validation_error(f"must be {own}, got {value!r}{hint.rstrip('?') if of_packages else hint}{of_packages}")
 
 
 class Table(BaseModel):

@@ -151,8 +151,9 @@ def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
     for source, table in _tables(config):
         if table.train:
             dtype = table.dtype if table.format in HEADERLESS else None
+            order, options = table.in_stored_order, table.format_options or {}
             cache = cache_settings(config)
-            yield source, TokenFiles(table.train, table.format, dtype, table.in_stored_order, table.index_prefix, cache)
+            yield source, TokenFiles(table.train, table.format, dtype, order, table.index_prefix, cache, options)
 
 
 def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -160,8 +161,9 @@ def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
     for source, table in _tables(config):
         if table.validation:
             dtype = table.dtype if table.resolved_validation_format in HEADERLESS else None
+            options = table.format_options or {}
             form = table.resolved_validation_format
-            yield source, TokenFiles(table.validation, form, dtype, cache=cache_settings(config))
+            yield source, TokenFiles(table.validation, form, dtype, cache=cache_settings(config), options=options)
 
 
 def cache_settings(config: Config) -> CacheSettings:
@@ -196,8 +198,8 @@ def _has_source(config: Config, source: str) -> bool:
 
 def _require_token_files(where: str, files: TokenFiles, *, has_source: bool) -> None:
     """Raise DataError for text files and folders, which otherwise count as token files that do not exist yet."""
-    if has_source:
-        return  # `train` is then the prefix that `prepare` will write
+    if has_source or files.registered:
+        return  # `train` is the prefix that `prepare` will write, or whatever a registered format reads
     if (text := first_text_file(files.spec)) is not None:
         raise DataError(
             f"{where}: {text} is text, not tokens: tokenize it with `titan-cpt prepare --input {text} --output "

@@ -88,6 +88,34 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     return ProcessInfo(dist.get_rank(), world_size, device)
 
 
+def single_process() -> ProcessInfo:
+    """This process by itself, whatever group it is in; its device is GPU number LOCAL_RANK, or the CPU."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    return ProcessInfo(0, 1, device)
+
+
+def existing_process_group() -> ProcessInfo:
+    """Rank and device of this process in a process group that the caller has initialized.
+
+    The device is GPU number LOCAL_RANK, or rank modulo the number of GPUs if that is not set.
+
+    Raises:
+        PlanError: the group has no backend for tensors of the CPU, or the GPU cannot be used.
+    """
+    backend = str(dist.get_backend_config())
+    if "cpu:" not in backend:
+        raise PlanError(
+            f"the process group has the backend {backend!r}, and training also sends tensors of the CPU: initialize it "
+            'with torch.distributed.init_process_group("cuda:nccl,cpu:gloo")'
+        )
+    rank, device = dist.get_rank(), torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        _take_device(device)
+    return ProcessInfo(rank, dist.get_world_size(), device)
+
+
 def require_gpus(processes: int) -> None:
     """Check that this node has a GPU for each of its processes; without any GPU, the processes train on the CPU.
 

@@ -114,7 +114,7 @@ def evaluate(
     scores: list[Score] = []
     missing: list[str] = []
     new_scores: list[Score] = []
-    with _preserve_rng_state():
+    with fixed_random_state():
         for task in request.tasks:
             path = target.folder / file_name(task.name, task.shots, request.limit)
             try:
@@ -329,7 +329,7 @@ def _write_summary(target: _CheckpointEval, scores: Sequence[Score], new: Sequen
 
 
 @contextmanager
-def _preserve_rng_state() -> Iterator[None]:
+def fixed_random_state() -> Iterator[None]:
     """Seed all random number generators for the block, and restore their state afterwards."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()

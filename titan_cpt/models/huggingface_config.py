@@ -9,11 +9,12 @@ although they have defaults there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.huggingface_keys import Keys
-from titan_cpt.models.registry import FAMILIES, SPECS, family_module
+from titan_cpt.models.registry import FAMILIES, family_module, family_names, spec_class
 from titan_cpt.models.spec import ModelSpec
 
 _MOST_LAYERS = 10_000  # stops a typo in the config from building millions of layers
@@ -22,8 +23,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     for family in FAMILIES
     for model_type, defaults in family_module(family, "huggingface").CONFIG_DEFAULTS.items()
 }
-"""model_type -> optional keys of config.json with transformers' defaults, of all families."""
-_FAMILY = {kind: family for family in FAMILIES for kind in family_module(family, "huggingface").CONFIG_DEFAULTS}
+"""model_type -> optional keys of config.json with transformers' defaults, of all of titan_cpt's families."""
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -37,10 +37,11 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
         CheckpointError: the model_type or a value is not supported; the message names every such key.
     """
     kind = str(config.get("model_type"))
-    if kind not in _FAMILY:
-        raise CheckpointError(f"{where}: model_type: must be one of {', '.join(_FAMILY)}, got {kind!r}")
-    family = _FAMILY[kind]
-    keys = Keys(config, DEFAULTS[kind])
+    known = _families_by_model_type(kind)
+    if kind not in known:
+        raise CheckpointError(f"{where}: model_type: must be one of {', '.join(known)}, got {kind!r}")
+    family = known[kind]
+    keys = Keys(config, family_module(family, "huggingface").CONFIG_DEFAULTS[kind])
     layers = keys.number(int, "num_hidden_layers")
     if layers > _MOST_LAYERS:
         raise CheckpointError(f"{where}: num_hidden_layers: must be at most {_MOST_LAYERS:,}, got {layers:,}")
@@ -56,12 +57,22 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     problems = list(dict.fromkeys(keys.problems))
     try:
         if not problems:
-            return SPECS[family](**fields)
+            return spec_class(family)(**fields)
     except ConfigError as error:
         problems = str(error).splitlines()
         if missing := dict.fromkeys(keys.defaulted):
             problems.append(f"missing keys have transformers' defaults: {', '.join(missing)}")
     raise CheckpointError("\n  - ".join([f"{where}: describes a model that is not supported:", *problems]))
+
+
+def _families_by_model_type(wanted: str) -> dict[str, str]:
+    """{model_type: family} of titan_cpt's families and, if they lack the wanted one, also of other packages."""
+    found = {kind: family for family in FAMILIES for kind in family_module(family, "huggingface").CONFIG_DEFAULTS}
+    for family in family_names() if wanted not in found else ():
+        with suppress(ConfigError):  # a family without the module huggingface reads no releases
+            for kind in family_module(family, "huggingface").CONFIG_DEFAULTS:
+                found.setdefault(kind, family)
+    return found
 
 
 def config_from_spec(spec: ModelSpec, *, max_positions: int, dtype: str) -> dict[str, Any]:

@@ -1,24 +1,30 @@
 """The model families and their named sizes. Does not import torch, because the training plan uses it.
 
-To add a family: write a folder titan_cpt/models/<family> with model.py, spec.py, parallelize.py and huggingface.py, add
-a line to `FAMILIES`, and the name to `model.family` in titan_cpt/config/model.py.
+To add a family to titan_cpt: write a folder titan_cpt/models/<family> with model.py, spec.py, parallelize.py and
+huggingface.py, and add its name to `OWN_FAMILIES` in titan_cpt/config/model.py. Another package registers a family as
+an entry point `titan_cpt.families` that names its package of these modules (docs/library.md).
 """
 
 import dataclasses
-import importlib
+import importlib.util
 from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
+from titan_cpt.common.plugins import FAMILIES as PLUGIN_GROUP
+from titan_cpt.common.plugins import Plugin, find_plugin, registered, what_is_registered
 from titan_cpt.common.text import did_you_mean
+from titan_cpt.config.model import OWN_FAMILIES
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.spec import ROPE_SCALINGS, ModelSpec, RopeScaling
 
-FAMILIES: tuple[str, ...] = (
-    "gpt_neox",  # the models of Ibrahim et al. 2024, Pythia
-    "llama",  # Llama 2 and 3, Mistral, Qwen2.5, Qwen3
-)
-"""Names of the families: the values of model.family, and the folders in titan_cpt/models."""
+FAMILIES: tuple[str, ...] = OWN_FAMILIES
+"""Names of titan_cpt's own families, which are the folders in titan_cpt/models."""
+
+_NEEDED_FOR = {  # optional modules of a registered family
+    "parallelize": "tensor parallelism",
+    "huggingface": 'import, export and init = "hf:..."',
+}
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary size is padded to a multiple of this number."""
@@ -28,18 +34,68 @@ def family_module(family: str, name: str) -> ModuleType:
     """Import titan_cpt/models/<family>/<name>.py. `model` and `parallelize` import torch; `spec`, `huggingface` do not.
 
     Raises:
+        ConfigError: the family is unknown, or is of another package and lacks this module.
+    """
+    if family in FAMILIES:
+        return importlib.import_module(f"titan_cpt.models.{family}.{name}")
+    plugin = registered_family(family)
+    module = f"{plugin.entry.module}.{name}"
+    plugin.load()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise ConfigError(f"model.family: {family!r} of {plugin.origin}: {error}") from error
+        need = f", which is needed for {_NEEDED_FOR[name]}" if name in _NEEDED_FOR else ""
+        raise ConfigError(f"model.family: {family!r} of {plugin.origin} has no module {module}{need}") from None
+
+
+def has_family_module(family: str, name: str) -> bool:
+    """Whether the family has the module; does not import it.
+
+    Raises:
+        ConfigError: the family is unknown, or its package cannot be imported.
+    """
+    if family in FAMILIES:
+        return True
+    plugin = registered_family(family)
+    plugin.load()
+    return importlib.util.find_spec(f"{plugin.entry.module}.{name}") is not None
+
+
+def registered_family(family: str) -> Plugin:
+    """The package that registers a family.
+
+    Raises:
         ConfigError: the family is unknown.
     """
-    if family not in FAMILIES:
-        raise ConfigError(_unknown("model.family", family, FAMILIES))
-    return importlib.import_module(f"titan_cpt.models.{family}.{name}")
+    if family not in registered(PLUGIN_GROUP):
+        raise ConfigError(f"{_unknown('model.family', family, FAMILIES)}; {what_is_registered(PLUGIN_GROUP)}")
+    return find_plugin(PLUGIN_GROUP, family)
+
+
+def family_names() -> tuple[str, ...]:
+    """titan_cpt's own families, then those that other packages register."""
+    return FAMILIES + tuple(name for name in registered(PLUGIN_GROUP) if name not in FAMILIES)
+
+
+def spec_class(family: str) -> type[ModelSpec]:
+    """The family's spec class.
+
+    Raises:
+        ConfigError: the family is unknown, or its package has no spec.
+    """
+    if family in SPECS:
+        return SPECS[family]
+    kind: type[ModelSpec] = family_module(family, "spec").SPEC
+    return kind
 
 
 SPECS: Mapping[str, type[ModelSpec]] = {family: family_module(family, "spec").SPEC for family in FAMILIES}
-"""Each family's spec class."""
+"""The spec class of each of titan_cpt's families; `spec_class` also has those of other packages."""
 
 SIZES: Mapping[str, tuple[str, ...]] = {family: spec.sizes() for family, spec in SPECS.items()}
-"""Each family's named sizes."""
+"""The named sizes of each of titan_cpt's families."""
 
 
 def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -49,8 +105,8 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
     `VOCABULARY_MULTIPLE`. An overridden `vocab_size` is not padded.
 
     Args:
-        family: one of `FAMILIES`.
-        size: one of `SIZES[family]`.
+        family: one of `family_names()`.
+        size: one of the family's sizes.
         tokenizer_vocab: number of token ids of the tokenizer.
         overrides: fields of the family's spec, by name, that replace those of the size.
 
@@ -59,26 +115,37 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
             `vocab_size` is smaller than the tokenizer's.
     """
     overrides = dict(overrides or {})
-    if family not in FAMILIES:
-        raise ConfigError(_unknown("model.family", family, FAMILIES))
-    if size not in SIZES[family]:
-        raise ConfigError(_unknown("model.size", size, SIZES[family]))
-    fields = [field.name for field in dataclasses.fields(SPECS[family]) if field.name != "family"]
+    kind = spec_class(family)
+    if size not in kind.sizes():
+        raise ConfigError(_unknown("model.size", size, kind.sizes()))
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "family"]
     problems = [_unknown(f"model.{name}", name, fields) for name in overrides if name not in fields]
     if problems:
         raise ConfigError("\n".join(problems))
     if isinstance(scaling := overrides.get("rope_scaling"), Mapping):
         overrides["rope_scaling"] = RopeScaling(**scaling)
 
-    released_vocab, chosen = SPECS[family].size_fields(size, overrides)
+    released_vocab, chosen = kind.size_fields(size, overrides)
     vocab_size = round_up(max(released_vocab or 0, tokenizer_vocab), VOCABULARY_MULTIPLE)
-    spec = SPECS[family](**{"family": family, "vocab_size": vocab_size, **chosen, **overrides})
+    values = {"family": family, "vocab_size": vocab_size, **chosen, **overrides}
+    if missing := [name for name in _required_fields(kind) if name not in values]:
+        raise ConfigError("\n".join(f"model.{name}: is missing; size {size!r} does not set it" for name in missing))
+    spec = kind(**values)
     if spec.vocab_size < tokenizer_vocab:
         raise ConfigError(
             f"model.vocab_size: must be at least {tokenizer_vocab:,}, the number of tokens of the tokenizer, got "
             f"{spec.vocab_size:,}; remove it to get {vocab_size:,}"
         )
     return spec
+
+
+def _required_fields(kind: type[ModelSpec]) -> list[str]:
+    unset = dataclasses.MISSING
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.init and field.default is unset and field.default_factory is unset
+    ]
 
 
 def round_up(count: int, multiple: int) -> int:
@@ -93,10 +160,13 @@ def spec_from_recipe(recipe: Mapping[str, Any]) -> ModelSpec:
         ConfigError: the keys are not exactly the hyperparameters of a known family, or a value is invalid.
     """
     fields = {key.removeprefix("model."): value for key, value in recipe.items() if key.startswith("model.")}
-    kind = SPECS.get(str(fields.get("family")))
+    family = str(fields.get("family"))
+    if (origin := recipe.get("plugins.model.family")) and family not in family_names():
+        raise ConfigError(f"model.family: {family!r} was registered by {origin}, which is not installed: install it")
+    kind = spec_class(family) if family in family_names() else None
     names = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
     if kind is None or sorted(names) != sorted(fields):
-        raise ConfigError(f"not the hyperparameters of a known model family ({', '.join(FAMILIES)}): {fields}")
+        raise ConfigError(f"not the hyperparameters of a known model family ({', '.join(family_names())}): {fields}")
     if isinstance(fields.get("rope_scaling"), Mapping):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return kind(**fields)
@@ -104,7 +174,7 @@ def spec_from_recipe(recipe: Mapping[str, Any]) -> ModelSpec:
 
 def as_config_table(spec: ModelSpec) -> str:
     """The [model] table of a config for this spec: the named size with the fewest differences, and the differences."""
-    candidates = {size: _overrides_to(spec, size) for size in SIZES[spec.family]}
+    candidates = {size: _overrides_to(spec, size) for size in spec_class(spec.family).sizes()}
     size, overrides = min(
         ((size, fields) for size, fields in candidates.items() if fields is not None), key=lambda pair: len(pair[1])
     )

@@ -85,7 +85,7 @@ class ModelSpec(abc.ABC):
     """Hyperparameters that every family has. Raises ConfigError if they are invalid, with one line per problem."""
 
     family: str
-    """The architecture: one of `registry.FAMILIES`."""
+    """The architecture: one of `registry.family_names()`."""
     layers: int
     """Number of transformer blocks."""
     width: int
@@ -108,12 +108,11 @@ class ModelSpec(abc.ABC):
             raise ConfigError("\n".join(problems))
 
     @classmethod
-    @abc.abstractmethod
     def sizes(cls) -> tuple[str, ...]:
-        """Names of the family's sizes."""
+        """Names of the family's sizes. A family that defines none has "custom", of which the config sets every key."""
+        return ("custom",)
 
     @classmethod
-    @abc.abstractmethod
     def size_fields(cls, size: str, overrides: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
         """The hyperparameters of a named size.
 
@@ -125,10 +124,11 @@ class ModelSpec(abc.ABC):
         Returns:
             Rows of the released model's embedding (None: the tokenizer's number of tokens), and the other fields.
         """
+        return None, {}
 
-    @abc.abstractmethod
     def _problems(self) -> list[str]:
         """Problems of this family's hyperparameters; their types and signs have been checked before."""
+        return []
 
     @property
     @abc.abstractmethod
@@ -173,7 +173,11 @@ class ModelSpec(abc.ABC):
     def final_norm_parameters(self) -> tuple[ParameterSpec, ...]:
         """The parameters of the norm before the output head."""
 
-    @abc.abstractmethod
+    @property
+    def estimates_activations(self) -> bool:
+        """Whether the family computes its activation memory; otherwise the plan's memory lacks it and says so."""
+        return type(self).activation_bytes_per_token is not ModelSpec.activation_bytes_per_token
+
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
         """Activation memory of one block on one rank, per token that the rank holds under context parallelism.
 
@@ -182,6 +186,7 @@ class ModelSpec(abc.ABC):
             cp: context-parallel degree.
             dtype_bytes: bytes per element of the compute dtype.
         """
+        return ActivationBytes(0.0, 0.0, compiled=0.0)
 
     @property
     def parameters_without_embeddings(self) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8, too_small
-from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
+from titan_cpt.planning.model_spec import unsplit_spec
 
 _SMALL_SHARE = 0.1  # of the FLOPs that float8 converts; a smaller share of slow layers matters little
 
@@ -24,6 +24,11 @@ def input_notes(config: Config, inventory: DataInventory, spec: ModelSpec) -> It
     yield from _without_validation(config)
     yield from _padding(config, inventory, spec)
     yield from _small_float8_layers(config, spec)
+    if not spec.estimates_activations:
+        yield (
+            f"model.family: {spec.family!r} does not define activation_bytes_per_token, so the estimated memory does "
+            "not include activations"
+        )
 
 
 def _missing_files(config: Config, inventory: DataInventory) -> Iterator[str]:
@@ -61,8 +66,7 @@ def _without_validation(config: Config) -> Iterator[str]:
 def _padding(config: Config, inventory: DataInventory, spec: ModelSpec) -> Iterator[str]:
     """The padded vocabulary depends on the tensor-parallel degree, and resume refuses a model of another size."""
     degree = config.parallelism.tensor_parallel_degree
-    chosen = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
-    unsplit = named_size(config.model.family, config.model.size, inventory.vocab_size or 1, chosen).vocab_size
+    unsplit = unsplit_spec(config, inventory.vocab_size or 1).vocab_size
     if spec.vocab_size != unsplit:
         yield (
             f"model.vocab_size: {spec.vocab_size:,} rows, padded to 128 x tensor-parallel degree {degree} ({unsplit:,} "

@@ -21,8 +21,7 @@ def model_spec(config: Config, tokenizer_vocab: int) -> ModelSpec:
         ConfigError: the model cannot be built, or model.vocab_size does not divide by the tensor-parallel degree.
     """
     tp = config.parallelism.tensor_parallel_degree
-    overrides = config.model.model_dump(exclude={"family", "size"}, exclude_none=True)
-    spec = named_size(config.model.family, config.model.size, tokenizer_vocab, overrides)
+    spec = unsplit_spec(config, tokenizer_vocab)
     if config.model.vocab_size is None:
         return padded_vocab(spec, tp)
     if spec.vocab_size % tp:
@@ -31,6 +30,17 @@ def model_spec(config: Config, tokenizer_vocab: int) -> ModelSpec:
             f"remove it to get {padded_vocab(spec, tp).vocab_size:,}"
         )
     return spec
+
+
+def unsplit_spec(config: Config, tokenizer_vocab: int) -> ModelSpec:
+    """The spec of the config's model as it is without tensor parallelism.
+
+    Raises:
+        ConfigError: the model cannot be built.
+    """
+    overrides = config.model.model_dump(exclude={"family", "size", "options"}, exclude_none=True)
+    overrides |= config.model.options or {}
+    return named_size(config.model.family, config.model.size, tokenizer_vocab, overrides)
 
 
 def padded_vocab(spec: ModelSpec, tp: int) -> ModelSpec:

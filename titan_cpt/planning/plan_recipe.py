@@ -6,11 +6,13 @@ not part of the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from titan_cpt.config.datasets import OWN_ORDER
+from titan_cpt.common.plugins import FAMILIES, FORMATS, find_plugin
+from titan_cpt.config.datasets import OWN_FORMATS, OWN_ORDER, TokenTable
+from titan_cpt.config.model import OWN_FAMILIES
 from titan_cpt.config.schema import Config, StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
@@ -21,8 +23,10 @@ from titan_cpt.planning.stages.schedule import final_lr
 def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
     """The recipe of the whole run: model, seed, batch and numerics."""
     filter_fqns = sorted({*config.float8.filter_fqns})
+    family = spec.family
     return {
         **spec.as_recipe(),
+        **({} if family in OWN_FAMILIES else {"plugins.model.family": find_plugin(FAMILIES, family).origin}),
         "job.seed": config.job.seed,
         "training.global_batch_size": config.training.global_batch_size,
         "training.seq_len": config.training.seq_len,
@@ -63,6 +67,7 @@ def stage_recipe(
             if config.datasets[name].domains
         },
         **_stored_orders(config, names),
+        **_registered_formats(config, names),
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
         "optimizer_state": stage.optimizer_state,
         "optimizer.beta1": optimizer.betas[0],
@@ -82,13 +87,26 @@ def _as_text(names: Sequence[str] | Mapping[str, float]) -> dict[str, str]:
     return {name: str(weight) for name, weight in sorted(normalized_weights(names).items())}
 
 
+def _sources(config: Config, names: Sequence[str]) -> Iterator[tuple[str, TokenTable]]:
+    for name in names:
+        yield name, config.datasets[name]
+        yield from ((f"{name}.{domain}", table) for domain, table in config.datasets[name].domains.items())
+
+
 def _stored_orders(config: Config, names: Sequence[str]) -> dict[str, str]:
     """The kind and order of sequences, of every source whose sequences are not shuffled windows of its tokens."""
     orders = {}
-    for name in names:
-        dataset = config.datasets[name]
-        for source, table in {name: dataset, **{f"{name}.{d}": t for d, t in dataset.domains.items()}}.items():
-            if table.format in OWN_ORDER or table.in_stored_order:
-                kind = table.format if table.format in OWN_ORDER else "windows"
-                orders[f"order.{source}"] = f"{kind}, {'as stored' if table.in_stored_order else 'shuffled'}"
+    for source, table in _sources(config, names):
+        if table.format in OWN_ORDER or table.in_stored_order:
+            kind = table.format if table.format in OWN_ORDER else "windows"
+            orders[f"order.{source}"] = f"{kind}, {'as stored' if table.in_stored_order else 'shuffled'}"
     return orders
+
+
+def _registered_formats(config: Config, names: Sequence[str]) -> dict[str, str]:
+    """The package of every source whose format another package registers."""
+    return {
+        f"format.{source}": f"{table.format} of {find_plugin(FORMATS, table.format).origin}"
+        for source, table in _sources(config, names)
+        if table.format not in OWN_FORMATS
+    }

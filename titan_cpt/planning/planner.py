@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from titan_cpt.config.schema import Config, StageConfig
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
+from titan_cpt.models.registry import has_family_module
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.input_notes import input_notes
 from titan_cpt.planning.memory import footprint
@@ -35,7 +38,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     """
     draft = PlanDraft(config, inventory)
     spec = model_spec(config, inventory.vocab_size or 1)
-    draft.problems += parallel_problems(config, spec, world_size)
+    draft.problems += [*parallel_problems(config, spec, world_size), *_plugin_problems(config)]
     draft.notes += input_notes(config, inventory, spec)
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
     accumulation = _gradient_accumulation_steps(config, dims, draft.problems)
@@ -63,6 +66,19 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         base_recipe=base_recipe(config, spec),
         notes=tuple(draft.notes),
     )
+
+
+def _plugin_problems(config: Config) -> Iterator[str]:
+    """Parallelism that a family or a metric of another package does not support."""
+    degrees = config.parallelism
+    if degrees.tensor_parallel_degree > 1 and not has_family_module(config.model.family, "parallelize"):
+        yield (
+            f"parallelism.tensor_parallel_degree: the package of model.family = {config.model.family!r} has no module "
+            "parallelize with its tensor-parallel plan: set the degree to 1, or add the module"
+        )
+    for degree in ("pipeline_parallel_degree", "context_parallel_degree"):
+        if config.validation.metrics and getattr(degrees, degree) > 1:
+            yield f"validation.metrics: not supported with parallelism.{degree} > 1: remove them, or set it to 1"
 
 
 def _gradient_accumulation_steps(config: Config, dims: ParallelDims, problems: list[str]) -> int:

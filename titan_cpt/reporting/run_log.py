@@ -29,6 +29,7 @@ class RunLog:
         checkpoints: `checkpoint` events of steps that were not undone.
         problems: one sentence for each part of the folder that could not be read.
         renewed: validation lines of a stage's initial weights, measured again after the validation data had changed.
+        registered: lines of metrics of other packages, in the order of training.
         label: the name that the user gave the run in this report; empty to use `name`.
     """
 
@@ -41,6 +42,7 @@ class RunLog:
     checkpoints: Sequence[Mapping[str, Any]] = ()
     problems: Sequence[str] = ()
     renewed: Sequence[Mapping[str, Any]] = ()
+    registered: Sequence[Mapping[str, Any]] = ()
     label: str = ""
 
     def comparable(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -91,12 +93,13 @@ def read_run(path: Path) -> RunLog:
     found = read_metrics(run, [stage["name"] for stage in plan["stages"]] if plan else [])
     plan = plan or _plan_from_lines(run.name, found.trains, found.validations)
     names = {stage["name"] for stage in plan["stages"]}
-    trains, validations, checkpoints, renewed = (
+    trains, validations, checkpoints, renewed, registered = (
         [line for line in lines if line["stage"] in names]
-        for lines in (found.trains, found.validations, found.checkpoints, found.renewed)
+        for lines in (found.trains, found.validations, found.checkpoints, found.renewed, found.registered)
     )
     problems = [*found.problems, *_nonfinite_losses(plan["name"], validations)]
-    return RunLog(plan["name"], run, plan, trains, validations, found.events, checkpoints, problems, renewed)
+    counted = trains, validations, found.events, checkpoints, problems, renewed, registered
+    return RunLog(plan["name"], run, plan, *counted)
 
 
 def _nonfinite_losses(name: str, validations: Sequence[Mapping[str, Any]]) -> list[str]:

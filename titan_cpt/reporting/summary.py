@@ -27,6 +27,7 @@ def summarize(folder: Path) -> dict[str, Any]:
             ended, and after - left_at.
         adaptation: loss after the stage of each dataset that is new in it.
         tokens, replayed_tokens: planned tokens of each dataset. trained_tokens: those of the steps done.
+        metrics: the last values of metrics of other packages, by metric and name; only if the stage has some.
         seconds: duration of `timed_steps` steps; fewer than `steps_done` if lines of metrics.jsonl are missing.
 
     Raises:
@@ -62,12 +63,22 @@ def _stage_summary(run: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
         "is_done": done >= stage["steps"] and (measured_at == stage["steps"] or not run.validations),
         "measured_at": measured_at,
         **losses,
+        **_registered_metrics(run, name),
         "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
         "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
         "trained_tokens": done * run.plan["step_tokens"],
         "seconds": sum(run.plan["step_tokens"] / speed for speed in speeds),
         "timed_steps": len(speeds),
     }
+
+
+def _registered_metrics(run: RunLog, stage: str) -> dict[str, Any]:
+    """{"metrics": {metric: {name: last value}}}; empty if the stage has none."""
+    last: dict[str, dict[str, float | None]] = {}
+    for line in run.registered:
+        if line["stage"] == stage:
+            last.setdefault(line["metric"], {})[line["name"]] = line["value"]
+    return {"metrics": last} if last else {}
 
 
 def _losses(

@@ -29,7 +29,7 @@ def copy_metrics(
     metrics = read_metrics(source, stages)
     lines = [
         line
-        for line in [*metrics.trains, *metrics.validations, *metrics.renewed]
+        for line in [*metrics.trains, *metrics.validations, *metrics.renewed, *metrics.registered]
         if line["stage"] in until and _is_before(line["step"], until[line["stage"]])
     ]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"kind": "event", **event}])

@@ -38,6 +38,7 @@ from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
+from titan_cpt.evaluation.registered_metrics import load_metrics
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import use_onednn
 from titan_cpt.planning.device_rules import check_device
@@ -97,6 +98,7 @@ def build(
         plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
         data = _open_data(config, tokenizer)
         _check_support(config, process.device)
+        metrics = load_metrics(config.validation.metrics)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     _print_notes(console, list(device_notes(config, process.device)))
 
@@ -155,6 +157,7 @@ def build(
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         reader=SequenceReader(data.training, seq_len=plan.seq_len, seed=plan.seed),
         validator=_build_validator(config, plan, data, mesh),
+        metrics=metrics,
         checkpoints=checkpoints,
         identities=data.identities,
         log=log,

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 from titan_cpt.distributed.process_group import any_rank_stops
+from titan_cpt.evaluation.registered_metrics import MetricContext, measure
 from titan_cpt.planning.plan import StagePlan
+from titan_cpt.training.forward_backward import SingleStageRunner
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.validation import ValidationLoss
 
@@ -37,7 +39,42 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     if shown:
         say = state.display.result if steps_done == stage.steps else state.display.say
         say(f"  validation after step {steps_done:,} of {stage.name}: {', '.join(shown)}", wrap=True)
+    complete = _measure_registered(state, stage, steps_done)
     state.log.restart_clock()
+    return complete
+
+
+def _measure_registered(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
+    """Measure and log the metrics of other packages; False if a signal interrupted that."""
+    runner = state.runner
+    run_step = state.plan.steps_before(stage) + steps_done
+    for name, metric in state.metrics.items():
+        if any_rank_stops(state.stop):
+            return False
+        assert isinstance(runner, SingleStageRunner), "the plan permits no pipeline parallelism with metrics"
+        context = MetricContext(
+            stage=stage.name,
+            step=steps_done,
+            run_step=run_step,
+            config=state.config,
+            model=runner.model,
+            device=state.process.device,
+            datasets=tuple(state.validator.streams),
+            rank=state.process.rank,
+            world_size=state.process.world_size,
+            logits=runner.logits,
+            batches=state.validator.batches,
+        )
+        values, failure = measure(metric, context)
+        where = {"stage": stage.name, "step": steps_done, "metric": name}
+        for key, value in values.items():
+            state.log.metric({**where, "name": key, "value": value}, run_step)
+        if failure:
+            state.log.event("metric_failed", **where, why=failure)
+            state.display.say(f"  metric {name} failed: {failure}")
+        elif values:
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+            state.display.say(f"  {name} after step {steps_done:,} of {stage.name}: {shown}")
     return True
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.optim import AdamW
 
@@ -88,6 +89,14 @@ class SingleStageRunner:
         if self.mesh.context is not None:
             dist.all_reduce(nats_B, group=self.mesh.context)
         return nats_B
+
+    @torch.no_grad()
+    def logits(self, inputs_BL: Tensor) -> Tensor:
+        """The logits of every position, [B, L, V], on every rank; collective. Not for context parallelism."""
+        if self.copy is not None:
+            self.copy.refresh()
+        logits_BLV: Tensor = self.model(local_inputs(inputs_BL, self.mesh))
+        return unpadded(logits_BLV.full_tensor() if isinstance(logits_BLV, DTensor) else logits_BLV, inputs_BL)
 
 
 class PipelineRunner:

@@ -15,7 +15,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from torch import Tensor
 from titan_cpt.common.gpus import peak_flops_of
 from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.common.run_folder import METRICS_FILE
+from titan_cpt.common.version import own_version
 
 
 class ScalarWriter(Protocol):
@@ -157,6 +157,12 @@ class MetricsLog:
         self._scalars(run_step, points)
         self._sync()
 
+    def metric(self, line: dict[str, Any], run_step: int) -> None:
+        """Write one value of a metric of another package."""
+        self._write({"kind": "metric", **line, "run_step": run_step})
+        self._scalars(run_step, {f"metric/{line['metric']}/{line['name']}": line["value"]})
+        self._sync()
+
     def event(self, name: str, **fields: Any) -> None:
         """Write an event, such as start, transition, checkpoint, resume or stop, with the time."""
         self._write({"kind": "event", "name": name, "time": time.time(), **fields})
@@ -227,18 +233,11 @@ class MetricsLog:
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of titan_cpt, torch and Python, and the name of the device."""
     return {
-        "titan_cpt": _own_version(),
+        "titan_cpt": own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "on": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("titan_cpt")
-    except metadata.PackageNotFoundError:
-        return "not installed"  # run from a checkout on PYTHONPATH
 
 
 def peak_memory() -> dict[str, float]:

@@ -12,6 +12,7 @@ from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import CONFIG_FILE
 from titan_cpt.config.run_config import last_setting
+from titan_cpt.config.used_plugins import used_plugins
 from titan_cpt.data.mixture import leaves
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import CheckpointError
@@ -51,6 +52,7 @@ def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
         data=state.identities,
         validation=state.validator.identities,
         versions=versions(state.process.device),
+        **({"plugins": plugins} if (plugins := used_plugins(state.config)) else {}),
         **({"attention_backend": state.attention_backend} if state.attention_backend else {}),
     )
 

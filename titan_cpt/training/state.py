@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.process_group import ProcessInfo
+from titan_cpt.evaluation.registered_metrics import Metric
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.planning.plan import Plan
 from titan_cpt.training.cuda.graphs import CapturedStep
@@ -39,6 +41,7 @@ class TrainerState:
         guard: prevents optimizer updates from the first bad step on.
         skipped: batches that training skips because their loss or gradient was bad.
         reader: sequences of every dataset.
+        metrics: metrics of other packages, by name.
         identities: fingerprints of the tokenizer and of the data files, by dotted key.
         stop: whether a signal requested a stop.
     """
@@ -57,6 +60,7 @@ class TrainerState:
     skipped: SkippedBatches
     reader: SequenceReader
     validator: Validator
+    metrics: Mapping[str, Metric]
     checkpoints: CheckpointManager
     identities: dict[str, str]
     log: MetricsLog

@@ -11,18 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.errors import DataError
+from titan_cpt.evaluation.registered_metrics import IGNORED_TARGET
 from titan_cpt.training.forward_backward import ModelRunner
 
 
@@ -114,10 +116,27 @@ class Validator:
         return losses
 
     def _loss(self, runner: ModelRunner, stream: TokenSource) -> ValidationLoss:
+        sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.process.device)  # nats, tokens, bytes
+        for batch, counted in self._batches(stream):
+            nats_B = runner.per_sequence_loss(batch[:, :-1], batch[:, 1:])[:counted].double()
+            bytes_BL = self.token_bytes[batch[:counted, 1:]]
+            sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
+        if dist.is_initialized():
+            dist.all_reduce(sums)  # ranks that share sequences add them several times; the ratios below cancel that
+        nats, target_tokens, text_bytes = sums.tolist()
+        return ValidationLoss(nats / target_tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan)
+
+    def batches(self, dataset: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's windows of a dataset as (inputs_BL, targets_BL); targets that do not count are IGNORED_TARGET."""
+        for batch, counted in self._batches(self.streams[dataset]):
+            targets_BL = batch[:, 1:].clone()
+            targets_BL[counted:] = IGNORED_TARGET
+            yield batch[:, :-1], targets_BL
+
+    def _batches(self, stream: TokenSource) -> Iterator[tuple[Tensor, int]]:
+        """Full batches of this rank's windows, [B, L + 1], and how many of each count; as many on every rank."""
         windows = evenly_spaced(stream.windows(self.seq_len), self.sequences)
-        device = self.mesh.process.device
         rows = self.local_batch
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
         for start in range(0, len(windows), self.mesh.parallel_dims.data_parallel * rows):
             # Every rank runs every forward pass with a full batch, since a sharded forward is collective and pipeline
             # shapes are fixed; windows that pad the last batch do not count.
@@ -125,11 +144,4 @@ class Validator:
             local_windows = windows[first : first + rows]
             padded = local_windows + windows[:1] * (rows - len(local_windows))
             tokens = np.stack([stream.window(window, self.seq_len) for window in padded])
-            batch = torch.from_numpy(tokens).to(device)
-            nats_B = runner.per_sequence_loss(batch[:, :-1], batch[:, 1:])[: len(local_windows)].double()
-            bytes_BL = self.token_bytes[batch[: len(local_windows), 1:]]
-            sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
-        if dist.is_initialized():
-            dist.all_reduce(sums)  # ranks that share sequences add them several times; the ratios below cancel that
-        nats, target_tokens, text_bytes = sums.tolist()
-        return ValidationLoss(nats / target_tokens, nats / math.log(2) / text_bytes if text_bytes else math.nan)
+            yield torch.from_numpy(tokens).to(self.mesh.process.device), len(local_windows)

@@ -128,3 +128,16 @@ def test_a_validation_set_shorter_than_a_sequence_is_refused_before_training(tmp
     with pytest.raises(DataError, match=r"datasets.x.validation: 8 tokens are fewer than one sequence of 8 \+ 1"):
         validator_of(stream, seq_len=8)
     validator_of(stream, seq_len=7)
+
+
+def test_batches_for_a_metric_have_each_window_once_and_ignore_the_filling(stream, tokens):
+    """Seven windows in batches of two: the eighth row repeats a window, and its targets do not count."""
+    validator = validator_of(stream)
+    inputs, targets = (torch.cat(parts) for parts in zip(*validator.batches("x"), strict=True))
+    counted = (targets != -100).all(dim=1)
+
+    assert len(inputs) == 8
+    assert counted.tolist() == [True] * 7 + [False]
+    assert (targets[7] == -100).all()
+    assert inputs[0].tolist() == tokens[:SEQ_LEN].tolist()
+    assert (inputs[:7, 1:] == targets[:7, :-1]).all()
