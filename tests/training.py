@@ -158,7 +158,7 @@ def built_trainer(config: Config) -> Iterator[Trainer]:
         finally:
             trainer.checkpoints.wait()
             trainer.log.close()
-            gc.enable()  # train_stage leaves it off
+            gc.enable()  # stage_steps leaves it off
 
 
 # Runs in processes of their own

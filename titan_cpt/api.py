@@ -147,17 +147,13 @@ class Trainer:
 
         if self._stack is not None:
             raise ConfigError("this Trainer was opened before: make a new one, it resumes where this one ended")
+        verbosity = Verbosity.of(quiet=self.quiet, verbose=False)
         with ExitStack() as stack:
             stack.enter_context(_restored_settings())
             configure_process(deterministic=self.config.job.deterministic)
             process = stack.enter_context(_process(self.config.comm.init_timeout_seconds))
             loop, checkpoint = stack.enter_context(
-                opened_trainer(
-                    process,
-                    self.config,
-                    StopRequest(raises=True),
-                    verbosity=Verbosity.of(quiet=self.quiet, verbose=False),
-                )
+                opened_trainer(process, self.config, StopRequest(raises=True), verbosity=verbosity)
             )
             if loop is not None:
                 self._loop, self._steps = loop, loop.steps(checkpoint)

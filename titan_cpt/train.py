@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -119,8 +119,7 @@ def run_to_end(steps: Steps[Returned]) -> Returned:
         try:
             next(steps)
         except StopIteration as end:
-            returned: Returned = end.value
-            return returned
+            return cast(Returned, end.value)
 
 
 class Trainer(TrainerState):
@@ -166,10 +165,6 @@ class Trainer(TrainerState):
             if any_rank_stops(self.stop) and not finished:
                 return self.stopped_early(stage, steps_done)
         return self.finish()
-
-    def train_stage(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> tuple[int, bool]:
-        """`stage_steps`, to its end."""
-        return run_to_end(self.stage_steps(stage, steps_done, validate_first=validate_first))
 
     def stage_steps(self, stage: StagePlan, steps_done: int, *, validate_first: bool = True) -> Steps[tuple[int, bool]]:
         """Train a stage from `steps_done` to its end, or until a stop is requested.

@@ -144,7 +144,7 @@ KILLS = (
     ),  # on resume, or in the transition if the stage's end was sealed in time
     Fault("titan_cpt.train:Trainer.train_step", 3),
     Fault("titan_cpt.checkpoint.manifest:remove", 2),  # while an old checkpoint is pruned or a new folder is made
-    Fault("titan_cpt.train:Trainer.train_stage", 1),  # right after a resume
+    Fault("titan_cpt.train:Trainer.stage_steps", 1),  # right after a resume
 )
 
 

@@ -19,7 +19,7 @@ from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_config
 from titan_cpt.distributed.process_group import ProcessInfo, destroy_process_group, init_process_group
-from titan_cpt.train import Trainer
+from titan_cpt.train import Trainer, run_to_end
 from titan_cpt.training.build import build
 from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.stage_start import resume_stage
@@ -72,7 +72,7 @@ def read(arguments: Sequence[str]) -> None:
                 _resume(trainer, folder / writer / STEP)
                 digests[writer] = _digest(trainer)
             save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
-            trainer.train_stage(trainer.plan.stages[0], 2, validate_first=False)
+            run_to_end(trainer.stage_steps(trainer.plan.stages[0], 2, validate_first=False))
             trainer.checkpoints.wait()
         told = folder / f"to-{name}" / f"digests-{ranks.rank}.json"
         told.write_text(json.dumps(digests))

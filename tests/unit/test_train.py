@@ -19,7 +19,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.cli import main
 from titan_cpt.models.common import ops
 from titan_cpt.models.gpt_neox.model import GPTNeoX
-from titan_cpt.train import run
+from titan_cpt.train import run, run_to_end
 from titan_cpt.training.stage_start import begin_stage
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -160,7 +160,7 @@ def test_the_transition_after_an_infinite_stage_begins_from_its_pre_anneal_check
     with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
-        trainer.train_stage(english, 0)
+        run_to_end(trainer.stage_steps(english, 0))
         at_the_end = weights_of(trainer)
         begin_stage(trainer, german)
         weights, moments = weights_of(trainer), moments_of(trainer)
@@ -181,7 +181,7 @@ def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperpa
     with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
-        trainer.train_stage(english, 0)
+        run_to_end(trainer.stage_steps(english, 0))
         begin_stage(trainer, german)
         weights, moments = weights_of(trainer), moments_of(trainer)
         twin = copy.deepcopy(trainer.model)
@@ -208,7 +208,7 @@ def test_a_transition_that_resets_zeroes_moments_and_step_counts_and_leaves_the_
     with training.built_trainer(training.config_of(raw)) as trainer:
         english, german = trainer.plan.stages
         begin_stage(trainer, english)
-        trainer.train_stage(english, 0)
+        run_to_end(trainer.stage_steps(english, 0))
         before = moments_of(trainer)
         begin_stage(trainer, german)
         after, weights = moments_of(trainer), weights_of(trainer)
