@@ -73,7 +73,10 @@ class RegisteredTokens:
     Attributes:
         tokens: number of tokens.
         in_stored_order: each epoch reads the windows in stored order, not permuted.
+        is_remote: False; a reader of remote files caches them itself.
     """
+
+    is_remote = False
 
     def __init__(
         self,
@@ -135,6 +138,9 @@ class RegisteredTokens:
                 "vocabulary. Was this data made with another tokenizer?"
             )
         return window.astype(np.int64)
+
+    def fetch(self, _numbers: Sequence[int], _seq_len: int) -> None:
+        """Nothing to do: see is_remote."""
 
     def fingerprint(self) -> str:
         """Return a digest of the reader's own, of the format's name and of how windows are cut."""
