@@ -10,7 +10,7 @@
     STAGE/skipped.json            batches of the stage that training skips
     evaluations/STAGE/step-.../   benchmark scores, and the texts that the example prompts gave (generations.json)
     profile/STAGE-step-.../       traces of torch.profiler, one for each rank
-    tb/                           TensorBoard events
+    tb/                           TensorBoard events over steps, and below over_tokens/ over tokens
     report/                       the HTML report
     logs/rank-0.log               what rank 0 printed, its warnings and errors, of all sessions; a file for each rank
     logs/ATTEMPT/                 all output of each process, written by run_train.sh for several processes and Slurm
@@ -40,6 +40,7 @@ GENERATIONS_FILE = "generations.json"  # beside a checkpoint's scores
 EVALUATIONS_FOLDER = "evaluations"
 PROFILE_FOLDER = "profile"
 TENSORBOARD_FOLDER = "tb"
+TOKENS_FOLDER = "over_tokens"  # in it: curves whose x axis is tokens
 REPORT_FOLDER = "report"
 LOGS_FOLDER = "logs"
 RESERVED_STAGE_NAMES = (TENSORBOARD_FOLDER, EVALUATIONS_FOLDER, PROFILE_FOLDER, REPORT_FOLDER, LOGS_FOLDER)

@@ -46,8 +46,11 @@ def require_own_run(folder: Path, config: Config) -> None:
         raise _foreign(foreign)
 
 
-def write_run_config(path: Path, config: Config) -> None:
+def write_run_config(path: Path, config: Config) -> bool:
     """Write the resolved config; a file with the same settings is not touched and keeps its comments.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         CheckpointError: the path is a file that no run wrote.
@@ -57,8 +60,9 @@ def write_run_config(path: Path, config: Config) -> None:
         raise _foreign([path])
     with suppress(FileNotFoundError):
         if parse_toml(read_text(path)) == parse_toml(text):
-            return
+            return False
     write_text_atomically(path, text)
+    return True
 
 
 def last_setting(path: Path, table: str, key: str) -> Any:

@@ -258,7 +258,8 @@ class MetricsConfig(Table):
     log_freq: PositiveInt = 10
     """Logging interval in steps, at which metrics are read from the device; metrics.jsonl has a line for every step."""
     enable_tensorboard: bool = True
-    """Write TensorBoard events to tb/ in the run's folder."""
+    """Write TensorBoard events to tb/ in the run's folder: curves over steps and the config as text. The subfolder
+    over_tokens has losses, LR and forgetting with tokens as x axis (tags train_over_tokens/..., and so on)."""
 
 
 class ProfilingConfig(Table):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from titan_cpt.reporting.run_log import RunLog, with_unique_names
-from titan_cpt.reporting.summary import print_summary, summarize_log
+from titan_cpt.reporting.summary import narrowed, print_summary, summarize_log, table_width
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,12 @@ def print_comparison(
         messages: error messages of failed runs by name; a failed run does not need a row.
     """
     messages = messages or {}
-    console.print(_table(rows, messages))
+    omitted = _omitted_datasets(rows, messages, console)
+    console.print(narrowed(partial(_table, rows, messages, omitted), console))
+    if omitted:
+        console.print(
+            f"not shown, as the terminal is too narrow: {escape(', '.join(sorted(omitted)))}", highlight=False
+        )
     console.print(
         "validation losses in nats per token; AVG: mean over the datasets that are trained on; compute: tokens of the "
         "last stage relative to training from scratch on all data"
@@ -120,10 +126,25 @@ def print_comparison(
         console.print(f"[bold]{escape(name)}[/]: {escape(message)}", highlight=False)
 
 
-def _table(rows: Sequence[ComparisonRow], messages: Mapping[str, str]) -> Table:
-    datasets = sorted({name for row in rows for name in row.losses if "." not in name})
+def _omitted_datasets(rows: Sequence[ComparisonRow], messages: Mapping[str, str], console: Console) -> frozenset[str]:
+    """The last datasets, whose columns would not fit in the console's width even without borders."""
+    datasets = _datasets(rows)
+    for count in range(len(datasets), 0, -1):
+        omitted = frozenset(datasets[count:])
+        table = narrowed(partial(_table, rows, messages, omitted), console)
+        if table_width(table, console) <= console.width:
+            return omitted
+    return frozenset(datasets)
+
+
+def _datasets(rows: Sequence[ComparisonRow]) -> list[str]:
+    return sorted({name for row in rows for name in row.losses if "." not in name})
+
+
+def _table(rows: Sequence[ComparisonRow], messages: Mapping[str, str], omitted: frozenset[str], _narrow: bool) -> Table:
+    datasets = [name for name in _datasets(rows) if name not in omitted]
     table = Table(title="at the end of the last stage", title_justify="left", header_style="bold")
-    table.add_column("run")
+    table.add_column("run", overflow="fold")
     for column in (*datasets, "AVG", "forgetting", "compute", "state"):
         table.add_column(column, justify="left" if column == "state" else "right")
     for row in rows:

@@ -14,7 +14,7 @@ from titan_cpt.common.reading import is_there, readable
 from titan_cpt.common.run_folder import REPORT_FOLDER
 from titan_cpt.errors import DataError, how_to_install
 from titan_cpt.reporting.comparison import compare
-from titan_cpt.reporting.html_parts import date_text
+from titan_cpt.reporting.number_texts import date_text
 from titan_cpt.reporting.page_data import MARK_LENGTH, data_files
 from titan_cpt.reporting.run_log import RunLog, with_unique_names
 from titan_cpt.reporting.sections import sections

@@ -10,7 +10,8 @@ from typing import Any
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
 from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets
 from titan_cpt.reporting.curves import curve_groups
-from titan_cpt.reporting.html_parts import HtmlTable, Section, number_text, token_text
+from titan_cpt.reporting.html_parts import HtmlTable, Section
+from titan_cpt.reporting.number_texts import number_text, token_text
 from titan_cpt.reporting.run_log import RunLog
 from titan_cpt.reporting.summary import summarize_log
 

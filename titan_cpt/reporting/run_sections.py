@@ -6,15 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from titan_cpt.common.run_folder import CONFIG_FILE, checkpoint_folders
-from titan_cpt.reporting.html_parts import (
-    HtmlTable,
-    Link,
-    Section,
-    count_text,
-    date_text,
-    duration_text,
-    token_text,
-)
+from titan_cpt.reporting.html_parts import HtmlTable, Link, Section
+from titan_cpt.reporting.number_texts import count_text, date_text, duration_text, token_text
 from titan_cpt.reporting.run_log import RunLog
 from titan_cpt.reporting.sessions import sessions_of
 from titan_cpt.reporting.summary import summarize_log

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from titan_cpt.reporting.number_texts import token_text
 from titan_cpt.reporting.run_log import RunLog, read_run
 
 _LEGEND = (
@@ -148,7 +151,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Print a table for each stage that has begun, and a line for each that has not."""
     for stage in summary["stages"]:
         if stage["is_begun"]:
-            console.print(_table(summary, stage))
+            console.print(narrowed(partial(_table, summary, stage), console))
         else:
             text = f"{summary['name']}, stage {stage['name']}: not begun, {stage['steps']:,} steps planned"
             console.print(escape(text), style="bold", highlight=False)
@@ -159,15 +162,33 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
 
 
-def _table(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> Table:
+def narrowed(make_table: Callable[[bool], Table], console: Console) -> Table:
+    """The table without borders and with short numbers and headings, if the other one is wider than the console."""
+    table = make_table(False)
+    if table_width(table, console) <= console.width:
+        return table
+    table = make_table(True)
+    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
+    table.show_edge = False
+    return table
+
+
+def table_width(table: Table, console: Console) -> int:
+    """The columns that a table needs, however wide the console is."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum
+
+
+def _table(summary: Mapping[str, Any], stage: Mapping[str, Any], narrow: bool) -> Table:
     planned = "" if stage["steps_done"] >= stage["steps"] else "planned "
     table = Table(title=escape(_title(summary, stage)), title_justify="left", header_style="bold")
-    table.add_column("dataset")
+    table.add_column("dataset", min_width=8, overflow="fold")
     columns = (f"{planned}tokens", f"{planned}replay", "loss before", "left at", "after", "forgetting", "bits per byte")
     for column in columns:
-        table.add_column(column, justify="right")
+        head = "\n".join(column.rsplit(" ", 1)) if narrow and len(column) > 8 else column
+        table.add_column(head, justify="right", no_wrap=True)
     for dataset in sorted({*stage["before"], *stage["after"], *stage["tokens"]}):
-        table.add_row(dataset, *_cells(stage, dataset), style="bold" if dataset in stage["adaptation"] else "")
+        style = "bold" if dataset in stage["adaptation"] else ""
+        table.add_row(escape(dataset), *_cells(stage, dataset, narrow=narrow), style=style)
     return table
 
 
@@ -188,11 +209,13 @@ def _title(summary: Mapping[str, Any], stage: Mapping[str, Any]) -> str:
     return f"{summary['name']}, stage {stage['name']} ({', '.join(parts)})"
 
 
-def _cells(stage: Mapping[str, Any], dataset: str) -> list[str]:
+def _cells(stage: Mapping[str, Any], dataset: str, *, narrow: bool) -> list[str]:
     formats = {"tokens": ",", "replayed_tokens": ",", "before": ".4f", "left_at": ".4f", "after": ".4f"}
     formats |= {"forgetting": "+.4f", "bits_per_byte": ".3f"}
     values = [(stage[key].get(dataset), form) for key, form in formats.items()]
     cells = ["" if value is None else format(value, form) for value, form in values]
+    if narrow:
+        cells[:2] = ["" if value is None else token_text(value) for value, _ in values[:2]]
     if dataset in stage["not_comparable"]:
         cells[list(formats).index("before")] += " *"
     return cells

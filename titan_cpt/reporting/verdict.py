@@ -7,7 +7,7 @@ from statistics import mean
 
 from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets
 from titan_cpt.reporting.curves import curve_groups
-from titan_cpt.reporting.html_parts import token_text
+from titan_cpt.reporting.number_texts import token_text
 from titan_cpt.reporting.run_log import RunLog
 
 

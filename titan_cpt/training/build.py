@@ -17,7 +17,7 @@ from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.files import write_text_atomically
-from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER
+from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER, TOKENS_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
 from titan_cpt.config.schema import Config
@@ -327,22 +327,28 @@ def _start_log(
     if process.rank == 0:
         if resumed:
             _log_changed_settings(log, console, changed_settings(folder / CONFIG_FILE, config))
-        write_run_config(folder / CONFIG_FILE, config)
+        if write_run_config(folder / CONFIG_FILE, config) or log.is_new:
+            log.show_config((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         write_text_atomically(folder / PLAN_FILE, json.dumps(plan_as_json(plan), indent=1))
     return log
 
 
 def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) -> MetricsLog:
-    writer: Callable[[int | None], ScalarWriter] | None = None
+    over_steps: Callable[[int | None], ScalarWriter] | None = None
+    over_tokens: Callable[[int | None], ScalarWriter] | None = None
     if process.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # its import takes half a second
 
         no_comment = ""  # the second parameter; MetricsLog passes the third, purge_step
-        writer = partial(SummaryWriter, str(folder / TENSORBOARD_FOLDER), no_comment)
+        curves = folder / TENSORBOARD_FOLDER
+        over_steps = partial(SummaryWriter, str(curves), no_comment)
+        over_tokens = partial(SummaryWriter, str(curves / TOKENS_FOLDER), no_comment)
     log = MetricsLog(
         folder,
         writing=process.rank == 0,
-        tensorboard=writer,
+        tensorboard=over_steps,
+        over_tokens=over_tokens,
+        step_tokens=plan.step_tokens,
         flops_per_token=plan.spec.flops_per_token(plan.seq_len),
         peak_flops=peak_flops(process.device) * process.world_size,
         stages=[stage.name for stage in plan.stages],

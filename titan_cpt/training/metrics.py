@@ -14,7 +14,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics
 from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.common.version import own_version
 
+_OVER_TOKENS = ("train", "validation", "forgetting")  # groups of tags that are also drawn over tokens
+
 
 class ScalarWriter(Protocol):
     """The methods of TensorBoard's SummaryWriter that are used here."""
@@ -34,11 +36,56 @@ class ScalarWriter(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """One point of one curve."""
 
+    def add_text(self, tag: str, text_string: str, global_step: int) -> None:
+        """A text in Markdown."""
+
     def flush(self) -> None:
         """Write buffered points to the disk."""
 
     def close(self) -> None:
         """Flush and close the file."""
+
+
+class _EventsFile:
+    """TensorBoard events, written from the first point on, so that a run with nothing to do writes no file.
+
+    Args:
+        open_writer: opens a writer, given the first obsolete x value (`purge_step`) or None.
+        x_per_step: 1, or the tokens of a step.
+    """
+
+    def __init__(self, open_writer: Callable[[int | None], ScalarWriter], x_per_step: int) -> None:
+        self._open, self._x_per_step = open_writer, x_per_step
+        self._writer: ScalarWriter | None = None
+        self._obsolete_from: int | None = None
+        self._newest_step = math.inf  # an earlier session may have written any step
+        self.config = ""
+        """TOML that is written as a text before the first point."""
+
+    def add(self, points: Mapping[str, float], run_step: int) -> None:
+        """Write a point of each curve."""
+        if self._writer is None:
+            self._writer = self._open(self._obsolete_from)
+        if self.config:
+            step = max(0, (self._obsolete_from or 0) - 1)
+            self._writer.add_text("config", f"```toml\n{self.config}\n```", step)
+            self.config = ""
+        for tag, value in points.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, run_step * self._x_per_step)
+        self._newest_step = max(self._newest_step, run_step)
+
+    def rewind(self, run_step: int) -> None:
+        """Continue after this step: TensorBoard hides the points of later steps."""
+        if run_step < self._newest_step:
+            self.close()
+            self._writer, self._newest_step = None, run_step
+            self._obsolete_from = run_step * self._x_per_step + 1
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class MetricsLog:
@@ -50,6 +97,9 @@ class MetricsLog:
         tensorboard: opens a TensorBoard writer, given the step from which older points are obsolete (`purge_step`) or
             None. It is called at the first point, so that a run with nothing to do writes no events file. None for a
             run without TensorBoard.
+        over_tokens: opens a second writer, whose x axis is tokens: losses and forgetting, with tags of their own in a
+            folder of their own, because TensorBoard's purge_step would hide all points of a folder.
+        step_tokens: tokens of a training step.
         flops_per_token: FLOP of one training step per token, for MFU.
         peak_flops: sum over all ranks in FLOP/s; NaN if unknown.
         stages: names of the stages, in the order of the plan.
@@ -67,6 +117,8 @@ class MetricsLog:
         flops_per_token: int,
         peak_flops: float,
         stages: Sequence[str] = (),
+        over_tokens: Callable[[int | None], ScalarWriter] | None = None,
+        step_tokens: int = 0,
     ) -> None:
         self._record = open_metrics_file(run / METRICS_FILE) if writing else None
         self._unwritten = b""
@@ -81,10 +133,11 @@ class MetricsLog:
         self.last_start = next((line for line in reversed(recorded.events) if line["name"] == "start"), {})
         """The `start` event of the last session."""
         self._identities = {line["dataset"]: line.get("validation_id") for line in recorded.validations}
-        self._open_tensorboard = tensorboard
-        self._tensorboard: ScalarWriter | None = None
-        self._obsolete_from: int | None = None
-        self._newest_point = math.inf  # an earlier session may have written any step
+        self.is_new = not (recorded.trains or recorded.validations)
+        """Whether no earlier session has written a point."""
+        self._stage_numbers = {name: number for number, name in enumerate(stages, 1)}
+        self._over_steps = None if tensorboard is None else _EventsFile(tensorboard, 1)
+        self._over_tokens = None if over_tokens is None else _EventsFile(over_tokens, step_tokens)
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._tokens = 0
@@ -127,6 +180,8 @@ class MetricsLog:
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
+        if lines[-1]["stage"] in self._stage_numbers:
+            self._scalars(lines[-1]["run_step"], {"data/stage": self._stage_numbers[lines[-1]["stage"]]})
         points = {f"throughput/{key}": value for key, value in shared.items() if key != "memory_active_gib"}
         if "memory_active_gib" in shared:  # torchtitan's names
             points["memory/max_active(GiB)"] = shared["memory_active_gib"]
@@ -176,15 +231,20 @@ class MetricsLog:
                 self._write_out(record)
             finally:
                 record.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for events in (self._over_steps, self._over_tokens):
+            if events is not None:
+                events.close()
 
     def rewind(self, run_step: int) -> None:
         """Continue after this step of the run, as after a rollback: TensorBoard hides the points of later steps."""
-        if run_step < self._newest_point:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-            self._tensorboard, self._obsolete_from, self._newest_point = None, run_step + 1, run_step
+        for events in (self._over_steps, self._over_tokens):
+            if events is not None:
+                events.rewind(run_step)
+
+    def show_config(self, toml: str) -> None:
+        """Add the config to TensorBoard's texts, with the next point."""
+        if self._over_steps is not None:
+            self._over_steps.config = toml
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._record is not None:
@@ -216,17 +276,19 @@ class MetricsLog:
         os.fsync(record.fileno())
 
     def _scalars(self, run_step: int, points: dict[str, float]) -> None:
-        if self._open_tensorboard is None:
-            return
+        over_tokens = {
+            f"{group}_over_tokens/{rest}": value
+            for tag, value in points.items()
+            for group, _, rest in [tag.partition("/")]
+            if group in _OVER_TOKENS
+        }
         try:
-            if self._tensorboard is None:
-                self._tensorboard = self._open_tensorboard(self._obsolete_from)
-            for tag, value in points.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(tag, value, run_step)
-            self._newest_point = max(self._newest_point, run_step)
+            if self._over_steps is not None:
+                self._over_steps.add(points, run_step)
+            if self._over_tokens is not None and over_tokens:
+                self._over_tokens.add(over_tokens, run_step)
         except OSError as error:  # its writer thread found the disk full; metrics.jsonl continues without the curves
-            self._tensorboard = self._open_tensorboard = None
+            self._over_steps = self._over_tokens = None
             self.event("tensorboard_lost", why=str(error))
 
 

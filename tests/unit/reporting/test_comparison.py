@@ -1,8 +1,11 @@
 """Comparison rows, computed by hand."""
 
-import pytest
+import io
 
-from titan_cpt.reporting.comparison import compare
+import pytest
+from rich.console import Console
+
+from titan_cpt.reporting.comparison import compare, print_comparison
 from titan_cpt.reporting.run_log import read_run
 from unit.reporting.run_folders import EN_DE, measured
 
@@ -41,3 +44,17 @@ def test_an_average_is_over_the_datasets_trained_on(write_run):
 
     assert row.losses["fr"] == 100.0
     assert row.average == pytest.approx(4.15)
+
+
+def test_datasets_that_do_not_fit_in_the_terminal_are_named_below_the_table(write_run):
+    """Twelve datasets in 80 columns: whole numbers of the first ones, the names of the others."""
+    datasets = [f"dataset{n:02}" for n in range(12)]
+    lines = [*EN_DE, *(measured("b", 10, name, 1.25) for name in datasets)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_comparison(compare([read_run(write_run("r", lines))]), console)
+    text = console.export_text()
+
+    assert max(len(line) for line in text.splitlines()) <= 80
+    shown = text.count("1.2500")
+    assert 1 < shown < 12
+    assert f"too narrow: {', '.join([*datasets, 'de', 'en'][shown:])}" in " ".join(text.split())

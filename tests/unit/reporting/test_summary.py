@@ -141,6 +141,23 @@ def test_the_table_shows_the_numbers_of_a_stage(run):
     assert "640" in text
 
 
+def test_a_terminal_of_80_columns_shows_every_number_of_a_table(run):
+    """Without borders, with short token counts; a name that does not fit continues on the next line."""
+    name = "a_dataset_with_a_long_name"
+    lines = [validation_line("a", 0, name, 13.125), validation_line("a", 20_000, name, 10.5, -10.25)]
+    folder = run([stage_of("a", 20_000, name), stage_of("b", 1, name)], lines)
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary(summarize(folder), console)
+    text = console.export_text()
+    rows = [line.split() for line in text.splitlines()]
+
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert [row[1:] for row in rows if "13.1250" in row] == [
+        ["1.28M", "0", "13.1250", "20.7500", "10.5000", "-10.2500", "21.000"]
+    ]
+    assert name in "".join(row[0] for row in rows if row)
+
+
 def test_a_stopped_run_shows_the_steps_done_and_no_table_of_later_stages(run):
     """Stopped at step 151 of 200, validated at 100; the second stage has not begun."""
     lines = [validation_line("a", 0, "x", 9.0), validation_line("a", 100, "x", 4.0)]

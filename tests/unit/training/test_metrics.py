@@ -235,6 +235,67 @@ def test_tensorboard_shows_each_step_once_after_a_crash_a_rollback_and_a_resume(
     assert [step for step, _ in curves_in(tmp_path / "tb")["train/lr"]] == [101, 102, 103]
 
 
+def opened_both(tmp_path):
+    return {
+        "tensorboard": partial(SummaryWriter, str(tmp_path / "tb"), ""),
+        "over_tokens": partial(SummaryWriter, str(tmp_path / "tb" / "over_tokens"), ""),
+    }
+
+
+def log_with_tokens(tmp_path, **options):
+    sizes = {"flops_per_token": 6, "peak_flops": 600.0, "step_tokens": 64}
+    return MetricsLog(tmp_path, writing=True, stages=("z", "a"), **opened_both(tmp_path), **sizes, **options)
+
+
+def test_tensorboard_draws_losses_over_tokens_too_and_each_step_once(tmp_path):
+    """Steps of 64 tokens: 3 is drawn at 192. After a rollback to 2 the first attempt at 3 and 4 is gone from both."""
+    log = log_with_tokens(tmp_path)
+    for attempt, steps in ((1.0, (1, 2, 3, 4)), (2.0, (3,))):
+        log.rewind(100 + steps[0] - 1)
+        for step in steps:
+            keep(log, step, loss=attempt)
+        log.flush()
+    log.validation(validation("b", 3, "pile", 3.0, forgetting=0.5), 103)
+    log.close()
+    by_step, by_tokens = curves_in(tmp_path / "tb"), curves_in(tmp_path / "tb" / "over_tokens")
+
+    assert by_step["train/loss_nats_per_token"] == [(101, 1.0), (102, 1.0), (103, 2.0)]
+    assert by_tokens["train_over_tokens/loss_nats_per_token"] == [(101 * 64, 1.0), (102 * 64, 1.0), (103 * 64, 2.0)]
+    assert by_tokens["validation_over_tokens/pile/loss_nats_per_token"] == [(103 * 64, 3.0)]
+    assert by_tokens["forgetting_over_tokens/pile"] == [(103 * 64, 0.5)]
+    assert by_step.keys().isdisjoint(by_tokens)
+
+
+def test_tensorboard_has_the_number_of_the_stage(tmp_path):
+    """Stage a is the second of z and a."""
+    log = log_with_tokens(tmp_path)
+    keep(log, 1)
+    log.flush()
+    log.close()
+
+    assert curves_in(tmp_path / "tb")["data/stage"] == [(101, 2.0)]
+
+
+def test_tensorboard_shows_the_config_once(tmp_path):
+    """As a TOML block at step 0; a rollback does not hide it, and the next session knows that it was written."""
+    log = log_with_tokens(tmp_path)
+    new = log.is_new
+    log.show_config('[job]\nname = "x"')
+    for _ in range(2):
+        log.rewind(100)
+        keep(log, 1)
+        log.flush()
+    log.close()
+    again = log_with_tokens(tmp_path)
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (text,) = events.Tensors("config/text_summary")
+
+    assert text.tensor_proto.string_val == [b'```toml\n[job]\nname = "x"\n```']
+    assert (new, again.is_new) == (True, False)
+
+
 def test_tensorboard_marks_where_the_validation_data_of_a_dataset_changed(tmp_path):
     """Measured on A, and in the next session on B: a point at the first one on B; y has none."""
     opened = partial(SummaryWriter, str(tmp_path / "tb"), "")
