@@ -10,13 +10,14 @@ HTML comments above a block, invisible to readers, say how it is tested (CONTRIB
 
 from __future__ import annotations
 
+import array
 import copy
-import json
+import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ class Block:
     def said(self, name: str) -> str | None:
         """The text of a directive."""
         return dict(self.directives).get(name)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the block is commands that can run here."""
+        return self.language in COMMANDS and self.said("not run") is None and self.said("file") is None
+
+    @property
+    def given(self) -> list[tuple[str, str]]:
+        """What exists before the block: (kind, its path and more)."""
+        return [
+            (what.split()[0], what.split(None, 1)[1]) for what in (self.said("given") or "").split(";") if what.strip()
+        ]
 
     @property
     def files(self) -> Iterator[tuple[str, bool]]:
@@ -123,7 +136,7 @@ def _lists(table: dict[str, Any], key: str = "") -> Iterator[tuple[str, list[Any
 
 
 def small_arguments(arguments: list[str]) -> list[str]:
-    """The arguments of a command with small numbers, and with the last checkpoint of its stage for a later one."""
+    """The arguments of a command with small numbers, and with a checkpoint that exists in place of a later one."""
     new = list(arguments)
     for place, (option, value) in enumerate(pairwise(arguments)):
         if option in SMALL_OPTIONS:
@@ -132,13 +145,14 @@ def small_arguments(arguments: list[str]) -> list[str]:
             new[place + 1] = str(STEPS * TRAINING["global_batch_size"] * TRAINING["seq_len"])
         elif re.fullmatch(r"--stages\.\w+\.(steps|tokens)", option):
             new[place : place + 2] = [option.rpartition(".")[0] + ".steps", str(STEPS)]
-    return [_existing_step(word) for word in new]
+    choose = min if arguments[0] == "anneal" else max  # the stage end is behind the constant phase
+    return [_existing_step(word, choose) for word in new]
 
 
-def _existing_step(word: str) -> str:
+def _existing_step(word: str, choose: Callable[..., Path]) -> str:
     path = Path(word)
     if re.fullmatch(r"step-\d{8}", path.name) and not path.exists() and path.parent.exists():
-        return str(max(path.parent.glob("step-*"), default=path))
+        return str(choose(path.parent.glob("step-*"), default=path))
     return word
 
 
@@ -150,7 +164,6 @@ class Sandbox:
     """A folder with what a page says exists. It looks like the repository's root."""
 
     shell: Shell
-    full: dict[str, str] = field(default_factory=dict)  # the files of the page with the page's own numbers
 
     @property
     def folder(self) -> Path:
@@ -161,13 +174,11 @@ class Sandbox:
         """Write the file of a block, with small numbers if it is a config."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.full[name] = (self.full[name] + "\n" if append else "") + text
         shown = small(text) if path.suffix == ".toml" else text
         path.write_text((path.read_text() + "\n" if append else "") + shown)
 
-    def provide(self, what: str) -> None:
-        """Make what a `given` directive names: a kind, a path and, for some, more words."""
-        kind, path, *more = what.split()
+    def provide(self, kind: str, what: str) -> None:
+        """Make what a `given` directive names: a path and, for some kinds, another word."""
         makers: dict[str, Any] = {
             "text": self.text,
             "tokenizer": self.tokenizer,
@@ -176,9 +187,11 @@ class Sandbox:
             "run": self.run,
             "release": self.release,
             "copy": self.copy,
+            "presequenced": self.presequenced,
+            "page": self.page,
         }
         assert kind in makers, f"given: {kind!r} is not one of {', '.join(makers)}"
-        makers[kind](path, *more)
+        makers[kind](*what.split())
 
     def text(self, path: str) -> None:
         """200 documents, in the format of the suffix."""
@@ -187,9 +200,11 @@ class Sandbox:
         lines = prepared.jsonl(prepared.words(200, sum(path.encode()))).encode()
         if target.suffix == ".zst":
             lines = zstandard.compress(lines)
-        elif target.suffix == ".txt":
-            lines = "\n".join(prepared.words(200)).encode()
-        target.write_bytes(lines)
+        if target.suffix == ".txt":  # a file is one document
+            for number, words in enumerate(prepared.words(200)):
+                target.with_stem(f"{target.stem}-{number}").write_text(words)
+        else:
+            target.write_bytes(lines)
 
     def tokenizer(self, path: str) -> None:
         """A tokenizer.json of 300 entries."""
@@ -203,14 +218,14 @@ class Sandbox:
         self._run(f"titan-cpt prepare --input {source} --output {prefix} --tokenizer {tokenizer} --holdout 0.2")
 
     def config(self, path: str) -> None:
-        """A config of two stages, english and german, with prepared tokens."""
+        """The config of README.md, "Your own run", and its text, under another name."""
         for language in ("english", "german"):
-            if not (self.folder / f"data/{language}.bin").exists():
-                self.tokens(f"data/{language}")
-        self.write(path, CONFIG.replace("NAME", Path(path).stem), append=False)
+            if not (self.folder / f"text/{language}").exists():
+                self.text(f"text/{language}/a.jsonl")
+        self.write(path, config_named(Path(path).stem), append=False)
 
     def run(self, path: str) -> None:
-        """A finished run of such a config: outputs/NAME."""
+        """A finished run of this config: outputs/NAME."""
         config = f"given/{Path(path).name}.toml"
         self.config(config)
         self._run(f"titan-cpt train --config {config} --job.output_dir {Path(path).parent}")
@@ -231,47 +246,57 @@ class Sandbox:
             text = (ROOT / path).read_text()
             target.write_text(small(text) if target.suffix == ".toml" else text)
 
+    def presequenced(self, path: str) -> None:
+        """Sequences of seq_len + 1 random tokens below 300, as uint16 without a header."""
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw = random.Random(1)
+        tokens = array.array("H", [draw.randrange(300) for _ in range(200 * (TRAINING["seq_len"] + 1))])
+        target.write_bytes(tokens.tobytes())
+
+    def page(self, path: str) -> None:
+        """All that an earlier page makes and runs."""
+        self.run_blocks(ROOT / path)
+
+    def run_blocks(self, page: Path) -> None:
+        """Run the commands of a page in its order, and make what their comments name. AssertionError if one fails."""
+        for block in blocks(page):
+            for kind, what in block.given:
+                self.provide(kind, what)
+            for name, append in block.files:
+                self.write(name, block.text, append=append)
+            if not block.runs:
+                continue
+            if block.language == "python":
+                (self.folder / "block.py").write_text(block.text)
+            status, output = self.shell.run(block.text if block.language == "bash" else "python block.py")
+            assert status == 0, f"{page.relative_to(ROOT)}:{block.line}\n{block.text}\n{output[-6000:]}"
+
     def _run(self, command: str) -> None:
         status, output = self.shell.run(command)
         assert status == 0, f"given: {command}\n{output}"
 
 
-CONFIG = """
-[job]
-name = "NAME"
-
-[model]
-family = "gpt_neox"
-size = "mini"
-
-[datasets.english]
-train = "data/english"
-validation = "data/english-validation"
-
-[datasets.german]
-train = "data/german"
-validation = "data/german-validation"
-
-[training]
-global_batch_size = 64
-local_batch_size = 4
-seq_len = 512
-
-[[stages]]
-name = "english"
-dataset = "english"
-tokens = "100M"
-lr = { schedule = "infinite_cosine", max = 2e-3, constant = 1e-3, cooldown_until = 0.4, constant_until = 0.7 }
-
-[[stages]]
-name = "german"
-dataset = "german"
-tokens = "100M"
-lr = { schedule = "cosine", max = 2e-3, min = 2e-4, warmup_until = 0.01 }
-replay = { fraction = 0.05 }
-"""
+def config_named(name: str) -> str:
+    """The config of README.md with another job.name."""
+    (text,) = (block.text for block in blocks(ROOT / "README.md") if block.said("file") == "mine.toml")
+    return text.replace('name = "mine"', f'name = "{name}"')
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def pages_before(page: Path) -> list[Path]:
+    """The pages that a page continues (`given: page`)."""
+    return [ROOT / path for block in blocks(page) for kind, path in block.given if kind == "page"]
+
+
+def files_of(page: Path) -> dict[str, str]:
+    """The files that a page and the pages before it (`given: page`) consist of, with the numbers of the pages."""
+    found: dict[str, str] = {}
+    for earlier in pages_before(page):
+        found |= files_of(earlier)
+    for block in blocks(page):
+        for kind, path in block.given:
+            if kind == "config":
+                found[path] = config_named(Path(path).stem)
+        for name, append in block.files:
+            found[name] = (found[name] + "\n" if append else "") + block.text
+    return found

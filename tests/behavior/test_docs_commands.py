@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from docs_pages import COMMANDS, CONFIG, OTHERS, ROOT, Sandbox, blocks, small_arguments, tomllib
+from docs_pages import COMMANDS, OTHERS, ROOT, Sandbox, blocks, files_of, pages_before, small_arguments, tomllib
 from forked_commands import Shell
 
 from titan_cpt.config.load import load_config
@@ -22,39 +22,23 @@ PAGES = [
 ]
 
 
+CONTINUED = {earlier for page in PAGES for earlier in pages_before(page)}  # run as a part of a page that continues them
+RUN = [page for page in PAGES if page not in CONTINUED and any(block.runs for block in blocks(page))]
+
+
 def name_of(page):
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_every_command_of_a_page_that_can_run_here_does(page, tmp_path):
     """In the order of the page, with exit status 0, in a folder with what the page says exists."""
-    parts = blocks(page)
-    if not any(part.language in COMMANDS and part.said("not run") is None for part in parts):
-        return
     shell = Shell(tmp_path / "repository", rewrite=small_arguments)
     try:
-        sandbox = Sandbox(shell)
-        (sandbox.folder / "scripts").symlink_to(ROOT / "scripts")
-        for part in parts:
-            for name, text in part.directives:
-                if name == "given":
-                    for what in text.split(";"):
-                        sandbox.provide(what)
-            for name, append in part.files:
-                sandbox.write(name, part.text, append=append)
-            if part.language in COMMANDS and part.said("not run") is None and part.said("file") is None:
-                status, output = run(shell, part)
-                assert status == 0, f"{name_of(page)}:{part.line}\n{part.text}\n{output[-6000:]}"
+        (shell.folder / "scripts").symlink_to(ROOT / "scripts")
+        Sandbox(shell).run_blocks(page)
     finally:
         shell.close()
-
-
-def run(shell, part):
-    if part.language == "bash":
-        return shell.run(part.text)
-    (shell.folder / "block.py").write_text(part.text)
-    return shell.run("python block.py")
 
 
 def test_a_command_that_fails_ends_a_block_with_its_status_and_its_name(tmp_path):
@@ -91,22 +75,17 @@ def test_every_code_block_of_a_page_has_a_language_and_its_syntax(page):
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_complete_config_of_a_page_is_planned_with_the_numbers_of_the_page(page, tmp_path, monkeypatch):
     """A block that has stages and a model says which file it is; with what is appended to it, it makes a plan."""
-    full = {}
     for part in blocks(page):
-        if part.language != "toml":
-            continue
-        files = list(part.files)
-        raw = tomllib.loads(part.text)
-        complete = {"model", "stages", "training"} <= raw.keys() or ("extends" in raw and "job" in raw)
-        assert files or not complete, f"{name_of(page)}:{part.line}: this config needs `<!-- file: NAME -->`"
-        for name, append in files:
-            full[name] = (full.get(name, "") + "\n" if append else "") + part.text
+        raw = tomllib.loads(part.text) if part.language == "toml" else {}
+        complete = {"model", "stages", "training"} <= raw.keys() or {"extends", "job"} <= raw.keys()
+        assert [*part.files] or not complete, f"{name_of(page)}:{part.line}: this config needs `<!-- file: NAME -->`"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "train_configs", tmp_path / "train_configs")
-    (tmp_path / "mine.toml").write_text(CONFIG)  # what `given: config mine.toml` makes, for a block that extends it
-    for name, text in full.items():
-        if {"stages", "extends"} & tomllib.loads(text).keys():
-            Path(name).write_text(text)
+    for name, text in files_of(page).items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    for name, text in files_of(page).items():
+        if name.endswith(".toml") and {"stages", "extends"} & tomllib.loads(text).keys():
             config = load_config(Path(name))
             sources = {
                 source: None

@@ -1,4 +1,4 @@
-"""The schedules of docs/scenarios.md: its TOML examples are valid, and their LRs are those of the equations."""
+"""The schedules of docs/concepts/lr_schedules.md: its TOML is valid, and the LRs are those of the equations."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from titan_cpt.planning.planner import make_plan
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "scenarios.md").read_text()
-WSD, PARMAR, AUTOREGRESSIVE = re.findall(r"```toml\n(.*?)```", PAGE.partition("## 4. ")[2], flags=re.DOTALL)
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "concepts" / "lr_schedules.md").read_text()
+WSD, PARMAR, AUTOREGRESSIVE = re.findall(r"```toml\n(.*?)```", PAGE.partition("## WSD")[2], flags=re.DOTALL)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The TOML of docs/data.md and docs/scenarios.md loads, and means what the pages say."""
+"""The TOML of docs/data.md and of two guides loads, and means what the pages say."""
 
 import re
 from pathlib import Path
@@ -34,15 +34,16 @@ def test_the_datasets_of_the_data_page_load(write, one_stage):
     assert all(config.datasets[name].in_stored_order for name in ("other", "web"))
 
 
-def test_the_scenarios_are_one_file_that_grows(write):
-    """The third appends to the first: it starts before the annealing, with replay of both earlier datasets."""
-    first, third, *_ = blocks("scenarios.md")  # test_scenarios.py tests the others
-    before, after = (load_config(write(text)) for text in (first, first + third))
+def test_the_config_of_the_guides_is_one_file_that_grows(write):
+    """The news starts before the annealing, with replay of both earlier datasets."""
+    (first,), (appended,) = blocks("guides/released_model.md"), blocks("guides/new_data.md")
+    before, after = (load_config(write(text)) for text in (first, first + appended))
     plan = make_plan(after, take_inventory(after), 8)
     german, news = plan.stages
 
     assert make_plan(before, take_inventory(before), 8).stages[0].recipe == german.recipe
     assert german.steps == 4769  # 10e9 / (1024 x 2048), rounded up: the checkpoint that is exported
+    assert german.pre_anneal_step == 4292  # 0.9 of it: the checkpoint that guides/anneal.md anneals
     assert news.init == StageCheckpoint("german", german.pre_anneal_step)
     assert (news.lr_at(0), news.keep_optimizer) == (german.lr_at(german.pre_anneal_step - 1), True)
     assert {name for name, use in news.use_by_dataset.items() if use.replayed_tokens} == {"pile", "german"}
