@@ -46,6 +46,9 @@ main() {
         fail "Slurm started this more than once on a node; use srun --ntasks-per-node=1 and NPROC for the processes"
 
     find_python
+    for argument in "$@"; do
+        [[ $argument != --dry-run ]] || WORLD_SIZE=$((nproc * nnodes)) exec "$python" -m titan_cpt train "$@"
+    done
     if ((nproc == 1 && nnodes == 1)) && [[ -z ${SLURM_JOB_ID:-} || -t 1 ]]; then
         # The training process replaces this script: it receives the signals, and its exit status is that of the script.
         show "$python" -m titan_cpt train "$@"

@@ -22,6 +22,7 @@ from titan_cpt.commands.anneal import add_anneal
 from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
 from titan_cpt.commands.baselines import add_baselines
 from titan_cpt.commands.convert_config import add_convert_config
+from titan_cpt.commands.docs import add_docs
 from titan_cpt.commands.evaluate import add_eval
 from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
@@ -41,6 +42,7 @@ from titan_cpt.errors import TitanError, how_to_install, os_error_message
 
 COMMANDS = (  # in the order of --help
     add_init,
+    add_convert_config,
     add_plan,
     add_train,
     add_sweep,
@@ -54,7 +56,7 @@ COMMANDS = (  # in the order of --help
     add_runs,
     add_report,
     add_verify,
-    add_convert_config,
+    add_docs,
 )
 
 

@@ -6,7 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, learning_rate, token_count
+from titan_cpt.commands.arguments import Subparsers, add_command, add_dry_run_option, learning_rate, token_count
+from titan_cpt.commands.plan import print_plan_of
 
 
 def add_anneal(subparsers: Subparsers) -> None:
@@ -33,6 +34,7 @@ def add_anneal(subparsers: Subparsers) -> None:
     anneal.add_argument(
         "--min", type=learning_rate, metavar="LR", help="learning rate of the last step (default: the stage's minimum)"
     )
+    add_dry_run_option(anneal, "the plan of the new run")
     anneal.add_argument("--prepare-only", action="store_true", help="write the run folder, and do not train")
 
 
@@ -42,8 +44,16 @@ def _run(options: argparse.Namespace) -> int:
 
     rank = int(os.environ.get("RANK", "0"))
     config, is_new = branch_off(
-        options.checkpoint, tokens=options.tokens, min_lr=options.min, overrides=options.overrides, rank=rank
+        options.checkpoint,
+        tokens=options.tokens,
+        min_lr=options.min,
+        overrides=options.overrides,
+        writes=rank == 0 and not options.dry_run,
     )
+    if options.dry_run:
+        if rank == 0:
+            print_plan_of(config)
+        return 0
     folder = Path(config.job.output_dir) / config.job.name
     if rank == 0:
         state = "created" if is_new else "exists already"

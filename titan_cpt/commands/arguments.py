@@ -75,6 +75,18 @@ def add_verbosity_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="print more: settings that are not defaults, timings")
 
 
+def add_dry_run_option(parser: argparse.ArgumentParser, what: str, *old_names: str) -> None:
+    """`--dry-run`, which writes nothing.
+
+    Args:
+        what: what it prints.
+        old_names: options of older versions that do the same; --help does not show them.
+    """
+    parser.add_argument("--dry-run", action="store_true", help=f"print {what}, and write nothing")
+    for name in old_names:
+        parser.add_argument(name, action="store_true", dest="dry_run", help=argparse.SUPPRESS)
+
+
 def config_path(options: argparse.Namespace) -> Path:
     """The file of `add_config_option`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, config_path
+from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, add_dry_run_option, config_path
 from titan_cpt.commands.sweep import add_launch_option, run_sweep
 
 
@@ -29,6 +29,7 @@ def add_baselines(subparsers: Subparsers) -> None:
         metavar="FOLDER",
         help="the folder to write the TOML files into (default: below job.output_dir)",
     )
+    add_dry_run_option(baselines, "the files that would be written")
     baselines.add_argument("--run", action="store_true", dest="train", help="train the config and all baselines")
     add_launch_option(baselines)
 
@@ -42,7 +43,9 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_run(config_path(options), options.overrides)
     plan = make_plan(config, take_inventory(config), min_world_size(config))
-    paths = write_baselines(config, plan, options.output)
+    paths = write_baselines(config, plan, options.output, dry_run=options.dry_run)
+    if options.dry_run:
+        return 0
     if options.train:
         return run_sweep(paths, [], launch=options.launch)
     print(f"titan-cpt sweep {paths[0].parent}/*.toml   # trains the config and its baselines, shared stages once")

@@ -97,6 +97,31 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def print_plan_of(config: Config, world_size: int | None = None) -> None:
+    """Print the plan of a run, for the dry run of a command that would train it.
+
+    Args:
+        world_size: number of ranks; None for the fewest possible.
+    """
+    from dataclasses import replace
+    from pathlib import Path
+
+    from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
+    from titan_cpt.common.console import make_console
+    from titan_cpt.data.inventory import take_inventory
+    from titan_cpt.planning.parallel import min_world_size
+    from titan_cpt.planning.plan_text import print_plan
+    from titan_cpt.planning.planner import make_plan
+
+    inventory = take_inventory(config)
+    inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
+    plan = make_plan(config, inventory, world_size or min_world_size(config))
+    console = make_console()
+    print_plan(plan, console, config.checkpoint.keep_latest_k)
+    folder = Path(config.job.output_dir) / config.job.name
+    print(f"dry run: nothing was written; {folder} {'exists' if folder.exists() else 'would be the run folder'}")
+
+
 def _as_json(plan: Plan, options: argparse.Namespace, device_bytes: int | None) -> dict[str, object]:
     from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 

@@ -11,6 +11,7 @@ from titan_cpt.commands.arguments import (
     Subparsers,
     add_command,
     add_config_option,
+    add_dry_run_option,
     fraction,
     optional_config_path,
     positive_int,
@@ -67,6 +68,7 @@ def add_prepare(subparsers: Subparsers) -> None:
         metavar="N",
         help="number of processes (default: one per core)",
     )
+    add_dry_run_option(prepare, "what would be read and written")
     prepare.add_argument("--force", action="store_true", help="replace an output that was made with other options")
     prepare.add_argument(
         "--add-bos", action="store_true", help="begin each document with the begin-of-document token (BOS)"
@@ -93,14 +95,23 @@ def _run(options: argparse.Namespace) -> int:
     refuse_unknown([f"--{key}" for key, _ in options.overrides])
     if options.output is None:
         raise ConfigError("command line: --output is missing: the prefix, or with --train-tokenizer the file, to write")
+    if options.dry_run:
+        from titan_cpt.data.prepare.text_inputs import inputs_text
+
+        print(f"{inputs_text(options.input)} -> {options.output}")
+        return 0
     return _train_tokenizer(options) if options.train_tokenizer else _prepare_files(options)
 
 
 def _prepare_datasets_of_config(path: Path, options: argparse.Namespace) -> int:
     from titan_cpt.config.load import load_config
-    from titan_cpt.data.prepare.prepare_missing import prepare_missing_data
+    from titan_cpt.data.prepare.prepare_missing import missing_data_text, prepare_missing_data
 
     config = load_config(path, options.overrides)
+    if options.dry_run:
+        for line in missing_data_text(config, force=options.force):
+            print(line)
+        return 0
     if not prepare_missing_data(config, workers=options.workers, force=options.force):
         print(f"{path}: every dataset with a source is already prepared; nothing was changed")
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from titan_cpt.commands.arguments import Subparsers, add_command
@@ -38,6 +40,10 @@ def add_report(subparsers: Subparsers) -> None:
         help="write index.html and its figures into this folder (default: report/ in or beside the run folders)",
     )
 
+    report.add_argument(
+        "--json", action="store_true", help="print one JSON object with the losses by stage and dataset"
+    )
+
 
 def _run(options: argparse.Namespace) -> int:
     from titan_cpt.common.console import make_console
@@ -46,12 +52,19 @@ def _run(options: argparse.Namespace) -> int:
 
     unread: list[str] = []
     records = read_runs(options.runs, unread.append)
-    print_runs(records, make_console())
+    if options.json:
+        from titan_cpt.reporting.page_data import summaries_of
+        from titan_cpt.reporting.run_log import with_unique_names
+
+        print(json.dumps({"runs": summaries_of(with_unique_names(records)), "unread": unread}))
+    else:
+        print_runs(records, make_console())
     if options.html is not None and records:
         from titan_cpt.reporting.html_page import default_folder, write_page
 
         out = default_folder([record.folder for record in records]) if options.html == Path() else options.html
-        print(f"HTML page: {write_page(records, out)}")
+        page = write_page(records, out)
+        print(f"HTML page: {page}", file=sys.stderr if options.json else sys.stdout)
     if unread:
         raise DataError("\n  ".join(unread))
     return 0

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, integer
+from titan_cpt.commands.arguments import Subparsers, add_command, add_dry_run_option, integer
 from titan_cpt.errors import ConfigError, PlanError
 
 
@@ -22,7 +22,7 @@ def add_sweep(subparsers: Subparsers) -> None:
         summary,
         details="Stages that several runs share are trained once, and runs that are done are skipped.",
         usage="FILE [FILE ...] [options] [--table.key VALUE ...]",
-        example="titan-cpt sweep sweep.toml --plan\ntitan-cpt sweep sweep.toml --launch ./run_train.sh",
+        example="titan-cpt sweep sweep.toml --dry-run\ntitan-cpt sweep sweep.toml --launch ./run_train.sh",
         takes_overrides=True,
     )
     sweep.add_argument(
@@ -36,9 +36,7 @@ def add_sweep(subparsers: Subparsers) -> None:
         help="train only run N, counted from 0 (default: SLURM_ARRAY_TASK_ID, or all runs without it)",
     )
     sweep.add_argument("--arm", type=integer, dest="index", help=argparse.SUPPRESS)  # old name of --index
-    sweep.add_argument(
-        "--plan", action="store_true", help="list the runs with their steps, tokens and compute, and do not train"
-    )
+    add_dry_run_option(sweep, "the runs with their steps, tokens and compute", "--plan")
     sweep.add_argument("--prepare-only", action="store_true", help="write the run folders, and do not train")
     add_launch_option(sweep)
 
@@ -56,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     files = [*options.files, *([options.config] if options.config and options.config not in options.files else [])]
     if not files:
         raise ConfigError("command line: the TOML file is missing; write `titan-cpt sweep FILE`")
-    if options.plan:
+    if options.dry_run:
         from titan_cpt.common.console import make_console
         from titan_cpt.runs.sweep_table import print_sweep_plan
 

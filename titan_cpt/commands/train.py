@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-from titan_cpt.commands.arguments import Subparsers, add_command, add_config_option, add_verbosity_options, config_path
+from titan_cpt.commands.arguments import (
+    Subparsers,
+    add_command,
+    add_config_option,
+    add_dry_run_option,
+    add_verbosity_options,
+    config_path,
+)
+from titan_cpt.commands.plan import print_plan_of
 
 
 def add_train(subparsers: Subparsers) -> None:
@@ -24,6 +33,7 @@ def add_train(subparsers: Subparsers) -> None:
     )
     add_config_option(train)
     add_verbosity_options(train)
+    add_dry_run_option(train, "the plan")
     train.add_argument(
         "--run-info", action="store_true", help="check the config, print the run folder, and do not train"
     )
@@ -36,6 +46,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.run_info:
         print(f"run_folder={Path(config.job.output_dir) / config.job.name}")
         print(f"init_timeout_seconds={config.comm.init_timeout_seconds}")
+        return 0
+    if options.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print_plan_of(config, int(os.environ.get("WORLD_SIZE", "0")) or None)
         return 0
     from titan_cpt.common.console import Verbosity
     from titan_cpt.train import run

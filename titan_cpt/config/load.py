@@ -45,7 +45,7 @@ def load_run(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
         count = len(points(config.sweep))
         raise ConfigError(
             f"{path}: sweep: this file describes {count} sweep runs: `titan-cpt sweep {path}` trains them, and with "
-            "--plan lists them"
+            "--dry-run lists them"
         )
     return config
 

@@ -20,7 +20,7 @@ def input_notes(config: Config, inventory: DataInventory, spec: ModelSpec) -> It
     """All notes, in the order in which they are printed."""
     yield from _missing_files(config, inventory)
     if config.sweep:
-        yield "this file is a sweep: this is the plan of its base config; `titan-cpt sweep FILE --plan` lists its runs"
+        yield "this is the plan of the base config of a sweep; `titan-cpt sweep FILE --dry-run` lists its runs"
     yield from _without_validation(config)
     yield from _padding(config, inventory, spec)
     yield from _small_float8_layers(config, spec)

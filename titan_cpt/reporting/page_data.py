@@ -26,20 +26,21 @@ def data_files(runs: Sequence[RunLog]) -> dict[str, str]:
     report.json has the summary of each run (as summary.json) and its row of the comparison; losses.csv has every
     validation; steps.csv has at most 500 training steps of each run, those of the figures.
     """
+    content = {"written_by": "titan-cpt report", "runs": summaries_of(runs)}
     return {
-        "report.json": _summaries(runs),
+        "report.json": json.dumps(content, indent=1) + "\n",
         "losses.csv": _csv(_VALIDATION, [(run, run.validations) for run in runs]),
         "steps.csv": _csv(_TRAINING, [(run, recorded_steps(run)) for run in runs]),
     }
 
 
-def _summaries(runs: Sequence[RunLog]) -> str:
+def summaries_of(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """For each run its name, the keys of its summary.json, and its row of the comparison."""
     rows = compare(runs)
-    found = [
+    return [
         {"run": run.name, **summarize_log(run), "comparison": vars(row) | {"mean_forgetting": row.mean_forgetting}}
         for run, row in zip(runs, rows, strict=True)
     ]
-    return json.dumps({"written_by": "titan-cpt report", "runs": found}, indent=1) + "\n"
 
 
 def _csv(keys: Sequence[str], lines: Sequence[tuple[RunLog, Sequence[Mapping[str, Any]]]]) -> str:

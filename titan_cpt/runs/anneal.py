@@ -31,15 +31,16 @@ _ENDS_OF_CONSTANT_PHASE = ("constant_until", "decay_from")
 
 
 def branch_off(
-    checkpoint: Path, *, tokens: int, min_lr: float | None, overrides: Sequence[tuple[str, str]], rank: int
+    checkpoint: Path, *, tokens: int, min_lr: float | None, overrides: Sequence[tuple[str, str]], writes: bool
 ) -> tuple[Config, bool]:
-    """Make the run folder of a branch (on rank 0, unless it has checkpoints); returns its config and whether it is new.
+    """Make the run folder of a branch, unless it has checkpoints; returns its config and whether it is new.
 
     Args:
         checkpoint: a folder `<run>/<stage>/step-<8 digits>`.
         tokens: length of the annealing, rounded up to whole steps.
         min_lr: LR of its last step; None for the stage's own.
         overrides: dotted keys and values that change the branch's config.
+        writes: this process makes the folder: rank 0, unless it is a dry run.
 
     Raises:
         CheckpointError: the checkpoint is damaged, the run's config is not the one that it was trained with, or the
@@ -61,7 +62,7 @@ def branch_off(
     is_new = not checkpoint_folders(folder)
     for existing in checkpoint_folders(folder, record["stage"])[:1]:
         _require_same_branch(existing, plan.recipe_until(record["stage_index"]))
-    if rank == 0 and is_new:
+    if writes and is_new:
         require_own_run(folder, config)
         with locked(folder, rank=0):
             write_run_config(folder / CONFIG_FILE, config)

@@ -36,11 +36,19 @@ class Baseline:
     config: Config
 
 
-def write_baselines(config: Config, plan: Plan, folder: Path | None, log: Callable[[str], None] = print) -> list[Path]:
+def write_baselines(
+    config: Config,
+    plan: Plan,
+    folder: Path | None,
+    log: Callable[[str], None] = print,
+    *,
+    dry_run: bool = False,
+) -> list[Path]:
     """Write the resolved config and one TOML for each of its baselines, and log a line for each; returns their paths.
 
     Args:
         folder: folder to write to; None for `<output_dir>/<job.name>-baselines/configs`.
+        dry_run: check and log, and write nothing.
 
     Raises:
         ConfigError: there is no baseline (the config has a single stage, from random weights), or a file exists that
@@ -60,9 +68,11 @@ def write_baselines(config: Config, plan: Plan, folder: Path | None, log: Callab
         descriptions[path] = baseline.description
         texts[path] = _with_checksum(header, dump_config(baseline.config))
     _require_own(texts, config.job.name)
-    make_folder(folder)
+    if not dry_run:
+        make_folder(folder)
     for path, text in texts.items():
-        write_text_atomically(path, text)
+        if not dry_run:
+            write_text_atomically(path, text)
         log(f"{path}: {descriptions[path]}")
     return list(texts)
 

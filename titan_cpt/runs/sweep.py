@@ -64,7 +64,7 @@ def train_sweep_runs(
     if (single := single_run_file(paths)) is not None:
         log(single_run_message(single))
     if only is not None and not 0 <= only < count:
-        raise ConfigError(f"--index: must be from 0 to {count - 1}, got {only}; --plan lists the sweep runs")
+        raise ConfigError(f"--index: must be from 0 to {count - 1}, got {only}; --dry-run lists the sweep runs")
     outcomes: list[Outcome] = []
     with StopSignals() as stop:
         for number in range(count) if only is None else [only]:

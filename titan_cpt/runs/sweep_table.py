@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from titan_cpt.common.readable import significant
+from titan_cpt.common.recipe import fingerprint
 from titan_cpt.common.run_folder import METRICS_FILE
+from titan_cpt.planning.suggest import ASSUMED_EFFICIENCY, nearest_device
 from titan_cpt.reporting.comparison import compare, print_comparison
 from titan_cpt.reporting.run_log import read_runs, with_unique_names
 from titan_cpt.runs.shared_stages import count_shared_stages
@@ -43,11 +46,34 @@ def print_sweep_plan(paths: Sequence[Path], overrides: Sequence[tuple[str, str]]
         else:
             table.add_row(str(number), *_cells(run, valid))
     console.print(table)
+    console.print(_total(valid), highlight=False, soft_wrap=True)
     if (single := single_run_file(paths)) is not None:
         console.print(single_run_message(single), highlight=False, markup=False, soft_wrap=True)
     for run in runs:
         if isinstance(run, InvalidSweepRun):
             console.print(f"[bold]{escape(run.name)}[/]: {escape(run.problem)}", highlight=False)
+
+
+def _total(runs: Sequence[SweepRun]) -> str:
+    """Tokens, compute and GPU hours of the runs that are not done; a stage that several runs share counts once."""
+    tokens, flops = 0, 0.0
+    counted: set[str] = set()
+    waiting = [run for run in runs if not run.is_done()]
+    for run in waiting:
+        for index, stage in enumerate(run.plan.stages):
+            recipe = fingerprint(run.plan.recipe_until(index))
+            if recipe in counted:
+                continue
+            counted.add(recipe)
+            tokens += stage.steps * run.plan.step_tokens
+            flops += run.plan.spec.flops_per_token(run.plan.seq_len) * stage.steps * run.plan.step_tokens
+    device = nearest_device(80 * 10**9)
+    hours = flops / (device.flops * ASSUMED_EFFICIENCY) / 3600
+    return (
+        f"to train: {len(waiting)} of {len(runs)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, shared stages counted "
+        f"once: {significant(hours, 6)} GPU hours at {ASSUMED_EFFICIENCY:.0%} of an {device.name}'s "
+        f"{device.flops / 1e12:.0f} TFLOP/s"
+    )
 
 
 def _cells(run: SweepRun, runs: Sequence[SweepRun]) -> list[str]:

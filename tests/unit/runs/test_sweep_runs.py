@@ -56,4 +56,4 @@ def test_a_sweep_file_is_not_trained_as_one_run(swept, capsys):
     assert status_of("train", "--config", path) == 2
     assert f"describes 2 sweep runs: `titan-cpt sweep {path}` trains them" in capsys.readouterr().err
     assert status_of("plan", "--config", path) == 0
-    assert "this file is a sweep" in " ".join(capsys.readouterr().out.split())
+    assert "the plan of the base config of a sweep" in " ".join(capsys.readouterr().out.split())

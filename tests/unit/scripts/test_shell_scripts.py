@@ -73,6 +73,14 @@ class TestOneProcess:
         assert "set -euo" not in done.stdout
         assert train_arguments(repository.only_call()) == ["--help"]
 
+    def test_a_dry_run_starts_one_process_and_writes_no_logs(self, repository: Repository) -> None:
+        """Also with several processes, whose number it passes on."""
+        done = repository.run("run_train.sh", "mine.toml", "--dry-run", NPROC="4", ACTION='echo "ranks: $WORLD_SIZE"')
+
+        assert train_arguments(repository.only_call()) == ["mine.toml", "--dry-run"]
+        assert done.stdout == "ranks: 4\n"
+        assert list(repository.elsewhere.iterdir()) == []
+
     def test_overrides_without_a_config_change_the_quick_start(self, repository: Repository) -> None:
         """Without --config, the overrides apply to the quick start's."""
         repository.run("run_train.sh", "--job.name", "--config-like", "--training.seq_len=64")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from titan_cpt.data.formats.indexed import missing_prefixes
 from titan_cpt.data.prepare.chunks import iterate_texts
 from titan_cpt.data.prepare.outputs import prefix_to_write
 from titan_cpt.data.prepare.prepare import prepare
-from titan_cpt.data.prepare.text_inputs import find_inputs, missing_inputs
+from titan_cpt.data.prepare.text_inputs import find_inputs, inputs_text, missing_inputs
 from titan_cpt.data.tokenizer.train_bpe import train_bpe
 from titan_cpt.errors import DataError
 
@@ -63,6 +63,26 @@ def prepare_missing_data(
         )
         log(f"dataset {name}: {result.summary}")
     return bool(to_prepare)
+
+
+def missing_data_text(config: Config, *, force: bool) -> Iterator[str]:
+    """A line for each dataset with a `source`, and for a tokenizer to train: what `prepare_missing_data` would do.
+
+    Raises:
+        DataError: a text does not exist and there is no `fetch` script for it.
+    """
+    train = config.tokenizer.train
+    if train is not None and not is_there(Path(config.tokenizer.path)):
+        yield f"tokenizer: would be trained on the text of {train.dataset} -> {config.tokenizer.path}"
+    for name, dataset in config.datasets.items():
+        if dataset.source is None or dataset.train is None:
+            continue
+        if not _is_missing(dataset, force):
+            yield f"dataset {name}: prepared already: {dataset.train[0]}"
+        elif dataset.source.fetch is not None and missing_inputs(dataset.source.text):
+            yield f"dataset {name}: its text is missing; {dataset.source.fetch} would fetch it -> {dataset.train[0]}"
+        else:
+            yield f"dataset {name}: {inputs_text(dataset.source.text)} -> {dataset.train[0]}"
 
 
 def prepare_missing_data_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:

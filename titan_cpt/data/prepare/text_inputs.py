@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_cpt.common.readable import memory
 from titan_cpt.data.file_names import UniqueFiles, expand_glob, glob_escape_hint
 from titan_cpt.data.prepare import hub
 from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES
@@ -78,6 +79,19 @@ def find_inputs(inputs: Sequence[str]) -> list[TextInput]:
     if not found:
         raise DataError(f"no input was given; allowed are {ALLOWED}")
     return found
+
+
+def inputs_text(inputs: Sequence[str]) -> str:
+    """Number and size of the inputs, for a person.
+
+    Raises:
+        DataError: as `find_inputs`.
+    """
+    found = find_inputs(inputs)
+    files = [source for source in found if not source.is_hub]
+    size = memory(sum(source.disk_bytes for source in files) / 2**30)
+    parts = [f"{len(files)} {'file' if len(files) == 1 else 'files'} ({size})"] if files else []
+    return ", ".join([*parts, *(source.spec for source in found if source.is_hub)])
 
 
 def missing_inputs(inputs: Sequence[str]) -> list[str]:
