@@ -6,6 +6,7 @@ a traceback and exits with `exit_status`. `os_error_message` formats an OSError 
 
 import errno
 import os
+from pathlib import Path
 
 
 class TitanError(Exception):
@@ -63,10 +64,18 @@ _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packag
 }
 
 
+_SETUP_SCRIPT = Path(__file__).parents[1] / "scripts" / "setup.sh"  # only a clone has it
+
+
 def how_to_install(package: str) -> str:
-    """The commands that install a missing package: in a clone of the repository, and with pip."""
+    """The commands that install a missing package: in a clone of the repository, and with pip.
+
+    pip finds an extra of an installed titan_cpt without an index that has titan_cpt.
+    """
     extra = _EXTRAS.get(package)
     requirement = "titan_cpt" if extra is None else f"'titan_cpt[{extra}]'"
+    if not _SETUP_SCRIPT.exists():
+        return f"install it: `pip install {requirement}`"
     return f"install it: `./scripts/setup.sh{f' {extra}' if extra else ''}` in a clone, or `pip install {requirement}`"
 
 

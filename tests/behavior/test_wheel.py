@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"  # what pip calls
@@ -35,7 +36,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     }
     other = {name for name in files if not name.endswith(".py")}
 
-    assert "titan_cpt/reporting/html_page.html" in other
+    assert {"titan_cpt/reporting/html_page.html", "titan_cpt/py.typed"} <= other
     assert files - set(wheel.namelist()) == set()
 
 
@@ -46,3 +47,41 @@ def test_the_wheel_installs_nothing_but_the_package_and_its_command(wheel):
 
     assert {top for top in tops if not top.endswith(".dist-info")} == {"titan_cpt"}
     assert "titan-cpt = titan_cpt.cli:main" in wheel.read(entry_points).decode().splitlines()
+
+
+def test_a_copy_without_git_has_a_version_that_claims_no_commit(wheel):
+    """The fallback of pyproject.toml; the metadata name what runs the package."""
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    fields = wheel.read(name).decode().partition("\n\n")[0].splitlines()
+
+    assert "Version: 0.1.0.dev0" in fields
+    assert "Requires-Python: >=3.10" in fields
+    assert {line for line in fields if line.startswith("License-Expression")} == {"License-Expression: BSD-3-Clause"}
+    assert not any(line.startswith(("Project-URL", "Home-page")) for line in fields)
+
+
+def test_an_archive_of_a_commit_has_the_version_of_the_commit(tmp_path):
+    """`git archive`, as a host makes it for download: without .git, with the commit in .git_archival.txt."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout")
+    archive = subprocess.run(["git", "-C", ROOT, "archive", "HEAD"], capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", tmp_path], input=archive, check=True)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "setuptools_scm"], cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.strip().partition("+g")[2]
+    assert found
+    assert commit.stdout.startswith(found.partition(".")[0]), done.stdout
+
+
+def test_the_citation_is_a_valid_citation_file():
+    """Its required keys, and the license of LICENSE; scripts/release/check.sh validates it with cffconvert."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["license"] == "BSD-3-Clause"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("BSD 3-Clause License")
+    names = [author["family-names"] for author in citation["references"][0]["authors"]]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{', '.join(names[:-1])} and {names[-1]}" in readme

@@ -68,7 +68,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "__main__": "unit/commands/test_cli.py",
     "common.plugins": "behavior/test_plugins.py",
     "common.process_settings": "unit/test_api.py",
-    "common.version": "unit/test_api.py",
     "config.used_plugins": "behavior/test_plugins.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",

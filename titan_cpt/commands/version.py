@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -21,18 +20,13 @@ class PrintVersion(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print and exit."""
-        print(f"titan_cpt {_own_version()}{_commit(Path(__file__).parents[2])}", flush=True)
+        from titan_cpt.common.version import own_version
+
+        print(f"titan_cpt {own_version()}{_commit(Path(__file__).parents[2])}", flush=True)
         print(f"Python {platform.python_version()} ({sys.executable})", flush=True)
         for line in _torch_lines():
             print(line, flush=True)
         parser.exit()
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("titan_cpt")
-    except metadata.PackageNotFoundError:
-        return "not installed"  # run from a checkout on PYTHONPATH
 
 
 def _commit(root: Path) -> str:

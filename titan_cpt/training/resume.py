@@ -51,7 +51,7 @@ def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
         world_size=state.plan.world_size,
         data=state.identities,
         validation=state.validator.identities,
-        versions=versions(state.process.device),
+        versions=versions(state.process.device) if state.process.rank == 0 else {},  # asks git in a checkout
         **({"plugins": plugins} if (plugins := used_plugins(state.config)) else {}),
         **({"attention_backend": state.attention_backend} if state.attention_backend else {}),
     )

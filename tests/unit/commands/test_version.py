@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from titan_cpt.cli import main
 from titan_cpt.commands import version
 from titan_cpt.common import gpus
+from titan_cpt.common.version import own_version
 
 ROOT = Path(__file__).parents[3]
 
@@ -37,7 +37,7 @@ def test_it_prints_titan_cpt_python_torch_and_the_devices(capsys):
     first, second, third, *_, last = capsys.readouterr().out.splitlines()
 
     assert end.value.code == 0
-    assert first.startswith(f"titan_cpt {metadata.version('titan_cpt')}")
+    assert first.startswith(f"titan_cpt {own_version()}")
     assert ("(commit " in first) == (ROOT / ".git").exists()
     assert second == f"Python {platform.python_version()} ({sys.executable})"
     assert third.startswith(f"torch {torch.__version__}, for ")
