@@ -37,6 +37,7 @@ from titan_cpt.commands.sweep import add_sweep
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.verify import add_verify
 from titan_cpt.commands.version import PrintVersion
+from titan_cpt.commands.watch import add_watch
 from titan_cpt.common.exit_status import FAILURE, USER_ERROR, exit_interrupted, exit_with, print_error
 from titan_cpt.errors import TitanError, how_to_install, os_error_message
 
@@ -55,6 +56,7 @@ COMMANDS = (  # in the order of --help
     add_generate,
     add_runs,
     add_report,
+    add_watch,
     add_verify,
     add_docs,
 )

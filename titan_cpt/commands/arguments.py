@@ -198,6 +198,11 @@ def probability(text: str) -> float:
     return _number(text, float, "above 0 and at most 1", lambda number: 0 < number <= 1)
 
 
+def seconds(text: str) -> float:
+    """A duration of at least a tenth of a second."""
+    return _number(text, float, "a number of seconds from 0.1", lambda number: 0.1 <= number < 1e6)
+
+
 def fraction(text: str) -> float:
     """A fraction from 0 and below 1."""
     return _number(text, float, "a fraction from 0 and below 1, such as 0.05", lambda number: 0 <= number < 1)

@@ -17,29 +17,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from titan_cpt.common.file_lock import lock_state
 from titan_cpt.common.metrics_file import Metrics, read_metrics
 from titan_cpt.common.readable import duration, memory
 from titan_cpt.common.run_folder import (
     CONFIG_FILE,
-    LOCK_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
     PLAN_FILE,
     SWEEP_CONFIG_FILE,
-    checkpoint_folder,
 )
 from titan_cpt.errors import DataError, TitanError
 from titan_cpt.reporting.run_log import read_plan
+from titan_cpt.reporting.run_state import FAILED, run_state
 
-RUNNING, FINISHED, STOPPED, FAILED, PLANNED, DAMAGED = (
-    *("running", "finished", "stopped", "failed", "planned", "damaged"),
-)
+DAMAGED = "damaged"
 _RUN_FILES = (PLAN_FILE, METRICS_FILE, CONFIG_FILE, SWEEP_CONFIG_FILE)
 _DEEPEST = 3  # folders between the given one and a run: the runs of a sweep are in a folder of the sweep
 _TAILS = (2**16, 2**20, 2**24)  # bytes of metrics.jsonl to read, until they contain a validation
-_FRESH_S = 900  # without file locks: a run that has written within this time, and has a holder, is running
-_KILLED = "ended without a record: killed or crashed"
 
 
 @dataclass(frozen=True)
@@ -158,31 +152,13 @@ def _progress(run: Path, plan: Mapping[str, Any], metrics: Metrics, last_write_s
         and line["loss_nats_per_token"] is not None
     }
     before = sum(count for name, count in steps.items() if order[name] < order.get(stage, 0))
-    state, why = _state(run, steps, metrics, begun=bool(lines), last_write_s=last_write_s)
+    last_event = metrics.events[-1] if metrics.events else {}
+    state, why = run_state(run, steps, last_event, is_begun=bool(lines), last_write_s=last_write_s)
     return {
         **{"state": state, "why": why, "stage": stage, "step": step, "steps": steps.get(stage, step)},
         **{"run_steps": before + step, "total_steps": sum(steps.values()) or step},
         **{"losses": losses, "measured_at": newest["step"] if newest else None},
     }
-
-
-def _state(
-    run: Path, steps: Mapping[str, int], metrics: Metrics, *, begun: bool, last_write_s: float
-) -> tuple[str, str]:
-    """State and reason."""
-    held, holder = lock_state(run / LOCK_FILE)
-    if held or (held is None and holder and time.time() - last_write_s < _FRESH_S):
-        return RUNNING, holder
-    last = next(reversed(list(steps)), "")
-    if last and (checkpoint_folder(run, last, steps[last]) / MANIFEST_FILE).exists():
-        return FINISHED, ""
-    if not begun and not metrics.events:
-        return PLANNED, ""
-    event = metrics.events[-1] if metrics.events else {}
-    if event.get("name") == "stop" and "signal" in event:
-        return STOPPED, f"by {event['signal']}"
-    why = event.get("why") if event.get("name") in ("stop", "save_failed") else None
-    return FAILED, str(why or _KILLED)
 
 
 def _last_write(run: Path) -> float:

@@ -86,7 +86,7 @@ def read_run(path: Path) -> RunLog:
     has_plan = (run / PLAN_FILE).exists()
     has_metrics = (run / METRICS_FILE).exists()
     if not has_plan and not has_metrics:
-        raise DataError(_not_a_run_message(path))
+        raise DataError(explain_missing_run(path))
     plan = read_plan(run) if has_plan else {}
     if not has_metrics:
         return RunLog(plan["name"], run, plan, [], [], [], problems=[f"{run}: has no {METRICS_FILE}"])
@@ -149,7 +149,7 @@ def with_unique_names(runs: Sequence[RunLog]) -> list[RunLog]:
     return [replace(run, name=run.label or name) for run, name in zip(runs, names, strict=True)]
 
 
-def _not_a_run_message(path: Path) -> str:
+def explain_missing_run(path: Path) -> str:
     """Why a path is not a run folder, and which path to give instead."""
     if not path.exists():
         return f"{path}: no such file or folder. Give a run folder, such as outputs/quickstart"

@@ -17,8 +17,7 @@ COMMANDS = next(action for action in make_parser()._actions if isinstance(action
 NAMES = [
     *("init", "convert-config"),
     *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "runs"),
-    "report",
-    *("verify", "docs"),
+    *("report", "watch", "verify", "docs"),
 ]
 
 
