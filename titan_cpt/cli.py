@@ -23,6 +23,7 @@ from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
 from titan_cpt.commands.baselines import add_baselines
 from titan_cpt.commands.convert_config import add_convert_config
 from titan_cpt.commands.docs import add_docs
+from titan_cpt.commands.doctor import add_doctor
 from titan_cpt.commands.evaluate import add_eval
 from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
@@ -44,6 +45,7 @@ from titan_cpt.errors import TitanError, how_to_install, os_error_message
 COMMANDS = (  # in the order of --help
     add_init,
     add_convert_config,
+    add_doctor,
     add_plan,
     add_train,
     add_sweep,

@@ -33,6 +33,7 @@ PURPOSE = {
     "checkpoint": "Weights on disk: saving, resuming, manifests, import from and export to Hugging Face.",
     "evaluation": "Benchmarks and text generation with a checkpoint.",
     "reporting": "From run folders to tables, figures and the HTML page. Reads files only.",
+    "doctor": "Checks of the machine and of a config, each in a process of its own.",
     "training": "The parts of the training loop: loss, optimizer, validation, metrics, handling of bad steps.",
     "train": "The training loop, from top to bottom.",
     "runs": "Runs made from other runs: sweeps, baselines, annealing branches.",

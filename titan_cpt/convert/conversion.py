@@ -12,8 +12,8 @@ from titan_cpt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of a list.
+class ListedKeys:
+    """What became of some keys: one entry of a list.
 
     Attributes:
         keys: keys of the other project's file, dotted; () for a remark that belongs to no key of the file.
@@ -45,9 +45,9 @@ class Conversion:
         self.project = project
         self.files = tuple(files)
         self.values: dict[str, Any] = {}
-        self.converted: list[Finding] = []
-        self.unmatched: list[Finding] = []
-        self.decisions: list[Finding] = []
+        self.converted: list[ListedKeys] = []
+        self.unmatched: list[ListedKeys] = []
+        self.decisions: list[ListedKeys] = []
         self.same_architecture = True
         self._given = given
         self._listed: set[str] = set()
@@ -168,7 +168,7 @@ class Conversion:
 
     def remark(self, text: str) -> None:
         """A decision that belongs to no key of the file."""
-        self.decisions.append(Finding(keys=(), text=text))
+        self.decisions.append(ListedKeys(keys=(), text=text))
 
     def finish(self, advice: Mapping[str, str]) -> None:
         """List the keys that are left: settings that are off here too, and those without a counterpart.
@@ -205,13 +205,13 @@ class Conversion:
         text = advice or f"not known as keys of {self.project}: look up what they do there"
         self.no_counterpart(used, text)
 
-    def _finding(self, keys: Sequence[str], ours: Mapping[str, Any], text: str) -> Finding:
+    def _finding(self, keys: Sequence[str], ours: Mapping[str, Any], text: str) -> ListedKeys:
         given = self._given_of(keys)
         twice = self._listed.intersection(given)
         assert not twice, f"listed twice: {twice}"
         self._listed.update(given)
         found = tuple(shown(self._given[key]) for key in given)
-        return Finding(keys=given or tuple(keys), found=found, ours=ours, text=text)
+        return ListedKeys(keys=given or tuple(keys), found=found, ours=ours, text=text)
 
     def _given_of(self, keys: Sequence[str]) -> tuple[str, ...]:
         return tuple(key for key in keys if key in self._given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from titan_cpt.convert.conversion import Conversion, Finding, shown
+from titan_cpt.convert.conversion import Conversion, ListedKeys, shown
 
 _TABLES = (
     "job", "model", "tokenizer", "datasets", "optimizer", "training", "parallelism", "comm", "checkpoint",
@@ -70,7 +70,7 @@ def _by_table(keys: Sequence[str]) -> dict[str, list[str]]:
     return dict(sorted(tables.items(), key=lambda item: (item[0].count("."), item[0])))
 
 
-def _line(name: str, value: Any, origin: Finding | None) -> str:
+def _line(name: str, value: Any, origin: ListedKeys | None) -> str:
     text = f"{name} = {_inline(value)}"
     if origin is not None and origin.keys:
         comment = ", ".join(origin.keys) + (" (default there)" if not origin.found else "")
@@ -87,7 +87,7 @@ def _inline(value: Any) -> str:
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 
-def _entry(finding: Finding) -> list[str]:
+def _entry(finding: ListedKeys) -> list[str]:
     """A finding as lines: keys and values, what they became, and the explanation."""
     pairs = zip(finding.keys, finding.found, strict=True) if finding.found else ()
     head = ", ".join(f"{key} = {value}" for key, value in pairs) or ", ".join(finding.keys)

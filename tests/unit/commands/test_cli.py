@@ -15,7 +15,7 @@ from titan_cpt.config.schema_lookup import keys_of, tables_at
 ROOT = Path(__file__).parents[3]
 COMMANDS = next(action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
 NAMES = [
-    *("init", "convert-config"),
+    *("init", "convert-config", "doctor"),
     *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "runs"),
     *("report", "watch", "verify", "docs"),
 ]

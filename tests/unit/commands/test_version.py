@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from titan_cpt.cli import main
-from titan_cpt.commands import version
 from titan_cpt.common import gpus
 from titan_cpt.common.version import own_version
+from titan_cpt.doctor.versions import devices_of, driver_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +79,7 @@ def test_gpus_are_counted_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
 
-    assert version._devices(torch) == "2 x NVIDIA H100 80GB HBM3, 1 x NVIDIA L40S"
+    assert devices_of(torch) == "2 x NVIDIA H100 80GB HBM3, 1 x NVIDIA L40S"
 
 
 def test_an_old_driver_is_the_reason_for_no_gpu(monkeypatch):
@@ -93,7 +93,7 @@ def test_an_old_driver_is_the_reason_for_no_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", warn)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    found = version._devices(torch)
+    found = devices_of(torch)
 
     assert found.startswith("CPU (")
     assert found.endswith("; no GPU: The NVIDIA driver on your system is too old (found version 12040).")
@@ -105,4 +105,4 @@ def test_the_driver_is_printed_with_the_newest_cuda_that_it_supports(monkeypatch
     monkeypatch.setattr(gpus, "NVIDIA_DRIVER_FILE", tmp_path / "version")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
 
-    assert version._driver(torch) == "580.159.03, up to CUDA 13.0"
+    assert driver_of(torch) == "580.159.03, up to CUDA 13.0"

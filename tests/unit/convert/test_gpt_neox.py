@@ -154,7 +154,9 @@ def test_each_key_is_in_exactly_one_list(names, base, unset):
         "attention_config": None,
         "new": 1,
     }
-    keys = base | {
-        name: None if unset else numbers.get(name, False if name in gpt_neox._ADVICE else None) for name in names
-    }
+    keys = (
+        base
+        | {"new": 1}
+        | {name: None if unset else numbers.get(name, False if name in gpt_neox._ADVICE else None) for name in names}
+    )
     assert listed(converted(gpt_neox, keys)) == sorted(keys)
