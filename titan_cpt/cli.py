@@ -21,6 +21,7 @@ from typing import NoReturn
 from titan_cpt.commands.anneal import add_anneal
 from titan_cpt.commands.arguments import parse_overrides, refuse_unknown
 from titan_cpt.commands.baselines import add_baselines
+from titan_cpt.commands.completion import add_completion, complete, is_requested
 from titan_cpt.commands.convert_config import add_convert_config
 from titan_cpt.commands.docs import add_docs
 from titan_cpt.commands.doctor import add_doctor
@@ -61,11 +62,14 @@ COMMANDS = (  # in the order of --help
     add_watch,
     add_verify,
     add_docs,
+    add_completion,
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit status."""
+    if is_requested():
+        complete(make_parser())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a latin-1 terminal shows "?" for characters that it lacks
     try:

@@ -53,6 +53,7 @@ class NumericsError(TitanError):
 
 
 _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packages are required ones
+    "argcomplete": "completion",
     "huggingface_hub": "hf",
     "lm_eval": "eval",
     "matplotlib": "report",

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ COMMANDS = next(action for action in make_parser()._actions if isinstance(action
 NAMES = [
     *("init", "convert-config", "doctor"),
     *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "runs"),
-    *("report", "watch", "verify", "docs"),
+    *("report", "watch", "verify", "docs", "completion"),
 ]
 
 
@@ -60,7 +61,7 @@ def test_every_example_of_a_help_text_is_a_valid_command(name):
     shown = COMMANDS.choices[name].format_help().splitlines()
 
     for example in examples:
-        program, command, *words = shlex.split(example)
+        program, command, *words = shlex.split(re.sub(r'^eval "\$\((.*)\)"$', r"\1", example))
         options = parse_command_line([command, *words])
         assert (program, command) == ("titan-cpt", name)
         assert f"  {example}" in shown
