@@ -117,6 +117,7 @@ def _answer(connection: socket.socket, rewrite: Rewrite) -> None:
         for number, file in enumerate(files):
             os.dup2(file, number)
             os.close(file)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         os.chdir(folder)
@@ -139,7 +140,13 @@ def _call(name: str, arguments: list[str], rewrite: Rewrite) -> None:
     if name == "run_train.sh":
         named = any(word == "--config" or word.endswith(".toml") for word in arguments)
         arguments = ["train", *([] if named else ["--config", "train_configs/quickstart.toml"]), *arguments]
-    if name == "python":
+    if name == "python" and arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif name == "python" and arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif name == "python":
         sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
         runpy.run_path(arguments[0], run_name="__main__")
     else:

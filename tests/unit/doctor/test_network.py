@@ -20,6 +20,16 @@ def test_a_port_that_another_program_uses_is_a_problem(monkeypatch):
     assert found.level == "ok"
 
 
+def test_torchruns_own_port_in_use_is_a_note_because_a_run_on_one_node_takes_another(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        monkeypatch.setattr(network, "_DEFAULT_PORT", other.getsockname()[1])
+        (found,) = network.check_port(Request())
+    assert found.level == "note"
+
+
 @pytest.mark.parametrize("port", ["x", "0", "65536", "-1"])
 def test_what_is_no_port_is_a_problem(monkeypatch, port):
     monkeypatch.setenv("MASTER_PORT", port)
