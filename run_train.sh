@@ -16,8 +16,10 @@
 #   LOG_RANK      local ranks whose output is printed, comma-separated (default 0)
 #   OMP_NUM_THREADS   CPU threads of each process if there are several (default: cores / NPROC)
 #
-# Several processes, and any process under Slurm, write logs to <run folder>/logs/<attempt>/node-<rank>-<host>/: the
-# printed output in console.txt (unless it goes to a terminal), and one folder for each process that is not printed.
+# titan_cpt writes <run folder>/logs/rank-<rank>.log: what each rank prints, of all sessions. With several processes, and
+# under Slurm, this script also keeps all output of a node, as of NCCL and torchrun, in
+# <run folder>/logs/<attempt>/node-<rank>-<host>/: what is printed in console.txt (unless it goes to a terminal), and one
+# folder for each process that is not printed. --quiet and --verbose are options of titan_cpt.
 #
 # Paths are relative to the working directory. Exit status: 0 done; 2 the user's mistake; 75 stopped by a signal with
 # everything saved (the same command resumes); 1 anything else.
@@ -28,10 +30,12 @@ readonly root
 
 main() {
     local argument has_config=""
+    quiet=""
     # The file stands first, or has the usual ending; titan_cpt reports all other words.
     [[ $# == 0 || $1 == -* ]] || has_config=yes
     for argument in "$@"; do
         [[ $argument != -h && $argument != --help ]] || show_help
+        [[ $argument != --quiet ]] || quiet=yes
         [[ $argument != --config && $argument != --config=* && ($argument == -* || $argument != *.toml) ]] || has_config=yes
     done
     [[ -n $has_config ]] || set -- --config "$root/train_configs/quickstart.toml" "$@"
@@ -77,7 +81,9 @@ fail() {
     exit 2
 }
 
+# Print a command before it runs, unless --quiet is given.
 show() {
+    [[ -z $quiet ]] || return 0
     {
         printf '+'
         printf ' %q' "$@"

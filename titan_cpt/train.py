@@ -98,7 +98,7 @@ def opened_trainer(
             if process.rank == 0:
                 console = stack.enter_context(run_console(folder, process, verbosity))
                 print_start(console, config, process, folder)
-            prepare_missing_data_unless_stopped(config, stop, rank=process.rank)
+                prepare_missing_data_unless_stopped(config, stop, log=console.print_line, quiet=not verbosity)
         if process.rank != 0:  # only now: a run that rank 0 refuses writes no log
             console = stack.enter_context(run_console(folder, process, verbosity))
         if any_rank_stops(stop):

@@ -50,6 +50,8 @@ def add_plan(subparsers: Subparsers) -> None:
         action="store_true",
         help="build the sharded model without memory (meta device) and compare its size with the plan",
     )
+    plan.add_argument("--quiet", action="store_true", help="print notes and errors only")
+    plan.add_argument("--verbose", action="store_true", help="also print the settings that are not defaults")
     plan.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     plan.add_argument(
         "--lr-at",
@@ -85,9 +87,17 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(_as_json(plan, options, device_bytes)))
     else:
         from titan_cpt.common.console import TEXT_COLUMNS, make_console
-        from titan_cpt.planning.plan_text import print_plan
+        from titan_cpt.config.run_config import settings_that_are_not_defaults
+        from titan_cpt.planning.plan_text import print_notes, print_plan
 
-        print_plan(plan, make_console(TEXT_COLUMNS), config.checkpoint.keep_latest_k, device_bytes)
+        console = make_console(TEXT_COLUMNS)
+        if options.verbose:
+            for setting in settings_that_are_not_defaults(config):
+                print(setting)
+        if options.quiet:
+            print_notes(plan.notes, console)
+        else:
+            print_plan(plan, console, config.checkpoint.keep_latest_k, device_bytes)
     if options.check_layout:
         from titan_cpt.training.build import parallel_options
         from titan_cpt.training.dry_run import check_layout  # imports torch; the plan itself does not
@@ -107,7 +117,7 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     from pathlib import Path
 
     from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
-    from titan_cpt.common.console import make_console
+    from titan_cpt.common.console import TEXT_COLUMNS, make_console
     from titan_cpt.data.inventory import take_inventory
     from titan_cpt.planning.parallel import min_world_size
     from titan_cpt.planning.plan_text import print_plan
@@ -116,7 +126,7 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     inventory = take_inventory(config)
     inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
     plan = make_plan(config, inventory, world_size or min_world_size(config))
-    console = make_console()
+    console = make_console(TEXT_COLUMNS)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     folder = Path(config.job.output_dir) / config.job.name
     print(f"dry run: nothing was written; {folder} {'exists' if folder.exists() else 'would be the run folder'}")

@@ -69,6 +69,7 @@ def add_prepare(subparsers: Subparsers) -> None:
         help="number of processes (default: one per core)",
     )
     add_dry_run_option(prepare, "what would be read and written")
+    prepare.add_argument("--quiet", action="store_true", help="do not report progress on stderr")
     prepare.add_argument("--force", action="store_true", help="replace an output that was made with other options")
     prepare.add_argument(
         "--add-bos", action="store_true", help="begin each document with the begin-of-document token (BOS)"
@@ -112,7 +113,8 @@ def _prepare_datasets_of_config(path: Path, options: argparse.Namespace) -> int:
         for line in missing_data_text(config, force=options.force):
             print(line)
         return 0
-    if not prepare_missing_data(config, workers=options.workers, force=options.force):
+    quiet = options.quiet
+    if not prepare_missing_data(config, workers=options.workers, force=options.force, show_progress=not quiet):
         print(f"{path}: every dataset with a source is already prepared; nothing was changed")
     return 0
 
@@ -146,6 +148,7 @@ def _prepare_files(options: argparse.Namespace) -> int:
         workers=options.workers,
         force=options.force,
         add_bos=options.add_bos,
+        show_progress=not options.quiet,
     )
     print(result.summary)
     return 0

@@ -96,6 +96,21 @@ def test_the_table_names_stages_budgets_and_replay_and_draws_the_lr(run, write, 
     assert all(line.count("│") <= 2 for line in drawing)
 
 
+def test_quiet_prints_notes_only_and_verbose_the_settings_first(run, write, two_stages):
+    """The plan itself is the same."""
+    path = write(two_stages)
+    _, normal, _ = run("plan", "--config", path)
+    _, quiet, _ = run("plan", "--config", path, "--quiet")
+    _, verbose, _ = run("plan", "--config", path, "--verbose")
+
+    assert quiet
+    assert normal.endswith(quiet)
+    assert quiet.startswith("note ")
+    assert verbose.endswith(normal)
+    assert "training.seq_len = 16" in verbose.splitlines()
+    assert "training.gc_freq" not in verbose
+
+
 def test_the_drawing_shows_where_the_lr_is_high(run, write, head):
     """A constant stage at the maximum has six rows, one at a third of it two."""
     stages = "".join(
@@ -183,7 +198,7 @@ def test_keys_are_overridden_on_the_command_line(plan, two_stages, words):
     [
         (("--stages.secnod.steps", "3"), "there is no stage 'secnod'; did you mean 'second'?"),
         (("--training.seq_len",), "--training.seq_len has no value"),
-        (("--verbose", "3"), "unknown argument '--verbose'"),
+        (("--loud", "3"), "unknown argument '--loud'"),
         (("stray",), "two files are given, stray and --config "),
         (("--job.seed", "-1"), "job.seed: must be in [0, "),
         (

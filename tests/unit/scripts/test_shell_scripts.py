@@ -107,6 +107,13 @@ class TestOneProcess:
         assert line.startswith("+ ")
         assert line.endswith(r"-m titan_cpt train --config my\ config.toml")
 
+    def test_quiet_is_passed_on_and_prints_no_command(self, repository: Repository) -> None:
+        """Nothing is on stderr then."""
+        done = repository.run("run_train.sh", "mine.toml", "--quiet")
+
+        assert train_arguments(repository.only_call()) == ["mine.toml", "--quiet"]
+        assert done.stderr == ""
+
     def test_the_training_process_replaces_the_script(self, repository: Repository) -> None:
         """A signal to the script's process id reaches titan_cpt."""
         process = subprocess.Popen(

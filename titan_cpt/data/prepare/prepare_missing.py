@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def prepare_missing_data(
-    config: Config, *, workers: int = os.cpu_count() or 1, force: bool = False, log: Callable[[str], None] = print
+    config: Config,
+    *,
+    workers: int = os.cpu_count() or 1,
+    force: bool = False,
+    log: Callable[[str], None] = print,
+    show_progress: bool = True,
 ) -> bool:
     """Tokenize every dataset that has a `source` and whose token files are missing; returns whether there were any.
 
@@ -35,6 +40,7 @@ def prepare_missing_data(
         workers: number of tokenizing processes.
         force: prepare all of them again, replacing files that were made with other options.
         log: called with each line of progress.
+        show_progress: report the progress of tokenizing on stderr.
 
     Raises:
         DataError: a text cannot be fetched or read.
@@ -60,6 +66,7 @@ def prepare_missing_data(
             workers=workers,
             force=force,
             add_bos=config.tokenizer.add_bos,
+            show_progress=show_progress,
         )
         log(f"dataset {name}: {result.summary}")
     return bool(to_prepare)
@@ -85,14 +92,14 @@ def missing_data_text(config: Config, *, force: bool) -> Iterator[str]:
             yield f"dataset {name}: {inputs_text(dataset.source.text)} -> {dataset.train[0]}"
 
 
-def prepare_missing_data_unless_stopped(config: Config, stop: StopRequest, *, rank: int) -> None:
-    """Call `prepare_missing_data` on rank 0 of a run. A signal stops it at once, and the next run resumes it."""
-    if rank != 0:
-        return
+def prepare_missing_data_unless_stopped(
+    config: Config, stop: StopRequest, *, log: Callable[[str], None], quiet: bool
+) -> None:
+    """Call `prepare_missing_data`, on rank 0 of a run. A signal stops it at once, and the next run resumes it."""
     progress = ""
     try:
         with stop.interrupting():
-            prepare_missing_data(config)
+            prepare_missing_data(config, log=log, show_progress=not quiet)
     except KeyboardInterrupt as interrupt:
         progress = f"{interrupt}; " if str(interrupt) else ""
     if stop.name:

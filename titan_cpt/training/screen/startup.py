@@ -115,7 +115,8 @@ def device_notes(config: Config, device: torch.device) -> Iterator[str]:
 
 def _session_header(process: ProcessInfo) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    command = shlex.join(["titan-cpt" if name == "__main__.py" else name, *sys.argv[1:]])
     return f"=== {started}, rank {process.rank} of {process.world_size}: {command}"
 
 

@@ -362,6 +362,18 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(data, small_chunks, 
     )
 
 
+@pytest.mark.parametrize("show", [True, False])
+def test_progress_of_a_run_s_data_can_be_hidden(data, small_chunks, monkeypatch, capsys, show):
+    """As --quiet does; the lines of the result stay."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    lines: list[str] = []
+    config = config_of(data, str(data / "x"), str(data / "a.jsonl"))
+    prepare_missing_data(config, workers=1, log=lines.append, show_progress=show)
+
+    assert (capsys.readouterr().err != "") == show
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

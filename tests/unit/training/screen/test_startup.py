@@ -1,5 +1,6 @@
 """The first lines of a run: what trains where, within 80 columns, and notes on the device."""
 
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_versions_host_device_precision_and_paths_are_printed_and_logged(config,
 
     assert logged[1:] == printed
     assert logged[0].startswith("=== ")
-    assert Path(sys.argv[0]).name in logged[0]
+    assert shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace("__main__.py", "titan-cpt") in logged[0]
     assert f"torch {torch.__version__}" in printed[0]
     assert socket.gethostname() in values["host"]
     assert values["device"].startswith("device     CPU: ")
