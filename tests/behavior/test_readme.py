@@ -20,7 +20,7 @@ RUN, NEWS = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
 (COMMANDS,) = re.findall(r"```bash\n(titan-cpt plan.*?)```", README, flags=re.DOTALL)
 GERMAN_END = "german/step-00000489"
 SMALL = {  # a step of 64 tokens in place of 4,096, and a model for tests
-    "mini": "debug",
+    "tiny": "debug",
     "8192": "300",
     "= 256 ": "= 32 ",
     "= 256\n": "= 32\n",
