@@ -49,7 +49,7 @@ INTERVAL = "interval"  # kinds of checkpoint: every checkpoint.interval steps,
 STAGE_END = "stage_end"  # at the end of a stage,
 PRE_ANNEAL = "pre_anneal"  # and on the last step before a schedule anneals
 
-_locked_here: set[tuple[int, Path]] = set()
+_locked_here: set[tuple[int, str]] = set()
 """(process id, run folder) of the locks that this process holds: the kernel's are between processes only."""
 
 
@@ -96,7 +96,7 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
             f"{folder}: another process is training here{by}. Wait for it, or choose another job.name"
         )
 
-    if (os.getpid(), folder.resolve()) in _locked_here:
+    if (os.getpid(), os.path.realpath(folder)) in _locked_here:
         raise CheckpointError(f"{folder}: this process is training here already. Close that Trainer first")
     with ExitStack() as stack:
         try:
@@ -107,7 +107,7 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
                 f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or change the "
                 "folder's permissions"
             ) from None
-        mine = os.getpid(), folder.resolve()
+        mine = os.getpid(), os.path.realpath(folder)  # resolve() raises for a loop of links
         _locked_here.add(mine)
         stack.callback(_locked_here.discard, mine)
         yield
