@@ -35,7 +35,7 @@ MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
     "a save, between files and manifest": (("titan_cpt.checkpoint.manifest:write", 3),),
     "a save, while it hashes or syncs": (("titan_cpt.checkpoint.manifest:fsync", 20),),
     "pruning": (("shutil:rmtree", 2), ("os:unlink", 9)),
-    "a stage's end": (("titan_cpt.train:Trainer.write_summary", 1),),
+    "a stage's end": (("titan_cpt.train:write_summary", 1),),
     "a transition": (
         ("titan_cpt.train:begin_stage", 1),
         ("titan_cpt.training.stage_start:load_state", 1),

@@ -37,6 +37,7 @@ from titan_cpt.commands.report import add_report
 from titan_cpt.commands.runs import add_runs
 from titan_cpt.commands.sweep import add_sweep
 from titan_cpt.commands.train import add_train
+from titan_cpt.commands.upload import add_upload
 from titan_cpt.commands.verify import add_verify
 from titan_cpt.commands.version import PrintVersion
 from titan_cpt.commands.watch import add_watch
@@ -61,6 +62,7 @@ COMMANDS = (  # in the order of --help
     add_report,
     add_watch,
     add_verify,
+    add_upload,
     add_docs,
     add_completion,
 )

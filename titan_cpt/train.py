@@ -7,7 +7,6 @@ weights, the optimizer's moments and the number of steps done.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,9 +18,8 @@ import torch
 from titan_cpt.checkpoint.manager import FoundCheckpoint
 from titan_cpt.common.console import Verbosity
 from titan_cpt.common.exit_status import STOPPED_EARLY, SUCCESS
-from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.process_settings import configure_process
-from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, SUMMARY_FILE, TENSORBOARD_FOLDER, locked
+from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, TENSORBOARD_FOLDER, locked
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import require_own_run
 from titan_cpt.config.schema import Config
@@ -36,7 +34,7 @@ from titan_cpt.distributed.process_group import (
     set_timeouts,
 )
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.reporting.summary import print_summary, summarize
+from titan_cpt.reporting.summary import print_summary, summarize, write_summary
 from titan_cpt.training.bad_steps import first_held_back, handle_bad_step
 from titan_cpt.training.benchmarks import require_benchmarks, run_benchmarks
 from titan_cpt.training.build import build
@@ -51,6 +49,7 @@ from titan_cpt.training.screen.startup import print_start, run_console
 from titan_cpt.training.stage_start import begin_stage, resume_stage
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.step_log import record_step
+from titan_cpt.training.uploads import close_uploads, finish_uploads, poll_saves
 
 Returned = TypeVar("Returned")
 Steps: TypeAlias = Generator[tuple[StagePlan, int, StepResult], None, Returned]
@@ -108,6 +107,7 @@ def opened_trainer(
         try:
             yield trainer, checkpoint
         finally:
+            close_uploads(trainer)
             trainer.display.close()
             trainer.profiler.close()
             trainer.log.close()
@@ -160,7 +160,8 @@ class Trainer(TrainerState):
                 validate_first = bool(checkpoint.manifest.get("validation_due"))
                 checkpoint = None  # later stages begin at their step 0
             steps_done, complete = yield from self.stage_steps(stage, steps_done, validate_first=validate_first)
-            self.write_summary()
+            if self.process.rank == 0:
+                write_summary(self.folder)
             finished = complete and steps_done == stage.steps and stage is self.plan.stages[-1]
             if any_rank_stops(self.stop) and not finished:
                 return self.stopped_early(stage, steps_done)
@@ -267,7 +268,7 @@ class Trainer(TrainerState):
             self.display.step(stage, lines[-1])
         if self.log.trouble:
             self.display.warn(f"  {self.log.trouble}")
-        self.checkpoints.poll()
+        poll_saves(self)
         return held_back
 
     def stopped_early(self, stage: StagePlan, steps_done: int) -> int:
@@ -276,6 +277,7 @@ class Trainer(TrainerState):
         self.log.event("stop", stage=stage.name, step=steps_done, signal=self.stop.name)
         self.display.result(f"stopped by {self.stop.name}; everything is saved, the same command resumes from here")
         self.print_newest_checkpoint()
+        finish_uploads(self, after_signal=True)
         return STOPPED_EARLY
 
     def finish(self) -> int:
@@ -287,12 +289,7 @@ class Trainer(TrainerState):
         self.display.say(f"to print this table again: titan-cpt report {self.folder}")
         if self.config.metrics.enable_tensorboard:
             self.display.say(f"to see the curves: tensorboard --logdir {self.folder / TENSORBOARD_FOLDER}")
-        return SUCCESS
-
-    def write_summary(self) -> None:
-        """Write summary.json: losses, forgetting and adaptation of all stages so far."""
-        if self.process.rank == 0:
-            write_text_atomically(self.folder / SUMMARY_FILE, json.dumps(summarize(self.folder), indent=1))
+        return SUCCESS if finish_uploads(self) else STOPPED_EARLY
 
     def print_newest_checkpoint(self) -> None:
         """Print the folder of the newest checkpoint, if there is one."""

@@ -138,7 +138,7 @@ KILLS = (
     Fault("titan_cpt.checkpoint.manifest:write", 1),  # shards there, manifest not
     Fault("titan_cpt.training.validation:Validator._loss", 4),  # between the datasets of a measurement
     Fault("titan_cpt.checkpoint.manifest:write_text_atomically", 3),  # all is hashed, the manifest has no name yet
-    Fault("titan_cpt.train:Trainer.write_summary", 1),  # the stage's end is reached, the next stage not begun
+    Fault("titan_cpt.train:write_summary", 1),  # the stage's end is reached, the next stage not begun
     Fault(
         "titan_cpt.training.stage_start:load_state", 1
     ),  # on resume, or in the transition if the stage's end was sealed in time

@@ -74,6 +74,8 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",
     "checkpoint.provenance": "behavior/test_begin_of_document.py",
+    "checkpoint.remote.records": "unit/checkpoint/remote/test_uploader.py",
+    "checkpoint.remote.restore": "behavior/test_uploads.py",
     "checkpoint.state_dict": "unit/checkpoint/test_manager.py",
     "cli": "unit/commands/test_plan.py",
     "commands.anneal": "unit/runs/test_anneal.py",
@@ -85,6 +87,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "commands.prepare": "unit/data/prepare/test_outputs.py",
     "commands.report": "unit/reporting/test_html_page.py",
     "commands.sweep": "unit/runs/test_sweep.py",
+    "commands.upload": "behavior/test_uploads.py",
     "commands.verify": "unit/checkpoint/test_manifest.py",
     "convert.convert": "unit/commands/test_convert_config.py",
     "data.formats.array_file": "unit/data/formats/test_token_files.py",
@@ -154,7 +157,9 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "training.saving": "behavior/test_disk_faults.py",
     "training.stage_start": "behavior/test_resume.py",
     "training.state": "unit/test_train.py",
+    "runs.upload_run": "behavior/test_uploads.py",
     "training.step_log": "unit/test_train.py",
+    "training.uploads": "behavior/test_uploads.py",
 }
 SAME_NAME = {"main"}  # of programs: the command line, and the wrapper of torchrun
 NAMES_OF_USERS = "api"  # its functions have the names of those that they call, and only users import it

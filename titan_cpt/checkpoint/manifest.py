@@ -64,7 +64,7 @@ def write(folder: Path, record: Mapping[str, Any], checksums: Mapping[str, Mappi
             known = (checksums or {}).get(name)
             if known is None:
                 fsync(path)
-                known = {"bytes": size, "xxh3_128": _digest(path)}
+                known = {"bytes": size, "xxh3_128": content_checksum(path)}
             if known["bytes"] != size:
                 raise CheckpointError(f"{path}: has {size} bytes, but {known['bytes']} were written")
             files[name] = dict(known)
@@ -96,18 +96,18 @@ def link_checkpoint(checkpoint: Path, folder: Path, record: Mapping[str, Any]) -
     fsync(folder.parent)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and check its keys and types, but not the files that it lists.
+def parse(text: str, path: Path | str) -> dict[str, Any]:
+    """Read a manifest's text and check its keys and types.
+
+    Args:
+        text: the content of the file.
+        path: its name, for messages.
 
     Raises:
-        CheckpointError: there is no manifest, or it is damaged.
-        AccessError: it exists, and the system refuses to read it.
+        CheckpointError: it is damaged, or of another format.
     """
-    path = folder / MANIFEST_FILE
     try:
-        manifest: dict[str, Any] = json.loads(read_text(path))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: {_without_manifest(folder)}") from None
+        manifest: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     wrong = [
@@ -118,6 +118,23 @@ def read(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: has format {manifest['format']!r}; this version reads format {FORMAT}")
     return manifest
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest and check its keys and types, but not the files that it lists.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+        AccessError: it exists, and the system refuses to read it.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {_without_manifest(folder)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    return parse(text, path)
 
 
 def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:
@@ -174,7 +191,7 @@ def _compare(path: Path, file: Mapping[str, Any]) -> None:
             raise ValueError(f"{path} is not a file")
         if status.st_size != file.get("bytes"):
             raise CheckpointError(f"{path}: has {status.st_size} bytes, the manifest says {file.get('bytes')}")
-        if _digest(path) != file.get("xxh3_128"):
+        if content_checksum(path) != file.get("xxh3_128"):
             raise CheckpointError(f"{path}: its content changed since it was saved (its checksum differs)")
 
 
@@ -240,7 +257,8 @@ def digest_of_files(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def content_checksum(path: Path) -> str:
+    """The XXH3-128 checksum of a file, in hexadecimal digits, as manifests record it."""
     with path.open("rb") as file:
         digest = xxhash.xxh3_128()
         while block := file.read(1 << 22):

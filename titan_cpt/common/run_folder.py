@@ -5,6 +5,7 @@
     plan.json                     the training plan
     metrics.jsonl                 losses, learning rates, throughput and events, one JSON object per line
     summary.json                  losses and forgetting of every trained stage
+    uploads.json                  checkpoints whose upload to object storage has been verified
     .lock                         held by the process that trains
     STAGE/step-00000500/          a checkpoint; it is valid only once its manifest.json is written
     STAGE/skipped.json            batches of the stage that training skips
@@ -32,6 +33,7 @@ SWEEP_CONFIG_FILE = "arm.toml"  # of a sweep run: the config to train with; conf
 PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+UPLOADS_FILE = "uploads.json"
 LOCK_FILE = ".lock"
 MANIFEST_FILE = "manifest.json"  # in a checkpoint
 SKIPPED_FILE = "skipped.json"  # in a stage's folder

@@ -16,7 +16,7 @@ from typing import Any
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.reading import read_text
 from titan_cpt.common.recipe import differences
-from titan_cpt.common.run_folder import CONFIG_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, SUMMARY_FILE
+from titan_cpt.common.run_folder import CONFIG_FILE, LOCK_FILE, METRICS_FILE, PLAN_FILE, SUMMARY_FILE, UPLOADS_FILE
 from titan_cpt.config.load import check_config, dump_config
 from titan_cpt.config.schema import Config
 from titan_cpt.config.toml_files import parse_toml
@@ -38,6 +38,7 @@ def require_own_run(folder: Path, config: Config) -> None:
         CONFIG_FILE: lambda text: _is_resolved_config(text, config),
         PLAN_FILE: lambda text: _has_keys(text, "fingerprint", "stages"),
         SUMMARY_FILE: lambda text: _has_keys(text, "stages"),
+        UPLOADS_FILE: lambda text: _has_keys(text, "owner", "to", "uploaded"),
         LOCK_FILE: lambda text: not text or text.startswith('{"pid": '),
         METRICS_FILE: _is_metrics,
     }

@@ -13,7 +13,7 @@ from titan_cpt.common.plugins import METRICS
 from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import ModelConfig
-from titan_cpt.config.storage import StorageConfig
+from titan_cpt.config.storage import StorageConfig, UploadConfig
 from titan_cpt.config.suites import SUITES
 from titan_cpt.config.types import (
     FileName,
@@ -193,6 +193,8 @@ class CheckpointConfig(Table):
     none."""
     async_mode: Literal["async", "disabled"] = "async"
     """Asynchronous checkpointing: write in the background while training continues; or "disabled": training waits."""
+    upload: UploadConfig | None = None
+    """Upload finished checkpoints to object storage. Unset: none."""
 
     @model_validator(mode="after")
     def _kept_checkpoints_are_saved(self) -> CheckpointConfig:

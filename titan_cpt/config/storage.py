@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from titan_cpt.common.numbers import parse_bytes
-from titan_cpt.config.types import Table, validation_error
+from titan_cpt.config.types import PositiveInt, Table, validation_error
 from titan_cpt.errors import ConfigError
 
 
@@ -55,3 +55,27 @@ class StorageConfig(Table):
         """The folder of the cache, also where `cache_dir` is not set."""
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_cpt"
         return self.cache_dir or str(default)
+
+
+class UploadConfig(Table):
+    """[checkpoint.upload]: upload of finished checkpoints to object storage, in the background."""
+
+    to: str
+    """URL under which the run's folder is copied, such as "s3://bucket/runs"; the run is then in s3://bucket/runs/NAME.
+    A run with an empty local folder continues from its newest valid checkpoint there."""
+    what: Annotated[tuple[Literal["stage_end", "pre_anneal", "interval"], ...], Field(strict=False, min_length=1)] = (
+        "stage_end",
+        "pre_anneal",
+        "interval",
+    )
+    """Kinds of checkpoints to upload. metrics.jsonl, config.toml, plan.json and summary.json are uploaded with each."""
+    keep_local: PositiveInt | None = None
+    """Number of newest checkpoints to keep on the local disk. Older ones are removed there once their upload has been
+    verified, except those that a stage still starts from. Unset: none is removed for having been uploaded."""
+
+    @field_validator("to")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        if "://" not in value or not value.partition("://")[2].strip("/"):
+            raise validation_error(f'to must be a URL such as "s3://bucket/runs", got {value!r}')
+        return value.rstrip("/")

@@ -271,7 +271,9 @@ def _absent_weights(config: Config) -> Iterator[str]:
     """Yield a note for every stage whose initial weights are not on this machine."""
     for stage in config.stages:
         kind, _, where = (stage.init or "").partition(":")
-        if kind == "checkpoint" and not (Path(where) / MANIFEST_FILE).exists():
+        if kind == "checkpoint" and is_url(where):
+            yield f"stages.{stage.name}.init: {where} is downloaded when training starts"
+        elif kind == "checkpoint" and not (Path(where) / MANIFEST_FILE).exists():
             exists = Path(where).exists()
             missing = f"has no {MANIFEST_FILE}, so it is not a checkpoint" if exists else "does not exist yet"
             then = "training stops before this stage if it is still missing"

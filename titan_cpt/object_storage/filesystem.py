@@ -9,8 +9,11 @@ times. A file system object belongs to a process: fsspec makes a new one after a
 
 from __future__ import annotations
 
+import base64
 import errno
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,13 +42,22 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "created")  # the first one that is known
 _TRIES = 2  # s3fs repeats botocore's tries; it does so twice in a read, so its own default of 5 means 200 tries
 PART_BYTES = 32 << 20  # of a multipart upload
+_DOWNLOAD_BYTES = 8 * PART_BYTES  # read concurrently and held in memory
 
 
 class ObjectInfo(NamedTuple):
-    """An object's length in bytes, and a string that changes when its content is replaced."""
+    """What is known of an object without reading it.
+
+    Attributes:
+        size: length in bytes.
+        version: a string that changes when the content is replaced.
+        md5: MD5 of the content in hexadecimal digits, as the storage reports it; after an upload in N parts the MD5 of
+            the parts' MD5s, "-" and N. With some encryptions S3 reports other digits. "" if it is not known.
+    """
 
     size: int
     version: str
+    md5: str = ""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -121,7 +133,14 @@ def find(url: str) -> ObjectInfo | None:
     if info.get("type") != "file":
         return None
     version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
-    return ObjectInfo(int(info["size"]), version)
+    return ObjectInfo(int(info["size"]), version, _md5_of(info))
+
+
+def _md5_of(info: Mapping[str, Any]) -> str:
+    if isinstance(info.get("md5Hash"), str):  # Google's
+        return base64.b64decode(info["md5Hash"]).hex()
+    tag = str(info.get("ETag", "")).strip('"')
+    return tag if re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) else ""
 
 
 def stat(url: str) -> ObjectInfo:
@@ -199,23 +218,49 @@ def write_object(url: str, content: bytes) -> None:
             raise RemoteError(f"{url}: cannot be written: {error}") from None
 
 
-def upload_file(path: Path, url: str) -> None:
-    """Write a local file to an object, in several parts if it is large.
+def upload_file(path: Path, url: str, on_progress: Callable[[int], None] = lambda count_bytes: None) -> None:
+    """Write a local file to an object, in parts of PART_BYTES if it has two of them or more.
+
+    Args:
+        on_progress: called with the number of bytes that were transferred since the last call.
 
     Raises:
         FileNotFoundError: the local file does not exist any more.
         RemoteError: see `find`.
     """
     system, target = open_filesystem(url)
-    options = {"chunksize": PART_BYTES} if protocol_of(url) == "s3" else {}
+    options: dict[str, Any] = {"chunksize": PART_BYTES} if protocol_of(url) == "s3" else {}
     path.stat()
     with remote_errors(url):
         try:
-            system.put_file(str(path), target, **options)
+            system.put_file(str(path), target, callback=_Progress(on_progress), **options)
         except FileNotFoundError:
             path.stat()
             _require_bucket(system, url, target)
             raise RemoteError(f"{url}: cannot be written") from None
+
+
+def download_file(url: str, path: Path) -> None:
+    """Write an object to a local file.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk.
+        RemoteError: see `find`; or the object is missing.
+    """
+    info = stat(url)
+    with open(path, "wb") as file:
+        for first in range(0, info.size, _DOWNLOAD_BYTES):
+            spans = [(at, min(at + PART_BYTES, info.size)) for at in range(first, info.size, PART_BYTES)]
+            for data in read_ranges(url, spans[: _DOWNLOAD_BYTES // PART_BYTES]):
+                file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def content_pieces(url: str, size: int) -> Iterator[bytes]:
+    """Yield the content of an object of that size, in order."""
+    for first in range(0, size, PART_BYTES):
+        yield read_ranges(url, [(first, min(first + PART_BYTES, size))])[0]
 
 
 def remove_object(url: str) -> None:
@@ -262,3 +307,16 @@ def matching_urls(pattern: str) -> list[str]:
         if not names:
             _require_bucket(system, pattern, path)
     return sorted(f"{protocol}://{name.removeprefix('/') if protocol == 'memory' else name}" for name in names)
+
+
+class _Progress:
+    """The part of fsspec's callbacks that put_file uses."""
+
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self._on_progress = on_progress
+
+    def relative_update(self, count_bytes: int = 1) -> None:
+        self._on_progress(count_bytes)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None

@@ -37,7 +37,8 @@ class RemoteFile:
             RemoteError: it does not exist, no access, no answer.
         """
         self.path = path
-        self.size, self.version = stat(path.url) if info is None else info
+        known = stat(path.url) if info is None else info
+        self.size, self.version = known.size, known.version
         self._block_bytes = path.cache.block_bytes
         described = "\n".join((_FORMAT, path.url, str(self.size), self.version, str(self._block_bytes)))
         self._cache = BlockCache(path.cache, hashlib.sha256(described.encode()).hexdigest()[:32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from titan_cpt.common.files import write_text_atomically
+from titan_cpt.common.run_folder import SUMMARY_FILE
 from titan_cpt.reporting.number_texts import token_text
 from titan_cpt.reporting.run_log import RunLog, read_run
 
@@ -37,6 +40,11 @@ def summarize(folder: Path) -> dict[str, Any]:
         DataError: `folder` is not a run folder, or its plan.json cannot be read.
     """
     return summarize_log(read_run(folder))
+
+
+def write_summary(folder: Path) -> None:
+    """Write a run's summary.json: losses, forgetting and adaptation of all stages so far."""
+    write_text_atomically(folder / SUMMARY_FILE, json.dumps(summarize(folder), indent=1))
 
 
 def summarize_log(run: RunLog) -> dict[str, Any]:

@@ -57,6 +57,7 @@ from titan_cpt.training.screen.display import Display
 from titan_cpt.training.screen.startup import device_notes, rank_lines
 from titan_cpt.training.skipped_batches import SkippedBatches
 from titan_cpt.training.state import TrainerState
+from titan_cpt.training.uploads import restore_from_storage, start_uploader
 from titan_cpt.training.validation import Validator
 
 State = TypeVar("State", bound=TrainerState)
@@ -93,6 +94,7 @@ def build(
     torch.use_deterministic_algorithms(config.job.deterministic)
     use_onednn(config.training.enable_onednn)
     console = console or RunConsole(shown=process.rank == 0)
+    owner = restore_from_storage(config, process, folder, console)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
@@ -127,7 +129,8 @@ def build(
         for line in rank_lines(process):
             display.detail(line)
     checkpoints.before_save = log.fsync
-    checkpoints.on_saved = partial(log_saved, log, display)
+    uploads = start_uploader(config, folder, process, owner)
+    checkpoints.on_saved = partial(log_saved, log, display, uploads)
     checkpoints.on_failed = partial(log_save_failed, log, display)
     runner = make_runner(pipeline_stages, compute_copy, mesh, options)
     guard = _build_guard(config, optimizer)
@@ -159,6 +162,7 @@ def build(
         validator=_build_validator(config, plan, data, mesh),
         metrics=metrics,
         checkpoints=checkpoints,
+        uploads=uploads,
         identities=data.identities,
         log=log,
         display=display,

@@ -10,6 +10,7 @@ import torch
 
 from titan_cpt.checkpoint.manifest import digest_of_files
 from titan_cpt.checkpoint.manifest import read as read_manifest
+from titan_cpt.checkpoint.remote.uploader import Uploader
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.common.run_folder import PRE_ANNEAL
 from titan_cpt.distributed.process_group import ProcessInfo
@@ -84,7 +85,7 @@ def machine(process: ProcessInfo) -> dict[str, Any]:
     }
 
 
-def log_saved(log: MetricsLog, display: Display, folder: Path) -> None:
+def log_saved(log: MetricsLog, display: Display, uploads: Uploader | None, folder: Path) -> None:
     """Print and log a checkpoint that is now valid, with the digest of its files, which identifies it in scores."""
     saved = read_manifest(folder)
     log.event(
@@ -95,6 +96,8 @@ def log_saved(log: MetricsLog, display: Display, folder: Path) -> None:
         files=digest_of_files(saved),
     )
     display.say(f"  checkpoint: {folder}")
+    if uploads is not None:
+        uploads.notify()
 
 
 def log_save_failed(log: MetricsLog, display: Display, error: CheckpointError) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
+from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 from titan_cpt.training.optimizer import reset_state, set_hyperparameters, set_lr
 from titan_cpt.training.state import TrainerState
@@ -105,7 +107,8 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, str | None]:
     if isinstance(stage.init, StageCheckpoint):
         folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
     else:
-        folder = Path(stage.init.removeprefix("checkpoint:"))
+        name = stage.init.removeprefix("checkpoint:")
+        folder = downloaded_initial(state.folder, name) if is_url(name) else Path(name)
     record = state.checkpoints.verify(folder)
     if stage.keep_optimizer and record["kind"] == IMPORTED:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint.manager import CheckpointManager
+from titan_cpt.checkpoint.remote.uploader import Uploader
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
 from titan_cpt.data.loader import SequenceReader
@@ -42,6 +43,7 @@ class TrainerState:
         skipped: batches that training skips because their loss or gradient was bad.
         reader: sequences of every dataset.
         metrics: metrics of other packages, by name.
+        uploads: uploads checkpoints to object storage, on rank 0; None without `checkpoint.upload`.
         identities: fingerprints of the tokenizer and of the data files, by dotted key.
         stop: whether a signal requested a stop.
     """
@@ -62,6 +64,7 @@ class TrainerState:
     validator: Validator
     metrics: Mapping[str, Metric]
     checkpoints: CheckpointManager
+    uploads: Uploader | None
     identities: dict[str, str]
     log: MetricsLog
     display: Display

@@ -1,0 +1,175 @@
+"""Continue a run from its uploads: on an empty disk, or where the local folder lacks the newest checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.remote.copies import RemoteCheckpoint, download_copy, list_copies, read_copy
+from titan_cpt.checkpoint.remote.owner import Owner
+from titan_cpt.checkpoint.remote.records import UploadRecords
+from titan_cpt.checkpoint.remote.uploader import RUN_FILES, claim_for
+from titan_cpt.common.files import write_bytes_atomically
+from titan_cpt.common.run_folder import (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    SKIPPED_FILE,
+    checkpoint_folder,
+    checkpoint_folders,
+)
+from titan_cpt.errors import AccessError, CheckpointError, RemoteError
+from titan_cpt.object_storage.filesystem import list_objects, read_object
+
+DOWNLOADS_FOLDER = ".downloads"  # in a run's folder: initial weights that a stage takes from object storage
+
+
+def restore_run(
+    run: Path, to: str, starts: Sequence[tuple[str, tuple[str, int] | None]], *, say: Callable[[str], None]
+) -> Owner | None:
+    """Become the owner of a run's uploads; download its newest valid checkpoint if that is newer than the local ones.
+
+    The checkpoints that a later stage starts from are downloaded too, and metrics, summary and skipped batches. Nothing
+    that is newer on the local disk is replaced.
+
+    Args:
+        run: the run's folder, which this process has locked.
+        to: the run's URL.
+        starts: the run's stages in order: (name, checkpoint that it starts from as (stage, steps) or None).
+        say: prints a line.
+
+    Returns:
+        The session; None if storage does not answer, and the local folder has checkpoints to continue from.
+
+    Raises:
+        CheckpointError: the uploads belong to another run, or every copy is damaged.
+        RemoteError: storage does not answer, and the local folder has no checkpoint.
+        OSError: the local folder cannot be written.
+    """
+    records = UploadRecords.read(run, to)
+    try:
+        owner = claim_for(run, to, records, say=say)
+        _download_newest(run, to, starts, records, say)
+    except RemoteError as error:
+        if checkpoint_folders(run):
+            say(f"uploads: {error}. Training continues from the local checkpoints, and uploads are tried again")
+            return None
+        raise RemoteError(
+            f"{error}. {run} has no checkpoint, so this must be solved first: {to} may have one to continue from. To "
+            "begin anew without uploads, remove checkpoint.upload"
+        ) from error
+    return owner
+
+
+def _download_newest(
+    run: Path,
+    to: str,
+    starts: Sequence[tuple[str, tuple[str, int] | None]],
+    records: UploadRecords,
+    say: Callable[[str], None],
+) -> None:
+    damaged: list[str] = []
+
+    def skip(message: str) -> None:
+        damaged.append(message)
+        say(f"skipping damaged upload: {message}")
+
+    copies = list_copies(to, skip)
+    newest = _newest_age(run)
+    restored = False
+    for copy in copies:
+        if newest is not None and copy.age <= newest:
+            break
+        say(f"{run}: restoring {copy.name} from {to} ({copy.size_bytes:,} bytes)")
+        try:
+            _download_starts(run, copy, copies, starts, records, say)
+            _download_run_files(run, to)
+            _download(run, copy, records)
+        except CheckpointError as error:
+            skip(str(error))
+            continue
+        restored = True
+        break
+    if damaged and not restored and newest is None:
+        raise CheckpointError(
+            f"{to}: all uploaded checkpoints are damaged. The first: {damaged[0]}. To train from the beginning, choose "
+            "another job.name or checkpoint.upload.to"
+        )
+
+
+def _newest_age(run: Path) -> tuple[int, int] | None:
+    """Stage index and steps of the newest local checkpoint; None if there is none."""
+    ages = []
+    for folder in checkpoint_folders(run):
+        try:
+            record = manifest.read(folder)
+        except CheckpointError:
+            continue
+        if manifest.is_in_place(folder, record):
+            ages.append((record["stage_index"], record["steps_done"]))
+    return max(ages, default=None)
+
+
+def _download(run: Path, copy: RemoteCheckpoint, records: UploadRecords) -> None:
+    download_copy(copy, run / copy.name)
+    records.add(run / copy.name)
+
+
+def _download_starts(
+    run: Path,
+    newest: RemoteCheckpoint,
+    copies: Sequence[RemoteCheckpoint],
+    starts: Sequence[tuple[str, tuple[str, int] | None]],
+    records: UploadRecords,
+    say: Callable[[str], None],
+) -> None:
+    """Download the older checkpoints that a later stage than that of the newest one starts from."""
+    by_name = {copy.name: copy for copy in copies}
+    for stage, source in starts[newest.manifest["stage_index"] + 1 :]:
+        if source is None or source[0] not in [name for name, _ in starts[: newest.manifest["stage_index"] + 1]]:
+            continue
+        folder = checkpoint_folder(run, *source)
+        name = f"{folder.parent.name}/{folder.name}"
+        if name == newest.name or (folder / MANIFEST_FILE).exists():
+            continue
+        if name in by_name:
+            say(f"{run}: restoring {name}, from which stage {stage} starts ({by_name[name].size_bytes:,} bytes)")
+            _download(run, by_name[name], records)
+        elif source[1] <= newest.manifest["steps_done"] or source[0] != newest.manifest["stage"]:
+            say(f"warning: {name}, from which stage {stage} starts, was not uploaded")
+
+
+def _download_run_files(run: Path, to: str) -> None:
+    """Download metrics and the other files of the run that are missing here, or are shorter than their copies."""
+    stage_files = [name for name in list_objects(to) if name.count("/") == 1 and name.endswith(f"/{SKIPPED_FILE}")]
+    for name in (*RUN_FILES, *stage_files):
+        path = run / name
+        content = read_object(f"{to}/{name}")
+        if content is None or (path.exists() and (name != METRICS_FILE or path.stat().st_size >= len(content))):
+            continue
+        path.parent.mkdir(exist_ok=True)
+        write_bytes_atomically(path, content)
+
+
+def downloaded_initial(run: Path, url: str) -> Path:
+    """The folder in a run's folder where the checkpoint of `init = "checkpoint:URL"` is downloaded."""
+    return run / DOWNLOADS_FOLDER / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def download_initial(run: Path, url: str, *, say: Callable[[str], None]) -> None:
+    """Download the checkpoint of `init = "checkpoint:URL"`, unless it was already.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        RemoteError: no access or no answer.
+    """
+    folder = downloaded_initial(run, url)
+    if (folder / MANIFEST_FILE).exists():
+        return
+    copy = read_copy(url.rstrip("/"))
+    say(f"downloading the initial weights {url} ({copy.size_bytes:,} bytes)")
+    try:
+        download_copy(copy, folder)
+    except AccessError as error:
+        raise CheckpointError(str(error)) from None
