@@ -170,6 +170,9 @@ rendezvous_options() {
         # Jobs that share a node must not share a port.
         [[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]] && port=$((20000 + SLURM_JOB_ID % 10000))
     fi
+    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
+        fail "MASTER_PORT must be a port of node 0, from 1 to 65535; got '$port'"
+    fi
     master="$address:$port" node="$node_rank/$1@$address:$port"
     if ((${MAX_RESTARTS:-0})); then
         # Only this rendezvous restarts all nodes when one of them restarts; it assigns the node ranks itself.

@@ -106,7 +106,12 @@ _REMEDIES = {
 def os_error_message(error: OSError) -> str:
     """The path or paths of an OSError, the reason that the operating system gives, and what to do."""
     paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
-    reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
     where = f"{' -> '.join(paths)}: " if paths else ""
+    return f"{where}{reason_and_remedy(error)}"
+
+
+def reason_and_remedy(error: OSError) -> str:
+    """The reason that the operating system gives, and what to do; without the path."""
+    reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
     remedy = _REMEDIES.get(error.errno or 0)
-    return f"{where}{reason}" + (f". {remedy}" if remedy else "")
+    return f"{reason}. {remedy}" if remedy else reason

@@ -91,6 +91,11 @@ def _run(options: argparse.Namespace) -> int:
             "command line: --add-bos goes with --input TEXT... --output PREFIX; with a config write tokenizer.add_bos "
             "= true into the file, or give --tokenizer.add_bos true"
         )
+    if options.train_tokenizer and options.tokenizer is not None:
+        raise ConfigError(
+            f"command line: --tokenizer {options.tokenizer} and --train-tokenizer exclude each other: first train a "
+            "tokenizer with --train-tokenizer, then prepare the text with --tokenizer FILE"
+        )
     if path is not None:
         return _prepare_datasets_of_config(path, options)
     refuse_unknown([f"--{key}" for key, _ in options.overrides])

@@ -105,6 +105,11 @@ def locked(folder: Path, *, rank: int) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(folder / LOCK_FILE, held=held))
         except OSError as error:
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                raise CheckpointError(
+                    f"{folder}: cannot be written: a file has the name of the folder. Choose another job.name or "
+                    "job.output_dir, or rename the file"
+                ) from None
             raise CheckpointError(
                 f"{folder}: cannot be written: {error.strerror}. Choose another job.output_dir, or change the "
                 "folder's permissions"

@@ -26,7 +26,7 @@ def error_message(error: Any, raw: dict[str, Any]) -> str:
         case "titan":
             return f"{where}: {error['ctx']['message']}"
         case "missing":
-            return f"{where}: is missing{_description(error['loc'])}"
+            return f"{where}: is missing{_description(error['loc'])}{_table_to_add(error['loc'])}"
         case "extra_forbidden":
             return f"{where}: unknown key{_known_keys(error['loc'])}"
         case "union_tag_invalid" | "literal_error":
@@ -91,6 +91,14 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
 def _stage_name(name: Any) -> str:
     """The name, in quotes if it is not a valid one: its dots would look like levels of the key."""
     return name if isinstance(name, str) and re.fullmatch(r"[\w/-]+", name) else repr(name)
+
+
+def _table_to_add(location: Sequence[Any]) -> str:
+    """What to write where a whole table of the file is missing."""
+    if len(location) > 1:
+        return ""
+    name = str(location[0])
+    return "; add one [[stages]] for each stage of the training" if name == "stages" else f"; add [{name}]"
 
 
 def _description(location: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_cpt.common.text import did_you_mean
 from titan_cpt.errors import ConfigError
 
 
@@ -82,7 +83,7 @@ def suite_of(name: str) -> tuple[Task, ...]:
         ConfigError: there is no suite of this name.
     """
     if name not in SUITES:
-        raise ConfigError(f"unknown suite {name!r}; allowed are {', '.join(SUITES)}")
+        raise ConfigError(f"unknown suite {name!r}{did_you_mean(name, SUITES)}; allowed are {', '.join(SUITES)}")
     return SUITES[name]
 
 

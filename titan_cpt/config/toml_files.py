@@ -61,6 +61,8 @@ def read_with_bases(path: Path, _seen: tuple[Path, ...] = (), *, files: list[Tom
     rebase_fetch_scripts(raw, path.parent, os.path.relpath)
     merged: dict[str, Any] = {}
     for base in bases:
+        if not (path.parent / base).exists():
+            raise ConfigError(f"{path}: extends: {path.parent / base}: no such file (relative to {path.name}'s folder)")
         merged = _merge(merged, read_with_bases(path.parent / base, (*_seen, here), files=files))
     if files is not None:
         files.append(TomlFile(path, text, raw))
@@ -82,12 +84,36 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give the path of a TOML file") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and integers of thousands of digits
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(f"{path}: not valid TOML: {error}{_toml_hint(path, str(error))}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: tables or lists are nested too deeply") from None
     if too_large:
         raise ConfigError(f"{path}: not valid TOML: integers must fit into 64 bits")
     return raw, text
+
+
+def _toml_hint(path: Path, problem: str) -> str:
+    """The line with the error, and what to write instead for mistakes that are common."""
+    other = {".yml": "YAML", ".yaml": "YAML", ".json": "JSON"}.get(path.suffix)
+    if other is not None:
+        return f"; it is {other}, and configs are TOML: `titan-cpt convert-config` converts those of other programs"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = re.search(r"at line (\d+)", problem)
+    number = int(found[1]) if found else len(lines) if "end of document" in problem else 0
+    if not 0 < number <= len(lines):
+        return ""
+    line = lines[number - 1].strip()
+    shown = f": `{line[:100]}`"
+    value = line.partition("=")[2].strip()
+    if re.match(r"(True|False|None)\b", value):
+        return f"{shown}; write true and false in lower case, and omit a key that has no value"
+    if (line.count('"') % 2 or line.count("'") % 2) and re.match("Illegal character|Unterminated", problem):
+        return f"{shown}; a closing quote is missing"
+    if problem.startswith(("Cannot declare", "Cannot overwrite")):
+        return f"{shown}; it is in the file twice: remove one"
+    if problem.startswith("Invalid value") and re.match(r"[A-Za-z_/.]", value):
+        return f"{shown}; text needs quotes"
+    return shown
 
 
 def exceeds_64_bits(value: Any) -> bool:

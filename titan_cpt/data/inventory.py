@@ -26,7 +26,7 @@ from titan_cpt.data.formats.token_files import (
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
-from titan_cpt.errors import DataError, RemoteError
+from titan_cpt.errors import DataError, RemoteError, reason_and_remedy
 from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, is_url
 
 
@@ -136,7 +136,7 @@ def _require_readable(names: Iterable[str]) -> None:
         try:
             open(name, "rb", buffering=0).close()
         except OSError as error:
-            raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{name}: cannot be read: {reason_and_remedy(error)}") from None
 
 
 def _counted(each: _Present, seq_len: int) -> TokenCounts:

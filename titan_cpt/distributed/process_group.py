@@ -52,11 +52,13 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
             for torch's default (10 minutes for NCCL, 30 for gloo).
 
     Raises:
-        PlanError: this node has fewer GPUs than processes, the GPU of this local rank cannot be used, or MASTER_PORT is
-            in use.
+        PlanError: a variable is missing or not a number, this node has fewer GPUs than processes, the GPU of this local
+            rank cannot be used, or MASTER_PORT is in use.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = _count_from_environment("WORLD_SIZE", default="1", least=1)
+    local_rank = _count_from_environment("LOCAL_RANK", default="0", least=0)
+    if world_size > 1:
+        _require_torchrun_variables(world_size)
     # All processes of the node raise: those that have a GPU would wait for the others. A launcher other than torchrun
     # may not tell how many there are.
     require_gpus(max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1))
@@ -86,6 +88,38 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
                 "a run that has not ended. Choose a free port with MASTER_PORT"
             ) from None
     return ProcessInfo(dist.get_rank(), world_size, device)
+
+
+def _count_from_environment(name: str, *, default: str | None, least: int) -> int:
+    """A whole number from an environment variable.
+
+    Raises:
+        PlanError: the variable is not set and has no default, or is no number of at least `least`.
+    """
+    text = os.environ.get(name, default)
+    if text is None or not text.isdecimal() or int(text) < least:
+        found = "is not set" if text is None else f"must be a whole number from {least}, got {text!r}"
+        raise PlanError(
+            f"the environment variable {name} {found}. torchrun sets it: start several processes with run_train.sh "
+            "(NPROC=2) or torchrun; for one process unset RANK, WORLD_SIZE and LOCAL_RANK"
+        )
+    return int(text)
+
+
+def _require_torchrun_variables(world_size: int) -> None:
+    """Check what torch reads from the environment before it connects to the other processes.
+
+    Raises:
+        PlanError: the rank, the address or the port of rank 0 is missing or wrong.
+    """
+    rank = _count_from_environment("RANK", default=None, least=0)
+    if rank >= world_size:
+        raise PlanError(f"the environment variable RANK must be below WORLD_SIZE = {world_size}, got {rank}")
+    port = _count_from_environment("MASTER_PORT", default=None, least=1)
+    if port > 65535:
+        raise PlanError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, got {port}")
+    if not os.environ.get("MASTER_ADDR"):
+        raise PlanError("the environment variable MASTER_ADDR is not set: give it the host name of rank 0")
 
 
 def single_process() -> ProcessInfo:

@@ -250,5 +250,5 @@ def _check_order(**points: float) -> None:
             limit = "the stage's end" if later == "end" else later
             raise ValueError(
                 f"{earlier} is an end point and must not be after {limit}: "
-                f"step {points[earlier]:g} is after step {points[later]:g}"
+                f"step {points[earlier]:g} is after step {points[later]:g}. A value below 1 is a fraction of the stage"
             )

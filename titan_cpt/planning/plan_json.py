@@ -103,7 +103,10 @@ def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
     """
     if not step.isdecimal():
         raise PlanError(f"--batch: the 0-based step must be an integer, got {step!r}")
-    return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
+    try:
+        return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
+    except PlanError as error:
+        raise PlanError(f"--batch: {error}") from None
 
 
 def memory_parts(costs: Footprint) -> dict[str, int]:

@@ -44,11 +44,12 @@ def write_page(runs: Sequence[RunLog], out: Path) -> Path:
     environment.filters["data_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     environment.filters["address"] = lambda path: quote(os.path.relpath(path.resolve(), out.resolve()))
     runs = with_unique_names(runs)
+    data = {out / name: text for name, text in data_files(runs).items()}
+    _require_own_page(out, (), data)  # before the figures are drawn, which takes seconds
+    make_folder(out)
     page_sections = list(sections(runs))
     figures = {out / f"{figure.name}.png": figure.png for section in page_sections for figure in section.figures}
-    data = {out / name: text for name, text in data_files(runs).items()}
     _require_own_page(out, figures, data)
-    make_folder(out)
     for path, png in figures.items():
         write_bytes_atomically(path, png)
     for path, text in data.items():

@@ -128,7 +128,7 @@ def read_runs(paths: Sequence[Path], report_error: Callable[[str], None]) -> lis
             report_error(str(error))
             continue
         if labeled and label in {each.label for each in runs}:
-            report_error(f"{path}: another run has this label")
+            report_error(f"{path}: another run has this label; choose another one")
             continue
         runs.append(replace(run, label=label) if labeled else run)
     return runs
@@ -179,7 +179,7 @@ def read_plan(run: Path) -> dict[str, Any]:
         missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]
         missing += [key for stage in plan["stages"] for key in _STAGE_KEYS if key not in stage]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"damaged: {type(error).__name__}: {error}"
+        why = error.strerror if isinstance(error, OSError) else f"damaged ({error})"
         raise DataError(f"{path}: cannot be read: {why}. {_WRITTEN_AGAIN}") from None
     if missing:
         raise DataError(f"{path}: damaged: {missing[0]!r} is missing. {_WRITTEN_AGAIN}")

@@ -122,7 +122,10 @@ def _branch_tables(
     points = {key: Fraction(recipe[f"lr.{key}"]) for key in _END_POINTS if f"lr.{key}" in recipe}
     ends = [key for key in _ENDS_OF_CONSTANT_PHASE if key in points]
     if not ends:
-        raise PlanError(f"stages.{name}: schedule {recipe['lr.schedule']!r} has no constant phase to anneal from")
+        raise PlanError(
+            f"stages.{name}: schedule {recipe['lr.schedule']!r} has no constant phase to anneal from: name a "
+            "checkpoint of a stage with an infinite or WSD schedule"
+        )
     first = points.get("cooldown_until", points["warmup_until"])
     last = points[ends[0]]
     if not first <= done <= last:

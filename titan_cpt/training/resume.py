@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def find_checkpoint(
     trained_on = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
     # Validation data changes no weight, so it may change: changed_validation.py measures the baselines again.
     data = {key: value for key, value in checkpoint.manifest["data"].items() if key in trained_on or key == "tokenizer"}
-    changed = differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
+    changed = _recipe_differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
         raise CheckpointError(
             "\n  ".join([_headline(checkpoint, planned), *changed, _remedy(checkpoint, plan, changed)])
@@ -101,6 +101,16 @@ def _with_float8_filters(recipe: dict[str, Any], checkpoints: CheckpointManager)
         return recipe
     filters = last_setting(checkpoints.run / CONFIG_FILE, *_FILTER.split("."))
     return {**recipe, _FILTER: sorted({*filters})} if filters else recipe
+
+
+def _recipe_differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
+    """The differences without the keys of stages that only one of the two has: the line `stages:` names these."""
+    only_one = {*recorded.get("stages", ())} ^ {*planned.get("stages", ())}
+    return [
+        line
+        for line in differences(recorded, planned)
+        if not (line.startswith("stages.") and line.split(".", 2)[1] in only_one)
+    ]
 
 
 def _headline(checkpoint: FoundCheckpoint, planned: dict[str, Any]) -> str:

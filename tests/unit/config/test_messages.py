@@ -114,7 +114,7 @@ def test_the_message_for_a_missing_key_has_its_location_and_meaning(one_stage, f
 
 def test_a_file_without_stages_or_datasets_is_refused(head, faults):
     """Missing, empty, or of a wrong type."""
-    assert "stages: is missing" in faults(head)
+    assert "stages: is missing; add one [[stages]] for each stage of the training" in faults(head)
     assert "stages: must have at least one entry" in faults("stages = []\n" + head)
     assert faults("datasets = 3\nstages = 3")[-1] == "stages: must be a list, got 3"
 

@@ -40,7 +40,7 @@ def test_a_label_before_the_folder_names_a_run(write_run, tmp_path):
 
     assert [run.name for run in with_unique_names(named)] == ["joint training", "y/seed=0"]
     assert [run.folder for run in named] == [one, two]
-    assert errors == [f"joint training={two}: another run has this label"]
+    assert errors == [f"joint training={two}: another run has this label; choose another one"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"name": "r"}', '{"name": "r", "stages": [3]}'])

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, reason_and_remedy
 from titan_cpt.object_storage.filesystem import find, stat
 from titan_cpt.object_storage.locations import Location, RemotePath, with_ending
 from titan_cpt.object_storage.remote_file import RemoteFile, read_remote_head
@@ -110,7 +110,7 @@ def open_binary(path: Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as fault:
-        raise DataError(f"{path}: cannot be read: {fault.strerror}") from fault
+        raise DataError(f"{path}: cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 class OpenFile:
@@ -131,7 +131,7 @@ class OpenFile:
         try:
             self._fd = -1 if isinstance(path, RemotePath) else os.open(path, os.O_RDONLY)
         except OSError as fault:
-            raise DataError(f"{path}: cannot be read: {fault.strerror}") from fault
+            raise DataError(f"{path}: cannot be read: {reason_and_remedy(fault)}") from fault
 
     def __enter__(self) -> "OpenFile":
         """The file itself."""

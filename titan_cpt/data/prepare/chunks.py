@@ -30,7 +30,7 @@ from titan_cpt.data.prepare.json_lines import (
     short,
 )
 from titan_cpt.data.prepare.text_inputs import TextInput, file_kind, find_inputs
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, reason_and_remedy
 
 CHUNKS_PER_FILE = 64  # about, of a large file; an interrupted run keeps the chunks that are finished
 SMALLEST_CHUNK_BYTES = 2 * 2**20
@@ -64,7 +64,7 @@ class FileRange(NamedTuple):
                     remaining -= len(block)
                     yield block
         except OSError as fault:
-            raise DataError(f"{self.path}: cannot be read: {fault.strerror or fault}") from fault
+            raise DataError(f"{self.path}: cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _read_hub(spec: str, text_field: str) -> Iterator[Chunk]:
                     blocks = decompressed_blocks(file, hub.base_name(name))
                     yield from _read_json(blocks, name, text_field, LARGEST_CHUNK_BYTES, 0, list_field=split.field)
         except OSError as fault:
-            raise DataError(f"{spec}: {name} cannot be read: {fault.strerror or fault}") from fault
+            raise DataError(f"{spec}: {name} cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 def _chunk_bytes(disk_bytes: int) -> int:
@@ -307,7 +307,7 @@ def _cut_file(where: str, target: int) -> Iterator[Chunk]:
             if any(block.strip() for block in rest.blocks(COUNTED_BYTES)):
                 yield Chunk(where, "line", 1, rest, size - start, FileRange(where, 0, start))
     except OSError as fault:
-        raise DataError(f"{where}: cannot be read: {fault.strerror or fault}") from fault
+        raise DataError(f"{where}: cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 def _last_line_end(file: IO[bytes], start: int, stop: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, reason_and_remedy
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 BLOCK_BYTES = 2**20
@@ -25,7 +25,7 @@ def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
         with open(path, "rb") as file:
             yield from decompressed_blocks(file, str(path))
     except OSError as fault:
-        raise DataError(f"{path}: cannot be read: {fault.strerror or fault}") from fault
+        raise DataError(f"{path}: cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[tuple[bytes, int]]:

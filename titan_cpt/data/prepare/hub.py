@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from titan_cpt.data.prepare.decompress import COMPRESSED_SUFFIXES, decompressed_blocks
-from titan_cpt.errors import DataError
+from titan_cpt.errors import DataError, reason_and_remedy
 
 HUB = "hub:"
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".lz4")
@@ -121,7 +121,7 @@ def _check_compressed(name: str) -> None:
                 if not name.endswith(".zst"):
                     return
     except OSError as fault:
-        raise DataError(f"{name}: cannot be read: {fault.strerror or fault}") from fault
+        raise DataError(f"{name}: cannot be read: {reason_and_remedy(fault)}") from fault
 
 
 def _builder(spec: str) -> Any:

@@ -137,7 +137,7 @@ def prepare(
                 sources, job, vocabulary, append, output=output, workers=workers, show_progress=show_progress
             )
             counts = sum((shard.counts for shard in shards), Counts())
-            _require_documents(counts, holdout)
+            _require_documents(counts, holdout, inputs)
         _publish(output, job, {**recipe, "counts": asdict(counts.shortened())}, force=force)
         remove_partial(output)
     reused = sum(shard.reused for shard in shards)
@@ -314,11 +314,12 @@ class _NothingToPrepare(DataError):
     """The complete inputs do not make an output, so their parts are of no use to another run."""
 
 
-def _require_documents(counts: Counts, holdout: float) -> None:
+def _require_documents(counts: Counts, holdout: float, inputs: Sequence[str]) -> None:
     """Raise DataError if the training or the validation data would have no document."""
     if not counts.documents + counts.held_out_documents:
-        found = f"{counts.empty_documents:,} documents, all of them empty" if counts.empty_documents else "no document"
-        raise _NothingToPrepare(f"the inputs contain no text: {found}")
+        empty = counts.empty_documents
+        found = f"{empty:,} document{'s' if empty > 1 else ''}, all empty" if empty else "no document"
+        raise _NothingToPrepare(f"{', '.join(map(str, inputs))}: no text: {found}. Give files that contain text")
     if not counts.documents or (holdout and not counts.held_out_documents):
         raise _NothingToPrepare(
             f"--holdout {holdout} makes {counts.held_out_documents} of "

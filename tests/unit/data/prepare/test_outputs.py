@@ -206,7 +206,7 @@ def test_a_full_disk_error_names_the_path(data):
 def test_inputs_without_text_are_an_error(data):
     """The message has no private class name."""
     (data / "void.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"^the inputs contain no text: no document$") as refused:
+    with pytest.raises(DataError, match=r"void\.jsonl: no text: no document\. Give files that") as refused:
         run([data / "void.jsonl"], data / "out")
 
     assert type(refused.value) is DataError
@@ -473,7 +473,8 @@ def test_an_output_that_cannot_be_written_is_an_error(data, path, number):
     (data / "loop").symlink_to(data / "loop")
     before = snapshot(data)
     for more in (["--holdout", "0.2"], ["--train-tokenizer", "300"] if len(path) != 245 else ["--holdout", "0.1"]):
-        ended = titan("prepare", "--input", "a.jsonl", "--output", path, "--tokenizer", "bytes", *more, cwd=data)
+        tokenizer = [] if "--train-tokenizer" in more else ["--tokenizer", "bytes"]
+        ended = titan("prepare", "--input", "a.jsonl", "--output", path, *tokenizer, *more, cwd=data)
         assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
         assert os.strerror(number) in ended.stderr
         assert len(ended.stderr.splitlines()) == 1

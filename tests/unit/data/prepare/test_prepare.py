@@ -154,7 +154,7 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
         ("a.json", b"[]".decode().encode("utf-16"), r"a\.json: looks like UTF-16"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: cannot be read as parquet"),
         ("a.csv", b"text\n", r"a\.csv: unsupported file type; allowed are \.txt, \.jsonl"),
-        ("a.txt", b" ", "^the inputs contain no text: 1 documents, all of them empty"),
+        ("a.txt", b" ", r"a\.txt: no text: 1 document, all empty\. Give files that contain text"),
         (None, b"", r"none\.txt: no such file"),
     ],
 )  # fmt: skip
