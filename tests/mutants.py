@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("titan_cpt", "tests", "train_configs", "pyproject.toml")
+COPIED = ("titan_cpt", "tests", "train_configs", "pyproject.toml", "docs/library.md", "docs/metrics.md")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     else:
+        target.parent.mkdir(exist_ok=True)
         shutil.copy(source, target)
 
 
