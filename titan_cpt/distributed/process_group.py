@@ -21,6 +21,7 @@ from titan_cpt import errors
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.errors import PlanError, TitanError
 
+_initializations = itertools.count()  # process groups that this process has initialized
 _waits = itertools.count()  # numbers the calls of wait_for_rank_0, which every rank makes in the same order
 # First and longest interval; it grows, so that thousands of ranks do not overload the store.
 _POLL_INTERVAL_S = (0.1, 2.0)
@@ -71,11 +72,14 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # After a restart torchrun (2.13) reuses the store of the previous processes, which still holds their addresses,
-        # so use another prefix. run_train.sh requests a new store instead, which also works on several nodes.
+    restarted = attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    earlier = next(_initializations)
+    if restarted or earlier:
+        # torchrun's store still holds the addresses of the processes before a restart (2.13), and of the group that
+        # these processes had before, so use another prefix. After a restart run_train.sh requests a new store instead,
+        # which also works on several nodes.
         store, rank, _ = next(rendezvous("env://"))
-        store = PrefixStore(f"attempt-{attempt}", store)
+        store = PrefixStore(f"attempt-{attempt if restarted else 0}-group-{earlier}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         try:

@@ -207,7 +207,9 @@ def test_a_branch_finds_its_baseline_in_the_run_that_it_left(raw, tmp_path):
     for name, overrides in (("always", FEWER), ("changed", ())):
         run = whole(infinite, tmp_path / name, *overrides)
         override = [(FEWER[0].removeprefix("--"), FEWER[1])]
-        config, _ = branch_off(run / "german" / "step-00000010", tokens=4 * 64, min_lr=None, overrides=override, rank=0)
+        config, _ = branch_off(
+            run / "german" / "step-00000010", tokens=4 * 64, min_lr=None, overrides=override, writes=True
+        )
         branch = run.parent / config.job.name
         outcome = train(branch / "config.toml")
         assert outcome.status == 0, outcome.output

@@ -93,8 +93,8 @@ class ArrayFile:
         return {**self.__dict__, "_fd": None}
 
     def __del__(self) -> None:
-        """Close the file."""
-        if getattr(self, "_fd", None) is not None:
+        """Close the file. When the interpreter ends, names of modules may be None, and the system closes it."""
+        if getattr(self, "_fd", None) is not None and os is not None:
             self.close()
 
     def _stored(self, start: int, count: int) -> npt.NDArray[Any]:
