@@ -289,7 +289,7 @@ def test_deterministic_gives_cublas_its_workspace_before_cuda_begins(monkeypatch
     def join(*_):
         raise InterruptedError(os.environ["CUBLAS_WORKSPACE_CONFIG"])
 
-    monkeypatch.setattr("titan_cpt.train.keep_freed_memory", lambda: True)
+    monkeypatch.setattr("titan_cpt.common.process_settings.keep_freed_memory", lambda: True)
     monkeypatch.setattr("titan_cpt.train.init_process_group", join)
     with pytest.raises(InterruptedError, match=f"^{expected}$"):
         titan_cpt.train.run(load_config(config, [("job.deterministic", "true")]))
