@@ -91,6 +91,19 @@ class Conversion:
             raise self._wrong(key, "a whole number, 0 or more", number)
         return None if number is None else int(number)
 
+    def pair(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        """The two numbers of a key, such as AdamW's betas.
+
+        Raises:
+            ConfigError: it is not a list of two numbers.
+        """
+        found = self.value(key, default)
+        numbers = [_as_number(each) for each in found] if isinstance(found, list | tuple) else []
+        if len(numbers) != 2 or None in numbers:
+            raise self._wrong(key, "a list of two numbers", found)
+        first, second = (float(number) for number in numbers if number is not None)
+        return first, second
+
     def flag(self, key: str, default: bool = False) -> bool:
         """Whether a key is true.
 
@@ -143,6 +156,8 @@ class Conversion:
             found = self.flag(key, default)
         elif isinstance(default, str):
             found = self.text(key, default)
+        elif not isinstance(found, str | int | float | bool):
+            raise self._wrong(key, "a single value", found)
         self.set(ours, found, of=[key])
 
     def no_counterpart(self, keys: str | Sequence[str], text: str) -> None:

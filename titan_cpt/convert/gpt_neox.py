@@ -303,10 +303,8 @@ def _optimizer(out: Conversion) -> None:
         out.set("optimizer.name", "AdamW", of=keys, text="decoupled weight decay, not of norms and biases, as here")
     else:
         out.no_counterpart(keys, "only AdamW: the learning rate and weight decay need new values")
-    betas = out.value("optimizer.params.betas", [0.9, 0.999])
-    if isinstance(betas, list) and len(betas) == 2:
-        ours = {"optimizer.beta1": float(betas[0]), "optimizer.beta2": float(betas[1])}
-        out.set(ours, of=["optimizer.params.betas"])
+    beta1, beta2 = out.pair("optimizer.params.betas", (0.9, 0.999))
+    out.set({"optimizer.beta1": beta1, "optimizer.beta2": beta2}, of=["optimizer.params.betas"])
     out.set("optimizer.eps", float(out.number("optimizer.params.eps", 1e-8)), of=["optimizer.params.eps"])
 
 

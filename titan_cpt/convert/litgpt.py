@@ -199,10 +199,8 @@ def _optimizer(out: Conversion) -> None:
     else:
         out.no_counterpart(keys, "only AdamW: the learning rate and weight decay need new values")
     prefix = "optimizer.init_args."
-    betas = out.value(f"{prefix}betas", [0.9, 0.999])
-    if isinstance(betas, list) and len(betas) == 2:
-        ours = {"optimizer.beta1": _number(betas[0]), "optimizer.beta2": _number(betas[1])}
-        out.set(ours, of=[f"{prefix}betas"])
+    beta1, beta2 = out.pair(f"{prefix}betas", (0.9, 0.999))
+    out.set({"optimizer.beta1": beta1, "optimizer.beta2": beta2}, of=[f"{prefix}betas"])
     out.set("optimizer.eps", float(out.number(f"{prefix}eps", 1e-8)), of=[f"{prefix}eps"])
     decay = float(out.number(f"{prefix}weight_decay", 0.01))
     text = "litgpt decays every parameter; here norms and biases are not decayed"
@@ -210,10 +208,6 @@ def _optimizer(out: Conversion) -> None:
     if out.has(f"{prefix}fused"):
         out.set({}, of=[f"{prefix}fused"], text="always fused here")
     out.same("train.max_norm", "training.max_norm", default=1.0)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float | str) and str(value).strip() else 0.0
 
 
 def _schedule(out: Conversion, seq_len: int, world_size: int | None) -> None:
@@ -234,7 +228,7 @@ def _schedule(out: Conversion, seq_len: int, world_size: int | None) -> None:
     set_batch(out, sequences=sequences, micro=micro, ranks=ranks, of=keys, how=how)
 
     tokens = out.whole("train.max_tokens", 3_000_000_000_000)
-    iterations = tokens // ranks // (micro * seq_len)
+    iterations = tokens // ranks // (micro * max(seq_len, 1))
     steps = max(iterations // accumulation, 1)
     warmup = min(Fraction(out.whole("train.lr_warmup_steps", 2000)), Fraction(steps))
     peak, low = float(out.number("optimizer.init_args.lr", 1e-3)), float(out.number("train.min_lr", 4e-5))

@@ -38,6 +38,13 @@ def test_what_is_no_number_is_refused_with_its_key(value):
         Conversion("x", {"a": value}).number("a")
 
 
+@pytest.mark.parametrize("value", [[0.9], [0.9, "x"], 0.9, [0.9, None], [1, 2, 3]])
+def test_betas_are_two_numbers(value):
+    assert Conversion("x", {"a": [0, "1e-1"]}).pair("a", (1.0, 1.0)) == (0.0, 0.1)
+    with pytest.raises(ConfigError, match="a: must be a list of two numbers"):
+        Conversion("x", {"a": value}).pair("a", (1.0, 1.0))
+
+
 def test_whole_numbers_flags_and_texts_are_checked():
     out = Conversion("x", {"a": 1.5, "b": -1, "c": 1, "d": 2})
     for read, message in (
