@@ -23,6 +23,10 @@ main() {
         sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
         return
     fi
+    if [[ ${1:-} == --try-wheel ]]; then
+        try_wheel "${@:2}"
+        return
+    fi
     folder=${FOLDER:-$(mktemp -d "${TMPDIR:-/tmp}/titan_cpt-release.XXXXXX")}
     mkdir -p -- "$folder"
     folder=$(cd -- "$folder" && pwd -P)
@@ -84,7 +88,8 @@ install() {
     python=$(interpreter "$1") || { not_run+=("Python $1: not found"); return 0; }
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     wheel=$(echo "$folder"/dist/*.whl)
-    check "python$version" try_wheel "$python" "$folder/python$version" "$wheel"
+    # In a process of its own: bash does not end a function at its first error if something tests its result.
+    check "python$version" "$BASH" "${BASH_SOURCE[0]}" --try-wheel "$python" "$folder/python$version" "$wheel"
     [[ -n ${KEEP:-} ]] || rm -rf -- "$folder/python$version/venv"
 }
 
@@ -103,12 +108,13 @@ interpreter() {
     return 1
 }
 
-try_wheel() (
-    set -e -x
+# Install a wheel for an interpreter in a folder, and run it. An environment that is there already is used.
+try_wheel() {
+    set -x
     local python=$1 place=$2 wheel=$3
     mkdir -p -- "$place"
     cd -- "$place"
-    "$python" -m venv --clear venv
+    [[ -x venv/bin/titan-cpt ]] || "$python" -m venv --clear venv
     if [[ -n ${TORCH_INDEX_URL:-} ]]; then
         venv/bin/python -m pip install --quiet --index-url "$TORCH_INDEX_URL" torch
     fi
@@ -116,11 +122,12 @@ try_wheel() (
     venv/bin/titan-cpt --version
     cp -- "$root"/scripts/release/smoke.toml .
     for word in red green blue; do
-        for number in {1..200}; do printf '%s is a color, says sentence %s of this file.\n' "$word" "$number"; done
-    done >text.txt
+        for number in {1..200}; do printf '{"text": "%s is a color, says line %s of this file."}\n' "$word" "$number"; done
+    done >text.jsonl
     venv/bin/titan-cpt plan smoke.toml
     venv/bin/titan-cpt train smoke.toml
     venv/bin/titan-cpt report outputs/smoke
+    [[ -e outputs/smoke/text/step-00000002/manifest.json ]]
     venv/bin/python -c 'import titan_cpt; print(titan_cpt.load_config("smoke.toml").job.name, titan_cpt.__version__)'
     # What messages about a missing extra say: pip finds the extra of the installed package.
     venv/bin/python -m pip install --quiet 'titan_cpt[report]'
@@ -128,7 +135,7 @@ try_wheel() (
     venv/bin/python -m pip install --quiet mypy
     cp -- "$root"/scripts/release/typed.py .
     venv/bin/python -m mypy --strict typed.py
-)
+}
 
 report() {
     printf '\nrelease: passed: %s\n' "${passed[*]:-nothing}"
