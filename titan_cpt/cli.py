@@ -36,6 +36,7 @@ from titan_cpt.commands.prepare import add_prepare
 from titan_cpt.commands.report import add_report
 from titan_cpt.commands.runs import add_runs
 from titan_cpt.commands.sweep import add_sweep
+from titan_cpt.commands.track import add_track
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.upload import add_upload
 from titan_cpt.commands.verify import add_verify
@@ -61,6 +62,7 @@ COMMANDS = (  # in the order of --help
     add_runs,
     add_report,
     add_watch,
+    add_track,
     add_verify,
     add_upload,
     add_docs,

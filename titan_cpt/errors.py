@@ -62,6 +62,9 @@ _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packag
     "transformers": "test",
     "s3fs": "s3",
     "gcsfs": "gs",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
 }
 
 

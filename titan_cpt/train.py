@@ -35,6 +35,7 @@ from titan_cpt.distributed.process_group import (
 )
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.reporting.summary import print_summary, summarize, write_summary
+from titan_cpt.tracking.follower_process import require_clients, trackers_following
 from titan_cpt.training.bad_steps import first_held_back, handle_bad_step
 from titan_cpt.training.benchmarks import require_benchmarks, run_benchmarks
 from titan_cpt.training.build import build
@@ -83,15 +84,13 @@ def run_with_process_group(process: ProcessInfo, config: Config, *, verbosity: V
 def opened_trainer(
     process: ProcessInfo, config: Config, stop_request: StopRequest, *, verbosity: Verbosity
 ) -> Iterator[tuple[Trainer, FoundCheckpoint | None] | tuple[None, None]]:
-    """The trainer of a run, whose folder is locked within the block, and the checkpoint to resume from.
-
-    Both are None if a signal requested a stop while data was prepared.
-    """
+    """A run's trainer and the checkpoint to resume from, with its folder locked; two None if a signal came before."""
     folder = Path(config.job.output_dir) / config.job.name
     with ExitStack() as stack:
         with rank_0_first():
             if process.rank == 0:
                 require_own_run(folder, config)
+                require_clients(config)
             stack.enter_context(locked(folder, rank=process.rank))
             stop = stack.enter_context(stop_request)
             if process.rank == 0:
@@ -104,6 +103,7 @@ def opened_trainer(
             yield None, None
             return
         trainer, checkpoint = build(Trainer, config, process, folder, stop, console)
+        stack.enter_context(trackers_following(config, folder, rank=process.rank, stop=stop, say=trainer.display.say))
         try:
             yield trainer, checkpoint
         finally:

@@ -34,6 +34,7 @@ PURPOSE = {
     "evaluation": "Benchmarks and text generation with a checkpoint.",
     "reporting": "From run folders to tables, figures and the HTML page. Reads files only.",
     "doctor": "Checks of the machine and of a config, each in a process of its own.",
+    "tracking": "Follows metrics.jsonl in a process of its own and sends it to Weights & Biases, MLflow and trackio.",
     "training": "The parts of the training loop: loss, optimizer, validation, metrics, handling of bad steps.",
     "train": "The training loop, from top to bottom.",
     "runs": "Runs made from other runs: sweeps, baselines, annealing branches.",

@@ -13,6 +13,7 @@
     profile/STAGE-step-.../       traces of torch.profiler, one for each rank
     tb/                           TensorBoard events over steps, and below over_tokens/ over tokens
     report/                       the HTML report
+    trackers/                     position, lock and log of each experiment tracker; offline files of Weights & Biases
     logs/rank-0.log               what rank 0 printed, its warnings and errors, of all sessions; a file for each rank
     logs/ATTEMPT/                 all output of each process, written by run_train.sh for several processes and Slurm
 """
@@ -44,6 +45,7 @@ PROFILE_FOLDER = "profile"
 TENSORBOARD_FOLDER = "tb"
 TOKENS_FOLDER = "over_tokens"  # in it: curves whose x axis is tokens
 REPORT_FOLDER = "report"
+TRACKERS_FOLDER = "trackers"  # has no name that a stage's folder has, so a stage may be called trackers
 LOGS_FOLDER = "logs"
 RESERVED_STAGE_NAMES = (TENSORBOARD_FOLDER, EVALUATIONS_FOLDER, PROFILE_FOLDER, REPORT_FOLDER, LOGS_FOLDER)
 

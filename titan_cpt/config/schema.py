@@ -15,6 +15,7 @@ from titan_cpt.config.lr import LR
 from titan_cpt.config.model import ModelConfig
 from titan_cpt.config.storage import StorageConfig, UploadConfig
 from titan_cpt.config.suites import SUITES
+from titan_cpt.config.trackers import MlflowConfig, TrackioConfig, WandbConfig
 from titan_cpt.config.types import (
     FileName,
     Fraction01,
@@ -262,6 +263,15 @@ class MetricsConfig(Table):
     enable_tensorboard: bool = True
     """Write TensorBoard events to tb/ in the run's folder: curves over steps and the config as text. The subfolder
     over_tokens has losses, LR and forgetting with tokens as x axis (tags train_over_tokens/..., and so on)."""
+    wandb: WandbConfig | None = None
+    """Send the metrics to Weights & Biases. Unset: off; {} for the defaults."""
+    mlflow: MlflowConfig | None = None
+    """Send the metrics to MLflow. Unset: off; {} for the defaults."""
+    trackio: TrackioConfig | None = None
+    """Send the metrics to trackio. Unset: off; {} for the defaults."""
+    tracker_timeout_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
+    """How long a run waits at its end for its trackers to receive the last metrics; `titan-cpt track` sends what is
+    missing. After a stop signal at most 5 seconds. During training nothing waits for a tracker."""
 
 
 class ProfilingConfig(Table):

@@ -21,6 +21,7 @@ from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.planning.parallel import min_world_size
 from titan_cpt.planning.plan import Plan
 from titan_cpt.planning.planner import make_plan
+from titan_cpt.tracking.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def _tables_of_runs(path: Path, overrides: Sequence[tuple[str, str]]) -> list[di
         problems = [text for key, value in point.items() for text in set_key(run, key, copy.deepcopy(value))]
         if problems:
             raise ConfigError(f"{path}: {'; '.join(problems)}")
+        for tracker in TRACKERS:
+            if isinstance(table := run.get("metrics", {}).get(tracker), dict):
+                table.setdefault("group", job["name"])
         run["job"] |= {"name": name, "output_dir": str(Path(job.get("output_dir", "outputs")) / job["name"])}
         tables.append(run)
     return tables or [raw]

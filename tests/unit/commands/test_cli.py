@@ -18,7 +18,7 @@ COMMANDS = next(action for action in make_parser()._actions if isinstance(action
 NAMES = [
     *("init", "convert-config", "doctor"),
     *("plan", "train", "sweep", "baselines", "prepare", "import", "export", "anneal", "eval", "generate", "runs"),
-    *("report", "watch", "verify", "upload", "docs", "completion"),
+    *("report", "watch", "track", "verify", "upload", "docs", "completion"),
 ]
 
 
