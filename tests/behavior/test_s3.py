@@ -1,12 +1,20 @@
 """Training from and to a real S3 server on this machine (moto's): the same losses, and no data lost."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import fsspec
 import pytest
 import training
 from s3_server import S3Server
+
+from titan_cpt.checkpoint.manifest import content_checksum
+from titan_cpt.checkpoint.remote import copies
+from titan_cpt.checkpoint.remote.copies import list_copies, verify_copy
+from titan_cpt.object_storage.filesystem import PART_BYTES, upload_file, write_object
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -144,3 +152,100 @@ def test_wrong_credentials_are_named_as_such(tmp_path, data):
     assert outcome.status == 2
     assert "access is refused" in outcome.output
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE" in outcome.output
+
+
+# Uploads
+
+
+def uploading(data, out, bucket, **tables):
+    """A run on local data that uploads to a bucket of its own."""
+    fsspec.filesystem("s3").mkdir(bucket)
+    raw = training.two_stages(data, out)
+    return training.changed(raw, checkpoint={"upload": {"to": f"s3://{bucket}/runs"}}, **tables)
+
+
+def final_weights(run: Path) -> dict[str, bytes]:
+    """The files of the last checkpoint, without its manifest."""
+    folder = run / "german" / "step-00000010"
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("titan_cpt.checkpoint.remote.copies:upload_file", 3),
+        ("titan_cpt.checkpoint.remote.uploader:write_object", 9),
+    ],
+)
+def test_a_run_that_is_killed_in_an_upload_continues_on_an_empty_disk(server, data, unbroken, tmp_path, place, call):
+    bucket = f"killed-{place.rpartition(':')[2].replace('_', '-')}-{call}"
+    raw = uploading(data, tmp_path, bucket)
+    config = training.write_config(raw, tmp_path / "config.toml")
+    killed = training.train(config, fault=training.Fault(place, call), environment=server.environment)
+    assert killed.status == -9, killed.output
+    for copy in list_copies(f"s3://{bucket}/runs/run", pytest.fail):
+        verify_copy(copy)
+    shutil.rmtree(tmp_path / "run")
+    run = run_of(raw, environment=server.environment)
+
+    assert final_weights(run) == final_weights(unbroken)
+    assert counting(run) == counting(unbroken)
+    assert list_copies(f"s3://{bucket}/runs/run", pytest.fail)[0].name == "german/step-00000010"
+    verify_copy(list_copies(f"s3://{bucket}/runs/run", pytest.fail)[0])
+
+
+def counting(run: Path) -> dict[tuple, tuple]:
+    """The measurements that count: the last ones of each step."""
+    return {line[:4]: line[4:] for line in measured(run)}
+
+
+@pytest.mark.parametrize("fault", ["stall PUT", "stall"])
+def test_a_server_that_fails_stops_no_step_and_loses_nothing(server, data, unbroken, tmp_path, fault):
+    """Training ends as without uploads; a second start, with the server back, uploads what is missing."""
+    bucket = f"outage-{fault.lower().replace(' ', '-')}"
+    raw = uploading(data, tmp_path, bucket)
+    config = training.write_config(raw, tmp_path / "config.toml")
+    process = training.Process(config, environment=server.environment)
+    process.wait_for(lambda: process.output.exists() and "english" in process.output.read_text())
+    server.set_fault(fault)
+    process.wait_for(lambda: measured_steps(tmp_path / "run") == 22, ended_will_do=True)
+    process.wait_for(lambda: "newest checkpoint" in process.output.read_text(), ended_will_do=True)
+    process.send(signal.SIGINT)
+    outcome = process.end()
+    server.set_fault("")
+
+    assert outcome.status == 75, outcome.output
+    assert f"To finish the uploads: titan-cpt upload {tmp_path}/run" in outcome.output
+    assert final_weights(tmp_path / "run") == final_weights(unbroken)
+    assert measured(tmp_path / "run") == measured(unbroken)
+    again = training.train(config, environment=server.environment)
+    assert again.status == 0, again.output
+    assert list_copies(f"s3://{bucket}/runs/run", pytest.fail)[0].name == "german/step-00000010"
+
+
+def measured_steps(run: Path) -> int:
+    return sum(line[0] == "train" for line in measured(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def test_a_missing_bucket_for_uploads_is_one_message(server, data, tmp_path):
+    raw = training.changed(training.two_stages(data, tmp_path), checkpoint={"upload": {"to": "s3://nobucket2/runs"}})
+    outcome = training.train(training.write_config(raw, tmp_path / "config.toml"), environment=server.environment)
+
+    assert outcome.status == 2
+    assert "there is no bucket 'nobucket2'" in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_an_upload_in_parts_is_verified_without_reading_it_back(server, tmp_path):
+    """S3's digest of three parts is the one that is computed here; a wrong object is found."""
+    fsspec.filesystem("s3").mkdir("parts")
+    content = os.urandom(2 * PART_BYTES + 12345)
+    (tmp_path / "large").write_bytes(content)
+    upload_file(tmp_path / "large", "s3://parts/large")
+    before = len(server.requests("GET"))
+    file = {"bytes": len(content), "xxh3_128": content_checksum(tmp_path / "large")}
+
+    assert copies._is_uploaded(tmp_path / "large", "s3://parts/large", file)
+    assert len(server.requests("GET")) == before
+    write_object("s3://parts/large", content[:-1] + b"x")
+    assert not copies._is_uploaded(tmp_path / "large", "s3://parts/large", file)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from titan_cpt.commands.arguments import Subparsers, add_command, positive_int
+from titan_cpt.errors import ConfigError
 
 
 def add_export(subparsers: Subparsers) -> None:
@@ -41,12 +42,20 @@ def add_export(subparsers: Subparsers) -> None:
         metavar="TOKENS",
         help="max_position_embeddings (default: the longer sequence length of the training and the imported model)",
     )
+    export.add_argument("--push", metavar="NAME", help="then upload OUT to this repository of the Hugging Face hub")
+    export.add_argument("--public", action="store_true", help="a repository that --push creates is public, not private")
 
 
 def _run(options: argparse.Namespace) -> int:
     from titan_cpt.common.numbers import parse_bytes
 
+    if options.public and options.push is None:
+        raise ConfigError("--public goes with --push NAME: only a repository of the hub can be public")
     max_shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")  # before torch is imported
+    if options.push is not None:
+        from titan_cpt.checkpoint.hf_push import check_push
+
+        check_push(options.push)
     from titan_cpt.checkpoint.hf_export import export
 
     export(
@@ -58,4 +67,8 @@ def _run(options: argparse.Namespace) -> int:
         max_positions=options.max_positions,
         log=print,
     )
+    if options.push is not None:
+        from titan_cpt.checkpoint.hf_push import push
+
+        push(options.output, options.push, public=options.public, log=print)
     return 0
