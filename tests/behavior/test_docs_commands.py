@@ -18,7 +18,11 @@ from titan_cpt.planning.planner import make_plan
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in ("cli.md", "config.md")),
+    *(
+        path
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+        if path.name not in ("cli.md", "config.md", "mistakes.md")
+    ),
 ]
 
 

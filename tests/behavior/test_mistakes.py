@@ -33,3 +33,17 @@ def test_a_mistake_ends_with_one_message_that_says_what_to_do(mistake, playgroun
     assert "Traceback" not in answer.message
     assert len(re.findall(r"^(?:\w+Error|run_train\.sh): ", answer.message, flags=re.MULTILINE)) == 1, answer.message
     assert answer.changed == [], answer.message
+
+
+def test_the_page_of_mistakes_has_each_with_its_message():
+    """docs/mistakes.md, which `python scripts/docs/mistakes_page.py` writes: in the order of mistakes.toml."""
+    page = (mistakes.ROOT / "docs" / "mistakes.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^You ([^\n]*):\n\n```text\n(.*?)\n```$", page, flags=re.MULTILINE | re.DOTALL)
+
+    assert [did for did, _ in shown] == [mistake.did for mistake in MISTAKES]
+    assert [
+        (mistake.did, part)
+        for mistake, (_, message) in zip(MISTAKES, shown, strict=True)
+        for part in mistake.says
+        if part not in message
+    ] == []

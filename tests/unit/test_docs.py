@@ -20,8 +20,9 @@ MODULE = re.compile(r"\btitan_cpt/[\w/]+\.py\b")
 SCRIPT = re.compile(r"(?<![\w/])(?:scripts|tests)/[\w/]+\.(?:py|sh|sbatch)\b")
 TABLES = set(keys_of(Config))
 KEY = re.compile(r"`([a-z]\w*(?:\.[\w-]+)+)(?<!\.json)(?<!\.jsonl)(?<!\.toml)(?<!\.py)`")
-OF_OTHER_PROJECTS = [  # pages that name their files and keys
+OF_OTHER_PROJECTS = [  # pages that name files and keys that are not ours: those of other projects, and mistakes
     ROOT / "docs" / "comparison_with_peers.md",
+    ROOT / "docs" / "mistakes.md",
     ROOT / "docs" / "guides" / "convert_config.md",
     *ROOT.glob("docs/guides/migrate_*.md"),
 ]

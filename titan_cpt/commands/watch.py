@@ -51,7 +51,8 @@ def _run(options: argparse.Namespace) -> int:
             print(f"waiting for {options.folder}; Ctrl-C ends this", file=sys.stderr)
         while not run.is_there:
             if not options.wait:
-                raise DataError(f"{explain_missing_run(options.folder)}. --wait waits for a run that begins later")
+                wait = "" if options.folder.exists() else ". --wait waits for a run that begins later"
+                raise DataError(f"{explain_missing_run(options.folder)}{wait}")
             time.sleep(options.interval)
         if options.once or not console.is_terminal:
             while run.refresh():

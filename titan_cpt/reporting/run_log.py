@@ -157,7 +157,7 @@ def explain_missing_run(path: Path) -> str:
         return f"{path}: is a file. Give a run folder, or its {METRICS_FILE}"
     for run, kind in ((path.parent, "a stage"), (path.parent.parent, "a checkpoint")):
         if (run / PLAN_FILE).exists():
-            return f"{path}: is {kind} of the run {run}: titan-cpt report {run}"
+            return f"{path}: is {kind} of the run {run}: give {run}"
     runs = sorted({file.parent for level in ("*", "*/*") for file in path.glob(f"{level}/{PLAN_FILE}")})
     if not runs:
         return f"{path}: is not a run folder: neither it nor a folder below it has a {PLAN_FILE} or {METRICS_FILE}"

@@ -67,5 +67,5 @@ def test_a_path_that_is_not_a_run_is_an_error_that_lists_nearby_runs(write_run, 
     assert message(mine / "plan.json").startswith("is a file")
     assert message(tmp_path / "empty").startswith("is not a run folder")
     assert message(tmp_path / "outputs").endswith(f"the 2 runs below it: {mine} {of_a_sweep}")
-    assert message(mine / "a") == f"is a stage of the run {mine}: titan-cpt report {mine}"
-    assert message(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: titan-cpt report {mine}"
+    assert message(mine / "a") == f"is a stage of the run {mine}: give {mine}"
+    assert message(mine / "a" / "step-00000004") == f"is a checkpoint of the run {mine}: give {mine}"
