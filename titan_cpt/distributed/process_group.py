@@ -58,8 +58,6 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
     """
     world_size = _count_from_environment("WORLD_SIZE", default="1", least=1)
     local_rank = _count_from_environment("LOCAL_RANK", default="0", least=0)
-    if world_size > 1:
-        _require_torchrun_variables(world_size)
     # All processes of the node raise: those that have a GPU would wait for the others. A launcher other than torchrun
     # may not tell how many there are.
     require_gpus(max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1))
@@ -69,6 +67,7 @@ def init_process_group(timeout_s: int | None = None) -> ProcessInfo:
         _take_device(device)
     if world_size == 1:
         return ProcessInfo(0, 1, device)
+    _require_torchrun_variables(world_size)
     backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
