@@ -1,5 +1,7 @@
 """Reading sweep files: one run for each combination of values, in a folder of its own; errors before any training."""
 
+from pathlib import Path
+
 import pytest
 import training
 from sweeps import FRACTION, status_of
@@ -57,3 +59,13 @@ def test_a_sweep_file_is_not_trained_as_one_run(swept, capsys):
     assert f"describes 2 sweep runs: `titan-cpt sweep {path}` trains them" in capsys.readouterr().err
     assert status_of("plan", "--config", path) == 0
     assert "the plan of the base config of a sweep" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_runs_of_a_sweep_are_a_group_in_their_trackers(swept):
+    """Named after the sweep, unless the file names a group."""
+    path = swept({"job.seed": [0, 1]})
+    path.write_text(path.read_text() + '\n[metrics.wandb]\n\n[metrics.mlflow]\ngroup = "mine"\n')
+
+    for run in read_sweep_runs([path]):
+        assert run.config.metrics.wandb.group == Path(run.config.job.output_dir).name
+        assert run.config.metrics.mlflow.group == "mine"
