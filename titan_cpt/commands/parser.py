@@ -68,6 +68,8 @@ class CommandParser(argparse.ArgumentParser):
         suggestion = did_you_mean(str(value), known)
         if isinstance(action, argparse._SubParsersAction):
             end = " " if suggestion else ". "
+            if str(value).endswith(_NOT_A_VALUE):
+                suggestion, end = f"; did you mean `{self.prog} train {value}`?", " "
             raise ConfigError(f"command line: unknown command {value!r}{suggestion}{end}Commands: {', '.join(known)}")
         listed = f"{known[0]} or {known[1]}" if len(known) == 2 else f"one of {', '.join(known)}"
         raise argparse.ArgumentError(action, f"must be {listed}, got {value!r}{suggestion}")

@@ -152,8 +152,7 @@ def _progress(run: Path, plan: Mapping[str, Any], metrics: Metrics, last_write_s
         and line["loss_nats_per_token"] is not None
     }
     before = sum(count for name, count in steps.items() if order[name] < order.get(stage, 0))
-    last_event = metrics.events[-1] if metrics.events else {}
-    state, why = run_state(run, steps, last_event, is_begun=bool(lines), last_write_s=last_write_s)
+    state, why = run_state(run, steps, metrics.events, is_begun=bool(lines), last_write_s=last_write_s)
     return {
         **{"state": state, "why": why, "stage": stage, "step": step, "steps": steps.get(stage, step)},
         **{"run_steps": before + step, "total_steps": sum(steps.values()) or step},
@@ -169,7 +168,10 @@ def _last_write(run: Path) -> float:
             times.append(path.stat().st_mtime)
         except OSError:
             continue
-    return max(times) if times else run.stat().st_mtime
+    try:
+        return max(times) if times else run.stat().st_mtime
+    except OSError:
+        return 0.0  # removed since the folder was listed
 
 
 def _size(run: Path) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,27 @@ RUNNING, FINISHED, STOPPED, FAILED, PLANNED = "running", "finished", "stopped", 
 _FRESH_S = 900  # without file locks: a run that has written within this time, and has a holder, is running
 _KILLED = "ended without a record: killed or crashed"
 _LOG_END_BYTES = 1 << 14
+_TRAINING_EVENTS = (  # others, such as those of uploads, may follow the event that ends a session
+    *(
+        "start",
+        "skip",
+        "transition",
+        "resume",
+        "anneal",
+        "checkpoint",
+        "save_failed",
+        "evaluation",
+        "skip_batch",
+        "stop",
+    ),
+)
 _ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt)\b.*")
 
 
 def run_state(
     run: Path,
     steps: Mapping[str, int],
-    last_event: Mapping[str, Any],
+    events: Sequence[Mapping[str, Any]],
     *,
     is_begun: bool,
     last_write_s: float | None,
@@ -30,7 +44,7 @@ def run_state(
 
     Args:
         steps: planned steps by stage.
-        last_event: the last event of metrics.jsonl; empty if there is none.
+        events: the last events of metrics.jsonl, oldest first.
         is_begun: whether anything was measured.
         last_write_s: Unix time at which the run was last written to.
     """
@@ -41,8 +55,10 @@ def run_state(
     last = next(reversed(list(steps)), "")
     if last and (checkpoint_folder(run, last, steps[last]) / MANIFEST_FILE).exists():
         return FINISHED, ""
-    if not is_begun and not last_event:
+    if not is_begun and not events:
         return PLANNED, ""
+    of_training = [event for event in events if event.get("name") in _TRAINING_EVENTS]
+    last_event = of_training[-1] if of_training else {}
     if last_event.get("name") == "stop" and "signal" in last_event:
         return STOPPED, f"by {last_event['signal']}"
     why = last_event.get("why") if last_event.get("name") in ("stop", "save_failed") else _last_error(run)

@@ -118,6 +118,10 @@ def write_scenario(scenario: str, path: Path, options: ScenarioOptions, *, force
         raise ConfigError(
             f"command line: unknown scenario {scenario!r}{did_you_mean(scenario, SCENARIOS) or ';'} known are {known}"
         )
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder. Give the path of the file to write, such as {path / scenario}.toml")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: {path.parent} is not a folder that exists; make it, or give another path")
     if os.path.lexists(path) and not force:
         raise ConfigError(f"{path}: exists already and was not changed; give another name, or --force to replace it")
     text = scenario_text(scenario, path, options)
@@ -147,8 +151,9 @@ def scenario_text(scenario: str, path: Path, options: ScenarioOptions) -> str:
         )
     if scenario == "new-data" and options.name is not None:
         raise ConfigError("command line: --name is not an option of 'new-data': the run keeps its name")
-    name = options.name or "mine"
-    values: dict[str, str] = {"file": str(path), "name": _toml_string(name), "name_text": name}
+    quoted_name = _toml_string("mine" if options.name is None else options.name)
+    name = quoted_name[1:-1]  # part of other strings and of comments
+    values: dict[str, str] = {"file": str(path), "name": quoted_name, "name_text": name}
     values |= {"folder": f"outputs/{name}", "steps": str(options.steps or 300)}
     values["constant_end"] = f"{int((options.steps or 300) * 0.8):08d}"
     values["size"] = _toml_string(options.size or _SIZES.get(scenario, "tiny"))
@@ -183,12 +188,14 @@ def _datasets(scenario: Scenario, texts: Sequence[str]) -> list[tuple[str, str]]
 
 def _released_model(options: ScenarioOptions) -> dict[str, str]:
     """Family, size and names of the model to continue; the size of a Pythia model follows from its name."""
-    model = options.model or "EleutherAI/pythia-160m"
+    model = "EleutherAI/pythia-160m" if options.model is None else options.model
     pythia = re.search(r"pythia-([\d.]+[mb])\b", model)
     size = options.size or (pythia[1] if pythia else "")
     families = [family for family, sizes in SIZES.items() if size in sizes]
     if not families:
-        raise ConfigError(f"command line: --size must name the size of {model}; known are {', '.join(_known_sizes())}")
+        raise ConfigError(
+            f"command line: --size must name the size of the model {model!r}; known are {', '.join(_known_sizes())}"
+        )
     name = model.partition("@")[0]
     return {
         "model_name": name,

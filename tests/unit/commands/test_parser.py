@@ -10,8 +10,9 @@ from titan_cpt.errors import ConfigError
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "unknown command 'trian'; did you mean 'train'? Commands: plan, train, "),
-        (["frobnicate"], "unknown command 'frobnicate'. Commands: plan, train, "),
+        (["trian"], "unknown command 'trian'; did you mean 'train'? Commands: init, convert-config, "),
+        (["frobnicate"], "unknown command 'frobnicate'. Commands: init, convert-config, "),
+        (["mine.toml"], "unknown command 'mine.toml'; did you mean `titan-cpt train mine.toml`? Commands: init"),
         ([], "COMMAND is missing. `titan-cpt --help`"),
         (["--vresion"], "unknown argument '--vresion'; did you mean '--version'?"),
         (["plan", "a.toml", "--word-size", "8"], "unknown argument '--word-size'; did you mean '--world-size'?"),

@@ -15,7 +15,7 @@ STEPS = {"a": 10, "b": 20}
 
 
 def state_of(folder, event=None, *, is_begun=True, last_write_s=0.0):
-    return run_state(folder, STEPS, event or {}, is_begun=is_begun, last_write_s=last_write_s)
+    return run_state(folder, STEPS, [event] if event else [], is_begun=is_begun, last_write_s=last_write_s)
 
 
 def test_a_run_whose_lock_is_held_is_running(tmp_path):
@@ -61,6 +61,18 @@ def test_the_last_event_tells_how_a_run_ended(tmp_path, event, is_begun, answer)
         pass
 
     assert state_of(tmp_path, event, is_begun=is_begun) == answer
+
+
+def test_what_is_written_after_the_stop_does_not_change_the_state(tmp_path):
+    """Uploads continue for a while after a signal; a later version may write events that this one does not know."""
+    stop = {"name": "stop", "signal": "SIGTERM"}
+    later = [{"name": "upload"}, {"name": "upload_failed", "why": "access denied"}, {"name": "unheard_of"}]
+
+    def state_after(*events):
+        return run_state(tmp_path, STEPS, events, is_begun=True, last_write_s=0.0)
+
+    assert state_after({"name": "start"}, stop, *later) == ("stopped", "by SIGTERM")
+    assert state_after(stop, *later, {"name": "start"}) == ("failed", "ended without a record: killed or crashed")
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,13 @@ def test_a_released_model_gets_its_family_and_size(model, size, expected):
         ("cluster", {"steps": 3}, "--steps is not an option of the scenario 'cluster', but of laptop, "),
         ("new-data", {"name": "x"}, "--name is not an option of 'new-data'"),
         ("new-data", {"base": Path("gone.toml")}, "gone.toml: no such file; --base names the config of the run"),
-        ("released", {"model": "a/b"}, "--size must name the size of a/b; known are debug, "),
+        ("released", {"model": "a/b"}, "--size must name the size of the model 'a/b'; known are debug, "),
         ("laptop", {"texts": ["a", "b", "c"]}, "--text is given 3 times; this scenario has 2 datasets: english, ger"),
         ("laptop", {"texts": ["x=a", "x=b"]}, "two datasets have the name 'x'"),
+        ("released", {"model": ""}, "--size must name the size of the model ''; known are debug, "),
         ("laptop", {"name": "../up"}, "job.name: is the name of a folder"),
+        ("laptop", {"name": 'a"b\\c\n'}, "job.name: is the name of a folder"),
+        ("laptop", {"name": ""}, "job.name: is the name of a folder"),
         ("laptop", {"size": "huge"}, "--size: unknown size 'huge'; known are debug, tiny, mini, "),
     ],
 )
@@ -136,6 +139,22 @@ def test_a_mistake_writes_nothing(scenario, options, message):
         write_scenario(scenario, Path("x.toml"), ScenarioOptions(**options))
 
     assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("folder", "folder: is a folder. Give the path of the file to write, such as folder/laptop.toml"),
+        ("gone/x.toml", "gone/x.toml: gone is not a folder that exists; make it, or give another path"),
+        ("file/x.toml", "file/x.toml: file is not a folder that exists; make it, or give another path"),
+    ],
+)
+def test_a_path_that_cannot_be_a_file_is_a_mistake(path, message):
+    """--force does not replace a folder."""
+    Path("folder").mkdir()
+    Path("file").touch()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        write_scenario("laptop", Path(path), ScenarioOptions(), force=True)
 
 
 def test_values_of_the_user_are_toml_strings():

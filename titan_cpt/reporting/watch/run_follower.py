@@ -17,7 +17,7 @@ from typing import Any
 from titan_cpt.common.metrics_file import Line, MetricsHistory, MetricsTail
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.reporting.run_log import read_plan
-from titan_cpt.reporting.run_state import run_state
+from titan_cpt.reporting.run_state import FAILED, run_state
 
 _EVENTS_KEPT = 100
 _STEPS_OF_SPEED = 50  # whose throughput predicts the time left
@@ -165,9 +165,10 @@ class RunFollower:
 
     def state(self) -> tuple[str, str]:
         """As `run_state`: running, finished, ...; and the process or the reason."""
+        if not self.is_there:
+            return FAILED, f"{self.folder} was removed or renamed"
         begun = any(self.curves(stage).is_begun for stage in self.steps)
-        last_event = self.events[-1] if self.events else {}
-        return run_state(self.folder, self.steps, last_event, is_begun=begun, last_write_s=self.last_write_s)
+        return run_state(self.folder, self._planned, list(self.events), is_begun=begun, last_write_s=self.last_write_s)
 
     @property
     def share_read(self) -> float:
@@ -195,8 +196,11 @@ class RunFollower:
     @property
     def steps(self) -> dict[str, int]:
         """Planned steps by stage; without a plan, the steps done."""
-        planned = {stage["name"]: stage["steps"] for stage in self.plan.get("stages", ())}
-        return planned or {name: self.curves(name).step for name in self._history.stages}
+        return self._planned or {name: self.curves(name).step for name in self._history.stages}
+
+    @property
+    def _planned(self) -> dict[str, int]:
+        return {stage["name"]: stage["steps"] for stage in self.plan.get("stages", ())}
 
     def curves(self, stage: str) -> StageCurves:
         """What was measured in a stage so far."""

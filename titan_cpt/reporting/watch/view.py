@@ -32,7 +32,7 @@ _WIDE = 100  # from here there is room for tokens
 _LONGEST_NAME = 24
 _FEWEST_LINES = 12
 _MOST_EVENTS = 8
-_HIDDEN_EVENTS = ("checkpoint", "skip")
+_HIDDEN_EVENTS = ("checkpoint", "skip", "upload")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def screen(run: RunFollower, state: str, why: str, *, width: int, height: int, n
         now: Unix time.
     """
     width = min(width, _WIDEST)
-    head = [*_head(run, state, why, now, width), *_notes(run)]
-    stages = list(_stage_rows(run, state, width))
+    bars = _progress_rows(run, state, width)
+    head = [*_head(run, state, why, now, width), *bars[:1], *_notes(run)]
+    stages = bars[1:]
     losses = list(_loss_rows(run, width))
     events = list(_event_rows(run, width))
     speed = [Row(_speed(run))] if run.newest else []
@@ -81,14 +82,6 @@ def _head(run: RunFollower, state: str, why: str, now: float, width: int) -> Ite
     yield Row(f"{title}{since:>{max(0, width - len(title))}}", styles.get(state, "bold yellow"))
     if why:
         yield Row(f"  {why}")
-    total = sum(run.steps.values())
-    if total:
-        left = run.seconds_left(total - run.run_step) if state == RUNNING else math.nan
-        tokens = run.plan.get("step_tokens", 0)
-        amount = _with_eta(f"{steps(run.run_step)}/{steps(total)}", left)
-        if tokens and width >= _WIDE:
-            amount += f", {shortest_count(run.run_step * tokens)} of {shortest_count(total * tokens)} tokens"
-        yield Row(_progress("all", run.run_step, total, amount, width))
 
 
 def _notes(run: RunFollower) -> Iterator[Row]:
@@ -99,22 +92,34 @@ def _notes(run: RunFollower) -> Iterator[Row]:
         yield Row(f"  metrics.jsonl: {lines} skipped", "yellow")
 
 
-def _stage_rows(run: RunFollower, state: str, width: int) -> Iterator[Row]:
-    for number, (name, planned) in enumerate(run.steps.items(), 1):
-        done = run.curves(name).step
-        is_now = name == run.stage
+def _progress_rows(run: RunFollower, state: str, width: int) -> list[Row]:
+    """A bar for the run, and one for each stage; all bars have the same length."""
+    if not run.steps:
+        return []
+    total = sum(run.steps.values())
+    tokens = run.plan.get("step_tokens", 0)
+
+    def amount(done: int, planned: int, *, is_now: bool) -> str:
         left = run.seconds_left(planned - done) if is_now and state == RUNNING else math.nan
+        return _with_eta(f"{steps(done)}/{steps(planned)}", left)
+
+    of_all = amount(run.run_step, total, is_now=True)
+    if tokens and width >= _WIDE:
+        of_all += f", {shortest_count(run.run_step * tokens)} of {shortest_count(total * tokens)} tokens"
+    bars = [("all", run.run_step, total, of_all, "")]
+    for number, (name, planned) in enumerate(run.steps.items(), 1):
+        done, is_now = run.curves(name).step, name == run.stage
         label = f"{number}/{len(run.steps)} {name}"
-        amount = _with_eta(f"{steps(done)}/{steps(planned)}", left)
-        yield Row(_progress(label, done, planned, amount, width), "bold" if is_now else "")
+        bars.append((label, done, planned, amount(done, planned, is_now=is_now), "bold" if is_now else ""))
+    longest = max(len(text) for *_, text, _ in bars)
+    room = max(5, min(width // 3, width - _LONGEST_NAME - longest - 8))
+    return [Row(_progress(label, done, planned, text, room), style) for label, done, planned, text, style in bars]
 
 
-def _progress(label: str, done: int, total: int, amount: str, width: int) -> str:
-    label = _cut(label, _LONGEST_NAME)
-    part = f"{min(1.0, done / max(1, total)):4.0%} {amount}"
-    room = max(5, min(width // 3, width - _LONGEST_NAME - len(part) - 3))
+def _progress(label: str, done: int, total: int, amount: str, room: int) -> str:
     full = room if done >= total else int(room * done / total)
-    return f"{label:<{_LONGEST_NAME}} {'━' * full}{'─' * (room - full)} {part}"
+    share_done = min(1.0, done / max(1, total))
+    return f"{_cut(label, _LONGEST_NAME):<{_LONGEST_NAME}} {'━' * full}{'─' * (room - full)} {share_done:4.0%} {amount}"
 
 
 def _with_eta(amount: str, seconds: float) -> str:
@@ -211,6 +216,8 @@ def describe_event(event: Mapping[str, Any]) -> tuple[str, bool]:
         "resume": (f"resumed after {place}", False),
         "skip_batch": (f"batch skipped at {place}: {event.get('why', '?')}", True),
         "loss_spike": (f"loss spike at {place}: {event.get('z_score', math.nan):.1f} standard deviations", True),
+        "upload_failed": (str(event.get("why", "?")), True),
+        "metric_failed": (f"metric {event.get('metric', '?')} failed after {place}: {event.get('why', '?')}", True),
         "save_failed": (f"checkpoint not saved: {event.get('why', '?')}", True),
         "stop": (f"stopped after {place}: {event.get('signal') or event.get('why', '?')}", "why" in event),
         "anneal": (f"annealing begins after {place}", False),

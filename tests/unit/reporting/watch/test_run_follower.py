@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.errors import DataError
+from titan_cpt.reporting.run_list import list_runs
 from titan_cpt.reporting.watch.run_follower import RunFollower, StepCurve
 
 STAGES = ("a", "b")
@@ -177,6 +178,32 @@ def test_the_newest_validation_may_be_of_an_earlier_stage(tmp_path):
     assert (loss, math.isnan(forgetting)) == (2.0, True)
     assert run.newest_validation("x") == (3.0, 1.0)
     assert run.datasets() == ["x"]
+
+
+def test_a_run_without_a_plan_is_not_finished(tmp_path):
+    """Its steps so far are all that is known; `titan-cpt runs` says the same."""
+    stop = {"kind": "event", "name": "stop", "stage": "a", "step": 1, "signal": "SIGTERM"}
+    saved = tmp_path / "a" / "step-00000001"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    write(tmp_path, step(1), stop)
+    run = RunFollower(tmp_path)
+    run.refresh()
+
+    assert run.state() == ("stopped", "by SIGTERM")
+    assert list_runs(tmp_path)[0].state == "stopped"
+
+
+def test_a_run_that_was_removed_is_no_longer_running(tmp_path):
+    """The curves that were read stay."""
+    write(tmp_path, step(1))
+    run = RunFollower(tmp_path)
+    run.refresh()
+    (tmp_path / "metrics.jsonl").unlink()
+    run.refresh()
+
+    assert run.state() == ("failed", f"{tmp_path} was removed or renamed")
+    assert run.curves("a").step == 1
 
 
 def test_a_damaged_plan_is_an_error(tmp_path):

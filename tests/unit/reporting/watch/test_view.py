@@ -47,6 +47,19 @@ def test_a_rollback_is_an_event_and_takes_steps_back(write_run):
     assert "batch skipped at step 3 of b: the loss is nan" in text
 
 
+def test_all_bars_have_the_same_length(write_run):
+    """Also where one has a time left and the others have none."""
+    folder = write_run(
+        "one", [{"kind": "event", "name": "transition", "stage": "b", "step": 0}, trained("b", 3, 13, 1)]
+    )
+    lines = shown(folder, width=60)
+    bars = [line[25:].split()[0] for line in lines if line.startswith(("all", "1/2", "2/2"))]
+
+    assert sum("ETA" in line for line in lines) == 2
+    assert len(bars) == 3
+    assert len({len(bar) for bar in bars}) == 1
+
+
 def test_damaged_lines_are_counted(write_run):
     """And nothing else changes."""
     folder = write_run("one", EN_DE)
@@ -117,6 +130,7 @@ def test_the_screen_fits_every_terminal(tmp_path_factory, width, height, stages,
         ({"name": "stop", "stage": "b", "step": 4, "signal": "SIGTERM"}, "stopped after step 4 of b: SIGTERM", False),
         ({"name": "stop", "stage": "b", "step": 4, "why": "nan"}, "stopped after step 4 of b: nan", True),
         ({"name": "save_failed", "why": "disk full"}, "checkpoint not saved: disk full", True),
+        ({"name": "upload_failed", "why": "upload failed: access denied"}, "upload failed: access denied", True),
         ({"name": "loss_spike", "stage": "b", "step": 4}, "loss spike at step 4 of b: nan standard deviations", True),
         ({"name": "unheard_of"}, "unheard_of", False),
     ],
