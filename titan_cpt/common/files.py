@@ -72,6 +72,8 @@ def _create_beside(path: Path) -> tuple[Path, int]:
             return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             number += 1
+        except OSError as error:  # name the file of the caller, not the hidden one
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def identity(path: Path) -> tuple[int, int] | None:

@@ -310,6 +310,9 @@ class MetricsTail:
 
         Args:
             most_bytes: of the file, unless a line is longer; call again for the rest.
+
+        Raises:
+            OSError: the file may not be read, or is a folder.
         """
         try:
             with self._path.open("rb") as file:
@@ -317,6 +320,8 @@ class MetricsTail:
                 content = file.read(most_bytes)
                 while len(content) >= most_bytes and b"\n" not in content and (more := file.read(most_bytes)):
                     content += more
+        except (PermissionError, IsADirectoryError):
+            raise
         except OSError:
             return []
         end = content.rfind(b"\n") + 1

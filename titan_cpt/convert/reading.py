@@ -20,6 +20,10 @@ _LARGEST_BYTES = 1 << 18
 _MOST_VALUES = 100_000
 _MOST_LISTS = 3000
 _LITGPT = {"model_name", "model_config", "checkpoint_dir", "out_dir", "train", "eval", "initial_checkpoint_dir"}
+_TORCHTITAN = {
+    *("lr_scheduler", "training", "parallelism", "activation_checkpoint", "quantize", "job", "model", "comm"),
+    *("experimental", "optimizer", "checkpoint", "metrics", "profiling", "compile", "float8", "validation", "debug"),
+}
 _NEOX = {
     "num_layers",
     "hidden_size",
@@ -66,7 +70,11 @@ def _text(path: Path) -> str:
 
 def _recognized(path: Path, text: str) -> str:
     if path.suffix == ".toml":
-        return "torchtitan"
+        tables = _toml(path, text)
+        if isinstance(tables.get("stages"), list) or "datasets" in tables:
+            raise ConfigError(f"{path}: is a config of titan_cpt already; `titan-cpt plan {path}` shows what it plans")
+        if tables.keys() & _TORCHTITAN:
+            return "torchtitan"
     if path.suffix in (".yml", ".yaml", ".json"):
         keys = {str(key).replace("-", "_") for key in _yaml(path, text)}
         if len(keys & _LITGPT) >= 2 and not keys & {"num_layers", "pipe_parallel_size"}:

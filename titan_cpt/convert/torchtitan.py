@@ -19,7 +19,6 @@ from titan_cpt.convert.shared import (
 )
 
 VERSION = "torchtitan 0.2.2"
-RECOGNIZED = {"lr_scheduler", "training", "parallelism", "activation_checkpoint", "quantize", "job", "model", "comm"}
 
 _LLAMA3 = {"kv_heads": 8, "rope_base": 500_000.0, "vocab_size": 128_256}
 _QWEN3 = {

@@ -40,7 +40,7 @@ def check_plan(request: Request) -> Iterator[Finding]:
     try:
         plan = _plan(config_of(request), request)
     except TitanError as error:
-        yield problem("plan", str(error), f"correct {request.config}; `titan-cpt plan {request.config}` says the same")
+        yield problem("plan", str(error), f"correct that; `titan-cpt plan {request.config}` says the same")
         return
     steps = sum(stage.steps for stage in plan.stages)
     text = f"{len(plan.stages)} stages, {steps:,} steps of {plan.step_tokens:,} tokens, fingerprint {plan.fingerprint}"
@@ -82,6 +82,16 @@ def _files(config: Config, where: str, source: str, files: TokenFiles) -> Findin
                    "directory), or make the file with `titan-cpt prepare`")  # fmt: skip
 
 
+def _is_damaged(files: TokenFiles) -> bool:
+    """Whether files cannot be read, whatever the tokenizer is; the check of the data says why."""
+    try:
+        if not missing_entries(files):
+            open_source(files, 2**31 - 1)
+    except TitanError:
+        return True
+    return False
+
+
 def check_tokenizer(request: Request) -> Iterator[Finding]:
     """The tokenizer: present, readable, and that of the data."""
     config = config_of(request)
@@ -95,7 +105,8 @@ def check_tokenizer(request: Request) -> Iterator[Finding]:
         return
     try:
         tokenizer = load_tokenizer(path).with_bos(config.tokenizer.add_bos)
-        take_inventory(config)  # raises if the data was made with another tokenizer
+        if not any(_is_damaged(files) for _, files in [*training_files(config), *validation_files(config)]):
+            take_inventory(config)  # raises if the data was made with another tokenizer
         for line in check_planned_tokenizers(config):
             yield note("tokenizer", line)
     except TitanError as error:
@@ -109,7 +120,7 @@ def check_text(request: Request) -> Iterator[Finding]:
     config = config_of(request)
     tokenizer = load_tokenizer(config.tokenizer.path)
     for source, files in training_files(config):
-        if not missing_entries(files):
+        if not missing_entries(files) and not _is_damaged(files):
             try:
                 yield from _windows(source, files, tokenizer, config.training.seq_len)
             except TitanError as error:
@@ -149,8 +160,14 @@ def check_checkpoints(request: Request) -> Iterator[Finding]:
     if newest.parent.name not in stages:
         yield note("checkpoints", f"{newest} is of a stage that the config does not have", "another run needs "
                    "another job.name")  # fmt: skip
-    else:
-        yield ok("checkpoints", f"{len(folders)}; training resumes at {newest} (plan {record['fingerprint']})")
+        return
+    try:
+        last = _plan(config, request).stages[-1]
+        is_finished = (newest.parent.name, record["steps_done"]) == (last.name, last.steps)
+    except TitanError:  # the check of the plan says it
+        is_finished = False
+    what = "the run is finished, at" if is_finished else "training resumes at"
+    yield ok("checkpoints", f"{len(folders)}; {what} {newest} (plan {record['fingerprint']})")
 
 
 def check_memory(request: Request) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from titan_cpt.common.run_folder import (
     PLAN_FILE,
     SWEEP_CONFIG_FILE,
 )
-from titan_cpt.errors import DataError, TitanError
+from titan_cpt.errors import DataError, TitanError, os_error_message
 from titan_cpt.reporting.run_log import read_plan
 from titan_cpt.reporting.run_state import FAILED, run_state
 
@@ -82,9 +82,11 @@ def list_runs(folder: Path, sort: str = "age") -> list[ListedRun]:
 
     Raises:
         DataError: the folder does not exist.
+        OSError: the folder cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the folder that contains the runs, as job.output_dir does")
+    os.scandir(folder).close()
     runs = sorted((describe_run(path, folder) for path in _run_folders(folder, _DEEPEST)), key=lambda run: run.name)
     if sort == "name":
         return runs
@@ -92,8 +94,12 @@ def list_runs(folder: Path, sort: str = "age") -> list[ListedRun]:
 
 
 def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """The folder if it is a run, else the runs below it."""
-    if any((folder / name).is_file() for name in _RUN_FILES):
+    """The folder if it is a run, or its user may not look into it; else the runs below it."""
+    try:
+        is_run = any((folder / name).is_file() for name in _RUN_FILES)
+    except PermissionError:
+        is_run = True
+    if is_run:
         yield folder
     elif depth:
         try:
@@ -119,7 +125,8 @@ def describe_run(path: Path, listed: Path) -> ListedRun:
         metrics = _newest_metrics(path, [stage["name"] for stage in plan.get("stages", ())])
         return ListedRun(name, path, **known, **_progress(path, plan, metrics, known["last_write_s"]))
     except (OSError, TitanError) as error:
-        return ListedRun(name, path, DAMAGED, str(error).removeprefix(f"{path}/"), **known)
+        why = str(error) if isinstance(error, TitanError) else os_error_message(error)
+        return ListedRun(name, path, DAMAGED, why.removeprefix(f"{path}/"), **known)
 
 
 def _newest_metrics(run: Path, stages: Sequence[str]) -> Metrics:

@@ -259,6 +259,8 @@ def _checked(text: str, path: Path) -> Config:
     try:
         write_text_atomically(draft, text)
         raw: dict[str, Any] = read_with_bases(draft)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)
     return check_config(raw, path)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from titan_cpt.common.files import atomic_folder, write_bytes_atomically
+from titan_cpt.common.files import atomic_folder, write_bytes_atomically, write_text_atomically
 
 
 def test_a_temporary_file_never_replaces_a_users_file(tmp_path):
@@ -48,3 +48,11 @@ def test_a_partial_folder_replaces_only_the_remains_of_an_interrupted_attempt(tm
         (folder / "whole").write_text("new")
     assert (tmp_path / "out" / "whole").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "elsewhere"}
+
+
+def test_a_file_that_cannot_be_created_is_named_as_it_was_given(tmp_path):
+    """And not the hidden file that would be renamed to it."""
+    with pytest.raises(FileNotFoundError) as error:
+        write_text_atomically(tmp_path / "gone" / "x.toml", "text")
+
+    assert error.value.filename == str(tmp_path / "gone" / "x.toml")

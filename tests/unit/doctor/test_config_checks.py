@@ -1,5 +1,7 @@
 """Checks of a config with their problems: damaged and missing data, tokenizers, unreadable text, memory."""
 
+import json
+
 import pytest
 from training import two_stages, write_config, write_languages
 
@@ -43,6 +45,15 @@ def test_a_damaged_index_is_named(run, tmp_path):
     (found,) = problems(run(checks.check_data))
     assert "datasets.en.train" in found.text
     assert "prepare it again" in found.remedy
+
+
+def test_damaged_data_is_not_called_a_wrong_tokenizer(run, tmp_path):
+    """The check of the data names it; the other dataset is still shown as text."""
+    (tmp_path / "data" / "en.bin").write_bytes(b"x")
+    assert problems(run(checks.check_tokenizer)) == []
+    shown = run(checks.check_text)
+    assert problems(shown) == []
+    assert {each.text.partition(",")[0] for each in shown} == {"de"}
 
 
 def test_missing_data_is_a_problem_unless_its_source_is_given(run, tmp_path):
@@ -114,6 +125,18 @@ def test_the_space_for_checkpoints_is_checked_in_the_folder_of_the_config(run, t
     topics = {each.topic: each for each in run(checks.check_output)}
     assert str(tmp_path / "out") in topics["output folder"].text
     assert topics["disk space"].level == "ok"
+
+
+@pytest.mark.parametrize(("steps_done", "text"), [(4, "training resumes at"), (10, "the run is finished, at")])
+def test_where_training_resumes_is_named(run, tmp_path, steps_done, text):
+    """A finished run does not resume."""
+    folder = tmp_path / "out" / "run" / "german" / f"step-{steps_done:08d}"
+    folder.mkdir(parents=True)
+    record = {"format": 2, "stage": "german", "stage_index": 1, "steps_done": steps_done, "run_step": 12 + steps_done}
+    record |= {"kind": "step", "recipe": {}, "fingerprint": "f", "data": {}, "files": {}}
+    (folder / checks.MANIFEST_FILE).write_text(json.dumps(record))
+    (found,) = run(checks.check_checkpoints)
+    assert (found.level, found.text) == ("ok", f"1; {text} {folder} (plan f)")
 
 
 def test_a_checkpoint_whose_manifest_is_damaged_is_a_problem(run, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import training
+from permissions import modes_count
 from rich.console import Console
 
 from titan_cpt.errors import DataError
@@ -134,6 +135,22 @@ def test_damaged_runs_are_lines_with_the_reason(tmp_path):
     assert [(run.name, run.state) for run in runs] == [*((n, "damaged") for n in "abc"), ("d", "failed")]
     assert runs[0].why.startswith("plan.json: cannot be read: damaged")
     assert runs[3].step == 2
+
+
+def test_a_folder_of_somebody_else_is_a_line_and_the_others_are_listed(tmp_path):
+    """Runs of several people are in one folder on many clusters; the folder itself must be readable."""
+    write_run(tmp_path / "mine", [step("first", 3)])
+    write_run(tmp_path / "private", [step("first", 3)]).chmod(0)
+    with modes_count():
+        mine, private = list_runs(tmp_path, "name")
+        tmp_path.chmod(0)
+        with pytest.raises(PermissionError):
+            list_runs(tmp_path)
+    tmp_path.chmod(0o700)
+
+    assert (mine.state, private.state) == ("failed", "damaged")
+    assert private.why.startswith("plan.json: ")
+    assert "Permission denied" in private.why
 
 
 def test_runs_of_a_sweep_are_found_and_other_folders_are_not(tmp_path):

@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from permissions import modes_count
 
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.errors import DataError
@@ -204,6 +205,14 @@ def test_a_run_that_was_removed_is_no_longer_running(tmp_path):
 
     assert run.state() == ("failed", f"{tmp_path} was removed or renamed")
     assert run.curves("a").step == 1
+
+
+def test_a_log_that_may_not_be_read_is_an_error(tmp_path):
+    """Without it a run of any length would look as if it had not begun."""
+    write(tmp_path, step(1))
+    (tmp_path / "metrics.jsonl").chmod(0)
+    with modes_count(), pytest.raises(PermissionError, match=r"metrics\.jsonl"):
+        RunFollower(tmp_path).refresh()
 
 
 def test_a_damaged_plan_is_an_error(tmp_path):
