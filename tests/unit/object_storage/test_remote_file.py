@@ -54,7 +54,9 @@ def test_a_few_bytes_of_a_large_file_are_read_without_fetching_its_blocks(tmp_pa
     assert counted.bytes == 32
 
 
-@pytest.mark.parametrize("content", [os.urandom(50_000), os.urandom(50_001), CONTENT[:100]])
+@pytest.mark.parametrize(
+    "content", [os.urandom(50_000), os.urandom(50_001), CONTENT[:100]], ids=["same size", "one byte more", "shorter"]
+)
 def test_an_object_that_was_replaced_is_an_error_and_not_a_mixture(remote, content):
     """Blocks that were read before remain those of the old object; no byte of the new one is returned."""
     file = RemoteFile(remote)
