@@ -33,6 +33,7 @@ from titan_cpt.reporting.run_state import FAILED, run_state
 DAMAGED = "damaged"
 _RUN_FILES = (PLAN_FILE, METRICS_FILE, CONFIG_FILE, SWEEP_CONFIG_FILE)
 _DEEPEST = 3  # folders between the given one and a run: the runs of a sweep are in a folder of the sweep
+_MOST_LOSSES = 4  # in a line of the table; --json has all
 _TAILS = (2**16, 2**20, 2**24)  # bytes of metrics.jsonl to read, until they contain a validation
 
 
@@ -210,7 +211,9 @@ def print_runs_table(runs: Sequence[ListedRun], console: Console) -> None:
     for column in ("run", "state", "stage", "step", "losses (nats per token)", "size", "written"):
         table.add_column(column, justify="right" if column in ("step", "size", "written") else "left", overflow="fold")
     for run in runs:
-        losses = "  ".join(f"{dataset} {loss:.3f}" for dataset, loss in run.losses.items())
+        losses = "  ".join(f"{dataset} {loss:.3f}" for dataset, loss in list(run.losses.items())[:_MOST_LOSSES])
+        if len(run.losses) > _MOST_LOSSES:
+            losses += f"  and {len(run.losses) - _MOST_LOSSES} more"
         step = f"{run.step:,}/{run.steps:,}" if run.stage else (f"0/{run.total_steps:,}" if run.total_steps else "")
         size, age = memory(run.bytes / 2**30), f"{duration(max(0.0, time.time() - run.last_write_s))} ago"
         table.add_row(*map(escape, (run.name, run.state, run.stage, step, losses, size, age)))

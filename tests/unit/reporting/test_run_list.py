@@ -216,6 +216,17 @@ def test_thousands_of_checkpoints_are_counted_without_opening_one(tmp_path):
     assert time.process_time() - begin < 0.5
 
 
+def test_a_run_of_many_datasets_is_still_a_short_entry(tmp_path):
+    """The table counts what it does not show; the JSON has all."""
+    run = only(write_run(tmp_path / "c", [step("first", 3), *(loss("first", 3, f"d{n}", 2.5) for n in range(7))]))
+    console = Console(width=200, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    print_runs_table([run], console)
+    console.file.close()
+
+    assert "d0 2.500  d1 2.500  d2 2.500  d3 2.500  and 3 more" in console.export_text()
+    assert len(run.as_json()["losses"]) == 7
+
+
 def test_the_table_fits_80_columns_and_gives_reasons(tmp_path):
     """A line for each run, the reason of the failed one below, and the sum of the sizes."""
     write_run(tmp_path / "a", [step("first", 3), loss("first", 3, "en", 2.5)])

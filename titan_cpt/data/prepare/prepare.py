@@ -324,7 +324,8 @@ def _require_documents(counts: Counts, holdout: float, inputs: Sequence[str]) ->
         raise _NothingToPrepare(
             f"--holdout {holdout} makes {counts.held_out_documents} of "
             f"{counts.documents + counts.held_out_documents} documents validation data, but training and validation "
-            "need at least one each: change it, or use more documents"
+            "need at least one each: change it, or use more documents (a .txt file is one, and so is each line of a "
+            ".jsonl file)"
         )
 
 

@@ -139,13 +139,14 @@ def _speed(run: RunFollower) -> str:
 
 
 def _loss_rows(run: RunFollower, width: int) -> Iterator[Row]:
-    """The training loss and the validation loss of each dataset over all stages, whose borders are drawn."""
+    """The training loss and the validation loss of each dataset over all stages, whose borders are drawn.
+
+    A terminal that has no room for the curves shows their last values only.
+    """
     if not run.steps:
         return
     room = width - _LONGEST_NAME - 22
     widths = _stage_widths(list(run.steps.values()), room)
-    if not widths:
-        return
     yield Row(
         f"{'losses, nats per token':<{_LONGEST_NAME}} {'':<{sum(widths) + len(widths)}}    now  forgetting", "dim"
     )
@@ -160,7 +161,7 @@ def _curve_row(
     name: str, curves: Mapping[str, StepCurve | None], run: RunFollower, widths: Sequence[int], *, is_validation: bool
 ) -> str:
     means: list[float] = []
-    for (stage, planned), width in zip(run.steps.items(), widths, strict=True):
+    for (stage, planned), width in zip(run.steps.items(), widths, strict=bool(widths)):
         curve = curves[stage]
         if curve is None or not curve.steps:
             means += [math.nan] * width

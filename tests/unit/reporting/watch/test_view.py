@@ -84,6 +84,19 @@ def test_the_newest_checkpoint_is_named_with_its_age(write_run):
     assert "newest checkpoint: b/step-00000010 (1m00s ago)" in lines
 
 
+def test_losses_are_shown_where_their_curves_have_no_room(tmp_path):
+    """Thirty stages on 60 columns: the last values without a curve."""
+    names = [f"s{number}" for number in range(30)]
+    plan = {"name": "wide", "step_tokens": 1, "stages": [stage(one, 4, ["en"], 1, en=use(1)) for one in names]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"fingerprint": "f"}))
+    lines = [trained("s0", 1, 1, 1e-3), measured("s0", 1, "en", 2.0, 0.5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {line.split()[0]: line.split()[1:] for line in shown(tmp_path, width=60, height=60) if line}
+
+    assert rows["en"] == ["2.0000", "+0.5000"]
+    assert len(rows["training"]) == 1
+
+
 def test_a_run_that_has_not_begun_shows_its_stages(write_run):
     """With a plan and no metrics."""
     folder = write_run("one", [])
