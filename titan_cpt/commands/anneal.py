@@ -57,7 +57,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = Path(config.job.output_dir) / config.job.name
     if rank == 0:
         state = "created" if is_new else "exists already"
-        print(f"{folder}: {state}; ./run_train.sh --config {folder / CONFIG_FILE} trains it")
+        next_step = "to train it" if options.prepare_only else "training it now; to resume it"
+        print(f"{folder}: {state}; {next_step}: ./run_train.sh {folder / CONFIG_FILE}")
     if options.prepare_only:
         return 0
     from titan_cpt.train import run

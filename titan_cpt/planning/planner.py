@@ -86,10 +86,13 @@ def _gradient_accumulation_steps(config: Config, dims: ParallelDims, problems: l
     training = config.training
     per_pass = dims.data_parallel * training.local_batch_size
     if training.global_batch_size % per_pass:
+        sequences, remainder = divmod(training.global_batch_size, dims.data_parallel)
+        sizes = range(1, training.local_batch_size + 1)
+        fits = "" if remainder else f" (local_batch_size {max(n for n in sizes if sequences % n == 0)} fits)"
         problems.append(
             f"training.global_batch_size: {training.global_batch_size} is not a multiple of data-parallel ranks "
             f"({dims.data_parallel}) x training.local_batch_size ({training.local_batch_size}) = {per_pass}: "
-            "change one of the two, or the number of ranks"
+            f"change one of the two{fits}, or the number of ranks"
         )
     return training.global_batch_size // per_pass
 

@@ -24,6 +24,16 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(one_stage, make,
         make(one_stage, world_size=world_size)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "suggestion"),
+    [(4, r"change one of the two \(local_batch_size 1 fits\), or"), (3, "change one of the two, or")],
+)
+def test_a_batch_that_does_not_divide_names_a_local_batch_that_does(one_stage, make, world_size, suggestion):
+    """Four ranks get 5 of 20 sequences, which 1 divides and the local batch of 2 does not; three get no equal share."""
+    with pytest.raises(PlanError, match=suggestion):
+        make(one_stage, world_size=world_size)
+
+
 def test_a_shard_degree_must_use_all_ranks(one_stage, make):
     """On five ranks only 5; the message says so."""
     with pytest.raises(PlanError, match=r"data_parallel_shard_degree: must be 5 on 5 ranks, or omitted, got 2"):

@@ -53,4 +53,6 @@ def test_a_branch_is_made_without_torch(tmp_path):
     assert training.train(training.write_config(raw, tmp_path / "c.toml")).status == 0
     checkpoint = tmp_path / "out" / "run" / "english" / "step-00000009"
 
-    assert "created; ./run_train.sh" in run_without_torch("anneal", checkpoint, "--tokens", "128", "--prepare-only")
+    assert "created; to train it: ./run_train.sh" in run_without_torch(
+        "anneal", checkpoint, "--tokens", "128", "--prepare-only"
+    )
