@@ -52,6 +52,8 @@ def _run(options: argparse.Namespace) -> int:
     files = files if out else options.files
     if out is not None and out.exists() and not options.force:
         raise ConfigError(f"{out}: exists already; choose another name, or add --force to overwrite it")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.parent} does not exist; make it, or choose another name")
     conversion = convert_files(files, options.project, options.world_size)
     text = toml_text(conversion)
     if out is None:

@@ -77,5 +77,5 @@ class UploadConfig(Table):
     @classmethod
     def _is_url(cls, value: str) -> str:
         if "://" not in value or not value.partition("://")[2].strip("/"):
-            raise validation_error(f'to must be a URL such as "s3://bucket/runs", got {value!r}')
+            raise validation_error(f'must be a URL such as "s3://bucket/runs", got {value!r}')
         return value.rstrip("/")

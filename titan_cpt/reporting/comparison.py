@@ -29,6 +29,7 @@ class ComparisonRow:
         update_share: tokens of the last stage / tokens of all stages up to it: its cost relative to training from
             scratch on all data.
         validation_ids: identity of the validation data and windows; losses with different ids are not comparable.
+        averaged, adapted_to: the datasets over which `average` and `adaptation` are means.
     """
 
     name: str
@@ -41,6 +42,8 @@ class ComparisonRow:
     tokens: int
     update_share: float
     validation_ids: Mapping[str, str | None] = field(default_factory=dict)
+    averaged: Sequence[str] = ()
+    adapted_to: Sequence[str] = ()
 
     @property
     def mean_forgetting(self) -> float | None:
@@ -60,23 +63,23 @@ def _row(run: RunLog, trained: set[str]) -> ComparisonRow:
     stage = stages[index]
     planned = run.plan["stages"][index]
     losses = {**stage["after"], **stage["final_loss"]}
-    counted = [loss for name, loss in losses.items() if name in trained] or [
-        loss for name, loss in losses.items() if "." not in name
-    ]
+    counted = [name for name in losses if name in trained] or [name for name in losses if "." not in name]
     # Forgetting of the final window: its mean loss minus the loss when training on the dataset ended.
     minus_left_at = {name: value - stage["after"][name] for name, value in stage["forgetting"].items()}
-    adaptation = [losses[name] for name in stage["adaptation"] if "." not in name or name in trained]
+    adaptation = [name for name in stage["adaptation"] if "." not in name or name in trained]
     return ComparisonRow(
         name=run.name,
         stage=stage["name"],
         is_done=stage["is_done"] and index == len(stages) - 1,
         losses=losses,
-        average=mean(counted) if counted else None,
+        average=mean(losses[name] for name in counted) if counted else None,
         forgetting={name: losses[name] + minus for name, minus in minus_left_at.items() if "." not in name},
-        adaptation=mean(adaptation) if adaptation else None,
+        adaptation=mean(losses[name] for name in adaptation) if adaptation else None,
         tokens=run.tokens_at(stage["name"], stage["steps_done"]),
         update_share=planned["tokens"] / planned["union_tokens"] if planned["union_tokens"] else 1.0,
         validation_ids=stage["validation_ids"],
+        averaged=sorted(counted),
+        adapted_to=sorted(adaptation),
     )
 
 
@@ -88,6 +91,16 @@ def incomparable_datasets(rows: Sequence[ComparisonRow]) -> list[str]:
             if identity is not None:
                 found.setdefault(name, set()).add(identity)
     return sorted(name for name, identities in found.items() if len(identities) > 1)
+
+
+def means_over_different_datasets(rows: Sequence[ComparisonRow]) -> list[str]:
+    """Which of AVG, forgetting and adaptation have other datasets in some rows, so that no row has the lowest."""
+    sets = {
+        "AVG": {tuple(row.averaged) for row in rows if row.average is not None},
+        "forgetting": {tuple(sorted(row.forgetting)) for row in rows if row.forgetting},
+        "adaptation": {tuple(row.adapted_to) for row in rows if row.adaptation is not None and row.forgetting},
+    }
+    return [name for name, different in sets.items() if len(different) > 1]
 
 
 def print_runs(runs: Sequence[RunLog], console: Console) -> None:

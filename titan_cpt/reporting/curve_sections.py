@@ -93,7 +93,8 @@ def schedules_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     if any(any(curve.values) for curve in replay):
         panels.append(Panel("replay", "% of the step's tokens", replay, from_zero=True))
         caption = (
-            "Learning rate, and tokens replayed from earlier datasets in percent of each step's tokens (smoothed)."
+            "Learning rate, and tokens replayed from earlier datasets in percent of each step's tokens (smoothed; "
+            "planned, where some steps are not recorded)."
         )
     yield Section("Learning rate and replay", figures=[_figure("learning-rates", caption, panels, groups)])
 

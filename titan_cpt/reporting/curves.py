@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -57,6 +57,11 @@ def curve_groups(runs: Sequence[RunLog]) -> list[CurveGroup]:
     """The runs one by one; of more than `DRAWN_ONE_BY_ONE`, those that differ only in name and seed together."""
     if len(runs) <= DRAWN_ONE_BY_ONE:
         return [CurveGroup(run.name, [run]) for run in runs]
+    return seed_groups(runs)
+
+
+def seed_groups(runs: Sequence[RunLog]) -> list[CurveGroup]:
+    """The runs that differ only in name and seed together."""
     found: dict[str, list[RunLog]] = {}
     for run in runs:
         found.setdefault(_configuration(run), []).append(run)
@@ -124,16 +129,35 @@ def training_curves(groups: Sequence[CurveGroup], key: str, *, smooth: bool = Fa
 
 
 def replay_curves(groups: Sequence[CurveGroup]) -> list[Curve]:
-    """Replayed tokens in percent of each step's tokens, smoothed."""
+    """Replayed tokens in percent of each step's tokens, smoothed.
+
+    A step replays whole sequences, such as 1 or 2 of 32 for 5 percent. If only some steps are recorded, always the
+    2 could be, so that such a stage has its planned percentage.
+    """
 
     def read(run: RunLog) -> dict[Place, float]:
+        planned = _planned_replay(run)
         lines = [line for line in run.trains if line.get("replayed_tokens") is not None and run.plan["step_tokens"]]
         shares = {
-            (line["stage"], line["step"]): 100 * line["replayed_tokens"] / run.plan["step_tokens"] for line in lines
+            (line["stage"], line["step"]): planned.get(
+                line["stage"], 100 * line["replayed_tokens"] / run.plan["step_tokens"]
+            )
+            for line in lines
         }
         return _thinned(_smoothed(shares))
 
     return [_curve(group, number, read) for number, group in enumerate(groups)]
+
+
+def _planned_replay(run: RunLog) -> dict[str, float]:
+    """Planned percentage of replay of the stages of which some steps are not recorded."""
+    steps = [(line["stage"], line["step"]) for line in run.trains]
+    recorded, last = Counter(stage for stage, _ in steps), dict(steps)
+    return {
+        stage["name"]: 100 * sum(use["replayed_tokens"] for use in stage["datasets"].values()) / stage["tokens"]
+        for stage in run.plan["stages"]
+        if stage["tokens"] and recorded[stage["name"]] < last.get(stage["name"], 0)
+    }
 
 
 def _curve(group: CurveGroup, number: int, read: Callable[[RunLog], Mapping[Place, float]]) -> Curve:

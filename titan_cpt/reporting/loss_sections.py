@@ -8,20 +8,21 @@ from functools import partial
 from typing import Any
 
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
-from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets
+from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets, means_over_different_datasets
 from titan_cpt.reporting.curves import curve_groups
 from titan_cpt.reporting.html_parts import HtmlTable, Section
 from titan_cpt.reporting.number_texts import number_text, token_text
 from titan_cpt.reporting.run_log import RunLog
 from titan_cpt.reporting.summary import summarize_log
 
+_LAST_STEP = " After: at the last step, without the mean over the final window that final losses have."
 _OPEN_TABLES = 4  # up to this number of runs, each has its own table; of more runs, one table is collapsed
 
 
 def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
     """Each run's final losses, forgetting, adaptation and cost."""
     datasets = sorted({name for row in rows for name in row.losses})
-    head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute of the last stage"]
+    head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute"]
     values = []
     for row in rows:
         adaptation = row.adaptation if row.forgetting else None  # a run from scratch has only new data
@@ -32,7 +33,8 @@ def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
         compute = f"{row.update_share:.2f}x" + ("" if row.is_done else f", still in {row.stage}")
         body.append([row.name, *losses, token_text(row.tokens), compute])
     different = incomparable_datasets(rows)
-    not_ranked = {*different, "AVG"} if different else set()
+    mixed = means_over_different_datasets(rows)
+    not_ranked = {*mixed, *different, *(["AVG"] if different else [])}
     best = set()
     for column, name in enumerate(head[1:-2]):
         known = [(value, index) for index, line in enumerate(values) if (value := line[column]) is not None]
@@ -43,6 +45,7 @@ def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
         "Validation loss in nats per token at the end of the last stage; the mean over its final window if it has one. "
         "AVG is the mean over the datasets trained on. Compute is the tokens of the last stage relative to training "
         "from scratch on all data. The lowest number of each column is bold."
+        + (f" Not ranked, as the runs have different datasets: {', '.join(mixed)}." if mixed else "")
         + (f" Not comparable, as validation data or windows differ: {', '.join(different)}." if different else ""),
         tables=[HtmlTable(head, body, frozenset(best))],
     )
@@ -65,7 +68,9 @@ def stages_section(runs: Sequence[RunLog]) -> Iterator[Section]:
             "Before and after each stage",
             "Validation losses in nats per token. Left at: the loss when training on that dataset last ended. "
             "Forgetting = after - left at; datasets that are new in a stage have none. A number with * was measured on "
-            "other validation data or windows than the loss after it.",
+            "other validation data or windows than the loss after it."
+            + _LAST_STEP
+            * any(stage["final_loss"] for run in runs for stage in summarize_log(run)["stages"]),
             tables=tables,
         )
 

@@ -64,7 +64,8 @@ def sessions_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     if any(cell for row in rows for cell in row[1:]):
         yield Section(
             "Time, hardware, interruptions",
-            "Wall-clock is the time of all sessions from their start to their last event; device hours are the same "
+            "Wall-clock is the time of all sessions from their start to their last event (of a run that was killed: to "
+            "its last recorded step); device hours are the same "
             "multiplied by the number of ranks. An interruption that did not occur in any run has no column.",
             tables=[HtmlTable(head, rows).without_empty_columns()],
             details=details,

@@ -18,7 +18,8 @@ class RunSessions:
 
     Attributes:
         started, last: Unix time of the first and the last event; None if no event has a time.
-        wall_s: seconds of all sessions up to the last event of each; at least those of the recorded steps.
+        wall_s: seconds of all sessions up to the last event of each, and of the last one up to its last recorded step,
+            which counts if the run was killed; at least those of the recorded steps.
         device_s: the same, each session multiplied by its number of ranks.
         hardware: ranks and device of the sessions, such as `8 x NVIDIA H100 80GB HBM3`; one for each different one.
         on_cpu: all sessions ran on CPUs, whose peak FLOP/s, and so the MFU, is unknown.
@@ -53,12 +54,15 @@ def sessions_of(run: RunLog) -> RunSessions:
     wall = device = 0.0
     hardware: list[str] = []
     ranks: set[int] = set()
-    for session in _split(run.events):
+    sessions = _split(run.events)
+    for session in sessions:
         start = session[0]
         times = [float(event["time"]) for event in session if isinstance(event.get("time"), int | float)]
         world_size = start.get("world_size")
         if len(session) > 1 + sum(event["name"] == "skip" for event in session):  # more than stages already trained
             seconds = max(times) - min(times) if times else 0.0
+            if session is sessions[-1]:
+                seconds = max(seconds, _until_last_step(run, session))
             wall += seconds
             device += seconds * (world_size if isinstance(world_size, int) else 1)
         text = _hardware(start)
@@ -85,6 +89,23 @@ def sessions_of(run: RunLog) -> RunSessions:
 
 def _rolled_back_by_resume(names: Sequence[str]) -> list[bool]:
     return [names[i - 1] == "skip_batch" and names[i] == "resume" for i in range(1, len(names))]
+
+
+def _until_last_step(run: RunLog, session: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds from the start of the last session to its last recorded step: up to the event before it, then by speed.
+
+    Steps have no time of day, but tokens per second; time of validations and checkpoints between them is missing.
+    """
+    placed = [event for event in session if "stage" in event and isinstance(event.get("step"), int)]
+    if not placed or not all(isinstance(event.get("time"), int | float) for event in (session[0], placed[-1])):
+        return 0.0
+    begin = run.tokens_at(placed[-1]["stage"], placed[-1]["step"])
+    seconds = 0.0
+    for line in run.trains:
+        tokens, speed = run.tokens_at(line["stage"], line["step"]), line.get("tokens_per_s")
+        if tokens > begin and isinstance(speed, int | float) and speed > 0:
+            seconds += run.plan["step_tokens"] / speed
+    return float(placed[-1]["time"] - session[0]["time"]) + seconds
 
 
 def _split(events: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -62,3 +62,11 @@ def test_the_replay_curve_is_in_percent_of_the_steps_tokens(write_run):
     (curve,) = replay_curves(curve_groups([run_of_steps(write_run, lines)]))
 
     assert curve.values == [25.0, 25.0]
+
+
+def test_replay_of_a_stage_with_unrecorded_steps_is_the_planned_one(write_run):
+    """Steps 2, 4, ... of 10 replay 100 of 1000 tokens, the others none: 5 percent, not 10."""
+    lines = [trained("b", step, 10 + step, 1e-3) | {"replayed_tokens": 100} for step in (2, 4, 6, 8, 10)]
+    (curve,) = replay_curves(curve_groups([read_run(write_run("r", lines, begun=""))]))
+
+    assert curve.values == [5.0] * 5

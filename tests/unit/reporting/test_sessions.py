@@ -62,3 +62,15 @@ def test_a_log_without_times_has_the_duration_of_its_steps(write_run):
     found = sessions_of(read_run(write_run("r", [])))
 
     assert (found.started, found.wall_s, found.device_s) == (None, 40, 80)
+
+
+def test_a_killed_run_has_the_time_up_to_its_last_step(write_run):
+    """Five steps were saved after 60 s; five more of 1000 tokens at 500 tokens/s follow, then nothing: 70 s."""
+    folder = write_run("r", [], begun="a")
+    kept = folder.joinpath("metrics.jsonl").read_text().splitlines()[1:]
+    on = {"world_size": 1, "versions": {"on": "x86_64"}}
+    begin = [event("start", 100, **on), event("transition", 101, stage="a", step=0)]
+    lines = [*map(json.dumps, begin), *kept[:5], json.dumps(event("checkpoint", 160, stage="a", step=5)), *kept[5:]]
+    folder.joinpath("metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    assert sessions_of(read_run(folder)).wall_s == pytest.approx(70)

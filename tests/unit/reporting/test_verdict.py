@@ -33,7 +33,10 @@ def test_the_verdict_on_several_runs_names_the_best(write_run):
         "Of 2 runs, union has the lowest mean loss (3.700); losses in nats per token."
     )
     assert "other forgot least (+1.100)" in verdict_on(
-        write_run("other", EN_DE), write_run("worse", [line | {"forgetting_nats_per_token": 2.0} for line in EN_DE])
+        write_run("other", EN_DE),
+        write_run(
+            "worse", [line | {"forgetting_nats_per_token": line["forgetting_nats_per_token"] and 2.0} for line in EN_DE]
+        ),
     )
 
 
@@ -42,3 +45,26 @@ def test_runs_that_are_not_comparable_have_no_best(write_run):
     text = verdict_on(write_run("one", on("A", EN_DE)), write_run("two", on("B", EN_DE)))
 
     assert text == "The runs are not comparable on de, en: validation data or windows differ."
+
+
+def test_seeds_of_one_configuration_have_a_mean_and_a_range_and_no_best(write_run):
+    """Losses on German 3.2 and 3.4, forgetting of English 1.1 and 1.3: a lucky seed is not a better configuration."""
+    worse = [line | {"loss_nats_per_token": line["loss_nats_per_token"] + 0.2 * (line["step"] > 8)} for line in EN_DE]
+    worse = [line if line["stage"] == "b" else original for line, original in zip(worse, EN_DE, strict=True)]
+    worse = [line | {"forgetting_nats_per_token": line["forgetting_nats_per_token"] and 1.0} for line in worse]
+    worse[-2] |= {"forgetting_nats_per_token": 1.2}
+
+    assert verdict_on(write_run("seed-0", EN_DE), write_run("seed-1", worse)) == (
+        "2 seeds of one configuration. After stage b (20K tokens in all), the loss on de is 3.300 (3.200 to 3.400) "
+        "nats per token and that on en is 1.200 above where training on it ended (+1.100 to +1.300), with 5.0% replay "
+        "and 0.50x the compute of training again on all data."
+    )
+
+
+def test_means_over_different_datasets_are_not_ranked(write_run):
+    """The second run has no loss on German: its AVG is of English only; both forgot English."""
+    english = [line for line in EN_DE if line["dataset"] == "en"]
+    text = verdict_on(write_run("both", EN_DE), write_run("english", english))
+
+    assert "AVG" in text.partition("not ranked, as means over different datasets: ")[2]
+    assert "lowest mean loss" not in text
