@@ -252,3 +252,37 @@ def test_the_upload_command_refuses_what_is_not_a_run_and_a_run_without_a_destin
     training.write_config(training.two_stages(data, tmp_path), run / "config.toml")
     with pytest.raises(ConfigError, match=r"has no checkpoint.upload: give --to URL"):
         upload_run(run, to=None, say=print)
+
+
+def test_a_stage_whose_config_changed_is_not_restored_over_and_the_message_says_how_to_train_it_again(data, tmp_path):
+    """Its copies would come back from storage; the owner of the uploads stays who it was."""
+    raw = interrupted(data, tmp_path)
+    edited = json.loads(json.dumps(raw))
+    edited["stages"][1]["lr"]["max"] = 1e-3
+    shutil.rmtree(tmp_path / "run" / "german")
+    owner = (tmp_path / "bucket" / "run" / "owner.json").read_text()
+    refused = train(edited, "refused")
+
+    assert refused.status == 2, refused.output
+    assert "stages.german.lr" in refused.output
+    assert (
+        f"move its checkpoints away here and there: {tmp_path}/run/german and file://{tmp_path}/bucket/run/german"
+        in (" ".join(refused.output.split()))
+    )
+    assert (tmp_path / "bucket" / "run" / "owner.json").read_text() == owner
+    shutil.rmtree(tmp_path / "bucket" / "run" / "german")
+    assert train(edited, "again").status == 0
+
+
+def test_what_a_later_stage_starts_from_is_uploaded_whatever_is_chosen(data, unbroken, tmp_path):
+    """Only stage ends are chosen; German starts from English's step 9, before the annealing."""
+    raw = uploading(data, tmp_path, what=["stage_end"])
+    fault = training.Fault("titan_cpt.train:Trainer.train_step", 12 + 3, tmp_path / "bucket" / "run" / ALL[2])
+    killed = train(raw, fault=fault)
+    assert killed.status == -9, killed.output
+    assert copies(tmp_path / "bucket") == [ALL[2], ALL[3]]
+    shutil.rmtree(tmp_path / "run")
+    outcome = train(raw, "again")
+
+    assert outcome.status == 0, outcome.output
+    assert digests(tmp_path / "run" / GERMAN[-1]) == digests(unbroken / GERMAN[-1])

@@ -68,7 +68,8 @@ class UploadConfig(Table):
         "pre_anneal",
         "interval",
     )
-    """Kinds of checkpoints to upload. metrics.jsonl, config.toml, plan.json and summary.json are uploaded with each."""
+    """Kinds of checkpoints to upload; those that a later stage starts from are uploaded in any case. metrics.jsonl,
+    config.toml, plan.json and summary.json are uploaded with each."""
     keep_local: PositiveInt | None = None
     """Number of newest checkpoints to keep on the local disk. Older ones are removed there once their upload has been
     verified, except those that a stage still starts from. Unset: none is removed for having been uploaded."""

@@ -54,5 +54,6 @@ def upload_run(run: Path, *, to: str | None, say: Callable[[str], None]) -> int:
             uploader.close()
             for message in uploader.messages():
                 say(message.text.strip())
+    complete = complete and not uploader.damaged
     say(f"{url}: {'complete' if complete else 'NOT complete'}; {missing} checkpoints were missing")
     return SUCCESS if complete else FAILURE

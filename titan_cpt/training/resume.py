@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,23 +84,29 @@ def find_checkpoint(
         return None
     index = min(checkpoint.manifest["stage_index"], len(plan.stages) - 1)
     planned = plan.recipe_until(index)
-    recorded = _with_float8_filters(checkpoint.manifest["recipe"], checkpoints)
+    recorded = _with_float8_filters(checkpoint.manifest["recipe"], checkpoints.run)
     trained_on = {f"datasets.{leaf.source}.train" for stage in plan.stages[: index + 1] for leaf in leaves(stage.tree)}
     # Validation data changes no weight, so it may change: changed_validation.py measures the baselines again.
     data = {key: value for key, value in checkpoint.manifest["data"].items() if key in trained_on or key == "tokenizer"}
     changed = _recipe_differences(recorded, planned) + differences(data, {key: identities.get(key) for key in data})
     if changed:
-        raise CheckpointError(
-            "\n  ".join([_headline(checkpoint, planned), *changed, _remedy(checkpoint, plan, changed)])
-        )
+        headline = f"{checkpoint.folder}: {_headline(checkpoint.manifest, planned)}"
+        raise CheckpointError("\n  ".join([headline, *changed, _remedy(checkpoint, plan, changed)]))
     return checkpoint
 
 
-def _with_float8_filters(recipe: dict[str, Any], checkpoints: CheckpointManager) -> dict[str, Any]:
+def misfit(run: Path, plan: Plan, manifest: Mapping[str, Any]) -> str | None:
+    """How the recipe of a checkpoint that this run would resume from differs from the plan's; None if it does not."""
+    planned = plan.recipe_until(min(manifest["stage_index"], len(plan.stages) - 1))
+    changed = _recipe_differences(_with_float8_filters(manifest["recipe"], run), planned)
+    return "\n  ".join([_headline(manifest, planned), *changed]) if changed else None
+
+
+def _with_float8_filters(recipe: dict[str, Any], run: Path) -> dict[str, Any]:
     """A manifest's recipe with float8.filter_fqns, which older versions did not record, from the run's config.toml."""
     if _FILTER in recipe or "float8.recipe_name" not in recipe:
         return recipe
-    filters = last_setting(checkpoints.run / CONFIG_FILE, *_FILTER.split("."))
+    filters = last_setting(run / CONFIG_FILE, *_FILTER.split("."))
     return {**recipe, _FILTER: sorted({*filters})} if filters else recipe
 
 
@@ -113,11 +120,11 @@ def _recipe_differences(recorded: Mapping[str, Any], planned: Mapping[str, Any])
     ]
 
 
-def _headline(checkpoint: FoundCheckpoint, planned: dict[str, Any]) -> str:
-    old, new = checkpoint.manifest["fingerprint"], fingerprint(planned)
+def _headline(manifest: Mapping[str, Any], planned: dict[str, Any]) -> str:
+    old, new = manifest["fingerprint"], fingerprint(planned)
     if old == new:
-        return f"{checkpoint.folder}: was trained with other data than the config names now:"
-    return f"{checkpoint.folder}: written under plan {old}, this config makes plan {new}:"
+        return "was trained with other data than the config names now:"
+    return f"written under plan {old}, this config makes plan {new}:"
 
 
 def _remedy(checkpoint: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> str:

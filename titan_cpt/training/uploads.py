@@ -5,6 +5,7 @@ All ranks write their shards into one run folder, on a file system that the node
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from titan_cpt.checkpoint.remote.keep_local import prune_uploaded
@@ -20,6 +21,7 @@ from titan_cpt.errors import os_error_message
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.planner import make_plan
+from titan_cpt.training.resume import misfit
 from titan_cpt.training.state import TrainerState
 
 _SECONDS_AFTER_SIGNAL = 20.0  # Slurm kills a job about 30 s after SIGTERM
@@ -51,7 +53,8 @@ def restore_from_storage(config: Config, process: ProcessInfo, folder: Path, con
                     else (each.name, None)
                     for each in plan.stages
                 ]
-                owner = restore_run(folder, f"{upload.to}/{config.job.name}", starts, say=say)
+                differs = partial(misfit, folder, plan)
+                owner = restore_run(folder, f"{upload.to}/{config.job.name}", starts, misfit=differs, say=say)
             for number, stage in enumerate(config.stages):
                 kind, _, url = (stage.init or "").partition(":")
                 begun = any(checkpoint_folders(folder, later.name) for later in config.stages[number:])

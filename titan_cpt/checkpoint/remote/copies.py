@@ -60,7 +60,7 @@ def upload_copy(
     *,
     before_manifest: Callable[[], None],
     on_progress: Callable[[int], None] = lambda count_bytes: None,
-) -> int:
+) -> bytes:
     """Upload a checkpoint. Files that an interrupted upload completed are verified and not uploaded again.
 
     Args:
@@ -70,7 +70,7 @@ def upload_copy(
         on_progress: called with numbers of bytes that were transferred.
 
     Returns:
-        The number of bytes of its files.
+        The manifest of the copy.
 
     Raises:
         FileNotFoundError: the local checkpoint was removed meanwhile.
@@ -88,7 +88,7 @@ def upload_copy(
     if MANIFEST_FILE in present:
         if not missing and read_object(f"{url}/{MANIFEST_FILE}") == text:
             before_manifest()
-            return sum(file["bytes"] for file in files.values())
+            return text
         remove_object(f"{url}/{MANIFEST_FILE}")  # another or a damaged checkpoint of that name, which is replaced
     for name, file in files.items():
         if name in missing:
@@ -100,7 +100,7 @@ def upload_copy(
     if read_object(f"{url}/{MANIFEST_FILE}") != text:
         remove_object(f"{url}/{MANIFEST_FILE}")
         raise RemoteError(f"{url}/{MANIFEST_FILE}: has other content than was uploaded. The upload will be repeated")
-    return sum(file["bytes"] for file in files.values())
+    return text
 
 
 def remove_incomplete(url: str) -> None:

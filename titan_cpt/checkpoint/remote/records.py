@@ -1,4 +1,7 @@
-"""uploads.json in a run's folder: the owner id of its uploads, and the checkpoints whose upload has been verified."""
+"""uploads.json in a run's folder: the owner id of its uploads, and the checkpoints whose upload has been verified.
+
+It holds those of the current URL, and below "elsewhere" those of the URLs that were used before: a run returns to them.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,29 @@ class UploadRecords:
         to: the run's URL.
         owner: the id in the URL's owner.json; None before the first upload.
         uploaded: {STAGE/step-00000500: SHA-256 of its manifest}.
+        elsewhere: {another URL: its owner and uploads}.
     """
 
     run: Path
     to: str
     owner: str | None = None
     uploaded: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: Path, to: str) -> UploadRecords:
-        """Read the file; a missing or damaged one, or one of another URL, has no uploads."""
+        """Read the file; a missing or damaged one, or one without this URL, has no uploads to it."""
         try:
             record: Any = json.loads(read_text(run / UPLOADS_FILE))
-            if record["to"] == to:
-                return cls(
-                    run, to, record["owner"], {str(key): str(value) for key, value in record["uploaded"].items()}
-                )
+            places = {
+                **record.get("elsewhere", {}),
+                record["to"]: {"owner": record["owner"], "uploaded": record["uploaded"]},
+            }
+            here = places.pop(to, {"owner": None, "uploaded": {}})
+            uploaded = {str(key): str(value) for key, value in here["uploaded"].items()}
+            return cls(run, to, here["owner"], uploaded, places)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            pass
-        return cls(run, to)
+            return cls(run, to)
 
     def write(self) -> None:
         """Write the file.
@@ -48,18 +55,24 @@ class UploadRecords:
         Raises:
             OSError: it cannot be written.
         """
-        record = {"to": self.to, "owner": self.owner, "uploaded": self.uploaded}
+        record: dict[str, Any] = {"to": self.to, "owner": self.owner, "uploaded": self.uploaded}
+        if self.elsewhere:
+            record["elsewhere"] = self.elsewhere
         write_text_atomically(self.run / UPLOADS_FILE, json.dumps(record, indent=1))
 
-    def add(self, folder: Path) -> None:
-        """Record that a checkpoint was uploaded and verified; see `write`."""
-        self.uploaded[name_of(folder)] = _digest_of_manifest(folder)
+    def add(self, folder: Path, manifest: bytes) -> None:
+        """Record that the checkpoint with this manifest was uploaded and verified; see `write`.
+
+        Training may have replaced the checkpoint in the folder since the manifest was read.
+        """
+        self.uploaded[name_of(folder)] = hashlib.sha256(manifest).hexdigest()
         self.write()
 
     def has(self, folder: Path) -> bool:
         """Whether the checkpoint that is in a folder now was uploaded and verified."""
         try:
-            return self.uploaded.get(name_of(folder)) == _digest_of_manifest(folder)
+            digest = hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()
+            return self.uploaded.get(name_of(folder)) == digest
         except OSError:
             return False
 
@@ -67,7 +80,3 @@ class UploadRecords:
 def name_of(folder: Path) -> str:
     """The name of a checkpoint within its run: STAGE/step-00000500."""
     return f"{folder.parent.name}/{folder.name}"
-
-
-def _digest_of_manifest(folder: Path) -> str:
-    return hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.remote.copies import RemoteCheckpoint, download_copy, list_copies, read_copy
@@ -26,7 +27,12 @@ DOWNLOADS_FOLDER = ".downloads"  # in a run's folder: initial weights that a sta
 
 
 def restore_run(
-    run: Path, to: str, starts: Sequence[tuple[str, tuple[str, int] | None]], *, say: Callable[[str], None]
+    run: Path,
+    to: str,
+    starts: Sequence[tuple[str, tuple[str, int] | None]],
+    *,
+    misfit: Callable[[dict[str, Any]], str | None],
+    say: Callable[[str], None],
 ) -> Owner | None:
     """Become the owner of a run's uploads; download its newest valid checkpoint if that is newer than the local ones.
 
@@ -37,20 +43,33 @@ def restore_run(
         run: the run's folder, which this process has locked.
         to: the run's URL.
         starts: the run's stages in order: (name, checkpoint that it starts from as (stage, steps) or None).
+        misfit: in what way a checkpoint's manifest does not fit the config; None if it does.
         say: prints a line.
 
     Returns:
         The session; None if storage does not answer, and the local folder has checkpoints to continue from.
 
     Raises:
-        CheckpointError: the uploads belong to another run, or every copy is damaged.
-        RemoteError: storage does not answer, and the local folder has no checkpoint.
+        CheckpointError: the uploads belong to another run, every copy is damaged, or the newest one was trained with
+            another config; this run does not become the owner then.
+        RemoteError: storage does not answer, and the local folder has no checkpoint or a download was under way.
         OSError: the local folder cannot be written.
     """
+    damaged: list[str] = []
+
+    def skip(message: str) -> None:
+        if message not in damaged:
+            damaged.append(message)
+            say(f"skipping damaged upload: {message}")
+
     records = UploadRecords.read(run, to)
     try:
+        copies = list_copies(to, skip)
+        _require_fit(run, copies, misfit)
+        known = records.owner
         owner = claim_for(run, to, records, say=say)
-        _download_newest(run, to, starts, records, say)
+        if owner.id != known:  # `claim_for` may have waited for another process, which has uploaded more meanwhile
+            copies = list_copies(to, skip)
     except RemoteError as error:
         if checkpoint_folders(run):
             say(f"uploads: {error}. Training continues from the local checkpoints, and uploads are tried again")
@@ -59,25 +78,45 @@ def restore_run(
             f"{error}. {run} has no checkpoint, so this must be solved first: {to} may have one to continue from. To "
             "begin anew without uploads, remove checkpoint.upload"
         ) from error
+    try:
+        damaged += _download_newest(run, to, starts, copies, records, say)
+    except RemoteError as error:  # older local checkpoints, also those just downloaded, would train steps again
+        raise RemoteError(
+            f"{error}. The run continues from a checkpoint that is there and not in {run}, so this must be solved first"
+        ) from error
+    if damaged and _newest_age(run) is None:
+        raise CheckpointError(
+            f"{to}: all uploaded checkpoints are damaged. The first: {damaged[0]}. To train from the beginning, choose "
+            "another job.name or checkpoint.upload.to"
+        )
     return owner
+
+
+def _require_fit(run: Path, copies: Sequence[RemoteCheckpoint], misfit: Callable[[dict[str, Any]], str | None]) -> None:
+    """Refuse to restore a checkpoint that resuming would refuse; an older one in its place would lose its steps."""
+    local = _newest_age(run)
+    if not copies or (local is not None and copies[0].age <= local):
+        return
+    if (why := misfit(copies[0].manifest)) is not None:
+        stage = copies[0].manifest["stage"]
+        raise CheckpointError(
+            f"{copies[0].url}: {why}\n  It is newer than the checkpoints in {run}, so it is the one to continue from. "
+            f"Restore the settings, or choose another job.name or checkpoint.upload.to. To train {stage!r} again, move "
+            f"its checkpoints away here and there: {run / stage} and {copies[0].url.rpartition('/')[0]}"
+        )
 
 
 def _download_newest(
     run: Path,
     to: str,
     starts: Sequence[tuple[str, tuple[str, int] | None]],
+    copies: Sequence[RemoteCheckpoint],
     records: UploadRecords,
     say: Callable[[str], None],
-) -> None:
-    damaged: list[str] = []
-
-    def skip(message: str) -> None:
-        damaged.append(message)
-        say(f"skipping damaged upload: {message}")
-
-    copies = list_copies(to, skip)
+) -> list[str]:
+    """Download the first of the copies that is newer than the local checkpoints and whole; why others were skipped."""
     newest = _newest_age(run)
-    restored = False
+    skipped: list[str] = []
     for copy in copies:
         if newest is not None and copy.age <= newest:
             break
@@ -87,15 +126,11 @@ def _download_newest(
             _download_run_files(run, to)
             _download(run, copy, records)
         except CheckpointError as error:
-            skip(str(error))
+            skipped.append(str(error))
+            say(f"skipping damaged upload: {error}")
             continue
-        restored = True
         break
-    if damaged and not restored and newest is None:
-        raise CheckpointError(
-            f"{to}: all uploaded checkpoints are damaged. The first: {damaged[0]}. To train from the beginning, choose "
-            "another job.name or checkpoint.upload.to"
-        )
+    return skipped
 
 
 def _newest_age(run: Path) -> tuple[int, int] | None:
@@ -113,7 +148,7 @@ def _newest_age(run: Path) -> tuple[int, int] | None:
 
 def _download(run: Path, copy: RemoteCheckpoint, records: UploadRecords) -> None:
     download_copy(copy, run / copy.name)
-    records.add(run / copy.name)
+    records.add(run / copy.name, (run / copy.name / MANIFEST_FILE).read_bytes())
 
 
 def _download_starts(

@@ -7,6 +7,7 @@ prints and logs in `poll`.
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 import time
@@ -21,10 +22,12 @@ from titan_cpt.checkpoint.remote.owner import RENEW_SECONDS, Owner, TakenOverErr
 from titan_cpt.checkpoint.remote.records import UploadRecords, name_of
 from titan_cpt.common.run_folder import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     METRICS_FILE,
     PLAN_FILE,
     SKIPPED_FILE,
     SUMMARY_FILE,
+    checkpoint_folder,
     checkpoint_folders,
 )
 from titan_cpt.errors import AccessError, CheckpointError, RemoteError, os_error_message
@@ -51,7 +54,7 @@ class Uploader:
     Args:
         run: the run's folder, which this process has locked.
         to: the run's URL.
-        kinds: kinds of checkpoints to upload.
+        kinds: kinds of checkpoints to upload; those that a stage of plan.json starts from are uploaded in any case.
         owner: this process's session; None if the storage could not be reached yet: the thread then claims it.
     """
 
@@ -59,6 +62,7 @@ class Uploader:
         self.run = run
         self.to = to
         self._kinds = kinds
+        self._starts = _starts_of_stages(run)
         self._owner = owner
         self._records = UploadRecords.read(run, to)
         self._messages: queue.SimpleQueue[UploadMessage] = queue.SimpleQueue()
@@ -110,10 +114,16 @@ class Uploader:
                 record = manifest.read(folder)
             except (CheckpointError, AccessError):
                 continue
-            wanted = record["kind"] in self._kinds and manifest.is_in_place(folder, record)
-            if wanted and folder not in self._damaged and not self._records.has(folder):
+            wanted = record["kind"] in self._kinds or name_of(folder) in self._starts
+            done = folder in self._damaged or self._records.has(folder)
+            if wanted and not done and manifest.is_in_place(folder, record):
                 found.append(((record["stage_index"], record["steps_done"]), folder))
         return [folder for _, folder in sorted(found, reverse=True)]
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Checkpoints that are not uploaded, because their local files differ from their checksums."""
+        return sorted(self._damaged)
 
     def wait(self, *, patience_s: float, limit_s: float | None = None, say: Callable[[str], None]) -> bool:
         """Wait until everything is uploaded, including the run's final metrics and summary.
@@ -207,20 +217,26 @@ class Uploader:
             self._upload_run_files()
             owner.require()
 
+        owner.require()  # before anything of an earlier upload there is replaced
+        before = _manifest_in(folder)
         try:
-            size = upload_copy(folder, url, before_manifest=before_manifest, on_progress=self._count)
+            text = upload_copy(folder, url, before_manifest=before_manifest, on_progress=self._count)
         except FileNotFoundError:  # training has pruned it meanwhile
+            owner.require()
             remove_incomplete(url)
             self.progress += 1
             return
         except TakenOverError:
             raise
         except CheckpointError as error:
+            if _manifest_in(folder) != before:
+                return  # training has replaced it meanwhile, as after a rollback; the next pass uploads the new one
             self._damaged.add(folder)
             self._report("upload_failed", str(error))
             return
-        self._records.add(folder)
+        self._records.add(folder, text)
         self.progress += 1
+        size = sum(file["bytes"] for file in json.loads(text)["files"].values())
         seconds = time.monotonic() - begin
         self._messages.put(
             UploadMessage(
@@ -259,6 +275,23 @@ class Uploader:
                     self._owner.renew()
             except (RemoteError, CheckpointError):
                 continue  # the uploading thread reports it
+
+
+def _starts_of_stages(run: Path) -> set[str]:
+    """Names of the checkpoints of a run from which its stages start; without them it cannot be continued elsewhere."""
+    try:
+        stages = json.loads((run / PLAN_FILE).read_bytes())["stages"]
+        starts = [stage["init"] for stage in stages if isinstance(stage["init"], dict)]
+        return {name_of(checkpoint_folder(run, start["stage"], start["steps_done"])) for start in starts}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()  # a run that an older version began, or a damaged file: training writes it anew
+
+
+def _manifest_in(folder: Path) -> bytes | None:
+    try:
+        return (folder / MANIFEST_FILE).read_bytes()
+    except OSError:
+        return None
 
 
 def claim_for(run: Path, to: str, records: UploadRecords, *, say: Callable[[str], None]) -> Owner:

@@ -1,6 +1,7 @@
 """The uploading thread: newest first, tries again, survives outages, ends on request."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -80,6 +81,43 @@ def test_what_was_uploaded_is_not_uploaded_again_and_a_replaced_checkpoint_is(ru
     (folder / "manifest.json").write_text(json.dumps({**record, "run_step": 5}))
 
     assert again.pending() == [folder]
+
+
+@pytest.mark.parametrize("when", ["before the files are read", "after the manifest is written"])
+def test_a_checkpoint_that_training_replaces_during_its_upload_is_uploaded_again(run, monkeypatch, when):
+    """The copy is then that of the new one, and only the new one counts as uploaded."""
+    folder = save(run)
+    real, calls = uploader.upload_copy, []
+
+    def replaced(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            return real(*arguments, **options)
+        if when == "before the files are read":
+            (folder / "index.json").write_bytes(bytes(70))
+        try:
+            return real(*arguments, **options)
+        finally:
+            shutil.rmtree(folder)
+            save(run)
+
+    monkeypatch.setattr(uploader, "upload_copy", replaced)
+
+    assert finished(started(run))
+    assert memory().cat_file("/bucket/run/a/step-00000004/manifest.json") == (folder / "manifest.json").read_bytes()
+
+
+def test_a_process_that_lost_its_uploads_removes_nothing_of_the_new_owner(run):
+    each = started(run)
+    assert each.wait(patience_s=10, say=lambda text: None)
+    save(run)
+    owner = json.loads(memory().cat_file("/bucket/run/owner.json"))
+    memory().pipe_file("/bucket/run/owner.json", json.dumps({**owner, "session": "other"}).encode())
+    memory().pipe_file("/bucket/run/a/step-00000004/manifest.json", b"of the new owner")
+
+    assert not each.wait(patience_s=10, say=lambda text: None)
+    each.close()
+    assert memory().cat_file("/bucket/run/a/step-00000004/manifest.json") == b"of the new owner"
 
 
 def test_an_outage_is_reported_once_and_overcome(run, monkeypatch):
