@@ -76,8 +76,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",
     "checkpoint.provenance": "behavior/test_begin_of_document.py",
-    "checkpoint.remote.records": "unit/checkpoint/remote/test_uploader.py",
-    "checkpoint.remote.restore": "behavior/test_uploads.py",
     "checkpoint.state_dict": "unit/checkpoint/test_manager.py",
     "cli": "unit/commands/test_plan.py",
     "commands.anneal": "unit/runs/test_anneal.py",
