@@ -47,7 +47,7 @@ def offered(line, folder):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("tr", ["train"]),
+        ("tr", ["train", "track"]),
         ("plan m", ["mine.toml"]),
         ("plan mine.toml --wo", ["--world-size"]),
         ("plan mine.toml --tr", ["--training."]),
@@ -88,8 +88,8 @@ def test_a_shell_completes(here, shell, start):
         try:
             os.write(terminal, f'{start}eval "$(titan-cpt completion {shell})"; echo re""ady\n'.encode())
             wait_for(terminal, r"\nready\r")
-            os.write(terminal, b"titan-cpt tra\t")
-            wait_for(terminal, "in ")
+            os.write(terminal, b"titan-cpt trai\t")
+            wait_for(terminal, r"trai\S*n ")
             os.write(terminal, b"mi\t")
             wait_for(terminal, r"ne\.toml ")
             os.write(terminal, b"--sta\tg\trep\tfra\t")

@@ -27,6 +27,9 @@ def test_every_check_of_a_config_that_is_ready_passes(tmp_path, monkeypatch, cap
     assert topics >= {check.topic for check in doctor.CHECKS} - {"packages", "limits", "gpu", "driver"}
     machine = {"driver", "gpu", "port", "host name", "open files", "file size"}  # what this machine may lack
     assert [each for each in findings if each["level"] == "problem" and each["topic"] not in machine] == []
+    assert [(each["level"], each["text"]) for each in findings if each["topic"] == "gloo"] == [
+        ("ok", "two processes summed a tensor on this machine")
+    ]
     assert status in (0, 1)
     assert json.loads(out)["problems"] == sum(each["level"] == "problem" for each in findings)
 

@@ -59,10 +59,6 @@ def test_a_host_without_an_address_is_a_problem(monkeypatch):
     assert "/etc/hosts" in found.remedy
 
 
-def test_two_processes_really_sum_a_tensor():
-    assert [each.level for each in network.check_all_reduce(Request())] == ["ok"]
-
-
 def test_an_all_reduce_that_cannot_work_says_why(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     (found,) = network.check_all_reduce(Request())
