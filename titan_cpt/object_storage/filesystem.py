@@ -13,6 +13,9 @@ import base64
 import errno
 import os
 import re
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +44,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _VERSION_KEYS = ("ETag", "etag", "generation", "mtime", "LastModified", "created")  # the first one that is known
 _TRIES = 2  # s3fs repeats botocore's tries; it does so twice in a read, so its own default of 5 means 200 tries
+_SLOW_SECONDS = 20.0  # a request that has taken this long is reported,
+_REPORT_EVERY_SECONDS = 60.0  # but by one process not more often than this
 PART_BYTES = 32 << 20  # of a multipart upload
 _DOWNLOAD_BYTES = 8 * PART_BYTES  # read concurrently and held in memory
 
@@ -80,6 +85,36 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise RemoteError(f"{url}: {protocol}:// needs the package {package}; {how_to_install(package)}") from None
     except ValueError as error:
         raise RemoteError(f"{url}: is not a valid address: {error}") from None
+
+
+_last_report = -_REPORT_EVERY_SECONDS
+
+
+@contextmanager
+def _reported_if_slow(url: str) -> Iterator[None]:
+    """Print a line if the block takes long: while the client repeats a request, training stands still."""
+    began = time.monotonic()
+
+    def report() -> None:
+        global _last_report
+        now = time.monotonic()
+        if now - _last_report < _REPORT_EVERY_SECONDS:
+            return
+        _last_report = now
+        print(
+            f"rank {os.environ.get('RANK', '0')}: waiting for {url} for {now - began:.0f} s; the client repeats "
+            "requests without an answer for about ten minutes. Then the run stops; its checkpoints stay intact",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(_SLOW_SECONDS, report)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -124,7 +159,7 @@ def find(url: str) -> ObjectInfo | None:
         RemoteError: no access, no answer, or the bucket does not exist.
     """
     system, path = open_filesystem(url)
-    with remote_errors(url):
+    with remote_errors(url), _reported_if_slow(url):
         try:
             info = system.info(path)
         except FileNotFoundError:
@@ -181,7 +216,7 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return []
     system, path = open_filesystem(url)
     starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
-    with remote_errors(url):
+    with remote_errors(url), _reported_if_slow(url):
         try:
             found = system.cat_ranges([path] * len(ranges), starts, stops, on_error="raise")
         except FileNotFoundError:
@@ -281,7 +316,7 @@ def list_objects(url: str) -> dict[str, int]:
     """
     system, path = open_filesystem(url)
     base = path.rstrip("/") + "/"
-    with remote_errors(url):
+    with remote_errors(url), _reported_if_slow(url):
         try:
             found = system.find(base, detail=True)
         except FileNotFoundError:

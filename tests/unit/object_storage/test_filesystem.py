@@ -1,9 +1,12 @@
 """Lookups and transfers, on memory:// and file://; a real S3 server is in tests/behavior/test_s3.py."""
 
+import time
+
 import fsspec
 import pytest
 
 from titan_cpt.errors import RemoteError
+from titan_cpt.object_storage import filesystem
 from titan_cpt.object_storage.filesystem import (
     find,
     list_objects,
@@ -89,3 +92,24 @@ class NoCredentialsError(Exception):
 def test_an_error_of_a_client_library_becomes_a_message_with_what_to_do(error, message):
     with pytest.raises(RemoteError, match=message), remote_errors("s3://bucket/x"):
         raise error
+
+
+def test_a_read_that_waits_long_is_reported_once_with_rank_and_url(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(filesystem, "_SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(filesystem, "_last_report", -1e9)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/slow/x", b"abc")
+    real = type(memory).cat_ranges
+
+    def slow(*arguments, **options):
+        time.sleep(0.3)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(type(memory), "cat_ranges", slow)
+    for _ in range(2):
+        assert filesystem.read_ranges("memory://slow/x", [(0, 3)]) == [b"abc"]
+    memory.rm("/slow", recursive=True)
+
+    printed = capsys.readouterr().err
+    assert printed.count("rank 3: waiting for memory://slow/x for 0 s") == 1

@@ -193,18 +193,34 @@ def downloaded_initial(run: Path, url: str) -> Path:
 
 
 def download_initial(run: Path, url: str, *, say: Callable[[str], None]) -> None:
-    """Download the checkpoint of `init = "checkpoint:URL"`, unless it was already.
+    """Download the checkpoint of `init = "checkpoint:URL"`, unless the same one was downloaded already.
+
+    The stage has not begun, so a checkpoint that was replaced in storage since is downloaded again.
 
     Raises:
         CheckpointError: it is missing or damaged.
         RemoteError: no access or no answer.
     """
     folder = downloaded_initial(run, url)
-    if (folder / MANIFEST_FILE).exists():
+    exists = (folder / MANIFEST_FILE).exists()
+    try:
+        copy = read_copy(url.rstrip("/"))
+    except (RemoteError, CheckpointError) as error:
+        if not exists:
+            raise
+        say(f"{error}. The initial weights that were downloaded before are used")
         return
-    copy = read_copy(url.rstrip("/"))
+    if exists and _is_copy_of(folder, copy):
+        return
     say(f"downloading the initial weights {url} ({copy.size_bytes:,} bytes)")
     try:
         download_copy(copy, folder)
     except AccessError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _is_copy_of(folder: Path, copy: RemoteCheckpoint) -> bool:
+    try:
+        return manifest.read(folder) == copy.manifest
+    except CheckpointError:
+        return False

@@ -12,7 +12,7 @@ STEPS = (5, 4, 3, 2, 1)
 
 
 @example(keep=0, uploaded={5}, needed=set())
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(keep=st.integers(0, 6), uploaded=st.sets(st.sampled_from(STEPS)), needed=st.sets(st.sampled_from(STEPS)))
 def test_exactly_the_old_uploaded_and_unneeded_ones_go(tmp_path_factory, keep, uploaded, needed):
     run = tmp_path_factory.mktemp("run")

@@ -1,11 +1,13 @@
 """Restoring: the newest copy or an error, never an older checkpoint in its place."""
 
+import shutil
+
 import pytest
 from remote_checkpoints import URL, memory, save
 
 from titan_cpt.checkpoint.remote import restore
 from titan_cpt.checkpoint.remote.copies import upload_copy
-from titan_cpt.checkpoint.remote.restore import restore_run
+from titan_cpt.checkpoint.remote.restore import download_initial, downloaded_initial, restore_run
 from titan_cpt.errors import RemoteError
 
 STARTS = [("a", None), ("b", ("a", 4))]
@@ -44,3 +46,20 @@ def test_storage_that_fails_during_a_restore_is_an_error_also_if_older_checkpoin
     restored(run)
 
     assert (run / "a" / "step-00000008" / "manifest.json").exists()
+
+
+def test_initial_weights_that_were_replaced_in_storage_are_downloaded_again(tmp_path):
+    """A copy that is not there any more does not stop the run: it has been downloaded."""
+    url, said = f"{URL}/a/step-00000004", []
+    for _ in range(2):
+        folder = save(tmp_path / "first")
+        upload_copy(folder, url, before_manifest=lambda: None)
+        content = (folder / "index.json").read_bytes()
+        for _ in range(2):
+            download_initial(tmp_path, url, say=said.append)
+        assert (downloaded_initial(tmp_path, url) / "index.json").read_bytes() == content
+        shutil.rmtree(folder)
+    memory().rm("/bucket/run/a", recursive=True)
+    download_initial(tmp_path, url, say=said.append)
+
+    assert [line.split(" ")[0] for line in said] == ["downloading", "downloading", f"{url}:"]
