@@ -45,7 +45,7 @@ for path in sorted(pathlib.Path("data").iterdir()):
     write_config remote.toml remote s3://bucket/data \
         'upload = { to = "s3://bucket/runs", keep_local = 2 }'
 
-    say "4. Train on the data in the bucket. In the middle of German the server stops to answer writes; then kill -9"
+    say "4. Train on the data in the bucket. In the middle of German the server stops answering writes; then kill -9"
     "$python" -m titan_cpt train remote.toml >log.txt 2>&1 &
     local run=$!
     until [[ -e outputs/remote/german/step-00000010 ]]; do sleep 0.02; done
@@ -57,7 +57,7 @@ for path in sorted(pathlib.Path("data").iterdir()):
     grep -E 'uploaded|removed here|upload failed' log.txt || true
     echo "killed when step 40 of German was saved here"
 
-    say "5. What the bucket holds: complete checkpoints, and none that is half there"
+    say "5. What the bucket holds: complete checkpoints, and one without a manifest"
     checkpoints_in_bucket
 
     say "6. The disk is lost: remove the run's folder and the cache, and give the same command"

@@ -269,11 +269,13 @@ def split_kinds(page):
 
 
 def test_the_page_of_metrics_lists_every_event_in_the_code():
-    """Every name that is passed to MetricsLog.event, or written by a branch or a sweep."""
+    """Every name that is passed to MetricsLog.event, or written by an upload, a branch or a sweep."""
     root = Path(titan_cpt.__file__).parent
     page = (root.parent / "docs" / "metrics.md").read_text()
     code = "\n".join(path.read_text() for path in root.rglob("*.py"))
-    names = re.findall(r'\.event\(\s*"(\w+)"', code) + re.findall(r'event=\{"name": "(\w+)"', code)
+    names = re.findall(r'(?:\.event|UploadMessage|self\._report)\(\s*"(\w+)"', code)
+    names += re.findall(r'event=\{"name": "(\w+)"', code)
 
     assert len(names) >= 15
+    assert {"upload", "upload_failed"} <= set(names)
     assert [name for name in names if f"| `{name}` |" not in page] == []

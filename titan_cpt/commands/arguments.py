@@ -52,7 +52,7 @@ def add_command(
         prog=f"titan-cpt {name}",
         help=summary,
         usage=f"titan-cpt {name} {usage}",
-        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}", _HELP_WIDTH),
+        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}", _HELP_WIDTH, break_on_hyphens=False),
         epilog=epilog,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
         allow_abbrev=False,

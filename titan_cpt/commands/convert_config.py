@@ -34,10 +34,10 @@ def add_convert_config(subparsers: Subparsers) -> None:
         "--from",
         dest="project",
         choices=("torchtitan", "gpt-neox", "litgpt", "megatron"),
-        help="whose config it is (default: recognized from the file)",
+        help="the project whose config it is (default: recognized from the file)",
     )
     convert.add_argument(
-        "--world-size", type=positive_int, metavar="N", help="number of GPUs there, if the file does not say it"
+        "--world-size", type=positive_int, metavar="N", help="number of GPUs in that project, if the file lacks it"
     )
     convert.add_argument("--force", action="store_true", help="overwrite the output file")
 

@@ -20,7 +20,9 @@ def add_upload(subparsers: Subparsers) -> None:
         example="titan-cpt upload outputs/mine",
     )
     upload.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of a run, such as outputs/mine")
-    upload.add_argument("--to", metavar="URL", help="another place, as in checkpoint.upload.to (s3://bucket/runs)")
+    upload.add_argument(
+        "--to", metavar="URL", help="URL to use instead of checkpoint.upload.to, such as s3://bucket/runs"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

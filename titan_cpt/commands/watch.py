@@ -32,10 +32,12 @@ def add_watch(subparsers: Subparsers) -> None:
         example="titan-cpt watch outputs/mine\ntitan-cpt watch outputs/mine --once",
     )
     watch.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
-    watch.add_argument("--once", action="store_true", help="print the present state and exit; so does a pipe")
+    watch.add_argument(
+        "--once", action="store_true", help="print the current state once and exit, as without a terminal"
+    )
     watch.add_argument("--wait", action="store_true", help="wait for a run that does not exist yet")
     watch.add_argument(
-        "--interval", type=seconds, default=2.0, metavar="S", help="seconds between two looks (default: 2)"
+        "--interval", type=seconds, default=2.0, metavar="S", help="seconds between two updates (default: 2)"
     )
 
 

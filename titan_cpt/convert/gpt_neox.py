@@ -100,7 +100,7 @@ def convert_gpt_neox(out: Conversion, world_size: int | None) -> None:
     """Fill the conversion from GPT-NeoX's keys.
 
     Args:
-        world_size: number of GPUs there; None: global_num_gpus, or the fewest that the degrees allow.
+        world_size: number of GPUs in GPT-NeoX; None: global_num_gpus, or the fewest that the degrees allow.
     """
     out.set("job.name", out.name, text="name of the file")
     for theirs, ours, default in _SAME:
