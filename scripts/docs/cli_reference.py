@@ -21,12 +21,12 @@ parsers (`python scripts/docs/cli_reference.py > docs/cli.md`), and a test compa
 |---|---|
 | 0 | done |
 | 2 | a mistake in the config or command, or no permission, no such folder, a full disk: one message |
-| 75 | training was stopped by a signal (SIGTERM, Ctrl-C) and saved; or it has ended, and uploads are missing ([storage.md](storage.md#checkpoints)) |
+| 75 | training was stopped by a signal (SIGTERM, Ctrl-C) and saved, or ended before all its uploads; see below |
 | 130 | Ctrl-C in every other command |
-| 1 | anything else: a loss that is not finite, a problem that `doctor` found, a tracker or upload that failed in `track` or `upload`, a fault of titan_cpt |
+| 1 | anything else, such as a loss that is not finite, a problem that `doctor` found, or a tracker that failed |
 
-After status 75 the same command resumes, and `scripts/slurm/train.sbatch` queues its job again ([slurm.md](slurm.md)).
-A run that was still preparing its data stops at once and keeps the finished parts.
+After status 75 the same command resumes the run or finishes its uploads, and `scripts/slurm/train.sbatch` queues its
+job again ([slurm.md](slurm.md)). A run that was still preparing its data stops at once and keeps the finished parts.
 """
 
 
