@@ -383,4 +383,4 @@ def test_track_wants_a_run_folder(tmp_path, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["track", str(tmp_path)])
     assert leaving.value.code == 2
-    assert "is not the folder of a run" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err

@@ -34,7 +34,8 @@ def error_message(error: Any, raw: dict[str, Any]) -> str:
         case "union_tag_not_found":
             return f'{where}.schedule: is missing; give a schedule such as "cosine"'
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{where}: must be a table, got {got}"
+            example = " such as {}" if error["input"] is True else ""  # {}: the defaults, as in wandb = {}
+            return f"{where}: must be a table{example}, got {got}"
         case "tuple_type":
             example = f" such as [{got}]" if isinstance(error["input"], str) else ""
             return f"{where}: must be a list{example}, got {got}"

@@ -8,11 +8,12 @@ from pathlib import Path
 from titan_cpt.checkpoint.remote.records import UploadRecords
 from titan_cpt.checkpoint.remote.uploader import Uploader, claim_for
 from titan_cpt.common.exit_status import FAILURE, SUCCESS
-from titan_cpt.common.run_folder import CONFIG_FILE, locked
+from titan_cpt.common.run_folder import CONFIG_FILE, METRICS_FILE, locked
 from titan_cpt.config.load import check_config
 from titan_cpt.config.storage import UploadConfig
 from titan_cpt.config.toml_files import parse_toml
 from titan_cpt.errors import ConfigError
+from titan_cpt.reporting.run_log import explain_missing_run
 
 _PATIENCE_SECONDS = 600.0
 
@@ -35,7 +36,8 @@ def upload_run(run: Path, *, to: str | None, say: Callable[[str], None]) -> int:
     """
     path = run / CONFIG_FILE
     if not path.is_file():
-        raise ConfigError(f"{path}: is missing: {run} is not the folder of a run, such as outputs/mine")
+        has_log = (run / METRICS_FILE).is_file()
+        raise ConfigError(f"{path}: is missing" if has_log else explain_missing_run(run))
     config = check_config(parse_toml(path.read_text(encoding="utf-8")), path)
     upload = config.checkpoint.upload
     if to is not None:

@@ -14,6 +14,7 @@ from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.load import load_run
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import ConfigError, DataError
+from titan_cpt.reporting.run_log import explain_missing_run
 from titan_cpt.tracking.follower_process import require_clients, trackers_following
 from titan_cpt.tracking.position import lock_file
 from titan_cpt.tracking.sender import Sender, without_secrets
@@ -61,8 +62,10 @@ def follow_run(run: Path, overrides: Overrides) -> int:
 
 
 def _config(run: Path, overrides: Overrides) -> Config:
-    if not (run / CONFIG_FILE).is_file() or not (run / METRICS_FILE).is_file():
-        raise DataError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE} or no {METRICS_FILE}")
+    if not (run / METRICS_FILE).is_file():
+        raise DataError(explain_missing_run(run))
+    if not (run / CONFIG_FILE).is_file():
+        raise DataError(f"{run}: is not the folder of a run: it has no {CONFIG_FILE}")
     config = load_run(run / CONFIG_FILE, overrides)
     if not configured(config.metrics):
         tables = ", ".join(f"metrics.{name}" for name in TRACKERS)
