@@ -243,7 +243,7 @@ def test_the_upload_command_completes_a_run_and_says_what_was_missing(data, tmp_
 
 
 def test_the_upload_command_refuses_what_is_not_a_run_and_a_run_without_a_destination(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"is not the folder of a run, such as outputs/mine"):
+    with pytest.raises(ConfigError, match=r"is not a run folder"):
         upload_run(tmp_path, to=None, say=print)
     run = tmp_path / "run"
     run.mkdir()
