@@ -242,7 +242,7 @@ class Trainer:
 
 
 def evaluate(
-    checkpoints: Sequence[str | os.PathLike[str]],
+    checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     suite: str | None = None,
     tasks: Sequence[str] = (),
@@ -266,6 +266,8 @@ def evaluate(
     from titan_cpt.evaluation.evaluate import EvalRequest, evaluate_all
     from titan_cpt.evaluation.score_table import scores_as_json
 
+    if isinstance(checkpoints, str | os.PathLike):
+        checkpoints = [checkpoints]
     request = EvalRequest(chosen, suite=None if tasks else suite, folder=folder, limit=limit)
     with _process(None) as process:
         columns, lacking = evaluate_all([Path(each) for each in checkpoints], process, request, log=lambda line: None)

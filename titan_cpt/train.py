@@ -103,7 +103,8 @@ def opened_trainer(
             yield None, None
             return
         trainer, checkpoint = build(Trainer, config, process, folder, stop, console)
-        stack.enter_context(trackers_following(config, folder, rank=process.rank, stop=stop, say=trainer.display.say))
+        say, warn = trainer.display.say, trainer.display.warn
+        stack.enter_context(trackers_following(config, folder, rank=process.rank, stop=stop, say=say, warn=warn))
         try:
             yield trainer, checkpoint
         finally:

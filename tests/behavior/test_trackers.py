@@ -6,6 +6,7 @@ What a tracker must have is taken from metrics.jsonl: one row for each line with
 import contextlib
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,8 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from titan_cpt.cli import main
 from titan_cpt.common.signals import StopRequest
+from titan_cpt.config.load import load_run
 from titan_cpt.errors import ConfigError
 from titan_cpt.tracking.follower_process import require_clients, trackers_following
+from titan_cpt.tracking.send_runs import send_runs
 
 for client in ("wandb", "mlflow", "trackio"):
     pytest.importorskip(client)
@@ -217,13 +220,13 @@ def test_a_killed_follower_is_continued_by_track(plain, tmp_path, tracker):
 
 
 def test_rows_whose_answers_were_lost_are_once_in_mlflow(plain, tmp_path, mlflow_address):
-    """The server stores a request and its answer is lost; the follower sends it again."""
+    """The server stores a request and its answer is lost; the follower sends it again, and is killed at the end."""
     run = copy_of(plain, tmp_path)
     whole = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(whole[:20]))
     with trackers.Proxy(mlflow_address) as proxy:
         words = [("metrics.mlflow.tracking_uri", proxy.address), ("metrics.mlflow.experiment", "lost")]
-        with Follower(run, "mlflow", *(word for pair in words for word in ("--override", *pair))) as follower:
+        with Follower(run, "mlflow", *(word for pair in words for word in ("--override", *pair))):
             wait_for(lambda: position(run, "mlflow") == 20)
             proxy.answers = False
             with (run / "metrics.jsonl").open("a") as file:
@@ -232,8 +235,13 @@ def test_rows_whose_answers_were_lost_are_once_in_mlflow(plain, tmp_path, mlflow
             assert position(run, "mlflow") == 20
             proxy.answers = True
             wait_for(lambda: position(run, "mlflow") == len(whole))
-            assert follower.end() == 0
+    assert send_runs([run], [("metrics.mlflow.tracking_uri", mlflow_address), words[1]]) == 0
+    _, (in_mlflow,) = mlflow_runs(mlflow_address, "lost")
+    final = json.loads((run / "summary.json").read_text())["stages"][1]["forgetting"]["en"]
+
     assert mlflow_losses(mlflow_address, "lost") == sorted(losses(run))
+    assert in_mlflow.data.metrics["final/german/en/forgetting"] == final, "sent although no line was left to send"
+    assert in_mlflow.info.status == "FINISHED"
 
 
 def test_a_run_ends_while_its_server_is_silent_and_track_sends_it_later(tmp_path, mlflow_address):
@@ -254,10 +262,10 @@ def test_a_run_ends_while_its_server_is_silent_and_track_sends_it_later(tmp_path
 
 
 def test_a_run_whose_server_is_down_says_so_once_and_ends_well(tmp_path):
-    """Connections are refused."""
+    """Connections are refused; --quiet does not hide it."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["metrics"]["mlflow"] = {"tracking_uri": f"http://127.0.0.1:{trackers.free_port()}"}
-    outcome = training.train(training.write_config(raw, tmp_path / "c.toml"))
+    outcome = training.train(training.write_config(raw, tmp_path / "c.toml"), "--quiet")
     printed = " ".join(outcome.output.split())
 
     assert outcome.status == 0, outcome.output
@@ -280,7 +288,7 @@ def test_a_follower_has_its_own_session_and_neither_gpus_nor_the_variables_of_th
         stop = StopRequest()
         stop.name = "SIGTERM"  # as if one had arrived: the wait is 5 s at most
         before = time.monotonic()
-        with trackers_following(config, run, stop=stop, say=said.append, begins=False):
+        with trackers_following(config, run, stop=stop, say=print, warn=said.append, begins=False):
             (pid,) = processes_with(str(run))
             wait_for(lambda: os.getsid(pid) == pid, 5)
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -301,6 +309,24 @@ def test_an_orphan_ends_by_itself(plain, tmp_path):
         with Follower(run, "mlflow", *words) as follower:
             wait_for(lambda: (run / "trackers/mlflow.lock").exists())
             assert follower.end() == -signal.SIGALRM
+
+
+def test_a_forked_process_of_the_trainer_does_not_delay_the_end(plain, tmp_path):
+    """A data-loader worker inherits the pipe that tells the follower of the end."""
+    run = copy_of(plain, tmp_path)
+    said = []
+    overrides = [("metrics.mlflow.tracking_uri", f"http://127.0.0.1:{trackers.free_port()}")]
+    config = load_run(run / "config.toml", overrides)
+    following = trackers_following(
+        config, run, stop=StopRequest(), say=print, warn=said.append, begins=False, overrides=overrides
+    )
+    with following:
+        sleeper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        sleeper.start()
+    sleeper.kill()
+    sleeper.join()
+
+    assert said[-1].startswith("note: mlflow could not be reached")
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -50,6 +50,36 @@ def folders(tmp_path_factory):
     return folder
 
 
+BAD_METRIC = """
+def bad(context):
+    if context.rank == 1:
+        raise ValueError("no luck")
+    if context.step:
+        context.sum_over_ranks([1.0])
+    return {"x": 1.0}
+"""
+
+
+def test_a_metric_that_raises_on_one_rank_is_an_event_or_ends_the_run_with_rank_and_reason(tmp_path):
+    """An event if no rank waits for another (step 0); an error, before the collective times out, if one does."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["validation"]["metrics"] = ["bad"]
+    raw["comm"] = {"train_timeout_seconds": 4}
+    training.write_config(raw, tmp_path / "config.toml")
+    site = plugin_package.register(tmp_path / "site", "bad", "1", {"titan_cpt.metrics": {"bad": "bad_metric:bad"}})
+    (site / "bad_metric.py").write_text(BAD_METRIC)
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "titan_cpt", "train", "config.toml", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    failed = [line for line in lines(tmp_path / "run", "event") if line["name"] == "metric_failed"]
+
+    assert done.returncode != 0
+    assert "'bad' did not end on every rank: rank 1: ValueError: no luck" in done.stderr
+    assert "metric bad failed: rank 1: ValueError: no luck" in done.stdout, "--quiet shows it"
+    assert [(line["step"], line["why"]) for line in failed] == [(0, "rank 1: ValueError: no luck")]
+
+
 def lines(folder, kind):
     found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line for line in found if line["kind"] == kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -66,6 +67,7 @@ class RunConsole(Console):
         self.shown = shown
         self.verbosity = verbosity
         self._level = Verbosity.NORMAL
+        self._one_thread = threading.RLock()  # trackers report from threads of their own
         self.log_file = log
         self._log_console: Console | None = None
         if log is not None:
@@ -75,13 +77,14 @@ class RunConsole(Console):
     @contextmanager
     def level(self, level: Verbosity) -> Iterator[None]:
         """What is printed in the block is shown if the verbosity is `level` or more."""
-        before, self._level = self._level, level
-        self._hide()
-        try:
-            yield
-        finally:
-            self._level = before
+        with self._one_thread:
+            before, self._level = self._level, level
             self._hide()
+            try:
+                yield
+            finally:
+                self._level = before
+                self._hide()
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As `Console.print`; also to the log."""

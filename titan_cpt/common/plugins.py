@@ -49,7 +49,7 @@ class Plugin:
         """
         try:
             return self.entry.load()
-        except Exception as error:  # a plugin's module may raise anything
+        except (Exception, SystemExit) as error:  # a plugin's module may raise anything
             raise ConfigError(
                 f"{self.entry.group}: {self.entry.name!r} of {self.origin} cannot be loaded from {self.entry.value}: "
                 f"{type(error).__name__}: {error}. Repair or reinstall {self.package}"

@@ -26,6 +26,8 @@ _waits = itertools.count()  # numbers the calls of wait_for_rank_0, which every 
 # First and longest interval; it grows, so that thousands of ranks do not overload the store.
 _POLL_INTERVAL_S = (0.1, 2.0)
 _LONGEST_WAIT_FOR_READERS_S = 10.0
+_reports = itertools.count()  # numbers the calls of first_failure
+_LONGEST_WAIT_AFTER_FAILURE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,38 @@ def raise_on_all_ranks() -> Iterator[None]:
         joint = type(next(filter(None, failures)))("\n".join(lines))
         joint.on_every_rank = True
         raise joint
+
+
+def first_failure(failure: str, *, timeout_s: float) -> str:
+    """A failure of any rank, with its rank, or "" if all succeeded; collective, with the same result on every rank.
+
+    Ranks agree through the store: a rank that failed may have left a collective operation in which others still wait.
+
+    Args:
+        failure: what failed on this rank; "" for nothing.
+        timeout_s: the longest wait for other ranks, and the timeout of collective operations. After a failure the wait
+            ends before these time out: after half of it, at most 60 seconds.
+
+    Raises:
+        PlanError: other ranks did not come here in that time; they wait for a rank that failed.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return failure
+    store = dist.distributed_c10d._get_default_store()
+    key = f"titan_cpt/report/{next(_reports)}"
+    if failure and store.add(f"{key}/failed", 1) == 1:
+        store.set(f"{key}/why", f"rank {dist.get_rank()}: {failure}")
+    store.add(f"{key}/here", 1)
+    until = time.monotonic() + (min(timeout_s / 2, _LONGEST_WAIT_AFTER_FAILURE_S) if failure else timeout_s)
+    pause = 0.002
+    while store.add(f"{key}/here", 0) < dist.get_world_size() or store.add(f"{key}/late", 0):
+        if time.monotonic() > until or store.add(f"{key}/late", 0):
+            store.add(f"{key}/late", 1)  # the others need not wait either
+            why = store.get(f"{key}/why").decode() if store.add(f"{key}/failed", 0) else "no rank failed"
+            raise PlanError(f"{why}; other ranks wait in a collective operation or need too long")
+        time.sleep(pause)
+        pause = min(1.2 * pause, _POLL_INTERVAL_S[1])
+    return store.get(f"{key}/why").decode() if store.add(f"{key}/failed", 0) else ""
 
 
 def any_rank_stops(stop: StopRequest) -> bool:

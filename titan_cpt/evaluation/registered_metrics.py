@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from titan_cpt.common.plugins import METRICS, find_plugin
 from titan_cpt.config.schema import Config
+from titan_cpt.distributed.process_group import first_failure
+from titan_cpt.errors import ConfigError, PlanError
 from titan_cpt.evaluation.evaluate import fixed_random_state
 
 IGNORED_TARGET = -100
@@ -68,8 +70,7 @@ class MetricContext:
 
 
 Metric = Callable[[MetricContext], Mapping[str, float]]
-"""A metric: from the context to a number for each name, the same on every rank. It must raise on every rank or on none:
-the other ranks would wait for it."""
+"""A metric: from the context to a number for each name, the same on every rank."""
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
@@ -81,15 +82,33 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     return {name: find_plugin(METRICS, name).load() for name in names}
 
 
-def measure(metric: Metric, context: MetricContext) -> tuple[dict[str, float], str]:
-    """The metric's values, and the reason why there are none; "" if there are."""
+def measure(name: str, metric: Metric, context: MetricContext) -> tuple[dict[str, float], str]:
+    """The metric's values, and the reason why there are none; "" if there are. Collective.
+
+    Raises:
+        ConfigError: it failed on one rank, and others wait in a collective operation of it.
+    """
+    values, failure = _measure_here(metric, context)
+    try:
+        failed = first_failure(failure, timeout_s=context.config.comm.train_timeout_seconds)
+    except PlanError as error:
+        raise ConfigError(
+            f"validation.metrics: {name!r} did not end on every rank: {error}. Correct the metric, or remove it from "
+            "validation.metrics; the run resumes from its newest checkpoint"
+        ) from None
+    if failed:
+        return {}, failed
+    nonfinite = [key for key, value in values.items() if not math.isfinite(value)]
+    return values, f"not finite: {', '.join(nonfinite)}" if nonfinite else ""
+
+
+def _measure_here(metric: Metric, context: MetricContext) -> tuple[dict[str, float], str]:
+    """As `measure`, without the other ranks."""
     with fixed_random_state(), in_evaluation_mode(context.model), torch.no_grad():
         try:
-            values = {str(name): float(value) for name, value in metric(context).items()}
+            return {str(key): float(value) for key, value in metric(context).items()}, ""
         except Exception as error:  # the metric is not ours
             return {}, f"{type(error).__name__}: {error}"
-    nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
-    return values, f"not finite: {', '.join(nonfinite)}" if nonfinite else ""
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The process that sends a training run to one tracker: `python -m titan_cpt.tracking.follower RUN TRACKER`.
 
-Rank 0 starts it (follower_process.py). It follows metrics.jsonl until its standard input is closed, which is when
-training ends in any way. Whatever a client does here (raise, hang, use memory, end the process), training continues.
-It writes lines for the user to its standard output, which the trainer prints; all else goes to trackers/NAME.log.
+Rank 0 starts it (follower_process.py). It follows metrics.jsonl until its standard input is closed or receives a line,
+which is when training ends in any way. Whatever a client does here (raise, hang, use memory, end the process), training
+continues. It writes lines for the user to its standard output, which the trainer prints; all else goes to
+trackers/NAME.log.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from titan_cpt.common.file_lock import FileLock
 from titan_cpt.common.run_folder import CONFIG_FILE, TRACKERS_FOLDER
 from titan_cpt.config.load import load_run
-from titan_cpt.tracking.position import lock_file, log_file
+from titan_cpt.tracking.position import NOTE, lock_file, log_file
 from titan_cpt.tracking.run_info import last_start
 from titan_cpt.tracking.sender import Sender, without_secrets
 
@@ -105,7 +106,7 @@ def follow(
             _log(reason)
             if shown != "failed":
                 log = log_file(run, name)
-                tell(f"note: {name} does not receive the metrics ({reason[:200]}); training continues, see {log}")
+                tell(f"{NOTE}{name} does not receive the metrics ({reason[:200]}); training continues, see {log}")
                 shown = "failed"
         if last_attempt:
             return False

@@ -22,7 +22,7 @@ from titan_cpt.common.run_folder import METRICS_FILE, TRACKERS_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import ConfigError, how_to_install
-from titan_cpt.tracking.position import log_file, read_position
+from titan_cpt.tracking.position import NOTE, log_file, read_position
 from titan_cpt.tracking.trackers import configured
 
 _AFTER_SIGNAL_S = 5.0
@@ -39,7 +39,8 @@ def require_clients(config: Config) -> None:
         ConfigError: one is not.
     """
     for name in configured(config.metrics):
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder wandb/ here, which wandb itself makes, is no package
             raise ConfigError(
                 f"metrics.{name}: the package {name} is not installed for {sys.executable}; {how_to_install(name)}; or "
                 f"remove metrics.{name}: `titan-cpt track` can send the run later"
@@ -53,6 +54,7 @@ def trackers_following(
     *,
     stop: StopRequest,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
     rank: int = 0,
     begins: bool = True,
     overrides: Sequence[tuple[str, str]] = (),
@@ -61,7 +63,8 @@ def trackers_following(
 
     Args:
         stop: a signal that arrived before the end shortens the wait, and one that arrives during the wait ends it.
-        say: prints a line.
+        say: prints where a run is found.
+        warn: prints what a tracker lacks.
         rank: ranks other than 0 do nothing.
         begins: the block trains, and writes a `start` event first.
         overrides: settings that the config.toml in the folder does not have.
@@ -75,14 +78,16 @@ def trackers_following(
     started = {}
     for name in configured(config.metrics) if rank == 0 else ():
         try:
-            started[name] = _start(folder, name, arguments, say)
+            started[name] = _start(folder, name, arguments, lambda line: (warn if line.startswith(NOTE) else say)(line))
         except OSError as error:
-            say(f"note: no process for {name} can be started ({error}); `titan-cpt track {folder}` sends the run later")
+            warn(
+                f"{NOTE}no process for {name} can be started ({error}); `titan-cpt track {folder}` sends the run later"
+            )
     try:
         yield
     finally:
         if started:
-            _end(folder, started, min(timeout_s, _AFTER_SIGNAL_S) if stop.name else timeout_s, stop, say)
+            _end(folder, started, min(timeout_s, _AFTER_SIGNAL_S) if stop.name else timeout_s, stop, warn)
 
 
 def _start(folder: Path, name: str, arguments: Sequence[str], say: Callable[[str], None]) -> subprocess.Popen[str]:
@@ -123,11 +128,13 @@ def _end(
     started: dict[str, subprocess.Popen[str]],
     timeout_s: float,
     stop: StopRequest,
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Tell the followers that training has ended, wait for them, and end those that are not done."""
     for process in started.values():
         assert process.stdin is not None
+        with suppress(OSError):
+            print(file=process.stdin, flush=True)  # closing is not enough: forked data-loader workers have it open too
         with suppress(OSError):
             process.stdin.close()
     signal_before, deadline = stop.name, time.monotonic() + timeout_s
@@ -144,8 +151,8 @@ def _end(
     for name, process in started.items():
         if process.returncode != 0:
             why = f"was not done after {timeout_s:g} s" if name in late else "could not be reached"
-            say(
-                f"note: {name} {why} and lacks metrics after line {read_position(folder, name).lines:,} of "
+            warn(
+                f"{NOTE}{name} {why} and lacks metrics after line {read_position(folder, name).lines:,} of "
                 f"{METRICS_FILE}; `titan-cpt track {folder}` sends them; log: {log_file(folder, name)}"
             )
 

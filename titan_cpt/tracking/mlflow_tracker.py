@@ -28,7 +28,6 @@ class MlflowTracker:
         self._client: Any = None
         self._run = ""
         self._experiment = ""
-        self._last: MetricsRow | None = None
 
     def begin(self, info: RunInfo, tracker_run: str, unfinished: str) -> str:
         """Continue the run if the server has it and it was not deleted, else create one; then log the config."""
@@ -118,7 +117,6 @@ class MlflowTracker:
         """Send the rows in requests of at most 1,000 values."""
         batch: list[Any] = []
         for row in rows:
-            self._last = row
             metrics = list(_metrics(row))
             if len(batch) + len(metrics) > _MOST_METRICS:
                 self._client.log_batch(self._run, metrics=batch)
@@ -127,11 +125,10 @@ class MlflowTracker:
         if batch:
             self._client.log_batch(self._run, metrics=batch)
 
-    def finish(self, final: Mapping[str, float], state: State) -> None:
+    def finish(self, final: MetricsRow | None, state: State) -> None:
         """Log the final values at the last step, and set the run's status."""
-        if final and self._last is not None:
-            last = self._last
-            self.send([MetricsRow(last.line, dict(final), last.run_step, last.tokens, last.time)])
+        if final:
+            self.send([final])
         self._client.set_terminated(self._run, status=_STATUS[state])
 
 

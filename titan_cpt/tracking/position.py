@@ -11,6 +11,9 @@ from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import TRACKERS_FOLDER
 from titan_cpt.tracking.rows import read_json
 
+NOTE = "note: "
+"""Begins each message of a follower about what its tracker lacks."""
+
 
 @dataclass
 class Position:

@@ -101,6 +101,10 @@ class RowReader:
             rows += self._rows(line)
         return rows
 
+    def row_at_end(self, values: Mapping[str, float]) -> MetricsRow:
+        """Values at the place of the last line that was read."""
+        return MetricsRow(self.lines, dict(values), self._run_step, self._run_step * self._step_tokens, self._time)
+
     def _rows(self, text: bytes) -> list[MetricsRow]:
         line = parse_line(text.decode(errors="replace"))
         try:
@@ -110,7 +114,7 @@ class RowReader:
         finite = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         if not finite:
             return []
-        return [MetricsRow(self.lines, finite, self._run_step, self._run_step * self._step_tokens, self._time)]
+        return [self.row_at_end(finite)]
 
     def _values(self, line: Mapping[str, Any]) -> dict[str, Any]:
         self._advance(line)

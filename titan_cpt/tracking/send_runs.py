@@ -54,7 +54,9 @@ def follow_run(run: Path, overrides: Overrides) -> int:
         ConfigError: the run has no tracker, or the client of one is not installed.
     """
     config = _config(run, overrides)
-    following = trackers_following(config, run, stop=StopRequest(), say=print, begins=False, overrides=overrides)
+    following = trackers_following(
+        config, run, stop=StopRequest(), say=print, warn=print, begins=False, overrides=overrides
+    )
     with StopRequest() as stop, following:
         while not stop.name:
             time.sleep(_POLL_S)

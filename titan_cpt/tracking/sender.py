@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titan_cpt.config.schema import MetricsConfig
 from titan_cpt.tracking.position import Position, read_position
-from titan_cpt.tracking.rows import MetricsRow, RowReader
+from titan_cpt.tracking.rows import RowReader
 from titan_cpt.tracking.run_info import end_state, final_values, read_run_info
 from titan_cpt.tracking.trackers import Tracker, make_tracker
 
@@ -32,7 +32,6 @@ class Sender:
         self._position = Position("")
         self._reader = RowReader(run)
         self._stored_lines = 0
-        self._last: MetricsRow | None = None
 
     def begin(self) -> str:
         """Open the tracker's run and find the position from which to send.
@@ -72,7 +71,8 @@ class Sender:
         """Send the final values if they are new, and how the run ended; wait until everything is stored."""
         final = final_values(self._folder)
         text = json.dumps(final, sort_keys=True)
-        self._tracker.finish(final if text != self._position.final else {}, end_state(self._folder))
+        is_new = final and text != self._position.final
+        self._tracker.finish(self._reader.row_at_end(final) if is_new else None, end_state(self._folder))
         self._position.final, self._position.unfinished = text, ""
         self._save_position()
 

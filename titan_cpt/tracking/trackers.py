@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from titan_cpt.config.schema import MetricsConfig
@@ -47,11 +47,11 @@ class Tracker(Protocol):
     def send(self, rows: Sequence[MetricsRow]) -> None:
         """Send rows, in the order of the file."""
 
-    def finish(self, final: Mapping[str, float], state: State) -> None:
+    def finish(self, final: MetricsRow | None, state: State) -> None:
         """Send the final values, mark how the run ended, and wait until everything is stored.
 
         Args:
-            final: empty if the tracker already has them.
+            final: at the place of the last line; None if the tracker already has them or there are none.
         """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from titan_cpt.config.trackers import TrackioConfig
@@ -29,8 +29,6 @@ class TrackioTracker:
         self._name = ""
         self._id = ""
         self._run: Any = None
-        self._last_step = 0
-        self._last_tokens = 0
 
     def begin(self, info: RunInfo, tracker_run: str, unfinished: str) -> str:
         """Continue the run if trackio has it, or begin one."""
@@ -105,13 +103,12 @@ class TrackioTracker:
                 self._require_id(self._id)
             for row in rows:
                 self._run.log({**row.values, "tokens": row.tokens}, step=row.run_step)
-            self._last_step, self._last_tokens = rows[-1].run_step, rows[-1].tokens
             self._close()
 
-    def finish(self, final: Mapping[str, float], state: State) -> None:
+    def finish(self, final: MetricsRow | None, state: State) -> None:
         """Log the final values at the last step."""
         if final:
-            self.send([MetricsRow(0, dict(final), self._last_step, self._last_tokens, 0.0)])
+            self.send([final])
         elif self._run is not None:
             with self._failures():
                 self._close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,8 +92,8 @@ class WandbTracker:
             axes = {"run_step": row.run_step, "tokens": row.tokens, "_timestamp": row.time}
             self._run.log({**row.values, **axes}, step=row.line)
 
-    def finish(self, final: Mapping[str, float], state: State) -> None:
+    def finish(self, final: MetricsRow | None, state: State) -> None:
         """Write the final values into the run's summary and wait for the upload."""
-        for name, value in final.items():
+        for name, value in final.values.items() if final else ():
             self._run.summary[name] = value
         self._run.finish(exit_code=1 if state == "failed" else 0)

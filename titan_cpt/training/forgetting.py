@@ -65,13 +65,13 @@ def _measure_registered(state: TrainerState, stage: StagePlan, steps_done: int) 
             logits=runner.logits,
             batches=state.validator.batches,
         )
-        values, failure = measure(metric, context)
+        values, failure = measure(name, metric, context)
         where = {"stage": stage.name, "step": steps_done, "metric": name}
         for key, value in values.items():
             state.log.metric({**where, "name": key, "value": value}, run_step)
         if failure:
             state.log.event("metric_failed", **where, why=failure)
-            state.display.say(f"  metric {name} failed: {failure}")
+            state.display.warn(f"  metric {name} failed: {failure}")
         elif values:
             shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
             state.display.say(f"  {name} after step {steps_done:,} of {stage.name}: {shown}")
