@@ -12,6 +12,9 @@ from titan_cpt.common.numbers import parse_bytes
 from titan_cpt.config.types import PositiveInt, Table, validation_error
 from titan_cpt.errors import ConfigError
 
+PROTOCOLS = ("s3", "gs", "memory", "file")
+"""Protocols of URLs that data and uploads may have; memory:// is fsspec's dictionary in this process, for tests."""
+
 
 def _size(value: Any) -> Any:
     if isinstance(value, str):
@@ -77,6 +80,10 @@ class UploadConfig(Table):
     @field_validator("to")
     @classmethod
     def _is_url(cls, value: str) -> str:
-        if "://" not in value or not value.partition("://")[2].strip("/"):
+        protocol, separator, rest = value.partition("://")
+        if not separator or not rest.strip("/"):
             raise validation_error(f'must be a URL such as "s3://bucket/runs", got {value!r}')
+        if protocol not in PROTOCOLS:
+            allowed = ", ".join(f"{one}://" for one in PROTOCOLS)
+            raise validation_error(f"{protocol}:// is not supported; allowed are {allowed}; got {value!r}")
         return value.rstrip("/")

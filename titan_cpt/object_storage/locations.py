@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_cpt.config.storage import PROTOCOLS
 from titan_cpt.errors import DataError
 
-PROTOCOLS = ("s3", "gs", "memory", "file")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
