@@ -215,7 +215,14 @@ class Process:
         arguments = ["train", "--config", str(config), *overrides]
         self._process = _server().Process(
             target=_child,
-            args=(arguments, str(self.output), fault, largest_file_bytes, start_method, dict(environment or {})),
+            args=(
+                arguments,
+                str(self.output),
+                fault,
+                largest_file_bytes,
+                start_method,
+                {**os.environ, **(environment or {})},
+            ),
         )
         self._process.start()
         atexit.register(self._process.kill)  # a failed test leaves none behind; a daemon could have no workers
@@ -271,6 +278,7 @@ def _child(
     start_method: str,
     environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # the fork server has the environment of the test that started it
     os.environ.update(environment)
     fsspec.config.set_conf_env(fsspec.config.conf)  # read when fsspec was imported, before this process began
     multiprocessing.set_start_method(start_method, force=True)  # of the processes that read ahead for it

@@ -125,7 +125,7 @@ def test_the_flag_of_prepare_adds_the_token_and_the_record_says_so(tmp_path, cap
     assert "add_bos True -> False" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["prepare", "--config", "x.toml", "--add-bos"])
-    assert "with --config write tokenizer.add_bos" in capsys.readouterr().err
+    assert "with a config write tokenizer.add_bos = true into the file" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_such_a_token_is_refused(tmp_path):

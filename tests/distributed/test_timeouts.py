@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from faulty import free_port
 from parity_launch import ROOT, TOML
 
 RANKS = """
@@ -56,7 +57,13 @@ def test_timeouts_hold_in_every_group_and_not_for_rank_0s_data(tmp_path: Path) -
 def test_a_node_that_never_starts_ends_the_wait_after_the_configs_timeout(tmp_path: Path) -> None:
     """Node 0 of two, without the other one, with comm.init_timeout_seconds = 3: status 1 after that."""
     (tmp_path / "run.toml").write_text(TOML)
-    given = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "VIRTUAL_ENV": sys.prefix}
+    given = {
+        "NNODES": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "VIRTUAL_ENV": sys.prefix,
+    }
     command = [str(ROOT / "run_train.sh"), "--config", "run.toml", "--comm.init_timeout_seconds", "3"]
     environment = {**os.environ, **given}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)

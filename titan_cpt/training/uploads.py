@@ -16,7 +16,7 @@ from titan_cpt.common.console import RunConsole
 from titan_cpt.common.run_folder import checkpoint_folder, checkpoint_folders
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import take_inventory
-from titan_cpt.distributed.process_group import ProcessInfo, rank_0_first
+from titan_cpt.distributed.process_group import ProcessInfo, any_rank_stops, rank_0_first
 from titan_cpt.errors import os_error_message
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint
@@ -105,6 +105,8 @@ def _poll_uploads(state: TrainerState) -> None:
 
 def finish_uploads(state: TrainerState, *, after_signal: bool = False) -> bool:
     """Wait for the uploads as long as there is progress, but briefly after a signal; returns whether all are done."""
+    if state.config.checkpoint.upload is None:
+        return True
     limit_s = _SECONDS_AFTER_SIGNAL if after_signal else None
     complete = True
     with rank_0_first():
@@ -122,6 +124,7 @@ def finish_uploads(state: TrainerState, *, after_signal: bool = False) -> bool:
                     f"not everything is uploaded to {state.uploads.to}; it is all in {state.folder}. To finish the "
                     f"uploads: titan-cpt upload {state.folder}"
                 )
+    any_rank_stops(state.stop)  # rank 0 serves the store through which the others wait: it must not end before them
     return complete
 
 

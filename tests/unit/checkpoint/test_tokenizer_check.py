@@ -135,7 +135,7 @@ def test_the_model_card_names_an_allowed_mismatch(there, tmp_path):
     assert train(first).status == 0
     then = one_stage(there / "data", tmp_path / "then", init=f"checkpoint:{tmp_path}/run/english/step-00000004")
     assert train(write_config(then, tmp_path / "then.toml")).status == 0
-    branch_off(tmp_path / "run" / "english" / "step-00000002", tokens=128, min_lr=None, overrides=(), rank=0)
+    branch_off(tmp_path / "run" / "english" / "step-00000002", tokens=128, min_lr=None, overrides=(), writes=True)
     cards = []
     for checkpoint in (
         tmp_path / "run" / "english" / "step-00000004",
