@@ -25,7 +25,7 @@ SMALL = {  # a step of 64 tokens in place of 4,096, and a model for tests
     "= 256 ": "= 32 ",
     "= 256\n": "= 32\n",
     "batch_size = 16": "batch_size = 2",
-    "batch_size  = 16": "batch_size  = 2",
+    "batch_size  = 8": "batch_size  = 2",
     '"4M"': '"192"',
     '"2M"': '"128"',
     '"1M"': '"64"',

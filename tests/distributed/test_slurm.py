@@ -56,10 +56,16 @@ case "$*" in
     requeue*) echo "$2" >>"$FOLDER/requeued" ;;
 esac
 """
-# In place of run_train.sh: prints its arguments, and exits with the next of the given statuses.
+# In place of run_train.sh: prints its arguments once both nodes handle SIGTERM; exits with the next of the given
+# statuses.
 RUN_TRAIN = """#!/usr/bin/env bash
-[[ $SLURM_NODEID == 1 ]] || echo "NPROC=$NPROC MASTER_ADDR=$MASTER_ADDR FROM_SETUP=${FROM_SETUP:-} $*"
 trap 'exit 75' TERM
+if [[ $SLURM_NODEID == 1 ]]; then
+    touch "$FOLDER/node-1-is-ready"
+else
+    while [[ ! -e $FOLDER/node-1-is-ready || ! -s $FOLDER/step ]]; do sleep 0.02; done
+    echo "NPROC=$NPROC MASTER_ADDR=$MASTER_ADDR FROM_SETUP=${FROM_SETUP:-} $*"
+fi
 [[ $STATUS == wait ]] && while :; do sleep 0.02; done
 exit "$STATUS"
 """

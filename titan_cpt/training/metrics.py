@@ -58,6 +58,7 @@ class _EventsFile:
         self._open, self._x_per_step = open_writer, x_per_step
         self._writer: ScalarWriter | None = None
         self._obsolete_from: int | None = None
+        self._opened_at = 0
         self._newest_step = math.inf  # an earlier session may have written any step
         self.config = ""
         """TOML that is written as a text before the first point."""
@@ -65,6 +66,10 @@ class _EventsFile:
     def add(self, points: Mapping[str, float], run_step: int) -> None:
         """Write a point of each curve."""
         if self._writer is None:
+            # TensorBoard sorts the files of a folder by name, which begins with the second in which they were opened.
+            while int(time.time()) == self._opened_at:
+                time.sleep(0.01)
+            self._opened_at = int(time.time())
             self._writer = self._open(self._obsolete_from)
         if self.config:
             step = max(0, (self._obsolete_from or 0) - 1)
