@@ -171,9 +171,10 @@ def loader_of(trainer: Trainer, stage: StagePlan) -> StageLoader:
         lambda step: trainer.plan.batch(stage, step),
         steps=stage.steps,
         first_step=0,
-        accumulation=trainer.plan.gradient_accumulation_steps,
-        local_batch=trainer.plan.local_batch_size,
+        batch_sizes=stage.batch_sizes,
+        local_batch=stage.local_batch_size,
         rank=0,
+        ranks=1,
         workers=0,
     )
 

@@ -224,15 +224,15 @@ class Trainer(TrainerState):
         Args:
             step: 0-based, in the stage.
         """
-        for microbatch in range(self.plan.gradient_accumulation_steps):
-            inputs_BL, targets_BL = loader.batch(step, microbatch)
-            self.stepper.backward(inputs_BL, targets_BL, first=microbatch == 0)
+        for microbatch in range(self.plan.accumulation(stage, step)):
+            batch = loader.batch(step, microbatch)
+            self.stepper.backward(batch, step_tokens=stage.step_tokens(step), first=microbatch == 0)
         set_lr(self.optimizer, stage.lr_at(step))
         return self.stepper.update()
 
     def skip_batch(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
         """Read a step's batch and discard it: LR schedule and data advance, weights and moments do not change."""
-        for microbatch in range(self.plan.gradient_accumulation_steps):
+        for microbatch in range(self.plan.accumulation(stage, step)):
             loader.batch(step, microbatch)
         set_lr(self.optimizer, stage.lr_at(step))
         nan = torch.full((), torch.nan, device=self.process.device)
@@ -255,10 +255,12 @@ class Trainer(TrainerState):
             partial(self.plan.batch, stage),  # picklable, unlike a lambda: spawned data-loader workers receive it
             steps=stage.steps,
             first_step=first_step,
-            accumulation=self.plan.gradient_accumulation_steps,
-            local_batch=self.plan.local_batch_size,
+            batch_sizes=stage.batch_sizes,
+            local_batch=stage.local_batch_size,
             rank=self.mesh.data_rank,
+            ranks=self.plan.data_parallel,
             workers=self.config.training.num_workers,
+            source_numbers=stage.source_numbers,
         )
 
     def flush_metrics(self, stage: StagePlan) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def throughput(path: Path, workers: int, seconds: float) -> float:
     loader.batch(step, 0)
     begin, tokens = time.perf_counter(), 0
     for following in itertools.count(step + 1):
-        tokens += loader.batch(following, 0)[0].numel()
+        tokens += loader.batch(following, 0).inputs_BL.numel()
         if time.perf_counter() - begin > seconds:
             break
     return tokens / (time.perf_counter() - begin)
@@ -95,7 +95,7 @@ def seek(path: Path, place: float) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     begin = time.perf_counter()
     loader, step = opened(path, 0, place)
-    batch_BL = loader.batch(step, 0)[0]
+    batch_BL = loader.batch(step, 0).inputs_BL
     seconds = time.perf_counter() - begin
     print(json.dumps([step, list(batch_BL.shape), seconds, status_bytes("VmHWM") - before]))
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.options import ParallelOptions
@@ -99,7 +100,7 @@ def traced(family: str, layout: ParallelDims) -> tuple[Sent, Any]:
         tokens = torch.zeros(SEQUENCES, SEQ_LEN + 1, dtype=torch.int64)
         with Sent() as sent:
             for _ in range(ACCUMULATION):
-                engine.backward(tokens[:, :-1], tokens[:, 1:], SEQUENCES * SEQ_LEN * ACCUMULATION)
+                engine.backward(Batch(tokens[:, :-1], tokens[:, 1:]), SEQUENCES * SEQ_LEN * ACCUMULATION)
     finally:
         dist.destroy_process_group()
     work = MemoryInputs(

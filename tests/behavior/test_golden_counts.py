@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.options import ParallelOptions
@@ -95,14 +96,13 @@ def one_step(family, precision, layout, *, accumulation=1):
             optimizer=optimizer,
             guard=UpdateGuard(optimizer),
             mesh=mesh,
-            step_tokens=32 * accumulation,
             max_norm=1.0,
         )
         trainer = SimpleNamespace(
-            plan=SimpleNamespace(gradient_accumulation_steps=accumulation), optimizer=optimizer, stepper=stepper
+            plan=SimpleNamespace(accumulation=lambda stage, step: accumulation), optimizer=optimizer, stepper=stepper
         )
-        loader = SimpleNamespace(batch=lambda step, micro: (tokens[:, :-1], tokens[:, 1:]))
-        stage = SimpleNamespace(lr_at=lambda step: 1e-3)
+        loader = SimpleNamespace(batch=lambda step, micro: Batch(tokens[:, :-1], tokens[:, 1:]))
+        stage = SimpleNamespace(lr_at=lambda step: 1e-3, step_tokens=lambda step: 32 * accumulation)
         Trainer.train_step(trainer, loader, stage, 0)
         with Counting() as counted:
             Trainer.train_step(trainer, loader, stage, 1)

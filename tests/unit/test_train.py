@@ -114,7 +114,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
         model.init_weights(trainer.plan.seed)
         optimizer = torch.optim.AdamW(plain_groups(model), betas=(0.9, 0.95), eps=1e-8)
         for step, (loss, norm, lrs) in enumerate(ours):
-            expected = gradients(model, trainer.reader.read(trainer.plan.batch(stage, step)))
+            expected = gradients(model, trainer.reader.read(trainer.plan.batch(stage, step)).tokens)
             for group in optimizer.param_groups:
                 group["lr"] = english_lr(step + 1)
             optimizer.step()
@@ -185,7 +185,7 @@ def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperpa
         begin_stage(trainer, german)
         weights, moments = weights_of(trainer), moments_of(trainer)
         twin = copy.deepcopy(trainer.model)
-        gradients(twin, trainer.reader.read(trainer.plan.batch(german, 0)))
+        gradients(twin, trainer.reader.read(trainer.plan.batch(german, 0)).tokens)
         trainer.train_step(training.loader_of(trainer, german), german, 0)
         lrs = {group["lr"] for group in trainer.optimizer.param_groups}
         counts = {state["step"].item() for state in trainer.optimizer.state.values()}

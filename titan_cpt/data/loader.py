@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_cpt.data.batch import Batch
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.permutation import permuted
 from titan_cpt.data.prefetch import Prefetcher
+
+
+class Rows(NamedTuple):
+    """The sequences of several draws.
+
+    Attributes:
+        tokens: int64 [B, L + 1]: inputs are all but the last, targets all but the first.
+        starts: for each sequence the positions, except 0, where a piece begins that does not continue the text before.
+    """
+
+    tokens: NDArray[np.int64]
+    starts: list[tuple[int, ...]]
 
 
 class SequenceReader:
@@ -57,14 +70,15 @@ class SequenceReader:
             windows[indices] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
         return windows
 
-    def read(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
-        """Return the tokens of the draws, int64 [B, L + 1].
+    def read(self, draws: Sequence[Draw]) -> Rows:
+        """Return the sequences of the draws.
 
         Raises:
             DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
         rows = zip(draws, self.windows(draws), strict=True)
-        return np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
+        tokens = np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
+        return Rows(tokens, [()] * len(draws))
 
     @property
     def is_remote(self) -> bool:
@@ -87,37 +101,52 @@ class SequenceReader:
         return digest.hexdigest()
 
 
-class _MicroBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Micro-batches of one rank; number step * accumulation + micro of the stage."""
+class _MicroBatches(Dataset[Batch]):
+    """Micro-batches of one rank, numbered from the beginning of the stage."""
 
     def __init__(
         self,
         reader: SequenceReader,
         batch_of: Callable[[int], list[Draw]],
         *,
-        accumulation: int,
+        batch_sizes: BatchSizes,
         local_batch: int,
         rank: int,
+        ranks: int,
+        source_numbers: Mapping[tuple[str, bool], int] | None = None,
     ) -> None:
         self.reader = reader
         self.batch_of = batch_of
-        self.accumulation = accumulation
+        self.batch_sizes = batch_sizes
         self.local_batch = local_batch
         self.rank = rank
+        self.ranks = ranks
+        self.source_numbers = source_numbers
         self._drawn: tuple[int, list[Draw]] = (-1, [])
+
+    def number(self, step: int) -> int:
+        """The number of the first micro-batch of a step."""
+        return self.batch_sizes.sequences_before(step) // (self.local_batch * self.ranks)
 
     def draws(self, number: int) -> list[Draw]:
         """The draws of a micro-batch."""
-        step, micro = divmod(number, self.accumulation)
+        step = self.batch_sizes.step_of(number * self.local_batch * self.ranks)
         if self._drawn[0] != step:
             self._drawn = (step, self.batch_of(step))
-        first = (self.rank * self.accumulation + micro) * self.local_batch
-        return self._drawn[1][first : first + self.local_batch]
+        draws = self._drawn[1]
+        first = self.rank * len(draws) // self.ranks + (number - self.number(step)) * self.local_batch
+        return draws[first : first + self.local_batch]
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.from_numpy(self.reader.read(self.draws(number)))
-        # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, which waits for it.
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    def __getitem__(self, number: int) -> Batch:
+        draws = self.draws(number)
+        tokens = torch.from_numpy(self.reader.read(draws).tokens)
+        numbers = self.source_numbers
+        return Batch(
+            # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, and waits for it.
+            tokens[:, :-1].contiguous(),
+            tokens[:, 1:].contiguous(),
+            sources_B=torch.tensor([numbers[draw.source, draw.replayed] for draw in draws]) if numbers else None,
+        )
 
 
 class StageLoader:
@@ -128,12 +157,14 @@ class StageLoader:
     Args:
         reader: reads the tokens of draws.
         batch_of: returns the draws of the global batch of a 0-based step.
+        batch_sizes: the global batch size of every step, a multiple of ranks x local_batch.
         steps: number of steps of the stage.
         first_step: first step to load.
-        accumulation: micro-batches per step (gradient accumulation).
         local_batch: B, sequences per micro-batch.
         rank: data-parallel rank.
+        ranks: number of data-parallel ranks.
         workers: loader processes that prefetch; 0 reads in the training process.
+        source_numbers: number of every source by (source, replayed), for `Batch.sources_B`; None without.
     """
 
     def __init__(
@@ -141,35 +172,37 @@ class StageLoader:
         reader: SequenceReader,
         batch_of: Callable[[int], list[Draw]],
         *,
+        batch_sizes: BatchSizes,
         steps: int,
         first_step: int,
-        accumulation: int,
         local_batch: int,
         rank: int,
+        ranks: int,
         workers: int,
+        source_numbers: Mapping[tuple[str, bool], int] | None = None,
     ) -> None:
-        shape = {"accumulation": accumulation, "local_batch": local_batch, "rank": rank}
-        batches = _MicroBatches(reader, batch_of, **shape)
-        self._accumulation = accumulation
-        self._next = first_step * accumulation
-        numbers = range(self._next, steps * accumulation)
+        how: dict[str, Any] = {"batch_sizes": batch_sizes, "local_batch": local_batch, "rank": rank, "ranks": ranks}
+        batches = _MicroBatches(reader, batch_of, **how, source_numbers=source_numbers)
+        self._number = batches.number
+        self._next = batches.number(first_step)
+        numbers = range(self._next, batches.number(steps))
         # Worker processes read ahead themselves. A thread does so for this process, which would wait for storage.
         self._prefetcher = None
         if reader.is_remote and not workers:
-            self._prefetcher = Prefetcher(reader, _MicroBatches(reader, batch_of, **shape).draws, numbers)
+            self._prefetcher = Prefetcher(reader, _MicroBatches(reader, batch_of, **how).draws, numbers)
         # The sampler starts at first_step, so the state of the StatefulDataLoader is never saved.
         loader: StatefulDataLoader[Any] = StatefulDataLoader(
             batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=torch.cuda.is_available()
         )
-        self._batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
+        self._batches: Iterator[Batch] = iter(loader)
 
-    def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, int64 [B, L] each, of micro-batch `micro` of step `step`. Call it in order.
+    def batch(self, step: int, micro: int) -> Batch:
+        """Return micro-batch `micro` of step `step`. Call it in order.
 
         Raises:
             DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
-        assert step * self._accumulation + micro == self._next, f"batches are read in order; next is {self._next}"
+        assert self._number(step) + micro == self._next, f"batches are read in order; next is {self._next}"
         self._next += 1
         if self._prefetcher is not None:
             self._prefetcher.advance(self._next)

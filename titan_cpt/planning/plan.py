@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.common.recipe import fingerprint
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.mixture import Draw, Tree, draws, leaves
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
@@ -91,6 +92,12 @@ class StagePlan:
         use_by_source: as `use_by_dataset`, by domain where there are domains.
         final_window: steps done at which the final loss is sampled; empty unless configured.
         recipe: the settings that must not change once training of the stage has started, by dotted key.
+        spec: the model in this stage: `Plan.spec`, except for RoPE.
+        seq_len: sequence length in tokens.
+        batch_sizes: global batch size of every step.
+        local_batch_size: sequences of a micro-batch of one data-parallel rank.
+        document_mask: attention stays within a document.
+        document_positions: RoPE's positions begin at 0 in each document.
     """
 
     name: str
@@ -108,6 +115,35 @@ class StagePlan:
     use_by_source: Mapping[str, DatasetUse]
     final_window: tuple[int, ...]
     recipe: Mapping[str, Any]
+    spec: ModelSpec
+    seq_len: int
+    batch_sizes: BatchSizes
+    local_batch_size: int
+    document_mask: bool = False
+    document_positions: bool = False
+
+    def step_tokens(self, step: int) -> int:
+        """Tokens of the 0-based step `step`, over all ranks."""
+        return self.batch_sizes.at(step) * self.seq_len
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the stage's steps before the 0-based step `step`, over all ranks."""
+        return self.batch_sizes.sequences_before(step) * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps, over all ranks."""
+        return self.tokens_before(self.steps)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations of training per token."""
+        return self.spec.flops_per_token(self.seq_len)
+
+    @property
+    def source_numbers(self) -> dict[tuple[str, bool], int]:
+        """A number from 0 for every (source, whether it is replayed) of the mixture."""
+        return {(leaf.source, leaf.replayed): number for number, leaf in enumerate(leaves(self.tree))}
 
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
@@ -144,8 +180,11 @@ class Plan:
 
     Attributes:
         parallel_dims: parallelism degrees.
+        data_parallel: data-parallel degree: number of ranks, or groups of ranks, that train on different sequences.
         footprint: memory and communication of a rank.
-        gradient_accumulation_steps: local batches of one data-parallel rank in an optimizer step.
+        seq_len, global_batch_size, local_batch_size: those of [training]; a stage may have others.
+        gradient_accumulation_steps: local batches of one data-parallel rank in an optimizer step, with those of
+            [training].
         sequences: number of sequences of every source; None while its files do not exist.
         base_recipe: the settings that must not change during the run, by dotted key.
         notes: warnings, shown before training.
@@ -159,6 +198,7 @@ class Plan:
     global_batch_size: int
     local_batch_size: int
     parallel_dims: ParallelDims
+    data_parallel: int
     footprint: Footprint
     gradient_accumulation_steps: int
     sequences: Mapping[str, int | None]
@@ -171,13 +211,8 @@ class Plan:
         return self.parallel_dims.world_size
 
     @property
-    def data_parallel(self) -> int:
-        """Data-parallel degree: number of ranks, or groups of ranks, that train on different sequences."""
-        return self.parallel_dims.data_parallel
-
-    @property
     def step_tokens(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
+        """Tokens of one optimizer step over all ranks, with the batch of [training]; a stage may have another."""
         return self.global_batch_size * self.seq_len
 
     @property
@@ -203,6 +238,14 @@ class Plan:
     def steps_before(self, stage: StagePlan) -> int:
         """Optimizer steps of all stages that the run trains before this one."""
         return sum(earlier.steps for earlier in self.stages[: self.stages.index(stage)])
+
+    def tokens_before(self, stage: StagePlan) -> int:
+        """Tokens of all stages that the run trains before this one."""
+        return sum(earlier.tokens for earlier in self.stages[: self.stages.index(stage)])
+
+    def accumulation(self, stage: StagePlan, step: int) -> int:
+        """Local batches of one data-parallel rank in the 0-based step `step` (gradient accumulation)."""
+        return stage.batch_sizes.at(step) // (stage.local_batch_size * self.data_parallel)
 
     def forgetting_since(self, stage: StagePlan, dataset: str) -> str | None:
         """The stage whose loss on `dataset` at step 0 is the baseline of its forgetting; None if there is none.
@@ -242,7 +285,7 @@ class Plan:
                 f"stages.{stage.name}: the order of reshuffled replay of {unknown[0]!r} depends on the size of its "
                 "data, which does not exist yet: prepare it first"
             )
-        return draws(stage.tree, step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        return draws(stage.tree, stage.batch_sizes.sequences_before(step), stage.batch_sizes.sequences_before(step + 1))
 
     def disk_bytes(self, keep_latest_k: int) -> int:
         """Maximum bytes of all checkpoints: the latest ones, stage ends, pre-anneal points, and one being written."""

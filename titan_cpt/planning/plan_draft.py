@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import DataInventory
+from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import StagePlan
 
 
@@ -16,6 +17,7 @@ class PlanDraft:
 
     Attributes:
         inventory: token counts of the files.
+        spec: the model that [model] describes.
         sequences: number of sequences of every source; None if its files do not exist yet.
         stages: the stages planned so far, by name.
         problems: error messages; all of them are raised together at the end.
@@ -24,6 +26,7 @@ class PlanDraft:
 
     config: Config
     inventory: DataInventory
+    spec: ModelSpec
     sequences: Mapping[str, int | None] = field(default_factory=dict)
     stages: dict[str, StagePlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)

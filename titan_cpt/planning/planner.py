@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
@@ -36,8 +37,8 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         ConfigError: the model cannot be built.
         PlanError: the config contradicts itself, the data or the number of ranks; the message lists all problems.
     """
-    draft = PlanDraft(config, inventory)
     spec = model_spec(config, inventory.vocab_size or 1)
+    draft = PlanDraft(config, inventory, spec)
     draft.problems += [*parallel_problems(config, spec, world_size), *_plugin_problems(config)]
     draft.notes += input_notes(config, inventory, spec)
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
@@ -60,6 +61,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
         parallel_dims=dims,
+        data_parallel=dims.data_parallel,
         footprint=footprint(spec, dims, memory_inputs(config, dims, accumulation, gpu_bytes=gpu_bytes)),
         gradient_accumulation_steps=accumulation,
         sequences=draft.sequences,
@@ -127,6 +129,10 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         use_by_source=dataset_use(draft, tree, steps, by_source=True),
         final_window=final_window(steps, *window),
         recipe=stage_recipe(config, stage, steps, points, init),
+        spec=draft.spec,
+        seq_len=config.training.seq_len,
+        batch_sizes=BatchSizes.constant(config.training.global_batch_size),
+        local_batch_size=config.training.local_batch_size,
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

@@ -140,7 +140,6 @@ def build(
         optimizer=optimizer,
         guard=guard,
         mesh=mesh,
-        step_tokens=plan.step_tokens,
         max_norm=config.training.max_norm,
         float8_gather=config.float8.enable_fsdp_float8_all_gather,
     )

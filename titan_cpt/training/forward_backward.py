@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.optim import AdamW
 
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.context_parallel import local_positions
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.float8 import refresh_scales
@@ -50,16 +51,14 @@ class SingleStageRunner:
         self.copy = copy
         self.compiled = compiled
 
-    def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
+    def backward(self, batch: Batch, step_tokens: int) -> Tensor:
         """Accumulate this micro-batch's gradients; returns its share of the global batch's mean loss, nats per token.
 
         Args:
-            inputs_BL: token ids, int64.
-            targets_BL: the next token's id at every position, int64.
             step_tokens: target tokens of the global batch, by which the summed loss is divided.
         """
-        inputs_BL = local_inputs(inputs_BL, self.mesh)
-        targets_BL = local_tokens(targets_BL, self.mesh)
+        inputs_BL = local_inputs(batch.inputs_BL, self.mesh)
+        targets_BL = local_tokens(batch.targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
         with sharded_loss(self.mesh):
@@ -137,11 +136,11 @@ class PipelineRunner:
         """The last pipeline stage, which computes the logits, if it is on this rank; else None."""
         return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
-    def backward(self, inputs_BL: Tensor, targets_BL: Tensor, step_tokens: int) -> Tensor:
+    def backward(self, batch: Batch, step_tokens: int) -> Tensor:
         """As `SingleStageRunner.backward`, for batches of one size; 0 on ranks without the last pipeline stage."""
         self._step_tokens = step_tokens
-        inputs = (local_inputs(inputs_BL, self.mesh),) if 0 in self.stages else ()
-        target = local_tokens(targets_BL, self.mesh) if self.last is not None else None
+        inputs = (local_inputs(batch.inputs_BL, self.mesh),) if 0 in self.stages else ()
+        target = local_tokens(batch.targets_BL, self.mesh) if self.last is not None else None
         losses: list[Tensor] | None = [] if self.last is not None else None
         with sharded_loss(self.mesh):
             self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
@@ -225,7 +224,6 @@ class EagerStep:
         runner: forward and backward of a micro-batch.
         optimizer: updates `model`.
         guard: of the optimizer's steps.
-        step_tokens: target tokens of the global batch.
         max_norm: largest L2 norm of the clipped gradients.
         float8_gather: FSDP2 gathers weights in float8, whose scales an update changes.
     """
@@ -238,7 +236,6 @@ class EagerStep:
         optimizer: AdamW,
         guard: UpdateGuard,
         mesh: Mesh,
-        step_tokens: int,
         max_norm: float,
         float8_gather: bool = False,
     ) -> None:
@@ -247,7 +244,6 @@ class EagerStep:
         self.optimizer = optimizer
         self.guard = guard
         self.mesh = mesh
-        self.step_tokens = step_tokens
         self.max_norm = max_norm
         self.float8_gather = float8_gather
         self._loss = torch.zeros((), device=mesh.process.device)
@@ -255,13 +251,14 @@ class EagerStep:
     def restart(self) -> None:
         """Call before the first step, and after anything but `update` has changed weights or optimizer: no effect."""
 
-    def backward(self, inputs_BL: Tensor, targets_BL: Tensor, *, first: bool) -> None:
+    def backward(self, batch: Batch, *, step_tokens: int, first: bool) -> None:
         """Accumulate a micro-batch's gradients and its share of the batch's mean loss.
 
         Args:
+            step_tokens: target tokens of the global batch.
             first: it is the step's first micro-batch.
         """
-        share = self.runner.backward(inputs_BL, targets_BL, self.step_tokens)
+        share = self.runner.backward(batch, step_tokens)
         self._loss = share if first else self._loss + share
 
     def update(self) -> StepResult:

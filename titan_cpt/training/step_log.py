@@ -16,11 +16,13 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         "stage": stage.name,
         "step": step + 1,
         "run_step": run_step,
-        "tokens": run_step * plan.step_tokens,
-        "replayed_tokens": sum(draw.replayed for draw in draws) * plan.seq_len,
+        "tokens": plan.tokens_before(stage) + stage.tokens_before(step + 1),
+        "replayed_tokens": sum(draw.replayed for draw in draws) * stage.seq_len,
         "lr": state.optimizer.param_groups[0]["lr"],
         "batch_hash": state.reader.batch_hash(draws),
     }
     if result.health is None:
         fields["skipped"] = True
-    state.log.step(fields, loss=result.loss, grad_norm=result.grad_norm, tokens=plan.step_tokens, health=result.health)
+    state.log.step(
+        fields, loss=result.loss, grad_norm=result.grad_norm, tokens=stage.step_tokens(step), health=result.health
+    )

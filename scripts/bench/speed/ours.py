@@ -131,7 +131,7 @@ def prepare(trainer: Trainer, stage: Any) -> dict[str, Any]:
     save_file(weights, folder / "weights.safetensors")
     np.save(
         folder / "batches.npy",
-        np.stack([trainer.reader.read(trainer.plan.batch(stage, step)) for step in range(wanted["steps"])]),
+        np.stack([trainer.reader.read(trainer.plan.batch(stage, step)).tokens for step in range(wanted["steps"])]),
     )
     machine = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if device == "cuda":

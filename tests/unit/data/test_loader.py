@@ -57,9 +57,10 @@ def loader_of(reader, plan, stage, *, rank=0, first_step=0, workers=0):
         lambda step: plan.batch(stage, step),
         steps=stage.steps,
         first_step=first_step,
-        accumulation=plan.gradient_accumulation_steps,
-        local_batch=plan.local_batch_size,
+        batch_sizes=stage.batch_sizes,
+        local_batch=stage.local_batch_size,
         rank=rank,
+        ranks=plan.data_parallel,
         workers=workers,
     )
 
@@ -69,13 +70,13 @@ def steps_of(loader, plan, steps):
     batches = []
     for step in steps:
         parts = [loader.batch(step, micro) for micro in range(plan.gradient_accumulation_steps)]
-        batches.append(torch.cat([torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in parts]))
+        batches.append(torch.cat([torch.cat([part.inputs_BL, part.targets_BL[:, -1:]], dim=1) for part in parts]))
     return batches
 
 
 def test_windows_have_seq_len_plus_one_tokens_and_share_one_with_the_next(counting):
     """Token i is the number i, so a window shows its position; the last four tokens belong to no window."""
-    rows = counting.read(of("old", range(WINDOWS)))
+    rows = counting.read(of("old", range(WINDOWS))).tokens
     rows = rows[rows[:, 0].argsort()]
 
     assert rows.shape == (37, 6)
@@ -105,8 +106,8 @@ def test_another_seed_gives_another_order(counting):
 def test_a_batch_across_epochs_contains_the_windows_of_its_draws(counting):
     """Draws do not depend on the others in a batch: sources and epochs are mixed here."""
     draws = [*of("old", (36, 37, 38)), *of("new", (0, 74)), *of("old", (0,), replayed=True)]
-    together = counting.read(draws)
-    alone = np.concatenate([counting.read([draw]) for draw in draws])
+    together = counting.read(draws).tokens
+    alone = np.concatenate([counting.read([draw]).tokens for draw in draws])
 
     assert np.array_equal(together, alone)
 
@@ -129,10 +130,10 @@ def test_targets_are_the_inputs_shifted_by_one_token(planned):
     reader, plan_for = planned
     plan = plan_for()
     loader = loader_of(reader, plan, plan.stages[1])
-    pairs = [loader.batch(step, micro) for step in range(10) for micro in range(2)]
+    batches = [loader.batch(step, micro) for step in range(10) for micro in range(2)]
 
-    assert {tuple(inputs.shape) for inputs, _ in pairs} == {(2, 16)}
-    assert all(torch.equal(inputs[:, 1:], targets[:, :-1]) for inputs, targets in pairs)
+    assert {tuple(batch.inputs_BL.shape) for batch in batches} == {(2, 16)}
+    assert all(torch.equal(batch.inputs_BL[:, 1:], batch.targets_BL[:, :-1]) for batch in batches)
 
 
 @pytest.mark.parametrize("taken_up", [1, 6, 9])
@@ -164,7 +165,7 @@ def test_a_reader_can_be_pickled(counting):
     counting.read(draws)
     other = pickle.loads(pickle.dumps(counting))
 
-    assert np.array_equal(counting.read(draws), other.read(draws))
+    assert np.array_equal(counting.read(draws).tokens, other.read(draws).tokens)
 
 
 def test_batches_out_of_order_are_a_bug(planned):
@@ -221,9 +222,9 @@ def test_replay_repeats_the_windows_of_the_earlier_stage_in_their_order(planned)
     reader, plan_for = planned
     plan = plan_for()
     english, german = plan.stages
-    trained = np.concatenate([reader.read(plan.batch(english, step)) for step in range(9)])
+    trained = np.concatenate([reader.read(plan.batch(english, step)).tokens for step in range(9)])
     draws = [draw for step in range(10) for draw in plan.batch(german, step)]
-    rows = reader.read(draws)
+    rows = reader.read(draws).tokens
     replayed = np.array([draw.source == "en" for draw in draws])
 
     assert replayed.tolist() == [draw.replayed for draw in draws]
@@ -241,7 +242,9 @@ def test_a_third_stage_replays_fresh_windows_of_both_datasets(tmp_path):
     plan = make_plan(config, take_inventory(config))
     reader = SequenceReader(open_sources(training_files(config), 257), seq_len=16, seed=0)
     rows = {
-        stage.name: [(d.source, tuple(reader.read([d])[0])) for s in range(stage.steps) for d in plan.batch(stage, s)]
+        stage.name: [
+            (d.source, tuple(reader.read([d]).tokens[0])) for s in range(stage.steps) for d in plan.batch(stage, s)
+        ]
         for stage in plan.stages
     }
     first_sight = {"en": [row for _, row in rows["english"][:36]]}

@@ -24,8 +24,8 @@ def losses_of(raw, folder, name, *, steps=2, **compile_keys):
         loader = training.loader_of(trainer, stage)
         results = [trainer.train_step(loader, stage, step) for step in range(steps)]
         graphs = [counters["stats"]["unique_graphs"]]
-        inputs_BL, targets_BL = loader.batch(steps, 0)
-        nats = trainer.runner.per_sequence_loss(inputs_BL, targets_BL).sum()
+        batch = loader.batch(steps, 0)
+        nats = trainer.runner.per_sequence_loss(batch.inputs_BL, batch.targets_BL).sum()
         graphs.append(counters["stats"]["unique_graphs"])
     numbers = [value.item() for result in results for value in (result.loss, result.grad_norm)]
     return [*numbers, nats.item()], graphs

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.errors import ConfigError
 from titan_cpt.training.cuda.adamw import TritonAdamW
@@ -118,6 +119,7 @@ class CapturedStep:
         if isinstance(eager.optimizer, TritonAdamW):
             eager.optimizer.uploads = False  # `update` does it, outside of the capture
         self._tokens: tuple[Tensor, Tensor] | None = None
+        self._step_tokens = 0
         self._replays: dict[Callable[[], None], Callable[[], None]] = {}
         self._steps = 0
 
@@ -132,8 +134,12 @@ class CapturedStep:
         self._tokens = None
         self._steps = 0
 
-    def backward(self, inputs_BL: Tensor, targets_BL: Tensor, *, first: bool) -> None:
-        """As `EagerStep.backward`; batches have one shape between two calls of `restart`."""
+    def backward(self, batch: Batch, *, step_tokens: int, first: bool) -> None:
+        """As `EagerStep.backward`; batches have one shape, and steps one size, between two calls of `restart`."""
+        inputs_BL, targets_BL = batch.inputs_BL, batch.targets_BL
+        if self._step_tokens != step_tokens:
+            assert self._tokens is None, f"a capture has {self._step_tokens} tokens a step; got {step_tokens}"
+            self._step_tokens = step_tokens
         if self._tokens is None:
             device = self._loss.device
             self._tokens = torch.empty_like(inputs_BL, device=device), torch.empty_like(targets_BL, device=device)
@@ -177,7 +183,7 @@ class CapturedStep:
 
     def _share(self) -> Tensor:
         assert self._tokens is not None, "`backward` has set it"
-        return self.eager.runner.backward(*self._tokens, self.eager.step_tokens)
+        return self.eager.runner.backward(Batch(*self._tokens), self._step_tokens)
 
     def _update(self) -> None:
         with self._lr_on_device():

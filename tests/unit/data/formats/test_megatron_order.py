@@ -59,7 +59,11 @@ def build(documents, order, seq_len, rng):
 
 
 def rows(source, seq_len, draws):
-    return SequenceReader({"x": source}, seq_len=seq_len, seed=0).read([Draw("x", ordinal, False) for ordinal in draws])
+    return (
+        SequenceReader({"x": source}, seq_len=seq_len, seed=0)
+        .read([Draw("x", ordinal, False) for ordinal in draws])
+        .tokens
+    )
 
 
 @pytest.mark.parametrize("endings", [NEOX, CORE])
@@ -253,7 +257,7 @@ def test_a_stage_follows_the_order_and_starts_at_any_step(tmp_path):
     plan = make_plan(config, take_inventory(config))
     reader = SequenceReader(open_sources(training_files(config), 257), seq_len=16, seed=5)
     joined = np.array([token for number in order for token in documents[number]])
-    found = reader.read(plan.batch(plan.stages[0], 7))
+    found = reader.read(plan.batch(plan.stages[0], 7)).tokens
 
     assert plan.sequences["en"] == len(shuffle)
     assert [files.format for _, files in validation_files(config)] == ["indexed", "indexed"]

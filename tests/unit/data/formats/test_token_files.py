@@ -21,6 +21,7 @@ from token_formats import (
     write_raw,
 )
 
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.formats.token_files import TokenFiles, count_source, open_source
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader
@@ -38,7 +39,7 @@ def files(tmp_path):
 
 def rows(source, draws=range(SEQUENCES), seed=0, seq_len=SEQ_LEN):
     reader = SequenceReader({"x": source}, seq_len=seq_len, seed=seed)
-    return reader.read([Draw("x", ordinal, False) for ordinal in draws])
+    return reader.read([Draw("x", ordinal, False) for ordinal in draws]).tokens
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -304,16 +305,17 @@ def test_a_stage_reads_presequenced_data_in_order_and_starts_at_any_step(tmp_pat
         lambda step: plan.batch(english, step),
         steps=12,
         first_step=5,
-        accumulation=2,
+        batch_sizes=BatchSizes.constant(4),
         local_batch=2,
         rank=0,
+        ranks=1,
         workers=0,
     )
-    inputs, targets = loader.batch(5, 0)
+    batch = loader.batch(5, 0)
 
     assert plan.sequences["en"] == 40
-    assert np.array_equal(inputs, TOKENS.reshape(40, 17)[20:22, :-1])
-    assert np.array_equal(targets, TOKENS.reshape(40, 17)[20:22, 1:])
+    assert np.array_equal(batch.inputs_BL, TOKENS.reshape(40, 17)[20:22, :-1])
+    assert np.array_equal(batch.targets_BL, TOKENS.reshape(40, 17)[20:22, 1:])
 
 
 def test_the_recipe_contains_only_the_settings_that_determine_the_order(tmp_path):

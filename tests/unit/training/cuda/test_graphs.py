@@ -12,6 +12,7 @@ import training
 from recorded_graphs import RecordedGraphs
 
 from titan_cpt.common.signals import StopRequest
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
@@ -177,9 +178,11 @@ def test_another_batch_shape_needs_a_restart(raw):
     with captured_trainer(raw) as (trainer, _):
         stage = trainer.plan.stages[0]
         begin_stage(trainer, stage)
-        inputs, targets = training.loader_of(trainer, stage).batch(0, 0)
-        trainer.stepper.backward(inputs, targets, first=True)
+        batch = training.loader_of(trainer, stage).batch(0, 0)
+        shorter = Batch(batch.inputs_BL[:1], batch.targets_BL[:1])
+        tokens = stage.step_tokens(0)
+        trainer.stepper.backward(batch, step_tokens=tokens, first=True)
         with pytest.raises(AssertionError, match="one batch shape"):
-            trainer.stepper.backward(inputs[:1], targets[:1], first=False)
+            trainer.stepper.backward(shorter, step_tokens=tokens, first=False)
         trainer.stepper.restart()
-        trainer.stepper.backward(inputs[:1], targets[:1], first=True)
+        trainer.stepper.backward(shorter, step_tokens=tokens, first=True)

@@ -1,0 +1,50 @@
+"""Global batch sizes of a training stage: how many sequences each optimizer step has."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class BatchPhase(NamedTuple):
+    """Consecutive steps with the same global batch size.
+
+    Attributes:
+        first_step: 0-based step with which the phase begins.
+        first_sequence: sequences of the stage before that step.
+        size: sequences of each of its steps, over all ranks.
+    """
+
+    first_step: int
+    first_sequence: int
+    size: int
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The global batch size of every step, as phases of constant size; the first begins at step 0."""
+
+    phases: tuple[BatchPhase, ...]
+
+    @classmethod
+    def constant(cls, size: int) -> BatchSizes:
+        """Every step has `size` sequences."""
+        return cls((BatchPhase(0, 0, size),))
+
+    def at(self, step: int) -> int:
+        """The global batch size of a 0-based step, in sequences."""
+        return self._phase_of_step(step).size
+
+    def sequences_before(self, step: int) -> int:
+        """The number of sequences in the steps before a 0-based step."""
+        phase = self._phase_of_step(step)
+        return phase.first_sequence + (step - phase.first_step) * phase.size
+
+    def step_of(self, sequence: int) -> int:
+        """The 0-based step that contains a 0-based sequence of the stage."""
+        phase = self.phases[bisect_right(self.phases, sequence, key=lambda each: each.first_sequence) - 1]
+        return phase.first_step + (sequence - phase.first_sequence) // phase.size
+
+    def _phase_of_step(self, step: int) -> BatchPhase:
+        return self.phases[bisect_right(self.phases, step, key=lambda each: each.first_step) - 1]
