@@ -11,22 +11,20 @@ from pydantic import Field, model_validator
 
 from titan_cpt.common.plugins import METRICS
 from titan_cpt.config.datasets import DatasetConfig
-from titan_cpt.config.lr import LR
 from titan_cpt.config.model import ModelConfig
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.config.storage import StorageConfig, UploadConfig
 from titan_cpt.config.suites import SUITES
 from titan_cpt.config.trackers import MlflowConfig, TrackioConfig, WandbConfig
 from titan_cpt.config.types import (
     FileName,
     Fraction01,
-    Mixture,
     Name,
     NonNegativeFloat,
     OneOf,
     PositiveFloat,
     PositiveInt,
     Table,
-    Tokens,
     validation_error,
 )
 
@@ -88,19 +86,6 @@ class OptimizerConfig(Table):
     """Added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
-
-
-class StageOptimizerConfig(Table):
-    """[stages.optimizer]: AdamW hyperparameters of this stage that differ from [optimizer]."""
-
-    beta1: Fraction01 | None = None
-    """Replaces optimizer.beta1 in this stage."""
-    beta2: Fraction01 | None = None
-    """Replaces optimizer.beta2 in this stage."""
-    eps: PositiveFloat | None = None
-    """Replaces optimizer.eps in this stage."""
-    weight_decay: NonNegativeFloat | None = None
-    """Replaces optimizer.weight_decay in this stage."""
 
 
 class TrainingConfig(Table):
@@ -323,45 +308,6 @@ class EvaluationConfig(Table):
         if self.suite is None and self.every is not None:
             raise validation_error("every needs a suite; set evaluation.suite")
         return self
-
-
-class ReplayConfig(Table):
-    """[stages.replay]: replay of earlier datasets, in place of new sequences; the stage's token budget is unchanged."""
-
-    fraction: Fraction01
-    """Replay fraction: share of the stage's sequences that are drawn from earlier datasets; 0.05 is the usual choice,
-    0.01 for a weak distribution shift."""
-    from_: Annotated[Mixture | None, Field(alias="from")] = None
-    """Datasets to replay, or a table of datasets and weights. Unset: every earlier dataset, weighted by the number of
-    its tokens that the run has trained on."""
-    order: Literal["as_trained", "reshuffled"] = "as_trained"
-    """Replay sequences in the order in which they were first trained on, or in a new permutation of them."""
-    on_exhausted: Literal["error", "repeat"] = "error"
-    """If replay needs more sequences of a dataset than were trained on: refuse the config, or repeat them."""
-
-
-class StageConfig(Table):
-    """[[stages]]: one training stage."""
-
-    name: Name
-    """The stage's name, in overrides and `init`, and the name of the folder of its checkpoints."""
-    dataset: Mixture
-    """Dataset to train on, or a table of datasets and weights."""
-    steps: PositiveInt | None = None
-    """Number of optimizer steps. Set either steps or tokens."""
-    tokens: Tokens | None = None
-    """Token budget, such as "300B", rounded up to whole steps. Set either steps or tokens."""
-    init: str | None = None
-    """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
-    stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""
-    optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights."""
-    optimizer: StageOptimizerConfig | None = None
-    """AdamW hyperparameters that differ in this stage."""
-    lr: LR
-    """Learning-rate schedule, one of the tables below."""
-    replay: ReplayConfig | None = None
-    """Replay of earlier data. Unset: no replay."""
 
 
 class Config(Table):

@@ -13,7 +13,8 @@ from typing import Any
 from titan_cpt.common.plugins import FAMILIES, FORMATS, find_plugin
 from titan_cpt.config.datasets import OWN_FORMATS, OWN_ORDER, TokenTable
 from titan_cpt.config.model import OWN_FAMILIES
-from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.config.schema import Config
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
 from titan_cpt.planning.stages.mixture import normalized_weights

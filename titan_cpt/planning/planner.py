@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.config.schema import Config
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.distributed.parallel_dims import ParallelDims

@@ -5,8 +5,9 @@ import pytest
 from titan_cpt.config.datasets import DatasetConfig, DomainConfig, TextSourceConfig
 from titan_cpt.config.lr import CosineLR
 from titan_cpt.config.model import RopeScalingConfig
-from titan_cpt.config.schema import Config, ReplayConfig
+from titan_cpt.config.schema import Config
 from titan_cpt.config.schema_lookup import bounds_of, interval, keys_of, tables_at, takes_only_strings
+from titan_cpt.config.stages import ReplayConfig
 
 
 @pytest.mark.parametrize(

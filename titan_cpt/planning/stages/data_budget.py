@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from fractions import Fraction
 
-from titan_cpt.config.schema import Config, StageConfig
+from titan_cpt.config.schema import Config
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.mixture import Tree, leaf_counts
 from titan_cpt.planning.plan import DatasetUse, StagePlan

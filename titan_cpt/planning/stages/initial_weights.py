@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from titan_cpt.config.schema import StageConfig
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import leaf_counts, round_fraction
 from titan_cpt.planning.plan import StageCheckpoint, TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft

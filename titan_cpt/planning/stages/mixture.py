@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from titan_cpt.config.datasets import DatasetConfig
-from titan_cpt.config.schema import StageConfig
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree
 from titan_cpt.planning.plan import TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft

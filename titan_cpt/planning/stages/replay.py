@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from titan_cpt.config.schema import ReplayConfig, StageConfig
+from titan_cpt.config.stages import ReplayConfig, StageConfig
 from titan_cpt.data.mixture import Leaf, leaf_counts
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan, TrainingHistory, ancestors
 from titan_cpt.planning.plan_draft import PlanDraft

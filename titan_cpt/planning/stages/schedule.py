@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from titan_cpt.common.numbers import parse_steps, parse_tokens
 from titan_cpt.config.lr import ConstantLR, CosineLR, InfiniteCosineLR, InfiniteInvSqrtLR, InvSqrtLR, LinearLR, WsdLR
-from titan_cpt.config.schema import StageConfig
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.planning import lr_schedules
 
 DEFAULT_MIN_DIVISOR = 10  # eta_min = 0.1 * eta_max: Ibrahim et al. 2024, arXiv:2403.08763, section 4.1
