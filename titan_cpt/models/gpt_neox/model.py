@@ -113,7 +113,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = spec.head_width
         self.qkv = Linear(spec.width, 3 * spec.width)
-        self.core = RotaryCausalAttention(rotary_width=spec.rotary_width, rope_base=spec.rope_base)
+        self.core = RotaryCausalAttention(
+            rotary_width=spec.rotary_width, rope_base=spec.rope_base, scaling=spec.rope_scaling
+        )
         self.out = Linear(spec.width, spec.width)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
