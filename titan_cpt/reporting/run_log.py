@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.errors import DataError, TitanError
-from titan_cpt.planning.planned_tokens import PlannedTokens
 
 _RUNS_LISTED = 10
 _STAGE_KEYS = ("name", "steps", "tokens", "union_tokens", "new_datasets", "datasets", "final_window")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import parse_line
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.config.suites import SUITES
-from titan_cpt.planning.planned_tokens import PlannedTokens
 
 _CHUNK_BYTES = 1 << 20
 _TRAIN = {  # key in metrics.jsonl: name in the tracker

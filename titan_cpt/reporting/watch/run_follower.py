@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import Line, MetricsHistory, MetricsTail
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
-from titan_cpt.planning.planned_tokens import PlannedTokens
 from titan_cpt.reporting.run_log import read_plan
 from titan_cpt.reporting.run_state import FAILED, run_state
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.planning.planned_tokens import PlannedTokens
+from titan_cpt.common.planned_tokens import PlannedTokens
 
 # Three steps of 2 x 4 tokens and two of 4 x 4; then two steps of 2 x 8.
 PLAN = {
