@@ -113,6 +113,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "data.tokenizer.check_texts": "unit/data/tokenizer/test_tokenizer.py",
     "data.tokenizer.encoded": "unit/data/tokenizer/test_tokenizer.py",
     "data.tokenizer.gigatoken_spec": "unit/data/tokenizer/test_gigatoken_backend.py",
+    "distributed.attention_timing": "unit/distributed/test_attention_backend.py",
     "distributed.activation_checkpoint": "distributed/test_parity.py",
     "distributed.build": "distributed/test_parity.py",
     "distributed.device_mesh": "distributed/test_parity.py",

@@ -25,12 +25,8 @@ from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from titan_cpt.distributed.attention_backend import (
-    AttentionChoice,
-    AttentionShape,
-    choose_attention_backend,
-    set_attention_backend,
-)
+from titan_cpt.distributed.attention_backend import choose_attention_backend, set_attention_backend
+from titan_cpt.distributed.attention_timing import AttentionChoice, AttentionShape
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh

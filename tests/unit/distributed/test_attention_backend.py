@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.distributed.attention_backend import (
     BACKENDS,
-    AttentionShape,
     choose_attention_backend,
     set_attention_backend,
 )
+from titan_cpt.distributed.attention_timing import AttentionShape
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.llama.model import Llama
