@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from titan_cpt.common.file_lock import exclusive
 
 _MARK = "titan_cpt.lock"  # in a partial folder: shows that titan_cpt made it
 _CONTENT = "content"  # in a partial folder: the folder that is written and renamed at the end
+_UNFINISHED_SECONDS = 3600.0  # after which a temporary file that nobody writes to belongs to a killed process
 _NAME_CHARACTERS = 40  # leading characters of a file's name in its temporary name; file systems allow 255 bytes
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content; after a crash or power failure the file has either the complete old or new content.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write into, which replaces `path` at the end of the block; if the block fails, `path` is unchanged.
+
+    After a crash or power failure `path` has either the complete old or the complete new content.
 
     Raises:
-        OSError: the content cannot be written; the file is unchanged.
+        OSError: the content cannot be written.
     """
     temporary, descriptor = _create_beside(path)
     try:
         with open(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -35,6 +42,24 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             fault.filename = str(path)  # write() names no file in its error, such as on a full disk
         raise
     fsync(path.parent)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content; see `atomic_file`.
+
+    Raises:
+        OSError: the content cannot be written; the file is unchanged.
+    """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of `atomic_file(path)`: files that were not written to for an hour."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name[:_NAME_CHARACTERS])}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if time.time() - temporary.stat().st_mtime > _UNFINISHED_SECONDS:
+                temporary.unlink()
 
 
 def require_writable(path: Path) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+NO_TARGET = -1
+"""The target of a position that the loss ignores: the last one of a packed document, and padding."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -13,7 +16,7 @@ class Batch:
 
     Attributes:
         inputs_BL: token ids, int64.
-        targets_BL: the next token's id at every position, int64.
+        targets_BL: the next token's id at every position, int64; NO_TARGET where there is none.
         documents_BL: number of the document that each position belongs to, ascending within a sequence, int32; None
             without a document mask and document positions.
         sources_B: number of each sequence's source, as in `StagePlan.source_numbers`, int64; None if not requested.

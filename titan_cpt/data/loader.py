@@ -28,12 +28,14 @@ class Rows(NamedTuple):
     """The sequences of several draws.
 
     Attributes:
-        tokens: int64 [B, L + 1]: inputs are all but the last, targets all but the first.
+        tokens: int64 [B, L + 1]: inputs are all but the last.
         starts: for each sequence the positions, except 0, where a piece begins that does not continue the text before.
+        targets: int64 [B, L]: the token that follows in the text, or NO_TARGET.
     """
 
     tokens: NDArray[np.int64]
     starts: list[tuple[int, ...]]
+    targets: NDArray[np.int64]
 
 
 class SequenceReader:
@@ -78,7 +80,7 @@ class SequenceReader:
         """
         rows = zip(draws, self.windows(draws), strict=True)
         tokens = np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
-        return Rows(tokens, [()] * len(draws))
+        return Rows(tokens, [()] * len(draws), tokens[:, 1:])
 
     @property
     def is_remote(self) -> bool:
@@ -139,12 +141,12 @@ class _MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         draws = self.draws(number)
-        tokens = torch.from_numpy(self.reader.read(draws).tokens)
+        rows = self.reader.read(draws)
         numbers = self.source_numbers
         return Batch(
             # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, and waits for it.
-            tokens[:, :-1].contiguous(),
-            tokens[:, 1:].contiguous(),
+            torch.from_numpy(rows.tokens[:, :-1]).contiguous(),
+            torch.from_numpy(rows.targets).contiguous(),
             sources_B=torch.tensor([numbers[draw.source, draw.replayed] for draw in draws]) if numbers else None,
         )
 

@@ -27,6 +27,8 @@ _CHECKSUM_BYTES = 8
 _TOUCH_SECONDS = 60.0  # a block's time of use is written at most this often by one process
 _OLD_SECONDS = 3600.0  # temporary files of this age belong to killed processes
 _LOCK_FILE = ".lock"
+PACKING_FOLDER = "packing"
+"""A folder beside those of the objects: packing indices (data/packing/), which are no blocks and are not removed."""
 
 
 class BlockCache:
@@ -151,7 +153,7 @@ def _stored_blocks(folder: Path) -> list[tuple[float, int, str]]:
     found = []
     now = time.time()
     for entry in list(os.scandir(folder)):
-        if not entry.is_dir(follow_symlinks=False):
+        if entry.name == PACKING_FOLDER or not entry.is_dir(follow_symlinks=False):
             continue
         blocks = list(os.scandir(entry.path))
         for block in blocks:

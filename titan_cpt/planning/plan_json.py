@@ -42,22 +42,20 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
 
 def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
     """One entry of `stages`: steps, tokens, data, learning rates and initial weights."""
+    tokens = stage.steps * plan.step_tokens
     datasets = {name: vars(use) for name, use in stage.use_by_dataset.items()}
     domains = {name: vars(use) for name, use in stage.use_by_source.items() if "." in name}
     return {
         "name": stage.name,
         "steps": stage.steps,
-        "tokens": stage.tokens,
-        "seq_len": stage.seq_len,
-        "batch_sizes": [[phase.first_step, phase.size] for phase in stage.batch_sizes.phases],
-        "local_batch_size": stage.local_batch_size,
+        "tokens": tokens,
         "start_lr": stage.lr_at(0),
         "peak_lr": stage.peak_lr,
         "final_lr": stage.final_lr,
-        "flops": stage.flops_per_token * stage.tokens,
+        "flops": plan.spec.flops_per_token(plan.seq_len) * tokens,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
         "pre_anneal_step": stage.pre_anneal_step,
-        "union_tokens": plan.tokens_before(stage) + stage.tokens,
+        "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
         "final_window": list(stage.final_window),
         "new_datasets": list(stage.datasets),
         "datasets": datasets,
