@@ -9,6 +9,7 @@ from pydantic import Field
 from titan_cpt.config.lr import LR
 from titan_cpt.config.types import (
     Fraction01,
+    GlobalBatchSize,
     Mixture,
     Name,
     NonNegativeFloat,
@@ -58,6 +59,14 @@ class StageConfig(Table):
     """Number of optimizer steps. Set either steps or tokens."""
     tokens: Tokens | None = None
     """Token budget, such as "300B", rounded up to whole steps. Set either steps or tokens."""
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    """Sequence length of this stage in tokens. Unset: training.seq_len."""
+    global_batch_size: GlobalBatchSize | None = None
+    """Sequences per optimizer step of this stage, over all ranks; or a batch-size ramp, a table from tokens of this
+    stage to sequences, such as { "0" = 256, "5B" = 1024 }: the size changes with the first step that begins at or after
+    that many tokens. Unset: training.global_batch_size."""
+    local_batch_size: PositiveInt | None = None
+    """Sequences per micro-batch of one data-parallel rank in this stage. Unset: training.local_batch_size."""
     init: str | None = None
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""

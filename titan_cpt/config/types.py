@@ -43,6 +43,29 @@ def _token_budget(value: Any) -> Any:
     return value
 
 
+def _global_batch_size(value: Any) -> Any:
+    """A number of sequences, or a ramp: a table from tokens, as they were written, to numbers of sequences."""
+    sizes = value if isinstance(value, dict) else {"0": value}
+    for key, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            at = f" at {key!r} tokens" if isinstance(value, dict) else ""
+            example = '{ "0" = 256, "5B" = 1024 }'
+            raise validation_error(
+                f"must be a number of sequences, 1 or more, or a ramp such as {example}, got {size!r}{at}"
+            )
+    begins: dict[int, str] = {}
+    for key in sizes:
+        try:
+            same = begins.setdefault(parse_tokens(key), key)
+        except ValueError as error:
+            raise validation_error(f"the keys of a ramp are tokens of the stage: {error}") from None
+        if same != key:
+            raise validation_error(f"{same!r} and {key!r} are the same number of tokens: remove one of them")
+    if 0 not in begins:
+        raise validation_error(f'a ramp needs the key "0", the batch size at the beginning, got {quoted_list(sizes)}')
+    return value
+
+
 def _end_point(value: Any) -> Any:
     allowed = 'a fraction of the stage (a float in [0, 1]), a step (an integer) or tokens (such as "3B")'
     if isinstance(value, str):
@@ -106,6 +129,9 @@ def _to_toml(value: Any) -> Any:
 
 EndPoint = Annotated[float | int | str, PlainValidator(_end_point), PlainSerializer(_to_toml)]
 """A point within a stage: a float in [0, 1] is a fraction of the stage, an integer a step, a string tokens ("3B")."""
+
+GlobalBatchSize = Annotated[int | dict[str, int], PlainValidator(_global_batch_size)]
+"""Sequences of a step, or a ramp: a table from tokens of the stage ("5B") to sequences, with the key "0"."""
 
 Tokens = Annotated[int, PlainValidator(_token_budget)]
 Name = Annotated[str, AfterValidator(_name)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 
@@ -32,6 +34,31 @@ class BatchSizes:
         """Every step has `size` sequences."""
         return cls((BatchPhase(0, 0, size),))
 
+    @classmethod
+    def ramp(cls, sizes: Sequence[tuple[int, int]], *, seq_len: int) -> BatchSizes:
+        """A batch-size ramp: each size begins with the first step that begins at or after its number of tokens.
+
+        Args:
+            sizes: (tokens of the stage, sequences of a step) in ascending order; the first one begins at 0.
+            seq_len: tokens of a sequence.
+        """
+        phases: list[BatchPhase] = []
+        for tokens, size in sizes:
+            step = sequence = 0
+            if phases:
+                last = phases[-1]
+                steps = max(0, -(-(tokens - last.first_sequence * seq_len) // (last.size * seq_len)))
+                step, sequence = last.first_step + steps, last.first_sequence + steps * last.size
+                if not steps:  # the step before the last threshold went beyond this one too
+                    phases.pop()
+            if not phases or phases[-1].size != size:
+                phases.append(BatchPhase(step, sequence, size))
+        return cls(tuple(phases))
+
+    def within(self, steps: int) -> tuple[BatchPhase, ...]:
+        """The phases that begin in the first `steps` steps."""
+        return tuple(phase for phase in self.phases if phase.first_step < steps)
+
     def at(self, step: int) -> int:
         """The global batch size of a 0-based step, in sequences."""
         return self._phase_of_step(step).size
@@ -45,6 +72,13 @@ class BatchSizes:
         """The 0-based step that contains a 0-based sequence of the stage."""
         phase = self.phases[bisect_right(self.phases, sequence, key=lambda each: each.first_sequence) - 1]
         return phase.first_step + (sequence - phase.first_sequence) // phase.size
+
+    def step_at(self, sequences: Fraction) -> Fraction:
+        """The exact point in steps at which a number of sequences is trained; also after the last step."""
+        phase = max(
+            (each for each in self.phases if each.first_sequence <= sequences), key=lambda each: each.first_step
+        )
+        return Fraction(phase.first_step) + (sequences - phase.first_sequence) / phase.size
 
     def _phase_of_step(self, step: int) -> BatchPhase:
         return self.phases[bisect_right(self.phases, step, key=lambda each: each.first_step) - 1]

@@ -15,6 +15,7 @@ from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import parallel_dims_of
+from titan_cpt.planning.stages.own_batch import named_as_set, with_own_batch
 
 _PARALLELISM = "parallelism."
 
@@ -56,9 +57,12 @@ def parallel_problems(config: Config, spec: ModelSpec, world_size: int) -> Itera
         if unknown:
             yield unknown
             return  # the other rules need a schedule that exists
+    stages = [(RuleInput(with_own_batch(config, stage), spec, world_size), stage) for stage in config.stages]
     for rule in RULES:
-        if rule.problem is not _unknown_schedule and (problem := rule.problem(inputs)):
-            yield problem
+        if rule.problem is not _unknown_schedule:
+            usual = rule.problem(inputs)  # validation has the batch of [training]
+            own = (named_as_set(problem, stage) for each, stage in stages if (problem := rule.problem(each)))
+            yield from dict.fromkeys([*([usual] if usual else []), *own])
 
 
 def _unknown_schedule(inputs: RuleInput) -> str | None:

@@ -18,12 +18,14 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
     """
     yield from _degree_lines(plan)
     costs = plan.footprint
+    largest = max(plan.footprints, key=lambda name: plan.footprints[name].memory)
+    of_stage = f" in stage {largest!r}" if len({*plan.footprints.values()}) > 1 else ""
     unit = _unit(costs.memory)
     parts = ", ".join(f"{name} {_in(unit, size)}" for name, size in memory_parts(costs).items() if size)
     if costs.overlap_bytes:
         overlap = f"{_in(unit, costs.overlap_bytes)} {unit}"
         parts += f"; {overlap} less than their sum, as not all are in memory at the same time"
-    yield f"estimated memory per rank: {_in(unit, costs.memory)} {unit} ({parts})"
+    yield f"estimated memory per rank{of_stage}: {_in(unit, costs.memory)} {unit} ({parts})"
     if costs.host:
         yield f"host memory per rank: {_with_unit(costs.host)} (parameters, gradients, optimizer)"
     if costs.traffic.total:

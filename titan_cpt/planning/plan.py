@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.data.batch_sizes import BatchSizes
-from titan_cpt.data.mixture import Draw, Tree, draws, leaves
+from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import ModelSpec
@@ -145,6 +145,10 @@ class StagePlan:
         """A number from 0 for every (source, whether it is replayed) of the mixture."""
         return {(leaf.source, leaf.replayed): number for number, leaf in enumerate(leaves(self.tree))}
 
+    def leaf_counts(self, steps: int | None = None) -> dict[Leaf, int]:
+        """Number of sequences of every leaf of the mixture in the first `steps` steps, or in all of them."""
+        return leaf_counts(self.tree, self.batch_sizes.sequences_before(self.steps if steps is None else steps))
+
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
         return lr_schedules.lr_at(self.schedule, step + 1)
@@ -179,12 +183,11 @@ class Plan:
     """The plan of a run on a given number of ranks.
 
     Attributes:
-        parallel_dims: parallelism degrees.
+        parallel_dims: parallelism degrees, with the pipeline micro-batches of training.local_batch_size.
+        stage_dims: parallelism degrees by stage; stages differ only in their pipeline micro-batches.
         data_parallel: data-parallel degree: number of ranks, or groups of ranks, that train on different sequences.
-        footprint: memory and communication of a rank.
+        footprints: memory and communication of a rank, by stage.
         seq_len, global_batch_size, local_batch_size: those of [training]; a stage may have others.
-        gradient_accumulation_steps: local batches of one data-parallel rank in an optimizer step, with those of
-            [training].
         sequences: number of sequences of every source; None while its files do not exist.
         base_recipe: the settings that must not change during the run, by dotted key.
         notes: warnings, shown before training.
@@ -199,8 +202,8 @@ class Plan:
     local_batch_size: int
     parallel_dims: ParallelDims
     data_parallel: int
-    footprint: Footprint
-    gradient_accumulation_steps: int
+    stage_dims: Mapping[str, ParallelDims]
+    footprints: Mapping[str, Footprint]
     sequences: Mapping[str, int | None]
     base_recipe: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -214,6 +217,16 @@ class Plan:
     def step_tokens(self) -> int:
         """Tokens of one optimizer step over all ranks, with the batch of [training]; a stage may have another."""
         return self.global_batch_size * self.seq_len
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Local batches of a data-parallel rank in a step, with the batch of [training]; a stage may have another."""
+        return self.global_batch_size // (self.data_parallel * self.local_batch_size)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Memory and communication of a rank in the stage that needs the most memory."""
+        return max(self.footprints.values(), key=lambda costs: costs.memory)
 
     @property
     def fingerprint(self) -> str:

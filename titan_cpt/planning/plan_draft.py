@@ -31,13 +31,3 @@ class PlanDraft:
     stages: dict[str, StagePlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def step_sequences(self) -> int:
-        """Sequences of one optimizer step over all ranks."""
-        return self.config.training.global_batch_size
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.step_sequences * self.config.training.seq_len

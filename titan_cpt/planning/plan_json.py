@@ -18,7 +18,7 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
     Args:
         device_bytes: memory of a device; `fits` is null without it.
     """
-    stages = [stage_as_json(plan, stage, index) for index, stage in enumerate(plan.stages)]
+    stages = [stage_as_json(plan, stage) for stage in plan.stages]
     total = sum(stage["tokens"] for stage in stages)
     return {
         "name": plan.name,
@@ -40,22 +40,25 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
     }
 
 
-def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
-    """One entry of `stages`: steps, tokens, data, learning rates and initial weights."""
-    tokens = stage.steps * plan.step_tokens
+def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
+    """One entry of `stages`: steps, tokens, batch, data, learning rates and initial weights."""
     datasets = {name: vars(use) for name, use in stage.use_by_dataset.items()}
     domains = {name: vars(use) for name, use in stage.use_by_source.items() if "." in name}
     return {
         "name": stage.name,
         "steps": stage.steps,
-        "tokens": tokens,
+        "tokens": stage.tokens,
+        "seq_len": stage.seq_len,
+        "batch_sizes": [[phase.first_step, phase.size] for phase in stage.batch_sizes.within(stage.steps)],
+        "local_batch_size": stage.local_batch_size,
         "start_lr": stage.lr_at(0),
         "peak_lr": stage.peak_lr,
         "final_lr": stage.final_lr,
-        "flops": plan.spec.flops_per_token(plan.seq_len) * tokens,
+        "flops": stage.flops_per_token * stage.tokens,
+        "flops_per_token": stage.flops_per_token,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
         "pre_anneal_step": stage.pre_anneal_step,
-        "union_tokens": sum(s.steps for s in plan.stages[: index + 1]) * plan.step_tokens,
+        "union_tokens": plan.tokens_before(stage) + stage.tokens,
         "final_window": list(stage.final_window),
         "new_datasets": list(stage.datasets),
         "datasets": datasets,
@@ -64,9 +67,13 @@ def stage_as_json(plan: Plan, stage: StagePlan, index: int) -> dict[str, Any]:
 
 
 def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
-    """The entry `layout`: parallelism degrees, layers of each pipeline rank, memory and communication."""
+    """The entry `layout`: parallelism degrees, layers of each pipeline rank, memory and communication.
+
+    The numbers are those of the stage that needs the most memory; `stages` has some of every stage.
+    """
     dims = plan.parallel_dims
     costs = plan.footprint
+    stages = {stage.name: _costs_as_json(plan, stage, device_bytes) for stage in plan.stages}
     return {
         **{name: getattr(dims, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")},
         "schedule": dims.schedule if dims.pp > 1 else None,
@@ -84,6 +91,7 @@ def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, A
         },
         "bytes_sent_per_step": {**traffic_parts(costs), "total": costs.traffic.total},
         "fits": None if device_bytes is None else fits(costs, device_bytes),
+        "stages": stages,
     }
 
 
@@ -118,6 +126,18 @@ def memory_parts(costs: Footprint) -> dict[str, int]:
 def traffic_parts(costs: Footprint) -> dict[str, int]:
     """Bytes that a rank sends in a step, by parallelism technique."""
     return {name: getattr(costs.traffic, name) for name in ("fsdp", "tensor", "context", "pipeline")}
+
+
+def _costs_as_json(plan: Plan, stage: StagePlan, device_bytes: int | None) -> dict[str, Any]:
+    """Gradient accumulation of every batch size of a stage, its memory and its communication."""
+    costs = plan.footprints[stage.name]
+    return {
+        "accumulation": [plan.accumulation(stage, phase.first_step) for phase in stage.batch_sizes.within(stage.steps)],
+        "microbatches": plan.stage_dims[stage.name].microbatches,
+        "bytes_per_rank": costs.memory,
+        "bytes_sent_per_step": costs.traffic.total,
+        "fits": None if device_bytes is None else fits(costs, device_bytes),
+    }
 
 
 def _contents_as_json(contents: PipelineRankContents) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from titan_cpt.config.stages import StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
 from titan_cpt.planning.stages.mixture import normalized_weights
+from titan_cpt.planning.stages.own_batch import batch_recipe
 from titan_cpt.planning.stages.schedule import final_lr
 
 
@@ -61,6 +62,7 @@ def stage_recipe(
     names = sorted({*stage.dataset, *replayed})
     return {
         "steps": steps,
+        **batch_recipe(config, stage),
         "dataset": _as_text(stage.dataset),
         "domain_weights": {
             name: {domain: table.weight for domain, table in sorted(config.datasets[name].domains.items())}

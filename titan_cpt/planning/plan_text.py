@@ -5,7 +5,7 @@ Every line fits the console's width, except where a single word, such as a path,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from rich.console import Console
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
     """
     width = console.width
     _print(console, f"{plan.name}  plan {plan.fingerprint}", bold=len(plan.name))
-    for line in (_model_line(plan), _step_line(plan)):
+    for line in (_model_line(plan), *_step_lines(plan)):
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
@@ -75,21 +75,40 @@ def _model_line(plan: Plan) -> str:
     return f"model: {spec.family}, {spec.parameters:,} parameters ({without})"
 
 
-def _step_line(plan: Plan) -> str:
-    accumulation = plan.gradient_accumulation_steps
-    return (
-        f"step: {plan.global_batch_size} sequences x {plan.seq_len} = {plan.step_tokens:,} tokens; "
-        f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel x "
-        f"{plan.local_batch_size} sequences"
-        + (f" x {accumulation} gradient accumulation steps" if accumulation > 1 else ", no gradient accumulation")
-    )
+def _step_lines(plan: Plan) -> Iterator[str]:
+    """A line for the steps of all stages, or one for the steps of each stage and each batch size of a ramp."""
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}, {plan.data_parallel} data-parallel"
+    steps = {stage.name: list(_step_phases(plan, stage)) for stage in plan.stages}
+    usual = next(iter(steps.values()))
+    if len(usual) == 1 and all(phases == usual for phases in steps.values()):
+        _, tokens, local = usual[0]
+        yield f"step: {tokens}; {ranks} x {local}"
+        return
+    yield f"steps of {ranks} rank{'s' * (plan.data_parallel > 1)}:"
+    for stage in plan.stages:
+        of_rank = f"{stage.flops_per_token:.2e} FLOPs per token, {memory(plan.footprints[stage.name].memory / 2**30)}"
+        for first, tokens, local in steps[stage.name]:
+            begins = f" from step {first + 1:,}" if first else ""
+            yield f"  {stage.name}{begins}: {tokens}; {local}" + ("" if first else f"; {of_rank} per rank")
+
+
+def _step_phases(plan: Plan, stage: StagePlan) -> Iterator[tuple[int, str, str]]:
+    """The first step of each batch size, its tokens, and what a data-parallel rank computes, in words."""
+    for phase in stage.batch_sizes.within(stage.steps):
+        accumulation = plan.accumulation(stage, phase.first_step)
+        accumulated = f" x {accumulation} gradient accumulation steps"
+        yield (
+            phase.first_step,
+            f"{phase.size} sequences x {stage.seq_len} = {phase.size * stage.seq_len:,} tokens",
+            f"{stage.local_batch_size} sequences" + (accumulated if accumulation > 1 else ", no gradient accumulation"),
+        )
 
 
 def _stage_lines(plan: Plan, width: int) -> list[str]:
     """The table of stages, a line each; if that is wider than `width`, a second line has the weights and the data."""
     rows = [
         ["stage", "from", "steps", "tokens", "LR start", "peak", "end", "data (replay), epochs", "FLOPs"],
-        *(_row(plan, stage, index) for index, stage in enumerate(plan.stages)),
+        *(_row(plan, stage) for stage in plan.stages),
     ]
     data = [_uses(stage) for stage in plan.stages]
     for row, uses in zip(rows[1:], data, strict=True):
@@ -123,8 +142,8 @@ def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(aligned).rstrip()
 
 
-def _row(plan: Plan, stage: StagePlan, index: int) -> list[str]:
-    row = stage_as_json(plan, stage, index)
+def _row(plan: Plan, stage: StagePlan) -> list[str]:
+    row = stage_as_json(plan, stage)
     init = stage.init if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
     lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
     tokens = shortest_count(row["tokens"])
@@ -178,15 +197,14 @@ def _bar(height: float, level: int) -> str:
 
 
 def _cost_lines(plan: Plan, keep_latest_k: int) -> list[str]:
-    flops = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens
-    total = sum(stage.steps for stage in plan.stages)
-    lines = [f"total: {shortest_count(total * plan.step_tokens)} tokens, {flops * total:.2e} FLOPs"]
+    total = sum(stage.tokens for stage in plan.stages)
+    flops = sum(stage.flops_per_token * stage.tokens for stage in plan.stages)
+    lines = [f"total: {shortest_count(total)} tokens, {flops:.2e} FLOPs"]
     if len(plan.stages) > 1:
         last = plan.stages[-1]
         lines.append(
-            f"continual pre-training on {last.name!r}: {shortest_count(last.steps * plan.step_tokens)} tokens; "
-            f"retraining from scratch on all data: {shortest_count(total * plan.step_tokens)} "
-            f"(ratio {last.steps / total:.2f})"
+            f"continual pre-training on {last.name!r}: {shortest_count(last.tokens)} tokens; "
+            f"retraining from scratch on all data: {shortest_count(total)} (ratio {last.tokens / total:.2f})"
         )
     disk = plan.disk_bytes(keep_latest_k)
     return [*lines, f"checkpoints: up to {memory(disk / 2**30)} of disk space"]

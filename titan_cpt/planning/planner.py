@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
+from titan_cpt.data.mixture import leaf_counts
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.registry import has_family_module
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.input_notes import input_notes
-from titan_cpt.planning.memory import footprint
+from titan_cpt.planning.memory import Footprint, footprint
 from titan_cpt.planning.model_spec import model_spec
 from titan_cpt.planning.parallel import memory_inputs, parallel_dims_of
 from titan_cpt.planning.parallel_rules import parallel_problems
@@ -24,6 +24,14 @@ from titan_cpt.planning.stages.data_budget import count_sequences, dataset_use, 
 from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
 from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
 from titan_cpt.planning.stages.notes import stage_notes
+from titan_cpt.planning.stages.own_batch import (
+    batch_problems,
+    batch_sizes_of,
+    local_batch_size_of,
+    ramp_notes,
+    seq_len_of,
+    with_own_batch,
+)
 from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
 from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
 
@@ -43,16 +51,20 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     draft.problems += [*parallel_problems(config, spec, world_size), *_plugin_problems(config)]
     draft.notes += input_notes(config, inventory, spec)
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
-    accumulation = _gradient_accumulation_steps(config, dims, draft.problems)
+    draft.problems += batch_problems(config, dims)
     draft.sequences = count_sequences(config, inventory, draft.problems)
     for stage in config.stages:
         plan = _plan_stage(draft, stage)
         draft.stages[stage.name] = plan
-        draft.notes += stored_order_notes(plan, draft.step_sequences, inventory.sequences)
+        draft.notes += [*stored_order_notes(plan, inventory.sequences), *ramp_notes(plan, stage)]
     if draft.problems:
         raise PlanError(_message(config.job.name, draft.problems))
     stages = tuple(draft.stages.values())
     draft.notes += stage_notes(stages)
+    stage_dims = {stage.name: parallel_dims_of(with_own_batch(config, stage), world_size) for stage in config.stages}
+    costs = {
+        stage.name: _footprint(draft, stage, stage_dims[stage.name], gpu_bytes=gpu_bytes) for stage in config.stages
+    }
     return Plan(
         name=config.job.name,
         spec=spec,
@@ -63,8 +75,8 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         local_batch_size=config.training.local_batch_size,
         parallel_dims=dims,
         data_parallel=dims.data_parallel,
-        footprint=footprint(spec, dims, memory_inputs(config, dims, accumulation, gpu_bytes=gpu_bytes)),
-        gradient_accumulation_steps=accumulation,
+        stage_dims=stage_dims,
+        footprints=costs,
         sequences=draft.sequences,
         base_recipe=base_recipe(config, spec),
         notes=tuple(draft.notes),
@@ -84,26 +96,21 @@ def _plugin_problems(config: Config) -> Iterator[str]:
             yield f"validation.metrics: not supported with parallelism.{degree} > 1: remove them, or set it to 1"
 
 
-def _gradient_accumulation_steps(config: Config, dims: ParallelDims, problems: list[str]) -> int:
-    """Local batches of one data-parallel rank in an optimizer step."""
-    training = config.training
-    per_pass = dims.data_parallel * training.local_batch_size
-    if training.global_batch_size % per_pass:
-        sequences, remainder = divmod(training.global_batch_size, dims.data_parallel)
-        sizes = range(1, training.local_batch_size + 1)
-        fits = "" if remainder else f" (local_batch_size {max(n for n in sizes if sequences % n == 0)} fits)"
-        problems.append(
-            f"training.global_batch_size: {training.global_batch_size} is not a multiple of data-parallel ranks "
-            f"({dims.data_parallel}) x training.local_batch_size ({training.local_batch_size}) = {per_pass}: "
-            f"change one of the two{fits}, or the number of ranks"
-        )
-    return training.global_batch_size // per_pass
+def _footprint(draft: PlanDraft, stage: StageConfig, dims: ParallelDims, *, gpu_bytes: int | None) -> Footprint:
+    """Memory and communication of a rank in a stage, in the largest of its batch sizes."""
+    plan = draft.stages[stage.name]
+    largest = max(phase.size for phase in plan.batch_sizes.within(plan.steps))
+    accumulation = largest // (dims.data_parallel * plan.local_batch_size)
+    inputs = memory_inputs(with_own_batch(draft.config, stage), dims, accumulation, gpu_bytes=gpu_bytes)
+    return footprint(plan.spec, dims, inputs)
 
 
 def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     config = draft.config
-    steps = stage_steps(stage, draft.step_tokens)
-    points = end_points(stage, steps, draft.step_tokens)
+    seq_len = seq_len_of(config, stage)
+    batch_sizes = batch_sizes_of(config, stage)
+    steps = stage_steps(stage, batch_sizes, seq_len=seq_len)
+    points = end_points(stage, steps, batch_sizes.at(0) * seq_len)
     try:
         schedule = schedule_of(stage, steps, points)
     except ValueError as error:
@@ -113,6 +120,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     history = history_of(draft, init)
     new = new_data_leaves(draft, stage, history)
     tree, shares = mixture_tree(stage, new, replay_leaves(draft, stage, history, init))
+    counts = leaf_counts(tree, batch_sizes.sequences_before(steps))
     window = config.validation.final_window_steps, config.validation.final_window_every
     plan = StagePlan(
         name=stage.name,
@@ -126,14 +134,14 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         history=history,
         tree=tree,
         shares=shares,
-        use_by_dataset=dataset_use(draft, tree, steps, by_source=False),
-        use_by_source=dataset_use(draft, tree, steps, by_source=True),
+        use_by_dataset=dataset_use(draft, counts, seq_len=seq_len, by_source=False),
+        use_by_source=dataset_use(draft, counts, seq_len=seq_len, by_source=True),
         final_window=final_window(steps, *window),
         recipe=stage_recipe(config, stage, steps, points, init),
         spec=draft.spec,
-        seq_len=config.training.seq_len,
-        batch_sizes=BatchSizes.constant(config.training.global_batch_size),
-        local_batch_size=config.training.local_batch_size,
+        seq_len=seq_len,
+        batch_sizes=batch_sizes,
+        local_batch_size=local_batch_size_of(config, stage),
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

@@ -8,15 +8,16 @@ from fractions import Fraction
 
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
-from titan_cpt.data.mixture import Tree, leaf_counts
+from titan_cpt.data.mixture import Leaf
 from titan_cpt.planning.plan import DatasetUse, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 
 
-def stage_steps(stage: StageConfig, step_tokens: int) -> int:
+def stage_steps(stage: StageConfig, batch_sizes: BatchSizes, *, seq_len: int) -> int:
     """The optimizer steps of a stage; a token budget is rounded up to whole steps."""
-    return stage.steps or math.ceil(Fraction(stage.tokens or 0, step_tokens))
+    return stage.steps or math.ceil(batch_sizes.step_at(Fraction(stage.tokens or 0, seq_len)))
 
 
 def count_sequences(config: Config, inventory: DataInventory, problems: list[str]) -> dict[str, int | None]:
@@ -47,18 +48,25 @@ def count_sequences(config: Config, inventory: DataInventory, problems: list[str
     return sequences
 
 
-def dataset_use(draft: PlanDraft, tree: Tree, steps: int, *, by_source: bool) -> dict[str, DatasetUse]:
-    """What a stage takes from every dataset, or from every source (`dataset` or `dataset.domain`) with `by_source`."""
+def dataset_use(
+    draft: PlanDraft, counts: Mapping[Leaf, int], *, seq_len: int, by_source: bool
+) -> dict[str, DatasetUse]:
+    """What a stage takes from every dataset, or from every source (`dataset` or `dataset.domain`) with `by_source`.
+
+    Args:
+        counts: number of sequences of every leaf in the stage.
+        seq_len: tokens of a sequence.
+    """
 
     def name_of(source: str) -> str:
         return source if by_source else source.partition(".")[0]
 
     new: dict[str, int] = {}
     replayed: dict[str, int] = {}
-    for leaf, count in leaf_counts(tree, steps * draft.step_sequences).items():
+    for leaf, count in counts.items():
         used = replayed if leaf.replayed else new
         name = name_of(leaf.source)
-        used[name] = used.get(name, 0) + count * draft.config.training.seq_len
+        used[name] = used.get(name, 0) + count * seq_len
     sizes: dict[str, int | None] = {}
     for source, tokens in draft.inventory.tokens.items():
         so_far = sizes.get(name_of(source), 0)
@@ -71,14 +79,14 @@ def dataset_use(draft: PlanDraft, tree: Tree, steps: int, *, by_source: bool) ->
     return use
 
 
-def stored_order_notes(stage: StagePlan, step_sequences: int, stored_sequences: Mapping[str, int]) -> list[str]:
+def stored_order_notes(stage: StagePlan, stored_sequences: Mapping[str, int]) -> list[str]:
     """A note for every source whose stored order ends before the stage does, and is then repeated.
 
     Args:
         stored_sequences: length of the stored order, of the sources that have one.
     """
     notes = []
-    for leaf, count in leaf_counts(stage.tree, stage.steps * step_sequences).items():
+    for leaf, count in stage.leaf_counts().items():
         length = stored_sequences.get(leaf.source, 0)
         if not leaf.replayed and leaf.first < length < leaf.first + count:
             notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.mixture import leaf_counts, round_fraction
+from titan_cpt.data.mixture import round_fraction
 from titan_cpt.planning.plan import StageCheckpoint, TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft
 
@@ -43,10 +43,10 @@ def history_of(draft: PlanDraft, init: StageCheckpoint | str) -> TrainingHistory
     if isinstance(init, str):
         return TrainingHistory(0, {}, {}, {})
     stage = draft.stages[init.stage]
-    sequences = init.steps_done * draft.step_sequences
+    sequences = stage.batch_sizes.sequences_before(init.steps_done)
     trained = dict(stage.history.trained)
     replayed = dict(stage.history.replayed)
-    for leaf, count in leaf_counts(stage.tree, sequences).items():
+    for leaf, count in stage.leaf_counts(init.steps_done).items():
         (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
     exposure = dict(stage.history.exposure)
     for name, share in stage.shares.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from titan_cpt.config.stages import ReplayConfig, StageConfig
-from titan_cpt.data.mixture import Leaf, leaf_counts
+from titan_cpt.data.mixture import Leaf
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan, TrainingHistory, ancestors
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.stages.mixture import normalized_weights, weighted_leaves
@@ -32,7 +32,7 @@ def replay_leaves(
 def check_replay_lasts(draft: PlanDraft, plan: StagePlan, replay: ReplayConfig) -> None:
     """Compare the sequences that the stage replays with those that its weights have seen."""
     where = f"stages.{plan.name}.replay"
-    for leaf, count in leaf_counts(plan.tree, plan.steps * draft.step_sequences).items():
+    for leaf, count in plan.leaf_counts().items():
         needed = leaf.first + count
         if not leaf.replayed or leaf.seen is None or needed <= leaf.seen:
             continue

@@ -42,9 +42,9 @@ def test_a_stored_order_that_ends_before_its_stage_is_noted(two_stages, make):
     plan = make(two_stages)
     first, second = plan.stages
 
-    assert stored_order_notes(first, 20, {}) == stored_order_notes(first, 20, {"pile": 2000}) == []
-    assert stored_order_notes(second, 20, {"pile": 100}) == []
-    assert stored_order_notes(first, 20, {"pile": 1999}) == [
+    assert stored_order_notes(first, {}) == stored_order_notes(first, {"pile": 2000}) == []
+    assert stored_order_notes(second, {"pile": 100}) == []
+    assert stored_order_notes(first, {"pile": 1999}) == [
         "stages.first: the stored order of pile has 1999 sequences, and 2000 are needed: it is repeated from its "
         "beginning"
     ]
