@@ -13,7 +13,7 @@ OWN_FAMILIES = ("gpt_neox", "llama")
 
 
 class RopeScalingConfig(Table):
-    """[model.rope_scaling]: RoPE scaling for context extension (Llama family: Llama 3 or YaRN)."""
+    """[model.rope_scaling]: RoPE scaling for context extension (Llama 3 or YaRN)."""
 
     kind: Literal["llama3", "yarn"]
     """The scaling rule: that of Llama 3.1, or YaRN."""
@@ -70,7 +70,7 @@ class ModelConfig(Table):
     rope_base: PositiveFloat | None = None
     """Base of the RoPE frequencies (theta)."""
     rope_scaling: RopeScalingConfig | None = None
-    """RoPE scaling for context extension (Llama family)."""
+    """RoPE scaling for context extension. Unset: the size's, or none."""
     norm_eps: PositiveFloat | None = None
     """Epsilon of LayerNorm or RMSNorm."""
     parallel_residual: bool | None = None

@@ -27,8 +27,9 @@ from torch.distributed.tensor.experimental._context_parallel import (
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from titan_cpt.models.common.document_attention import Documents, document_attention
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables, rotate
+from titan_cpt.models.common.layers import RotaryCausalAttention, rotate
 from titan_cpt.models.common.ops import attention
 
 
@@ -58,24 +59,29 @@ class ContextParallelAttention(nn.Module):
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
-        self.rotary_width = plain.rotary_width
-        self.rope_base = plain.rope_base
-        self.scaling = plain.scaling
+        self.tables = plain.tables
         self.window = plain.window
 
-    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
+    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor, documents: Documents | None = None) -> Tensor:
         """Attention's output for this rank's positions, out_BPNH; k and v may have fewer heads (GQA)."""
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own = q_BPNH.shape[1]
         device = q_BPNH.device
         positions_P = local_positions(own * degree, rank, degree).to(device)
-        cos_PR, sin_PR = rotary_tables(
-            positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
-        )
+        cos_PR, sin_PR = self.tables(positions_P, documents)
         q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNLH = _in_sequence_order(k_BNPH, self.group)
         v_BNLH = _in_sequence_order(v_BPNH.transpose(1, 2), self.group)
+        firsts = (rank * own // 2, (2 * degree - 1 - rank) * own // 2)
+        if documents is not None and documents.starts_BP is not None:
+            parts = [
+                document_attention(
+                    half, k_BNLH, v_BNLH, documents=documents, window=self.window, first=first, offset=offset
+                )
+                for half, first, offset in zip(q_BNPH.chunk(2, dim=2), firsts, (0, own // 2), strict=True)
+            ]
+            return torch.cat(parts, dim=2).transpose(1, 2)
         group = q_BNPH.shape[1] // k_BNLH.shape[1]
         # After the all-gather: fused kernels with a mask need as many key heads as query heads.
         k_BNLH, v_BNLH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNLH, v_BNLH))
@@ -83,7 +89,7 @@ class ContextParallelAttention(nn.Module):
         out: list[Tensor] = []
         chunk = own // 2
         window = own * degree if self.window is None else self.window
-        for half, first in zip(q_BNPH.chunk(2, dim=2), (rank * chunk, (2 * degree - 1 - rank) * chunk), strict=True):
+        for half, first in zip(q_BNPH.chunk(2, dim=2), firsts, strict=True):
             start, end = max(0, first - window + 1), first + chunk  # the keys that this chunk attends to
             mask = torch.ones(chunk, end - start, dtype=torch.bool, device=device)
             mask = mask.tril(first - start).triu(first - start - window + 1)  # p attends to p - window + 1 ... p
@@ -104,20 +110,17 @@ class RingAttention(nn.Module):
         super().__init__()
         assert plain.window is None, "torch's ring attention has no sliding window; the plan refuses this"
         self.group = mesh.get_group()
-        self.rotary_width = plain.rotary_width
-        self.rope_base = plain.rope_base
-        self.scaling = plain.scaling
+        self.tables = plain.tables
         _enable_context_parallel_dispatcher()
         style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
         self.attend = parallelize_module(_CausalAttention(), mesh, style)
 
-    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor) -> Tensor:
+    def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor, documents: Documents | None = None) -> Tensor:
         """Attention's output for this rank's positions, out_BPNH; k and v may have fewer heads (GQA)."""
+        assert documents is None or documents.starts_BP is None, "the plan refuses a document mask with ring attention"
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         positions_P = local_positions(q_BPNH.shape[1] * degree, rank, degree).to(q_BPNH.device)
-        cos_PR, sin_PR = rotary_tables(
-            positions_P, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
-        )
+        cos_PR, sin_PR = self.tables(positions_P, documents)
         q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
         k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
         group = q_BPNH.shape[2] // k_BPNH.shape[2]

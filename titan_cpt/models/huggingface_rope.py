@@ -14,11 +14,10 @@ Contradicting values are rejected. A key that only version 5 knows is read as in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from titan_cpt.models.huggingface_keys import Keys
-from titan_cpt.models.spec import ROPE_SCALINGS, RopeScaling
+from titan_cpt.models.spec import ROPE_SCALINGS, Rope, RopeScaling
 
 _LENGTH = "original_max_position_embeddings"
 _KNOWN = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", _LENGTH, "truncate"}
@@ -26,17 +25,8 @@ _KNOWN |= {number for numbers in ROPE_SCALINGS.values() for number in numbers}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-@dataclass(frozen=True)
-class Rope:
-    """RoPE settings: base of the wavelengths, fraction of each head that is rotated, and scaling (None: none)."""
-
-    base: float
-    fraction: float
-    scaling: RopeScaling | None
-
-
-def read_rope(keys: Keys, *, base: str, fraction: str) -> Rope:
-    """Read the RoPE settings, and add problems to `keys.problems`.
+def read_rope(keys: Keys, *, base: str, fraction: str) -> tuple[Rope, float]:
+    """Read base and scaling, and the fraction of each head that is rotated; adds problems to `keys.problems`.
 
     Args:
         keys: the whole config.json.
@@ -56,7 +46,20 @@ def read_rope(keys: Keys, *, base: str, fraction: str) -> Rope:
     return read[0]
 
 
-def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, fraction: str) -> Rope:
+def rope_scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
+    """The object `rope_scaling` of config.json, as transformers 4 and 5 read it."""
+    common = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_seq_len,
+    }
+    if scaling.kind == "llama3":
+        return common | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    rotations = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    return common | rotations | {"attention_factor": scaling.attention_factor}
+
+
+def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, fraction: str) -> tuple[Rope, float]:
     """The settings from one of the two tables and the separate keys."""
     part = Keys({key: value for key, value in table.items() if value is not None}, _YARN, f"{name}.")
     part.table = {**part.table, **{key: table[key] for key in ("rope_theta", "partial_rotary_factor") if key in table}}
@@ -68,7 +71,7 @@ def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, fracti
             _contradiction(keys, outer, keys.table[outer], f"{name}.{inner}", table[inner])
     scaling = _scaling(keys, part, name)
     keys.problems += part.problems
-    return Rope(numbers[0], numbers[1], scaling)
+    return Rope(numbers[0], scaling), numbers[1]
 
 
 def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:

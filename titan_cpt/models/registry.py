@@ -16,7 +16,7 @@ from titan_cpt.common.plugins import Plugin, find_plugin, registered, what_is_re
 from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.model import OWN_FAMILIES
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.spec import ROPE_SCALINGS, ModelSpec, RopeScaling
+from titan_cpt.models.spec import RECORDED_IF_SET, ROPE_SCALINGS, ModelSpec, RopeScaling
 
 FAMILIES: tuple[str, ...] = OWN_FAMILIES
 """Names of titan_cpt's own families, which are the folders in titan_cpt/models."""
@@ -164,8 +164,10 @@ def spec_from_recipe(recipe: Mapping[str, Any]) -> ModelSpec:
     if (origin := recipe.get("plugins.model.family")) and family not in family_names():
         raise ConfigError(f"model.family: {family!r} was registered by {origin}, which is not installed: install it")
     kind = spec_class(family) if family in family_names() else None
-    names = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
-    if kind is None or sorted(names) != sorted(fields):
+    known = () if kind is None else dataclasses.fields(kind)
+    names = {field.name for field in known}
+    required = {field.name for field in known if field.metadata != RECORDED_IF_SET}
+    if kind is None or not required <= fields.keys() <= names:
         raise ConfigError(f"not the hyperparameters of a known model family ({', '.join(family_names())}): {fields}")
     if isinstance(fields.get("rope_scaling"), Mapping):
         fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
@@ -188,7 +190,7 @@ def _overrides_to(spec: ModelSpec, size: str) -> dict[str, Any] | None:
         {name.removeprefix("model."): value for name, value in each.as_recipe().items()}
         for each in (spec, named_size(spec.family, size, 1))
     )
-    wanted = {name: value for name, value in ours.items() if value != named[name]}
+    wanted = {name: value for name, value in ours.items() if value != named.get(name)}
     if None in wanted.values():
         return None
     if {"width", "heads"} & set(wanted):  # unless set, mlp_width and head_width are derived from width and heads

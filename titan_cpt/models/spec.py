@@ -46,6 +46,39 @@ class RopeScaling:
             object.__setattr__(self, "attention_factor", amplitude)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """The rotary position embedding that weights are trained with.
+
+    Attributes:
+        base: base of the wavelengths (theta).
+        scaling: RoPE scaling; None: none.
+    """
+
+    base: float
+    scaling: RopeScaling | None = None
+
+    def __str__(self) -> str:
+        """The settings as messages show them, such as "base 500,000, yarn x 4 of 2,048 tokens (beta_fast 16)"."""
+        scaling = self.scaling
+        if scaling is None:
+            return f"base {self.base:,.10g} without scaling"
+        plain = RopeScaling(kind=scaling.kind, factor=scaling.factor, original_seq_len=scaling.original_seq_len)
+        numbers = {name: getattr(scaling, name) for name in ROPE_SCALINGS[scaling.kind]}
+        other = [f"{name} {value:g}" for name, value in numbers.items() if value != getattr(plain, name)]
+        text = f"base {self.base:,.10g}, {scaling.kind} x {scaling.factor:g} of {scaling.original_seq_len:,} tokens"
+        return f"{text} ({', '.join(other)})" if other else text
+
+    def as_record(self) -> dict[str, Any]:
+        """The settings under the names that they have in a recipe, without `model.`."""
+        scaling = None if self.scaling is None else dataclasses.asdict(self.scaling)
+        return {"rope_base": self.base, "rope_scaling": scaling}
+
+
+RECORDED_IF_SET = {"recorded_if_set": True}
+"""Metadata of a spec's field that recipes lack while its value is None: it is younger than recipes of that family."""
+
+
 class ParameterSpec(NamedTuple):
     """One weight or bias of a model.
 
@@ -165,6 +198,24 @@ class ModelSpec(abc.ABC):
         """RoPE scaling for context extension; None: none."""
         return None
 
+    @property
+    def rope(self) -> Rope:
+        """The rotary position embedding: base and scaling."""
+        return Rope(self.rope_base, self.rope_scaling)
+
+    def with_rope(self, rope: Rope) -> "ModelSpec":
+        """The same model with another rotary position embedding.
+
+        Raises:
+            ConfigError: a value is invalid, or the family has no RoPE scaling.
+        """
+        if rope.scaling == self.rope_scaling:
+            return dataclasses.replace(self, rope_base=rope.base)
+        if all(field.name != "rope_scaling" for field in dataclasses.fields(self)):
+            raise ConfigError(f"model.rope_scaling: the family {self.family!r} has no RoPE scaling: leave it out")
+        changes: dict[str, Any] = {"rope_base": rope.base, "rope_scaling": rope.scaling}
+        return dataclasses.replace(self, **changes)
+
     @abc.abstractmethod
     def block_parameters(self) -> tuple[ParameterSpec, ...]:
         """Every parameter of one transformer block."""
@@ -220,7 +271,12 @@ class ModelSpec(abc.ABC):
 
     def as_recipe(self) -> dict[str, Any]:
         """Dotted config key -> value of every field, as in a run's recipe and in a checkpoint's manifest."""
-        return {f"model.{name}": value for name, value in sorted(dataclasses.asdict(self).items())}
+        unset = {
+            field.name
+            for field in dataclasses.fields(self)
+            if field.metadata == RECORDED_IF_SET and getattr(self, field.name) is None
+        }
+        return {f"model.{name}": value for name, value in sorted(dataclasses.asdict(self).items()) if name not in unset}
 
 
 def rope_scaling_problems(scaling: RopeScaling) -> list[str]:

@@ -137,13 +137,12 @@ def replay_curves(groups: Sequence[CurveGroup]) -> list[Curve]:
 
     def read(run: RunLog) -> dict[Place, float]:
         planned = _planned_replay(run)
-        lines = [line for line in run.trains if line.get("replayed_tokens") is not None and run.plan["step_tokens"]]
-        shares = {
-            (line["stage"], line["step"]): planned.get(
-                line["stage"], 100 * line["replayed_tokens"] / run.plan["step_tokens"]
-            )
-            for line in lines
-        }
+        shares = {}
+        for line in run.trains:
+            tokens = run.tokens.stages[line["stage"]].of_step(line["step"])
+            if line.get("replayed_tokens") is not None and tokens:
+                share = planned.get(line["stage"], 100 * line["replayed_tokens"] / tokens)
+                shares[line["stage"], line["step"]] = share
         return _thinned(_smoothed(shares))
 
     return [_curve(group, number, read) for number, group in enumerate(groups)]

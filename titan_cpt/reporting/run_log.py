@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.errors import DataError, TitanError
 
@@ -57,19 +59,21 @@ class RunLog:
         changes = [event.get("datasets", ()) for event in self.events if event["name"] == "validation_changed"]
         return not any(one["dataset"] in datasets for datasets in changes)
 
-    @property
-    def total_tokens(self) -> int:
-        """Planned tokens of all stages."""
-        return int(sum(stage["steps"] for stage in self.plan["stages"]) * self.plan["step_tokens"])
+    @cached_property
+    def tokens(self) -> PlannedTokens:
+        """The tokens of every step."""
+        return PlannedTokens(self.plan)
 
     def tokens_at(self, stage: str, step: int) -> int:
         """Tokens trained on after `step` steps of a stage, those of earlier stages included."""
-        before = 0
-        for each in self.plan["stages"]:
-            if each["name"] == stage:
-                break
-            before += each["steps"]
-        return int((before + step) * self.plan["step_tokens"])
+        return self.tokens.at(stage, step)
+
+    def seconds_of(self, line: Mapping[str, Any]) -> float:
+        """Duration of a training step, from its tokens and the throughput in its line; 0 if that is not recorded."""
+        speed = line.get("tokens_per_s")
+        if not isinstance(speed, int | float) or speed <= 0:
+            return 0.0
+        return self.tokens.stages[line["stage"]].of_step(line["step"]) / speed
 
 
 def read_run(path: Path) -> RunLog:
@@ -178,7 +182,8 @@ def read_plan(run: Path) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in ("name", "fingerprint", "step_tokens") if key not in plan]
         missing += [key for stage in plan["stages"] for key in _STAGE_KEYS if key not in stage]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        PlannedTokens({} if missing else plan)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else f"damaged ({error})"
         raise DataError(f"{path}: cannot be read: {why}. {_WRITTEN_AGAIN}") from None
     if missing:
@@ -198,8 +203,30 @@ def _plan_from_lines(
     stages = []
     union_tokens = 0
     for stage, count in steps.items():
-        tokens = count * step_tokens
+        sizes = _batch_sizes([line for line in trains if line["stage"] == stage], union_tokens, step_tokens)
+        known = {"name": stage, "steps": count, "seq_len": 1, "batch_sizes": sizes}
+        tokens = PlannedTokens({"stages": [known]}).total
         union_tokens += tokens
-        known = {"name": stage, "steps": count, "tokens": tokens, "union_tokens": union_tokens}
+        known |= {"tokens": tokens, "union_tokens": union_tokens}
         stages.append({**known, "new_datasets": [], "datasets": {}, "final_window": []})
     return {"name": name, "fingerprint": "", "step_tokens": step_tokens, "stages": stages}
+
+
+def _batch_sizes(lines: Sequence[Mapping[str, Any]], before: int, step_tokens: int) -> list[list[int]]:
+    """[first step, tokens of a step] of each phase of a stage, from the tokens in the lines of its steps.
+
+    Args:
+        before: tokens of earlier stages.
+        step_tokens: for steps whose tokens are not recorded.
+    """
+    sizes: list[list[int]] = []
+    done = 0
+    for line in lines:
+        tokens, step = line.get("tokens"), line["step"]
+        if not isinstance(tokens, int) or tokens < before or step <= done:
+            continue
+        each, rest = divmod(tokens - before, step - done)
+        sizes += [[done, each + 1], [done + rest, each]] if rest else [[done, each]]
+        done, before = step, tokens
+    merged = [size for index, size in enumerate(sizes) if not index or size[1] != sizes[index - 1][1]]
+    return merged or [[0, step_tokens]]

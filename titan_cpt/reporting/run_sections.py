@@ -93,8 +93,8 @@ def throughput_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 
 def _throughput_row(run: RunLog) -> list[str]:
     stages = summarize_log(run)["stages"]
-    seconds, timed, done = (sum(stage[key] for stage in stages) for key in ("seconds", "timed_steps", "steps_done"))
-    tokens = timed * run.plan["step_tokens"]
+    keys = ("seconds", "timed_steps", "timed_tokens", "steps_done")
+    seconds, timed, tokens, done = (sum(stage[key] for stage in stages) for key in keys)
     seen = sessions_of(run)
     ranks = seen.ranks
     mfus = [] if seen.on_cpu else [line["mfu"] for line in run.trains if line.get("mfu")]

@@ -102,9 +102,8 @@ def _until_last_step(run: RunLog, session: Sequence[Mapping[str, Any]]) -> float
     begin = run.tokens_at(placed[-1]["stage"], placed[-1]["step"])
     seconds = 0.0
     for line in run.trains:
-        tokens, speed = run.tokens_at(line["stage"], line["step"]), line.get("tokens_per_s")
-        if tokens > begin and isinstance(speed, int | float) and speed > 0:
-            seconds += run.plan["step_tokens"] / speed
+        if run.tokens_at(line["stage"], line["step"]) > begin:
+            seconds += run.seconds_of(line)
     return float(placed[-1]["time"] - session[0]["time"]) + seconds
 
 

@@ -153,4 +153,4 @@ def panel_points(form: Form, columns: int) -> tuple[float, float]:
 
 
 def _end(group: CurveGroup) -> int:
-    return max(run.total_tokens for run in group.runs)
+    return max(run.tokens.total for run in group.runs)

@@ -34,7 +34,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         adaptation: loss after the stage of each dataset that is new in it.
         tokens, replayed_tokens: planned tokens of each dataset. trained_tokens: those of the steps done.
         metrics: the last values of metrics of other packages, by metric and name; only if the stage has some.
-        seconds: duration of `timed_steps` steps; fewer than `steps_done` if lines of metrics.jsonl are missing.
+        seconds: duration of `timed_steps` steps, which had `timed_tokens`; fewer than `steps_done` if lines of
+            metrics.jsonl are missing.
 
     Raises:
         DataError: `folder` is not a run folder, or its plan.json cannot be read.
@@ -64,7 +65,8 @@ def _stage_summary(run: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
         [line for line in lines if line["stage"] == name] for lines in (run.trains, run.validations, run.checkpoints)
     )
     done = max((line["step"] for line in [*trains, *validations, *checkpoints]), default=0)
-    speeds = [line["tokens_per_s"] for line in trains if line.get("tokens_per_s")]
+    timed = [line for line in trains if line.get("tokens_per_s")]
+    tokens = run.tokens.stages[name]
     losses, measured_at = _losses(run, stage, validations)
     return {
         "name": name,
@@ -77,9 +79,10 @@ def _stage_summary(run: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
         **_registered_metrics(run, name),
         "tokens": {d: use["tokens"] for d, use in stage["datasets"].items()},
         "replayed_tokens": {d: use["replayed_tokens"] for d, use in stage["datasets"].items()},
-        "trained_tokens": done * run.plan["step_tokens"],
-        "seconds": sum(run.plan["step_tokens"] / speed for speed in speeds),
-        "timed_steps": len(speeds),
+        "trained_tokens": tokens.until(done),
+        "seconds": sum(run.seconds_of(line) for line in timed),
+        "timed_steps": len(timed),
+        "timed_tokens": sum(tokens.of_step(line["step"]) for line in timed),
     }
 
 

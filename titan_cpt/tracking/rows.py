@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import parse_line
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.config.suites import SUITES
 
@@ -69,8 +70,10 @@ class RowReader:
         self._offset = 0
         self._time = 0.0
         self._run_step = 0
+        self._tokens = 0
         plan = read_json(run / PLAN_FILE)
-        self._step_tokens = int(plan.get("step_tokens", 0))
+        self._planned = PlannedTokens(plan)
+        self._step_tokens = 0  # of a step that is not in the plan
         self._before: dict[str, int] = {}
         self._stage_number: dict[str, int] = {}
         steps = 0
@@ -103,7 +106,7 @@ class RowReader:
 
     def row_at_end(self, values: Mapping[str, float]) -> MetricsRow:
         """Values at the place of the last line that was read."""
-        return MetricsRow(self.lines, dict(values), self._run_step, self._run_step * self._step_tokens, self._time)
+        return MetricsRow(self.lines, dict(values), self._run_step, self._tokens, self._time)
 
     def _rows(self, text: bytes) -> list[MetricsRow]:
         line = parse_line(text.decode(errors="replace"))
@@ -151,15 +154,24 @@ class RowReader:
         """Set step and time to those of the line."""
         stage, step = line.get("stage"), line.get("step")
         if line["kind"] == "train":
-            self._run_step = line["run_step"]
+            self._run_step, self._tokens = line["run_step"], line["tokens"]
             self._before.setdefault(line["stage"], line["run_step"] - line["step"])
             self._step_tokens = self._step_tokens or line["tokens"] // line["run_step"]
             if line.get("tokens_per_s"):
-                self._time += self._step_tokens / line["tokens_per_s"]
+                self._time += self._tokens_of_step(line["stage"], line["step"]) / line["tokens_per_s"]
         elif isinstance(step, int) and stage in self._before:
             self._run_step = self._before[stage] + step
+            self._tokens = self._run_step * self._step_tokens
+            if self._is_planned(stage):
+                self._tokens = self._planned.at(stage, step)
         if line["kind"] == "event" and line.get("time"):
             self._time = float(line["time"])
+
+    def _is_planned(self, stage: str) -> bool:
+        return stage in self._planned.stages and self._planned.total > 0
+
+    def _tokens_of_step(self, stage: str, step: int) -> int:
+        return self._planned.stages[stage].of_step(step) if self._is_planned(stage) else self._step_tokens
 
 
 def _scores(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from titan_cpt.models.common.layers import rotary_tables
 from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 from titan_cpt.models.huggingface_config import DEFAULTS, config_from_spec, spec_from_config
 from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ModelSpec
+from titan_cpt.models.spec import ModelSpec, Rope, RopeScaling
 
 REQUIRED = {
     "hidden_size": 64,
@@ -176,6 +176,9 @@ def test_rotary_positions_are_read_as_transformers_reads_them(keys):
         {"rope_parameters": {"rope_theta": 500.0}, "rotary_pct": 1.0},
         {"rope_parameters": {"rope_theta": 500.0}},
         {"partial_rotary_factor": 0.5, "rope_theta": 500.0},
+        {"rope_scaling": YARN, "rotary_pct": 0.5, "rotary_emb_base": 500},
+        {"rope_scaling": LLAMA3, "rotary_pct": 1.0, "rotary_emb_base": 500},
+        {"rope_parameters": {**LLAMA3, "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
     ],
 )
 def test_rotary_positions_of_a_gpt_neox_are_read_as_transformers_reads_them(keys):
@@ -339,8 +342,8 @@ def refusal_of(config):
         (NEOX, {"tie_word_embeddings": True}, "tie_word_embeddings: only False is supported"),
         (
             NEOX,
-            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}},
-            "RoPE scaling is not supported for GPT-NeoX",
+            {"rope_scaling": {"type": "ntk", "factor": 2.0, "original_max_position_embeddings": 8}},
+            "only RoPE scaling of type llama3 or yarn is supported",
         ),
     ],
 )
@@ -393,9 +396,11 @@ def test_defaults_are_those_of_transformers():
     ("family", "size"),
     [("gpt_neox", "410m"), ("llama", "mistral-7b"), ("llama", "qwen2.5-0.5b"), ("llama", "qwen3-8b")],
 )
-def test_a_written_config_is_read_back_as_the_same_model(family, size):
-    """Under transformers' keys for the widths."""
-    spec = named_size(family, size, 257)
+@pytest.mark.parametrize("kind", [None, "yarn", "llama3"])
+def test_a_written_config_is_read_back_as_the_same_model(family, size, kind):
+    """Under transformers' keys for the widths; with the RoPE that a stage gave it too."""
+    scaling = None if kind is None else RopeScaling(kind=kind, factor=3.5, original_seq_len=2048)
+    spec = named_size(family, size, 257).with_rope(Rope(123_456.0, scaling))
     config = config_from_spec(spec, max_positions=2048, dtype="bfloat16")
 
     assert spec_from_config(config, "config.json") == spec

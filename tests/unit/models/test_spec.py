@@ -1,11 +1,13 @@
 """What every family's spec computes: widths, parameters and FLOPs, by hand for a small Llama; RoPE scaling's values."""
 
+import json
 import math
 
 import pytest
 
-from titan_cpt.models.registry import named_size
-from titan_cpt.models.spec import ParameterSpec, RopeScaling, rope_scaling_problems
+from titan_cpt.errors import ConfigError
+from titan_cpt.models.registry import as_config_table, named_size, spec_from_recipe
+from titan_cpt.models.spec import ParameterSpec, Rope, RopeScaling, rope_scaling_problems
 
 
 def llama(**overrides):
@@ -65,3 +67,30 @@ def test_a_rope_scaling_that_cannot_work_is_reported(changes, problem):
     scaling = RopeScaling(**{"kind": "yarn", "factor": 4.0, "original_seq_len": 64, **changes})
 
     assert rope_scaling_problems(scaling) == problem
+
+
+def test_a_recipe_of_gpt_neox_has_a_scaling_only_where_the_model_has_one():
+    """Recipes from before the key existed stay as they are, and are read; one with a scaling is read back whole."""
+    plain = named_size("gpt_neox", "debug", 257)
+    scaled = plain.with_rope(Rope(500.0, RopeScaling(kind="yarn", factor=4.0, original_seq_len=64)))
+
+    assert "model.rope_scaling" not in plain.as_recipe()
+    assert llama().as_recipe()["model.rope_scaling"] is None
+    assert scaled.as_recipe()["model.rope_scaling"]["factor"] == 4.0
+    assert [spec_from_recipe(json.loads(json.dumps(one.as_recipe()))) for one in (plain, scaled)] == [plain, scaled]
+    assert 'rope_scaling = { kind = "yarn", factor = 4.0, original_seq_len = 64,' in as_config_table(scaled)
+    assert scaled.with_rope(plain.rope) == plain
+
+
+def test_a_model_with_another_rope_is_otherwise_the_same():
+    """A scaling that cannot work is refused as in [model]."""
+    rope = Rope(5e6, RopeScaling(kind="llama3", factor=8.0, original_seq_len=8192))
+    spec = llama().with_rope(rope)
+
+    assert (spec.rope, spec.parameters, spec.heads) == (rope, llama().parameters, 4)
+    assert str(rope) == "base 5,000,000, llama3 x 8 of 8,192 tokens"
+    yarn = RopeScaling(kind="yarn", factor=4.0, original_seq_len=64, beta_fast=16.0)
+    assert str(Rope(500.0, yarn)) == "base 500, yarn x 4 of 64 tokens (beta_fast 16)"
+    assert str(llama().rope) == "base 10,000 without scaling"
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling\.factor: must be 1 or more, got 0\.5"):
+        llama().with_rope(Rope(5e6, RopeScaling(kind="yarn", factor=0.5, original_seq_len=8)))

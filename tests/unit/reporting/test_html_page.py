@@ -50,7 +50,7 @@ def test_a_metrics_file_without_a_plan_makes_a_page(write_run, tmp_path):
     status = status_of("report", run / "metrics.jsonl", "--html", tmp_path / "out")
     text = (tmp_path / "out" / "index.html").read_text()
 
-    assert (record.name, record.total_tokens, record.tokens_at("b", 5)) == ("only_metrics", 20_000, 15_000)
+    assert (record.name, record.tokens.total, record.tokens_at("b", 5)) == ("only_metrics", 20_000, 15_000)
     assert status == 0
     assert "5.0000" in text
     assert "Validation losses" in text

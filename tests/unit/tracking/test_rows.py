@@ -62,6 +62,19 @@ def test_a_step_takes_its_tokens_divided_by_the_speed(run):
     assert [row.time for row in RowReader(run).read()] == [1002.0, 1004.0, 1010.0]
 
 
+def test_tokens_and_times_follow_a_ramp_and_another_length(run):
+    """Steps of 100, 100, 300 and 300 tokens in `a`, of 50 in `b`; 50 tokens/s."""
+    stages = [{"seq_len": 10, "batch_sizes": [[0, 10], [2, 30]]}, {"seq_len": 25, "batch_sizes": [[0, 2]]}]
+    plan = {"stages": [one | more for one, more in zip(PLAN["stages"], stages, strict=True)]}
+    (run / "plan.json").write_text(json.dumps({"step_tokens": 100} | plan))
+    steps = [train("a", step, step, tokens=tokens) for step, tokens in ((1, 100), (2, 200), (3, 500), (4, 800))]
+    add(run, event("start"), *steps, event("resume", stage="a", step=1), train("b", 1, 5, tokens=850))
+    rows = RowReader(run).read()
+
+    assert [row.tokens for row in rows] == [100, 200, 500, 800, 100, 850]
+    assert [row.time for row in rows] == [1002.0, 1004.0, 1010.0, 1016.0, 1000.0, 1001.0]
+
+
 def test_a_repeated_step_is_a_row_of_its_own(run):
     """A crash after step 2 and a resume from step 1: the tracker gets step 2 twice, in this order."""
     add(run, train("a", 1, 1), train("a", 2, 2), event("resume", stage="a", step=1), train("a", 2, 2))

@@ -44,8 +44,9 @@ class CachedAttention(nn.Module):
         self.k_BNSH: Tensor | None = None
         self.v_BNSH: Tensor | None = None
 
-    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, documents: None = None) -> Tensor:
         """Attention's output for the new positions, out_BLNH; their keys and values are added to the cache."""
+        assert documents is None, "a generated sequence is one document"
         sequences, length = q_BLNH.shape[:2]
         plain = self.plain
         positions_BL = self.positions.starts_B[:, None] + torch.arange(length, device=q_BLNH.device)

@@ -26,15 +26,28 @@ class LanguageModel(nn.Module):
     final_norm: nn.Module | None
     head: nn.Module | None
 
-    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        project: Project = linear,
+        *,
+        starts_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+    ) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
         A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
         returns the residual stream.
+
+        Args:
+            starts_BL: first position of each position's document, int32: attention stays inside documents.
+                None: it crosses them.
+            positions_BL: RoPE's position of each token, integers. None: 0, 1, 2 ... in each sequence. Under context
+                parallelism both are those of this rank's tokens.
         """
         raise NotImplementedError
 
-    def trunk(self, tokens_BL: Tensor) -> Tensor:
+    def trunk(self, tokens_BL: Tensor, starts_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
         raise NotImplementedError
 

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from titan_cpt.models.common.document_attention import Documents, document_attention
 from titan_cpt.models.common.ops import attention, cos_sin, linear
-from titan_cpt.models.spec import RopeScaling
+from titan_cpt.models.spec import ModelSpec, RopeScaling
 
 
 class RotaryCausalAttention(nn.Module):
     """RoPE and causal scaled dot-product attention; no weights.
 
     It is a separate module so that context parallelism and the KV cache can replace it. It computes the RoPE tables in
-    each call: that is cheap (L x R elements), works for every sequence length, and needs no buffer, whose values would
-    be lost when a model is built on the meta device.
+    each call, except for positions that restart at each document: that is cheap (L x R elements), works for every
+    sequence length, and needs no buffer, whose values would be lost when a model is built on the meta device.
 
     Args:
         rotary_width: features of each head that are rotated.
@@ -39,18 +40,26 @@ class RotaryCausalAttention(nn.Module):
         self.backend: SDPBackend | None = None
         """The kernel of scaled dot-product attention; None: torch chooses."""
 
-    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, documents: Documents | None = None) -> Tensor:
         """Attention's output, out_BLNH, in the dtype of the queries.
 
         With grouped-query attention k and v have fewer heads, and each serves a group of consecutive query heads.
         """
         positions_L = torch.arange(q_BLNH.shape[1], device=q_BLNH.device)
-        cos_LR, sin_LR = rotary_tables(
-            positions_L, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
-        )
+        cos_LR, sin_LR = self.tables(positions_L, documents)
         q_BNLH = rotate(q_BLNH.transpose(1, 2), cos_LR, sin_LR)
         k_BNLH = rotate(k_BLNH.transpose(1, 2), cos_LR, sin_LR)
-        return self.attend(q_BNLH, k_BNLH, v_BLNH.transpose(1, 2)).transpose(1, 2)
+        v_BNLH = v_BLNH.transpose(1, 2)
+        if documents is None or documents.starts_BP is None:
+            return self.attend(q_BNLH, k_BNLH, v_BNLH).transpose(1, 2)
+        out_BNLH = document_attention(q_BNLH, k_BNLH, v_BNLH, documents=documents, window=self.window)
+        return out_BNLH.transpose(1, 2)
+
+    def tables(self, positions_L: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """RoPE's cosine and sine: of these positions, or of those that restart at each document."""
+        if documents is not None and documents.cos_B1PR is not None and documents.sin_B1PR is not None:
+            return documents.cos_B1PR, documents.sin_B1PR
+        return rotary_tables(positions_L, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling)
 
     def attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
         """Attention without RoPE, out_BNLH: the caller has rotated queries and keys."""
@@ -87,6 +96,21 @@ class TiedHead(nn.Module):
 
 Project = Callable[[Tensor, Tensor], Tensor]
 """A function of the residual stream x_BLD and the head's weight_VD: logits_BLV, or a loss."""
+
+
+def shared_documents(spec: ModelSpec, starts_BL: Tensor | None, positions_BL: Tensor | None) -> Documents | None:
+    """What all blocks share about documents; None without them. See `LanguageModel.forward` for the arguments."""
+    if starts_BL is None and positions_BL is None:
+        return None
+    cos_B1LR = sin_B1LR = None
+    if positions_BL is not None:
+        cos_LR, sin_LR = rotary_tables(
+            positions_BL.flatten(), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=spec.rope_scaling
+        )
+        sequences, length = positions_BL.shape
+        cos_B1LR = cos_LR.view(sequences, 1, length, -1)
+        sin_B1LR = sin_LR.view(sequences, 1, length, -1)
+    return Documents(starts_BL, cos_B1LR, sin_B1LR)
 
 
 def rotary_tables(

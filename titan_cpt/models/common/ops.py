@@ -74,13 +74,21 @@ def attention(
     if backend is not None:
         with sdpa_kernel(backend):
             return attention(q_BNLH, k_BNSH, v_BNSH, **how)
-    length, width = q_BNLH.shape[-2:]
-    on_cpu = q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
-    short = on_cpu and torch.is_grad_enabled() and length * width <= _SHORT_ON_CPU
-    if not short and not multiplied_in_float32(q_BNLH.dtype, q_BNLH.device):
+    if not attended_in_float32(q_BNLH, length=q_BNLH.shape[-2], trained=torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q_BNLH, k_BNSH, v_BNSH, **how)
     out_BNLH = F.scaled_dot_product_attention(q_BNLH.float(), k_BNSH.float(), v_BNSH.float(), **how)
     return out_BNLH.to(q_BNLH.dtype)
+
+
+def attended_in_float32(q_BNLH: Tensor, *, length: int, trained: bool) -> bool:
+    """Whether attention of these queries over `length` positions is computed in float32 and rounded; see `attention`.
+
+    Args:
+        trained: there will be a backward pass.
+    """
+    on_cpu = q_BNLH.device.type == "cpu" and q_BNLH.dtype == torch.bfloat16
+    short = on_cpu and trained and length * q_BNLH.shape[-1] <= _SHORT_ON_CPU
+    return short or multiplied_in_float32(q_BNLH.dtype, q_BNLH.device)
 
 
 def multiplied_in_float32(dtype: torch.dtype, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 from titan_cpt.models.huggingface_keys import Keys
-from titan_cpt.models.huggingface_rope import read_rope
+from titan_cpt.models.huggingface_rope import read_rope, rope_scaling_keys
 
 CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {
@@ -48,17 +48,16 @@ def weight_names(spec: GPTNeoXSpec) -> dict[str, str]:
 
 def spec_fields(keys: Keys) -> dict[str, Any]:
     """Fields of the spec from config.json, except those that `spec_from_config` reads for all families."""
-    rope = read_rope(keys, base="rotary_emb_base", fraction="rotary_pct")
-    if rope.scaling is not None:
-        keys.add_problem("rope_scaling", "RoPE scaling is not supported for GPT-NeoX")
+    rope, fraction = read_rope(keys, base="rotary_emb_base", fraction="rotary_pct")
     keys.only("hidden_act", "gelu")
     keys.only("attention_bias", True)
     keys.only("tie_word_embeddings", False)
     return {
         "width": keys.number(int, "hidden_size"),
         "mlp_width": keys.number(int, "intermediate_size"),
-        "rotary_fraction": rope.fraction,
+        "rotary_fraction": fraction,
         "rope_base": rope.base,
+        "rope_scaling": rope.scaling,
         "norm_eps": keys.number(float, "layer_norm_eps"),
         "parallel_residual": keys.flag("use_parallel_residual"),
     }
@@ -73,6 +72,7 @@ def config_fields(spec: GPTNeoXSpec) -> tuple[str, dict[str, Any]]:
         "use_parallel_residual": spec.parallel_residual,
         "rotary_pct": spec.rotary_fraction,
         "rotary_emb_base": spec.rope_base,
+        **({"rope_scaling": rope_scaling_keys(spec.rope_scaling)} if spec.rope_scaling else {}),
         "attention_bias": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

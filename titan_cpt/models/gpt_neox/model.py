@@ -12,9 +12,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from titan_cpt.models.common.document_attention import Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention
+from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, shared_documents
 from titan_cpt.models.common.ops import Linear, copy_for_separate_grad, gelu, linear
 from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 
@@ -30,20 +31,24 @@ class GPTNeoX(LanguageModel):
         self.final_norm: nn.LayerNorm | None = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.head: Head | None = Head(spec.width, spec.vocab_size, bias=False)
 
-    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
-
-        A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
-        returns the residual stream.
-        """
-        x_BLD = self.trunk(tokens_BL)
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        project: Project = linear,
+        *,
+        starts_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or the result of `project`; see `LanguageModel`."""
+        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL)
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
-    def trunk(self, tokens_BL: Tensor) -> Tensor:
+    def trunk(self, tokens_BL: Tensor, starts_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
+        documents = shared_documents(self.spec, starts_BL, positions_BL)
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
-            x_BLD = block(x_BLD)
+            x_BLD = block(x_BLD, documents=documents)
         return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
@@ -83,9 +88,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.mlp = MLP(spec)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
         """The residual stream after the block, x_BLD."""
-        attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD))
+        attended_BLD: Tensor = self.attention(self.attention_norm(x_BLD), documents=documents)
         after_attention_BLD = x_BLD + attended_BLD
         fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD if self.spec.parallel_residual else after_attention_BLD))
         return after_attention_BLD + copy_for_separate_grad(fed_BLD)
@@ -113,15 +118,17 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = spec.head_width
         self.qkv = Linear(spec.width, 3 * spec.width)
-        self.core = RotaryCausalAttention(rotary_width=spec.rotary_width, rope_base=spec.rope_base)
+        self.core = RotaryCausalAttention(
+            rotary_width=spec.rotary_width, rope_base=spec.rope_base, scaling=spec.rope_scaling
+        )
         self.out = Linear(spec.width, spec.width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
         """Causal self-attention output, out_BLD."""
         qkv_BLNH = self.qkv(x_BLD).unflatten(-1, (-1, 3 * self.head_width))  # here H is 3 x head width
         q_BLNH, k_BLNH, v_BLNH = qkv_BLNH.chunk(3, dim=-1)
         # A copy, since attention saves the values for the backward pass: a view would keep all of qkv in memory.
-        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH.contiguous()).flatten(-2))
+        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH.contiguous(), documents).flatten(-2))
         return out_BLD
 
 

@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from titan_cpt.models.spec import ActivationBytes, ModelSpec, ParameterSpec
+from titan_cpt.models.spec import (
+    RECORDED_IF_SET,
+    ActivationBytes,
+    ModelSpec,
+    ParameterSpec,
+    RopeScaling,
+    rope_scaling_problems,
+)
 
 _SIZES: Mapping[str, tuple[int, int, int, int | None]] = {
     # size: (layers, width, heads, padded vocabulary of the release; None: the tokenizer's)
@@ -38,6 +45,8 @@ class GPTNeoXSpec(ModelSpec):
     """Fraction of each head's features that is rotated, in (0, 1]."""
     parallel_residual: bool = True
     """True: attention and MLP both read the block's input. False: the MLP reads the residual stream after attention."""
+    rope_scaling: RopeScaling | None = dataclasses.field(default=None, metadata=RECORDED_IF_SET)
+    """RoPE scaling for context extension; None: none."""
 
     @classmethod
     def sizes(cls) -> tuple[str, ...]:
@@ -118,7 +127,7 @@ class GPTNeoXSpec(ModelSpec):
                 f"model.rotary_fraction: must be in (0, 1] and rotate an even number of the {self.head_width} features "
                 f"of a head, got {self.rotary_fraction} ({rotated:g} features)"
             )
-        return problems
+        return problems + (rope_scaling_problems(self.rope_scaling) if self.rope_scaling else [])
 
 
 SPEC = GPTNeoXSpec

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from titan_cpt.models.huggingface_keys import Keys
-from titan_cpt.models.huggingface_rope import read_rope
+from titan_cpt.models.huggingface_rope import read_rope, rope_scaling_keys
 from titan_cpt.models.llama.spec import LlamaSpec
-from titan_cpt.models.spec import RopeScaling
 
 _ALL = {
     "hidden_act": "silu",
@@ -80,9 +79,9 @@ def spec_fields(keys: Keys) -> dict[str, Any]:
     for bias in ("attention_bias", "mlp_bias"):  # not keys of Qwen2 (always q, k and v biases) and Mistral (none)
         if bias in keys.defaults:
             keys.only(bias, False)
-    rope = read_rope(keys, base="rope_theta", fraction="partial_rotary_factor")
-    if rope.fraction != 1.0:
-        keys.add_problem("partial_rotary_factor", f"only 1.0 is supported, got {rope.fraction}")
+    rope, fraction = read_rope(keys, base="rope_theta", fraction="partial_rotary_factor")
+    if fraction != 1.0:
+        keys.add_problem("partial_rotary_factor", f"only 1.0 is supported, got {fraction}")
     width, heads = keys.number(int, "hidden_size"), keys.number(int, "num_attention_heads")
     head_width = width // max(heads, 1)
     if "head_dim" in keys.defaults or "head_dim" in keys.table:
@@ -159,7 +158,7 @@ def config_fields(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
         "head_dim": spec.head_width,
         "rms_norm_eps": spec.norm_eps,
         "rope_theta": spec.rope_base,
-        "rope_scaling": _rope_scaling_fields(spec.rope_scaling),
+        "rope_scaling": rope_scaling_keys(spec.rope_scaling) if spec.rope_scaling else None,
         "attention_dropout": 0.0,
     }
     if kind == "mistral":
@@ -173,20 +172,6 @@ def config_fields(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
     if kind == "llama":
         config["mlp_bias"] = False
     return name, config
-
-
-def _rope_scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    common = {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_seq_len,
-    }
-    if scaling.kind == "llama3":
-        return common | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    rotations = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-    return common | rotations | {"attention_factor": scaling.attention_factor}
 
 
 def settings_to_compare(spec: LlamaSpec, config: Any) -> dict[str, tuple[Any, Any]]:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_cpt.models.common.document_attention import Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, TiedHead
+from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, TiedHead, shared_documents
 from titan_cpt.models.common.ops import Linear, linear
 from titan_cpt.models.llama.spec import LlamaSpec
 
@@ -40,24 +41,28 @@ class Llama(LanguageModel):
             TiedHead() if spec.tie_embeddings else Head(spec.width, spec.vocab_size, bias=False)
         )
 
-    def forward(self, tokens_BL: Tensor, project: Project = linear) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
-
-        A pipeline stage without the embedding takes the residual stream x_BLD instead of tokens. One without the head
-        returns the residual stream.
-        """
-        x_BLD = self.trunk(tokens_BL)
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        project: Project = linear,
+        *,
+        starts_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits for the token after each position, logits_BLV, or the result of `project`; see `LanguageModel`."""
+        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL)
         if isinstance(self.head, TiedHead):
             assert self.embedding is not None, "the head of a model with tied embeddings needs the embedding"
             logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight, project=project)
             return logits_BLV
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
-    def trunk(self, tokens_BL: Tensor) -> Tensor:
+    def trunk(self, tokens_BL: Tensor, starts_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
+        documents = shared_documents(self.spec, starts_BL, positions_BL)
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
-            x_BLD = block(x_BLD)
+            x_BLD = block(x_BLD, documents=documents)
         return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
@@ -115,9 +120,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(spec.width, eps=spec.norm_eps)
         self.mlp = MLP(spec)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
         """The residual stream after the block, x_BLD."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), documents=documents)
         fed_BLD: Tensor = self.mlp(self.mlp_norm(x_BLD))
         return x_BLD + fed_BLD
 
@@ -159,14 +164,14 @@ class Attention(nn.Module):
         )
         self.out = Linear(spec.attention_width, spec.width, bias=False)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
         """Causal self-attention output, out_BLD."""
         q_BLNH, k_BLNH, v_BLNH = (
             project(x_BLD).unflatten(-1, (-1, self.head_width)) for project in (self.q, self.k, self.v)
         )
         q_BLNH = self.q_norm(q_BLNH) if self.q_norm is not None else q_BLNH
         k_BLNH = self.k_norm(k_BLNH) if self.k_norm is not None else k_BLNH
-        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH).flatten(-2))
+        out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH, documents).flatten(-2))
         return out_BLD
 
 

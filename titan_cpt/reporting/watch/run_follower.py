@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.common.metrics_file import Line, MetricsHistory, MetricsTail
+from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.reporting.run_log import read_plan
 from titan_cpt.reporting.run_state import FAILED, run_state
@@ -123,6 +124,7 @@ class RunFollower:
     Attributes:
         folder: the run's folder.
         plan: its plan.json; empty as long as there is none.
+        tokens: the tokens of every step of the plan.
         newest: the last line of a training step, for memory and MFU.
         events: the last events, oldest first, those of undone steps included.
     """
@@ -130,6 +132,7 @@ class RunFollower:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan: Mapping[str, Any] = {}
+        self.tokens = PlannedTokens({})
         self._plan_time = -1.0
         self._forget()
 
@@ -219,13 +222,15 @@ class RunFollower:
         before = names[: names.index(self.stage)] if self.stage else []
         return sum(self.steps[name] for name in before) + (self.curves(self.stage).step if self.stage else 0)
 
-    def seconds_left(self, steps: int) -> float:
-        """Time that this number of steps takes at the recent throughput; NaN if it is unknown."""
-        speeds: Sequence[float] = self.curves(self.stage).training.values["tokens_per_s"][-_STEPS_OF_SPEED:]
+    def seconds_left(self, *, whole_run: bool) -> float:
+        """Time that the rest of the current stage, or of the run, takes at the recent FLOP/s; NaN if it is unknown."""
+        stage = self.stage
+        speeds: Sequence[float] = self.curves(stage).training.values["tokens_per_s"][-_STEPS_OF_SPEED:]
         known = [speed for speed in speeds if speed > 0]
-        if not known or "step_tokens" not in self.plan:
+        if not known or stage not in self.tokens.stages:
             return math.nan
-        return steps * float(self.plan["step_tokens"]) * sum(1 / speed for speed in known) / len(known)
+        flops = self.tokens.flops_between(stage, self.curves(stage).step, whole_run=whole_run)
+        return flops / self.tokens.stages[stage].flops_per_token * sum(1 / speed for speed in known) / len(known)
 
     def datasets(self) -> list[str]:
         """Datasets with a validation loss, in the order in which stages train them, then the others."""
@@ -257,6 +262,7 @@ class RunFollower:
         if changed != self._plan_time:
             before = self.stage_names
             self.plan, self._plan_time = read_plan(self.folder), changed
+            self.tokens = PlannedTokens(self.plan)
             if self.stage_names != before:
                 self._forget()
 

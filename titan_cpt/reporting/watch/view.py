@@ -97,15 +97,16 @@ def _progress_rows(run: RunFollower, state: str, width: int) -> list[Row]:
     if not run.steps:
         return []
     total = sum(run.steps.values())
-    tokens = run.plan.get("step_tokens", 0)
+    tokens = run.tokens.total
 
-    def amount(done: int, planned: int, *, is_now: bool) -> str:
-        left = run.seconds_left(planned - done) if is_now and state == RUNNING else math.nan
+    def amount(done: int, planned: int, *, is_now: bool, whole_run: bool = False) -> str:
+        left = run.seconds_left(whole_run=whole_run) if is_now and state == RUNNING else math.nan
         return _with_eta(f"{steps(done)}/{steps(planned)}", left)
 
-    of_all = amount(run.run_step, total, is_now=True)
+    of_all = amount(run.run_step, total, is_now=True, whole_run=True)
     if tokens and width >= _WIDE:
-        of_all += f", {shortest_count(run.run_step * tokens)} of {shortest_count(total * tokens)} tokens"
+        done_tokens = run.tokens.at(run.stage, run.curves(run.stage).step)
+        of_all += f", {shortest_count(done_tokens)} of {shortest_count(tokens)} tokens"
     bars = [("all", run.run_step, total, of_all, "")]
     for number, (name, planned) in enumerate(run.steps.items(), 1):
         done, is_now = run.curves(name).step, name == run.stage

@@ -15,10 +15,15 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.models.common.init import fill_normal
 from titan_cpt.models.common.layers import rotary_tables, rotate
 from titan_cpt.models.gpt_neox.model import GPTNeoX
+from titan_cpt.models.huggingface_rope import rope_scaling_keys
 from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
 from titan_cpt.models.registry import named_size
 
 TOKENS_BL = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
+LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def built(size="debug", seed=11, **overrides):
@@ -47,6 +52,8 @@ def transformers_config(spec):
         use_parallel_residual=spec.parallel_residual,
         rotary_pct=spec.rotary_fraction,
         rotary_emb_base=spec.rope_base,
+        rope_scaling=None if spec.rope_scaling is None else rope_scaling_keys(spec.rope_scaling),
+        max_position_embeddings=64,
     )
 
 
@@ -65,12 +72,19 @@ def transformers_file(spec, folder):
 
 
 @pytest.mark.parametrize("parallel_residual", [True, False])
-@pytest.mark.parametrize(("rotary_fraction", "rope_base"), [(0.25, 10_000.0), (1.0, 10_000.0), (0.5, 500.0)])
-def test_logits_and_gradients_are_those_of_transformers(parallel_residual, rotary_fraction, rope_base, tmp_path):
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rotary_fraction": 1.0},
+        {"rotary_fraction": 0.5, "rope_base": 500.0},
+        {"rotary_fraction": 0.5, "rope_scaling": YARN},
+        {"rotary_fraction": 1.0, "rope_base": 500.0, "rope_scaling": LLAMA3},
+    ],
+)
+def test_logits_and_gradients_are_those_of_transformers(parallel_residual, rope, tmp_path):
     """The same weights give the same logits and, for a random scalar of them, the same gradient of every weight."""
-    model = with_all_weights_drawn(
-        built(parallel_residual=parallel_residual, rotary_fraction=rotary_fraction, rope_base=rope_base)
-    )
+    model = with_all_weights_drawn(built(parallel_residual=parallel_residual, **rope))
     theirs = in_transformers(model, tmp_path)
     logits_BLV, their_logits_BLV = model(TOKENS_BL), theirs(TOKENS_BL).logits
     probe_BLV = torch.randn(logits_BLV.shape, generator=torch.Generator().manual_seed(3))

@@ -158,11 +158,25 @@ def test_the_time_left_follows_from_the_recent_throughput(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(plan_of({"a": 100})))
     write(tmp_path, *(step(number, speed=50.0 if number <= 30 else 100.0) for number in range(1, 61)))
     run = RunFollower(tmp_path)
-    unknown = run.seconds_left(40)
+    unknown = run.seconds_left(whole_run=True)
     run.refresh()
 
     assert math.isnan(unknown)
-    assert math.isclose(run.seconds_left(40), 40 * 0.14)
+    assert math.isclose(run.seconds_left(whole_run=True), 40 * 0.14)
+
+
+def test_the_time_left_counts_the_flops_of_each_stage(tmp_path):
+    """Steps of 4 tokens at 2 FLOPs in `a`, of 8 at 4 in `b`: 10 tokens/s are 20 FLOP/s; left are 3 x 8 and 5 x 32."""
+    plan = plan_of({"a": 4, "b": 5})
+    plan["stages"][0] |= {"seq_len": 4, "batch_sizes": [[0, 1]], "flops": 4 * 4 * 2}
+    plan["stages"][1] |= {"seq_len": 4, "batch_sizes": [[0, 2]], "flops": 5 * 8 * 4}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    write(tmp_path, step(1, speed=10.0))
+    run = RunFollower(tmp_path)
+    run.refresh()
+
+    assert math.isclose(run.seconds_left(whole_run=False), 3 * 8 / 20)
+    assert math.isclose(run.seconds_left(whole_run=True), (3 * 8 + 5 * 32) / 20)
 
 
 def test_the_newest_validation_may_be_of_an_earlier_stage(tmp_path):
