@@ -167,7 +167,7 @@ def built_trainer(config: Config) -> Iterator[Trainer]:
 def loader_of(trainer: Trainer, stage: StagePlan) -> StageLoader:
     """The loader of a stage's first step, as a single rank has it."""
     return StageLoader(
-        trainer.reader,
+        trainer.readers[stage.name],
         lambda step: trainer.plan.batch(stage, step),
         steps=stage.steps,
         first_step=0,

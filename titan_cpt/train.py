@@ -251,7 +251,7 @@ class Trainer(TrainerState):
     def open_loader(self, stage: StagePlan, first_step: int) -> StageLoader:
         """A loader of this rank's micro-batches, from `first_step` to the end of the stage."""
         return StageLoader(
-            self.reader,
+            self.readers[stage.name],
             partial(self.plan.batch, stage),  # picklable, unlike a lambda: spawned data-loader workers receive it
             steps=stage.steps,
             first_step=first_step,

@@ -71,7 +71,7 @@ def opened(path: Path, workers: int, place: float = 0.0) -> tuple[Any, int]:
     reader = SequenceReader(open_sources(training_files(config), 257), seq_len=plan.seq_len, seed=plan.seed)
     stage = plan.stages[1]
     step = int(place * (stage.steps - 1))
-    trainer = SimpleNamespace(reader=reader, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))
+    trainer = SimpleNamespace(readers={stage.name: reader}, plan=plan, config=config, mesh=SimpleNamespace(data_rank=0))
     return Trainer.open_loader(trainer, stage, step), step  # type: ignore[arg-type]  # the fields that it reads
 
 

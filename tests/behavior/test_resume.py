@@ -506,7 +506,7 @@ def test_a_record_that_cannot_grow_waits_in_memory_and_no_checkpoint_is_made_wit
 
 def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeypatch):
     """Ten lines, the disk full in the middle of one: a warning; later the file has each line once and in order."""
-    log = MetricsLog(tmp_path, writing=True, tensorboard=None, flops_per_token=1, peak_flops=1.0)
+    log = MetricsLog(tmp_path, writing=True, tensorboard=None, peak_flops=1.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
     try:
         for number in range(10):

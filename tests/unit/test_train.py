@@ -114,7 +114,7 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
         model.init_weights(trainer.plan.seed)
         optimizer = torch.optim.AdamW(plain_groups(model), betas=(0.9, 0.95), eps=1e-8)
         for step, (loss, norm, lrs) in enumerate(ours):
-            expected = gradients(model, trainer.reader.read(trainer.plan.batch(stage, step)).tokens)
+            expected = gradients(model, trainer.readers[stage.name].read(trainer.plan.batch(stage, step)).tokens)
             for group in optimizer.param_groups:
                 group["lr"] = english_lr(step + 1)
             optimizer.step()
@@ -185,7 +185,7 @@ def test_the_first_step_of_a_stage_that_keeps_the_optimizer_uses_the_new_hyperpa
         begin_stage(trainer, german)
         weights, moments = weights_of(trainer), moments_of(trainer)
         twin = copy.deepcopy(trainer.model)
-        gradients(twin, trainer.reader.read(trainer.plan.batch(german, 0)).tokens)
+        gradients(twin, trainer.readers[german.name].read(trainer.plan.batch(german, 0)).tokens)
         trainer.train_step(training.loader_of(trainer, german), german, 0)
         lrs = {group["lr"] for group in trainer.optimizer.param_groups}
         counts = {state["step"].item() for state in trainer.optimizer.state.values()}
@@ -500,7 +500,9 @@ def test_the_logged_batch_hashes_are_those_of_the_plan(finished):
     config = training.load_config(finished / "config.toml")
     with training.built_trainer(config) as trainer:
         plan = trainer.plan
-        hashes = [trainer.reader.batch_hash(plan.batch(s, step)) for s in plan.stages for step in range(s.steps)]
+        hashes = [
+            trainer.readers[s.name].batch_hash(plan.batch(s, step)) for s in plan.stages for step in range(s.steps)
+        ]
 
     assert [line["batch_hash"] for line in training.lines_of(finished, "train")] == hashes
     assert np.unique(hashes).size == 28

@@ -18,15 +18,23 @@ from titan_cpt.models.common.language_model import LanguageModel
 def apply_compile(model: LanguageModel, options: ParallelOptions) -> None:
     """Compile a model in place, with torch.compile's mode `options.compile_mode`.
 
+    Every shape is compiled by itself. By default torch compiles the second shape that it meets for variable sizes, so a
+    stage's kernels, and the last bits of its losses, would depend on what the process had run before: a resumed run
+    would differ from an unbroken one.
+
     - scope "block" compiles each transformer block separately; all blocks share the generated code.
     - scope "model" compiles `model.trunk` as one graph, so that operations are fused across the borders of blocks. The
       head stays outside: the fused linear cross-entropy computes its own gradients. In a single process only.
     """
+    # Beyond its limit torch would run a block without compiling it, and say so in one line of a log.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, options.compiled_versions)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * options.compiled_versions)
     if options.compile_scope == "model":
-        model.trunk = torch.compile(model.trunk, mode=options.compile_mode, fullgraph=True)  # type: ignore[method-assign]
+        model.trunk = torch.compile(model.trunk, mode=options.compile_mode, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         return
     for layer, block in list(model.blocks.items()):
-        model.blocks[layer] = cast(nn.Module, torch.compile(block, mode=options.compile_mode))
+        model.blocks[layer] = cast(nn.Module, torch.compile(block, mode=options.compile_mode, dynamic=False))
 
 
 def require_triton(setting: str) -> None:

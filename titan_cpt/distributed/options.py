@@ -34,6 +34,7 @@ class ParallelOptions:
         compiled: apply torch.compile.
         compile_scope: "block" to compile each block, "model" to compile all but the head as one graph.
         compile_mode: mode of torch.compile.
+        compiled_versions: how often a block may be compiled, for other shapes and settings.
         ring_attention: context-parallel ranks pass keys and values around a ring instead of all-gathering them.
         async_tp: overlap tensor-parallel communication with matrix products.
         offloaded: keep parameters, gradients and optimizer state in host memory.
@@ -47,6 +48,7 @@ class ParallelOptions:
     compiled: bool = False
     compile_scope: str = "block"
     compile_mode: str = "default"
+    compiled_versions: int = 8
     ring_attention: bool = False
     async_tp: bool = False
     offloaded: bool = False

@@ -61,7 +61,8 @@ class ParallelDims:
         tp: tensor-parallel degree: ranks that share each matrix.
         pp: pipeline-parallel degree: ranks that share the layers.
         schedule: pipeline schedule, a key of `SCHEDULES`; ignored if pp is 1.
-        microbatches: micro-batches that a pipeline splits a local batch into; 1 without a pipeline.
+        microbatches: micro-batches that a pipeline splits a local batch of [training] into; 1 without a pipeline.
+        microbatch_size: sequences of each of them, in every stage of the run.
         reshard_after_forward: FSDP2 frees gathered parameters after the forward pass, and gathers them again for the
             backward pass.
         loss_parallel: keep the logits sharded over the vocabulary (tensor parallelism only).
@@ -74,6 +75,7 @@ class ParallelDims:
     pp: int = 1
     schedule: str = "1F1B"
     microbatches: int = 1
+    microbatch_size: int = 1
     reshard_after_forward: bool = True
     loss_parallel: bool = True
 

@@ -33,6 +33,7 @@ def parallel_dims_of(config: Config, world_size: int) -> ParallelDims:
         pp=pp,
         schedule=degrees.pipeline_parallel_schedule,
         microbatches=max(1, microbatches) if pp > 1 else 1,
+        microbatch_size=degrees.pipeline_parallel_microbatch_size if pp > 1 else 1,
         reshard_after_forward=reshard == "always" or (reshard == "default" and pp == 1),
         loss_parallel=not degrees.disable_loss_parallel,
     )

@@ -256,6 +256,20 @@ class Plan:
         """Tokens of all stages that the run trains before this one."""
         return sum(earlier.tokens for earlier in self.stages[: self.stages.index(stage)])
 
+    def tokens_at(self, run_step: int) -> int:
+        """Tokens of the first `run_step` steps of the run."""
+        return sum(stage.tokens_before(steps) for stage, steps in self._parts(run_step))
+
+    def flops_at(self, run_step: int) -> float:
+        """Floating-point operations of training in the first `run_step` steps of the run."""
+        return sum(stage.flops_per_token * stage.tokens_before(steps) for stage, steps in self._parts(run_step))
+
+    def _parts(self, run_step: int) -> Iterator[tuple[StagePlan, int]]:
+        """Every stage, and how many of its steps are among the first `run_step` of the run."""
+        for stage in self.stages:
+            yield stage, min(stage.steps, run_step)
+            run_step -= min(stage.steps, run_step)
+
     def accumulation(self, stage: StagePlan, step: int) -> int:
         """Local batches of one data-parallel rank in the 0-based step `step` (gradient accumulation)."""
         return stage.batch_sizes.at(step) // (stage.local_batch_size * self.data_parallel)

@@ -78,9 +78,10 @@ def _skip_batch(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> 
     """Record the batch as skipped, with its sequences, and let the optimizer update weights again."""
     step = line["step"] - 1
     draws = state.plan.batch(stage, step)
-    windows = state.reader.windows(draws).tolist()
+    reader = state.readers[stage.name]
+    windows = reader.windows(draws).tolist()
     sequences = [[draw.source, window] for draw, window in zip(draws, windows, strict=True)]
-    batch_hash = state.reader.batch_hash(draws)
+    batch_hash = reader.batch_hash(draws)
     why = reason(line)
     state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences)
     state.log.event("skip_batch", stage=stage.name, step=step + 1, why=why, batch_hash=batch_hash)

@@ -24,6 +24,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
+from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.distributed.attention_backend import choose_attention_backend, set_attention_backend
 from titan_cpt.distributed.attention_timing import AttentionChoice, AttentionShape
@@ -38,7 +39,7 @@ from titan_cpt.evaluation.registered_metrics import load_metrics
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import use_onednn
 from titan_cpt.planning.device_rules import check_device
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.plan_text import print_notes, print_plan
 from titan_cpt.planning.planner import make_plan
@@ -153,7 +154,7 @@ def build(
         attention_backend=attention.backend if attention else None,
         guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
-        reader=SequenceReader(data.training, seq_len=plan.seq_len, seed=plan.seed),
+        readers={stage.name: _reader(plan, stage, data.training) for stage in plan.stages},
         validator=_build_validator(config, plan, data, mesh),
         metrics=metrics,
         checkpoints=checkpoints,
@@ -179,6 +180,7 @@ def parallel_options(config: Config) -> ParallelOptions:
         compiled=config.compile.enable,
         compile_scope=config.compile.scope,
         compile_mode=config.compile.mode,
+        compiled_versions=8 + 4 * len(config.stages),  # training, and two kinds of validation, with other RoPE
         ring_attention=config.parallelism.context_parallel_method == "ring"
         and config.parallelism.context_parallel_degree > 1,
         async_tp=config.parallelism.enable_async_tensor_parallel,
@@ -202,6 +204,12 @@ def _open_data(config: Config, tokenizer: Tokenizer) -> _Data:
         **{f"datasets.{name}.validation": stream.fingerprint() for name, stream in validation.items()},
     }
     return _Data(tokenizer, training, validation, identities)
+
+
+def _reader(plan: Plan, stage: StagePlan, sources: Mapping[str, TokenSource]) -> SequenceReader:
+    """Reads the sequences of a stage, at its length."""
+    own = {leaf.source: sources[leaf.source] for leaf in leaves(stage.tree)}
+    return SequenceReader(own, seq_len=stage.seq_len, seed=plan.seed)
 
 
 def _check_support(config: Config, device: torch.device) -> None:
@@ -347,8 +355,7 @@ def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) ->
         writing=process.rank == 0,
         tensorboard=over_steps,
         over_tokens=over_tokens,
-        step_tokens=plan.step_tokens,
-        flops_per_token=plan.spec.flops_per_token(plan.seq_len),
+        tokens_at=plan.tokens_at,
         peak_flops=peak_flops(process.device) * process.world_size,
         stages=[stage.name for stage in plan.stages],
     )

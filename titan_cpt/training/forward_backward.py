@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,17 +120,8 @@ class PipelineRunner:
         self.owners = {
             stage: dist.get_global_rank(self.group, rank) for rank in range(dims.pp) for stage in dims.stages_of(rank)
         }
-        pipeline_stages = [
-            PipelineStage(module, number, dims.pipeline_stages, mesh.process.device, group=self.group)
-            for number, module in stages.items()
-        ]
-        schedule = get_schedule_class(dims.schedule)
-        self._schedule = schedule(
-            pipeline_stages[0] if issubclass(schedule, PipelineScheduleSingle) else pipeline_stages,
-            n_microbatches=dims.microbatches,
-            loss_fn=self._loss,
-            scale_grads=False,  # `_loss` divides by the global batch's tokens
-        )
+        self._schedule: Any = None
+        self._shape: torch.Size | None = None
 
     @property
     def last(self) -> nn.Module | None:
@@ -137,8 +129,10 @@ class PipelineRunner:
         return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
     def backward(self, batch: Batch, step_tokens: int) -> Tensor:
-        """As `SingleStageRunner.backward`, for batches of one size; 0 on ranks without the last pipeline stage."""
+        """As `SingleStageRunner.backward`; 0 on ranks without the last pipeline stage."""
         self._step_tokens = step_tokens
+        if batch.inputs_BL.shape != self._shape:  # on every rank at the same step, where a stage has other batches
+            self._schedule, self._shape = self._schedule_of(len(batch.inputs_BL)), batch.inputs_BL.shape
         inputs = (local_inputs(batch.inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = local_tokens(batch.targets_BL, self.mesh) if self.last is not None else None
         losses: list[Tensor] | None = [] if self.last is not None else None
@@ -165,6 +159,21 @@ class PipelineRunner:
             if group is not None:
                 dist.all_reduce(nats_B, group=group)
         return nats_B
+
+    def _schedule_of(self, sequences: int) -> Any:
+        """A schedule for local batches of this number of sequences; its first step fixes the shapes of all."""
+        dims = self.mesh.parallel_dims
+        pipeline_stages = [
+            PipelineStage(module, number, dims.pipeline_stages, self.mesh.process.device, group=self.group)
+            for number, module in self.stages.items()
+        ]
+        schedule = get_schedule_class(dims.schedule)
+        return schedule(
+            pipeline_stages[0] if issubclass(schedule, PipelineScheduleSingle) else pipeline_stages,
+            n_microbatches=sequences // dims.microbatch_size,
+            loss_fn=self._loss,
+            scale_grads=False,  # `_loss` divides by the global batch's tokens
+        )
 
     def _forward(self, tokens_BL: Tensor) -> Tensor | None:
         """The logits, on the rank with the last pipeline stage; None on the others."""

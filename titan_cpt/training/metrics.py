@@ -51,11 +51,11 @@ class _EventsFile:
 
     Args:
         open_writer: opens a writer, given the first obsolete x value (`purge_step`) or None.
-        x_per_step: 1, or the tokens of a step.
+        x_of: the x value after a number of steps of the run, which increases with them.
     """
 
-    def __init__(self, open_writer: Callable[[int | None], ScalarWriter], x_per_step: int) -> None:
-        self._open, self._x_per_step = open_writer, x_per_step
+    def __init__(self, open_writer: Callable[[int | None], ScalarWriter], x_of: Callable[[int], int]) -> None:
+        self._open, self._x_of = open_writer, x_of
         self._writer: ScalarWriter | None = None
         self._obsolete_from: int | None = None
         self._opened_at = 0
@@ -77,7 +77,7 @@ class _EventsFile:
             self.config = ""
         for tag, value in points.items():
             if math.isfinite(value):
-                self._writer.add_scalar(tag, value, run_step * self._x_per_step)
+                self._writer.add_scalar(tag, value, self._x_of(run_step))
         self._newest_step = max(self._newest_step, run_step)
 
     def rewind(self, run_step: int) -> None:
@@ -85,7 +85,7 @@ class _EventsFile:
         if run_step < self._newest_step:
             self.close()
             self._writer, self._newest_step = None, run_step
-            self._obsolete_from = run_step * self._x_per_step + 1
+            self._obsolete_from = self._x_of(run_step) + 1
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -104,8 +104,7 @@ class MetricsLog:
             run without TensorBoard.
         over_tokens: opens a second writer, whose x axis is tokens: losses and forgetting, with tags of their own in a
             folder of their own, because TensorBoard's purge_step would hide all points of a folder.
-        step_tokens: tokens of a training step.
-        flops_per_token: FLOP of one training step per token, for MFU.
+        tokens_at: tokens of the run after a number of its steps.
         peak_flops: sum over all ranks in FLOP/s; NaN if unknown.
         stages: names of the stages, in the order of the plan.
 
@@ -119,11 +118,10 @@ class MetricsLog:
         *,
         writing: bool,
         tensorboard: Callable[[int | None], ScalarWriter] | None,
-        flops_per_token: int,
         peak_flops: float,
         stages: Sequence[str] = (),
         over_tokens: Callable[[int | None], ScalarWriter] | None = None,
-        step_tokens: int = 0,
+        tokens_at: Callable[[int], int] = int,
     ) -> None:
         self._record = open_metrics_file(run / METRICS_FILE) if writing else None
         self._unwritten = b""
@@ -141,26 +139,36 @@ class MetricsLog:
         self.is_new = not (recorded.trains or recorded.validations)
         """Whether no earlier session has written a point."""
         self._stage_numbers = {name: number for number, name in enumerate(stages, 1)}
-        self._over_steps = None if tensorboard is None else _EventsFile(tensorboard, 1)
-        self._over_tokens = None if over_tokens is None else _EventsFile(over_tokens, step_tokens)
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._over_steps = None if tensorboard is None else _EventsFile(tensorboard, int)
+        self._over_tokens = None if over_tokens is None else _EventsFile(over_tokens, tokens_at)
+        self._peak_flops = peak_flops
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
         self._tokens = 0
+        self._flops = 0.0
         self._since = time.perf_counter()
 
     def step(
-        self, fields: dict[str, Any], *, loss: Tensor, grad_norm: Tensor, tokens: int, health: Tensor | None = None
+        self,
+        fields: dict[str, Any],
+        *,
+        loss: Tensor,
+        grad_norm: Tensor,
+        tokens: int,
+        flops_per_token: float,
+        health: Tensor | None = None,
     ) -> None:
         """Add a step: values that the host knows, and tensors that the device may still be computing. No host sync.
 
         Args:
             fields: the keys of its line, except loss and gradient norm.
             tokens: tokens of the step, for the throughput.
+            flops_per_token: FLOP of the step per token, for MFU.
             health: the result of `UpdateGuard.observe`; None for a skipped batch.
         """
         flags = torch.zeros(2, device=loss.device) if health is None else health
         self._pending.append((fields, torch.stack([loss.float(), grad_norm.float(), *flags])))
         self._tokens += tokens
+        self._flops += flops_per_token * tokens
 
     def flush(self) -> list[dict[str, Any]]:
         """Wait for the device, write the steps added since the last call, and return their lines.
@@ -174,7 +182,7 @@ class MetricsLog:
         speed = self._tokens / elapsed if elapsed > 0 else math.nan
         shared = {
             "tokens_per_s": speed,
-            "mfu": speed * self._flops_per_token / self._peak_flops,
+            "mfu": self._flops / elapsed / self._peak_flops if elapsed > 0 else math.nan,
             **peak_memory(),
         }
         lines = []
@@ -199,7 +207,7 @@ class MetricsLog:
 
     def restart_clock(self) -> None:
         """Restart the measurement of tokens/s, to exclude time spent on validation, saving or waiting."""
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._flops = time.perf_counter(), 0, 0.0
 
     def validation(self, line: dict[str, Any], run_step: int) -> None:
         """Write a validation loss; also to TensorBoard, unless it is a baseline measured again."""

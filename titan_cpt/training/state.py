@@ -41,7 +41,7 @@ class TrainerState:
         attention_backend: the kernel of attention; None if torch chooses.
         guard: prevents optimizer updates from the first bad step on.
         skipped: batches that training skips because their loss or gradient was bad.
-        reader: sequences of every dataset.
+        readers: reads the sequences of a stage, by its name.
         metrics: metrics of other packages, by name.
         uploads: uploads checkpoints to object storage, on rank 0; None without `checkpoint.upload`.
         identities: fingerprints of the tokenizer and of the data files, by dotted key.
@@ -60,7 +60,7 @@ class TrainerState:
     optimizer: AdamW
     guard: UpdateGuard
     skipped: SkippedBatches
-    reader: SequenceReader
+    readers: Mapping[str, SequenceReader]
     validator: Validator
     metrics: Mapping[str, Metric]
     checkpoints: CheckpointManager

@@ -19,10 +19,15 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         "tokens": plan.tokens_before(stage) + stage.tokens_before(step + 1),
         "replayed_tokens": sum(draw.replayed for draw in draws) * stage.seq_len,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "batch_hash": state.reader.batch_hash(draws),
+        "batch_hash": state.readers[stage.name].batch_hash(draws),
     }
     if result.health is None:
         fields["skipped"] = True
     state.log.step(
-        fields, loss=result.loss, grad_norm=result.grad_norm, tokens=stage.step_tokens(step), health=result.health
+        fields,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        tokens=stage.step_tokens(step),
+        flops_per_token=stage.flops_per_token,
+        health=result.health,
     )

@@ -129,9 +129,10 @@ def prepare(trainer: Trainer, stage: Any) -> dict[str, Any]:
     names = hub_names(trainer.plan.spec)
     weights = {names[name]: value.detach().cpu().clone() for name, value in trainer.model.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
+    reader = trainer.readers[stage.name]
     np.save(
         folder / "batches.npy",
-        np.stack([trainer.reader.read(trainer.plan.batch(stage, step)).tokens for step in range(wanted["steps"])]),
+        np.stack([reader.read(trainer.plan.batch(stage, step)).tokens for step in range(wanted["steps"])]),
     )
     machine = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if device == "cuda":

@@ -1,10 +1,17 @@
 """torch.compile with scope "model": the same losses as without it, one graph for training, one for validation."""
 
+from functools import partial
+
 import pytest
 import torch
 import training
+from torch._dynamo.config import patch
 from torch._dynamo.utils import counters
 
+from titan_cpt.distributed.compile import apply_compile
+from titan_cpt.distributed.options import ParallelOptions
+from titan_cpt.models.llama.model import Llama
+from titan_cpt.models.registry import named_size
 from titan_cpt.training.stage_start import begin_stage
 
 pytestmark = [
@@ -42,6 +49,32 @@ def test_the_whole_model_as_one_graph_trains_as_without_compile(tmp_path):
     assert graphs == [1, 2]
     assert model == pytest.approx(eager, rel=1e-5)
     assert model[0] == pytest.approx(eager[0], rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # inside torch's compiler
+@pytest.mark.parametrize("scope", ["model", "block"])
+def test_every_length_is_compiled_by_itself_however_many_there_are(scope, monkeypatch):
+    """Ten lengths give ten graphs, without sizes that vary, so that the bits of none depend on those before it.
+
+    Graphs are captured as always, and run by torch's eager backend, because Inductor takes ten seconds for each.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    spec = named_size("llama", "debug", 257, {"layers": 1, "width": 16, "heads": 2})
+    plain, compiled = Llama(spec), Llama(spec)
+    for model in (plain, compiled):
+        model.init_weights(0)
+    versions = 8 + 4 * 3
+    options = ParallelOptions(torch.float32, compiled=True, compile_scope=scope, compiled_versions=versions)
+    with patch(recompile_limit=8):
+        apply_compile(compiled, options)
+        for length in range(4, 14):
+            tokens_BL = torch.arange(2 * length).view(2, length)
+            for _ in range(2):
+                torch.testing.assert_close(compiled(tokens_BL), plain(tokens_BL), rtol=1e-4, atol=1e-5)
+
+    assert counters["stats"]["unique_graphs"] == 10
 
 
 def test_the_whole_model_compiles_in_bfloat16(tmp_path):

@@ -30,8 +30,8 @@ STEP_KEYS = [
 ]
 
 
-def log_in(run, *, tensorboard=None, writing=True, flops_per_token=6, peak=600.0):
-    return MetricsLog(run, writing=writing, tensorboard=tensorboard, flops_per_token=flops_per_token, peak_flops=peak)
+def log_in(run, *, tensorboard=None, writing=True, peak=600.0):
+    return MetricsLog(run, writing=writing, tensorboard=tensorboard, peak_flops=peak)
 
 
 def numbers(step, *, stage="a", lr=1e-3):
@@ -39,8 +39,9 @@ def numbers(step, *, stage="a", lr=1e-3):
     return {**given, "batch_hash": f"{step:016x}"}
 
 
-def keep(log, step, *, loss=2.5, grad_norm=0.5, tokens=64):
-    log.step(numbers(step), loss=torch.tensor(loss), grad_norm=torch.tensor(grad_norm), tokens=tokens)
+def keep(log, step, *, loss=2.5, grad_norm=0.5, tokens=64, flops_per_token=6):
+    measured = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(grad_norm)}
+    log.step(numbers(step), **measured, tokens=tokens, flops_per_token=flops_per_token)
 
 
 def validation(stage, step, dataset, loss, forgetting=None):
@@ -243,8 +244,8 @@ def opened_both(tmp_path):
 
 
 def log_with_tokens(tmp_path, **options):
-    sizes = {"flops_per_token": 6, "peak_flops": 600.0, "step_tokens": 64}
-    return MetricsLog(tmp_path, writing=True, stages=("z", "a"), **opened_both(tmp_path), **sizes, **options)
+    sizes = {"peak_flops": 600.0, "tokens_at": lambda run_step: 64 * run_step}
+    return MetricsLog(tmp_path, writing=True, stages=("z", "a"), **opened_both(tmp_path), **{**sizes, **options})
 
 
 def test_tensorboard_draws_losses_over_tokens_too_and_each_step_once(tmp_path):
@@ -264,6 +265,20 @@ def test_tensorboard_draws_losses_over_tokens_too_and_each_step_once(tmp_path):
     assert by_tokens["validation_over_tokens/pile/loss_nats_per_token"] == [(103 * 64, 3.0)]
     assert by_tokens["forgetting_over_tokens/pile"] == [(103 * 64, 0.5)]
     assert by_step.keys().isdisjoint(by_tokens)
+
+
+def test_tensorboard_places_steps_of_a_ramp_at_their_tokens(tmp_path):
+    """Steps of 10 tokens up to step 102, then of 30; after a rollback to 103 the points of later steps are gone."""
+    log = log_with_tokens(tmp_path, tokens_at=lambda run_step: 10 * run_step + 20 * max(0, run_step - 102))
+    for attempt, steps in ((1.0, (1, 2, 3, 4)), (2.0, (4,))):
+        log.rewind(100 + steps[0] - 1)
+        for step in steps:
+            keep(log, step, loss=attempt)
+        log.flush()
+    log.close()
+    points = curves_in(tmp_path / "tb" / "over_tokens")["train_over_tokens/loss_nats_per_token"]
+
+    assert points == [(1010, 1.0), (1020, 1.0), (1050, 1.0), (1080, 2.0)]
 
 
 def test_tensorboard_has_the_number_of_the_stage(tmp_path):

@@ -135,11 +135,16 @@ class CapturedStep:
         self._steps = 0
 
     def backward(self, batch: Batch, *, step_tokens: int, first: bool) -> None:
-        """As `EagerStep.backward`; batches have one shape, and steps one size, between two calls of `restart`."""
+        """As `EagerStep.backward`; micro-batches have one shape between two calls of `restart`.
+
+        The number of tokens of a step is a constant of the capture: where a batch-size ramp changes it, steps are
+        captured anew.
+        """
         inputs_BL, targets_BL = batch.inputs_BL, batch.targets_BL
-        if self._step_tokens != step_tokens:
-            assert self._tokens is None, f"a capture has {self._step_tokens} tokens a step; got {step_tokens}"
-            self._step_tokens = step_tokens
+        if self._step_tokens != step_tokens and self._tokens is not None:
+            assert first, "all micro-batches of a step have the same number of tokens of the step"
+            self.restart()
+        self._step_tokens = step_tokens
         if self._tokens is None:
             device = self._loss.device
             self._tokens = torch.empty_like(inputs_BL, device=device), torch.empty_like(targets_BL, device=device)

@@ -86,8 +86,8 @@ class Display:
         """Print the metrics of a step, `line`; on a terminal at most one row a second, and update the progress bar."""
         if not self._console.shown:
             return
-        stage_eta = self._eta(line["run_step"], stage.steps - line["step"])
-        run_eta = self._eta(line["run_step"], self._total_steps - line["run_step"])
+        stage_eta = self._eta(line["run_step"], line["run_step"] + stage.steps - line["step"])
+        run_eta = self._eta(line["run_step"], self._total_steps)
         if self._bar is not None:
             self._bar.update(line["step"], stage_eta, run_eta)
             now = time.perf_counter()
@@ -138,12 +138,16 @@ class Display:
     def _number(self, stage: StagePlan) -> str:
         return f"{self._plan.stages.index(stage) + 1}/{len(self._plan.stages)}"
 
-    def _eta(self, run_step: int, steps_left: int) -> float:
-        """Seconds left at this session's mean speed, validation and checkpoints included; NaN before its first step."""
-        steps_taken = run_step - self._start_step
-        if steps_taken <= 0:
+    def _eta(self, run_step: int, last_step: int) -> float:
+        """Seconds until a step of the run at this session's mean FLOP/s, validation and checkpoints included.
+
+        NaN before the session's first step.
+        """
+        done = self._plan.flops_at(run_step)
+        in_session = done - self._plan.flops_at(self._start_step)
+        if in_session <= 0:
             return math.nan
-        return (time.perf_counter() - self._start_time) / steps_taken * steps_left
+        return (time.perf_counter() - self._start_time) / in_session * (self._plan.flops_at(last_step) - done)
 
 
 class _Bar:

@@ -11,12 +11,15 @@ import torch
 import training
 from recorded_graphs import RecordedGraphs
 
+from titan_cpt.common.console import RunConsole
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.data.batch import Batch
+from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
 from titan_cpt.training.cuda.graphs import EAGER_STEPS, CapturedStep
+from titan_cpt.training.screen.display import Display
 from titan_cpt.training.stage_start import begin_stage
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -81,6 +84,28 @@ def test_captured_steps_are_eager_steps_to_the_last_bit(raw, precision, local_ba
     assert len({line.partition(",")[0] for line in captured}) == 7
     assert graphs.events.count("capture") == (2 if local_batch == 4 else 3)
     assert graphs.events.count("replay") == replays
+
+
+def ramped(trainer):
+    """The trainer with 2 sequences in the first four steps of its first stage, and 4 in each later one."""
+    sizes = BatchSizes((BatchPhase(0, 0, 2), BatchPhase(4, 8, 4)))
+    first, *others = trainer.plan.stages
+    plan = replace(trainer.plan, stages=(replace(first, batch_sizes=sizes), *others))
+    return replace(trainer, plan=plan, display=Display(plan, RunConsole(shown=False), steps_done=0))
+
+
+def test_a_batch_size_ramp_captures_its_steps_anew(raw):
+    """1 / tokens of the step is a constant of the capture: after four steps of 2 micro-batches come steps of 4."""
+    raw["training"] |= {"local_batch_size": 1}
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        eager, weights = trained(ramped(trainer), steps=8)
+    with captured_trainer(raw) as (trainer, graphs):
+        captured, same = trained(ramped(trainer), steps=8)
+
+    assert captured == eager
+    assert training.same_bits(weights, same)
+    assert graphs.events.count("capture") == 2 * 3
+    assert graphs.events.count("replay") == 2 * (2 + 1) + 2 * (4 + 1)
 
 
 FACTOR = torch.ones(())  # multiplies every loss; a replay reads it, as it would read bad weights or tokens

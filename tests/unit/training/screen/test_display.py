@@ -4,6 +4,7 @@ import io
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.log_file import LogFile
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.training.screen.display import Display, _Bar
 
 LINE = {
@@ -45,6 +47,19 @@ def test_a_step_is_a_row_with_the_time_left(make, two_stages, monkeypatch):
 
     assert heading.split() == ["step", "loss", "grad", "norm", "LR", "memory", "tokens/s", "ETA", "of", "run"]
     assert row.split() == ["20", "2.5000", "1.23", "1.00e-03", "42.1GiB", "12.3K", "5m20s", "8m40s"]
+
+
+def test_the_time_left_counts_the_work_of_each_stage(make, two_stages, monkeypatch):
+    """Ten steps took 40 s: 80 of the stage take 320 s, and 50 of the second one, with twice the batch, 400 s."""
+    plan = make(two_stages)
+    first, second = plan.stages
+    doubled = replace(second, batch_sizes=BatchSizes.constant(2 * plan.global_batch_size))
+    plan = replace(plan, stages=(first, doubled))
+    display, out = display_of(plan, steps_done=10)
+    monkeypatch.setattr(display, "_start_time", time.perf_counter() - 40)
+    display.step(first, LINE)
+
+    assert out.getvalue().split()[-2:] == ["5m20s", "12m00s"]
 
 
 def test_the_time_left_is_unknown_before_the_first_step(make, two_stages):
