@@ -25,6 +25,8 @@ _SAVED_OPERATORS = {
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_attention_math.default",
     "titan_cpt.document_attention.default",
+    "torch_attn._varlen_attn.default",
+    "flex_attention",
     "_c10d_functional.reduce_scatter_tensor.default",  # saving is cheaper than communicating again
 }
 _RECOMPUTED_MATMULS = 2  # recompute every second matmul: half their memory for about a sixth more matmul FLOPs

@@ -9,6 +9,9 @@ On a CPU `_attention` calls torch's attention kernel document by document. Conse
 a mask, since a call has a fixed cost; measured by scripts/bench/documents.py. It is one operator for autograd and for
 torch.compile, which therefore neither unroll the loop nor compile again for other documents.
 
+On a GPU `Documents.kernel_mask` has the kernel (document_kernels.py). Without one, torch's attention gets the mask as a
+boolean matrix: exact on every device, but it computes all pairs of positions, as context parallelism on a GPU does.
+
 Shape letters: B sequences, L positions, P positions of the queries, S positions of the keys, N query heads, K key/value
 heads, H head width, R half of a head's rotated features.
 """
@@ -18,15 +21,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from titan_cpt.models.common.ops import attended_in_float32
+from titan_cpt.models.common.ops import attended_in_float32, attention
 
 _SHARED_CALL = 64  # consecutive documents share a call up to this number of positions
 _WINDOW_TILE = 128  # least number of queries of a call if a document is longer than the sliding window
+
+
+class KernelMask(Protocol):
+    """The documents of a batch in the form of a GPU's kernel."""
+
+    def attend(self, q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
+        """Causal attention within documents over whole sequences, out_BNLH."""
+
+
+@dataclass(frozen=True)
+class DocumentBounds:
+    """Upper bounds of a batch's documents that the host knows without waiting for a GPU.
+
+    They are powers of two, so that few values occur: torch.compile may compile for each.
+
+    Attributes:
+        count: documents in all sequences.
+        longest: tokens of the longest one, at most L.
+    """
+
+    count: int
+    longest: int
+
+
+def document_bounds(starts_BL: Tensor) -> DocumentBounds:
+    """The bounds of a batch in the host's memory.
+
+    Args:
+        starts_BL: first position of each position's document.
+    """
+    assert starts_BL.device.type == "cpu", "reading them from a GPU would wait for it"
+    length = starts_BL.shape[1]
+    places_L = torch.arange(length, dtype=torch.int32)
+    count = int((starts_BL == places_L).sum())
+    longest = int((places_L - starts_BL).max()) + 1
+    return DocumentBounds(max(16, _power_of_two(count)), min(max(128, _power_of_two(longest)), max(2, length)))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -38,11 +82,13 @@ class Documents:
             None if attention crosses the borders of documents.
         cos_B1PR: RoPE's cosines, if positions restart at each document; None if they count from the sequence's start.
         sin_B1PR: RoPE's sines, likewise.
+        kernel_mask: for a GPU's kernel; None: see `document_attention`.
     """
 
     starts_BP: Tensor | None
     cos_B1PR: Tensor | None
     sin_B1PR: Tensor | None
+    kernel_mask: KernelMask | None = None
 
 
 def document_starts(documents_BL: Tensor) -> Tensor:
@@ -66,10 +112,9 @@ def document_attention(
     window: int | None,
     first: int = 0,
     offset: int = 0,
+    backend: SDPBackend | None = None,
 ) -> Tensor:
     """Causal attention within documents, out_BNPH in the dtype of the queries.
-
-    This function chooses the kernel for the device.
 
     Args:
         q_BNPH: rotated queries of P consecutive positions, a part of this rank's or all of them.
@@ -80,12 +125,40 @@ def document_attention(
         first: position of the first query in the whole sequence.
         offset: number of this rank's positions before the first query: 0, or under context parallelism the size of its
             early chunk for its late one.
+        backend: the kernel of torch's attention with a boolean mask, which is then used on a CPU too; None: torch
+            chooses.
     """
     assert documents.starts_BP is not None, "attention that crosses documents does not come here"
+    if documents.kernel_mask is not None:
+        assert (first, offset) == (0, 0), "these kernels take whole sequences"
+        return documents.kernel_mask.attend(q_BNPH, k_BKSH, v_BKSH)
     starts_BP = documents.starts_BP[:, offset : offset + q_BNPH.shape[2]]
+    if backend is not None or q_BNPH.device.type != "cpu":
+        return _masked_attention(q_BNPH, k_BKSH, v_BKSH, starts_BP, first=first, window=window, backend=backend)
     out_BNPH: Tensor
     out_BNPH, _ = _attention(q_BNPH, k_BKSH, v_BKSH, starts_BP, first, window or 0, torch.is_grad_enabled())
     return out_BNPH
+
+
+def _masked_attention(
+    q_BNPH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    starts_BP: Tensor,
+    *,
+    first: int,
+    window: int | None,
+    backend: SDPBackend | None,
+) -> Tensor:
+    """`document_attention` with a boolean matrix."""
+    places_P = torch.arange(first, first + q_BNPH.shape[2], dtype=torch.int32, device=q_BNPH.device)
+    keys_S = torch.arange(k_BKSH.shape[2], dtype=torch.int32, device=q_BNPH.device)
+    from_BP = starts_BP if window is None else torch.maximum(starts_BP, places_P - (window - 1))
+    seen_BPS = (keys_S <= places_P[:, None]) & (keys_S >= from_BP[:, :, None])
+    group = q_BNPH.shape[1] // k_BKSH.shape[1]
+    # Fused kernels with a mask need as many key heads as query heads.
+    k_BNSH, v_BNSH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BKSH, v_BKSH))
+    return attention(q_BNPH, k_BNSH, v_BNSH, backend=backend, attn_mask=seen_BPS[:, None])
 
 
 class _Call(NamedTuple):

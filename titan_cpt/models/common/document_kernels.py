@@ -28,9 +28,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel, varlen
 
+from titan_cpt.models.common.document_attention import DocumentBounds, KernelMask
+
 BLOCK = 128
 """Positions in a block of FlexAttention's mask; torch's default, which its kernels are tuned for."""
 _GROUPED = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # not in torch 2.11
+
+
+def kernel_mask(kernel: str, window: int | None, starts_BL: Tensor, bounds: DocumentBounds | None) -> KernelMask:
+    """The mask of a batch for "flash", which is varlen, or "flex".
+
+    Args:
+        window: sliding-window size in tokens.
+        bounds: of the documents, for flash. None: there may be as many as positions, for which it reserves memory.
+    """
+    if kernel == "flex":
+        return flex_mask(starts_BL, window=window)
+    count, longest = (bounds.count, bounds.longest) if bounds is not None else (starts_BL.numel(), starts_BL.shape[1])
+    return varlen_mask(starts_BL, count=count, longest=max(2, longest), window=window)
 
 
 @dataclass(frozen=True)

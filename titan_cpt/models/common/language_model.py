@@ -4,7 +4,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from titan_cpt.models.common.layers import Project
+from titan_cpt.models.common.document_attention import DocumentBounds
+from titan_cpt.models.common.layers import MakeKernelMask, Project
 from titan_cpt.models.common.ops import linear
 from titan_cpt.models.spec import ModelSpec
 
@@ -25,6 +26,8 @@ class LanguageModel(nn.Module):
     blocks: nn.ModuleDict
     final_norm: nn.Module | None
     head: nn.Module | None
+    make_kernel_mask: MakeKernelMask | None = None
+    """For attention inside documents on a GPU; None: see `document_attention`."""
 
     def forward(
         self,
@@ -33,6 +36,7 @@ class LanguageModel(nn.Module):
         *,
         starts_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
+        bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project` (see `Head`).
 
@@ -44,10 +48,17 @@ class LanguageModel(nn.Module):
                 None: it crosses them.
             positions_BL: RoPE's position of each token, integers. None: 0, 1, 2 ... in each sequence. Under context
                 parallelism both are those of this rank's tokens.
+            bounds: of the documents, for a GPU's kernel; None: the documents may have any number and length.
         """
         raise NotImplementedError
 
-    def trunk(self, tokens_BL: Tensor, starts_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
+    def trunk(
+        self,
+        tokens_BL: Tensor,
+        starts_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        bounds: DocumentBounds | None = None,
+    ) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
         raise NotImplementedError
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from titan_cpt.models.common.document_attention import Documents, document_attention
+from titan_cpt.models.common.document_attention import (
+    DocumentBounds,
+    Documents,
+    KernelMask,
+    document_attention,
+)
 from titan_cpt.models.common.ops import attention, cos_sin, linear
 from titan_cpt.models.spec import ModelSpec, RopeScaling
 
@@ -39,6 +44,8 @@ class RotaryCausalAttention(nn.Module):
         self.window = window
         self.backend: SDPBackend | None = None
         """The kernel of scaled dot-product attention; None: torch chooses."""
+        self.document_backend: SDPBackend | None = None
+        """The kernel with a boolean mask inside documents; None: see `document_attention`."""
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, documents: Documents | None = None) -> Tensor:
         """Attention's output, out_BLNH, in the dtype of the queries.
@@ -52,7 +59,9 @@ class RotaryCausalAttention(nn.Module):
         v_BNLH = v_BLNH.transpose(1, 2)
         if documents is None or documents.starts_BP is None:
             return self.attend(q_BNLH, k_BNLH, v_BNLH).transpose(1, 2)
-        out_BNLH = document_attention(q_BNLH, k_BNLH, v_BNLH, documents=documents, window=self.window)
+        out_BNLH = document_attention(
+            q_BNLH, k_BNLH, v_BNLH, documents=documents, window=self.window, backend=self.document_backend
+        )
         return out_BNLH.transpose(1, 2)
 
     def tables(self, positions_L: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
@@ -98,7 +107,18 @@ Project = Callable[[Tensor, Tensor], Tensor]
 """A function of the residual stream x_BLD and the head's weight_VD: logits_BLV, or a loss."""
 
 
-def shared_documents(spec: ModelSpec, starts_BL: Tensor | None, positions_BL: Tensor | None) -> Documents | None:
+MakeKernelMask = Callable[[Tensor, DocumentBounds | None], KernelMask]
+"""A GPU kernel's form of the documents of a batch, from starts_BL and their bounds."""
+
+
+def shared_documents(
+    spec: ModelSpec,
+    starts_BL: Tensor | None,
+    positions_BL: Tensor | None,
+    *,
+    bounds: DocumentBounds | None = None,
+    make_mask: MakeKernelMask | None = None,
+) -> Documents | None:
     """What all blocks share about documents; None without them. See `LanguageModel.forward` for the arguments."""
     if starts_BL is None and positions_BL is None:
         return None
@@ -110,7 +130,8 @@ def shared_documents(spec: ModelSpec, starts_BL: Tensor | None, positions_BL: Te
         sequences, length = positions_BL.shape
         cos_B1LR = cos_LR.view(sequences, 1, length, -1)
         sin_B1LR = sin_LR.view(sequences, 1, length, -1)
-    return Documents(starts_BL, cos_B1LR, sin_B1LR)
+    kernel_mask = make_mask(starts_BL, bounds) if starts_BL is not None and make_mask is not None else None
+    return Documents(starts_BL, cos_B1LR, sin_B1LR, kernel_mask)
 
 
 def rotary_tables(

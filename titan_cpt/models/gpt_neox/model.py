@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from titan_cpt.models.common.document_attention import Documents
+from titan_cpt.models.common.document_attention import DocumentBounds, Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, shared_documents
@@ -38,14 +38,21 @@ class GPTNeoX(LanguageModel):
         *,
         starts_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
+        bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """Logits for the token after each position, logits_BLV, or the result of `project`; see `LanguageModel`."""
-        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL)
+        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL, bounds)
         return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
-    def trunk(self, tokens_BL: Tensor, starts_BL: Tensor | None = None, positions_BL: Tensor | None = None) -> Tensor:
+    def trunk(
+        self,
+        tokens_BL: Tensor,
+        starts_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        bounds: DocumentBounds | None = None,
+    ) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        documents = shared_documents(self.spec, starts_BL, positions_BL)
+        documents = shared_documents(self.spec, starts_BL, positions_BL, bounds=bounds, make_mask=self.make_kernel_mask)
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD, documents=documents)

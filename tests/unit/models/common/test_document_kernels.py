@@ -152,7 +152,6 @@ def test_a_changed_document_changes_no_bit_of_the_others(kernel):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("kernel", "graphs"), [("varlen", 3), ("flex", 1)])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch's compiler
 def test_other_documents_do_not_compile_again(kernel, graphs, checkpointed):
     """flex has one graph for all documents. In varlen's second and third one the longest document and the count, which
     have changed by then, are variables.
