@@ -219,11 +219,7 @@ class Trainer(TrainerState):
         return step, not interrupted
 
     def train_step(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
-        """One optimizer step: accumulate gradients, clip, check, update. A non-finite loss or gradient changes nothing.
-
-        Args:
-            step: 0-based, in the stage.
-        """
+        """The stage's 0-based step: accumulate gradients, clip, check, update; non-finite ones change nothing."""
         for microbatch in range(self.plan.accumulation(stage, step)):
             batch = loader.batch(step, microbatch)
             self.stepper.backward(batch, step_tokens=stage.step_tokens(step), first=microbatch == 0)
@@ -261,6 +257,7 @@ class Trainer(TrainerState):
             ranks=self.plan.data_parallel,
             workers=self.config.training.num_workers,
             source_numbers=stage.source_numbers,
+            documents=self.documents(stage),
         )
 
     def flush_metrics(self, stage: StagePlan) -> dict[str, Any] | None:

@@ -98,6 +98,11 @@ class TrainingConfig(Table):
     (local_batch_size x data-parallel degree) micro-batches per step."""
     seq_len: Annotated[int, Field(ge=2)]
     """Sequence length in tokens."""
+    document_mask: bool = False
+    """Attention stays within a document, which the tokenizer's end-of-document token ends; otherwise it crosses the
+    borders of the documents in a sequence. Sequences and targets are the same."""
+    document_positions: bool = False
+    """Rotary positions (RoPE) begin at 0 in each document, otherwise in each sequence."""
     max_norm: PositiveFloat = 1.0
     """Gradient clipping: gradients are scaled down to this global L2 norm."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
@@ -334,3 +339,9 @@ class Config(Table):
     """[sweep]: dotted keys and lists of values. `titan-cpt sweep` trains a sweep run for every combination of values;
     the lists in [sweep.zip] have equal length and are combined item by item instead."""
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
+
+
+def document_keys(config: Config, *names: str) -> list[str]:
+    """The keys of these names that are true, of [training] and of stages, dotted."""
+    tables = {"training": config.training, **{f"stages.{stage.name}": stage for stage in config.stages}}
+    return [f"{table}.{name}" for table, keys in tables.items() for name in names if getattr(keys, name)]

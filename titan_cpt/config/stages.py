@@ -67,6 +67,10 @@ class StageConfig(Table):
     that many tokens. Unset: training.global_batch_size."""
     local_batch_size: PositiveInt | None = None
     """Sequences per micro-batch of one data-parallel rank in this stage. Unset: training.local_batch_size."""
+    document_mask: bool | None = None
+    """Whether attention stays within a document in this stage. Unset: training.document_mask."""
+    document_positions: bool | None = None
+    """Whether rotary positions begin at 0 in each document in this stage. Unset: training.document_positions."""
     init: str | None = None
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
+from titan_cpt.data.document_sample import DocumentSample, measure_all
 from titan_cpt.data.file_names import FileIdentity, file_identity, first_text_file
 from titan_cpt.data.formats.array_file import REMOTE_SCAN_TOKENS
 from titan_cpt.data.formats.token_files import (
@@ -101,7 +102,22 @@ def take_inventory(config: Config) -> DataInventory:
         unrecorded=unrecorded,
         validation_tokens=validation_tokens,
         notes=tuple(notes),
+        documents=measure_all(
+            ((source, each.files) for source, each in train.items() if each.dataset in used),
+            _masked_lengths(config),
+            config.tokenizer.path,
+        ),
     )
+
+
+def _masked_lengths(config: Config) -> list[int]:
+    """The sequence lengths at which a stage trains with a document mask."""
+    by_default = config.training.document_mask
+    return [
+        stage.seq_len or config.training.seq_len
+        for stage in config.stages
+        if (by_default if stage.document_mask is None else stage.document_mask)
+    ]
 
 
 def _used_datasets(config: Config) -> set[str]:
@@ -344,6 +360,8 @@ class DataInventory:
         unrecorded: sources whose files do not record which tokenizer made them.
         validation_tokens: number of tokens of every validation set; None if its files do not exist yet.
         notes: warnings about the files, one sentence each.
+        documents: lengths of the documents by (source, sequence length), for the lengths at which a stage has a
+            document mask, as far as they are known.
     """
 
     tokens: Mapping[str, int | None]
@@ -352,3 +370,4 @@ class DataInventory:
     unrecorded: tuple[str, ...] = ()
     validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    documents: Mapping[tuple[str, int], DocumentSample] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_cpt.data.batch import Batch
 from titan_cpt.data.batch_sizes import BatchSizes
+from titan_cpt.data.documents import DocumentSettings
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.permutation import permuted
@@ -116,6 +117,7 @@ class _MicroBatches(Dataset[Batch]):
         rank: int,
         ranks: int,
         source_numbers: Mapping[tuple[str, bool], int] | None = None,
+        documents: DocumentSettings | None = None,
     ) -> None:
         self.reader = reader
         self.batch_of = batch_of
@@ -124,6 +126,7 @@ class _MicroBatches(Dataset[Batch]):
         self.rank = rank
         self.ranks = ranks
         self.source_numbers = source_numbers
+        self.documents = documents
         self._drawn: tuple[int, list[Draw]] = (-1, [])
 
     def number(self, step: int) -> int:
@@ -143,12 +146,13 @@ class _MicroBatches(Dataset[Batch]):
         draws = self.draws(number)
         rows = self.reader.read(draws)
         numbers = self.source_numbers
-        return Batch(
+        batch = Batch(
             # Contiguous: torch copies a strided tensor to the GPU through memory that is not pinned, and waits for it.
             torch.from_numpy(rows.tokens[:, :-1]).contiguous(),
             torch.from_numpy(rows.targets).contiguous(),
             sources_B=torch.tensor([numbers[draw.source, draw.replayed] for draw in draws]) if numbers else None,
         )
+        return batch if self.documents is None else self.documents.added_to(batch, rows.starts)
 
 
 class StageLoader:
@@ -167,6 +171,7 @@ class StageLoader:
         ranks: number of data-parallel ranks.
         workers: loader processes that prefetch; 0 reads in the training process.
         source_numbers: number of every source by (source, replayed), for `Batch.sources_B`; None without.
+        documents: for `Batch.starts_BL` and `Batch.positions_BL`; None without.
     """
 
     def __init__(
@@ -182,9 +187,10 @@ class StageLoader:
         ranks: int,
         workers: int,
         source_numbers: Mapping[tuple[str, bool], int] | None = None,
+        documents: DocumentSettings | None = None,
     ) -> None:
         how: dict[str, Any] = {"batch_sizes": batch_sizes, "local_batch": local_batch, "rank": rank, "ranks": ranks}
-        batches = _MicroBatches(reader, batch_of, **how, source_numbers=source_numbers)
+        batches = _MicroBatches(reader, batch_of, **how, source_numbers=source_numbers, documents=documents)
         self._number = batches.number
         self._next = batches.number(first_step)
         numbers = range(self._next, batches.number(steps))

@@ -1,5 +1,7 @@
 """Build the model of a spec."""
 
+import inspect
+
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.registry import FAMILIES, family_module
@@ -22,3 +24,18 @@ def build_model(spec: ModelSpec) -> LanguageModel:
                 "correct block_parameters or final_norm_parameters of the spec"
             )
     return model
+
+
+def require_documents(spec: ModelSpec, setting: str) -> None:
+    """Check that the family's model has a document mask and positions; those of other packages may not.
+
+    Raises:
+        ConfigError: it has not; the message begins with `setting`.
+    """
+    forward = family_module(spec.family, "model").MODEL.forward
+    missing = {"starts_BL", "positions_BL"} - {*inspect.signature(forward).parameters}
+    if missing:
+        raise ConfigError(
+            f"{setting}: the model of family {spec.family!r} has no documents: its forward lacks the keyword arguments "
+            f"{' and '.join(sorted(missing))} (docs/library.md). Set {setting} to false, or add them"
+        )

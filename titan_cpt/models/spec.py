@@ -269,6 +269,14 @@ class ModelSpec(abc.ABC):
         span = min(seq_len, self.sliding_window or seq_len)
         return 6 * products + 12 * self.layers * self.attention_width * span
 
+    def masked_flops_per_token(self, seq_len: int, span: float) -> float:
+        """`flops_per_token`, where a token attends to `span` positions on average instead of to the whole sequence.
+
+        With a document mask that is the sum over documents: a document of n tokens has n * min(n, sliding window).
+        """
+        full = min(seq_len, self.sliding_window or seq_len)
+        return self.flops_per_token(seq_len) - 12 * self.layers * self.attention_width * (full - span)
+
     def as_recipe(self) -> dict[str, Any]:
         """Dotted config key -> value of every field, as in a run's recipe and in a checkpoint's manifest."""
         unset = {

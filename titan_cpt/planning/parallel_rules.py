@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from titan_cpt.common.text import did_you_mean
-from titan_cpt.config.schema import CompileConfig, Config
+from titan_cpt.config.schema import CompileConfig, Config, document_keys
 from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.models.spec import ModelSpec
@@ -141,14 +141,14 @@ def _sequence(inputs: RuleInput) -> str | None:
     )
 
 
-def _ring_window(inputs: RuleInput) -> str | None:
-    ring = inputs.config.parallelism.context_parallel_method == "ring" and inputs.dims.cp > 1
-    if not ring or inputs.spec.sliding_window is None:
+def _ring_mask(inputs: RuleInput) -> str | None:
+    masks = document_keys(inputs.config, "document_mask")
+    if inputs.spec.sliding_window is not None:
+        masks.append(f"model.sliding_window = {inputs.spec.sliding_window}")
+    if inputs.config.parallelism.context_parallel_method != "ring" or inputs.dims.cp == 1 or not masks:
         return None
-    return (
-        f"{_PARALLELISM}context_parallel_method: torch's ring attention has no sliding window "
-        f'(model.sliding_window = {inputs.spec.sliding_window}): use "gather"'
-    )
+    what = "sliding window" if "model" in masks[-1] else "document mask"
+    return f'{_PARALLELISM}context_parallel_method: torch\'s ring attention has no {what} ({masks[-1]}): use "gather"'
 
 
 def _layers(inputs: RuleInput) -> str | None:
@@ -307,9 +307,9 @@ def _cuda_graphs_on_ranks(inputs: RuleInput) -> str | None:
 
 def _cuda_graphs_with(inputs: RuleInput) -> str | None:
     config = inputs.config
-    others = {"float8.recipe_name": config.float8.recipe_name is not None}
-    others["profiling.enable_profiling"] = config.profiling.enable_profiling
-    found = [key for key, is_set in others.items() if is_set]
+    found = ["float8.recipe_name"] if config.float8.recipe_name is not None else []
+    found += ["profiling.enable_profiling"] if config.profiling.enable_profiling else []
+    found += document_keys(config, "document_mask", "document_positions")
     if not config.training.cuda_graphs or not found:
         return None
     return (
@@ -401,7 +401,7 @@ RULES: tuple[Rule, ...] = (
     Rule("tied embeddings with pipeline parallelism", "the last stage would need the weight of the first", _tied),
     Rule("an MLP width that TP does not divide", "every rank has the same number of features", _mlp_width),
     Rule("CP with a seq_len that 2 x CP x TP does not divide", "a rank holds two pieces of equal length", _sequence),
-    Rule("ring attention with a sliding window", "torch's ring attention has none", _ring_window),
+    Rule("ring attention with a sliding window or document mask", "torch's ring attention has none", _ring_mask),
     Rule("an unknown pipeline schedule", "torch has no such schedule", _unknown_schedule),
     Rule("layers that do not divide into pipeline stages", "stages have equal numbers of layers", _layers),
     Rule("a local batch that does not divide into micro-batches", "micro-batches have one shape", _microbatch_size),
@@ -430,7 +430,7 @@ RULES: tuple[Rule, ...] = (
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
     Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),
-    Rule("CUDA graphs with float8 or the profiler", "never tried on a GPU", _cuda_graphs_with),
+    Rule("CUDA graphs with float8, the profiler or documents", "never tried on a GPU", _cuda_graphs_with),
     Rule(
         'compile scope "model" with several processes or recomputed blocks',
         "both need the blocks as separate modules",

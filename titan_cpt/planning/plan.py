@@ -98,6 +98,8 @@ class StagePlan:
         local_batch_size: sequences of a micro-batch of one data-parallel rank.
         document_mask: attention stays within a document.
         document_positions: RoPE's positions begin at 0 in each document.
+        attended_span: with a document mask, the mean number of positions that a token attends to, not halved for the
+            causal mask; None without.
     """
 
     name: str
@@ -121,6 +123,7 @@ class StagePlan:
     local_batch_size: int
     document_mask: bool = False
     document_positions: bool = False
+    attended_span: float | None = None
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""
@@ -138,7 +141,9 @@ class StagePlan:
     @property
     def flops_per_token(self) -> float:
         """Floating-point operations of training per token."""
-        return self.spec.flops_per_token(self.seq_len)
+        if self.attended_span is None:
+            return self.spec.flops_per_token(self.seq_len)
+        return self.spec.masked_flops_per_token(self.seq_len, self.attended_span)
 
     @property
     def source_numbers(self) -> dict[tuple[str, bool], int]:

@@ -17,6 +17,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
+from titan_cpt.planning.stages.documents import document_recipe
 from titan_cpt.planning.stages.mixture import normalized_weights
 from titan_cpt.planning.stages.own_batch import batch_recipe
 from titan_cpt.planning.stages.schedule import final_lr
@@ -71,6 +72,7 @@ def stage_recipe(
         },
         **_stored_orders(config, names),
         **_registered_formats(config, names),
+        **document_recipe(config, stage),
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
         "optimizer_state": stage.optimizer_state,
         "optimizer.beta1": optimizer.betas[0],

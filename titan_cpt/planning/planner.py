@@ -21,6 +21,12 @@ from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, stage_recipe
 from titan_cpt.planning.stages.data_budget import count_sequences, dataset_use, stage_steps, stored_order_notes
+from titan_cpt.planning.stages.documents import (
+    attended_span,
+    document_mask_of,
+    document_notes,
+    document_positions_of,
+)
 from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
 from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
 from titan_cpt.planning.stages.notes import stage_notes
@@ -57,6 +63,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         plan = _plan_stage(draft, stage)
         draft.stages[stage.name] = plan
         draft.notes += [*stored_order_notes(plan, inventory.sequences), *ramp_notes(plan, stage)]
+        draft.notes += document_notes(plan, inventory)
     if draft.problems:
         raise PlanError(_message(config.job.name, draft.problems))
     stages = tuple(draft.stages.values())
@@ -121,6 +128,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     new = new_data_leaves(draft, stage, history)
     tree, shares = mixture_tree(stage, new, replay_leaves(draft, stage, history, init))
     counts = leaf_counts(tree, batch_sizes.sequences_before(steps))
+    masked = document_mask_of(config, stage)
     window = config.validation.final_window_steps, config.validation.final_window_every
     plan = StagePlan(
         name=stage.name,
@@ -142,6 +150,9 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         seq_len=seq_len,
         batch_sizes=batch_sizes,
         local_batch_size=local_batch_size_of(config, stage),
+        document_mask=masked,
+        document_positions=document_positions_of(config, stage),
+        attended_span=attended_span(draft.inventory, draft.spec, tree, seq_len) if masked else None,
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

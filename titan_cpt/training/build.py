@@ -20,7 +20,8 @@ from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER, TOKENS_FOLDER
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
-from titan_cpt.config.schema import Config
+from titan_cpt.config.schema import Config, document_keys
+from titan_cpt.data.documents import document_settings
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
 from titan_cpt.data.loader import SequenceReader
@@ -36,6 +37,7 @@ from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
 from titan_cpt.evaluation.registered_metrics import load_metrics
+from titan_cpt.models.build import require_documents
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import use_onednn
 from titan_cpt.planning.device_rules import check_device
@@ -96,7 +98,7 @@ def build(
         tokenizer = load_tokenizer(config.tokenizer.path)
         plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
         data = _open_data(config, tokenizer)
-        _check_support(config, process.device)
+        _check_support(config, plan, process.device)
         metrics = load_metrics(config.validation.metrics)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     _print_notes(console, list(device_notes(config, process.device)))
@@ -159,6 +161,7 @@ def build(
         metrics=metrics,
         checkpoints=checkpoints,
         uploads=uploads,
+        end_of_document=data.tokenizer.eod_id,
         identities=data.identities,
         log=log,
         display=display,
@@ -212,7 +215,7 @@ def _reader(plan: Plan, stage: StagePlan, sources: Mapping[str, TokenSource]) ->
     return SequenceReader(own, seq_len=stage.seq_len, seed=plan.seed)
 
 
-def _check_support(config: Config, device: torch.device) -> None:
+def _check_support(config: Config, plan: Plan, device: torch.device) -> None:
     """Refuse settings that this device or these packages do not support."""
     check_device(config, device.type)
     if config.float8.recipe_name is not None:
@@ -221,6 +224,8 @@ def _check_support(config: Config, device: torch.device) -> None:
         require_compiler(device)
     if config.optimizer.implementation == "triton":
         require_compiler(device, 'optimizer.implementation = "triton"')
+    for key in document_keys(config, "document_mask", "document_positions"):
+        require_documents(plan.spec, key)
 
 
 def _weight_notes(
@@ -306,6 +311,7 @@ def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:
 
 
 def _build_validator(config: Config, plan: Plan, data: _Data, mesh: Mesh) -> Validator:
+    training = config.training
     return Validator(
         data.validation,
         data.tokenizer.token_byte_lengths(),
@@ -313,6 +319,9 @@ def _build_validator(config: Config, plan: Plan, data: _Data, mesh: Mesh) -> Val
         seq_len=plan.seq_len,
         local_batch=config.validation.local_batch_size or plan.local_batch_size,
         mesh=mesh,
+        documents=document_settings(
+            data.tokenizer.eod_id, mask=training.document_mask, positions=training.document_positions
+        ),
     )
 
 

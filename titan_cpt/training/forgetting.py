@@ -11,12 +11,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.evaluation.registered_metrics import MetricContext, measure
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.forward_backward import SingleStageRunner
 from titan_cpt.training.state import TrainerState
-from titan_cpt.training.validation import ValidationLoss
+from titan_cpt.training.validation import ValidationLoss, Validator
 
 
 def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
@@ -62,7 +65,7 @@ def _measure_registered(state: TrainerState, stage: StagePlan, steps_done: int) 
             datasets=tuple(state.validator.streams),
             rank=state.process.rank,
             world_size=state.process.world_size,
-            logits=runner.logits,
+            logits=partial(_logits, runner, state.validator),
             batches=state.validator.batches,
         )
         values, failure = measure(name, metric, context)
@@ -76,6 +79,11 @@ def _measure_registered(state: TrainerState, stage: StagePlan, steps_done: int) 
             shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
             state.display.say(f"  {name} after step {steps_done:,} of {stage.name}: {shown}")
     return True
+
+
+def _logits(runner: SingleStageRunner, validator: Validator, inputs_BL: Tensor) -> Tensor:
+    """The logits of token ids, computed as the validation loss is."""
+    return runner.logits(validator.with_documents(Batch(inputs_BL, inputs_BL)))
 
 
 def validation_line(

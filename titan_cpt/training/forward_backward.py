@@ -62,14 +62,16 @@ class SingleStageRunner:
         targets_BL = local_tokens(batch.targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
+        documents = local_documents(batch, self.mesh)
         with sharded_loss(self.mesh):
             if self.mesh.parallel_dims.tp > 1:  # tensor parallelism splits the head's rows over ranks
-                loss = summed_cross_entropy(unpadded(self.model(inputs_BL), targets_BL), targets_BL) / step_tokens
+                logits_BLV = unpadded(self.model(inputs_BL, **documents), targets_BL)
+                loss = summed_cross_entropy(logits_BLV, targets_BL) / step_tokens
             else:
                 head_and_loss = partial(
                     fused_linear_cross_entropy, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled
                 )
-                loss = self.model(inputs_BL, head_and_loss)
+                loss = self.model(inputs_BL, head_and_loss, **documents)
             if self.copy is not None:
                 self.copy.take_gradients()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -78,25 +80,26 @@ class SingleStageRunner:
         return loss.detach()
 
     @torch.no_grad()
-    def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
+    def per_sequence_loss(self, batch: Batch) -> Tensor:
         """The summed loss of every sequence in nats, [B], equal on all ranks that share the batch; collective."""
-        inputs_BL = local_inputs(inputs_BL, self.mesh)
-        targets_BL = local_tokens(targets_BL, self.mesh)
+        inputs_BL = local_inputs(batch.inputs_BL, self.mesh)
+        targets_BL = local_tokens(batch.targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
         with sharded_loss(self.mesh):
-            nats_B = losses_by_sequence(self.model(inputs_BL), targets_BL)
+            nats_B = losses_by_sequence(self.model(inputs_BL, **local_documents(batch, self.mesh)), targets_BL)
         if self.mesh.context is not None:
             dist.all_reduce(nats_B, group=self.mesh.context)
         return nats_B
 
     @torch.no_grad()
-    def logits(self, inputs_BL: Tensor) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """The logits of every position, [B, L, V], on every rank; collective. Not for context parallelism."""
         if self.copy is not None:
             self.copy.refresh()
-        logits_BLV: Tensor = self.model(local_inputs(inputs_BL, self.mesh))
-        return unpadded(logits_BLV.full_tensor() if isinstance(logits_BLV, DTensor) else logits_BLV, inputs_BL)
+        inputs_BL = local_inputs(batch.inputs_BL, self.mesh)
+        logits_BLV: Tensor = self.model(inputs_BL, **local_documents(batch, self.mesh))
+        return unpadded(logits_BLV.full_tensor() if isinstance(logits_BLV, DTensor) else logits_BLV, batch.inputs_BL)
 
 
 class PipelineRunner:
@@ -136,24 +139,25 @@ class PipelineRunner:
         inputs = (local_inputs(batch.inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = local_tokens(batch.targets_BL, self.mesh) if self.last is not None else None
         losses: list[Tensor] | None = [] if self.last is not None else None
+        documents = local_documents(batch, self.mesh)  # every pipeline stage needs them; split into micro-batches
         with sharded_loss(self.mesh):
-            self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
+            self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **documents)
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.mesh.process.device)
 
     @torch.no_grad()
-    def per_sequence_loss(self, inputs_BL: Tensor, targets_BL: Tensor) -> Tensor:
+    def per_sequence_loss(self, batch: Batch) -> Tensor:
         """As `SingleStageRunner.per_sequence_loss`; the pipeline stages run one after another, without overlap.
 
         torch's `schedule.eval` is not used: in 2.13 it fails for V schedules and makes the next step infer all shapes.
         """
-        microbatches = max(1, min(self.mesh.parallel_dims.microbatches, len(inputs_BL)))
+        microbatches = max(1, min(self.mesh.parallel_dims.microbatches, len(batch.inputs_BL)))
         nats = []
-        for inputs, targets in zip(inputs_BL.chunk(microbatches), targets_BL.chunk(microbatches), strict=True):
-            logits = self._forward(local_inputs(inputs, self.mesh))
-            nats.append(torch.zeros(len(inputs), device=inputs.device))
+        for part in batch.chunk(microbatches):
+            logits = self._forward(local_inputs(part.inputs_BL, self.mesh), local_documents(part, self.mesh))
+            nats.append(torch.zeros(len(part.inputs_BL), device=self.mesh.process.device))
             if logits is not None:
                 with sharded_loss(self.mesh):
-                    nats[-1] = losses_by_sequence(logits, local_tokens(targets, self.mesh))
+                    nats[-1] = losses_by_sequence(logits, local_tokens(part.targets_BL, self.mesh))
         nats_B = torch.cat(nats)
         for group in (self.group, self.mesh.context):
             if group is not None:
@@ -175,7 +179,7 @@ class PipelineRunner:
             scale_grads=False,  # `_loss` divides by the global batch's tokens
         )
 
-    def _forward(self, tokens_BL: Tensor) -> Tensor | None:
+    def _forward(self, tokens_BL: Tensor, documents: dict[str, Tensor]) -> Tensor | None:
         """The logits, on the rank with the last pipeline stage; None on the others."""
         rank = self.mesh.process.rank
         length = tokens_BL.shape[1] // self.mesh.parallel_dims.tp  # activations between stages are sequence-parallel
@@ -188,7 +192,7 @@ class PipelineRunner:
             elif previous_rank != rank:
                 x = torch.empty(len(tokens_BL), length, self.width, dtype=self.precision, device=tokens_BL.device)
                 dist.recv(x, src=previous_rank, group=self.group)
-            x = module(x)
+            x = module(x, **documents)
             if next_rank not in (None, rank):
                 dist.send(x.contiguous(), dst=next_rank, group=self.group)
         return x if self.last is not None else None
@@ -296,13 +300,20 @@ def local_tokens(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
     return tokens_BL[:, positions.to(tokens_BL.device)]
 
 
-def local_inputs(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
+def local_inputs(tokens_BL: Tensor, mesh: Mesh, *, padding: int = 0) -> Tensor:
     """`local_tokens`, padded at the end to a multiple of the tensor-parallel degree, as sequence parallelism requires.
 
     Causal attention never attends to the padding, and `unpadded` removes it from the logits: it changes no value.
     """
     tokens_BL = local_tokens(tokens_BL, mesh)
-    return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp))
+    return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp), value=padding)
+
+
+def local_documents(batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
+    """The model's arguments for documents, as `local_inputs`; empty without documents. Padding is its own document."""
+    padding = {"starts_BL": batch.inputs_BL.shape[1], "positions_BL": 0}
+    given = {name: tensor_BL for name in padding if (tensor_BL := getattr(batch, name)) is not None}
+    return {name: local_inputs(tensor_BL, mesh, padding=padding[name]) for name, tensor_BL in given.items()}
 
 
 def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.checkpoint.remote.uploader import Uploader
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
+from titan_cpt.data.documents import DocumentSettings, document_settings
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.evaluation.registered_metrics import Metric
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.training.cuda.graphs import CapturedStep
 from titan_cpt.training.forward_backward import EagerStep, ModelRunner
 from titan_cpt.training.metrics import MetricsLog
@@ -44,6 +45,7 @@ class TrainerState:
         readers: reads the sequences of a stage, by its name.
         metrics: metrics of other packages, by name.
         uploads: uploads checkpoints to object storage, on rank 0; None without `checkpoint.upload`.
+        end_of_document: the tokenizer's id.
         identities: fingerprints of the tokenizer and of the data files, by dotted key.
         stop: whether a signal requested a stop.
     """
@@ -65,8 +67,13 @@ class TrainerState:
     metrics: Mapping[str, Metric]
     checkpoints: CheckpointManager
     uploads: Uploader | None
+    end_of_document: int
     identities: dict[str, str]
     log: MetricsLog
     display: Display
     profiler: Profiler
     stop: StopRequest
+
+    def documents(self, stage: StagePlan) -> DocumentSettings | None:
+        """Document mask and positions of a stage; None without."""
+        return document_settings(self.end_of_document, mask=stage.document_mask, positions=stage.document_positions)

@@ -8,6 +8,7 @@ Source: Ibrahim et al. 2024, arXiv:2403.08763, section 5.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from titan_cpt.common.numbers import evenly_spaced
+from titan_cpt.data.batch import Batch
+from titan_cpt.data.documents import DocumentSettings
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.errors import DataError
@@ -60,6 +63,7 @@ class Validator:
         seq_len: L, target tokens of a window.
         local_batch: B, windows of one forward pass.
         mesh: its data-parallel ranks share the windows.
+        documents: document mask and positions; None without both.
 
     Raises:
         DataError: a stream is shorter than one window.
@@ -74,8 +78,10 @@ class Validator:
         seq_len: int,
         local_batch: int,
         mesh: Mesh,
+        documents: DocumentSettings | None = None,
     ) -> None:
         self.streams = streams
+        self.documents = documents
         self.seq_len = seq_len
         self.local_batch = local_batch
         self.sequences = sequences
@@ -93,6 +99,8 @@ class Validator:
         """A dataset's identity. It excludes the batch size, which changes only the last bits of a loss."""
         available = stream.windows(self.seq_len)
         chosen = [stream.fingerprint(), self.seq_len, available, min(available, self.sequences)]
+        if self.documents is not None:
+            chosen.append(dataclasses.asdict(self.documents))
         digest = hashlib.sha256(json.dumps(chosen).encode() + token_bytes.tobytes())
         return digest.hexdigest()[:16]
 
@@ -118,8 +126,8 @@ class Validator:
     def _loss(self, runner: ModelRunner, stream: TokenSource) -> ValidationLoss:
         sums = torch.zeros(3, dtype=torch.float64, device=self.mesh.process.device)  # nats, tokens, bytes
         for batch, counted in self._batches(stream):
-            nats_B = runner.per_sequence_loss(batch[:, :-1], batch[:, 1:])[:counted].double()
-            bytes_BL = self.token_bytes[batch[:counted, 1:]]
+            nats_B = runner.per_sequence_loss(batch)[:counted].double()
+            bytes_BL = self.token_bytes[batch.targets_BL[:counted]]
             sums += torch.stack([nats_B.sum(), sums.new_tensor(bytes_BL.numel()), bytes_BL.sum().double()])
         if dist.is_initialized():
             dist.all_reduce(sums)  # ranks that share sequences add them several times; the ratios below cancel that
@@ -129,12 +137,16 @@ class Validator:
     def batches(self, dataset: str) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's windows of a dataset as (inputs_BL, targets_BL); targets that do not count are IGNORED_TARGET."""
         for batch, counted in self._batches(self.streams[dataset]):
-            targets_BL = batch[:, 1:].clone()
+            targets_BL = batch.targets_BL.clone()
             targets_BL[counted:] = IGNORED_TARGET
-            yield batch[:, :-1], targets_BL
+            yield batch.inputs_BL, targets_BL
 
-    def _batches(self, stream: TokenSource) -> Iterator[tuple[Tensor, int]]:
-        """Full batches of this rank's windows, [B, L + 1], and how many of each count; as many on every rank."""
+    def with_documents(self, batch: Batch) -> Batch:
+        """The batch with its documents, for the validation's document mask and positions."""
+        return batch if self.documents is None else self.documents.added_to(batch)
+
+    def _batches(self, stream: TokenSource) -> Iterator[tuple[Batch, int]]:
+        """Full batches of this rank's windows, and how many sequences of each count; as many on every rank."""
         windows = evenly_spaced(stream.windows(self.seq_len), self.sequences)
         rows = self.local_batch
         for start in range(0, len(windows), self.mesh.parallel_dims.data_parallel * rows):
@@ -143,5 +155,6 @@ class Validator:
             first = start + self.mesh.data_rank * rows
             local_windows = windows[first : first + rows]
             padded = local_windows + windows[:1] * (rows - len(local_windows))
-            tokens = np.stack([stream.window(window, self.seq_len) for window in padded])
-            yield torch.from_numpy(tokens).to(self.mesh.process.device), len(local_windows)
+            tokens = torch.from_numpy(np.stack([stream.window(window, self.seq_len) for window in padded]))
+            tokens = tokens.to(self.mesh.process.device)
+            yield self.with_documents(Batch(tokens[:, :-1], tokens[:, 1:])), len(local_windows)

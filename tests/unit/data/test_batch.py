@@ -12,7 +12,9 @@ from titan_cpt.data.batch import Batch
 def test_every_tensor_of_a_batch_is_pinned():
     """Otherwise its copy to the GPU waits."""
     tokens = torch.zeros(2, 3, dtype=torch.int64)
-    batch = Batch(tokens, tokens, documents_BL=tokens.int(), sources_B=tokens[:, 0]).pin_memory()
+    batch = Batch(
+        tokens, tokens, starts_BL=tokens.int(), positions_BL=tokens.int(), sources_B=tokens[:, 0]
+    ).pin_memory()
 
     assert all(tensor.is_pinned() for tensor in vars(batch).values())
-    assert Batch(tokens, tokens).pin_memory().documents_BL is None
+    assert Batch(tokens, tokens).pin_memory().starts_BL is None

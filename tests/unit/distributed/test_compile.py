@@ -32,7 +32,7 @@ def losses_of(raw, folder, name, *, steps=2, **compile_keys):
         results = [trainer.train_step(loader, stage, step) for step in range(steps)]
         graphs = [counters["stats"]["unique_graphs"]]
         batch = loader.batch(steps, 0)
-        nats = trainer.runner.per_sequence_loss(batch.inputs_BL, batch.targets_BL).sum()
+        nats = trainer.runner.per_sequence_loss(batch).sum()
         graphs.append(counters["stats"]["unique_graphs"])
     numbers = [value.item() for result in results for value in (result.loss, result.grad_norm)]
     return [*numbers, nats.item()], graphs

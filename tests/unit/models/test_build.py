@@ -1,12 +1,14 @@
 """Building the model of a spec: the family's class, with the spec's parameters."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from titan_cpt.errors import ConfigError
-from titan_cpt.models.build import build_model
+from titan_cpt.models import build
+from titan_cpt.models.build import build_model, require_documents
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.llama.model import Llama
 from titan_cpt.models.registry import named_size
@@ -24,3 +26,21 @@ def test_a_spec_is_built_as_its_family(family, model_class):
     assert all(parameter.is_meta for parameter in model.parameters())
     with pytest.raises(ConfigError, match="unknown family 'other'"):
         build_model(dataclasses.replace(spec, family="other"))
+
+
+def test_a_family_whose_model_has_no_documents_is_refused_with_a_mask(monkeypatch):
+    """Of another package, with the signature of older versions; titan_cpt's own families have them."""
+
+    class Older(GPTNeoX):
+        def forward(self, tokens_BL, project=None):
+            return super().forward(tokens_BL)
+
+    spec = named_size("gpt_neox", "debug", 257)
+    require_documents(spec, "training.document_mask")
+    require_documents(named_size("llama", "debug", 257), "training.document_mask")
+    monkeypatch.setattr(build, "family_module", lambda *_: SimpleNamespace(MODEL=Older))
+    with pytest.raises(ConfigError) as refusal:
+        require_documents(spec, "stages.b.document_mask")
+
+    assert str(refusal.value).startswith("stages.b.document_mask: the model of family 'gpt_neox' has no documents")
+    assert "positions_BL and starts_BL" in str(refusal.value)

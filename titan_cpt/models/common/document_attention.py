@@ -91,18 +91,6 @@ class Documents:
     kernel_mask: KernelMask | None = None
 
 
-def document_starts(documents_BL: Tensor) -> Tensor:
-    """For each position, the first position of its document, int32 [B, L]; no synchronization with a device.
-
-    Args:
-        documents_BL: a number for each position that changes where a document begins.
-    """
-    places_L = torch.arange(documents_BL.shape[1], dtype=torch.int32, device=documents_BL.device)
-    begins_BL = torch.zeros_like(documents_BL, dtype=torch.bool)
-    begins_BL[:, 1:] = documents_BL[:, 1:] != documents_BL[:, :-1]
-    return torch.where(begins_BL, places_L, 0).cummax(dim=1).values.to(torch.int32)
-
-
 def document_attention(
     q_BNPH: Tensor,
     k_BKSH: Tensor,

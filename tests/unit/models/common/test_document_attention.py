@@ -9,7 +9,7 @@ from titan_cpt.distributed.activation_checkpoint import apply_ac
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common import document_attention as attention
-from titan_cpt.models.common.document_attention import Documents, document_starts
+from titan_cpt.models.common.document_attention import Documents
 from titan_cpt.models.registry import named_size
 from unit.models.llama.test_model import in_transformers
 
@@ -48,13 +48,6 @@ def by_hand(q, k, v, starts, first, window):
 def heads(*sizes, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
-
-
-def test_starts_follow_from_numbers():
-    """Documents of 2, 1 and 3 tokens; any change of the number is a border."""
-    numbers_BL = torch.tensor([[0, 0, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5], [0, 3, 3, 1, 1, 0]], dtype=torch.int32)
-
-    assert document_starts(numbers_BL).tolist() == [[0, 0, 2, 3, 3, 3], [0] * 6, [0, 1, 1, 3, 3, 5]]
 
 
 @example(rows=[[0], [2]], window=None, part=(1, 2))  # the same calls in both rows, but not the same documents
