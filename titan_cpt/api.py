@@ -207,7 +207,7 @@ class Trainer:
                 return
             self._under_way = True
             run_step = plan.steps_before(stage) + step
-            tokens = run_step * plan.step_tokens
+            tokens = plan.tokens_at(run_step)
             yield Step(stage.name, step, run_step, tokens, stage.lr_at(step - 1), result.loss, result.grad_norm)
 
     def stop(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, tokenizer_mismatch
 from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.models.spec import ModelSpec
@@ -89,18 +90,31 @@ def _front_matter(base_model: BaseModelInfo | None) -> str:
 
 def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
     rows = ["| stage | data | steps | tokens | replay | learning rate | optimizer | begins with |", "|---" * 8 + "|"]
-    step_tokens = recipe["training.global_batch_size"] * recipe["training.seq_len"]
+    batches: dict[str, list[str]] = {}  # names of stages by their batch
     for stage in history:
         settings = {key.removeprefix(f"stages.{stage.name}."): value for key, value in recipe.items()}
         planned_steps = settings["steps"]
         steps = f"{stage.steps:,}" if stage.steps == planned_steps else f"{stage.steps:,} of {planned_steps:,}"
-        tokens = f"{stage.steps * step_tokens:,}"
+        sizes, seq_len = _batch(recipe, settings)
+        tokens = f"{sizes.sequences_before(stage.steps) * seq_len:,}"
+        sequences = " to ".join(f"{phase.size:,}" for phase in sizes.within(stage.steps))
+        batches.setdefault(f"{sequences} sequences x {seq_len:,} tokens", []).append(stage.name)
         data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in settings["dataset"].items())
         optimizer = settings["optimizer_state"]
         cells = [stage.name, data, steps, tokens, _replay(settings), _lr(settings), optimizer, f"`{stage.init}`"]
         rows.append("| " + " | ".join(cells) + " |")
-    batch = f"Batches of {recipe['training.global_batch_size']:,} sequences x {recipe['training.seq_len']:,} tokens, "
-    return "\n".join([*rows, "", f"{batch}gradients clipped at {recipe['training.max_norm']:g}, AdamW."])
+    batch = ", ".join(f"{text} ({', '.join(names)})" if len(batches) > 1 else text for text, names in batches.items())
+    clipping = f"gradients clipped at {recipe['training.max_norm']:g}, AdamW."
+    return "\n".join([*rows, "", f"Batches of {batch}, {clipping}"])
+
+
+def _batch(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[BatchSizes, int]:
+    """The global batch sizes and the sequence length of a stage, whose own settings replace those of the run."""
+    seq_len = settings.get("seq_len", recipe["training.seq_len"])
+    sizes = settings.get("global_batch_size", recipe["training.global_batch_size"])
+    if isinstance(sizes, int):
+        return BatchSizes.constant(sizes), seq_len
+    return BatchSizes.ramp([(int(tokens), size) for tokens, size in sizes.items()], seq_len=seq_len), seq_len
 
 
 def _replay(settings: Mapping[str, Any]) -> str:

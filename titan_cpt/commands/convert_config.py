@@ -82,6 +82,6 @@ def _planned(text: str, name: Path) -> str:
     plan = make_plan(config, take_inventory(config), min_world_size(config))
     stage = plan.stages[0]
     return (
-        f"{name}: plans {stage.steps:,} steps of {plan.step_tokens:,} tokens, {plan.spec.parameters / 1e6:,.1f} M "
+        f"{name}: plans {stage.steps:,} steps of {stage.step_tokens(0):,} tokens, {plan.spec.parameters / 1e6:,.1f} M "
         f"parameters; `titan-cpt plan` shows the rest"
     )

@@ -43,7 +43,9 @@ def check_plan(request: Request) -> Iterator[Finding]:
         yield problem("plan", str(error), f"correct that; `titan-cpt plan {request.config}` says the same")
         return
     steps = sum(stage.steps for stage in plan.stages)
-    text = f"{len(plan.stages)} stages, {steps:,} steps of {plan.step_tokens:,} tokens, fingerprint {plan.fingerprint}"
+    sizes = {phase.size * stage.seq_len for stage in plan.stages for phase in stage.batch_sizes.within(stage.steps)}
+    tokens = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
+    text = f"{len(plan.stages)} stages, {steps:,} steps of {tokens} tokens, fingerprint {plan.fingerprint}"
     yield ok("plan", text)
     for line in plan.notes:
         yield note("plan", line)

@@ -138,7 +138,9 @@ def _branch_tables(
     raw["stages"] = raw["stages"][: number + 1]
     stage = raw["stages"][number]
     stage.pop("tokens", None)
-    stage["steps"] = done + math.ceil(Fraction(tokens, plan.step_tokens))
+    planned = plan.stages[number]
+    annealed = planned.batch_sizes.sequences_before(done) + Fraction(tokens, planned.seq_len)
+    stage["steps"] = math.ceil(planned.batch_sizes.step_at(annealed))
     stage["lr"] |= {key: _in_steps(stage["lr"][key], point) for key, point in points.items()} | {ends[0]: done}
     stage["lr"]["min"] = recipe["lr.min"] if min_lr is None else min_lr
     return raw

@@ -24,6 +24,7 @@ from titan_cpt.errors import ConfigError, TitanError
 from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
+_OF_THE_DATA = ("seq_len", "global_batch_size", "local_batch_size", "document_mask", "document_positions", "rope")
 _CHECKSUM = "# SHA-256 of what follows: "
 
 
@@ -183,15 +184,25 @@ def _runs(tables: _Tables, plan: Plan) -> Iterator[tuple[str, str, list[_Tables]
 
 
 def _union(tables: _Tables, plan: Plan) -> _Tables:
-    """One stage on all datasets, each weighted by the steps in which it is new (its tokens, if nothing is replayed)."""
+    """One stage on all datasets, each weighted by the steps in which it is new (its tokens, if nothing is replayed).
+
+    If steps have different numbers of tokens, tokens count in the place of steps.
+    """
+    sizes = {phase.size * stage.seq_len for stage in plan.stages for phase in stage.batch_sizes.within(stage.steps)}
+    by_steps = len(sizes) == 1
     weights: dict[str, float] = {}
     for stage, planned in zip(tables["stages"], plan.stages, strict=True):
         mix = stage["dataset"] if isinstance(stage["dataset"], dict) else {stage["dataset"]: 1.0}
         for name, weight in mix.items():
-            weights[name] = weights.get(name, 0.0) + planned.steps * weight / sum(mix.values())
-    steps = sum(stage.steps for stage in plan.stages)
+            amount = planned.steps if by_steps else planned.tokens
+            weights[name] = weights.get(name, 0.0) + amount * weight / sum(mix.values())
+    budget = (
+        {"steps": sum(stage.steps for stage in plan.stages)}
+        if by_steps
+        else {"tokens": sum(stage.tokens for stage in plan.stages)}
+    )
     dataset = weights if len(weights) > 1 else next(iter(weights))
-    return {**_from_scratch(tables["stages"][0]), "name": "union", "dataset": dataset, "steps": steps}
+    return {**_from_scratch(tables["stages"][0]), "name": "union", "dataset": dataset, **budget}
 
 
 def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
@@ -199,8 +210,10 @@ def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
     stage = tables["stages"][index]
     if index == 0:
         return dict(stage)
+    first = {key: value for key, value in _from_scratch(tables["stages"][0]).items() if key not in _OF_THE_DATA}
     return {
-        **_from_scratch(tables["stages"][0]),
+        **first,
+        **{key: stage[key] for key in _OF_THE_DATA if key in stage},
         "name": stage["name"],
         "dataset": stage["dataset"],
         "steps": plan.stages[index].steps,
@@ -255,7 +268,18 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
             datasets[f"{name}-{domain}"] = {key: value for key, value in table.items() if key != "weight"}
             own = {key: value for key, value in stage.items() if key not in ("tokens", "init")}
             stages.append({**own, "name": f"{stage['name']}-{domain}", "dataset": f"{name}-{domain}"})
-            stages[-1]["steps"] = end - begin
+            stages[-1] |= {"steps": end - begin, **_part_of_ramp(plan.stages[index], begin, end)}
             if begin == 0 and "init" in stage:
                 stages[-1]["init"] = stage["init"]
     return stages, datasets
+
+
+def _part_of_ramp(stage: StagePlan, begin: int, end: int) -> _Tables:
+    """The batch-size ramp of the steps from `begin` to `end` of a stage, as a key; empty if the stage has no ramp."""
+    sizes = stage.batch_sizes
+    if len(sizes.phases) == 1:
+        return {}
+    before = sizes.sequences_before(begin)
+    later = [phase for phase in sizes.phases if begin < phase.first_step < end]
+    ramp = {str((phase.first_sequence - before) * stage.seq_len): phase.size for phase in later}
+    return {"global_batch_size": {"0": sizes.at(begin), **ramp}}

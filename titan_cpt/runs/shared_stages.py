@@ -168,6 +168,8 @@ def _equal_stages(run: SweepRun, other: SweepRun) -> int:
             break
         if _training_data(run, index) != _training_data(other, index):
             break
+        if run.plan.stages[index].local_batch_size != other.plan.stages[index].local_batch_size:
+            break  # sums are rounded otherwise
         count = index + 1
     return count
 

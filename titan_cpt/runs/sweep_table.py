@@ -65,8 +65,8 @@ def _total(runs: Sequence[SweepRun]) -> str:
             if recipe in counted:
                 continue
             counted.add(recipe)
-            tokens += stage.steps * run.plan.step_tokens
-            flops += run.plan.spec.flops_per_token(run.plan.seq_len) * stage.steps * run.plan.step_tokens
+            tokens += stage.tokens
+            flops += stage.flops_per_token * stage.tokens
     device = nearest_device(80 * 10**9)
     hours = flops / (device.flops * ASSUMED_EFFICIENCY) / 3600
     return (
@@ -78,8 +78,7 @@ def _total(runs: Sequence[SweepRun]) -> str:
 
 def _cells(run: SweepRun, runs: Sequence[SweepRun]) -> list[str]:
     steps = sum(stage.steps for stage in run.plan.stages)
-    tokens = steps * run.plan.step_tokens
-    flops = run.plan.spec.flops_per_token(run.plan.seq_len) * tokens
+    tokens, flops = run.plan.tokens_at(steps), run.plan.flops_at(steps)
     shared = ", ".join(stage.name for stage in run.plan.stages[: count_shared_stages(run, runs)])
     state = "done" if run.is_done() else ""
     return [escape(run.name), run.plan.fingerprint, f"{steps:,}", f"{tokens:,}", f"{flops:.2e}", shared, state]
