@@ -81,7 +81,10 @@ class Toll:
 
 
 def small_run(folder: Path) -> dict[str, Any]:
-    """Stages of 8 and 6 steps; a checkpoint every 3 steps, validation every 4; three bad batches."""
+    """Stages of 8 and 6 steps; a checkpoint every 3 steps, validation every 4; three bad batches.
+
+    The first stage has a batch-size ramp, from 2 to 4 sequences at step 4; the second has twice its length.
+    """
     raw = training.two_stages(training.write_languages(folder), folder)
     raw = training.changed(
         raw,
@@ -91,8 +94,8 @@ def small_run(folder: Path) -> dict[str, Any]:
         metrics={"log_freq": 2},
         validation={"interval": 4, "sequences": 4},
     )
-    raw["stages"][0] |= {"steps": 8}
-    raw["stages"][1] |= {"steps": 6}
+    raw["stages"][0] |= {"steps": 8, "global_batch_size": {"0": 2, "64": 4}}
+    raw["stages"][1] |= {"steps": 6, "global_batch_size": 2, "seq_len": 16}
     return raw
 
 

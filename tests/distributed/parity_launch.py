@@ -62,6 +62,21 @@ lr = { schedule = "constant", max = 5e-4 }
 """
 
 
+LENGTHS = """
+global_batch_size = { "0" = 4, "384" = 8 }
+[[stages]]
+name = "second"
+dataset = "pages"
+steps = 2
+seq_len = 96
+global_batch_size = 4
+local_batch_size = 4
+optimizer_state = "keep"
+lr = { schedule = "constant", max = 5e-4 }
+"""
+"""For the end of a TOML: two steps of 4 sequences and one of 8; then a stage of twice the length."""
+
+
 def make_data(folder: Path) -> None:
     """Four of the repository's decisions in bytes, and a fifth to validate on: real text that no longer changes."""
     pages = [next(ROOT.glob(f"docs/decisions/000{number}-*.md")) for number in range(1, 6)]
@@ -77,6 +92,7 @@ def make_inputs(folder: Path) -> None:
     for name, toml in (("gpt_neox", TOML), ("llama", LLAMA)):
         (folder / f"{name}.toml").write_text(toml)
         (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
+    (folder / "lengths.toml").write_text(f"{TOML.strip()}{LENGTHS}")
     (folder / "quickstart.toml").write_text(tomli_w.dumps(small_quickstart()))
 
 

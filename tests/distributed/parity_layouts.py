@@ -195,6 +195,26 @@ CASES: tuple[Case, ...] = (
     _case(8, rep=2, pp=2, schedule="Interleaved1F1B"),
 )
 
+LENGTHS: tuple[Case, ...] = tuple(
+    Case(
+        f"lengths-{name}",
+        world_size,
+        {"toml": "lengths", "training.local_batch_size": rows, "stages.second.local_batch_size": own, **overrides},
+        "lengths",
+    )
+    for world_size, name, rows, own, overrides in (
+        (1, "accumulation", "2", "1", {}),
+        (2, "fsdp", "2", "1", {}),
+        (2, "tp", "4", "2", {_KEYS["tp"]: "2"}),
+        (2, "cp", "2", "4", {_KEYS["cp"]: "2"}),
+        (2, "pp", "4", "2", {_KEYS["pp"]: "2"}),
+        (2, "pp-v", "4", "4", {_KEYS["pp"]: "2", _KEYS["schedule"]: V_SCHEDULE}),
+        (4, "pp-fsdp", "2", "2", {_KEYS["pp"]: "2"}),
+        (4, "tp-cp", "4", "2", {_KEYS["tp"]: "2", _KEYS["cp"]: "2"}),
+    )
+)
+"""A batch-size ramp, then a stage of another length and batch; passes of `rows` sequences, then of `own`."""
+
 QUICKSTART: tuple[Case, ...] = tuple(
     Case(f"quickstart-{name}", 2, {"toml": "quickstart", key: value}, "quickstart", model="quickstart")
     for name, key, value in (
@@ -207,6 +227,7 @@ QUICKSTART: tuple[Case, ...] = tuple(
 
 REFERENCES: dict[str, dict[str, str]] = {
     "quickstart": {"toml": "quickstart"},
+    "lengths": {"toml": "lengths", "training.local_batch_size": "4"},
     "one": {},
     "one-bf16": BF16,
     "one-deep": {"model.layers": "8"},

@@ -16,6 +16,7 @@ from parity_layouts import (
     FLOAT8_REFERENCES,
     HANDED_ON,
     IS_OLD_TORCH,
+    LENGTHS,
     NEW_WEIGHTS,
     QUICKSTART,
     REFERENCES,
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_inputs(folder)
             runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
             runs += [{"job.name": f"{name}-two-stages", **in_two_stages(REFERENCES[name])} for name in TWO_STAGES]
-            runs += [{"job.name": case.name, **case.overrides} for case in CASES if case.world_size == 1]
+            runs += [{"job.name": case.name, **case.overrides} for case in (*CASES, *LENGTHS) if case.world_size == 1]
             launch(folder, runs, 1)
     return folder
 
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_every_layout_gives_the_numbers_of_one_process(world_size: int, folder: Path) -> None:
     """Losses, gradient norms, each parameter's, validation, hashes of the batches: all layouts of a world size."""
-    cases = [case for case in (*CASES, *QUICKSTART) if case.world_size == world_size and case.runs_here]
+    cases = [case for case in (*CASES, *LENGTHS, *QUICKSTART) if case.world_size == world_size and case.runs_here]
     if world_size > 1:
         launch(folder, [{"job.name": case.name, **case.overrides} for case in cases], world_size)
 
