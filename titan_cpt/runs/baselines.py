@@ -196,11 +196,8 @@ def _union(tables: _Tables, plan: Plan) -> _Tables:
         for name, weight in mix.items():
             amount = planned.steps if by_steps else planned.tokens
             weights[name] = weights.get(name, 0.0) + amount * weight / sum(mix.values())
-    budget = (
-        {"steps": sum(stage.steps for stage in plan.stages)}
-        if by_steps
-        else {"tokens": sum(stage.tokens for stage in plan.stages)}
-    )
+    steps = sum(stage.steps for stage in plan.stages)
+    budget = {"steps": steps} if by_steps else {"tokens": sum(stage.tokens for stage in plan.stages)}
     dataset = weights if len(weights) > 1 else next(iter(weights))
     return {**_from_scratch(tables["stages"][0]), "name": "union", "dataset": dataset, **budget}
 
