@@ -26,6 +26,7 @@ from titan_cpt.data.formats.token_files import (
 )
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
+from titan_cpt.data.sequence_lengths import sequence_lengths
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
 from titan_cpt.errors import DataError, RemoteError, reason_and_remedy
 from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, is_url
@@ -73,7 +74,12 @@ def take_inventory(config: Config) -> DataInventory:
     """
     train = _present(config, "train")
     validation = _present(config, "validation")
-    counts = {source: _counted(files, config.training.seq_len) for source, files in train.items()}
+    lengths = sequence_lengths(config)
+    counts = {
+        (source, seq_len): _counted(files, seq_len, key)
+        for source, files in train.items()
+        for seq_len, key in lengths[files.dataset].items()
+    }
     validation_tokens: dict[str, int | None] = {}
     for source, _ in validation_files(config):
         measured = validation.get(source)
@@ -96,9 +102,9 @@ def take_inventory(config: Config) -> DataInventory:
             f"{made.record}"
         )
     return DataInventory(
-        tokens={source: counts[source].tokens if source in counts else None for source, _ in training_files(config)},
+        tokens={**dict.fromkeys(source for source, _ in training_files(config)), **_tokens(counts)},
         vocab_size=vocab_size,
-        sequences={source: each.sequences for source, each in counts.items() if each.sequences is not None},
+        sequences={key: each.sequences for key, each in counts.items() if each.sequences is not None},
         unrecorded=unrecorded,
         validation_tokens=validation_tokens,
         notes=tuple(notes),
@@ -118,6 +124,10 @@ def _masked_lengths(config: Config) -> list[int]:
         for stage in config.stages
         if (by_default if stage.document_mask is None else stage.document_mask)
     ]
+
+
+def _tokens(counts: Mapping[tuple[str, int], TokenCounts]) -> dict[str, int]:
+    return {source: each.tokens for (source, _), each in counts.items()}
 
 
 def _used_datasets(config: Config) -> set[str]:
@@ -155,11 +165,17 @@ def _require_readable(names: Iterable[str]) -> None:
             raise DataError(f"{name}: cannot be read: {reason_and_remedy(error)}") from None
 
 
-def _counted(each: _Present, seq_len: int) -> TokenCounts:
+def _counted(each: _Present, seq_len: int, key: str = "training.seq_len") -> TokenCounts:
+    """Count tokens and sequences.
+
+    Args:
+        key: the config key that sets seq_len, for messages.
+    """
     try:
         return count_source(each.files, seq_len, each.paths)
     except DataError as error:
-        raise type(error)(f"{each.where}: {error}") from None
+        reason = str(error).replace("training.seq_len", key)
+        raise type(error)(f"{each.where}: {reason}") from None
 
 
 def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -356,7 +372,8 @@ class DataInventory:
     Attributes:
         tokens: number of tokens of every source (`dataset` or `dataset.domain`); None if its files do not exist yet.
         vocab_size: vocabulary size of the tokenizer; None if it does not exist yet.
-        sequences: number of sequences of the sources whose files define them (presequenced, megatron_order).
+        sequences: number of sequences by source and sequence length, where the files define them (presequenced,
+            megatron_order).
         unrecorded: sources whose files do not record which tokenizer made them.
         validation_tokens: number of tokens of every validation set; None if its files do not exist yet.
         notes: warnings about the files, one sentence each.
@@ -366,7 +383,7 @@ class DataInventory:
 
     tokens: Mapping[str, int | None]
     vocab_size: int | None
-    sequences: Mapping[str, int] = field(default_factory=dict)
+    sequences: Mapping[tuple[str, int], int] = field(default_factory=dict)
     unrecorded: tuple[str, ...] = ()
     validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

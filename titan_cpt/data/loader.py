@@ -23,6 +23,7 @@ from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.permutation import permuted
 from titan_cpt.data.prefetch import Prefetcher
+from titan_cpt.data.trained_text import TrainedPart
 
 
 class Rows(NamedTuple):
@@ -43,35 +44,34 @@ class SequenceReader:
     """Reads the tokens of draws: in a source of n windows, ordinal o is window perm_e(o mod n) of epoch e = o // n.
 
     perm_e is a permutation seeded by `seed`, the source and e; Megatron's GPTDataset stores it as its shuffle index.
-    A source in stored order has no permutation: ordinal o is window o mod n.
+    A source in stored order has no permutation: ordinal o is window o mod n. Each sequence length has its own windows.
 
     Args:
         sources: the open files of every source, by name.
         seq_len: L; a window has seq_len + 1 tokens: inputs are all but the last, targets all but the first.
         seed: seed of the permutations.
-
-    Raises:
-        DataError: a source has no sequences of this length.
     """
 
     def __init__(self, sources: Mapping[str, TokenSource], *, seq_len: int, seed: int) -> None:
         self.sources = sources
         self.seq_len = seq_len
         self.seed = seed
-        self._counts = {name: source.windows(seq_len) for name, source in sources.items()}
+        self._counts: dict[tuple[str, int], int] = {}
 
     def windows(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
-        """Return the window number of each draw within its source, int64 [len(draws)]."""
-        windows = np.empty(len(draws), dtype=np.int64)
-        indices_by_epoch: dict[tuple[str, int], list[int]] = {}
-        for index, draw in enumerate(draws):
-            indices_by_epoch.setdefault((draw.source, draw.ordinal // self._counts[draw.source]), []).append(index)
-        for (source, epoch), indices in indices_by_epoch.items():
-            count = self._counts[source]
-            within = np.array([draws[index].ordinal % count for index in indices])
-            stored = self.sources[source].in_stored_order
-            windows[indices] = within if stored else permuted(within, count, f"{self.seed}/{source}/{epoch}")
-        return windows
+        """Return the window number within its source of each draw, none of which has parts, int64 [len(draws)].
+
+        Raises:
+            DataError: a source has no sequences of this length.
+        """
+        return self._windows([(draw.source, self.seq_len, draw.ordinal) for draw in draws])
+
+    def sequences(self, draws: Sequence[Draw]) -> list[list[Any]]:
+        """Return [source, window] of each draw; [source, [[seq_len, window, start, stop], ...]] if it has parts."""
+        return [
+            [draw.source, found if isinstance(found, int) else [[*part] for part in found]]
+            for draw, found in zip(draws, self._located(draws), strict=True)
+        ]
 
     def read(self, draws: Sequence[Draw]) -> Rows:
         """Return the sequences of the draws.
@@ -79,9 +79,10 @@ class SequenceReader:
         Raises:
             DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
-        rows = zip(draws, self.windows(draws), strict=True)
-        tokens = np.stack([self.sources[draw.source].window(int(window), self.seq_len) for draw, window in rows])
-        return Rows(tokens, [()] * len(draws), tokens[:, 1:])
+        found = [self._row(draw.source, located) for draw, located in zip(draws, self._located(draws), strict=True)]
+        tokens = np.stack([row[0] for row in found])
+        targets = np.stack([row[1] for row in found]) if any(draw.parts for draw in draws) else tokens[:, 1:]
+        return Rows(tokens, [row[2] for row in found], targets)
 
     @property
     def is_remote(self) -> bool:
@@ -90,18 +91,71 @@ class SequenceReader:
 
     def fetch(self, draws: Sequence[Draw]) -> None:
         """Fetch the tokens of draws that will be read soon from object storage into the local cache."""
-        numbers: dict[str, list[int]] = {}
-        for draw, window in zip(draws, self.windows(draws), strict=True):
-            numbers.setdefault(draw.source, []).append(int(window))
-        for source, windows in numbers.items():
-            self.sources[source].fetch(windows, self.seq_len)
+        numbers: dict[tuple[str, int], list[int]] = {}
+        for draw, found in zip(draws, self._located(draws), strict=True):
+            if isinstance(found, int):
+                numbers.setdefault((draw.source, self.seq_len), []).append(found)
+            else:
+                for part in found:
+                    numbers.setdefault((draw.source, part.seq_len), []).append(part.ordinal)
+        for (source, seq_len), windows in numbers.items():
+            self.sources[source].fetch(windows, seq_len)
 
     def batch_hash(self, draws: Sequence[Draw]) -> str:
         """Hash of a global batch: 16 hexadecimal digits over its sources and windows, in order."""
         digest = hashlib.blake2b(digest_size=8)
-        for draw, window in zip(draws, self.windows(draws), strict=True):
-            digest.update(f"{draw.source}:{window}\n".encode())
+        for draw, window in zip(draws, self._located(draws), strict=True):
+            shown = window if isinstance(window, int) else [[*part] for part in window]
+            digest.update(f"{draw.source}:{shown}\n".encode())
         return digest.hexdigest()
+
+    def _row(
+        self, source: str, located: int | list[TrainedPart]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[int, ...]]:
+        """Tokens [L + 1], targets [L] and starts of a window, or of parts of windows."""
+        if isinstance(located, int):
+            tokens = self.sources[source].window(located, self.seq_len)
+            return tokens, tokens[1:], ()
+        # The last target of a part is the token that follows it in its own window.
+        windows = [self.sources[source].window(part.ordinal, part.seq_len)[part.start :] for part in located]
+        lengths = [part.stop - part.start for part in located]
+        inputs = [window[:length] for window, length in zip(windows, lengths, strict=True)]
+        targets = np.concatenate([window[1 : length + 1] for window, length in zip(windows, lengths, strict=True)])
+        starts = tuple(np.cumsum(lengths[:-1]).tolist())
+        return np.concatenate([*inputs, targets[-1:]]), targets, starts
+
+    def _located(self, draws: Sequence[Draw]) -> list[int | list[TrainedPart]]:
+        """The window number of each draw; of a draw with parts, the parts with window numbers in place of ordinals."""
+        if not any(draw.parts for draw in draws):
+            return [*self.windows(draws).tolist()]
+        whole = iter(self.windows([draw for draw in draws if not draw.parts]).tolist())
+        parts = [(draw.source, part.seq_len, part.ordinal) for draw in draws for part in draw.parts]
+        numbers = iter(self._windows(parts).tolist())
+        return [
+            [part._replace(ordinal=next(numbers)) for part in draw.parts] if draw.parts else next(whole)
+            for draw in draws
+        ]
+
+    def _windows(self, sequences: Sequence[tuple[str, int, int]]) -> NDArray[np.int64]:
+        """The window number of each (source, sequence length, ordinal)."""
+        windows = np.empty(len(sequences), dtype=np.int64)
+        indices_of: dict[tuple[str, int], list[int]] = {}
+        for index, (source, seq_len, _) in enumerate(sequences):
+            indices_of.setdefault((source, seq_len), []).append(index)
+        for (source, seq_len), indices in indices_of.items():
+            count = self._count(source, seq_len)
+            epochs, found = np.divmod(np.array([sequences[index][2] for index in indices]), count)
+            if not self.sources[source].in_stored_order:
+                for epoch in np.unique(epochs):
+                    of_epoch = epochs == epoch
+                    found[of_epoch] = permuted(found[of_epoch], count, f"{self.seed}/{source}/{epoch}")
+            windows[indices] = found
+        return windows
+
+    def _count(self, source: str, seq_len: int) -> int:
+        if (source, seq_len) not in self._counts:
+            self._counts[source, seq_len] = self.sources[source].windows(seq_len)
+        return self._counts[source, seq_len]
 
 
 class _MicroBatches(Dataset[Batch]):

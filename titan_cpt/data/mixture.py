@@ -17,7 +17,8 @@ every inner child's share at or below 2/3. A source's count is therefore off its
 A source is a dataset or one domain of it. An ordinal numbers the sequences of a source in the order in which they are
 first trained on: in a source of n sequences, ordinal o belongs to epoch o // n. New data continues at the ordinal where
 the previous stage stopped. Replay starts at ordinal 0, reads only ordinals that were trained on, and in the next stage
-continues where it stopped in this one, so each stage replays fresh sequences.
+continues where it stopped in this one, so each stage replays fresh sequences. trained_text.py has replay after a change
+of the sequence length.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fractions import Fraction
 import numpy as np
 
 from titan_cpt.data.permutation import permuted
+from titan_cpt.data.trained_text import ReplayedText, TrainedPart
 
 _BITS = 512  # largest denominator of an exact fraction, in bits
 
@@ -44,6 +46,7 @@ class Leaf:
         first: position of the stage's first draw: an ordinal for new data, a replay position for replay.
         seen: for replay, the number of ordinals to draw from; None if the files do not exist yet.
         reshuffle_key: for replay, the key of its permutation; empty to replay in the order of the first training.
+        text: for replay of sequences that were trained on with other lengths, in place of the three fields above.
     """
 
     source: str
@@ -51,6 +54,7 @@ class Leaf:
     first: int = 0
     seen: int | None = None
     reshuffle_key: str = ""
+    text: ReplayedText | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,19 @@ Tree = Leaf | Fork
 
 @dataclass(frozen=True)
 class Draw:
-    """One sequence of a stage: its source, its ordinal in the source, and whether it is replayed."""
+    """One sequence of a stage.
+
+    Attributes:
+        source: name of the source, `dataset` or `dataset.domain`.
+        ordinal: its ordinal in the source; that of the first part if it has parts.
+        replayed: whether it is replayed; otherwise it is new data.
+        parts: the parts of trained sequences that make it up; empty for a whole sequence of the stage's length.
+    """
 
     source: str
     ordinal: int
     replayed: bool
+    parts: tuple[TrainedPart, ...] = ()
 
 
 def round_fraction(number: Fraction) -> Fraction:
@@ -134,7 +146,7 @@ def leaves(tree: Tree) -> list[Leaf]:
 
 def draws(tree: Tree, start: int, stop: int) -> list[Draw]:
     """Return the draws of the sequences [start, stop) of the stage, in order."""
-    return [Draw(leaf.source, _ordinal(leaf, k), leaf.replayed) for leaf, k in _leaf_items(tree, start, stop)]
+    return [_draw(leaf, k) for leaf, k in _leaf_items(tree, start, stop)]
 
 
 def _left_count(share: Fraction, items: int) -> int:
@@ -165,6 +177,14 @@ def _leaf_items(tree: Tree, start: int, stop: int) -> Sequence[tuple[Leaf, int]]
         else:
             merged.append(next(right))
     return merged
+
+
+def _draw(leaf: Leaf, k: int) -> Draw:
+    if leaf.text is None:
+        return Draw(leaf.source, _ordinal(leaf, k), leaf.replayed)
+    parts = leaf.text.row(k)
+    is_sequence = len(parts) == 1 and parts[0].is_whole
+    return Draw(leaf.source, parts[0].ordinal, leaf.replayed, () if is_sequence else parts)
 
 
 def _ordinal(leaf: Leaf, k: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
+from titan_cpt.data.trained_text import Leg, trained_tokens
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import ModelSpec
@@ -42,15 +43,23 @@ class TrainingHistory:
 
     Attributes:
         steps: optimizer steps.
-        trained: sequences drawn as new data, by source (`dataset` or `dataset.domain`): the next ordinal to draw.
-        replayed: sequences drawn as replay, by source: the next replay position.
-        exposure: exact number of sequences by dataset, replay included; the default weights of replay.
+        trained: sequences drawn as new data, by source (`dataset` or `dataset.domain`), in the order of training.
+        replayed: tokens drawn as replay, by source: the next position in the trained text.
+        exposure: exact number of tokens by dataset, replay included, in sequences of training.seq_len; the default
+            weights of replay.
     """
 
     steps: int
-    trained: Mapping[str, int]
+    trained: Mapping[str, tuple[Leg, ...]]
     replayed: Mapping[str, int]
     exposure: Mapping[str, Fraction]
+
+    def next_ordinal(self, source: str, seq_len: int) -> int:
+        """The ordinal with which new data of a source continues in sequences of this length.
+
+        That is the first one behind the number of tokens that were trained on.
+        """
+        return -(-trained_tokens(self.trained.get(source, ())) // seq_len)
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ class Plan:
         data_parallel: data-parallel degree: number of ranks, or groups of ranks, that train on different sequences.
         footprints: memory and communication of a rank, by stage.
         seq_len, global_batch_size, local_batch_size: those of [training]; a stage may have others.
-        sequences: number of sequences of every source; None while its files do not exist.
+        sequences: number of sequences by source and sequence length; None while the source's files do not exist.
         base_recipe: the settings that must not change during the run, by dotted key.
         notes: warnings, shown before training.
     """
@@ -209,7 +218,7 @@ class Plan:
     data_parallel: int
     stage_dims: Mapping[str, ParallelDims]
     footprints: Mapping[str, Footprint]
-    sequences: Mapping[str, int | None]
+    sequences: Mapping[tuple[str, int], int | None]
     base_recipe: Mapping[str, Any]
     notes: tuple[str, ...]
 

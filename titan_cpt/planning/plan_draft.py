@@ -18,7 +18,7 @@ class PlanDraft:
     Attributes:
         inventory: token counts of the files.
         spec: the model that [model] describes.
-        sequences: number of sequences of every source; None if its files do not exist yet.
+        sequences: number of sequences by source and sequence length; None if its files do not exist yet.
         stages: the stages planned so far, by name.
         problems: error messages; all of them are raised together at the end.
         notes: warnings for the user.
@@ -27,7 +27,7 @@ class PlanDraft:
     config: Config
     inventory: DataInventory
     spec: ModelSpec
-    sequences: Mapping[str, int | None] = field(default_factory=dict)
+    sequences: Mapping[tuple[str, int], int | None] = field(default_factory=dict)
     stages: dict[str, StagePlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from titan_cpt.data.mixture import Draw
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.lr_schedules import lr_at
 from titan_cpt.planning.memory import Footprint, fits
@@ -103,8 +104,11 @@ def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
     return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
 
 
-def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
+def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[Any, ...]]:
     """[[source, ordinal], ...] of one global batch, in batch order.
+
+    A replayed sequence that is made up of parts of trained ones has a third entry, [[seq_len, ordinal, start, stop],
+    ...]: tokens [start, stop) of the sequences of that length; the second entry is then the ordinal of the first part.
 
     Args:
         step: 0-based, as it was written on the command line.
@@ -115,9 +119,13 @@ def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[str, int]]:
     if not step.isdecimal():
         raise PlanError(f"--batch: the 0-based step must be an integer, got {step!r}")
     try:
-        return [(draw.source, draw.ordinal) for draw in plan.batch(plan.stage(stage), int(step))]
+        return [_draw_as_json(draw) for draw in plan.batch(plan.stage(stage), int(step))]
     except PlanError as error:
         raise PlanError(f"--batch: {error}") from None
+
+
+def _draw_as_json(draw: Draw) -> tuple[Any, ...]:
+    return (draw.source, draw.ordinal, *([[[*part] for part in draw.parts]] if draw.parts else []))
 
 
 def memory_parts(costs: Footprint) -> dict[str, int]:

@@ -20,7 +20,13 @@ from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, stage_recipe
-from titan_cpt.planning.stages.data_budget import count_sequences, dataset_use, stage_steps, stored_order_notes
+from titan_cpt.planning.stages.data_budget import (
+    count_sequences,
+    dataset_use,
+    other_order_notes,
+    stage_steps,
+    stored_order_notes,
+)
 from titan_cpt.planning.stages.documents import (
     attended_span,
     document_mask_of,
@@ -62,7 +68,8 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     for stage in config.stages:
         plan = _plan_stage(draft, stage)
         draft.stages[stage.name] = plan
-        draft.notes += [*stored_order_notes(plan, inventory.sequences), *ramp_notes(plan, stage)]
+        draft.notes += [*stored_order_notes(plan, inventory.sequences), *other_order_notes(draft, plan)]
+        draft.notes += ramp_notes(plan, stage)
         draft.notes += document_notes(plan, inventory)
     if draft.problems:
         raise PlanError(_message(config.job.name, draft.problems))

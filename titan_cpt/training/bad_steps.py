@@ -79,8 +79,7 @@ def _skip_batch(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> 
     step = line["step"] - 1
     draws = state.plan.batch(stage, step)
     reader = state.readers[stage.name]
-    windows = reader.windows(draws).tolist()
-    sequences = [[draw.source, window] for draw, window in zip(draws, windows, strict=True)]
+    sequences = reader.sequences(draws)
     batch_hash = reader.batch_hash(draws)
     why = reason(line)
     state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences)

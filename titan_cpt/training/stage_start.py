@@ -43,7 +43,10 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
         "lr": f"{stage.lr_at(0):.4g} at the first step",
     }
     history = stage.history
-    earlier = {"data": dict(sorted(history.trained.items())), "replay": dict(sorted(history.replayed.items()))}
+    earlier = {
+        "data": {source: history.next_ordinal(source, stage.seq_len) for source in sorted(history.trained)},
+        "replay": {source: -(-tokens // stage.seq_len) for source, tokens in sorted(history.replayed.items())},
+    }
     state.log.event("transition", stage=stage.name, step=0, **start, **earlier)
     state.log.rewind(state.plan.steps_before(stage))
     state.display.transition(stage, start)

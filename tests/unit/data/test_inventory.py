@@ -212,3 +212,27 @@ def test_unreadable_tokens_are_refused_by_the_plan(tmp_path, name):
     closed.chmod(0)
     with modes_count(), pytest.raises(DataError, match=rf"datasets\.a\.train: {closed}: cannot be read: Permission"):
         inventory(tmp_path, a={"train": f"{tmp_path}/tok/a{ending}", **keys})
+
+
+@pytest.mark.parametrize("format_", ["presequenced", "raw"])
+def test_a_dataset_is_counted_in_the_length_of_the_stage_that_draws_from_it(tmp_path, format_):
+    """102 tokens are six sequences of 16 + 1 or two of 50 + 1; only a presequenced file defines them."""
+    raw_file(tmp_path / "x.bin", range(102))
+    table = {"train": str(tmp_path / "x.bin"), "format": format_, "dtype": "uint16"}
+
+    def taken(seq_len):
+        raw = training.changed(training.two_stages(tmp_path, tmp_path), datasets={"x": table})
+        raw["datasets"] = {"x": table}
+        lr = {"schedule": "constant", "max": 1e-3}
+        raw["stages"] = [{"name": "one", "dataset": "x", "steps": 1, "seq_len": seq_len, "lr": lr}]
+        return take_inventory(training.config_of(raw))
+
+    counted = {length: {("x", length): 102 // (length + 1)} for length in (16, 50)}
+    if format_ == "raw":
+        assert taken(50).sequences == {}
+        return
+    assert (taken(16).sequences, taken(50).sequences) == (counted[16], counted[50])
+    with pytest.raises(
+        DataError, match=r"not a multiple of stages\.one\.seq_len \+ 1 = 41 .*: set stages\.one\.seq_len to"
+    ):
+        taken(40)

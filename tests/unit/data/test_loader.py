@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader
 from titan_cpt.data.mixture import Draw
+from titan_cpt.data.trained_text import TrainedPart
 from titan_cpt.planning.planner import make_plan
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -271,3 +273,58 @@ def test_a_stage_that_returns_to_a_dataset_continues_after_its_trained_windows(t
     assert len(again) == 20
     assert not {*again} & {*english[:36]}
     assert again[:12] == english[36:48]  # its own annealing steps were on a branch that was left
+
+
+# Replay in sequences of another length
+
+
+def parted(*parts, source="old"):
+    return Draw(source, parts[0][1], True, tuple(TrainedPart(*part) for part in parts))
+
+
+def test_a_replayed_row_has_the_inputs_and_targets_that_its_parts_were_trained_with(counting):
+    """Rows of 5: two tokens of one window of 5 and three of another; then a window of 3 and two tokens of one of 10.
+
+    The target at the end of a part is the next token of its own window, and the following part begins there.
+    """
+    draws = [parted((5, 4, 3, 5), (5, 9, 0, 3)), parted((3, 11, 0, 3), (10, 2, 6, 8)), *of("old", (4,))]
+    windows = {
+        (length, ordinal): SequenceReader(counting.sources, seq_len=length, seed=3)
+        .read(of("old", (ordinal,)))
+        .tokens[0]
+        for length, ordinal in ((5, 4), (5, 9), (3, 11), (10, 2))
+    }
+    rows = counting.read(draws)
+    inputs = [
+        [*windows[5, 4][3:5], *windows[5, 9][:3]],
+        [*windows[3, 11][:3], *windows[10, 2][6:8]],
+        windows[5, 4][:5],
+    ]
+
+    assert np.array_equal(rows.tokens[:, :-1], inputs)
+    assert np.array_equal(rows.targets, np.array(inputs) + 1)  # each token of this source is its position
+    assert np.array_equal(rows.tokens[:, -1], rows.targets[:, -1])
+    assert rows.starts == [(2,), (3,), ()]
+
+
+def test_the_hash_of_a_batch_depends_on_the_parts_of_its_sequences(counting):
+    """Other parts of the same windows are another batch; whole sequences are hashed by their windows only."""
+    whole, parts = of("old", (4, 9)), [parted((5, 4, 3, 5), (5, 9, 0, 3))]
+    others = [parted((5, 4, 2, 5), (5, 9, 0, 2)), parted((5, 9, 0, 3), (5, 4, 3, 5)), parted((10, 4, 3, 8))]
+
+    assert counting.sequences(whole) == [["old", window] for window in counting.windows(whole)]
+    assert counting.sequences(parts) == [
+        ["old", [[5, counting.windows(whole)[0], 3, 5], [5, counting.windows(whole)[1], 0, 3]]]
+    ]
+    assert len({counting.batch_hash([each]) for each in [*whole, *parts, *others]}) == 6
+
+
+def test_parts_are_fetched_in_sequences_of_their_own_length(counting):
+    """Of every window of a part, and of whole sequences, with the length of each."""
+    fetched = []
+    source = SimpleNamespace(
+        windows=lambda length: 10, in_stored_order=True, fetch=lambda numbers, length: fetched.append((length, numbers))
+    )
+    SequenceReader({"old": source}, seq_len=5, seed=0).fetch([parted((5, 4, 3, 5), (3, 9, 0, 3)), *of("old", (7,))])
+
+    assert sorted(fetched) == [(3, [9]), (5, [4, 7])]

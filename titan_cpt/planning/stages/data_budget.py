@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from titan_cpt.config.schema import Config
@@ -11,6 +11,8 @@ from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.mixture import Leaf
+from titan_cpt.data.sequence_lengths import sequence_lengths
+from titan_cpt.data.trained_text import Leg, trained_tokens
 from titan_cpt.planning.plan import DatasetUse, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 
@@ -20,25 +22,28 @@ def stage_steps(stage: StageConfig, batch_sizes: BatchSizes, *, seq_len: int) ->
     return stage.steps or math.ceil(batch_sizes.step_at(Fraction(stage.tokens or 0, seq_len)))
 
 
-def count_sequences(config: Config, inventory: DataInventory, problems: list[str]) -> dict[str, int | None]:
-    """The number of sequences of every training source; None for sources without files and those that are too short.
+def count_sequences(config: Config, inventory: DataInventory, problems: list[str]) -> dict[tuple[str, int], int | None]:
+    """The number of sequences of every training source in every length that the run draws from it.
 
-    A stream of N tokens has (N - 1) // seq_len sequences: the last target of a sequence is the next one's first input.
-    Sources with a stored order have the sequences of that order.
+    None for sources without files and those that are too short. A stream of N tokens has (N - 1) // seq_len sequences:
+    the last target of a sequence is the next one's first input. Sources with a stored order have the sequences of that
+    order.
 
     Args:
         problems: sources, of training and validation, that are shorter than one sequence are appended here.
     """
-    seq_len = config.training.seq_len
-    sequences: dict[str, int | None] = {}
+    lengths = sequence_lengths(config)
+    sequences: dict[tuple[str, int], int | None] = {}
     for source, tokens in inventory.tokens.items():
-        sequences[source] = inventory.sequences.get(source) or None
-        if sequences[source] or tokens is None:
-            continue
-        if tokens <= seq_len:
-            problems.append(f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {seq_len} + 1")
-        else:
-            sequences[source] = (tokens - 1) // seq_len
+        for seq_len in lengths[source.partition(".")[0]]:
+            sequences[source, seq_len] = inventory.sequences.get((source, seq_len)) or None
+            if sequences[source, seq_len] or tokens is None:
+                continue
+            if tokens <= seq_len:
+                problems.append(f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {seq_len} + 1")
+            else:
+                sequences[source, seq_len] = (tokens - 1) // seq_len
+    seq_len = config.training.seq_len
     for source, tokens in inventory.validation_tokens.items():
         if tokens is not None and tokens <= seq_len:
             problems.append(
@@ -79,21 +84,55 @@ def dataset_use(
     return use
 
 
-def stored_order_notes(stage: StagePlan, stored_sequences: Mapping[str, int]) -> list[str]:
+def stored_order_notes(stage: StagePlan, stored_sequences: Mapping[tuple[str, int], int]) -> list[str]:
     """A note for every source whose stored order ends before the stage does, and is then repeated.
 
     Args:
-        stored_sequences: length of the stored order, of the sources that have one.
+        stored_sequences: length of the stored order by source and sequence length, of the sources that have one.
     """
     notes = []
     for leaf, count in stage.leaf_counts().items():
-        length = stored_sequences.get(leaf.source, 0)
+        length = stored_sequences.get((leaf.source, stage.seq_len), 0)
         if not leaf.replayed and leaf.first < length < leaf.first + count:
             notes.append(
                 f"stages.{stage.name}: the stored order of {leaf.source} has {length} sequences, and "
                 f"{leaf.first + count} are needed: it is repeated from its beginning"
             )
     return notes
+
+
+def other_order_notes(draft: PlanDraft, stage: StagePlan) -> Iterator[str]:
+    """A note for every source of new data that was trained on in sequences of another length.
+
+    Sequences of each length have a permutation of their own: a part of the text comes a second time in an epoch.
+    """
+    for leaf, count in stage.leaf_counts().items():
+        legs = stage.history.trained.get(leaf.source, ())
+        other = sorted({leg.seq_len for leg in legs} - {stage.seq_len})
+        if leaf.replayed or not count or not other or _in_stored_order(draft.config, leaf.source):
+            continue
+        sequences = draft.sequences.get((leaf.source, stage.seq_len))
+        share = "some" if sequences is None else _seen_before(leaf, legs, sequences, stage.seq_len)
+        if share:
+            yield (
+                f"stages.{stage.name}: {leaf.source} was trained on in sequences of {' and '.join(map(str, other))} "
+                f"tokens, and those of {stage.seq_len} come in another order: {share} of its new tokens were trained "
+                "on before in this epoch"
+            )
+
+
+def _seen_before(leaf: Leaf, legs: Sequence[Leg], sequences: int, seq_len: int) -> str:
+    """The share of an epoch that was trained on in sequences of other lengths, in words; empty for none."""
+    epoch = leaf.first // sequences * sequences  # its first ordinal
+    same = sum(max(0, leg.first + leg.count - max(leg.first, epoch)) for leg in legs if leg.seq_len == seq_len)
+    seen = trained_tokens(legs) - (epoch + same) * seq_len
+    return f"about {seen / (sequences * seq_len):.1%}" if seen > 0 else ""
+
+
+def _in_stored_order(config: Config, source: str) -> bool:
+    name, _, domain = source.partition(".")
+    table = config.datasets[name]
+    return (table.domains[domain] if domain else table).in_stored_order
 
 
 def _table(source: str) -> str:

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import round_fraction
+from titan_cpt.data.trained_text import Leg, with_leg
 from titan_cpt.planning.plan import StageCheckpoint, TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft
 
@@ -43,12 +44,18 @@ def history_of(draft: PlanDraft, init: StageCheckpoint | str) -> TrainingHistory
     if isinstance(init, str):
         return TrainingHistory(0, {}, {}, {})
     stage = draft.stages[init.stage]
-    sequences = stage.batch_sizes.sequences_before(init.steps_done)
     trained = dict(stage.history.trained)
     replayed = dict(stage.history.replayed)
     for leaf, count in stage.leaf_counts(init.steps_done).items():
-        (replayed if leaf.replayed else trained)[leaf.source] = leaf.first + count
+        if leaf.replayed:
+            after = leaf.text.tokens_after(count) if leaf.text else (leaf.first + count) * stage.seq_len
+            replayed[leaf.source] = after
+        else:
+            legs = trained.get(leaf.source, ())
+            trained[leaf.source] = with_leg(legs, Leg(stage.seq_len, leaf.first, count))
     exposure = dict(stage.history.exposure)
+    length = Fraction(stage.seq_len, draft.config.training.seq_len)
+    sequences = stage.batch_sizes.sequences_before(init.steps_done) * length
     for name, share in stage.shares.items():
         exposure[name] = round_fraction(exposure.get(name, Fraction(0)) + share * sequences)
     return TrainingHistory(stage.history.steps + init.steps_done, trained, replayed, exposure)

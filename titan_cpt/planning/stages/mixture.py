@@ -10,6 +10,7 @@ from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree
 from titan_cpt.planning.plan import TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft
+from titan_cpt.planning.stages.own_batch import seq_len_of
 
 
 def normalized_weights(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:
@@ -22,10 +23,11 @@ def normalized_weights(names: Sequence[str] | Mapping[str, float]) -> dict[str, 
 
 def new_data_leaves(draft: PlanDraft, stage: StageConfig, history: TrainingHistory) -> dict[Leaf, Fraction]:
     """The sources of the stage's new data with their weights; each continues where the weights' history ended."""
+    seq_len = seq_len_of(draft.config, stage)
     return weighted_leaves(
         normalized_weights(stage.dataset),
         draft.config.datasets,
-        lambda source: Leaf(source, False, first=history.trained.get(source, 0)),
+        lambda source: Leaf(source, False, first=history.next_ordinal(source, seq_len)),
     )
 
 

@@ -12,9 +12,11 @@ from fractions import Fraction
 
 from titan_cpt.config.stages import ReplayConfig, StageConfig
 from titan_cpt.data.mixture import Leaf
+from titan_cpt.data.trained_text import Leg, ReplayedText
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan, TrainingHistory, ancestors
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.stages.mixture import normalized_weights, weighted_leaves
+from titan_cpt.planning.stages.own_batch import seq_len_of
 
 
 def replay_leaves(
@@ -26,18 +28,25 @@ def replay_leaves(
         return {}
     _check_was_seen(draft, stage, replay, history, init)
     weights = _replay_weights(draft, stage, replay, history)
-    return weighted_leaves(weights, draft.config.datasets, lambda source: _leaf(draft, replay, history, source))
+    return weighted_leaves(weights, draft.config.datasets, lambda source: _leaf(draft, stage, replay, history, source))
 
 
 def check_replay_lasts(draft: PlanDraft, plan: StagePlan, replay: ReplayConfig) -> None:
-    """Compare the sequences that the stage replays with those that its weights have seen."""
+    """Compare what the stage replays with what its weights have seen."""
     where = f"stages.{plan.name}.replay"
     for leaf, count in plan.leaf_counts().items():
-        needed = leaf.first + count
-        if not leaf.replayed or leaf.seen is None or needed <= leaf.seen:
+        if not leaf.replayed:
             continue
-        found = f"{needed} sequences of {leaf.source!r} would be replayed in total, and {leaf.seen} were trained on"
-        if leaf.seen == 0:
+        if leaf.text is not None:
+            needed, seen, unit = leaf.text.tokens_after(count), leaf.text.tokens, "tokens"
+        elif leaf.seen is not None:
+            needed, seen, unit = leaf.first + count, leaf.seen, "sequences"
+        else:
+            continue
+        if needed <= seen:
+            continue
+        found = f"{needed} {unit} of {leaf.source!r} would be replayed in total, and {seen} were trained on"
+        if seen == 0:
             draft.problems.append(
                 f"{where}: {found}; raise its weight or steps in that stage, or name other datasets in from"
             )
@@ -47,11 +56,32 @@ def check_replay_lasts(draft: PlanDraft, plan: StagePlan, replay: ReplayConfig) 
             draft.notes.append(f'{where}: {found}; they repeat (on_exhausted = "repeat")')
 
 
-def _leaf(draft: PlanDraft, replay: ReplayConfig, history: TrainingHistory, source: str) -> Leaf:
+def replay_leaf(
+    source: str, legs: tuple[Leg, ...] | None, *, seq_len: int, first_token: int, reshuffle_key: str
+) -> Leaf:
+    """The leaf of a source that is replayed in sequences of `seq_len` tokens.
+
+    Args:
+        legs: what was trained on; None if that is not known yet.
+        first_token: the position in the trained text at which the replay continues.
+    """
+    is_usual = legs is None or all(leg.seq_len == seq_len for leg in legs)
+    if legs and not (is_usual and len(legs) == 1 and legs[0].first == 0 and first_token % seq_len == 0):
+        return Leaf(source, True, text=ReplayedText(legs, seq_len, first_token, reshuffle_key))
+    seen = None if legs is None else sum(leg.count for leg in legs)
+    return Leaf(source, True, first=-(-first_token // seq_len), seen=seen, reshuffle_key=reshuffle_key)
+
+
+def _leaf(draft: PlanDraft, stage: StageConfig, replay: ReplayConfig, history: TrainingHistory, source: str) -> Leaf:
+    seq_len = seq_len_of(draft.config, stage)
+    first = history.replayed.get(source, 0)
+    legs = history.trained.get(source)
+    if legs is None:  # never trained on in this run (a pretrained model's dataset): it counts as seen exactly once
+        count = draft.sequences.get((source, seq_len))
+        legs = None if count is None else (Leg(seq_len, 0, count),)
+        first = -(-first // seq_len) * seq_len
     key = f"{draft.config.job.seed}/replay/{source}" if replay.order == "reshuffled" else ""
-    # A dataset that was never trained on in this run (a pretrained model's) counts as seen exactly once.
-    seen = history.trained[source] if source in history.trained else draft.sequences.get(source)
-    return Leaf(source, True, first=history.replayed.get(source, 0), seen=seen, reshuffle_key=key)
+    return replay_leaf(source, legs, seq_len=seq_len, first_token=first, reshuffle_key=key)
 
 
 def _replay_weights(

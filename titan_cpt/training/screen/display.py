@@ -192,6 +192,10 @@ def _position(leaf: Leaf) -> str:
     if not leaf.replayed:
         position = "starts at its first sequence" if not leaf.first else f"continues at sequence {leaf.first:,}"
         return f"{leaf.source} {position}"
+    if leaf.text is not None:
+        begin, end = leaf.text.first_token % leaf.text.tokens, leaf.text.tokens
+        order = ", in a new order" if leaf.text.reshuffle_key else ""
+        return f"of {leaf.source} from token {begin:,} of the {end:,} trained on{order}"
     if not leaf.seen:
         return f"of {leaf.source}"
     order = ", in a new order" if leaf.reshuffle_key else ""

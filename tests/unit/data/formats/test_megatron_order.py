@@ -167,7 +167,7 @@ def test_an_order_of_another_length_is_refused_by_the_plan(tmp_path):
     with pytest.raises(DataError, match=r"sample 0 has 4 tokens; allowed is training.seq_len \+ 1 = 5"):
         count_source(files, 4)
     with pytest.raises(DataError, match=r"set training.seq_len to that of the run that saved the order"):
-        SequenceReader({"x": open_source(files, 300)}, seq_len=4, seed=0)
+        rows(open_source(files, 300), 4, [0])
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
@@ -259,7 +259,7 @@ def test_a_stage_follows_the_order_and_starts_at_any_step(tmp_path):
     joined = np.array([token for number in order for token in documents[number]])
     found = reader.read(plan.batch(plan.stages[0], 7)).tokens
 
-    assert plan.sequences["en"] == len(shuffle)
+    assert plan.sequences["en", 16] == len(shuffle)
     assert [files.format for _, files in validation_files(config)] == ["indexed", "indexed"]
     assert found.tolist() == [joined[s * 16 : s * 16 + 17].tolist() for s in shuffle[28:32]]
     assert plan.stages[0].recipe["order.en"] == "megatron_order, as stored"

@@ -313,7 +313,7 @@ def test_a_stage_reads_presequenced_data_in_order_and_starts_at_any_step(tmp_pat
     )
     batch = loader.batch(5, 0)
 
-    assert plan.sequences["en"] == 40
+    assert plan.sequences["en", 16] == 40
     assert np.array_equal(batch.inputs_BL, TOKENS.reshape(40, 17)[20:22, :-1])
     assert np.array_equal(batch.targets_BL, TOKENS.reshape(40, 17)[20:22, 1:])
 

@@ -26,7 +26,7 @@ def test_epochs_are_known_if_the_data_exists(two_stages, make):
     assert second["pile"] == {"tokens": 4000, "replayed_tokens": 4000, "epochs": 0.1}
     assert second["german"] == {"tokens": 12_000, "replayed_tokens": 0, "epochs": None}
     assert any(note.startswith("data does not exist yet: german;") for note in plan.notes)
-    assert plan.sequences == {"pile": 2499, "german": None}
+    assert plan.sequences == {("pile", 16): 2499, ("german", 16): None}
 
 
 def test_a_source_shorter_than_a_sequence_is_refused(one_stage, make):
@@ -34,7 +34,7 @@ def test_a_source_shorter_than_a_sequence_is_refused(one_stage, make):
     with pytest.raises(PlanError, match=r"datasets\.pile\.train: 16 tokens are fewer than one sequence of 16 \+ 1"):
         make(one_stage, tokens={"pile": 16})
 
-    assert make(one_stage, tokens={"pile": 17}).sequences["pile"] == 1
+    assert make(one_stage, tokens={"pile": 17}).sequences["pile", 16] == 1
 
 
 def test_a_stored_order_that_ends_before_its_stage_is_noted(two_stages, make):
@@ -42,9 +42,9 @@ def test_a_stored_order_that_ends_before_its_stage_is_noted(two_stages, make):
     plan = make(two_stages)
     first, second = plan.stages
 
-    assert stored_order_notes(first, {}) == stored_order_notes(first, {"pile": 2000}) == []
-    assert stored_order_notes(second, {"pile": 100}) == []
-    assert stored_order_notes(first, {"pile": 1999}) == [
+    assert stored_order_notes(first, {}) == stored_order_notes(first, {("pile", 16): 2000}) == []
+    assert stored_order_notes(second, {("pile", 16): 100}) == []
+    assert stored_order_notes(first, {("pile", 16): 1999}) == [
         "stages.first: the stored order of pile has 1999 sequences, and 2000 are needed: it is repeated from its "
         "beginning"
     ]

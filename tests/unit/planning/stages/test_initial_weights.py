@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 from plans import COSINE, INFINITE, datasets, ordinals, stage
 
+from titan_cpt.data.trained_text import Leg
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.plan import StageCheckpoint
 
@@ -34,7 +35,7 @@ def test_a_stage_starts_from_the_configured_checkpoint(head, make, lr, init, ste
 
     assert second.init == StageCheckpoint("a", steps_done)
     assert second.history.steps == steps_done
-    assert second.history.trained == {"pile": 20 * steps_done}
+    assert second.history.trained == {"pile": (Leg(16, 0, 20 * steps_done),)}
     assert second.history.exposure == {"pile": 20 * steps_done}
     assert plan.batch(second, 0)[0].ordinal == 20 * steps_done
 

@@ -85,7 +85,7 @@ def test_replay_continues_where_the_last_stage_ended_it(two_stages, make):
     assert german == list(range(len(german)))
     assert len(pile) + len(german) == 250
     assert len(pile) == pytest.approx(250 * 2250 / 3000, abs=1)  # 2000 + 250 of 3000 sequences so far
-    assert plan.stage("third").history.replayed == {"pile": 250}
+    assert plan.stage("third").history.replayed == {"pile": 250 * 16}
 
 
 def test_new_data_continues_where_an_earlier_stage_ended(head, make):
