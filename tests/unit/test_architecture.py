@@ -75,7 +75,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "config.used_plugins": "behavior/test_plugins.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",
-    "checkpoint.provenance": "behavior/test_begin_of_document.py",
     "checkpoint.state_dict": "unit/checkpoint/test_manager.py",
     "cli": "unit/commands/test_plan.py",
     "commands.anneal": "unit/runs/test_anneal.py",

@@ -34,6 +34,17 @@ def test_the_datasets_of_the_data_page_load(write, one_stage):
     assert all(config.datasets[name].in_stored_order for name in ("other", "web"))
 
 
+def test_the_stage_of_the_models_page_extends_a_model(write, one_stage):
+    """By the base that the page's message shows, in a model with Llama 3's base."""
+    *_, stage = blocks("models.md")
+    more = '\n[datasets.books]\ntrain = "data/books"\n'
+    config = load_config(write(one_stage.replace('size = "debug"', 'size = "debug"\nrope_base = 5e5') + more + stage))
+    first, long = make_plan(config, take_inventory(config)).stages
+
+    assert f"RoPE: {first.spec.rope} -> {long.spec.rope}" in (DOCS / "models.md").read_text()
+    assert (long.seq_len, long.batch_sizes.at(0)) == (65_536, 32)
+
+
 def test_the_config_of_the_guides_is_one_file_that_grows(write):
     """The news starts before the annealing, with replay of both earlier datasets."""
     (first,), (appended,) = blocks("guides/released_model.md"), blocks("guides/new_data.md")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.hf_files import read_config, tensors_of
 from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import open_released, weight_shapes
@@ -29,12 +30,10 @@ from titan_cpt.checkpoint.provenance import (
 )
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.common.files import atomic_folder
-from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
-from titan_cpt.errors import CheckpointError, ConfigError
+from titan_cpt.errors import CheckpointError
 from titan_cpt.models.huggingface_config import config_from_spec
 from titan_cpt.models.huggingface_weights import hub_names
-from titan_cpt.models.registry import spec_from_recipe
 from titan_cpt.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +57,8 @@ def export(
         dtype: a key of `DTYPES`; float32 is exact.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
         max_shard_bytes: size of the largest weight file, unless a single weight is larger.
-        max_positions: max_position_embeddings in config.json; None for the larger of the run's training.seq_len and
-            the base model's max_position_embeddings.
+        max_positions: max_position_embeddings in config.json; None for the longest sequence that trained the weights,
+            or the base model's max_position_embeddings if that is longer.
         log: called with each line to print.
 
     Raises:
@@ -69,10 +68,7 @@ def export(
     """
     require_free(out)
     record = manifest.verify(checkpoint)
-    try:
-        spec = spec_from_recipe(record["recipe"])
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST_FILE}: {error}") from None
+    spec = spec_of_checkpoint(record, checkpoint)
     base_model = find_base_model(record)
     run_tokenizer = find_tokenizer(record, checkpoint, tokenizer, base_model)
     positions = max_positions or max_sequence_length(record, base_model)

@@ -7,7 +7,7 @@ transformers, if that is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.checkpoint_spec import model_differences, rope_change, rope_remedy
 from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released, weight_shapes
 from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
 from titan_cpt.common.files import atomic_folder
-from titan_cpt.common.recipe import differences, fingerprint
+from titan_cpt.common.recipe import fingerprint
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelSpec
@@ -38,7 +39,12 @@ IMPORTED = "imported"
 
 
 def load_released(
-    model: nn.Module, name: str, spec: ModelSpec, *, accept: Callable[[Path], str | None] = lambda folder: None
+    model: nn.Module,
+    name: str,
+    spec: ModelSpec,
+    *,
+    new_rope: Collection[str] = (),
+    accept: Callable[[Path], str | None] = lambda folder: None,
 ) -> str:
     """Load Hugging Face weights into a model, sharded or not; each rank reads only its shards. Collective.
 
@@ -46,6 +52,7 @@ def load_released(
         model: the model that `spec` describes, under any parallelism degrees.
         name: a folder or a hub name.
         spec: architecture from the config; its vocab_size may differ from that of the Hugging Face model.
+        new_rope: keys of the spec's recipe that the stage's `rope` sets, which may differ from the model's own.
         accept: called on every rank with the model's folder before weights are read; returns a note or raises.
 
     Returns:
@@ -60,17 +67,19 @@ def load_released(
     released = open_released(name, compare_sets=first)
     if first and dist.is_initialized():
         dist.barrier()
-    _require_same_model(released, spec)
+    _require_same_model(released, spec, new_rope)
     note = accept(released.files.folder)
+    notes = [*released.notes, *filter(None, [note, rope_change(released.spec.rope, spec.rope)])]
     fill(model, released, spec)
     if not first:
         return released.describe(spec)
-    result = verify_against_transformers(released, spec, lambda model: fill(model, released, spec), in_a_run=True)
-    return "; ".join([released.describe(spec), *released.notes, *filter(None, [note]), result])
+    own = released.resized(spec.vocab_size)  # with the RoPE of its config.json, which transformers reads
+    result = verify_against_transformers(released, own, lambda model: fill(model, released, own), in_a_run=True)
+    return "; ".join([released.describe(spec), *notes, result])
 
 
-def _require_same_model(released: ReleasedModel, spec: ModelSpec) -> None:
-    changed = differences(released.resized(spec.vocab_size).as_recipe(), spec.as_recipe())
+def _require_same_model(released: ReleasedModel, spec: ModelSpec, new_rope: Collection[str]) -> None:
+    changed = model_differences(released.resized(spec.vocab_size).as_recipe(), spec.as_recipe(), new_rope)
     if changed:
         table = "\n    ".join(as_config_table(released.spec).splitlines())
         raise CheckpointError(
@@ -79,6 +88,7 @@ def _require_same_model(released: ReleasedModel, spec: ModelSpec) -> None:
                     f"{released.name}: is not the model that the config describes:",
                     *changed,
                     f"It is\n    {table}",
+                    *rope_remedy(changed),
                 ]
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,28 @@ def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | Non
 
 
 def max_sequence_length(record: Mapping[str, Any], base_model: BaseModelInfo | None) -> int:
-    """The longest sequence in tokens: training.seq_len or the base model's max_position_embeddings, the larger one."""
+    """The longest sequence in tokens that the weights know: of any stage that trained them, or of the base model.
+
+    Stages of earlier runs count as far as their manifests can be read; the base model's length is its
+    max_position_embeddings.
+    """
     pretrained = base_model.config.get("max_position_embeddings") if base_model else None
-    trained = record["recipe"].get("training.seq_len")
-    return max([length for length in (pretrained, trained) if isinstance(length, int)], default=2048)
+    return max([length for length in (pretrained, *_trained_lengths(record)) if isinstance(length, int)], default=2048)
+
+
+def _trained_lengths(record: Mapping[str, Any]) -> Iterator[object]:
+    """seq_len of every stage that trained a manifest's weights, through runs that start from each other."""
+    for _ in range(_MAX_RUNS):
+        recipe = record["recipe"]
+        history = training_history(record)
+        usual = recipe.get("training.seq_len")
+        yield from [recipe.get(f"stages.{stage.name}.seq_len", usual) for stage in history] or [usual]
+        if not history or not history[0].init.startswith(CHECKPOINT_PREFIX):
+            return
+        try:
+            record = manifest.read(Path(history[0].init.removeprefix(CHECKPOINT_PREFIX)))
+        except (CheckpointError, AccessError):
+            return
 
 
 def find_tokenizer(

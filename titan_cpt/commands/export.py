@@ -40,7 +40,7 @@ def add_export(subparsers: Subparsers) -> None:
         "--max-positions",
         type=positive_int,
         metavar="TOKENS",
-        help="max_position_embeddings (default: the longer sequence length of the training and the imported model)",
+        help="max_position_embeddings (default: the longest sequence length of the training and the imported model)",
     )
     export.add_argument("--push", metavar="NAME", help="then upload OUT to this repository of the Hugging Face hub")
     export.add_argument("--public", action="store_true", help="a repository that --push creates is public, not private")

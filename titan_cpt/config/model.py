@@ -12,15 +12,15 @@ from titan_cpt.config.types import OneOf, PositiveFloat, PositiveInt, Table, val
 OWN_FAMILIES = ("gpt_neox", "llama")
 
 
-class RopeScalingConfig(Table):
-    """[model.rope_scaling]: RoPE scaling for context extension (Llama 3 or YaRN)."""
+class RopeScalingKeys(Table):
+    """The keys of a RoPE scaling, in [model.rope_scaling] and in a stage's `rope`."""
 
-    kind: Literal["llama3", "yarn"]
-    """The scaling rule: that of Llama 3.1, or YaRN."""
-    factor: Annotated[float, Field(ge=1)]
-    """Context-extension factor, by which long wavelengths are multiplied."""
-    original_seq_len: PositiveInt
-    """Context length in tokens before the extension."""
+    kind: Literal["llama3", "yarn", "none"] | None = None
+    """The scaling rule: that of Llama 3.1, or YaRN; none: no scaling. Unset: the scaling of the weights is kept."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Context-extension factor, by which long wavelengths are multiplied. Unset: kind does not scale."""
+    original_seq_len: PositiveInt | None = None
+    """Context length in tokens before the extension. Unset: kind does not scale."""
     low_freq_factor: PositiveFloat | None = None
     """llama3: wavelengths above original_seq_len / low_freq_factor are multiplied by the whole factor. Unset: 1."""
     high_freq_factor: PositiveFloat | None = None
@@ -34,13 +34,50 @@ class RopeScalingConfig(Table):
     """yarn: factor on cosine and sine. Unset: 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
-    def _only_keys_of_its_kind(self) -> RopeScalingConfig:
-        llama3 = ("low_freq_factor", "high_freq_factor")
-        yarn = ("beta_fast", "beta_slow", "attention_factor")
-        own, foreign = (llama3, yarn) if self.kind == "llama3" else (yarn, llama3)
-        given = [name for name in foreign if getattr(self, name) is not None]
-        if given:
-            raise validation_error(f'kind = "{self.kind}" has no {", ".join(given)}; allowed are {", ".join(own)}')
+    def _only_keys_of_its_kind(self) -> RopeScalingKeys:
+        own = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+        }
+        common = ("factor", "original_seq_len")
+        given = [name for name in (*common, *own["llama3"], *own["yarn"]) if getattr(self, name) is not None]
+        if self.kind is None and given:
+            raise validation_error(f'{", ".join(given)} needs a kind: add kind = "yarn" or kind = "llama3"')
+        if self.kind == "none" and given:
+            raise validation_error(f'kind = "none" removes the scaling and has no {", ".join(given)}')
+        if self.kind in own and (foreign := [name for name in given if name not in (*common, *own[self.kind])]):
+            allowed = ", ".join(own[self.kind])
+            raise validation_error(f'kind = "{self.kind}" has no {", ".join(foreign)}; allowed are {allowed}')
+        return self
+
+
+class RopeScalingConfig(RopeScalingKeys):
+    """[model.rope_scaling]: RoPE scaling for context extension (Llama 3's or YaRN)."""
+
+    kind: Literal["llama3", "yarn"]
+    """The scaling rule: that of Llama 3.1, or YaRN."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """Context-extension factor, by which long wavelengths are multiplied."""
+    original_seq_len: PositiveInt
+    """Context length in tokens before the extension."""
+
+
+class StageRopeConfig(RopeScalingKeys):
+    """[stages.rope]: RoPE of the weights from this stage on; a key that is not set keeps the value of its weights."""
+
+    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Base of the RoPE frequencies (theta): adjusted base frequency (ABF). Unset: that of the weights."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> StageRopeConfig:
+        if self.base is None and self.kind is None:
+            raise validation_error('is empty: set base, or kind = "yarn" or "llama3" with its keys, or both')
+        missing = [name for name in ("factor", "original_seq_len") if getattr(self, name) is None]
+        if self.kind in ("llama3", "yarn") and missing:
+            raise validation_error(
+                f'kind = "{self.kind}" needs {" and ".join(missing)}; to extend 4096 trained tokens to 16384: '
+                f'rope = {{ kind = "{self.kind}", factor = 4.0, original_seq_len = 4096 }}'
+            )
         return self
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from titan_cpt.config.lr import LR
+from titan_cpt.config.model import StageRopeConfig
 from titan_cpt.config.types import (
     Fraction01,
     GlobalBatchSize,
@@ -82,3 +83,5 @@ class StageConfig(Table):
     """Learning-rate schedule, one of the tables below."""
     replay: ReplayConfig | None = None
     """Replay of earlier data. Unset: no replay."""
+    rope: StageRopeConfig | None = None
+    """RoPE of the weights from this stage on, for context extension. Unset: that of the stage's initial weights."""

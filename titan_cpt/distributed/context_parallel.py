@@ -59,7 +59,7 @@ class ContextParallelAttention(nn.Module):
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
-        self.tables = plain.tables
+        self.tables, self.set_rope = plain.tables, plain.set_rope
         self.window = plain.window
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor, documents: Documents | None = None) -> Tensor:
@@ -110,7 +110,7 @@ class RingAttention(nn.Module):
         super().__init__()
         assert plain.window is None, "torch's ring attention has no sliding window; the plan refuses this"
         self.group = mesh.get_group()
-        self.tables = plain.tables
+        self.tables, self.set_rope = plain.tables, plain.set_rope
         _enable_context_parallel_dispatcher()
         style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
         self.attend = parallelize_module(_CausalAttention(), mesh, style)

@@ -18,21 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, max_sequence_length, precision_of_run
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import without_dist_warning
-from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.distributed.process_group import ProcessInfo
-from titan_cpt.errors import CheckpointError, ConfigError, DataError
+from titan_cpt.errors import DataError
 from titan_cpt.models import build
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.ops import linear
-from titan_cpt.models.registry import spec_from_recipe
 from titan_cpt.models.spec import ModelSpec
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -81,8 +80,8 @@ def open_checkpoint(
         precision: a key of `PRECISIONS`, the dtype of weights and matrix products; None for the run's compute dtype,
             or float32 outside of runs. Log-probabilities are always float32.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
-        max_length: longest input in tokens; None for the larger of training.seq_len and the base model's
-            max_position_embeddings.
+        max_length: longest input in tokens; None for the longest sequence that trained the weights, or the base model's
+            max_position_embeddings if that is longer.
         sharded: shard the weights over all ranks (FSDP2).
         batch_tokens: tokens of one forward pass, padding included.
         verify_checksums: compare every file with its checksum first.
@@ -92,10 +91,7 @@ def open_checkpoint(
         DataError: its tokenizer is unknown, or is not the one that is given.
     """
     record = manifest.verify(folder) if verify_checksums and process.rank == 0 else manifest.read(folder)
-    try:
-        spec = spec_from_recipe(record["recipe"])
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST_FILE}: {error}") from None
+    spec = spec_of_checkpoint(record, folder)
     base_model = find_base_model(record)
     loaded_tokenizer = find_tokenizer(record, folder, tokenizer, base_model)
     if loaded_tokenizer is None:

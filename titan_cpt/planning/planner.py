@@ -45,6 +45,7 @@ from titan_cpt.planning.stages.own_batch import (
     with_own_batch,
 )
 from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
+from titan_cpt.planning.stages.rope import rope_recipe, stage_spec
 from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
 
 
@@ -131,6 +132,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         draft.problems.append(f"stages.{stage.name}.lr: {error}")
         schedule = lr_schedules.constant_schedule(warmup_until=0, end=steps, peak=1.0)
     init = initial_weights(draft, stage)
+    spec = stage_spec(draft, stage, init)
     history = history_of(draft, init)
     new = new_data_leaves(draft, stage, history)
     tree, shares = mixture_tree(stage, new, replay_leaves(draft, stage, history, init))
@@ -152,8 +154,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         use_by_dataset=dataset_use(draft, counts, seq_len=seq_len, by_source=False),
         use_by_source=dataset_use(draft, counts, seq_len=seq_len, by_source=True),
         final_window=final_window(steps, *window),
-        recipe=stage_recipe(config, stage, steps, points, init),
-        spec=draft.spec,
+        recipe=stage_recipe(config, stage, steps, points, init) | rope_recipe(stage, spec),
+        spec=spec,
         seq_len=seq_len,
         batch_sizes=batch_sizes,
         local_batch_size=local_batch_size_of(config, stage),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,11 @@ class SingleStageRunner:
         self.mesh = mesh
         self.copy = copy
         self.compiled = compiled
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The modules whose forward and backward pass run."""
+        return [cast(LanguageModel, self.model)]
 
     def backward(self, batch: Batch, step_tokens: int) -> Tensor:
         """Accumulate this micro-batch's gradients; returns its share of the global batch's mean loss, nats per token.
@@ -125,6 +130,11 @@ class PipelineRunner:
         }
         self._schedule: Any = None
         self._shape: torch.Size | None = None
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """The modules whose forward and backward pass run."""
+        return [cast(LanguageModel, stage) for stage in self.stages.values()]
 
     @property
     def last(self) -> nn.Module | None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from titan_cpt.checkpoint.checkpoint_spec import (
+    model_differences,
+    model_recipe,
+    rope_change,
+    rope_of_checkpoint,
+    rope_remedy,
+)
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
 from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
-from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
+from titan_cpt.models.spec import Rope
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 from titan_cpt.training.optimizer import reset_state, set_hyperparameters, set_lr
@@ -58,6 +63,7 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
     stage = state.plan.stage(checkpoint.manifest["stage"])
     steps_done = int(checkpoint.manifest["steps_done"])
     load_state(checkpoint.folder, state.model, state.optimizer)
+    set_rope(state, stage.spec.rope)
     _apply_stage_hyperparameters(state, stage)
     state.skipped.restore(checkpoint.manifest.get("skipped"))
     state.guard.restore_losses(checkpoint.manifest.get("recent_losses", ()))
@@ -81,19 +87,23 @@ def _apply_stage_hyperparameters(state: TrainerState, stage: StagePlan) -> None:
 def load_initial(state: TrainerState, stage: StagePlan) -> str:
     """Load a stage's initial weights, and the optimizer state if it is kept; returns a description of the source.
 
+    The model computes with the stage's RoPE from then on.
+
     Raises:
         CheckpointError: the source of `init` is missing or damaged, or is another model.
     """
+    set_rope(state, stage.spec.rope)
     if stage.init == "random":
         state.model.init_weights(state.plan.seed)
         return f"new, from seed {state.plan.seed}"
     if isinstance(stage.init, str) and stage.init.startswith("hf:"):
         name = stage.init.removeprefix("hf:")
         accept = partial(_accept, state, stage)
-        return f"from {load_released(state.model, name, state.plan.spec, accept=accept)}"
-    source, note = _source(state, stage)
+        text = load_released(state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept)
+        return f"from {text}"
+    source, notes = _source(state, stage)
     load_state(source, state.model, state.optimizer if stage.keep_optimizer else None)
-    return f"from {source}" if note is None else f"from {source}; {note}"
+    return "; ".join([f"from {source}", *notes])
 
 
 def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
@@ -101,8 +111,8 @@ def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
     return require_same_tokenizer(stage.name, str(stage.init), tokenizer_of_release(folder), state.config)
 
 
-def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, str | None]:
-    """The checkpoint that `init` names, verified, and a note on its tokenizer.
+def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, list[str]]:
+    """The checkpoint that `init` names, verified, and notes on its tokenizer and RoPE.
 
     Raises:
         CheckpointError: it is damaged, of another model or tokenizer, or lacks the optimizer state that is to be kept.
@@ -118,14 +128,23 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, str | None]:
             f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
             "reset"
         )
-    changed = _model_differences(record["recipe"], state.plan.base_recipe)
+    changed = model_differences(model_recipe(record), stage.spec.as_recipe(), _new_rope(stage))
     if changed:
-        raise CheckpointError(f"{folder}: its model differs from the config's: {'; '.join(changed)}")
+        raise CheckpointError(
+            "\n  ".join([f"{folder}: its model differs from the config's: {'; '.join(changed)}", *rope_remedy(changed)])
+        )
     init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}"
-    return folder, require_same_tokenizer(stage.name, init, tokenizer_of_manifest(record, folder), state.config)
+    note = require_same_tokenizer(stage.name, init, tokenizer_of_manifest(record, folder), state.config)
+    return folder, [*filter(None, [note, rope_change(rope_of_checkpoint(record), stage.spec.rope)])]
 
 
-def _model_differences(recorded: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """The differences of two recipes in the model's settings; an absent setting counts as null."""
-    keys = {key for key in {*recorded, *planned} if key.startswith("model.")}
-    return differences({key: recorded.get(key) for key in keys}, {key: planned.get(key) for key in keys})
+def _new_rope(stage: StagePlan) -> list[str]:
+    """Keys of the model's recipe that the stage sets, whatever the initial weights were trained with."""
+    sets = {"model.rope_base": "rope.base", "model.rope_scaling": "rope.kind"}
+    return [key for key, own in sets.items() if own in stage.recipe]
+
+
+def set_rope(state: TrainerState, rope: Rope) -> None:
+    """Compute with this RoPE from now on, in the module of the weights and in those that run."""
+    for model in (state.model, *state.runner.models):
+        model.set_rope(rope)

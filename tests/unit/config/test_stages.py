@@ -4,6 +4,7 @@ import pytest
 from config_texts import LR, with_stage
 
 from titan_cpt.config.load import load_config
+from titan_cpt.errors import ConfigError
 
 
 def test_a_stage_without_optional_keys_leaves_them_unset(head, write):
@@ -40,3 +41,38 @@ def test_other_batch_sizes_are_refused(head, faults, value, message):
     assert len(found) == 1
     assert found[0].startswith("stages.first.global_batch_size: ")
     assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ("{ }", "is empty: set base"),
+        ("{ base = 1.0 }", "rope.base: must be > 1"),
+        ("{ base = inf }", "rope.base: Input should be a finite number"),
+        ("{ factor = 4.0 }", 'factor needs a kind: add kind = "yarn" or kind = "llama3"'),
+        ('{ kind = "ntk" }', "rope.kind: must be"),
+        ('{ kind = "yarn" }', 'kind = "yarn" needs factor and original_seq_len; to extend 4096 trained tokens'),
+        ('{ kind = "llama3", factor = 2.0 }', "needs original_seq_len; "),
+        ('{ kind = "none", factor = 2.0 }', 'kind = "none" removes the scaling and has no factor'),
+        (
+            '{ kind = "llama3", factor = 2.0, original_seq_len = 8, beta_slow = 2.0 }',
+            'kind = "llama3" has no beta_slow; allowed are low_freq_factor, high_freq_factor',
+        ),
+        ("{ theta = 5e5 }", "rope.theta: unknown key"),
+    ],
+)
+def test_a_rope_with_missing_or_foreign_keys_is_refused(head, write, rope, said):
+    """The message says which keys belong together."""
+    with pytest.raises(ConfigError) as refusal:
+        load_config(write(with_stage(head, f'dataset = "pile"\nsteps = 1\n{LR}\nrope = {rope}')))
+
+    assert said in str(refusal.value)
+
+
+def test_a_rope_is_set_on_the_command_line_too(head, write):
+    """By the stage's name."""
+    path = write(with_stage(head, f'dataset = "pile"\nsteps = 1\n{LR}'))
+    stage = load_config(path).stages[0]
+    rope = load_config(path, [(f"stages.{stage.name}.rope.base", "500000")]).stages[0].rope
+
+    assert (rope.base, rope.kind) == (500_000.0, None)

@@ -4,10 +4,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.document_attention import DocumentBounds
-from titan_cpt.models.common.layers import MakeKernelMask, Project
+from titan_cpt.models.common.layers import MakeKernelMask, Project, RotaryCausalAttention
 from titan_cpt.models.common.ops import linear
-from titan_cpt.models.spec import ModelSpec
+from titan_cpt.models.spec import ModelSpec, Rope
 
 
 class LanguageModel(nn.Module):
@@ -65,6 +66,24 @@ class LanguageModel(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Set every weight to its initial value, which depends only on the seed and the weight's name."""
         raise NotImplementedError
+
+    def set_rope(self, rope: Rope) -> None:
+        """Compute with another rotary position embedding from the next call on; compiled blocks are compiled anew.
+
+        Raises:
+            ConfigError: an attention core of this family has none.
+        """
+        if rope == self.spec.rope:
+            return
+        cores = [attention.core for attention in self.attentions()]
+        if not all(hasattr(core, "set_rope") for core in cores):
+            raise ConfigError(
+                f"stages.rope: the model of the family {self.spec.family!r} does not compute attention with "
+                "RotaryCausalAttention, so that a stage cannot change its RoPE: leave it out"
+            )
+        for core in cores:
+            cast(RotaryCausalAttention, core).set_rope(rope)
+        self.spec = self.spec.with_rope(rope)
 
     def attentions(self) -> list[nn.Module]:
         """The attention module of each block."""

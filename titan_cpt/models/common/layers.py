@@ -17,7 +17,7 @@ from titan_cpt.models.common.document_attention import (
     document_attention,
 )
 from titan_cpt.models.common.ops import attention, cos_sin, linear
-from titan_cpt.models.spec import ModelSpec, RopeScaling
+from titan_cpt.models.spec import ModelSpec, Rope, RopeScaling
 
 
 class RotaryCausalAttention(nn.Module):
@@ -69,6 +69,10 @@ class RotaryCausalAttention(nn.Module):
         if documents is not None and documents.cos_B1PR is not None and documents.sin_B1PR is not None:
             return documents.cos_B1PR, documents.sin_B1PR
         return rotary_tables(positions_L, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling)
+
+    def set_rope(self, rope: Rope) -> None:
+        """Compute with another rotary position embedding from the next call on."""
+        self.rope_base, self.scaling = rope.base, rope.scaling
 
     def attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
         """Attention without RoPE, out_BNLH: the caller has rotated queries and keys."""
