@@ -112,6 +112,47 @@ def test_metrics_count_the_tokens_of_each_step(unbroken):
     assert [stage["trained_tokens"] for stage in summary["stages"]] == [160, 128]
 
 
+def test_each_stage_validates_at_the_runs_length_and_at_its_own(unbroken):
+    """The second one under labels of its own; forgetting needs a baseline on the same windows."""
+    lines = training.lines_of(unbroken, "validation")
+    found = {(line["stage"], line["step"], line["dataset"]): line for line in lines}
+    english = {dataset for stage, _, dataset in found if stage == "english"}
+    german = {dataset for stage, _, dataset in found if stage == "german"}
+    forgetting = found["german", 4, "en"]["forgetting_nats_per_token"]
+
+    assert english == {"en", "de"}
+    assert german == {"en", "de", "en@16", "de@16"}
+    assert found["german", 0, "en"]["loss_nats_per_token"] == found["english", 7, "en"]["loss_nats_per_token"]
+    assert (
+        forgetting == found["german", 4, "en"]["loss_nats_per_token"] - found["german", 0, "en"]["loss_nats_per_token"]
+    )
+    assert found["german", 4, "en@16"]["forgetting_nats_per_token"] == (
+        found["german", 4, "en@16"]["loss_nats_per_token"] - found["german", 0, "en@16"]["loss_nats_per_token"]
+    )
+    assert {found["german", 4, name]["forgetting_nats_per_token"] for name in ("de", "de@16")} == {None}
+
+
+def test_a_third_stage_forgets_only_against_windows_that_its_baseline_measured(raw, tmp_path):
+    """English again after German, at 16 tokens: German was left at its end, and English at the start of German."""
+    third = {"name": "again", "dataset": "en", "steps": 2, "seq_len": 16, "lr": {"schedule": "constant", "max": 1e-3}}
+    fourth = third | {"name": "last", "dataset": "de", "seq_len": 32}
+    stages = [*raw["stages"], third | {"global_batch_size": 2}, fourth | {"global_batch_size": 2}]
+    config = training.changed(raw, job={"output_dir": str(tmp_path)}, stages=stages)
+    outcome = training.train(training.write_config(config, tmp_path / "c.toml"))
+    lines = training.lines_of(tmp_path / "run", "validation")
+    forgotten = {
+        (line["stage"], line["dataset"]): line["forgetting_nats_per_token"] is not None
+        for line in lines
+        if line["stage"] in ("again", "last")
+    }
+
+    assert outcome.status == 0, outcome.output
+    assert forgotten == {
+        **{("again", "en"): False, ("again", "de"): True, ("again", "en@16"): False, ("again", "de@16"): True},
+        **{("last", "en"): True, ("last", "de"): False, ("last", "en@32"): True, ("last", "de@32"): False},
+    }
+
+
 KILLS = {
     "in the first size of the ramp": training.Fault("titan_cpt.train:Trainer.train_step", 4),
     "at the first step of the next size": training.Fault("titan_cpt.train:Trainer.train_step", 5),

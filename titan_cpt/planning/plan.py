@@ -289,12 +289,12 @@ class Plan:
         return stage.batch_sizes.at(step) // (stage.local_batch_size * self.data_parallel)
 
     def forgetting_since(self, stage: StagePlan, dataset: str) -> str | None:
-        """The stage whose loss on `dataset` at step 0 is the baseline of its forgetting; None if there is none.
+        """The stage whose loss on `dataset`, or a label of it, at step 0 is the baseline of its forgetting, or None.
 
         That is the first stage after the last one on the lineage in which the dataset was new. For pretrained weights
         it is their first stage in this run.
         """
-        name = dataset.partition(".")[0]
+        name = dataset.partition("@")[0].partition(".")[0]
         if name in stage.datasets:
             return None
         first = stage

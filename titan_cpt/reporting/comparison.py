@@ -63,7 +63,7 @@ def _row(run: RunLog, trained: set[str]) -> ComparisonRow:
     stage = stages[index]
     planned = run.plan["stages"][index]
     losses = {**stage["after"], **stage["final_loss"]}
-    counted = [name for name in losses if name in trained] or [name for name in losses if "." not in name]
+    counted = [name for name in losses if name in trained] or [name for name in losses if _is_whole(name)]
     # Forgetting of the final window: its mean loss minus the loss when training on the dataset ended.
     minus_left_at = {name: value - stage["after"][name] for name, value in stage["forgetting"].items()}
     adaptation = [name for name in stage["adaptation"] if "." not in name or name in trained]
@@ -73,7 +73,7 @@ def _row(run: RunLog, trained: set[str]) -> ComparisonRow:
         is_done=stage["is_done"] and index == len(stages) - 1,
         losses=losses,
         average=mean(losses[name] for name in counted) if counted else None,
-        forgetting={name: losses[name] + minus for name, minus in minus_left_at.items() if "." not in name},
+        forgetting={name: losses[name] + minus for name, minus in minus_left_at.items() if _is_whole(name)},
         adaptation=mean(losses[name] for name in adaptation) if adaptation else None,
         tokens=run.tokens_at(stage["name"], stage["steps_done"]),
         update_share=planned["tokens"] / planned["union_tokens"] if planned["union_tokens"] else 1.0,
@@ -81,6 +81,11 @@ def _row(run: RunLog, trained: set[str]) -> ComparisonRow:
         averaged=sorted(counted),
         adapted_to=sorted(adaptation),
     )
+
+
+def _is_whole(name: str) -> bool:
+    """Whether a loss is of a whole dataset on the windows of the run: not of a domain, nor of a stage's own length."""
+    return not {".", "@"} & set(name)
 
 
 def incomparable_datasets(rows: Sequence[ComparisonRow]) -> list[str]:

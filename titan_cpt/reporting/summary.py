@@ -120,7 +120,9 @@ def _losses(
         "forgetting": known,
         "left_at": {d: after[d]["loss_nats_per_token"] - value for d, value in known.items()},
         "adaptation": {
-            d: line["loss_nats_per_token"] for d, line in after.items() if d.partition(".")[0] in stage["new_datasets"]
+            d: line["loss_nats_per_token"]
+            for d, line in after.items()
+            if "@" not in d and d.partition(".")[0] in stage["new_datasets"]
         },
     }
     return losses, measured_at

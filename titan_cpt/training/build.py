@@ -57,7 +57,7 @@ from titan_cpt.training.screen.startup import device_notes, rank_lines
 from titan_cpt.training.skipped_batches import SkippedBatches
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.uploads import restore_from_storage, start_uploader
-from titan_cpt.training.validation import Validator
+from titan_cpt.training.validation import ValidationWindows, Validator
 
 State = TypeVar("State", bound=TrainerState)
 
@@ -120,6 +120,8 @@ def build(
             check_same_machine(checkpoint, process)
         notes = list(_weight_notes(config, plan, checkpoints, checkpoint))
     attention = _choose_attention(config, plan, pipeline_stages, mesh, checkpoint, checkpoints)
+    validator = _build_validator(config, plan, data, mesh)
+    notes += [f"{label} is not measured: {why}" for label, why in validator.lacking.items()]
     _print_notes(console, [*notes, *([attention.note] if attention and attention.note else [])])
     log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
     run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
@@ -157,7 +159,7 @@ def build(
         guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         readers={stage.name: _reader(plan, stage, data.training) for stage in plan.stages},
-        validator=_build_validator(config, plan, data, mesh),
+        validator=validator,
         metrics=metrics,
         checkpoints=checkpoints,
         uploads=uploads,
@@ -311,17 +313,22 @@ def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:
 
 
 def _build_validator(config: Config, plan: Plan, data: _Data, mesh: Mesh) -> Validator:
-    training = config.training
+    end, training, rows = data.tokenizer.eod_id, config.training, config.validation.local_batch_size
+    usual = document_settings(end, mask=training.document_mask, positions=training.document_positions)
+    windows = ValidationWindows(plan.seq_len, rows or plan.local_batch_size, usual)
+    by_stage = {}
+    for stage in plan.stages:
+        # As many tokens in a pass as with the run's windows, or as in training.
+        own_rows = stage.local_batch_size if rows is None else max(1, rows * plan.seq_len // stage.seq_len)
+        documents = document_settings(end, mask=stage.document_mask, positions=stage.document_positions)
+        by_stage[stage.name] = ValidationWindows(stage.seq_len, own_rows, documents)
     return Validator(
         data.validation,
         data.tokenizer.token_byte_lengths(),
         sequences=config.validation.sequences,
-        seq_len=plan.seq_len,
-        local_batch=config.validation.local_batch_size or plan.local_batch_size,
+        windows=windows,
+        by_stage=by_stage,
         mesh=mesh,
-        documents=document_settings(
-            data.tokenizer.eod_id, mask=training.document_mask, positions=training.document_positions
-        ),
     )
 
 

@@ -7,7 +7,7 @@ training resumes, they are loaded and validated on the new data. If that checkpo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def _other_windows(state: TrainerState) -> list[str]:
     if last_sequences is None:
         return []
     measured = [name for name in validator.streams if f"datasets.{name}.validation" in last_start.get("data", {})]
-    available = {name: validator.streams[name].windows(validator.seq_len) for name in measured}
+    available = {name: validator.streams[name].windows(validator.windows.seq_len) for name in measured}
     return [
         name for name, windows in available.items() if min(windows, last_sequences) != min(windows, validator.sequences)
     ]
@@ -103,7 +103,7 @@ def renew_baselines(state: TrainerState, stage: StagePlan, *, resumes: bool) -> 
             continue
         if state.config.float8.enable_fsdp_float8_all_gather:
             refresh_scales(state.model)
-        losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
+        losses = state.validator.measure(state.runner, name, interrupted=partial(any_rank_stops, state.stop))
         if losses is None:
             return  # a signal interrupted it: the next session measures these baselines
         for dataset, loss in losses.items():
@@ -119,7 +119,8 @@ def _needed(state: TrainerState, stage: StagePlan, *, resumes: bool) -> dict[str
     next_stage = plan.stages.index(stage)
     stages_begun = next_stage + 1 if resumes else next_stage
     needed: dict[str, tuple[list[str], str]] = {}
-    for name, dataset in _baselines(plan, next_stage, state.validator.identities):
+    labels = {each.name: state.validator.labels(each.name) for each in plan.stages}
+    for name, dataset in _baselines(plan, next_stage, labels):
         _, measured_on = state.log.baselines.get((name, dataset), (None, None))
         baseline_stage = plan.stage(name)
         if plan.stages.index(baseline_stage) < stages_begun and measured_on != state.validator.identities[dataset]:
@@ -127,13 +128,17 @@ def _needed(state: TrainerState, stage: StagePlan, *, resumes: bool) -> dict[str
     return needed
 
 
-def _baselines(plan: Plan, first: int, datasets: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(stage, dataset) of every baseline that validations from stage `first` on are compared with, each once."""
+def _baselines(plan: Plan, first: int, labels: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """(stage, label) of every baseline that validations from stage `first` on are compared with, each once.
+
+    Args:
+        labels: what each stage measures; a loss has no baseline if that stage does not measure it.
+    """
     baselines = (
-        (since, dataset)
+        (since, label)
         for stage in plan.stages[first:]
-        for dataset in datasets
-        if (since := plan.forgetting_since(stage, dataset)) is not None
+        for label in labels[stage.name]
+        if (since := plan.forgetting_since(stage, label)) is not None and label in labels[since]
     )
     return list(dict.fromkeys(baselines))
 

@@ -30,7 +30,7 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     """
     run_step = state.plan.steps_before(stage) + steps_done
     with state.display.timed("validation"):
-        losses = state.validator.measure(state.runner, interrupted=partial(any_rank_stops, state.stop))
+        losses = state.validator.measure(state.runner, stage.name, interrupted=partial(any_rank_stops, state.stop))
     if losses is None:
         return False
     shown = []

@@ -237,7 +237,7 @@ class RunFollower:
         found = {name for stage in self.steps for name, curve in self.curves(stage).validations.items() if curve.steps}
         trained = [name for stage in self.plan.get("stages", ()) for name in stage["datasets"]]
         order = {name: index for index, name in reversed(list(enumerate(trained)))}
-        return sorted(found, key=lambda name: (order.get(name.partition(".")[0], len(order)), name))
+        return sorted(found, key=lambda name: (order.get(name.partition("@")[0].partition(".")[0], len(order)), name))
 
     def newest_validation(self, dataset: str) -> tuple[float, float]:
         """Loss and forgetting of a dataset at its last validation; NaN if unknown."""

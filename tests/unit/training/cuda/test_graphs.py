@@ -63,7 +63,8 @@ def trained(trainer, steps=7):
     for step in range(steps):
         found.append(trainer.train_step(loader, stage, step))
         if step % 2:
-            found_loss = {name: loss.nats_per_token for name, loss in trainer.validator.measure(trainer.runner).items()}
+            losses = trainer.validator.measure(trainer.runner, stage.name)
+            found_loss = {name: loss.nats_per_token for name, loss in losses.items()}
             found[-1] = replace(found[-1], health=torch.tensor([*found[-1].health, *found_loss.values()]))
     return numbers(found), weights_of(trainer)
 
