@@ -13,6 +13,7 @@ from titan_cpt.config.load import load_config
 from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.token_files import TokenFiles, count_source, missing_entries, open_source, resolve_paths
 from titan_cpt.data.inventory import take_inventory, training_files, validation_files
+from titan_cpt.data.sequence_lengths import sequence_lengths
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.doctor.disk import check_folder, check_space
 from titan_cpt.doctor.finding import Finding, note, ok, problem
@@ -71,7 +72,10 @@ def _files(config: Config, where: str, source: str, files: TokenFiles) -> Findin
     try:
         missing = missing_entries(files)
         if not missing:
-            counts = count_source(files, config.training.seq_len, resolve_paths(files))
+            trained = where.endswith(".train")
+            lengths = sequence_lengths(config)[source.partition(".")[0]] if trained else [config.training.seq_len]
+            for length in lengths:
+                counts = count_source(files, length, resolve_paths(files))
             open_source(files, 2**31 - 1)
             return ok("data", f"{where}: {counts.tokens:,} tokens")
     except TitanError as error:
@@ -124,7 +128,8 @@ def check_text(request: Request) -> Iterator[Finding]:
     for source, files in training_files(config):
         if not missing_entries(files) and not _is_damaged(files):
             try:
-                yield from _windows(source, files, tokenizer, config.training.seq_len)
+                length = next(iter(sequence_lengths(config)[source.partition(".")[0]]))
+                yield from _windows(source, files, tokenizer, length)
             except TitanError as error:
                 yield problem("text", f"{source}: {error}", "use the tokenizer that made the data, or prepare it again")
 
@@ -190,10 +195,13 @@ def check_memory(request: Request) -> Iterator[Finding]:
     if not total:
         total, device = available_memory(), "the CPU's available memory"
     needed = plan.footprint.memory
+    stages = " or that of the stage" if len({*plan.footprints.values()}) > 1 else ""
     text = f"about {needed / 2**30:.2f} GiB for a rank; {device}: {total / 2**30:.1f} GiB"
     if total and not fits(plan.footprint, total):
         yield problem(
-            "memory", text, f"lower training.local_batch_size, use more GPUs, or recompute activations; {remedy}"
+            "memory",
+            text,
+            f"lower training.local_batch_size{stages}, use more GPUs, or recompute activations; {remedy}",
         )
     else:
         yield ok("memory", text)

@@ -99,9 +99,13 @@ def _step_phases(plan: Plan, stage: StagePlan) -> Iterator[tuple[int, str, str]]
         accumulated = f" x {accumulation} gradient accumulation steps"
         yield (
             phase.first_step,
-            f"{phase.size} sequences x {stage.seq_len} = {phase.size * stage.seq_len:,} tokens",
-            f"{stage.local_batch_size} sequences" + (accumulated if accumulation > 1 else ", no gradient accumulation"),
+            f"{_sequences(phase.size)} x {stage.seq_len} = {phase.size * stage.seq_len:,} tokens",
+            _sequences(stage.local_batch_size) + (accumulated if accumulation > 1 else ", no gradient accumulation"),
         )
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence{'s' * (count != 1)}"
 
 
 def _stage_lines(plan: Plan, width: int) -> list[str]:

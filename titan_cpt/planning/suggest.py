@@ -7,6 +7,7 @@ whose memory is nearest. Pure; no device is queried.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.memory import fits
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.planner import make_plan
+from titan_cpt.planning.stages.own_batch import batch_sizes_of
 
 RANKS_PER_NODE = 8
 ASSUMED_EFFICIENCY = 0.5  # share of each data-sheet figure that training is assumed to reach
@@ -65,7 +67,7 @@ class Suggestion:
     Attributes:
         plan: the plan of the config with `overrides`.
         overrides: values to set, by dotted key.
-        step_s: estimated step time in seconds.
+        step_s: estimated step time in seconds, the mean over all stages.
         reason: the parts of the step time, in words.
     """
 
@@ -105,11 +107,13 @@ def suggest(config: Config, inventory: DataInventory, world_size: int, device_by
 
 
 def _candidates(config: Config, world_size: int) -> Iterator[dict[str, str]]:
+    batches = [batch_sizes_of(config, stage) for stage in config.stages if stage.local_batch_size is None]
+    whole = math.gcd(*(phase.size for sizes in batches for phase in sizes.phases)) or config.training.global_batch_size
     for tp in range(1, RANKS_PER_NODE + 1):
         for pp in (1, 2, 3, 4, 6, 8, 12, 16):
             if world_size % (tp * pp):
                 continue
-            local_batch, remainder = divmod(config.training.global_batch_size, world_size // (tp * pp))
+            local_batch, remainder = divmod(whole, world_size // (tp * pp))
             if remainder:
                 continue
             for rows in (size for size in (1, 2, 3, 4, 6, 8) if local_batch % size == 0):
@@ -134,9 +138,22 @@ def _with(config: Config, overrides: dict[str, str]) -> Config:
 
 
 def _estimate(plan: Plan, overrides: dict[str, str], device: Device) -> Suggestion:
-    costs = plan.footprint
+    """The mean step time of all stages; the reason is that of the stage that takes longest."""
+    estimates = [(stage, *_step_time(plan, stage, overrides, device)) for stage in plan.stages]
+    steps = sum(stage.steps for stage in plan.stages)
+    longest, step_s, reason = max(estimates, key=lambda each: each[0].steps * each[1])
+    if len({time for _, time, _ in estimates}) > 1:
+        step_s = sum(stage.steps * time for stage, time, _ in estimates) / steps
+        reason = f"stage {longest.name!r}: {reason}"
+    shown = {key: value for key, value in overrides.items() if plan.parallel_dims.pp > 1 or "microbatch" not in key}
+    return Suggestion(plan, shown, step_s, reason)
+
+
+def _step_time(plan: Plan, stage: StagePlan, overrides: dict[str, str], device: Device) -> tuple[float, str]:
+    """The mean step time of a stage in seconds, and its parts in words."""
+    costs = plan.footprints[stage.name]
     recomputed = _RECOMPUTED[overrides["activation_checkpoint.mode"]]
-    flops_per_rank = plan.spec.flops_per_token(plan.seq_len) * plan.step_tokens / plan.world_size
+    flops_per_rank = stage.flops_per_token * (stage.tokens / stage.steps) / plan.world_size
     matmul_s = flops_per_rank / (device.flops * ASSUMED_EFFICIENCY)
     compute_s = matmul_s * (1 + recomputed) / (1 - costs.bubble)
     tensor_s = costs.traffic.tensor / (device.node_bytes_per_s * ASSUMED_EFFICIENCY)
@@ -148,5 +165,4 @@ def _estimate(plan: Plan, overrides: dict[str, str], device: Device) -> Suggesti
         f"tensor-parallel communication {tensor_s:.2f} s, other communication {overlapped_s:.2f} s "
         f"({'overlapped' if overlapped_s <= compute_s else 'not fully overlapped'}); {costs.memory / 2**30:.1f} GiB"
     )
-    shown = {key: value for key, value in overrides.items() if plan.parallel_dims.pp > 1 or "microbatch" not in key}
-    return Suggestion(plan, shown, step_s, reason)
+    return step_s, reason

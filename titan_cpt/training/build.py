@@ -290,7 +290,11 @@ def _build_optimizer(
         whole = stages[0]
         head = whole.embedding if plan.spec.tied else whole.head  # the loss computes its weight's gradient in float32
         assert head is not None, "a single process has the whole model"
-        accumulates = plan.gradient_accumulation_steps > 1
+        accumulates = any(
+            plan.accumulation(stage, phase.first_step) > 1
+            for stage in plan.stages
+            for phase in stage.batch_sizes.within(stage.steps)
+        )
         copies = compute_copy.leave_to_optimizer(accumulates=accumulates, float32=tuple(head.parameters()))
     return build_adamw(
         model,

@@ -2,6 +2,7 @@
 
 import io
 
+import plans
 import pytest
 from rich.console import Console
 
@@ -94,3 +95,17 @@ def test_a_note_of_several_lines_keeps_them():
     print_notes(["settings that have changed:\n  a: 1 -> 2\n  b: 3 -> 4"], console)
 
     assert console.file.getvalue().splitlines() == ["note settings that have changed:", "  a: 1 -> 2", "  b: 3 -> 4"]
+
+
+def test_stages_with_other_steps_have_lines_of_their_own(make, head):
+    """Sequences, tokens, gradient accumulation, FLOPs per token and memory; each batch size of a ramp has a line."""
+    keys = {"seq_len": 64, "global_batch_size": '{ "0" = 4, "1000" = 8 }', "local_batch_size": 1}
+    lines = text_of(make(head + plans.stage("short", "pile", 2) + plans.stage("long", "pile", 9, **keys)), 200)
+    begin = lines.index("steps of 1 rank, 1 data-parallel rank:") + 1
+    short, long, later = lines[begin : begin + 3]
+
+    assert short.startswith("  short: 20 sequences x 16 = 320 tokens; 2 sequences x 10 gradient accumulation steps; ")
+    assert long.startswith("  long: 4 sequences x 64 = 256 tokens; 1 sequence x 4 gradient accumulation steps; ")
+    assert later == "  long from step 5: 8 sequences x 64 = 512 tokens; 1 sequence x 8 gradient accumulation steps"
+    assert all(line.endswith("per rank") and " FLOPs per token, " in line for line in (short, long))
+    assert any(line.startswith("estimated memory per rank in stage 'long': ") for line in lines)
