@@ -78,12 +78,18 @@ lr = { schedule = "constant", max = 5e-4 }
 
 
 def make_data(folder: Path) -> None:
-    """Four of the repository's decisions in bytes, and a fifth to validate on: real text that no longer changes."""
+    """Four of the repository's decisions in bytes, and a fifth to validate on: real text that no longer changes.
+
+    Twice: as a document each, and with each line as a document; some are empty, some longer than a sequence.
+    """
     pages = [next(ROOT.glob(f"docs/decisions/000{number}-*.md")) for number in range(1, 6)]
     for prefix, chosen in (("pages", pages[:-1]), ("pages-validation", pages[-1:])):
         with IndexedWriter(folder / prefix, 257) as writer:
             for page in chosen:
                 writer.add_document(np.append(np.frombuffer(page.read_bytes(), dtype=np.uint8).astype(np.int64), 256))
+        with IndexedWriter(folder / prefix.replace("pages", "lines"), 257) as writer:
+            for line in b"\n".join(page.read_bytes() for page in chosen).splitlines():
+                writer.add_document(np.append(np.frombuffer(line, dtype=np.uint8).astype(np.int64), 256))
 
 
 def make_inputs(folder: Path) -> None:

@@ -35,6 +35,14 @@ BF16 = {"training.mixed_precision_param": "bfloat16", "stages.first.lr.max": "1e
 """Adam's first steps are the gradient's sign times the LR: at 1e-3 a sign that bf16's rounding turns, in whatever
 layout, moves the later losses and gradient norms by as much as the tolerance."""
 
+MASKED = {
+    "datasets.pages.train": "lines",
+    "datasets.pages.validation": "lines-validation",
+    "training.document_mask": "true",
+    "training.document_positions": "true",
+}
+"""Documents of a line each, several in a sequence, which attention does not cross."""
+
 LLAMAS = {
     "llama": {},  # 12 heads of queries, 4 of keys and values
     "qwen2": {"model.qkv_bias": "true"},
@@ -79,7 +87,13 @@ class Case:
 
 
 def _case(
-    world_size: int, *, model: str = "gpt_neox", bf16: bool = False, rows: int | None = None, **keys: int | str | bool
+    world_size: int,
+    *,
+    model: str = "gpt_neox",
+    bf16: bool = False,
+    masked: bool = False,
+    rows: int | None = None,
+    **keys: int | str | bool,
 ) -> Case:
     """A case from the short names of `_KEYS`; `rows` is the local batch.
 
@@ -102,6 +116,10 @@ def _case(
         overrides = {"toml": "llama", **LLAMAS[model], **overrides}
         words.append(model)
         against = f"{model}-bf16" if bf16 else model
+    if masked:
+        overrides |= MASKED
+        words.append("masked")
+        against = f"{against}-masked"
     precision = "bfloat16" if bf16 else "float32"
     if "float8" in keys:
         against = f"one-{keys['float8']}" + ("-bf16" if bf16 else "")
@@ -155,6 +173,14 @@ CASES: tuple[Case, ...] = (
     _case(2, tp=2, ac="selective", model="llama"),
     _case(2, compile=True, model="llama"),
     _case(2, compile=True, bf16=True, model="llama"),
+    # two ranks: attention within documents
+    _case(2, masked=True, ac="selective"),
+    _case(2, tp=2, masked=True),
+    _case(2, cp=2, masked=True),
+    _case(2, pp=2, rows=4, masked=True),
+    _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, masked=True),
+    _case(2, cp=2, masked=True, model="windowed"),
+    _case(2, compile=True, masked=True, model="windowed"),
     # four ranks: two dimensions, and long pipelines
     _case(4),
     _case(4, rep=2),
@@ -181,12 +207,16 @@ CASES: tuple[Case, ...] = (
     _case(4, tp=2, bf16=True, model="llama"),
     _case(4, tp=4, model="llama"),
     _case(4, cp=2, tp=2, model="windowed"),
+    # four ranks: attention within documents
+    _case(4, cp=2, tp=2, masked=True),
+    _case(4, pp=2, cp=2, schedule="ZBVZeroBubble", ac="full", rows=4, masked=True),
     # six ranks: the paper's odd tensor-parallel degree
     _case(6, tp=3, pp=2),
     _case(6, tp=3, pp=2, schedule="ZBVZeroBubble"),
     _case(6, tp=3, pp=2, bf16=True),
     _case(6, tp=3, pp=2, length=50),
     _case(6, tp=3, length=50, gathered_logits=True),
+    _case(6, tp=3, pp=2, length=50, masked=True),
     # eight ranks: three and four dimensions
     _case(8, rep=2, tp=2),
     _case(8, tp=2, pp=2, ac="selective", bf16=True),
@@ -233,6 +263,9 @@ REFERENCES: dict[str, dict[str, str]] = {
     "one-deep": {"model.layers": "8"},
     "one-odd": {"training.seq_len": "50"},
     **{model: {"toml": "llama", **overrides} for model, overrides in LLAMAS.items()},
+    "one-masked": MASKED,
+    "one-odd-masked": {"training.seq_len": "50", **MASKED},
+    "windowed-masked": {"toml": "llama", **LLAMAS["windowed"], **MASKED},
     **{f"{model}-bf16": {"toml": "llama", **BF16, **LLAMAS[model]} for model in ("llama", "tied")},
 }
 
