@@ -1,7 +1,7 @@
 """A stage's RoPE: the run, its checkpoints and its exports compute with it, as transformers does with the same keys.
 
-Each family's run has four stages: the RoPE of [model], another base, YaRN, and Llama 3's scaling with a third base. It
-is killed in the last stage and resumed.
+Each family's run has four stages: the RoPE of [model], another base, YaRN, and Llama 3's scaling with a third base and
+sequences twice as long. It is killed in the last stage and resumed.
 """
 
 import json
@@ -18,6 +18,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.common.signals import StopRequest
+from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.errors import CheckpointError
 from titan_cpt.evaluation.inference import logits_at, open_checkpoint
@@ -59,12 +60,14 @@ STAGES = {  # stage -> its key `rope`, and transformers' rope_parameters
     ),
 }
 TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
+BATCH = Batch(TOKENS_BL, TOKENS_BL)
 
 
 def config_of(data, folder, family):
     raw = training.two_stages(data, folder)
     one = {"dataset": "en", "steps": 3, "lr": {"schedule": "constant", "max": 3e-3}}
     stages = [{"name": name, **one, **({"rope": rope} if rope else {})} for name, (rope, _) in STAGES.items()]
+    stages[-1] |= {"seq_len": 32, "global_batch_size": 2, "local_batch_size": 1}
     fraction = {"rotary_fraction": 0.5} if family == "gpt_neox" else {}
     return training.changed(raw, model={"family": family, "size": "debug", **fraction}, stages=stages)
 
@@ -137,8 +140,9 @@ def test_the_model_that_trains_has_the_rope_of_its_stage(family, data, tmp_path)
             begin_stage(trainer, trainer.plan.stages[0])  # random weights, and the RoPE of the first stage
             trainer.model.load_state_dict(state)
             set_rope(trainer, stage.spec.rope)
-            seen.append(trainer.runner.logits(TOKENS_BL))
+            seen.append(trainer.runner.logits(BATCH))
             assert_close(seen[-1], transformers_logits(family, stage.name, stage.spec, state))
+            assert_close(trainer.runner.logits(replace(BATCH, positions_BL=torch.arange(48).expand(2, 48))), seen[-1])
     differences = [(later - seen[0]).abs().amax((0, 2)) for later in seen[1:]]
 
     assert all(difference[0] < 0.1 * difference[-1] for difference in differences)
@@ -152,7 +156,7 @@ def test_a_resumed_stage_computes_with_its_rope(run, data, tmp_path):
     with StopRequest() as stop:
         trainer, checkpoint = build(Trainer, config, init_process_group(), folder, stop)
         resume_stage(trainer, checkpoint)
-        ours_BLV = trainer.runner.logits(TOKENS_BL)
+        ours_BLV = trainer.runner.logits(BATCH)
         state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
         trainer.log.close()
 
@@ -171,6 +175,7 @@ def test_a_checkpoint_of_each_stage_is_read_with_the_stages_rope(run, stage):
     loaded = open_checkpoint(checkpoint, init_process_group(), tokenizer="bytes", precision="float32")
 
     assert ("rope" in record) == (stage != "plain")
+    assert loaded.max_length == (32 if stage == "llama3" else 16)
     assert record["recipe"]["model.rope_base"] == 10_000.0
     assert_close(
         loaded_logits(checkpoint),
@@ -192,6 +197,7 @@ def test_an_export_and_its_import_have_the_stages_rope(run, stage, tmp_path):
     parameters = json.loads(model.config.to_json_string())["rope_parameters"]
 
     assert {key: parameters[key] for key in STAGES[stage][1]} == STAGES[stage][1]
+    assert model.config.max_position_embeddings == (32 if stage == "llama3" else 16)
     assert_close(loaded_logits(checkpoint), theirs_BLV)
     assert torch.equal(loaded_logits(checkpoint), loaded_logits(tmp_path / "again"))
     assert any(line.startswith("logits are those of transformers") for line in lines)

@@ -71,10 +71,11 @@ steps = 2
 seq_len = 96
 global_batch_size = 4
 local_batch_size = 4
+rope = { base = 500.0 }
 optimizer_state = "keep"
 lr = { schedule = "constant", max = 5e-4 }
 """
-"""For the end of a TOML: two steps of 4 sequences and one of 8; then a stage of twice the length."""
+"""For the end of a TOML: two steps of 4 sequences and one of 8; then a stage of twice the length with another RoPE."""
 
 
 def make_data(folder: Path) -> None:
