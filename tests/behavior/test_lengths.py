@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 import training
 
+from titan_cpt.api import Trainer
+from titan_cpt.cli import main
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -110,6 +112,34 @@ def test_metrics_count_the_tokens_of_each_step(unbroken):
     assert [line["tokens"] for line in trains(unbroken)] == TOKENS
     assert [stage["tokens"] for stage in plan["stages"]] == [160, 128]
     assert [stage["trained_tokens"] for stage in summary["stages"]] == [160, 128]
+
+
+def test_the_library_counts_the_same_tokens(raw, tmp_path):
+    """Step by step."""
+    config = training.config_of(training.changed(raw, job={"output_dir": str(tmp_path)}))
+    with Trainer(config, quiet=True) as trainer:
+        tokens = [step.tokens for step in trainer.steps()]
+
+    assert tokens == TOKENS
+
+
+def test_reports_lists_and_exports_count_the_same_tokens(unbroken, tmp_path, capsys):
+    """The commands end well; the model card names each stage's tokens and batches."""
+    for words in (
+        ("report", unbroken, "--html", tmp_path / "html"),
+        ("runs", unbroken.parent),
+        ("plan", "--config", unbroken / "config.toml"),
+        ("export", unbroken / "german" / "step-00000004", tmp_path / "exported"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([*map(str, words)])
+        assert left.value.code == 0, capsys.readouterr()
+    card = (tmp_path / "exported" / "README.md").read_text()
+
+    assert "| english | en 100 % | 7 | 160 |" in card
+    assert "| german | de 100 % | 4 | 128 |" in card
+    assert "Batches of 2 to 4 sequences x 8 tokens (english), 2 sequences x 16 tokens (german), gradients" in card
+    assert "en@16" in (tmp_path / "html" / "index.html").read_text()
 
 
 def test_each_stage_validates_at_the_runs_length_and_at_its_own(unbroken):

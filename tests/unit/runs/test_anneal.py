@@ -286,3 +286,20 @@ def test_a_branch_needs_the_lock_of_its_folder(trunk, capsys):
 
     assert status == 2
     assert "another process is training here" in capsys.readouterr().err
+
+
+def test_the_tokens_of_an_annealing_are_counted_in_the_steps_of_a_ramp(tmp_path):
+    """Steps of 32 tokens until 192, then of 64: after step 4, 150 tokens are two steps of 32 and two of 64."""
+    raw = infinite_twice(tmp_path)
+    raw["job"]["name"] = "ramped"
+    raw["stages"] = raw["stages"][:1]
+    raw["stages"][0]["global_batch_size"] = {"0": 2, "192": 4}
+    raw["stages"][0]["lr"] |= {"cooldown_until": 2, "constant_until": 0.75}
+
+    assert run(training.config_of(raw)) == 0
+    assert command("anneal", tmp_path / "ramped" / "english" / "step-00000004", "--tokens", "150", "--dry-run") == 0
+    assert command("anneal", tmp_path / "ramped" / "english" / "step-00000004", "--tokens", "150") == 0
+    branch = tmp_path / "ramped-anneal-english-4"
+
+    assert [line["tokens"] for line in training.lines_of(branch, "train")][-4:] == [160, 192, 256, 320]
+    assert training.checkpoints_of(branch)[-1] == "english/step-00000008"

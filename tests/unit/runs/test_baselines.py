@@ -178,3 +178,25 @@ def test_files_of_a_version_without_checksums_and_with_fewer_keys_are_its_own(ra
     capsys.readouterr()
     assert status_of(*words) == 2
     assert capsys.readouterr().out == "", "nothing is listed that was not written"
+
+
+def test_baselines_of_stages_with_other_lengths_have_the_same_tokens(raw, tmp_path):
+    """768 tokens of English and 10 steps of 4 x 32 of German: the union has 2,048 tokens, in steps of 64."""
+    raw["stages"][1] |= {"seq_len": 32, "local_batch_size": 1}
+    plans = plans_of(raw, tmp_path)
+    (union,), (alone,) = (plans[name].stages for name in ("union", "alone-german"))
+
+    assert (union.tokens, union.steps, union.seq_len) == (2048, 32, 16)
+    assert {name: float(share) for name, share in union.shares.items()} == {"en": 768 / 2048, "de": 1280 / 2048}
+    assert (alone.tokens, alone.steps, alone.seq_len, alone.local_batch_size) == (1280, 10, 32, 1)
+
+
+def test_domains_one_after_another_have_the_batch_of_the_mixed_steps(raw, tmp_path):
+    """A ramp from 2 to 4 sequences at step 8 of 10: the first domain has steps 0 to 2, the second one 3 to 9."""
+    parts = {name: {"train": str(tmp_path / "de"), "weight": weight} for name, weight in (("a", 1.0), ("b", 2.0))}
+    raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
+    raw["stages"][1]["global_batch_size"] = {"0": 2, "256": 4}
+    plan = plans_of(raw, tmp_path)["domain-after-domain"]
+    sizes = [[stage.batch_sizes.at(step) for step in range(stage.steps)] for stage in plan.stages[1:]]
+
+    assert sizes == [[2] * 3, [2] * 5 + [4] * 2]
