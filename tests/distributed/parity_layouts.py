@@ -43,6 +43,14 @@ MASKED = {
 }
 """Documents of a line each, several in a sequence, which attention does not cross."""
 
+SECOND_MASKED = {
+    "toml": "gpt_neox-two-stages",
+    "datasets.pages.train": "lines",
+    "datasets.pages.validation": "lines-validation",
+    "stages.second.document_mask": "true",
+}
+"""Only the second stage has the mask: a pipeline gets other arguments in the middle of a run."""
+
 LLAMAS = {
     "llama": {},  # 12 heads of queries, 4 of keys and values
     "qwen2": {"model.qkv_bias": "true"},
@@ -177,7 +185,12 @@ CASES: tuple[Case, ...] = (
     _case(2, masked=True, ac="selective"),
     _case(2, tp=2, masked=True),
     _case(2, cp=2, masked=True),
-    _case(2, pp=2, rows=4, masked=True),
+    Case(
+        "w2-pp_2-rows_4-second-masked",
+        2,
+        {**SECOND_MASKED, _KEYS["pp"]: "2", "training.local_batch_size": "4"},
+        "second-masked",
+    ),
     _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, masked=True),
     _case(2, cp=2, masked=True, model="windowed"),
     _case(2, compile=True, masked=True, model="windowed"),
@@ -264,6 +277,7 @@ REFERENCES: dict[str, dict[str, str]] = {
     "one-odd": {"training.seq_len": "50"},
     **{model: {"toml": "llama", **overrides} for model, overrides in LLAMAS.items()},
     "one-masked": MASKED,
+    "second-masked": SECOND_MASKED,
     "one-odd-masked": {"training.seq_len": "50", **MASKED},
     "windowed-masked": {"toml": "llama", **LLAMAS["windowed"], **MASKED},
     **{f"{model}-bf16": {"toml": "llama", **BF16, **LLAMAS[model]} for model in ("llama", "tied")},
