@@ -220,9 +220,11 @@ class Trainer(TrainerState):
 
     def train_step(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
         """The stage's 0-based step: accumulate gradients, clip, check, update; non-finite ones change nothing."""
+        reader = self.readers[stage.name]
+        targets = reader.target_tokens(self.plan.batch(stage, step)) if reader.packs else stage.step_tokens(step)
         for microbatch in range(self.plan.accumulation(stage, step)):
             batch = loader.batch(step, microbatch)
-            self.stepper.backward(batch, step_tokens=stage.step_tokens(step), first=microbatch == 0)
+            self.stepper.backward(batch, step_tokens=targets, first=microbatch == 0)
         set_lr(self.optimizer, stage.lr_at(step))
         return self.stepper.update()
 

@@ -100,6 +100,9 @@ def make_inputs(folder: Path) -> None:
         (folder / f"{name}.toml").write_text(toml)
         (folder / f"{name}-two-stages.toml").write_text(toml + SECOND_STAGE)
     (folder / "lengths.toml").write_text(f"{TOML.strip()}{LENGTHS}")
+    packed = TOML.replace('train = "pages"', 'train = "lines"\npacking = "best_fit"')
+    packed = packed.replace("seq_len = 48", "seq_len = 48\ndocument_mask = true")
+    (folder / "packed.toml").write_text(f'{packed}\n[storage]\ncache_dir = "cache"\n')
     (folder / "quickstart.toml").write_text(tomli_w.dumps(small_quickstart()))
 
 

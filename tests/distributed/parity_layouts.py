@@ -75,7 +75,7 @@ class Case:
         against: the run of one process with the same model and precision.
         precision: "float32", "bfloat16", "float8, one scale" where the same tensors are scaled as in one process, or
             "float8"; each has its tolerance.
-        model: "gpt_neox" or one of `LLAMAS`.
+        model: "gpt_neox", one of `LLAMAS`, or "packed": a GPT-NeoX on masked, packed documents.
     """
 
     name: str
@@ -120,7 +120,11 @@ def _case(
         overrides |= BF16
         words.append("bf16")
     against = "one-bf16" if bf16 else "one-deep" if "layers" in keys else "one-odd" if "length" in keys else "one"
-    if model != "gpt_neox":
+    if model == "packed":
+        overrides = {"toml": "packed", **overrides}
+        words.append(model)
+        against = model
+    elif model != "gpt_neox":
         overrides = {"toml": "llama", **LLAMAS[model], **overrides}
         words.append(model)
         against = f"{model}-bf16" if bf16 else model
@@ -194,6 +198,12 @@ CASES: tuple[Case, ...] = (
     _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, masked=True),
     _case(2, cp=2, masked=True, model="windowed"),
     _case(2, compile=True, masked=True, model="windowed"),
+    # two ranks: attention within packed documents, of which not every position has a target
+    _case(2, model="packed"),
+    _case(2, tp=2, model="packed"),
+    _case(2, tp=2, gathered_logits=True, model="packed"),
+    _case(2, cp=2, model="packed"),
+    _case(2, pp=2, rows=4, model="packed"),
     # four ranks: two dimensions, and long pipelines
     _case(4),
     _case(4, rep=2),
@@ -275,6 +285,7 @@ REFERENCES: dict[str, dict[str, str]] = {
     "one-bf16": BF16,
     "one-deep": {"model.layers": "8"},
     "one-odd": {"training.seq_len": "50"},
+    "packed": {"toml": "packed"},
     **{model: {"toml": "llama", **overrides} for model, overrides in LLAMAS.items()},
     "one-masked": MASKED,
     "second-masked": SECOND_MASKED,

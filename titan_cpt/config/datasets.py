@@ -12,6 +12,7 @@ from titan_cpt.config.types import Fraction01, Name, OneOf, PositiveFloat, Strin
 
 VALIDATION_FORMATS = ("indexed", "raw", "ds", "presequenced")
 OWN_FORMATS = (*VALIDATION_FORMATS, "megatron_order")  # those of titan_cpt; packages register others
+WITH_DOCUMENTS = ("indexed", "ds", "raw")  # formats in which documents can be found, so that they can be packed
 OWN_ORDER = ("presequenced", "megatron_order")  # formats whose files define the order of an earlier training run
 HEADERLESS = ("raw", "presequenced")  # formats whose files may contain only ids, of the dtype that the config gives
 
@@ -53,6 +54,10 @@ class TokenTable(Table):
     order: Literal["shuffled", "as_stored"] | None = None
     """A new seeded permutation of the sequences in each epoch, or their order in the files. Unset: shuffled;
     presequenced and megatron_order keep their own order."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents fill training sequences. concat: sequences are cut from all documents laid end to end, as in
+    Megatron. best_fit: whole documents are packed into sequences (best-fit-decreasing, arXiv:2404.10830); only those
+    longer than seq_len are cut. For indexed, ds and local raw files."""
     index_prefix: str | None = None
     """For megatron_order: common prefix of the three index files, up to _doc_idx.npy, _sample_idx.npy and
     _shuffle_idx.npy."""
@@ -68,6 +73,26 @@ class TokenTable(Table):
     def resolved_validation_format(self) -> str:
         """The format of `validation`, also where `validation_format` is not set."""
         return self.validation_format or ("indexed" if self.format == "megatron_order" else self.format)
+
+    @model_validator(mode="after")
+    def _documents_can_be_packed(self) -> TokenTable:
+        if self.packing == "concat":
+            return self
+        if self.format not in WITH_DOCUMENTS:
+            raise validation_error(
+                f'packing = "best_fit" needs the borders of documents, which format = "{self.format}" does not have: '
+                f"remove packing, or use one of the formats {', '.join(WITH_DOCUMENTS)}"
+            )
+        if self.order == "as_stored":
+            raise validation_error(
+                'packing = "best_fit" brings documents into an order of its own: remove order = "as_stored", or packing'
+            )
+        if self.format == "raw" and any("://" in name for name in self.train or ()):
+            raise validation_error(
+                'packing = "best_fit" reads raw files from beginning to end to find the documents, so they must be '
+                'local: copy them, or use format = "indexed" or "ds", whose index has the borders'
+            )
+        return self
 
     @model_validator(mode="after")
     def _format_has_what_it_needs(self) -> TokenTable:
@@ -108,15 +133,20 @@ class DatasetConfig(TokenTable):
     source: TextSourceConfig | None = None
     """The text from which missing token files are prepared."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether a source of this dataset packs whole documents into sequences."""
+        return any(table.packing != "concat" for table in (self, *self.domains.values()))
+
     @model_validator(mode="after")
     def _tokens_come_from_one_place(self) -> DatasetConfig:
         if self.train and self.domains:
             raise validation_error("give either train or domains, not both")
         if not (self.train or self.domains or self.validation):
             raise validation_error("has no tokens: give train or domains, or only validation to measure a loss on it")
-        if self.domains and (self.format != "indexed" or self.order or self.index_prefix):
+        if self.domains and (self.format != "indexed" or self.order or self.index_prefix or self.packing != "concat"):
             raise validation_error(
-                "format, order and index_prefix describe train: with domains, set them in each domain"
+                "format, order, packing and index_prefix describe train: with domains, set them in each domain"
             )
         if self.source is not None:
             self._require_preparable(self.source)

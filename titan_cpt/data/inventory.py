@@ -5,7 +5,8 @@ Only headers are read, so a plan over terabytes takes seconds. A file that does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from titan_cpt.data.formats.token_files import (
     resolve_paths,
 )
 from titan_cpt.data.formats.token_source import TokenSource
+from titan_cpt.data.packing.packed_documents import PackedDocuments
+from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.sequence_lengths import sequence_lengths
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
@@ -51,7 +54,7 @@ class _Present:
     @property
     def where(self) -> str:
         """The dotted config key, for messages."""
-        return f"{_table(self.source)}.{self.key}"
+        return f"{source_table(self.source)}.{self.key}"
 
     @property
     def dataset(self) -> str:
@@ -65,8 +68,15 @@ class _Present:
         return [(file_identity(name), name) for name in names]
 
 
-def take_inventory(config: Config) -> DataInventory:
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def take_inventory(config: Config, *, log: Callable[[str], None] = _to_stderr) -> DataInventory:
     """Inspect the training data, the validation data and the tokenizer that the config names.
+
+    Args:
+        log: prints a line for the user while raw files are read to find the documents that are packed.
 
     Raises:
         DataError: an existing file is damaged, is a text file, is used for both training and validation of a dataset,
@@ -113,6 +123,7 @@ def take_inventory(config: Config) -> DataInventory:
             _masked_lengths(config),
             config.tokenizer.path,
         ),
+        packing=_packing(config, (each for each in train.values() if each.dataset in used), log),
     )
 
 
@@ -130,6 +141,36 @@ def _tokens(counts: Mapping[tuple[str, int], TokenCounts]) -> dict[str, int]:
     return {source: each.tokens for (source, _), each in counts.items()}
 
 
+def _packing(
+    config: Config, train: Iterable[_Present], log: Callable[[str], None]
+) -> dict[tuple[str, int], PackingCounts]:
+    """Counts of the packed sequences of every source with packing = "best_fit", by source and sequence length.
+
+    Raises:
+        DataError: a file is damaged, or raw files have no end-of-document id.
+    """
+    lengths = sequence_lengths(config)
+    found: dict[tuple[str, int], PackingCounts] = {}
+    for each in train:
+        eod_id = _eod_id(config, each.files) if each.files.best_fit else None
+        if eod_id is not None:
+            documents = PackedDocuments(each.where, each.files, each.paths, eod_id)
+            for length in lengths[each.dataset]:
+                try:
+                    found[each.source, length] = documents.counts(length, log=log)
+                except DataError as error:
+                    raise type(error)(f"{each.where}: {error}") from None
+    return found
+
+
+def _eod_id(config: Config, files: TokenFiles) -> int | None:
+    """The end-of-document id if the files have to be searched for it, otherwise 0; None without a tokenizer."""
+    if files.format != "raw":
+        return 0
+    path = config.tokenizer.path
+    return load_tokenizer(path).eod_id if path == "bytes" or Path(path).exists() else None
+
+
 def _used_datasets(config: Config) -> set[str]:
     """Names of the datasets that a stage trains on or replays."""
     replays = [stage.replay.from_ or () for stage in config.stages if stage.replay]
@@ -140,7 +181,7 @@ def _present(config: Config, key: str) -> dict[str, _Present]:
     """Return the files of a key, by source, if all of them exist."""
     found = {}
     for source, files in training_files(config) if key == "train" else validation_files(config):
-        where = f"{_table(source)}.{key}"
+        where = f"{source_table(source)}.{key}"
         _require_token_files(where, files, has_source=_has_source(config, source))
         try:
             missing = missing_entries(files)
@@ -185,7 +226,8 @@ def training_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
             dtype = table.dtype if table.format in HEADERLESS else None
             order, options = table.in_stored_order, table.format_options or {}
             cache = cache_settings(config)
-            yield source, TokenFiles(table.train, table.format, dtype, order, table.index_prefix, cache, options)
+            files = TokenFiles(table.train, table.format, dtype, order, table.index_prefix, cache, options)
+            yield source, replace(files, best_fit=table.packing == "best_fit")
 
 
 def validation_files(config: Config) -> Iterator[tuple[str, TokenFiles]]:
@@ -220,7 +262,8 @@ def _tables(config: Config) -> Iterator[tuple[str, TokenTable]]:
             yield f"{name}.{domain}", table
 
 
-def _table(source: str) -> str:
+def source_table(source: str) -> str:
+    """The dotted name of a source's table in the config, for messages."""
     return f"datasets.{source.replace('.', '.domains.')}"
 
 
@@ -379,6 +422,7 @@ class DataInventory:
         notes: warnings about the files, one sentence each.
         documents: lengths of the documents by (source, sequence length), for the lengths at which a stage has a
             document mask, as far as they are known.
+        packing: how documents fill sequences by source and sequence length, of sources with packing = "best_fit".
     """
 
     tokens: Mapping[str, int | None]
@@ -388,3 +432,4 @@ class DataInventory:
     validation_tokens: Mapping[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     documents: Mapping[tuple[str, int], DocumentSample] = field(default_factory=dict)
+    packing: Mapping[tuple[str, int], PackingCounts] = field(default_factory=dict)

@@ -19,11 +19,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_cpt.data.batch import Batch
 from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.documents import DocumentSettings
-from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.mixture import Draw
+from titan_cpt.data.packing.packed_tokens import PackedRow, PackedTokens
 from titan_cpt.data.permutation import permuted
 from titan_cpt.data.prefetch import Prefetcher
 from titan_cpt.data.trained_text import TrainedPart
+from titan_cpt.data.training_sources import TrainingSource
 
 
 class Rows(NamedTuple):
@@ -52,10 +53,11 @@ class SequenceReader:
         seed: seed of the permutations.
     """
 
-    def __init__(self, sources: Mapping[str, TokenSource], *, seq_len: int, seed: int) -> None:
+    def __init__(self, sources: Mapping[str, TrainingSource], *, seq_len: int, seed: int) -> None:
         self.sources = sources
         self.seq_len = seq_len
         self.seed = seed
+        self.packs = any(isinstance(source, PackedTokens) for source in sources.values())
         self._counts: dict[tuple[str, int], int] = {}
 
     def windows(self, draws: Sequence[Draw]) -> NDArray[np.int64]:
@@ -80,9 +82,35 @@ class SequenceReader:
             DataError: a file changed since it was opened, or contains an id outside the vocabulary.
         """
         found = [self._row(draw.source, located) for draw, located in zip(draws, self._located(draws), strict=True)]
-        tokens = np.stack([row[0] for row in found])
-        targets = np.stack([row[1] for row in found]) if any(draw.parts for draw in draws) else tokens[:, 1:]
-        return Rows(tokens, [row[2] for row in found], targets)
+        tokens = np.stack([row.tokens for row in found])
+        own_targets = self.packs or any(draw.parts for draw in draws)
+        targets = np.stack([row.targets for row in found]) if own_targets else tokens[:, 1:]
+        return Rows(tokens, [row.starts for row in found], targets)
+
+    def target_tokens(self, draws: Sequence[Draw]) -> int:
+        """Return how many positions of the draws have a target: all, except at the ends of packed documents.
+
+        It is a function of the draws and needs no communication.
+        """
+        total = len(draws) * self.seq_len
+        if not self.packs:
+            return total
+        whole: dict[str, list[int]] = {}
+        for draw, located in zip(draws, self._located(draws), strict=True):
+            source = self.sources[draw.source]
+            if not isinstance(source, PackedTokens):
+                continue
+            if isinstance(located, int):
+                whole.setdefault(draw.source, []).append(located)
+                continue
+            for part in located:
+                total += source.targets_within(part.ordinal, part.seq_len, part.start, part.stop)
+            total -= self.seq_len
+        for name, windows in whole.items():
+            source = self.sources[name]
+            assert isinstance(source, PackedTokens), "it was one above"
+            total += source.target_tokens(windows, self.seq_len) - len(windows) * self.seq_len
+        return total
 
     @property
     def is_remote(self) -> bool:
@@ -109,20 +137,29 @@ class SequenceReader:
             digest.update(f"{draw.source}:{shown}\n".encode())
         return digest.hexdigest()
 
-    def _row(
-        self, source: str, located: int | list[TrainedPart]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[int, ...]]:
-        """Tokens [L + 1], targets [L] and starts of a window, or of parts of windows."""
+    def _row(self, source: str, located: int | list[TrainedPart]) -> PackedRow:
+        """A window, or parts of windows, one after another."""
         if isinstance(located, int):
-            tokens = self.sources[source].window(located, self.seq_len)
-            return tokens, tokens[1:], ()
+            return self._window(source, located, self.seq_len)
         # The last target of a part is the token that follows it in its own window.
-        windows = [self.sources[source].window(part.ordinal, part.seq_len)[part.start :] for part in located]
-        lengths = [part.stop - part.start for part in located]
-        inputs = [window[:length] for window, length in zip(windows, lengths, strict=True)]
-        targets = np.concatenate([window[1 : length + 1] for window, length in zip(windows, lengths, strict=True)])
-        starts = tuple(np.cumsum(lengths[:-1]).tolist())
-        return np.concatenate([*inputs, targets[-1:]]), targets, starts
+        rows = [self._window(source, part.ordinal, part.seq_len) for part in located]
+        inputs = [row.tokens[part.start : part.stop] for row, part in zip(rows, located, strict=True)]
+        targets = [row.targets[part.start : part.stop] for row, part in zip(rows, located, strict=True)]
+        starts: list[int] = []
+        position = 0
+        for row, part in zip(rows, located, strict=True):
+            inside = [start - part.start for start in row.starts if part.start < start < part.stop]
+            starts += [position + start for start in (0, *inside)]
+            position += part.stop - part.start
+        last = rows[-1].tokens[located[-1].stop :][:1]
+        return PackedRow(np.concatenate([*inputs, last]), np.concatenate(targets), tuple(starts[1:]))
+
+    def _window(self, source: str, number: int, seq_len: int) -> PackedRow:
+        tokens = self.sources[source]
+        if isinstance(tokens, PackedTokens):
+            return tokens.row(number, seq_len)
+        window = tokens.window(number, seq_len)
+        return PackedRow(window, window[1:], ())
 
     def _located(self, draws: Sequence[Draw]) -> list[int | list[TrainedPart]]:
         """The window number of each draw; of a draw with parts, the parts with window numbers in place of ordinals."""

@@ -310,6 +310,7 @@ def _cuda_graphs_with(inputs: RuleInput) -> str | None:
     found = ["float8.recipe_name"] if config.float8.recipe_name is not None else []
     found += ["profiling.enable_profiling"] if config.profiling.enable_profiling else []
     found += document_keys(config, "document_mask", "document_positions")
+    found += ['packing = "best_fit"'] if any(table.packs for table in config.datasets.values()) else []
     if not config.training.cuda_graphs or not found:
         return None
     return (
@@ -430,7 +431,7 @@ RULES: tuple[Rule, ...] = (
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
     Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),
-    Rule("CUDA graphs with float8, the profiler or documents", "never tried on a GPU", _cuda_graphs_with),
+    Rule("CUDA graphs with float8, the profiler, documents or packing", "never tried on a GPU", _cuda_graphs_with),
     Rule(
         'compile scope "model" with several processes or recomputed blocks',
         "both need the blocks as separate modules",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
+from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.trained_text import Leg, trained_tokens
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.errors import PlanError
@@ -203,6 +204,7 @@ class Plan:
         footprints: memory and communication of a rank, by stage.
         seq_len, global_batch_size, local_batch_size: those of [training]; a stage may have others.
         sequences: number of sequences by source and sequence length; None while the source's files do not exist.
+        packing: how documents fill sequences by source and sequence length, of sources that pack them.
         base_recipe: the settings that must not change during the run, by dotted key.
         notes: warnings, shown before training.
     """
@@ -221,6 +223,7 @@ class Plan:
     sequences: Mapping[tuple[str, int], int | None]
     base_recipe: Mapping[str, Any]
     notes: tuple[str, ...]
+    packing: Mapping[tuple[str, int], PackingCounts] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:

@@ -37,6 +37,10 @@ def plan_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:
         "stages": stages,
         "total_tokens": total,
         "retraining_tokens": total,
+        "packing": [
+            {"source": source, "seq_len": seq_len, **vars(counts), "fill": counts.fill(seq_len)}
+            for (source, seq_len), counts in plan.packing.items()
+        ],
         "notes": list(plan.notes),
     }
 

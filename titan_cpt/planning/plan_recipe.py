@@ -73,6 +73,7 @@ def stage_recipe(
         **_stored_orders(config, names),
         **_registered_formats(config, names),
         **document_recipe(config, stage),
+        **{f"packing.{name}": table.packing for name, table in _sources(config, names) if table.packing != "concat"},
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
         "optimizer_state": stage.optimizer_state,
         "optimizer.beta1": optimizer.betas[0],

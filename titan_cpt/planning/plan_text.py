@@ -38,6 +38,8 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
+    for line in _packing_lines(plan):
+        _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
         _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
     _print(console, "")
@@ -162,6 +164,17 @@ def _uses(stage: StagePlan) -> list[str]:
         + (", ? ep" if use.epochs is None else f", {use.epochs:.2f} ep")
         for name, use in stage.use_by_dataset.items()
     ]
+
+
+def _packing_lines(plan: Plan) -> Iterator[str]:
+    """How full the packed sequences of each source are, and how many documents are cut."""
+    for (source, seq_len), counts in plan.packing.items():
+        cut = counts.cut_documents / max(1, counts.documents)
+        yield (
+            f"packing: {source}, {shortest_count(counts.documents)} documents in "
+            f"{shortest_count(counts.sequences)} sequences of {seq_len}, {counts.fill(seq_len):.2%} full; "
+            f"{cut:.2%} of the documents are longer and cut"
+        )
 
 
 def _lr_drawing(plan: Plan, width: int) -> list[str]:

@@ -95,6 +95,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         sequences=draft.sequences,
         base_recipe=base_recipe(config, spec),
         notes=tuple(draft.notes),
+        packing=inventory.packing,
     )
 
 

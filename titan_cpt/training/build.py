@@ -23,10 +23,11 @@ from titan_cpt.config.run_config import changed_settings, last_setting, write_ru
 from titan_cpt.config.schema import Config, document_keys
 from titan_cpt.data.documents import document_settings
 from titan_cpt.data.formats.token_source import TokenSource
-from titan_cpt.data.inventory import open_sources, take_inventory, training_files, validation_files
+from titan_cpt.data.inventory import open_sources, take_inventory, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from titan_cpt.data.training_sources import TrainingSource, open_training_sources
 from titan_cpt.distributed.attention_backend import choose_attention_backend, set_attention_backend
 from titan_cpt.distributed.attention_timing import AttentionChoice, AttentionShape
 from titan_cpt.distributed.build import build_parallel_model
@@ -67,7 +68,7 @@ class _Data:
     """The tokenizer, the opened token files by dataset, and the fingerprints of both by dotted key."""
 
     tokenizer: Tokenizer
-    training: Mapping[str, TokenSource]
+    training: Mapping[str, TrainingSource]
     validation: Mapping[str, TokenSource]
     identities: dict[str, str]
 
@@ -96,8 +97,10 @@ def build(
     owner = restore_from_storage(config, process, folder, console)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
-        plan = make_plan(config, take_inventory(config), process.world_size, gpu_bytes=_gpu_bytes(process.device))
-        data = _open_data(config, tokenizer)
+        inventory = take_inventory(config, log=console.print_line)
+        plan = make_plan(config, inventory, process.world_size, gpu_bytes=_gpu_bytes(process.device))
+        data = _open_data(config, tokenizer, console)
+        readers = {stage.name: _reader(plan, stage, data.training) for stage in plan.stages}
         _check_support(config, plan, process.device)
         metrics = load_metrics(config.validation.metrics)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
@@ -158,7 +161,7 @@ def build(
         attention_backend=attention.backend if attention else None,
         guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
-        readers={stage.name: _reader(plan, stage, data.training) for stage in plan.stages},
+        readers=readers,
         validator=validator,
         metrics=metrics,
         checkpoints=checkpoints,
@@ -200,8 +203,10 @@ def _gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def _open_data(config: Config, tokenizer: Tokenizer) -> _Data:
-    training = open_sources(training_files(config), tokenizer.vocab_size)
+def _open_data(config: Config, tokenizer: Tokenizer, console: RunConsole) -> _Data:
+    training = open_training_sources(
+        config, vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, log=console.print_line
+    )
     validation = open_sources(validation_files(config), tokenizer.vocab_size)
     identities = {
         "tokenizer": tokenizer.fingerprint,
@@ -211,7 +216,7 @@ def _open_data(config: Config, tokenizer: Tokenizer) -> _Data:
     return _Data(tokenizer, training, validation, identities)
 
 
-def _reader(plan: Plan, stage: StagePlan, sources: Mapping[str, TokenSource]) -> SequenceReader:
+def _reader(plan: Plan, stage: StagePlan, sources: Mapping[str, TrainingSource]) -> SequenceReader:
     """Reads the sequences of a stage, at its length."""
     own = {leaf.source: sources[leaf.source] for leaf in leaves(stage.tree)}
     return SequenceReader(own, seq_len=stage.seq_len, seed=plan.seed)

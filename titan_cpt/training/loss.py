@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from titan_cpt.data.batch import NO_TARGET
 from titan_cpt.models.common.loss_chunks import LOGITS_CHUNK, logits_chunk
 from titan_cpt.models.common.ops import linear, multiply
 
@@ -39,7 +40,7 @@ def fused_linear_cross_entropy(
     Args:
         x_BLD: input of the head, in the dtype of the weight.
         weight_VD: the head's weight, not sharded.
-        targets_BL: ids of the target tokens, int64, in [0, V).
+        targets_BL: ids of the target tokens, int64, in [0, V); the loss ignores positions with a negative one.
         scale: factor of the loss, such as 1 / tokens of the global batch.
         compiled: compile the softmax with torch.compile, on CUDA only.
 
@@ -56,14 +57,14 @@ def fused_linear_cross_entropy(
 def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """Sum over all tokens of -log softmax(logits)[target], in nats; a scalar in fp32, whatever the dtype of the logits.
 
-    Every position counts; there is no ignored id. Padding rows of the vocabulary are rows like any other; they are
+    Positions with a negative target do not count. Padding rows of the vocabulary are rows like any other; they are
     never targets, so the model learns to give them no probability. One chunk of tokens at a time is upcast to fp32,
     forward and backward; the gradient has the dtype of the logits, rounded once. Logits that tensor parallelism shards
     over the vocabulary go through torch's own cross-entropy, under `loss_parallel`.
 
     Args:
         logits_BLV: scores, in any floating dtype; a DTensor only within `loss_parallel`, which must span backward too.
-        targets_BL: ids of the target tokens, int64, in [0, V).
+        targets_BL: ids of the target tokens, int64, in [0, V); negative where there is none (NO_TARGET).
 
     Returns:
         A plain 0-dimensional tensor.
@@ -71,7 +72,7 @@ def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     logits_TV = logits_BLV.flatten(0, 1)
     targets_T = targets_BL.flatten()
     if isinstance(logits_TV, DTensor):
-        total = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+        total = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum", ignore_index=NO_TARGET)
     else:
         total = _SummedCrossEntropy.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
     return total.full_tensor() if isinstance(total, DTensor) else total
@@ -163,18 +164,22 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor
     for chunk in _chunks(logits_CV):
         fp32_CV = logits_CV[chunk].float()
         targets_C1 = targets_C[chunk, None]
+        ignored_C1 = targets_C1 < 0
+        ids_C1 = targets_C1.clamp(min=0)
         largest_C1 = fp32_CV.amax(dim=-1, keepdim=True)
-        target_logits_C1 = fp32_CV.gather(-1, targets_C1)
+        target_logits_C1 = fp32_CV.gather(-1, ids_C1)
         powers_CV = fp32_CV.sub_(largest_C1).exp_()  # only once: it costs as much as all other operations here
         norms_C1 = powers_CV.sum(dim=-1, keepdim=True)
-        losses_C[chunk] = (largest_C1 + norms_C1.log() - target_logits_C1).squeeze(-1)
-        grad_CV = powers_CV.mul_(scale / norms_C1)
+        losses_C1 = largest_C1 + norms_C1.log() - target_logits_C1
+        losses_C[chunk] = losses_C1.masked_fill_(ignored_C1, 0.0).squeeze(-1)
+        grad_CV = powers_CV.mul_((scale / norms_C1).masked_fill_(ignored_C1, 0.0))
         if grad_CV.is_cuda and torch.are_deterministic_algorithms_enabled():
             # The deterministic scatter_add_ copies a table from the host, which a CUDA graph cannot capture.
             one_hot_CV = torch.arange(grad_CV.shape[1], device=grad_CV.device) == targets_C1
             logits_CV[chunk] = grad_CV.add_(one_hot_CV, alpha=-scale)
         else:
-            logits_CV[chunk] = grad_CV.scatter_add_(-1, targets_C1, grad_CV.new_full(targets_C1.shape, -scale))
+            minus_C1 = grad_CV.new_full(targets_C1.shape, -scale).masked_fill_(ignored_C1, 0.0)
+            logits_CV[chunk] = grad_CV.scatter_add_(-1, ids_C1, minus_C1)
     return losses_C, logits_CV
 
 
@@ -182,10 +187,11 @@ def _softmax_for_compile(logits_CV: Tensor, targets_C: Tensor, scale: float) -> 
     """`_softmax` without a loop over chunks: torch.compile fuses it into few kernels without an fp32 copy of logits."""
     fp32_CV = logits_CV.float()
     log_norms_C1 = fp32_CV.logsumexp(dim=-1, keepdim=True)
-    losses_C1 = log_norms_C1 - fp32_CV.gather(-1, targets_C[:, None])
+    counted_C1 = targets_C[:, None] >= 0
+    losses_C1 = log_norms_C1 - fp32_CV.gather(-1, targets_C[:, None].clamp(min=0))
     one_hot_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
-    grad_CV = ((fp32_CV - log_norms_C1).exp() - one_hot_CV.float()) * scale
-    return losses_C1.squeeze(-1), grad_CV.to(logits_CV.dtype)
+    grad_CV = torch.where(counted_C1, ((fp32_CV - log_norms_C1).exp() - one_hot_CV.float()) * scale, 0.0)
+    return torch.where(counted_C1, losses_C1, 0.0).squeeze(-1), grad_CV.to(logits_CV.dtype)
 
 
 @functools.cache
@@ -203,7 +209,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(logits_TV):
             chunk_CV = logits_TV[chunk].float()
             log_norms_T[chunk] = chunk_CV.logsumexp(dim=-1)
-            losses_T[chunk] = log_norms_T[chunk] - chunk_CV.gather(-1, targets_T[chunk, None]).squeeze(-1)
+            ids_C1 = targets_T[chunk, None].clamp(min=0)
+            losses_C = log_norms_T[chunk] - chunk_CV.gather(-1, ids_C1).squeeze(-1)
+            losses_T[chunk] = losses_C.masked_fill_(targets_T[chunk] < 0, 0.0)
         ctx.save_for_backward(logits_TV, targets_T, log_norms_T)
         return losses_T.sum()
 
@@ -214,8 +222,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_TV = torch.empty_like(logits_TV)
         for chunk in _chunks(logits_TV):
             softmax_CV = (logits_TV[chunk].float() - log_norms_T[chunk, None]).exp_()
-            softmax_CV.scatter_add_(-1, targets_T[chunk, None], softmax_CV.new_full((softmax_CV.shape[0], 1), -1.0))
-            grad_TV[chunk] = softmax_CV.mul_(grad_total)
+            targets_C1 = targets_T[chunk, None]
+            softmax_CV.scatter_add_(-1, targets_C1.clamp(min=0), softmax_CV.new_full(targets_C1.shape, -1.0))
+            grad_TV[chunk] = softmax_CV.mul_(grad_total.expand_as(targets_C1).masked_fill(targets_C1 < 0, 0.0))
         return grad_TV, None
 
 

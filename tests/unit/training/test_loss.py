@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from titan_cpt.data.batch import NO_TARGET
 from titan_cpt.training import loss
 from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
 
@@ -178,3 +179,34 @@ def test_on_a_gpu_the_heads_gradient_is_summed_in_float32(chunk_tokens, monkeypa
     assert weight_VD.grad.dtype is torch.float32
     assert not torch.equal(weight_VD.grad, weight_VD.grad.bfloat16().float())
     assert (weight_VD.grad.cpu() - exact[1].grad).norm() <= 2**-7 * exact[1].grad.norm()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+@pytest.mark.parametrize("fused", [False, True])
+def test_positions_without_a_target_do_not_count(fused, chunk_tokens, monkeypatch):
+    """Loss and gradients are those of a batch without these positions, and their own gradient is zero."""
+    monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 50 * chunk_tokens)
+    generator = torch.Generator().manual_seed(2)
+    x_BLD = torch.randn(1, 9, 6, generator=generator)
+    weight_VD = torch.randn(50, 6, generator=generator)
+    targets_BL = torch.randint(0, 50, (1, 9), generator=generator)
+    kept = torch.tensor([0, 1, 3, 4, 7])
+    with_gaps_BL = torch.full_like(targets_BL, NO_TARGET).index_copy(1, kept, targets_BL[:, kept])
+
+    def loss_and_gradients(x_BLD, targets_BL):
+        x_BLD, weight = x_BLD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+        if fused:
+            total = fused_linear_cross_entropy(x_BLD, weight, targets_BL=targets_BL, scale=1 / 5)
+        else:
+            total = summed_cross_entropy(x_BLD @ weight.t(), targets_BL) / 5
+        total.backward()
+        return total.detach(), x_BLD.grad, weight.grad
+
+    total, grad_x, grad_weight = loss_and_gradients(x_BLD, with_gaps_BL)
+    expected, expected_x, expected_weight = loss_and_gradients(x_BLD[:, kept], targets_BL[:, kept])
+
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad_x[:, kept], expected_x, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad_weight, expected_weight, rtol=1e-5, atol=1e-7)
+    assert not grad_x[0, [2, 5, 6, 8]].any()
+    assert loss_and_gradients(x_BLD, torch.full_like(targets_BL, NO_TARGET))[0] == 0

@@ -7,7 +7,7 @@ memory. indexed_layout.py describes the format, array_file.py reads it, indexed_
 import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -132,18 +132,22 @@ class TokenStream:
 
     def fetch(self, numbers: Sequence[int], seq_len: int) -> None:
         """Fetch windows of remote files that will be read soon into the cache, concurrently."""
+        firsts = (number * self._stride(seq_len) for number in numbers)
+        self.fetch_ranges((first, first + seq_len + 1) for first in firsts)
+
+    def fetch_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Fetch tokens [start, stop) of remote files that will be read soon into the cache, concurrently."""
         if not self.is_remote:
             return
         by_file: dict[int, list[tuple[int, int]]] = {}
-        for first in (number * self._stride(seq_len) for number in numbers):
-            start, stop = first, first + seq_len + 1
+        for start, stop in ranges:
             while start < stop:
                 file = bisect_right(self._starts, start) - 1
                 upto = min(stop, self._starts[file + 1])
                 by_file.setdefault(file, []).append((start - self._starts[file], upto - self._starts[file]))
                 start = upto
-        for file, ranges in by_file.items():
-            self._files[file].fetch(ranges)
+        for file, within in by_file.items():
+            self._files[file].fetch(within)
 
     def _stride(self, seq_len: int) -> int:
         """Tokens from the first one of a window to the first one of the next."""

@@ -35,6 +35,7 @@ class TokenFiles:
         index_prefix: common prefix of the three index files of a GPTDataset, for format megatron_order.
         cache: the block cache of files in object storage.
         options: keyword arguments of a registered format.
+        best_fit: training packs whole documents into sequences.
     """
 
     spec: tuple[str, ...]
@@ -44,6 +45,7 @@ class TokenFiles:
     index_prefix: str | None = None
     cache: CacheSettings | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    best_fit: bool = False
 
     @property
     def registered(self) -> bool:

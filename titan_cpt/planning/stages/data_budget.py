@@ -27,7 +27,7 @@ def count_sequences(config: Config, inventory: DataInventory, problems: list[str
 
     None for sources without files and those that are too short. A stream of N tokens has (N - 1) // seq_len sequences:
     the last target of a sequence is the next one's first input. Sources with a stored order have the sequences of that
-    order.
+    order, sources that pack documents the packed ones.
 
     Args:
         problems: sources, of training and validation, that are shorter than one sequence are appended here.
@@ -36,7 +36,10 @@ def count_sequences(config: Config, inventory: DataInventory, problems: list[str
     sequences: dict[tuple[str, int], int | None] = {}
     for source, tokens in inventory.tokens.items():
         for seq_len in lengths[source.partition(".")[0]]:
-            sequences[source, seq_len] = inventory.sequences.get((source, seq_len)) or None
+            stored = inventory.sequences.get((source, seq_len))
+            if packed := inventory.packing.get((source, seq_len)):
+                stored = packed.sequences
+            sequences[source, seq_len] = stored or None
             if sequences[source, seq_len] or tokens is None:
                 continue
             if tokens <= seq_len:
@@ -74,6 +77,8 @@ def dataset_use(
         used[name] = used.get(name, 0) + count * seq_len
     sizes: dict[str, int | None] = {}
     for source, tokens in draft.inventory.tokens.items():
+        if packed := draft.inventory.packing.get((source, seq_len)):
+            tokens = packed.sequences * seq_len  # with padding, which counts as tokens of the stage
         so_far = sizes.get(name_of(source), 0)
         sizes[name_of(source)] = None if tokens is None or so_far is None else so_far + tokens
     use = {}
