@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.hf_files import WeightFiles, read_config
+from titan_cpt.checkpoint.hf_config import read_config
+from titan_cpt.checkpoint.hf_files import WeightFiles
 from titan_cpt.checkpoint.storage import read_index
 from titan_cpt.common.metrics_file import baseline_losses, open_metrics_file, read_metrics
 from titan_cpt.config.load import load_config

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
-from titan_cpt.checkpoint.hf_files import read_config, tensors_of
+from titan_cpt.checkpoint.hf_config import read_config
+from titan_cpt.checkpoint.hf_files import tensors_of
 from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import open_released, weight_shapes
 from titan_cpt.checkpoint.hf_tokenizer import tokenizer_warning, write_tokenizer

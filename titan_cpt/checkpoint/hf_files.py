@@ -6,7 +6,6 @@ opened with `weights_only`.
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titan_cpt.checkpoint.hf_config import REMEDY, read_release_json
 from titan_cpt.errors import CheckpointError, how_to_install
 
-_REMEDY = "Download all files of the model again"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HUB_NOT = ("*/*", "consolidated*")  # the same weights in other formats
 _WEIGHT_LIKE = ("*.safetensors", "pytorch_model*.bin", "adapter_model.*", "consolidated*", "*.gguf")
@@ -72,15 +71,6 @@ def _hub_reason(error: BaseException) -> str:
     return lines[0].rstrip(" .") if lines else type(error).__name__
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face model.
-
-    Raises:
-        CheckpointError: it is missing, or is not a JSON object.
-    """
-    return _read_json(folder / "config.json", "it describes the model")
-
-
 class WeightFiles:
     """The tensors in the weight files of a folder, by their names in the files; read lazily, whole or by slices.
 
@@ -114,7 +104,7 @@ class WeightFiles:
                 if name in self._file:
                     raise CheckpointError(
                         f"{folder}: {self._file[name].name} and {file.name} both hold {name}: the files are not of one "
-                        f"model. {_REMEDY}"
+                        f"model. {REMEDY}"
                     )
                 self.shapes[name], self._file[name] = shape, file
         self.largest_file_bytes = max(file.stat().st_size for file in files)
@@ -122,7 +112,7 @@ class WeightFiles:
         if expected is not None and absent:
             raise CheckpointError(
                 f"{folder / expected[absent[0]]}: does not hold {absent[0]}, although the index lists it there "
-                f"({len(absent)} such tensors). {_REMEDY}"
+                f"({len(absent)} such tensors). {REMEDY}"
             )
 
     def first_difference(self, other: WeightFiles, names: Sequence[str]) -> str | None:
@@ -222,14 +212,14 @@ def _entries(folder: Path) -> list[Path]:
 def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name; every file exists."""
     folder = index.parent
-    weight_map = _read_json(index, "it lists which file holds which weight").get("weight_map")
+    weight_map = read_release_json(index, "it lists which file holds which weight").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map. {_REMEDY}")
+        raise CheckpointError(f"{index}: has no weight_map. {REMEDY}")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: {name} is in {file!r}, which is not a file of this folder. {_REMEDY}")
+            raise CheckpointError(f"{index}: {name} is in {file!r}, which is not a file of this folder. {REMEDY}")
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file}: is missing; {index.name} lists it. {_REMEDY}")
+            raise CheckpointError(f"{folder / file}: is missing; {index.name} lists it. {REMEDY}")
     return weight_map
 
 
@@ -238,7 +228,7 @@ def _listed(entry: Path) -> Iterator[str]:
     yield entry.name
     if entry.suffix == ".json":
         try:
-            weight_map = _read_json(entry, "").get("weight_map")
+            weight_map = read_release_json(entry, "").get("weight_map")
         except CheckpointError:
             return
         yield from (
@@ -252,7 +242,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged, or not a safetensors file: {error}. {_REMEDY}") from None
+        raise CheckpointError(f"{file}: damaged, or not a safetensors file: {error}. {REMEDY}") from None
 
 
 def _unpickle(file: Path) -> Mapping[str, Tensor]:
@@ -264,21 +254,9 @@ def _unpickle(file: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # any exception that a damaged or malicious file causes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{file}: damaged, or holds more than weights (which is never executed): {reason} {_REMEDY}, "
+            f"{file}: damaged, or holds more than weights (which is never executed): {reason} {REMEDY}, "
             "as safetensors if there are any"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"{file}: is not a dict of tensors. {_REMEDY}")
+        raise CheckpointError(f"{file}: is not a dict of tensors. {REMEDY}")
     return state
-
-
-def _read_json(path: Path, what_for: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; {what_for}. Give the folder of a Hugging Face model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}. {_REMEDY}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object. {_REMEDY}")
-    return content

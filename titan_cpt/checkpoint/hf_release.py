@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_cpt.checkpoint.hf_files import WeightFiles, read_config, released_folder
+from titan_cpt.checkpoint.hf_config import read_config
+from titan_cpt.checkpoint.hf_files import WeightFiles, released_folder
 from titan_cpt.common.text import problem_list
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model

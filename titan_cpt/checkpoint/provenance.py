@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.hf_files import read_config
+from titan_cpt.checkpoint.hf_config import read_config
 from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX, allowed_mismatch, tokenizer_of_manifest
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.run_folder import CONFIG_FILE

@@ -59,6 +59,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "document_mask": stage.document_mask,
         "document_positions": stage.document_positions,
         "attended_span": stage.attended_span,
+        "rope": stage.spec.rope.as_record(),
         "start_lr": stage.lr_at(0),
         "peak_lr": stage.peak_lr,
         "final_lr": stage.final_lr,

@@ -14,7 +14,7 @@ from rich.text import Text
 from titan_cpt.common.readable import memory, shortest_count
 from titan_cpt.common.text import wrapped
 from titan_cpt.planning.parallel_text import parallel_lines
-from titan_cpt.planning.plan import Plan, StagePlan
+from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 from titan_cpt.planning.plan_json import stage_as_json
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -38,7 +38,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
-    for line in _packing_lines(plan):
+    for line in (*_packing_lines(plan), *_rope_lines(plan)):
         _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
         _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
@@ -137,6 +137,14 @@ def _stage_lines(plan: Plan, width: int) -> list[str]:
         if uses:
             lines += wrapped(f"  from {row[1]}; data (replay): {'; '.join(uses)}", width)
     return lines
+
+
+def _rope_lines(plan: Plan) -> Iterator[str]:
+    """A line for each stage that changes the RoPE of its initial weights; of those from elsewhere it is [model]'s."""
+    for stage in plan.stages:
+        first = plan.stage(stage.init.stage).spec if isinstance(stage.init, StageCheckpoint) else plan.spec
+        if first.rope != stage.spec.rope:
+            yield f"RoPE from {stage.name} on: {stage.spec.rope}; before: {first.rope}"
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch.optim import AdamW
 
+from titan_cpt.checkpoint.known_length import length_notes
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import RunConsole, Verbosity
@@ -241,6 +242,8 @@ def _weight_notes(
     """Notes on the tokenizers of the initial weights of stages that have not begun, and on misplaced checkpoints."""
     next_stage = 0 if checkpoint is None else checkpoint.manifest["stage_index"] + 1
     yield from check_init_tokenizers(config, [stage.name for stage in plan.stages[next_stage:]])
+    if checkpoint is None:
+        yield from length_notes(plan.stages)
     if checkpoints.misplaced:
         where = ", ".join(sorted({str(path) for path in checkpoints.misplaced}))
         yield f"{where}: was copied, renamed or moved here, so training neither uses nor removes it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan, ancestors
+from titan_cpt.planning.stages.context_notes import NEW_WEIGHTS, context_notes
 
 MAX_EPOCHS = 4  # repeated tokens are worth almost as much as new ones up to here: Muennighoff et al. 2023, section 5
 _LR_JUMP = 2.0  # ratio of the first LR of a stage to the last LR before it, from which a warm-up is recommended
@@ -19,6 +20,7 @@ _DECAYED = 0.5  # an LR below half of the peak counts as decayed
 
 def stage_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
     """The notes of all stages, in order."""
+    yield from context_notes(stages, NEW_WEIGHTS)
     by_name = {stage.name: stage for stage in stages}
     for stage in stages:
         yield from _many_epochs(stage)

@@ -1,0 +1,37 @@
+"""The longest sequence that weights from outside of a run know, for the plan's notes. Does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.hf_config import read_config
+from titan_cpt.checkpoint.provenance import find_base_model, max_sequence_length
+from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX
+from titan_cpt.common.run_folder import MANIFEST_FILE
+from titan_cpt.errors import AccessError, CheckpointError
+from titan_cpt.planning.plan import StagePlan
+from titan_cpt.planning.stages.context_notes import context_notes
+
+
+def length_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
+    """`context_notes` of stages that train weights from outside of the run, as far as these are on this machine."""
+    inits = {stage.init for stage in stages if isinstance(stage.init, str)}
+    known = {init: length for init in sorted(inits) if (length := _known_length(init)) is not None}
+    yield from context_notes(stages, known)
+
+
+def _known_length(init: str) -> int | None:
+    """max_position_embeddings of a release in a folder, or the longest sequence that trained a checkpoint."""
+    folder = Path(init.partition(":")[2])
+    try:
+        if init.startswith(HUB_PREFIX) and folder.is_dir():
+            length = read_config(folder).get("max_position_embeddings")
+            return length if isinstance(length, int) and length > 0 else None
+        if init.startswith(CHECKPOINT_PREFIX) and (folder / MANIFEST_FILE).is_file():
+            record = manifest.read(folder)
+            return max_sequence_length(record, find_base_model(record))
+    except (CheckpointError, AccessError):
+        pass  # reported when the stage begins
+    return None
