@@ -103,6 +103,7 @@ class Section:
 def sections() -> list[Section]:
     """All sections in the order in which they run."""
     import correctness
+    import documents
     import options
     import speed
     import suites
@@ -120,6 +121,7 @@ def sections() -> list[Section]:
         # One at a time; the goals first. The profile finds what the races have compiled in inductor's cache.
         Section("races", "tokens/s beside other trainers; the goals", speed.races, 280, 60, alone=True),
         Section("profile", "where a step's time goes", speed.profile, 100, 30, alone=True),
+        Section("documents", "attention inside documents, and across them", documents.run, 200, 60, alone=True),
         Section("speed", "tokens/s with and without each option", speed.options, 180, 40, alone=True),
         Section("options", "new options: losses and bit-exact resume", options.parity, 240, 40),
         Section("suite", "the whole test suite on this machine", suites.whole, 400, 120, alone=True),

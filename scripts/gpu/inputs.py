@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,15 @@ class Shape:
 
 
 def shape_of(name: str) -> Shape:
-    """A shape of the races (scripts/bench/speed/shapes.py: G405, L1B, W4096, Q), or "tiny"."""
+    """A shape of the races (scripts/bench/speed/shapes.py: G405, L1B, W4096, Q), or "tiny".
+
+    "L1B@16384" is L1B with sequences of 16,384 tokens, and as many tokens a step or one sequence.
+    """
+    name, _, length = name.partition("@")
+    if length:
+        usual = shape_of(name)
+        batch = max(1, usual.batch * usual.seq_len // int(length))
+        return replace(usual, batch=batch, seq_len=int(length))
     if name == TINY:
         return Shape({"family": "gpt_neox", "size": "debug", "vocab_size": 512}, 512, 4, 64)
     bench = str(ROOT / "scripts" / "bench" / "speed")
@@ -73,18 +81,24 @@ def write_text(folder: Path, documents: int = 120) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_noise(folder: Path, *, vocab_size: int, tokens: int) -> Path:
-    """Tokens that follow Zipf's law; returns their prefix."""
+def write_noise(folder: Path, *, vocab_size: int, tokens: int, document: int = 0) -> Path:
+    """Tokens that follow Zipf's law; returns their prefix.
+
+    Args:
+        document: tokens of every document, which the tokenizer "bytes" ends with 256; 0: no document ends.
+    """
     import numpy as np
 
     from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
-    prefix = folder / f"zipf-{vocab_size}"
+    prefix = folder / f"zipf-{vocab_size}-{document}"
     if not prefix.with_suffix(".idx").exists():
         rng = np.random.default_rng(0)
         with IndexedWriter(prefix, vocab_size) as writer:
-            for _ in range(-(-tokens // 2000)):
-                writer.add_document((rng.zipf(1.3, size=2000) % 256).tolist())
+            for _ in range(-(-tokens // (document or 2000))):
+                text = rng.zipf(1.3, size=document or 2000) % 256
+                text[-1] = 256 if document else text[-1]
+                writer.add_document(text.tolist())
     return prefix
 
 
@@ -122,11 +136,18 @@ def small_config(data: Path, out: Path, *, tiny: bool, **tables: dict[str, Any])
     return raw
 
 
-def shape_config(shape: str, folder: Path, *, steps: int, **tables: dict[str, Any]) -> dict[str, Any]:
-    """One stage of a measured shape on generated tokens, bfloat16; `tables` as in `small_config`."""
+def shape_config(
+    shape: str, folder: Path, *, steps: int, documents: int = 0, **tables: dict[str, Any]
+) -> dict[str, Any]:
+    """One stage of a measured shape on generated tokens, bfloat16; `tables` as in `small_config`.
+
+    Args:
+        documents: equal documents in each sequence; 0: none ends.
+    """
     given = shape_of(shape)
-    tokens = given.batch * given.seq_len
-    prefix = write_noise(folder, vocab_size=given.vocab_size, tokens=(steps + 2) * max(tokens, 4096))
+    tokens = (steps + 2) * max(given.batch * given.seq_len, 4096)
+    document = given.seq_len // documents if documents else 0
+    prefix = write_noise(folder, vocab_size=given.vocab_size, tokens=tokens, document=document)
     raw: dict[str, Any] = {
         "job": {"name": "run", "output_dir": str(folder / "runs")},
         "model": given.model,

@@ -29,9 +29,20 @@ PHASES = (  # module, attribute, phase: functions of the program that mark a pha
 
 
 def profile_shape(
-    shape: str, *, device: str, compiled: bool, steps: int, folder: str, settings: dict[str, Any]
+    shape: str,
+    *,
+    device: str,
+    compiled: bool,
+    steps: int,
+    folder: str,
+    settings: dict[str, Any],
+    documents: int = 0,
 ) -> dict[str, Any]:
-    """Train a shape of inputs.py and profile it: the table, tokens/s of steps that were not profiled, peak memory."""
+    """Train a shape of inputs.py and profile it: the table, tokens/s of steps that were not profiled, peak memory.
+
+    Args:
+        documents: equal documents in each sequence; 0: none ends.
+    """
     import torch
     from inputs import shape_config, shape_of, write_config
     from torch.profiler import ProfilerActivity, profile
@@ -46,7 +57,8 @@ def profile_shape(
     warm_up, timed_steps = 4, 8 if device == "cuda" else 2
     total = warm_up + timed_steps + 1 + steps
     place = Path(folder)
-    raw = shape_config(shape, place, steps=total, compile={"enable": compiled}, job={"name": f"profile-{shape}"})
+    tables = {"compile": {"enable": compiled}, "job": {"name": f"profile-{shape}"}}
+    raw = shape_config(shape, place, steps=total, documents=documents, **tables)
     config = load_config(write_config(raw, place / f"profile-{shape}.toml"), list(settings.items()))
     run = Path(config.job.output_dir) / config.job.name
     run.mkdir(parents=True, exist_ok=True)
@@ -153,7 +165,8 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> None:
     """Profile one shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="G405", help="a shape of inputs.py: G405, L1B, W4096, tiny")
+    parser.add_argument("--shape", default="G405", help="a shape of inputs.py: G405, L1B, L1B@16384, W4096, tiny")
+    parser.add_argument("--documents", type=int, default=0, help="equal documents in each sequence (default none ends)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--steps", type=int, default=3, help="recorded steps (default 3)")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
@@ -169,6 +182,7 @@ def main() -> None:
             steps=options.steps,
             folder=folder,
             settings=settings,
+            documents=options.documents,
         )
     print(markdown(result))
     for name, milliseconds in result["unknown"]:

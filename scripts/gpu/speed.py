@@ -53,17 +53,21 @@ def ceilings(context: Context) -> None:
         context.row(f"float8 product {size}^3", value=f"{found['float8_product_flops'] / 1e12:.1f} TFLOP/s")
 
 
-def profiled(context: Context, shape: str, log: str, settings: dict[str, Any], *, compiled: bool = True) -> Any:
-    """The result of `profile_step.profile_shape` in a child."""
-    steps = 1 if context.tiny else 3
-    arguments = (shape, context.device, compiled and not context.tiny, steps, str(context.folder), settings)
-    return context.call(_profile, *arguments, log=log)
+def profiled(context: Context, shape: str, log: str, settings: dict[str, Any], *, documents: int = 0) -> Any:
+    """The result of `profile_step.profile_shape` in a child, compiled."""
+    how = {
+        "device": context.device,
+        "compiled": not context.tiny,
+        "steps": 1 if context.tiny else 3,
+        "folder": str(context.folder),
+        "settings": settings,
+        "documents": documents,
+    }
+    return context.call(_profile, shape, how, log=log)
 
 
-def _profile(shape: str, device: str, compiled: bool, steps: int, folder: str, settings: dict[str, Any]) -> Any:
-    return profile_step.profile_shape(
-        shape, device=device, compiled=compiled, steps=steps, folder=folder, settings=settings
-    )
+def _profile(shape: str, how: dict[str, Any]) -> Any:
+    return profile_step.profile_shape(shape, **how)
 
 
 def profile(context: Context) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
+
+from titan_cpt.models.common.document_attention import DocumentBounds
 
 NO_TARGET = -1
 """The target of a position that the loss ignores: the last one of a packed document, and padding."""
@@ -21,6 +23,7 @@ class Batch:
         starts_BL: first position of the document that each position belongs to, int32; None without a document mask.
         positions_BL: RoPE's position of each token, int32; None without document positions: 0, 1, 2 ...
         sources_B: number of each sequence's source, as in `StagePlan.source_numbers`, int64; None if not requested.
+        bounds: of the documents in starts_BL; None without it, and if it was made on a GPU.
     """
 
     inputs_BL: Tensor
@@ -28,20 +31,18 @@ class Batch:
     starts_BL: Tensor | None = None
     positions_BL: Tensor | None = None
     sources_B: Tensor | None = None
+    bounds: DocumentBounds | None = None
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that are set, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def chunk(self, parts: int) -> list[Batch]:
         """The batch in at most this number of parts of consecutive sequences, as `Tensor.chunk` splits them."""
-        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        count = len(self.inputs_BL.chunk(parts))
-        split = [[None] * count if tensor is None else tensor.chunk(parts) for tensor in fields]
-        return [Batch(*of_part) for of_part in zip(*split, strict=True)]
+        split = [tensor.chunk(parts) for tensor in self.tensors.values()]
+        return [replace(self, **dict(zip(self.tensors, of_part, strict=True))) for of_part in zip(*split, strict=True)]
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; torch's data loader calls this."""
-        return Batch(
-            self.inputs_BL.pin_memory(),
-            self.targets_BL.pin_memory(),
-            None if self.starts_BL is None else self.starts_BL.pin_memory(),
-            None if self.positions_BL is None else self.positions_BL.pin_memory(),
-            None if self.sources_B is None else self.sources_B.pin_memory(),
-        )
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors.items()})

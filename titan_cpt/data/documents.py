@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from titan_cpt.data.batch import Batch
+from titan_cpt.models.common.document_attention import document_bounds
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DocumentSettings:
     positions: bool
 
     def added_to(self, batch: Batch, pieces: Sequence[Sequence[int]] = ()) -> Batch:
-        """The batch with `starts_BL` and `positions_BL`, as far as they are set.
+        """The batch with `starts_BL`, its bounds and `positions_BL`, as far as they are set.
 
         Args:
             pieces: as `Rows.starts`.
@@ -36,6 +37,7 @@ class DocumentSettings:
         return replace(
             batch,
             starts_BL=starts_BL if self.mask else None,
+            bounds=document_bounds(starts_BL) if self.mask and starts_BL.device.type == "cpu" else None,
             positions_BL=places_L - starts_BL if self.positions else None,
         )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from titan_cpt.distributed.attention_timing import AttentionChoice, AttentionShape, choose_kernel
+from titan_cpt.distributed.attention_timing import Attend, AttentionChoice, AttentionShape, choose_kernel
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.layers import RotaryCausalAttention
@@ -50,10 +50,15 @@ def choose_attention_backend(
         requested: one of `BACKENDS`, or "fastest".
         model: whose attention is measured; its weights are not used.
     """
-    core = cast(RotaryCausalAttention, model.attentions()[0].core)
-    kernels = {name: partial(_attend, core, backend) for name, backend in BACKENDS.items()}
     candidates = _CANDIDATES[process.device.type]
+    kernels = attention_kernels_of(model)
     return choose_kernel(requested, recorded, kernels, shape, process, candidates=candidates, group=group)
+
+
+def attention_kernels_of(model: LanguageModel) -> dict[str, Attend]:
+    """`BACKENDS` for `choose_kernel`."""
+    core = cast(RotaryCausalAttention, model.attentions()[0].core)
+    return {name: partial(_attend, core, backend) for name, backend in BACKENDS.items()}
 
 
 def _attend(core: RotaryCausalAttention, backend: SDPBackend, *inputs: Tensor) -> Tensor:

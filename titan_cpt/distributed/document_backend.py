@@ -20,7 +20,7 @@ from torch import Tensor
 from titan_cpt.distributed.attention_backend import BACKENDS
 from titan_cpt.distributed.attention_timing import Attend, AttentionChoice, AttentionShape, choose_kernel, time_ms
 from titan_cpt.distributed.process_group import ProcessInfo
-from titan_cpt.models.common.document_attention import DocumentBounds, Documents, KernelMask, document_attention
+from titan_cpt.models.common.document_attention import DocumentBounds, Documents, document_attention
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.models.common.layers import MakeKernelMask, RotaryCausalAttention
 
@@ -78,8 +78,8 @@ def document_kernels_of(
     model: LanguageModel, shape: AttentionShape, device: torch.device, circumstances: Circumstances
 ) -> dict[str, Attend]:
     """`KERNELS` for `choose_kernel`, over equal documents; one that `why_not` excludes raises a RuntimeError."""
-    core = cast(RotaryCausalAttention, model.attentions()[0].core)
-    return {name: partial(_attend, name, core, why_not(name, shape, device, circumstances)) for name in KERNELS}
+    window = cast(RotaryCausalAttention, model.attentions()[0].core).window
+    return {name: _MeasuredKernel(name, window, why_not(name, shape, device, circumstances)) for name in KERNELS}
 
 
 def first_that_works(kernels: Mapping[str, Attend], shape: AttentionShape, device: torch.device) -> str:
@@ -141,22 +141,30 @@ def _maker(backend: str, window: int | None) -> MakeKernelMask | None:
     return partial(document_kernels.kernel_mask, backend, window)
 
 
-def _attend(name: str, core: RotaryCausalAttention, problem: str | None, *inputs: Tensor) -> Tensor:
-    """Attention over documents of equal lengths with one kernel; a RuntimeError if there is a problem."""
-    if problem is not None:
-        raise RuntimeError(problem)
-    q_BNLH, k_BKLH, v_BKLH = inputs
-    starts_BL, bounds = equal_documents(q_BNLH, _MEASURED_DOCUMENTS)
-    make_mask = _maker(name, core.window)
-    mask: KernelMask | None = None if make_mask is None else make_mask(starts_BL, bounds)
-    return document_attention(
-        q_BNLH,
-        k_BKLH,
-        v_BKLH,
-        documents=Documents(starts_BL, None, None, mask),
-        window=core.window,
-        backend=BACKENDS[name] if mask is None else None,
-    )
+class _MeasuredKernel:
+    """Attention over equal documents with one kernel, whose mask is made once, as for all layers of a forward pass.
+
+    Args:
+        problem: why the kernel cannot be used: a RuntimeError says so.
+    """
+
+    def __init__(self, name: str, window: int | None, problem: str | None) -> None:
+        self.name = name
+        self.window = window
+        self.problem = problem
+        self.documents: Documents | None = None
+
+    def __call__(self, q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
+        """out_BNLH."""
+        if self.problem is not None:
+            raise RuntimeError(self.problem)
+        if self.documents is None:
+            starts_BL, bounds = equal_documents(q_BNLH, _MEASURED_DOCUMENTS)
+            make_mask = _maker(self.name, self.window)
+            mask = None if make_mask is None else make_mask(starts_BL, bounds)
+            self.documents = Documents(starts_BL, None, None, mask)
+        backend = BACKENDS[self.name] if self.documents.kernel_mask is None else None
+        return document_attention(q_BNLH, k_BKLH, v_BKLH, documents=self.documents, window=self.window, backend=backend)
 
 
 def equal_documents(q_BNLH: Tensor, documents: int) -> tuple[Tensor, DocumentBounds]:

@@ -67,7 +67,7 @@ def _cuda_graphs(config: Config) -> str | None:
 
 def _cuda_attention(config: Config) -> str | None:
     backend = config.training.attention_backend
-    if backend not in ("cudnn", "efficient"):
+    if backend not in ("cudnn", "efficient", "flex"):
         return None
     return f'training.attention_backend: "{backend}" is a CUDA kernel: use "default", "flash", "math" or "fastest"'
 
@@ -83,6 +83,6 @@ CPU_RULES: tuple[CPURule, ...] = (
     CPURule("async TP", "it needs symmetric memory, which only CUDA has", _async_tp),
     CPURule("float8 with torch.compile in bfloat16", "torch 2.13 cannot compile the emulation", _compiled_float8),
     CPURule("CUDA graphs", "a CPU has none", _cuda_graphs),
-    CPURule("the attention kernels cudnn and efficient", "they are CUDA kernels", _cuda_attention),
+    CPURule("the attention kernels cudnn, efficient and flex", "they are CUDA kernels", _cuda_attention),
     CPURule('optimizer.implementation = "triton"', "Triton compiles for GPUs only", _triton_optimizer),
 )

@@ -296,6 +296,12 @@ def _selective_option(inputs: RuleInput) -> str | None:
     )
 
 
+def _flex_without_mask(inputs: RuleInput) -> str | None:
+    if inputs.config.training.attention_backend != "flex" or document_keys(inputs.config, "document_mask"):
+        return None
+    return 'training.attention_backend: "flex" is for training.document_mask: set it to true, or remove the key'
+
+
 def _cuda_graphs_on_ranks(inputs: RuleInput) -> str | None:
     if not inputs.config.training.cuda_graphs or inputs.world_size == 1:
         return None
@@ -309,7 +315,6 @@ def _cuda_graphs_with(inputs: RuleInput) -> str | None:
     config = inputs.config
     found = ["float8.recipe_name"] if config.float8.recipe_name is not None else []
     found += ["profiling.enable_profiling"] if config.profiling.enable_profiling else []
-    found += document_keys(config, "document_mask", "document_positions")
     found += ['packing = "best_fit"'] if any(table.packs for table in config.datasets.values()) else []
     if not config.training.cuda_graphs or not found:
         return None
@@ -431,7 +436,8 @@ RULES: tuple[Rule, ...] = (
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
     Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),
-    Rule("CUDA graphs with float8, the profiler, documents or packing", "never tried on a GPU", _cuda_graphs_with),
+    Rule("CUDA graphs with float8, the profiler or packing", "never tried on a GPU", _cuda_graphs_with),
+    Rule('attention_backend = "flex" without a document mask', "it has no other use yet", _flex_without_mask),
     Rule(
         'compile scope "model" with several processes or recomputed blocks',
         "both need the blocks as separate modules",

@@ -29,8 +29,6 @@ from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.data.training_sources import TrainingSource, open_training_sources
-from titan_cpt.distributed.attention_backend import choose_attention_backend, set_attention_backend
-from titan_cpt.distributed.attention_timing import AttentionChoice, AttentionShape
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
@@ -47,6 +45,7 @@ from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.plan_text import print_notes, print_plan
 from titan_cpt.planning.planner import make_plan
+from titan_cpt.training.cuda.attention import choose_attention
 from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
 from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
@@ -123,10 +122,11 @@ def build(
         if checkpoint is not None and config.job.deterministic:
             check_same_machine(checkpoint, process)
         notes = list(_weight_notes(config, plan, checkpoints, checkpoint))
-    attention = _choose_attention(config, plan, pipeline_stages, mesh, checkpoint, checkpoints)
+    manifest = {} if checkpoint is None else checkpoint.manifest
+    attention = choose_attention(config, plan, list(pipeline_stages.values()), mesh, manifest, group=checkpoints.group)
     validator = _build_validator(config, plan, data, mesh)
     notes += [f"{label} is not measured: {why}" for label, why in validator.lacking.items()]
-    _print_notes(console, [*notes, *([attention.note] if attention and attention.note else [])])
+    _print_notes(console, [*notes, *attention.notes])
     log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
     run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
     display = Display(plan, console, steps_done=run_step)
@@ -159,7 +159,7 @@ def build(
         runner=runner,
         stepper=eager if graphs is None else CapturedStep(eager, compute_copy, graphs),
         optimizer=optimizer,
-        attention_backend=attention.backend if attention else None,
+        attention=attention,
         guard=guard,
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         readers=readers,
@@ -252,35 +252,6 @@ def _weight_notes(
 def _print_notes(console: RunConsole, notes: Sequence[str]) -> None:
     with console.level(Verbosity.QUIET):
         print_notes(notes, console)
-
-
-def _choose_attention(
-    config: Config,
-    plan: Plan,
-    stages: Mapping[int, LanguageModel],
-    mesh: Mesh,
-    checkpoint: FoundCheckpoint | None,
-    checkpoints: CheckpointManager,
-) -> AttentionChoice | None:
-    """Set the attention backend that the config requests; None if torch chooses."""
-    requested = config.training.attention_backend
-    if requested == "default":
-        return None
-    dims = plan.parallel_dims
-    microbatch = config.parallelism.pipeline_parallel_microbatch_size if dims.pp > 1 else plan.local_batch_size
-    shape = AttentionShape(
-        sequences=microbatch,
-        positions=plan.seq_len,
-        heads=plan.spec.heads // dims.tp,
-        key_value_heads=plan.spec.key_value_heads // dims.tp,
-        head_width=plan.spec.attention_width // plan.spec.heads,
-        dtype=getattr(torch, config.training.mixed_precision_param),
-    )
-    recorded = None if checkpoint is None else checkpoint.manifest.get("fastest_attention")
-    model = next(iter(stages.values()))
-    choice = choose_attention_backend(requested, recorded, model, shape, mesh.process, group=checkpoints.group)
-    set_attention_backend(stages.values(), choice.backend)
-    return choice
 
 
 def _build_optimizer(

@@ -189,7 +189,7 @@ class PipelineRunner:
             scale_grads=False,  # `_loss` divides by the global batch's tokens
         )
 
-    def _forward(self, tokens_BL: Tensor, documents: dict[str, Tensor]) -> Tensor | None:
+    def _forward(self, tokens_BL: Tensor, documents: dict[str, Any]) -> Tensor | None:
         """The logits, on the rank with the last pipeline stage; None on the others."""
         rank = self.mesh.process.rank
         length = tokens_BL.shape[1] // self.mesh.parallel_dims.tp  # activations between stages are sequence-parallel
@@ -319,11 +319,12 @@ def local_inputs(tokens_BL: Tensor, mesh: Mesh, *, padding: int = 0) -> Tensor:
     return F.pad(tokens_BL, (0, -tokens_BL.shape[1] % mesh.parallel_dims.tp), value=padding)
 
 
-def local_documents(batch: Batch, mesh: Mesh) -> dict[str, Tensor]:
+def local_documents(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     """The model's arguments for documents, as `local_inputs`; empty without documents. Padding is its own document."""
     padding = {"starts_BL": batch.inputs_BL.shape[1], "positions_BL": 0}
     given = {name: tensor_BL for name in padding if (tensor_BL := getattr(batch, name)) is not None}
-    return {name: local_inputs(tensor_BL, mesh, padding=padding[name]) for name, tensor_BL in given.items()}
+    local = {name: local_inputs(tensor_BL, mesh, padding=padding[name]) for name, tensor_BL in given.items()}
+    return local if batch.bounds is None else {**local, "bounds": batch.bounds}
 
 
 def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:

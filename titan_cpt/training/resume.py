@@ -54,7 +54,7 @@ def log_start(state: TrainerState, checkpoint: FoundCheckpoint | None) -> None:
         validation=state.validator.identities,
         versions=versions(state.process.device) if state.process.rank == 0 else {},  # asks git in a checkout
         **({"plugins": plugins} if (plugins := used_plugins(state.config)) else {}),
-        **({"attention_backend": state.attention_backend} if state.attention_backend else {}),
+        **state.attention.chosen,
     )
 
 

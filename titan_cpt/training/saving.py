@@ -55,7 +55,6 @@ def checkpoint_metadata(state: TrainerState, stage: StagePlan, steps_done: int, 
     plan = state.plan
     index = plan.stages.index(stage)
     recipe = plan.recipe_until(index)
-    attention_backend = state.config.training.attention_backend
     return {
         "stage_index": index,
         "kind": kind,
@@ -66,7 +65,7 @@ def checkpoint_metadata(state: TrainerState, stage: StagePlan, steps_done: int, 
         "skipped": state.skipped.skipped_before([earlier.name for earlier in plan.stages[: index + 1]], steps_done),
         "recent_losses": state.guard.recent_losses(),
         **({"rope": stage.spec.rope.as_record()} if stage.spec.rope != plan.spec.rope else {}),
-        **({"fastest_attention": state.attention_backend} if attention_backend == "fastest" else {}),
+        **state.attention.measured,
         "python": platform.python_version(),
         **machine(state.process),
     }

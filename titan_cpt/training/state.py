@@ -19,6 +19,7 @@ from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.evaluation.registered_metrics import Metric
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.planning.plan import Plan, StagePlan
+from titan_cpt.training.cuda.attention import AttentionKernels
 from titan_cpt.training.cuda.graphs import CapturedStep
 from titan_cpt.training.forward_backward import EagerStep, ModelRunner
 from titan_cpt.training.metrics import MetricsLog
@@ -39,7 +40,7 @@ class TrainerState:
         model: this rank's part of the model, with float32 master weights.
         runner: forward and backward of a batch.
         stepper: gradients of micro-batches and the update; launched one by one, or as CUDA graphs.
-        attention_backend: the kernel of attention; None if torch chooses.
+        attention: the kernels of attention.
         guard: prevents optimizer updates from the first bad step on.
         skipped: batches that training skips because their loss or gradient was bad.
         readers: reads the sequences of a stage, by its name.
@@ -58,7 +59,7 @@ class TrainerState:
     model: LanguageModel
     runner: ModelRunner
     stepper: EagerStep | CapturedStep
-    attention_backend: str | None
+    attention: AttentionKernels
     optimizer: AdamW
     guard: UpdateGuard
     skipped: SkippedBatches

@@ -199,9 +199,11 @@ class Validator:
             local_numbers = numbers[first : first + rows]
             padded = local_numbers + numbers[:1] * (rows - len(local_numbers))
             tokens = torch.from_numpy(np.stack([stream.window(number, windows.seq_len) for number in padded]))
-            tokens = tokens.to(self.mesh.process.device)
             batch = Batch(tokens[:, :-1], tokens[:, 1:])
-            yield batch if windows.documents is None else windows.documents.added_to(batch), len(local_numbers)
+            if windows.documents is not None:  # added on the host, which then knows their bounds
+                batch = windows.documents.added_to(batch)
+            tokens = tokens.to(self.mesh.process.device)
+            yield dataclasses.replace(batch, inputs_BL=tokens[:, :-1], targets_BL=tokens[:, 1:]), len(local_numbers)
 
 
 def _too_short(label: str, stream: TokenSource, windows: ValidationWindows) -> str | None:

@@ -16,5 +16,5 @@ def test_every_tensor_of_a_batch_is_pinned():
         tokens, tokens, starts_BL=tokens.int(), positions_BL=tokens.int(), sources_B=tokens[:, 0]
     ).pin_memory()
 
-    assert all(tensor.is_pinned() for tensor in vars(batch).values())
+    assert all(tensor.is_pinned() for tensor in batch.tensors.values())
     assert Batch(tokens, tokens).pin_memory().starts_BL is None

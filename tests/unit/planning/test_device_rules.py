@@ -19,9 +19,10 @@ ON_CPU = [
     ({"training.attention_backend": "cudnn"}, ['"cudnn" is a CUDA kernel', '"flash"']),
     ({"optimizer.implementation": "triton"}, ['compiles a kernel for the GPU: use "fused"']),
 ]
+FLEX = ({"training.attention_backend": "flex", "training.document_mask": "true"}, ['"flex" is a CUDA kernel'])
 
 
-@pytest.mark.parametrize(("overrides", "words"), ON_CPU)
+@pytest.mark.parametrize(("overrides", "words"), [*ON_CPU, FLEX])
 def test_refused_on_a_cpu_and_not_on_cuda(tmp_path: Path, overrides: dict[str, str], words: list[str]) -> None:
     """The plan accepts it, as it may be made on another machine."""
     path = tmp_path / "config.toml"

@@ -116,6 +116,7 @@ REFUSED = [
         {CP: "2", "training.attention_backend": "flash"},
         ["context parallelism chooses the attention kernel itself", "context_parallel_degree to 1"],
     ),
+    (1, {"training.attention_backend": "flex"}, ['"flex" is for training.document_mask', "set it to true"]),
     (5, {}, ["48 is not a multiple of data-parallel ranks (5) x training.local_batch_size (8) = 40"]),
 ]
 
@@ -163,6 +164,7 @@ def test_every_rule_is_tested_here() -> None:
         (1, {"training.cuda_graphs": "true", "compile.enable": "true", "compile.scope": "model"}),
         (1, {"compile.enable": "true", "compile.scope": "model", "activation_checkpoint.mode": "memory_budget"}),
         (2, {TP: "2", "training.attention_backend": "fastest"}),
+        (1, {"training.attention_backend": "flex", "training.document_mask": "true", "training.cuda_graphs": "true"}),
     ],
 )
 def test_valid_combinations_are_planned(tmp_path: Path, world_size: int, overrides: dict[str, str]) -> None:

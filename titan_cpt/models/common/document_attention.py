@@ -47,7 +47,7 @@ class DocumentBounds:
     They are powers of two, so that few values occur: torch.compile may compile for each.
 
     Attributes:
-        count: documents in all sequences.
+        count: documents in all sequences, and one of padding in each.
         longest: tokens of the longest one, at most L.
     """
 
@@ -66,6 +66,7 @@ def document_bounds(starts_BL: Tensor) -> DocumentBounds:
     places_L = torch.arange(length, dtype=torch.int32)
     count = int((starts_BL == places_L).sum())
     longest = int((places_L - starts_BL).max()) + 1
+    count += len(starts_BL)  # of padding
     return DocumentBounds(max(16, _power_of_two(count)), min(max(128, _power_of_two(longest)), max(2, length)))
 
 

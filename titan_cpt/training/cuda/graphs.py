@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -118,7 +119,7 @@ class CapturedStep:
         self._lrs = [torch.zeros((), dtype=dtype, device=device) for _ in eager.optimizer.param_groups]
         if isinstance(eager.optimizer, TritonAdamW):
             eager.optimizer.uploads = False  # `update` does it, outside of the capture
-        self._tokens: tuple[Tensor, Tensor] | None = None
+        self._batch: Batch | None = None
         self._step_tokens = 0
         self._replays: dict[Callable[[], None], Callable[[], None]] = {}
         self._steps = 0
@@ -131,7 +132,7 @@ class CapturedStep:
         """
         self._replays.clear()
         self.graphs.release()
-        self._tokens = None
+        self._batch = None
         self._steps = 0
 
     def backward(self, batch: Batch, *, step_tokens: int, first: bool) -> None:
@@ -140,18 +141,20 @@ class CapturedStep:
         The number of tokens of a step is a constant of the capture: where a batch-size ramp changes it, steps are
         captured anew.
         """
-        inputs_BL, targets_BL = batch.inputs_BL, batch.targets_BL
-        if self._step_tokens != step_tokens and self._tokens is not None:
+        if self._step_tokens != step_tokens and self._batch is not None:
             assert first, "all micro-batches of a step have the same number of tokens of the step"
             self.restart()
         self._step_tokens = step_tokens
-        if self._tokens is None:
+        tensors = batch.tensors  # without the bounds of the documents, which would be constants of the capture
+        if self._batch is None:
             device = self._loss.device
-            self._tokens = torch.empty_like(inputs_BL, device=device), torch.empty_like(targets_BL, device=device)
-        for static_BL, tokens_BL in zip(self._tokens, (inputs_BL, targets_BL), strict=True):
-            assert static_BL.shape == tokens_BL.shape, f"a capture has one batch shape; got {tokens_BL.shape}"
+            empty = {name: torch.empty_like(tensor, device=device) for name, tensor in tensors.items()}
+            self._batch = replace(batch, **empty, bounds=None)
+        for name, tensor in tensors.items():
+            static = getattr(self._batch, name)
+            assert static.shape == tensor.shape, f"a capture has one batch shape; got {tensor.shape}"
             # Pinned memory is not reused before the copy has ended: torch's allocator records that.
-            static_BL.copy_(tokens_BL, non_blocking=True)
+            static.copy_(tensor, non_blocking=True)
         self._run(self._first if first else self._further)
 
     def update(self) -> StepResult:
@@ -187,8 +190,8 @@ class CapturedStep:
         self._loss.add_(self._share())
 
     def _share(self) -> Tensor:
-        assert self._tokens is not None, "`backward` has set it"
-        return self.eager.runner.backward(Batch(*self._tokens), self._step_tokens)
+        assert self._batch is not None, "`backward` has set it"
+        return self.eager.runner.backward(self._batch, self._step_tokens)
 
     def _update(self) -> None:
         with self._lr_on_device():

@@ -1,6 +1,7 @@
 """Attention inside documents by varlen and flex: the masks are the boolean mask's, and nothing waits for the device.
 
-The kernels need a GPU (tests/gpu/test_documents.py). tests/document_kernels_on_cpu.py says what stands in for them.
+The kernels need a GPU (tests/gpu/test_masked_attention.py). tests/document_kernels_on_cpu.py says what stands in for
+them.
 """
 
 from functools import partial
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_graphs import RecordedGraphs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from titan_cpt.models.common.document_attention import document_bounds
 from titan_cpt.models.common.document_kernels import BLOCK, flex_mask, varlen_mask
 
 on_cpu.register_varlen()
@@ -117,6 +120,23 @@ def with_gradients(attention, q, k, v, *arguments):
         return out.detach(), *torch.autograd.grad(out, leaves, weights)
 
 
+@given(batches())
+def test_bounds_hold_for_the_documents_and_one_of_padding_in_each_sequence(starts_BL):
+    """Rounded up to powers of two: less than twice as large, or the smallest values."""
+    sequences, length = starts_BL.shape
+    lengths = [count for row in starts_BL for count in row.unique(return_counts=True)[1].tolist()]
+    count = len(lengths) + sequences
+
+    bounds = document_bounds(starts_BL)
+
+    assert count <= bounds.count <= max(16, 2 * count - 1)
+    assert max(lengths) <= bounds.longest <= max(2, length)
+    assert bounds.longest <= max(128, 2 * max(lengths) - 1)
+    assert bounds.longest >= 2
+    assert bounds.longest in (max(2, length), *(2**n for n in range(7, 20)))
+    assert bounds.count in [2**n for n in range(4, 20)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 7, 128, 500])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kernel", ["varlen", "flex"])
@@ -169,6 +189,23 @@ def test_other_documents_do_not_compile_again(kernel, graphs, checkpointed):
         for one, other in zip(*(with_gradients(f, q, k, v, mask) for f in (compiled, attend)), strict=True):
             assert torch.equal(one, other)
     assert compiler.frame_count == graphs
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_replayed_graph_makes_flexs_mask_of_the_documents_that_the_tensor_then_has(window):
+    """tests/recorded_graphs.py runs the operations again, on the same memory and without Python."""
+    starts_BL, other_BL = STARTS_BL.clone(), STARTS_BL.flip(0)
+    made = []
+    replay = RecordedGraphs().capture(lambda: made.append(flex_mask(starts_BL, window=window)))
+    starts_BL.copy_(other_BL)
+    replay()
+
+    found, right = made[0].blocks, flex_mask(other_BL, window=window).blocks
+    length = STARTS_BL.shape[1]
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "q_num_blocks", "q_indices", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(right, name)), name
+    seen = flex_attention.create_mask(found.mask_mod, 2, None, length, length, device="cpu")
+    assert torch.equal(seen[:, 0], dense(other_BL, window))
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -15,6 +15,7 @@ from titan_cpt.common.console import RunConsole
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.data.batch import Batch
 from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
+from titan_cpt.distributed.document_backend import set_document_backend
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.train import Trainer
 from titan_cpt.training.build import build
@@ -85,6 +86,27 @@ def test_captured_steps_are_eager_steps_to_the_last_bit(raw, precision, local_ba
     assert len({line.partition(",")[0] for line in captured}) == 7
     assert graphs.events.count("capture") == (2 if local_batch == 4 else 3)
     assert graphs.events.count("replay") == replays
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_replay_makes_the_mask_of_its_own_documents(raw, precision):
+    """A boolean one; every batch has other documents. test_document_kernels.py replays the mask of FlexAttention."""
+    raw["training"] |= {"mixed_precision_param": precision, "document_mask": True, "document_positions": True}
+    found = []
+    for masked in (True, False):
+        raw["training"]["document_mask"] = masked
+        with training.built_trainer(training.config_of(raw)) as trainer:
+            set_document_backend([trainer.runner.model], "math")
+            found.append(trained(trainer))
+        with captured_trainer(raw) as (trainer, graphs):
+            set_document_backend([trainer.runner.model], "math")
+            found.append(trained(trainer))
+            assert graphs.events.count("replay") == (7 - EAGER_STEPS) * 3
+    (eager, weights), (captured, same), (unmasked, _), _ = found
+
+    assert captured == eager
+    assert training.same_bits(weights, same)
+    assert unmasked != eager
 
 
 def ramped(trainer):
