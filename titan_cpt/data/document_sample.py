@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +11,27 @@ import numpy.typing as npt
 
 from titan_cpt.common.numbers import evenly_spaced
 from titan_cpt.data.formats.token_files import TokenFiles, open_source
+from titan_cpt.data.packing.document_lengths import document_lengths
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.errors import DataError
+from titan_cpt.object_storage.locations import Location, RemotePath
 
 SAMPLE = 1000
 """Number of sequences of a source that are read; all of them if it has no more."""
+
+
+class PresentFiles(NamedTuple):
+    """The files of a source, all of which exist.
+
+    Attributes:
+        files: the files as the config describes them.
+        paths: the result of `resolve_paths(files)`.
+        tokens: number of tokens.
+    """
+
+    files: TokenFiles
+    paths: Sequence[Location]
+    tokens: int
 
 
 class DocumentSample(NamedTuple):
@@ -45,27 +62,8 @@ class DocumentSample(NamedTuple):
         return float((tokens * np.minimum(lengths, window or np.inf)).sum() / tokens.sum())
 
 
-def measure_documents(files: TokenFiles, vocab_size: int, seq_len: int, *, end: int) -> DocumentSample | None:
-    """The lengths of the documents in evenly spaced sequences of a source; None if its files are in object storage.
-
-    Args:
-        end: the end-of-document id.
-
-    Raises:
-        DataError: a file is damaged.
-    """
-    source = open_source(files, vocab_size)
-    if source.is_remote:
-        return None
-    available = source.windows(seq_len)
-    chosen = evenly_spaced(available, SAMPLE)
-    found = [_lengths(source.window(number, seq_len)[:-1], end) for number in chosen]
-    lengths, counts = np.unique(np.concatenate(found), return_counts=True) if found else (np.ones(0), np.ones(0))
-    return DocumentSample(tuple(map(int, lengths)), tuple(map(int, counts)), sequences=len(chosen), available=available)
-
-
 def measure_all(
-    sources: Iterable[tuple[str, TokenFiles]], lengths: Iterable[int], tokenizer_path: str
+    sources: Iterable[tuple[str, PresentFiles]], lengths: Iterable[int], tokenizer_path: str
 ) -> dict[tuple[str, int], DocumentSample]:
     """`measure_documents` of every source at every sequence length, by (source, length), as far as they are known.
 
@@ -77,12 +75,61 @@ def measure_all(
         return {}
     tokenizer = load_tokenizer(tokenizer_path)
     found = {}
-    for name, files in sources:
+    for name, present in sources:
         for seq_len in lengths:
-            measured = measure_documents(files, tokenizer.vocab_size, seq_len, end=tokenizer.eod_id)
-            if measured is not None and measured.lengths:
+            measured = measure_documents(present, tokenizer.vocab_size, seq_len, end=tokenizer.eod_id)
+            if measured is not None:
                 found[name, seq_len] = measured
     return found
+
+
+def measure_documents(present: PresentFiles, vocab_size: int, seq_len: int, *, end: int) -> DocumentSample | None:
+    """The lengths of the documents in evenly spaced sequences of a source.
+
+    Of a source with packing = "best_fit" they are those of its first documents, cut as packing cuts them.
+
+    Args:
+        end: the end-of-document id.
+
+    Returns:
+        None for files in object storage, and for files that have sequences of another length only.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    files = present.files
+    if any(isinstance(path, RemotePath) for path in present.paths):
+        return None
+    if files.best_fit:
+        return _packed(present, seq_len, end)
+    source = open_source(files, vocab_size)
+    try:
+        available = source.windows(seq_len)
+    except DataError:  # replay cuts these sequences; their documents are not looked for
+        return None
+    chosen = evenly_spaced(available, SAMPLE)
+    found = [_lengths(source.window(number, seq_len)[:-1], end) for number in chosen]
+    return _counted(found, len(chosen), available) if found else None
+
+
+def _packed(present: PresentFiles, seq_len: int, end: int) -> DocumentSample | None:
+    """The pieces of the first documents, as many tokens as `SAMPLE` full sequences have; None without tokens."""
+    pieces: list[npt.NDArray[np.int64]] = []
+    tokens = 0
+    for lengths in document_lengths(present.files, present.paths, end):
+        whole, tails = lengths // seq_len, lengths % seq_len
+        pieces += [np.full(int(whole.sum()), seq_len), tails[tails > 0]]
+        tokens += int(lengths.sum())
+        if tokens >= SAMPLE * seq_len:
+            break
+    if not tokens:
+        return None
+    return _counted(pieces, -(-tokens // seq_len), -(-present.tokens // seq_len))
+
+
+def _counted(lengths: Sequence[npt.NDArray[np.int64]], sequences: int, available: int) -> DocumentSample:
+    values, counts = np.unique(np.concatenate(lengths), return_counts=True)
+    return DocumentSample(tuple(values.tolist()), tuple(counts.tolist()), sequences=sequences, available=available)
 
 
 def _lengths(inputs_L: npt.NDArray[np.int64], end: int) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
-from titan_cpt.data.document_sample import DocumentSample, measure_all
+from titan_cpt.data.document_sample import DocumentSample, PresentFiles, measure_all
 from titan_cpt.data.file_names import FileIdentity, file_identity, first_text_file
 from titan_cpt.data.formats.array_file import REMOTE_SCAN_TOKENS
 from titan_cpt.data.formats.token_files import (
@@ -119,7 +119,11 @@ def take_inventory(config: Config, *, log: Callable[[str], None] = _to_stderr) -
         validation_tokens=validation_tokens,
         notes=tuple(notes),
         documents=measure_all(
-            ((source, each.files) for source, each in train.items() if each.dataset in used),
+            (
+                (source, PresentFiles(each.files, each.paths, _tokens(counts)[source]))
+                for source, each in train.items()
+                if each.dataset in used
+            ),
             _masked_lengths(config),
             config.tokenizer.path,
         ),

@@ -1,8 +1,10 @@
 """Lengths of the documents in a sample of sequences, and how far attention reaches in them."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from titan_cpt.data.document_sample import DocumentSample, measure_all, measure_documents
+from titan_cpt.data.document_sample import DocumentSample, PresentFiles, measure_all, measure_documents
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.formats.token_files import TokenFiles
 
@@ -14,7 +16,8 @@ def written(folder, *lengths):
     with IndexedWriter(folder / "pages", 257) as writer:
         for length in lengths:
             writer.add_document(np.array([1] * (length - 1) + [END]))
-    return TokenFiles((str(folder / "pages"),), "indexed")
+    prefix = folder / "pages"
+    return PresentFiles(TokenFiles((str(prefix),), "indexed"), [prefix], sum(lengths))
 
 
 def test_documents_are_cut_by_sequences(tmp_path):
@@ -48,3 +51,23 @@ def test_nothing_is_measured_without_a_tokenizer_or_a_length(tmp_path):
         ("pages", 2): DocumentSample((1, 2), (2, 3), sequences=4, available=4),
         ("pages", 4): DocumentSample((1, 2, 3), (1, 2, 1), sequences=2, available=2),
     }
+
+
+def test_documents_that_are_packed_are_cut_as_packing_cuts_them(tmp_path):
+    """Of 5, 1, 2 and 14 tokens in sequences of 6: whole ones, and 6 + 6 + 2; 22 tokens fill 4 sequences."""
+    present = written(tmp_path, 5, 1, 2, 14)
+    packed = present._replace(files=replace(present.files, best_fit=True))
+
+    assert measure_documents(packed, 257, 6, end=END) == DocumentSample((1, 2, 5, 6), (1, 2, 1, 2), 4, 4)
+
+
+def test_sequences_of_another_length_are_not_measured(tmp_path):
+    """Files that are cut into sequences of 4 already, which a stage of length 8 may replay in parts."""
+    prefix = tmp_path / "cut"
+    with IndexedWriter(prefix, 257) as writer:
+        for _ in range(3):
+            writer.add_document(np.array([1, END, 1, 1, 1]))
+    present = PresentFiles(TokenFiles((str(prefix),), "presequenced"), [prefix], 15)
+
+    assert measure_documents(present, 257, 4, end=END) == DocumentSample((2,), (6,), sequences=3, available=3)
+    assert measure_documents(present, 257, 8, end=END) is None
