@@ -9,11 +9,12 @@ import pytest
 import torch
 import training
 
+from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader
-from titan_cpt.data.mixture import Draw
+from titan_cpt.data.mixture import Draw, draws
 from titan_cpt.data.trained_text import TrainedPart
 from titan_cpt.planning.planner import make_plan
 
@@ -273,6 +274,27 @@ def test_a_stage_that_returns_to_a_dataset_continues_after_its_trained_windows(t
     assert len(again) == 20
     assert not {*again} & {*english[:36]}
     assert again[:12] == english[36:48]  # its own annealing steps were on a branch that was left
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 3, 7])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_ramp_has_the_batches_of_every_step_from_any_step_on(planned, first_step, ranks):
+    """Steps 0 to 2 have 4 sequences, later ones 8: the ranks together read those of the mixture, in its order."""
+    reader, plan_for = planned
+    tree = plan_for().stages[1].tree
+    sizes = BatchSizes((BatchPhase(0, 0, 4), BatchPhase(3, 12, 8)))
+
+    def batch_of(step):
+        return draws(tree, sizes.sequences_before(step), sizes.sequences_before(step + 1))
+
+    shape = {"batch_sizes": sizes, "local_batch": 2, "ranks": ranks, "workers": 0}
+    loaders = [
+        StageLoader(reader, batch_of, steps=8, first_step=first_step, rank=rank, **shape) for rank in range(ranks)
+    ]
+    for step in range(first_step, 8):
+        micro = sizes.at(step) // (2 * ranks)
+        read = [loader.batch(step, number).inputs_BL for loader in loaders for number in range(micro)]
+        assert np.array_equal(torch.cat(read), reader.read(batch_of(step)).tokens[:, :-1])
 
 
 # Replay in sequences of another length

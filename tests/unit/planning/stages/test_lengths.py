@@ -3,6 +3,8 @@
 from fractions import Fraction
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from plans import datasets, drawn, ordinals, stage
 
 from titan_cpt.data.mixture import Draw
@@ -162,3 +164,56 @@ def test_a_source_must_have_a_sequence_of_every_length_that_is_drawn_from_it(hea
     assert make(text, tokens={"pile": 50}).sequences == {("pile", 16): 3, ("german", 64): None}
     with pytest.raises(PlanError, match=r"datasets\.german\.train: 50 tokens are fewer than one sequence of 64 \+ 1"):
         make(text, tokens={"german": 50})
+
+
+STAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "data": st.sampled_from(["pile", "german", "books"]),
+            "seq_len": st.sampled_from([5, 16, 24, 64]),
+            "size": st.sampled_from([2, 3, 8]),
+            "steps": st.integers(1, 5),
+            "replays": st.booleans(),
+        }
+    ),
+    min_size=2,
+    max_size=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STAGES)
+def test_replay_is_the_trained_text_in_order_and_new_data_continues_behind_it(head, make, stages):
+    """Any stages, against lists of tokens: (length, ordinal, position) of everything that was trained on, in order.
+
+    Replay continues at the next token of the list, and begins again after its last one; budgets are exact.
+    """
+    text = head.replace("local_batch_size = 2", "local_batch_size = 1") + datasets("books")
+    for number, each in enumerate(stages):
+        keys = {"seq_len": each["seq_len"], "global_batch_size": each["size"]}
+        if each["replays"] and {earlier["data"] for earlier in stages[:number]} - {each["data"]}:
+            keys["replay"] = '{ fraction = 0.4, on_exhausted = "repeat" }'
+        text += stage(f"s{number}", each["data"], each["steps"], **keys)
+    try:
+        plan = make(text)
+    except PlanError as error:
+        assume("raise its weight" not in str(error))  # a dataset of which the earlier stages draw nothing
+        raise
+    trained, replayed_tokens = {}, {}
+    for number, each in enumerate(stages):
+        new, old = {}, {}
+        for draw in drawn(plan, f"s{number}"):
+            parts = draw.parts or (TrainedPart(each["seq_len"], draw.ordinal, 0, each["seq_len"]),)
+            tokens = [(part.seq_len, part.ordinal, place) for part in parts for place in range(part.start, part.stop)]
+            (old if draw.replayed else new).setdefault(draw.source, []).extend(tokens)
+        for source, tokens in old.items():
+            known, first = trained[source], replayed_tokens.get(source, 0)
+            assert tokens == [known[(first + place) % len(known)] for place in range(len(tokens))]
+            replayed_tokens[source] = first + len(tokens)
+        for source, tokens in new.items():
+            before = trained.setdefault(source, [])
+            assert tokens[0] == (each["seq_len"], -(-len(before) // each["seq_len"]), 0)
+            assert not {*tokens} & {*before}
+            before += tokens
+        total = sum(map(len, [*new.values(), *old.values()]))
+        assert total == plan.stages[number].tokens == each["steps"] * each["size"] * each["seq_len"]
