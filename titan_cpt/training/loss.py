@@ -183,7 +183,7 @@ def _softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor
     return losses_C, logits_CV
 
 
-def _softmax_for_compile(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _softmax_for_compile(logits_CV: Tensor, targets_C: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`_softmax` without a loop over chunks: torch.compile fuses it into few kernels without an fp32 copy of logits."""
     fp32_CV = logits_CV.float()
     log_norms_C1 = fp32_CV.logsumexp(dim=-1, keepdim=True)
@@ -196,7 +196,15 @@ def _softmax_for_compile(logits_CV: Tensor, targets_C: Tensor, scale: float) -> 
 
 @functools.cache
 def _compiled_softmax() -> "_Softmax":
-    return torch.compile(_softmax_for_compile, dynamic=False)
+    compiled = torch.compile(_softmax_for_compile, dynamic=False)
+
+    def softmax(logits_CV: Tensor, targets_C: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        # A tensor: a number would be compiled in, anew for each batch size of a ramp and each step of packed documents.
+        on_device = torch.full((), scale, dtype=torch.float32, device=logits_CV.device)
+        result: tuple[Tensor, Tensor] = compiled(logits_CV, targets_C, on_device)
+        return result
+
+    return softmax
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

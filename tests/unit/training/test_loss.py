@@ -1,10 +1,12 @@
 """The summed cross-entropy: values by hand, torch's own answer, chunks that leave no trace, no whole fp32 copy."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.data.batch import NO_TARGET
@@ -139,7 +141,7 @@ def test_the_softmax_for_torch_compile_gives_the_same(monkeypatch):
     monkeypatch.setattr(loss, "CPU_CHUNK_ELEMENTS", 150)
     logits_CV = torch.randn(14, 50, generator=torch.Generator().manual_seed(3))
     targets_C = torch.arange(14)
-    losses_C, grad_CV = loss._softmax_for_compile(logits_CV, targets_C, 0.5)
+    losses_C, grad_CV = loss._softmax_for_compile(logits_CV, targets_C, torch.tensor(0.5))
     chunked_losses_C, chunked_grad_CV = loss._softmax(logits_CV.clone(), targets_C, 0.5)
 
     torch.testing.assert_close(losses_C, chunked_losses_C, rtol=1e-6, atol=1e-6)
@@ -210,3 +212,17 @@ def test_positions_without_a_target_do_not_count(fused, chunk_tokens, monkeypatc
     torch.testing.assert_close(grad_weight, expected_weight, rtol=1e-5, atol=1e-7)
     assert not grad_x[0, [2, 5, 6, 8]].any()
     assert loss_and_gradients(x_BLD, torch.full_like(targets_BL, NO_TARGET))[0] == 0
+
+
+def test_the_compiled_softmax_is_compiled_once_however_the_tokens_of_a_step_vary(monkeypatch):
+    """Six scales give one graph, which torch's eager backend runs; losses and gradients are those of the plain one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    softmax = loss._compiled_softmax.__wrapped__()
+    logits, targets = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 0, 15, -1, 7])
+    for tokens in range(100, 106):
+        found, expected = (of(logits.clone(), targets, 1 / tokens) for of in (softmax, loss._softmax))
+        torch.testing.assert_close(found, expected)
+
+    assert counters["stats"]["unique_graphs"] == 1
