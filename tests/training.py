@@ -176,6 +176,7 @@ def loader_of(trainer: Trainer, stage: StagePlan) -> StageLoader:
         rank=0,
         ranks=1,
         workers=0,
+        source_numbers=stage.source_numbers,
         documents=trainer.documents(stage),
     )
 

@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,28 @@ def faults_of(case: Case, folder: Path) -> list[str]:
                     faults.append(f"{case.name}: {kind} step {o['step']}: {key} is {m[key]}, not {o[key]}")
             if m.get("batch_hash") != o.get("batch_hash"):
                 faults.append(f"{case.name}: step {o['step']}: another global batch")
+            if kind == "train":
+                faults += source_faults(case, m, o)
     return [*faults, *moment_faults(case, folder)]
+
+
+def source_faults(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Where a step's losses by source are not those of one process, or their mean over all tokens is not the loss."""
+    faults = []
+    total = nats = 0.0
+    for prefix in ("", "replay_"):
+        tokens, losses = (ours.get(f"{prefix}{what}_by_source", {}) for what in ("tokens", "loss"))
+        one = theirs.get(f"{prefix}loss_by_source", {})
+        if tokens != theirs.get(f"{prefix}tokens_by_source", {}) or losses.keys() != one.keys() != tokens.keys():
+            faults.append(f"{case.name}: step {ours['step']}: {prefix}tokens by source are {tokens}")
+        for name in losses.keys() & one.keys():
+            if not abs(losses[name] - one[name]) <= 2 * TOLERANCE[case.precision]:
+                faults.append(f"{case.name}: step {ours['step']}: {prefix}loss of {name} is not {one[name]}")
+        total += sum(tokens.values())
+        nats += sum(losses[name] * tokens[name] for name in losses)
+    if not total or not abs(nats / total - ours["loss_nats_per_token"]) <= 1e-5:
+        faults.append(f"{case.name}: step {ours['step']}: the sources have {nats} nats in {total} tokens")
+    return faults
 
 
 def moment_faults(case: Case, folder: Path) -> list[str]:

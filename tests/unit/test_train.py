@@ -127,6 +127,29 @@ def test_five_steps_are_those_of_a_plain_torch_loop(raw, local_batch):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("local_batch", [1, 4])
+def test_losses_by_source_are_those_of_the_sources_rows(raw, local_batch):
+    """German with replayed English: torch's loss on the rows of each, summed over all micro-batches of a step."""
+    raw["training"]["local_batch_size"] = local_batch
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        stage = trainer.plan.stages[1]
+        trainer.model.init_weights(0)
+        loader = training.loader_of(trainer, stage)
+        model = GPTNeoX(trainer.plan.spec)
+        model.load_state_dict(trainer.model.state_dict())
+        result = trainer.train_step(loader, stage, 0)
+        draws = trainer.plan.batch(stage, 0)
+        rows = torch.from_numpy(trainer.readers[stage.name].read(draws).tokens)
+        with torch.no_grad():
+            losses = F.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:], reduction="none").sum(dim=1)
+
+    assert {draw.replayed for draw in draws} == {True, False}
+    for (source, replayed), number in stage.source_numbers.items():
+        own = [row for row, draw in enumerate(draws) if (draw.source, draw.replayed) == (source, replayed)]
+        expected = [losses[own].sum().item(), 16.0 * len(own)]
+        assert result.sums_S2[number].tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_accumulation_does_not_change_a_run(raw):
     """Both stages, in 1, 2 and 4 micro-batches a step: every loss and norm, and the hashes exactly."""
     tables = []

@@ -374,3 +374,9 @@ def _lacks_final_newline(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 1))
         return file.read() != b"\n"
+
+
+def source_curves(line: Mapping[str, Any]) -> dict[str, float]:
+    """A `train` line's losses by source under their names in TensorBoard: train_by_source/X and replay_by_source/X."""
+    groups = {"loss_by_source": "train_by_source", "replay_loss_by_source": "replay_by_source"}
+    return {f"{groups[key]}/{name}": loss for key in groups for name, loss in line.get(key, {}).items()}

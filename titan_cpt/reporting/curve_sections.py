@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from titan_cpt.reporting.curves import CurveGroup, curve_groups, replay_curves, training_curves, validation_curves
+from titan_cpt.reporting.curves import (
+    CurveGroup,
+    curve_groups,
+    curves_of_source,
+    replay_curves,
+    trained_sources,
+    training_curves,
+    validation_curves,
+)
 from titan_cpt.reporting.html_parts import Section
 from titan_cpt.reporting.run_log import RunLog
 
@@ -14,6 +22,7 @@ if TYPE_CHECKING:
     from titan_cpt.reporting.figures import Figure
     from titan_cpt.reporting.plots import Panel
 
+_MOST_SOURCES = 12
 _RAW_SHOWN = 3  # of more curves, the values that were smoothed would cover each other
 
 
@@ -77,6 +86,24 @@ def training_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         caption += " Thin: each step." if len(groups) <= _RAW_SHOWN else ""
         caption += " ▲: a point above the y range, which ignores the first 3 % of the tokens."
         yield Section("Training loss", figures=[_figure("training", caption, panels, groups)])
+
+
+def sources_section(runs: Sequence[RunLog]) -> Iterator[Section]:
+    """Training loss of every source of the mixture, if there are several; replay has panels of its own."""
+    from titan_cpt.reporting.plots import Panel
+
+    sources = trained_sources(runs)
+    if len(sources) < 2:
+        return
+    groups = curve_groups(runs)
+    panels = []
+    for key, name in sources[:_MOST_SOURCES]:
+        title = f"replay of {name}" if key.startswith("replay") else name
+        panels.append(Panel(title, "nats per token", curves_of_source(groups, key, name), fits_all=False))
+    caption = "Training loss of each source, smoothed as above."
+    if len(sources) > _MOST_SOURCES:
+        caption += f" {len(sources) - _MOST_SOURCES} further sources are in metrics.jsonl and TensorBoard."
+    yield Section("Training loss by source", figures=[_figure("sources", caption, panels, groups)])
 
 
 def schedules_section(runs: Sequence[RunLog]) -> Iterator[Section]:

@@ -128,6 +128,26 @@ def training_curves(groups: Sequence[CurveGroup], key: str, *, smooth: bool = Fa
     return [_curve(group, number, read) for number, group in enumerate(groups)]
 
 
+def trained_sources(runs: Sequence[RunLog]) -> list[tuple[str, str]]:
+    """(key of a train line, name) of every source whose training loss the runs recorded, new data before replay."""
+    keys = ("loss_by_source", "replay_loss_by_source")
+    return [
+        (key, name)
+        for key in keys
+        for name in sorted({name for run in runs for line in run.trains for name in line.get(key) or ()})
+    ]
+
+
+def curves_of_source(groups: Sequence[CurveGroup], key: str, name: str) -> list[Curve]:
+    """The smoothed training loss of one source, see `trained_sources`."""
+
+    def read(run: RunLog) -> dict[Place, float]:
+        lines = ((line, (line.get(key) or {}).get(name)) for line in run.trains)
+        return _thinned(_smoothed({(line["stage"], line["step"]): loss for line, loss in lines if loss is not None}))
+
+    return [_curve(group, number, read) for number, group in enumerate(groups)]
+
+
 def replay_curves(groups: Sequence[CurveGroup]) -> list[Curve]:
     """Replayed tokens in percent of each step's tokens, smoothed.
 

@@ -9,6 +9,7 @@ from titan_cpt.reporting.curve_sections import (
     forgetting_section,
     loss_curves_section,
     schedules_section,
+    sources_section,
     training_section,
 )
 from titan_cpt.reporting.html_parts import Section
@@ -37,6 +38,7 @@ def sections(runs: Sequence[RunLog]) -> Iterator[Section]:
     yield from forgetting_section(runs)
     yield from trade_off_section(rows, runs)
     yield from training_section(runs)
+    yield from sources_section(runs)
     yield from schedules_section(runs)
     yield from benchmark_sections(runs)
     yield from data_section(runs)

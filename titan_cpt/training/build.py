@@ -127,7 +127,7 @@ def build(
     validator = _build_validator(config, plan, data, mesh)
     notes += [f"{label} is not measured: {why}" for label, why in validator.lacking.items()]
     _print_notes(console, [*notes, *attention.notes])
-    log = _start_log(config, plan, process, folder, console, resumed=checkpoint is not None)
+    log = _start_log(config, plan, mesh, folder, console, resumed=checkpoint is not None)
     run_step = 0 if checkpoint is None else checkpoint.manifest["run_step"]
     display = Display(plan, console, steps_done=run_step)
     if console.verbosity == Verbosity.VERBOSE:
@@ -146,6 +146,7 @@ def build(
         guard=guard,
         mesh=mesh,
         max_norm=config.training.max_norm,
+        sources=max(len(stage.source_numbers) for stage in plan.stages),
         float8_gather=config.float8.enable_fsdp_float8_all_gather,
     )
     graphs = CudaGraphs(process.device) if config.training.cuda_graphs else None
@@ -325,12 +326,12 @@ def _build_profiler(config: Config, process: ProcessInfo, folder: Path, display:
 
 
 def _start_log(
-    config: Config, plan: Plan, process: ProcessInfo, folder: Path, console: RunConsole, *, resumed: bool
+    config: Config, plan: Plan, mesh: Mesh, folder: Path, console: RunConsole, *, resumed: bool
 ) -> MetricsLog:
     """Open the metrics log, log the settings that changed since the last session, write config.toml and plan.json."""
-    log = _open_log(config, plan, process, folder)
+    log = _open_log(config, plan, mesh, folder)
     _print_notes(console, log.problems)
-    if process.rank == 0:
+    if mesh.process.rank == 0:
         if resumed:
             _log_changed_settings(log, console, changed_settings(folder / CONFIG_FILE, config))
         if write_run_config(folder / CONFIG_FILE, config) or log.is_new:
@@ -339,10 +340,10 @@ def _start_log(
     return log
 
 
-def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) -> MetricsLog:
+def _open_log(config: Config, plan: Plan, mesh: Mesh, folder: Path) -> MetricsLog:
     over_steps: Callable[[int | None], ScalarWriter] | None = None
     over_tokens: Callable[[int | None], ScalarWriter] | None = None
-    if process.rank == 0 and config.metrics.enable_tensorboard:
+    if mesh.process.rank == 0 and config.metrics.enable_tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # its import takes half a second
 
         no_comment = ""  # the second parameter; MetricsLog passes the third, purge_step
@@ -351,12 +352,13 @@ def _open_log(config: Config, plan: Plan, process: ProcessInfo, folder: Path) ->
         over_tokens = partial(SummaryWriter, str(curves / TOKENS_FOLDER), no_comment)
     log = MetricsLog(
         folder,
-        writing=process.rank == 0,
+        writing=mesh.process.rank == 0,
         tensorboard=over_steps,
         over_tokens=over_tokens,
         tokens_at=plan.tokens_at,
-        peak_flops=peak_flops(process.device) * process.world_size,
+        peak_flops=peak_flops(mesh.process.device) * mesh.process.world_size,
         stages=[stage.name for stage in plan.stages],
+        sum_over_ranks=mesh.sum_loss,
     )
     if log.last_start and "validation" not in log.last_start:  # by an older version: its config has the windows
         log.last_start["validation_sequences"] = last_setting(folder / CONFIG_FILE, "validation", "sequences")

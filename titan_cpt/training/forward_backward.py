@@ -31,7 +31,7 @@ from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
+from titan_cpt.training.loss import SourceSums, fused_linear_cross_entropy, summed_cross_entropy
 from titan_cpt.training.optimizer import UpdateGuard, clip_grad_norm
 
 
@@ -57,24 +57,30 @@ class SingleStageRunner:
         """The modules whose forward and backward pass run."""
         return [cast(LanguageModel, self.model)]
 
-    def backward(self, batch: Batch, step_tokens: int) -> Tensor:
+    def backward(self, batch: Batch, step_tokens: int, sums_S2: Tensor | None = None) -> Tensor:
         """Accumulate this micro-batch's gradients; returns its share of the global batch's mean loss, nats per token.
 
         Args:
             step_tokens: target tokens of the global batch, by which the summed loss is divided.
+            sums_S2: adds to these sums of every source, see `SourceSums`; needs the batch's sources.
         """
         inputs_BL = local_inputs(batch.inputs_BL, self.mesh)
         targets_BL = local_tokens(batch.targets_BL, self.mesh)
         if self.copy is not None:
             self.copy.refresh()
         documents = local_documents(batch, self.mesh)
+        by_source = source_sums(batch.sources_B, sums_S2)
         with sharded_loss(self.mesh):
             if self.mesh.parallel_dims.tp > 1:  # tensor parallelism splits the head's rows over ranks
                 logits_BLV = unpadded(self.model(inputs_BL, **documents), targets_BL)
-                loss = summed_cross_entropy(logits_BLV, targets_BL) / step_tokens
+                loss = summed_cross_entropy(logits_BLV, targets_BL, by_source=by_source) / step_tokens
             else:
                 head_and_loss = partial(
-                    fused_linear_cross_entropy, targets_BL=targets_BL, scale=1 / step_tokens, compiled=self.compiled
+                    fused_linear_cross_entropy,
+                    targets_BL=targets_BL,
+                    scale=1 / step_tokens,
+                    compiled=self.compiled,
+                    by_source=by_source,
                 )
                 loss = self.model(inputs_BL, head_and_loss, **documents)
             if self.copy is not None:
@@ -124,6 +130,8 @@ class PipelineRunner:
         self.width = width
         self.group = mesh.pipeline
         self._step_tokens = 1
+        self._sums_S2: Tensor | None = None
+        self._has_sources = False
         dims = mesh.parallel_dims
         self.owners = {
             stage: dist.get_global_rank(self.group, rank) for rank in range(dims.pp) for stage in dims.stages_of(rank)
@@ -141,13 +149,17 @@ class PipelineRunner:
         """The last pipeline stage, which computes the logits, if it is on this rank; else None."""
         return self.stages.get(self.mesh.parallel_dims.pipeline_stages - 1)
 
-    def backward(self, batch: Batch, step_tokens: int) -> Tensor:
+    def backward(self, batch: Batch, step_tokens: int, sums_S2: Tensor | None = None) -> Tensor:
         """As `SingleStageRunner.backward`; 0 on ranks without the last pipeline stage."""
-        self._step_tokens = step_tokens
+        self._step_tokens, self._sums_S2, self._has_sources = step_tokens, sums_S2, batch.sources_B is not None
         if batch.inputs_BL.shape != self._shape:  # on every rank at the same step, where a stage has other batches
             self._schedule, self._shape = self._schedule_of(len(batch.inputs_BL)), batch.inputs_BL.shape
         inputs = (local_inputs(batch.inputs_BL, self.mesh),) if 0 in self.stages else ()
-        target = local_tokens(batch.targets_BL, self.mesh) if self.last is not None else None
+        target = None
+        if self.last is not None:
+            target = local_tokens(batch.targets_BL, self.mesh)
+            if batch.sources_B is not None:  # a last column: the schedule splits it into micro-batches as well
+                target = torch.cat([target, batch.sources_B.to(target.device)[:, None]], dim=1)
         losses: list[Tensor] | None = [] if self.last is not None else None
         documents = local_documents(batch, self.mesh)  # every pipeline stage needs them; split into micro-batches
         with sharded_loss(self.mesh):
@@ -207,8 +219,13 @@ class PipelineRunner:
                 dist.send(x.contiguous(), dst=next_rank, group=self.group)
         return x if self.last is not None else None
 
-    def _loss(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        return summed_cross_entropy(unpadded(logits_BLV, targets_BL), targets_BL) / self._step_tokens
+    def _loss(self, logits_BLV: Tensor, target: Tensor) -> Tensor:
+        by_source = None
+        if self._has_sources:
+            target, sources_B = target[:, :-1], target[:, -1]
+            by_source = source_sums(sources_B, self._sums_S2)
+        logits_BLV = unpadded(logits_BLV, target)
+        return summed_cross_entropy(logits_BLV, target, by_source=by_source) / self._step_tokens
 
 
 ModelRunner = SingleStageRunner | PipelineRunner
@@ -232,11 +249,13 @@ class StepResult:
         loss: mean over the global batch in nats per token, 0-dimensional.
         grad_norm: L2 norm before clipping, 0-dimensional.
         health: result of `UpdateGuard.observe`, [2]; None for a skipped batch.
+        sums_S2: this rank's share of the sums of every source, see `SourceSums`; None for a skipped batch.
     """
 
     loss: Tensor
     grad_norm: Tensor
     health: Tensor | None
+    sums_S2: Tensor | None = None
 
 
 class EagerStep:
@@ -248,6 +267,7 @@ class EagerStep:
         optimizer: updates `model`.
         guard: of the optimizer's steps.
         max_norm: largest L2 norm of the clipped gradients.
+        sources: S, the largest number of sources of a stage.
         float8_gather: FSDP2 gathers weights in float8, whose scales an update changes.
     """
 
@@ -260,6 +280,7 @@ class EagerStep:
         guard: UpdateGuard,
         mesh: Mesh,
         max_norm: float,
+        sources: int = 1,
         float8_gather: bool = False,
     ) -> None:
         self.model = model
@@ -270,6 +291,7 @@ class EagerStep:
         self.max_norm = max_norm
         self.float8_gather = float8_gather
         self._loss = torch.zeros((), device=mesh.process.device)
+        self.sums_S2 = torch.zeros(sources, 2, dtype=torch.float64, device=mesh.process.device)
 
     def restart(self) -> None:
         """Call before the first step, and after anything but `update` has changed weights or optimizer: no effect."""
@@ -281,15 +303,17 @@ class EagerStep:
             step_tokens: target tokens of the global batch.
             first: it is the step's first micro-batch.
         """
-        share = self.runner.backward(batch, step_tokens)
+        if first:
+            self.sums_S2 = torch.zeros_like(self.sums_S2)
+        share = self.runner.backward(batch, step_tokens, self.sums_S2)
         self._loss = share if first else self._loss + share
 
     def update(self) -> StepResult:
         """Clip, check and apply the gradients, then clear them. A non-finite loss or gradient changes nothing."""
-        return self.apply_gradients(self._loss)
+        return self.apply_gradients(self._loss, self.sums_S2)
 
-    def apply_gradients(self, loss: Tensor) -> StepResult:
-        """`update`, given this rank's loss."""
+    def apply_gradients(self, loss: Tensor, sums_S2: Tensor) -> StepResult:
+        """`update`, given this rank's loss and sums."""
         loss = self.mesh.sum_loss(loss)
         grad_norm = clip_grad_norm(self.model, self.max_norm, self.mesh.pipeline, optimizer=self.optimizer)
         loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
@@ -298,7 +322,7 @@ class EagerStep:
         if self.float8_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm, health)
+        return StepResult(loss, grad_norm, health, sums_S2)
 
 
 def local_tokens(tokens_BL: Tensor, mesh: Mesh) -> Tensor:
@@ -325,6 +349,13 @@ def local_documents(batch: Batch, mesh: Mesh) -> dict[str, Any]:
     given = {name: tensor_BL for name in padding if (tensor_BL := getattr(batch, name)) is not None}
     local = {name: local_inputs(tensor_BL, mesh, padding=padding[name]) for name, tensor_BL in given.items()}
     return local if batch.bounds is None else {**local, "bounds": batch.bounds}
+
+
+def source_sums(sources_B: Tensor | None, sums_S2: Tensor | None) -> SourceSums | None:
+    """Where the loss of a micro-batch is added by source; None if nobody wants that."""
+    if sources_B is None or sums_S2 is None:
+        return None
+    return SourceSums(sums_S2, sources_B.to(sums_S2.device, non_blocking=True))
 
 
 def unpadded(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:

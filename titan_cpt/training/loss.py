@@ -9,6 +9,7 @@ Shape letters: B sequences, L positions, D width, V vocabulary, T = B x L tokens
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,36 @@ CHUNK_ELEMENTS = 2**24
 """Number of fp32 logits at a time on other devices: 64 MiB, for few kernel launches."""
 
 
+@dataclass(frozen=True)
+class SourceSums:
+    """Sums over the targets of each source, to which the loss functions add while they compute the loss.
+
+    Attributes:
+        sums_S2: loss in nats and number of targets of every source, float64, on the device; changed in place.
+        sources_B: number of each sequence's source, in [0, S).
+    """
+
+    sums_S2: Tensor
+    sources_B: Tensor
+
+    @torch.no_grad()
+    def add(self, losses_T: Tensor, targets_BL: Tensor) -> None:
+        """Add the losses of the tokens of a micro-batch. A source's NaN does not spread to the others."""
+        counted_BL = targets_BL >= 0
+        losses_B = losses_T.view_as(targets_BL).sum(dim=1, dtype=torch.float64)
+        rows_B2 = torch.stack([losses_B, counted_BL.sum(dim=1, dtype=torch.float64)], dim=1)
+        numbers_S = torch.arange(len(self.sums_S2), device=self.sources_B.device)
+        self.sums_S2.add_(rows_B2.where((self.sources_B == numbers_S[:, None])[:, :, None], 0.0).sum(dim=1))
+
+
 def fused_linear_cross_entropy(
-    x_BLD: Tensor, weight_VD: Tensor, *, targets_BL: Tensor, scale: float, compiled: bool = False
+    x_BLD: Tensor,
+    weight_VD: Tensor,
+    *,
+    targets_BL: Tensor,
+    scale: float,
+    compiled: bool = False,
+    by_source: SourceSums | None = None,
 ) -> Tensor:
     """`summed_cross_entropy` of the logits x W^T, times `scale`, without materializing the logits of all tokens.
 
@@ -43,6 +72,7 @@ def fused_linear_cross_entropy(
         targets_BL: ids of the target tokens, int64, in [0, V); the loss ignores positions with a negative one.
         scale: factor of the loss, such as 1 / tokens of the global batch.
         compiled: compile the softmax with torch.compile, on CUDA only.
+        by_source: sums to which the losses are added, not scaled.
 
     Returns:
         A scalar in fp32.
@@ -50,11 +80,11 @@ def fused_linear_cross_entropy(
     softmax: _Softmax = _softmax
     if compiled and x_BLD.is_cuda:  # on a CPU the compiled one is slower
         softmax = _compiled_softmax()
-    total: Tensor = _FusedLinearCrossEntropy.apply(x_BLD, weight_VD, targets_BL, scale, softmax)  # type: ignore[no-untyped-call]
+    total: Tensor = _FusedLinearCrossEntropy.apply(x_BLD, weight_VD, targets_BL, scale, softmax, by_source)  # type: ignore[no-untyped-call]
     return total
 
 
-def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, *, by_source: SourceSums | None = None) -> Tensor:
     """Sum over all tokens of -log softmax(logits)[target], in nats; a scalar in fp32, whatever the dtype of the logits.
 
     Positions with a negative target do not count. Padding rows of the vocabulary are rows like any other; they are
@@ -65,6 +95,7 @@ def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     Args:
         logits_BLV: scores, in any floating dtype; a DTensor only within `loss_parallel`, which must span backward too.
         targets_BL: ids of the target tokens, int64, in [0, V); negative where there is none (NO_TARGET).
+        by_source: sums to which the losses are added.
 
     Returns:
         A plain 0-dimensional tensor.
@@ -72,9 +103,12 @@ def summed_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     logits_TV = logits_BLV.flatten(0, 1)
     targets_T = targets_BL.flatten()
     if isinstance(logits_TV, DTensor):
-        total = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum", ignore_index=NO_TARGET)
+        losses_T = F.cross_entropy(logits_TV.float(), targets_T, reduction="none", ignore_index=NO_TARGET)
+        total = losses_T.sum()
     else:
-        total = _SummedCrossEntropy.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
+        total, losses_T = _SummedCrossEntropy.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
+    if by_source is not None:
+        by_source.add(losses_T.full_tensor() if isinstance(losses_T, DTensor) else losses_T, targets_BL)
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
@@ -83,19 +117,25 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor, scale: float, softmax: "_Softmax"
+        ctx: Any,
+        x_BLD: Tensor,
+        weight_VD: Tensor,
+        targets_BL: Tensor,
+        scale: float,
+        softmax: "_Softmax",
+        by_source: SourceSums | None,
     ) -> Tensor:
         x_TD = x_BLD.flatten(0, 1)
         targets_T = targets_BL.flatten()
         chunk = logits_chunk(_memory_of(x_BLD.device)) if x_BLD.is_cuda else LOGITS_CHUNK
         chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // chunk)
-        losses_T = []
+        losses = []
         grad_x_TD = torch.empty_like(x_TD) if any(ctx.needs_input_grad) else None
         grad_VD: Tensor | None = None
         first = 0
         for x_CD, targets_C in zip(x_TD.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True):
             losses_C, grad_CV = softmax(linear(x_CD, weight_VD), targets_C, scale)
-            losses_T.append(losses_C)
+            losses.append(losses_C)
             if grad_x_TD is not None:
                 multiply(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
                 if grad_CV.is_cuda:
@@ -108,13 +148,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                         grad_VD += share_VD
             first += len(x_CD)
         ctx.gradients = grad_x_TD.view_as(x_BLD) if grad_x_TD is not None else None, grad_VD
-        return torch.cat(losses_T).sum() * scale
+        losses_T = torch.cat(losses)
+        if by_source is not None:
+            by_source.add(losses_T, targets_BL)
+        return losses_T.sum() * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         (grad_x_BLD, grad_VD), ctx.gradients = ctx.gradients, None
-        return grad_x_BLD.mul_(grad_total), grad_VD.mul_(grad_total), None, None, None
+        return grad_x_BLD.mul_(grad_total), grad_VD.mul_(grad_total), None, None, None, None
 
 
 def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:
@@ -211,7 +254,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Saves the logits and one fp32 number per token, and recomputes the softmax in backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
         log_norms_T = torch.empty(logits_TV.shape[0], dtype=torch.float32, device=logits_TV.device)
         losses_T = torch.empty_like(log_norms_T)
         for chunk in _chunks(logits_TV):
@@ -221,11 +264,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
             losses_C = log_norms_T[chunk] - chunk_CV.gather(-1, ids_C1).squeeze(-1)
             losses_T[chunk] = losses_C.masked_fill_(targets_T[chunk] < 0, 0.0)
         ctx.save_for_backward(logits_TV, targets_T, log_norms_T)
-        return losses_T.sum()
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.sum(), losses_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor, None]:
         logits_TV, targets_T, log_norms_T = ctx.saved_tensors
         grad_TV = torch.empty_like(logits_TV)
         for chunk in _chunks(logits_TV):

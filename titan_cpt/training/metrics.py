@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from titan_cpt.common.gpus import peak_flops_of
-from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics
+from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics, source_curves
 from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.common.version import own_version
 
@@ -93,6 +93,36 @@ class _EventsFile:
             self._writer.close()
 
 
+class SumsBySource(NamedTuple):
+    """One rank's sums of a step.
+
+    Attributes:
+        sums_S2: loss in nats and number of targets of every source, on the device; rows after the last source are 0.
+        sources: (source, whether it is replayed), in the order of the rows.
+    """
+
+    sums_S2: Tensor
+    sources: Sequence[tuple[str, bool]]
+
+
+def by_source_keys(
+    sources: Sequence[tuple[str, bool]], sums: Sequence[tuple[float, float]]
+) -> dict[str, dict[str, float]]:
+    """The keys of a `train` line with the mean loss and the number of target tokens of every source in the step.
+
+    Args:
+        sums: loss in nats and number of targets of each source, over all ranks.
+    """
+    keys: dict[str, dict[str, float]] = {}
+    for (source, replayed), (nats, targets) in zip(sources, sums, strict=False):
+        prefix = "replay_" if replayed else ""
+        if targets:
+            keys.setdefault(f"{prefix}tokens_by_source", {})[source] = int(targets)
+            if math.isfinite(nats):
+                keys.setdefault(f"{prefix}loss_by_source", {})[source] = nats / targets
+    return keys
+
+
 class MetricsLog:
     """Writes a run's metrics; on ranks other than 0 it only measures throughput.
 
@@ -107,6 +137,7 @@ class MetricsLog:
         tokens_at: tokens of the run after a number of its steps.
         peak_flops: sum over all ranks in FLOP/s; NaN if unknown.
         stages: names of the stages, in the order of the plan.
+        sum_over_ranks: sums a tensor over all ranks; collective.
 
     Raises:
         DataError: metrics.jsonl cannot be opened. Damaged lines are named in `problems`.
@@ -122,6 +153,7 @@ class MetricsLog:
         stages: Sequence[str] = (),
         over_tokens: Callable[[int | None], ScalarWriter] | None = None,
         tokens_at: Callable[[int], int] = int,
+        sum_over_ranks: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
         self._record = open_metrics_file(run / METRICS_FILE) if writing else None
         self._unwritten = b""
@@ -143,6 +175,8 @@ class MetricsLog:
         self._over_tokens = None if over_tokens is None else _EventsFile(over_tokens, tokens_at)
         self._peak_flops = peak_flops
         self._pending: list[tuple[dict[str, Any], Tensor]] = []
+        self._pending_sums: list[SumsBySource | None] = []
+        self._sum_over_ranks = sum_over_ranks
         self._tokens = 0
         self._flops = 0.0
         self._since = time.perf_counter()
@@ -156,6 +190,7 @@ class MetricsLog:
         tokens: int,
         flops_per_token: float,
         health: Tensor | None = None,
+        by_source: SumsBySource | None = None,
     ) -> None:
         """Add a step: values that the host knows, and tensors that the device may still be computing. No host sync.
 
@@ -164,19 +199,22 @@ class MetricsLog:
             tokens: tokens of the step, for the throughput.
             flops_per_token: FLOP of the step per token, for MFU.
             health: the result of `UpdateGuard.observe`; None for a skipped batch.
+            by_source: this rank's sums by source; None for a skipped batch.
         """
         flags = torch.zeros(2, device=loss.device) if health is None else health
         self._pending.append((fields, torch.stack([loss.float(), grad_norm.float(), *flags])))
+        self._pending_sums.append(by_source)
         self._tokens += tokens
         self._flops += flops_per_token * tokens
 
     def flush(self) -> list[dict[str, Any]]:
-        """Wait for the device, write the steps added since the last call, and return their lines.
+        """Wait for the device, write the steps added since the last call, and return their lines; collective.
 
         The returned lines have two more keys: `held_back`, whether the guard prevented the update, and `loss_z_score`.
         """
         if not self._pending:
             return []
+        by_source = self._summed_by_source()
         values = torch.stack([tensor for _, tensor in self._pending]).tolist()
         elapsed = time.perf_counter() - self._since
         speed = self._tokens / elapsed if elapsed > 0 else math.nan
@@ -186,13 +224,15 @@ class MetricsLog:
             **peak_memory(),
         }
         lines = []
-        for (fields, _), (loss, grad_norm, held_back, z_score) in zip(self._pending, values, strict=True):
+        steps = zip(self._pending, values, by_source, strict=True)
+        for (fields, _), (loss, grad_norm, held_back, z_score), sources in steps:
             batch_hash = fields.pop("batch_hash")
-            line = {"kind": "train", **fields, "loss_nats_per_token": loss, "grad_norm": grad_norm, **shared}
+            line = {"kind": "train", **fields, "loss_nats_per_token": loss, "grad_norm": grad_norm, **sources, **shared}
             lines.append({**line, "held_back": held_back > 0, "loss_z_score": z_score})
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
+            self._scalars(line["run_step"], source_curves(line))
         if lines[-1]["stage"] in self._stage_numbers:
             self._scalars(lines[-1]["run_step"], {"data/stage": self._stage_numbers[lines[-1]["stage"]]})
         points = {f"throughput/{key}": value for key, value in shared.items() if key != "memory_active_gib"}
@@ -201,9 +241,17 @@ class MetricsLog:
             points["memory/max_reserved(GiB)"] = shared["memory_gib"]
         self._scalars(lines[-1]["run_step"], points)
         self._pending.clear()
+        self._pending_sums.clear()
         self._sync()
         self.restart_clock()
         return lines
+
+    def _summed_by_source(self) -> list[dict[str, dict[str, float]]]:
+        """The keys of each pending step's line with losses and tokens by source; one all-reduce for all steps."""
+        sums = [None if of_step is None else of_step.sums_S2 for of_step in self._pending_sums]
+        if given := [sums_S2 for sums_S2 in sums if sums_S2 is not None]:
+            summed = iter(self._sum_over_ranks(torch.stack(given)).tolist())
+        return [{} if each is None else by_source_keys(each.sources, next(summed)) for each in self._pending_sums]
 
     def restart_clock(self) -> None:
         """Restart the measurement of tokens/s, to exclude time spent on validation, saving or waiting."""

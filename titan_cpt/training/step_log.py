@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.forward_backward import StepResult
+from titan_cpt.training.metrics import SumsBySource
 from titan_cpt.training.state import TrainerState
 
 
@@ -23,6 +24,7 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
     }
     if result.health is None:
         fields["skipped"] = True
+    sums = None if result.sums_S2 is None else SumsBySource(result.sums_S2, tuple(stage.source_numbers))
     state.log.step(
         fields,
         loss=result.loss,
@@ -30,4 +32,5 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         tokens=stage.step_tokens(step),
         flops_per_token=stage.flops_per_token,
         health=result.health,
+        by_source=sums,
     )

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_cpt.data.batch import NO_TARGET
 from titan_cpt.training import loss
-from titan_cpt.training.loss import fused_linear_cross_entropy, summed_cross_entropy
+from titan_cpt.training.loss import SourceSums, fused_linear_cross_entropy, summed_cross_entropy
 
 
 def example(dtype, *, sequences=2, length=7, vocabulary=50):
@@ -164,6 +164,40 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch):
         fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL, scale=1.0).backward()
 
     assert max(sizes) == 300
+
+
+# Losses by source
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_losses_are_added_to_the_sums_of_their_sources(fused):
+    """Three sequences of sources 2, 0, 2; one target is ignored; source 1 has none. Sums of torch's losses in fp64."""
+    generator = torch.Generator().manual_seed(5)
+    x_BLD, weight_VD = torch.randn(3, 4, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    targets_BL = torch.randint(0, 20, (3, 4), generator=generator)
+    targets_BL[2, 3] = -1
+    logits_BVL = (x_BLD @ weight_VD.t()).double().transpose(1, 2)
+    losses_BL = F.cross_entropy(logits_BVL, targets_BL, reduction="none", ignore_index=-1)
+    sums_S2 = torch.full((4, 2), 1.0, dtype=torch.float64)
+    by_source = SourceSums(sums_S2, torch.tensor([2, 0, 2]))
+    if fused:
+        fused_linear_cross_entropy(x_BLD, weight_VD, targets_BL=targets_BL, scale=0.5, by_source=by_source)
+    else:
+        summed_cross_entropy(x_BLD @ weight_VD.t(), targets_BL, by_source=by_source)
+
+    expected = [[losses_BL[1].sum(), 4.0], [0.0, 0.0], [losses_BL[[0, 2]].sum(), 7.0], [0.0, 0.0]]
+    torch.testing.assert_close(sums_S2 - 1.0, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_a_sources_nan_does_not_reach_the_other_sources():
+    """So the log shows which source it came from."""
+    logits_BLV = torch.zeros(2, 1, 4)
+    logits_BLV[0] = torch.nan
+    sums_S2 = torch.zeros(2, 2, dtype=torch.float64)
+    summed_cross_entropy(logits_BLV, torch.tensor([[1], [1]]), by_source=SourceSums(sums_S2, torch.tensor([0, 1])))
+
+    assert sums_S2[0].isnan().tolist() == [True, False]
+    assert sums_S2[1].tolist() == pytest.approx([math.log(4), 1.0])
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from titan_cpt.common.metrics_file import open_metrics_file
 from titan_cpt.training import metrics
-from titan_cpt.training.metrics import MetricsLog, peak_flops
+from titan_cpt.training.metrics import MetricsLog, SumsBySource, peak_flops
 
 STEP_KEYS = [
     "kind",
@@ -42,6 +42,33 @@ def numbers(step, *, stage="a", lr=1e-3):
 def keep(log, step, *, loss=2.5, grad_norm=0.5, tokens=64, flops_per_token=6):
     measured = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(grad_norm)}
     log.step(numbers(step), **measured, tokens=tokens, flops_per_token=flops_per_token)
+
+
+def test_losses_by_source_are_means_over_all_ranks_and_only_finite(tmp_path):
+    """Two ranks with equal sums: 12 nats in 4 + 4 targets. The NaN's tokens count; a skipped batch has no sources."""
+    names = (("pile", False), ("wiki.de", False), ("pile", True), ("unused", False))
+    sums_S2 = torch.tensor([[6.0, 4.0], [math.nan, 2.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    log = MetricsLog(
+        tmp_path,
+        writing=True,
+        tensorboard=partial(SummaryWriter, str(tmp_path / "tb"), ""),
+        peak_flops=600.0,
+        sum_over_ranks=lambda share: 2 * share,
+    )
+    for step, by_source in ((1, SumsBySource(sums_S2, names)), (2, None)):
+        measured = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "flops_per_token": 6}
+        log.step(numbers(step), **measured, tokens=64, by_source=by_source)
+    log.flush()
+    log.close()
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+    assert first["loss_by_source"] == {"pile": 1.5}
+    assert first["tokens_by_source"] == {"pile": 8, "wiki.de": 4}
+    assert (first["replay_loss_by_source"], first["replay_tokens_by_source"]) == ({"pile": 1.0}, {"pile": 2})
+    assert not any("by_source" in key for key in second)
+    curves = curves_in(tmp_path / "tb")
+    assert curves["train_by_source/pile"] == [(101, 1.5)]
+    assert curves["replay_by_source/pile"] == [(101, 1.0)]
 
 
 def validation(stage, step, dataset, loss, forgetting=None):

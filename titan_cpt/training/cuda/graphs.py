@@ -119,6 +119,7 @@ class CapturedStep:
         self._lrs = [torch.zeros((), dtype=dtype, device=device) for _ in eager.optimizer.param_groups]
         if isinstance(eager.optimizer, TritonAdamW):
             eager.optimizer.uploads = False  # `update` does it, outside of the capture
+        self._sums_S2 = torch.zeros_like(eager.sums_S2)
         self._batch: Batch | None = None
         self._step_tokens = 0
         self._replays: dict[Callable[[], None], Callable[[], None]] = {}
@@ -171,7 +172,7 @@ class CapturedStep:
             self.compute_copy.note_update()
         self._steps += 1
         loss, grad_norm, *health = self._result.clone()
-        return StepResult(loss, grad_norm, torch.stack(health))
+        return StepResult(loss, grad_norm, torch.stack(health), self._sums_S2.clone())
 
     def _run(self, work: Callable[[], None]) -> None:
         if self._steps < EAGER_STEPS:
@@ -184,6 +185,7 @@ class CapturedStep:
     def _first(self) -> None:
         if self.compute_copy is not None:
             self.compute_copy.note_update()  # every replay casts the weights, even if a validation had just cast them
+        self._sums_S2.zero_()
         self._loss.copy_(self._share())
 
     def _further(self) -> None:
@@ -191,11 +193,11 @@ class CapturedStep:
 
     def _share(self) -> Tensor:
         assert self._batch is not None, "`backward` has set it"
-        return self.eager.runner.backward(self._batch, self._step_tokens)
+        return self.eager.runner.backward(self._batch, self._step_tokens, self._sums_S2)
 
     def _update(self) -> None:
         with self._lr_on_device():
-            result = self.eager.apply_gradients(self._loss)
+            result = self.eager.apply_gradients(self._loss, self._sums_S2)
         assert result.health is not None, "this batch was not skipped"
         self._result.copy_(torch.cat([torch.stack([result.loss, result.grad_norm]), result.health]))
 
