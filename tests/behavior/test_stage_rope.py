@@ -198,6 +198,7 @@ def test_an_export_and_its_import_have_the_stages_rope(run, stage, tmp_path):
 
     assert {key: parameters[key] for key in STAGES[stage][1]} == STAGES[stage][1]
     assert model.config.max_position_embeddings == (32 if stage == "llama3" else 16)
+    assert f"- RoPE: base {STAGES[stage][1]['rope_theta']:g}" in (tmp_path / "out" / "README.md").read_text()
     assert_close(loaded_logits(checkpoint), theirs_BLV)
     assert torch.equal(loaded_logits(checkpoint), loaded_logits(tmp_path / "again"))
     assert any(line.startswith("logits are those of transformers") for line in lines)
@@ -212,6 +213,19 @@ def test_a_run_says_where_the_rope_changes(run):
     assert "RoPE: base 300 without scaling -> base 300, yarn x 4 of 16 tokens (beta_fast 8)" in text
     assert "-> base 700, llama3 x 8 of 32 tokens" in text
     assert text.count("RoPE:") == 3
+
+
+def test_a_rope_that_changed_under_a_run_is_refused(run, data):
+    """With the stage's key, the old and the new value; a stage that has lost its RoPE too."""
+    folder, family, _ = run
+    raw = config_of(data, folder.parent, family)
+    raw["stages"][1].pop("rope")
+    raw["stages"][2]["rope"]["factor"] = 8.0
+    with StopRequest() as stop, pytest.raises(CheckpointError) as refusal:
+        build(Trainer, training.config_of(raw), init_process_group(), folder, stop)
+
+    assert "stages.base.rope.base: 300.0 -> not set" in str(refusal.value)
+    assert "stages.yarn.rope.factor: 4.0 -> 8.0" in str(refusal.value)
 
 
 FOREIGN = ("checkpoint", "hf")

@@ -46,6 +46,7 @@ def model_card(
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
         f"- Model: {spec.family}, {spec.parameters:,} parameters, {spec.vocab_size:,} vocabulary rows, in {dtype}",
+        f"- RoPE: {spec.rope}",
         f"- Base model: {f'`{base_model.name}`' if base_model else 'none (random initialization)'}",
         f"- Tokenizer: {_describe_tokenizer(tokenizer, warning)}",
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),

@@ -30,9 +30,10 @@ def garbage_is_collected_again():
 
 
 def infinite_twice(folder):
-    """English, then German with replay and kept optimizer state: both infinite, with end points between two steps."""
+    """English with its own RoPE, then German with replay: both infinite, with end points between two steps."""
     raw = training.two_stages(training.write_languages(folder), folder)
     raw = training.changed(raw, checkpoint={"interval": 2, "keep_latest_k": 20})
+    raw["stages"][0] |= {"rope": {"base": 500.0}}
     raw["stages"][0]["lr"] |= {"warmup_until": 0.07, "cooldown_until": 0.29}
     raw["stages"][1]["lr"] = {
         "schedule": "infinite_inv_sqrt",
@@ -118,6 +119,8 @@ def test_a_branch_from_a_renamed_copy_has_the_original_checkpoint_name(trunk):
 
     assert status == 0
     assert training.checkpoints_of(trunk.parent / "off-a-copy") == ["english/step-00000006"]
+    linked = manifest.read(trunk.parent / "off-a-copy" / "english" / "step-00000006")
+    assert linked["rope"] == {"rope_base": 500.0, "rope_scaling": None}
 
 
 def test_a_branch_of_a_later_stage_continues_its_replay_and_optimizer_state(trunk):
