@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,6 +55,36 @@ def test_the_loss_is_the_mean_over_the_positions_that_have_a_target(raw):
     assert (rows.targets == -1).sum() > 4
     assert result.loss.item() == pytest.approx(expected.item(), rel=2e-6)
     assert result.grad_norm.item() == pytest.approx(norm.item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, positions):
+    """Each document, or piece of one, alone in a sequence of its own length, without padding: loss and gradients."""
+    raw["training"] |= {"document_mask": True, "document_positions": positions}
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        stage = trainer.plan.stages[0]
+        begin_stage(trainer, stage)
+        loader = training.loader_of(trainer, stage)
+        model = GPTNeoX(trainer.plan.spec)
+        model.init_weights(trainer.plan.seed)
+        rows = trainer.readers[stage.name].read(trainer.plan.batch(stage, 0))
+        targets = torch.from_numpy(rows.targets)
+        counted, total, alone = int((targets >= 0).sum()), 0.0, 0
+        for row, starts in enumerate(rows.starts):
+            for begin, end in pairwise([0, *starts, 64]):
+                predicted = targets[row, begin:end]
+                if (predicted >= 0).any():
+                    logits = model(torch.from_numpy(rows.tokens[row : row + 1, begin:end]))[0]
+                    loss = F.cross_entropy(logits, predicted, ignore_index=-1, reduction="sum") / counted
+                    loss.backward()
+                    total += loss.item()
+                    alone += 1
+        result = trainer.train_step(loader, stage, 0)
+        norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+
+    assert alone > 4
+    assert result.loss.item() == pytest.approx(total, rel=2e-6)
+    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=2e-5)
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_with_its_index_built_again(raw, tmp_path):
