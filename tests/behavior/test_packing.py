@@ -59,7 +59,7 @@ def test_the_loss_is_the_mean_over_the_positions_that_have_a_target(raw):
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, positions):
-    """Each document, or piece of one, alone in a sequence of its own length, without padding: loss and gradients."""
+    """Each document, or piece of one, is a sequence of its own length, without padding: loss and gradients."""
     raw["training"] |= {"document_mask": True, "document_positions": positions}
     with training.built_trainer(training.config_of(raw)) as trainer:
         stage = trainer.plan.stages[0]
@@ -69,7 +69,7 @@ def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, 
         model.init_weights(trainer.plan.seed)
         rows = trainer.readers[stage.name].read(trainer.plan.batch(stage, 0))
         targets = torch.from_numpy(rows.targets)
-        counted, total, alone = int((targets >= 0).sum()), 0.0, 0
+        counted, total, documents = int((targets >= 0).sum()), 0.0, 0
         for row, starts in enumerate(rows.starts):
             for begin, end in pairwise([0, *starts, 64]):
                 predicted = targets[row, begin:end]
@@ -78,11 +78,11 @@ def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, 
                     loss = F.cross_entropy(logits, predicted, ignore_index=-1, reduction="sum") / counted
                     loss.backward()
                     total += loss.item()
-                    alone += 1
+                    documents += 1
         result = trainer.train_step(loader, stage, 0)
         norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
 
-    assert alone > 4
+    assert documents > 4
     assert result.loss.item() == pytest.approx(total, rel=2e-6)
     assert result.grad_norm.item() == pytest.approx(norm.item(), rel=2e-5)
 

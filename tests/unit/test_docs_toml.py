@@ -17,7 +17,7 @@ def blocks(page):
 
 def test_the_data_page_prepares_text_and_trains_its_tokenizer(write, one_stage):
     """The page's first tables, in a config that has no `german` of its own."""
-    tables, _ = blocks("data.md")
+    tables, *_ = blocks("data.md")
     config = load_config(write(one_stage.replace("german", "other") + tables))
     source = config.datasets["german"].source
 
@@ -27,11 +27,13 @@ def test_the_data_page_prepares_text_and_trains_its_tokenizer(write, one_stage):
 
 def test_the_datasets_of_the_data_page_load(write, one_stage):
     """The tables of tokens that other programs made, beside a stage on another dataset."""
-    _, tables = blocks("data.md")
+    _, tables, packed, *_ = blocks("data.md")
     config = load_config(write(tables.replace("datasets.pile", "datasets.other") + one_stage))
 
     assert [config.datasets[name].format for name in ("other", "web")] == ["presequenced", "megatron_order"]
     assert all(config.datasets[name].in_stored_order for name in ("other", "web"))
+    config = load_config(write(packed.replace("datasets.german", "datasets.other") + one_stage))
+    assert config.datasets["other"].packing == "best_fit"
 
 
 def test_the_stage_of_the_models_page_extends_a_model(write, one_stage):

@@ -26,6 +26,7 @@ from titan_cpt.object_storage.block_cache import PACKING_FOLDER
 from titan_cpt.object_storage.locations import Location
 
 _WAIT_SECONDS = 0.2  # between two attempts to take the lock
+_counted: dict[tuple[str, int], PackingCounts] = {}  # by borders and seq_len: a sweep plans many runs on the same data
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ class PackedDocuments:
             return self._open(seq_len, check_content=False).counts
         if self.files.format == "raw":
             return self.index(seq_len, log=log).counts
-        return count_packing(document_lengths(self.files, self.paths, self.eod_id), seq_len)
+        if (self.borders, seq_len) not in _counted:
+            lengths = document_lengths(self.files, self.paths, self.eod_id)
+            _counted[self.borders, seq_len] = count_packing(lengths, seq_len)
+        return _counted[self.borders, seq_len]
 
     def index(self, seq_len: int, *, log: Callable[[str], None]) -> PackingIndex:
         """Open the index; build it first if it is missing, damaged, or of other documents.
