@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from titan_cpt.planning.memory import RESERVE, fits
 from titan_cpt.planning.parallel import pipeline_rank_contents
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import memory_parts, traffic_parts
 
 
@@ -16,9 +16,9 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
     Args:
         device_bytes: memory of a device; with it the last line says whether the plan fits.
     """
-    yield from _degree_lines(plan)
-    costs = plan.footprint
     largest = max(plan.footprints, key=lambda name: plan.footprints[name].memory)
+    yield from _degree_lines(plan, plan.stage(largest))
+    costs = plan.footprints[largest]
     of_stage = f" in stage {largest!r}" if len({*plan.footprints.values()}) > 1 else ""
     unit = _unit(costs.memory)
     parts = ", ".join(f"{name} {_in(unit, size)}" for name, size in memory_parts(costs).items() if size)
@@ -39,8 +39,9 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
         yield f"{verdict}: {share:.0%} of {_with_unit(device_bytes)}; {reserve}"
 
 
-def _degree_lines(plan: Plan) -> Iterator[str]:
-    dims = plan.parallel_dims
+def _degree_lines(plan: Plan, stage: StagePlan) -> Iterator[str]:
+    """Degrees, and the pipeline of the stage that needs the most memory."""
+    dims = plan.stage_dims[stage.name]
     if dims.world_size > 1:
         yield (
             f"parallelism: pp {dims.pp} x dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x "
@@ -49,7 +50,7 @@ def _degree_lines(plan: Plan) -> Iterator[str]:
     if dims.pp > 1:
         yield (
             f"pipeline: {dims.schedule}, {dims.pipeline_stages} pipeline stages, {dims.microbatches} micro-batches of "
-            f"{plan.local_batch_size // dims.microbatches}; bubble {plan.footprint.bubble:.1%} of the time"
+            f"{stage.local_batch_size // dims.microbatches}; bubble {plan.footprint.bubble:.1%} of the time"
         )
         for held in pipeline_rank_contents(dims, plan.spec.layers):
             yield (

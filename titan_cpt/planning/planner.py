@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
@@ -77,9 +78,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     stages = tuple(draft.stages.values())
     draft.notes += stage_notes(stages)
     stage_dims = {stage.name: parallel_dims_of(with_own_batch(config, stage), world_size) for stage in config.stages}
-    costs = {
-        stage.name: _footprint(draft, stage, stage_dims[stage.name], gpu_bytes=gpu_bytes) for stage in config.stages
-    }
+    costs = _footprints(draft, stage_dims, gpu_bytes=gpu_bytes)
     return Plan(
         name=config.job.name,
         spec=spec,
@@ -112,13 +111,23 @@ def _plugin_problems(config: Config) -> Iterator[str]:
             yield f"validation.metrics: not supported with parallelism.{degree} > 1: remove them, or set it to 1"
 
 
-def _footprint(draft: PlanDraft, stage: StageConfig, dims: ParallelDims, *, gpu_bytes: int | None) -> Footprint:
-    """Memory and communication of a rank in a stage, in the largest of its batch sizes."""
-    plan = draft.stages[stage.name]
-    largest = max(phase.size for phase in plan.batch_sizes.within(plan.steps))
-    accumulation = largest // (dims.data_parallel * plan.local_batch_size)
-    inputs = memory_inputs(with_own_batch(draft.config, stage), dims, accumulation, gpu_bytes=gpu_bytes)
-    return footprint(plan.spec, dims, inputs)
+def _footprints(
+    draft: PlanDraft, stage_dims: Mapping[str, ParallelDims], *, gpu_bytes: int | None
+) -> dict[str, Footprint]:
+    """Memory and communication of a rank in each stage, in the largest of its batch sizes."""
+    inputs = {}
+    for stage in draft.config.stages:
+        plan, dims = draft.stages[stage.name], stage_dims[stage.name]
+        largest = max(phase.size for phase in plan.batch_sizes.within(plan.steps))
+        accumulation = largest // (dims.data_parallel * plan.local_batch_size)
+        own = with_own_batch(draft.config, stage)
+        inputs[stage.name] = memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes)
+    # Gradients have one dtype in the whole run: float32 if any step accumulates them.
+    gradient_bytes = max(each.gradient_bytes for each in inputs.values())
+    return {
+        name: footprint(draft.stages[name].spec, stage_dims[name], replace(each, gradient_bytes=gradient_bytes))
+        for name, each in inputs.items()
+    }
 
 
 def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:

@@ -102,3 +102,16 @@ def test_a_rule_of_a_layout_names_the_key_of_the_stage(head, make):
         PlanError, match=r"- stages\.long\.seq_len: 62 does not divide into 4 equal parts.*use 60 or 64"
     ):
         make(text, ("parallelism.context_parallel_degree", "2"), world_size=2)
+
+
+def test_gradients_are_in_float32_in_every_stage_if_any_step_accumulates(head, make):
+    """Triton's optimizer reads bfloat16 gradients only in a run without gradient accumulation."""
+    whole = {"global_batch_size": 2}
+    triton = ("optimizer.implementation", "triton")
+    alone = make(head + stage("a", "pile", 1, **whole), triton).footprints["a"]
+    with_ramp = make(
+        head + stage("a", "pile", 1, **whole) + stage("b", "pile", 9, global_batch_size='{ "0" = 2, "100" = 4 }'),
+        triton,
+    ).footprints
+
+    assert with_ramp["a"].gradients == with_ramp["b"].gradients > alone.gradients
