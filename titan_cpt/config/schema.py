@@ -132,9 +132,9 @@ class TrainingConfig(Table):
     """Skipped batches allowed in any 1000 steps of a stage; one more stops the run."""
     attention_backend: Literal["default", "cudnn", "flash", "flex", "efficient", "math", "fastest"] = "default"
     """Kernel of scaled dot-product attention (SDPA). default: torch chooses; fastest: measure the available ones when
-    the run begins, and use the fastest one; a resumed run uses that one too. With document_mask on a GPU, flash is the
-    flash kernel for several lengths, flex is FlexAttention, and default the first that works; cudnn, efficient and math
-    compute all pairs of tokens. Only default without a document mask was run on a GPU yet."""
+    the run begins, and use the fastest one for each sequence length; a resumed run uses these too. With document_mask
+    on a GPU, flash is the flash kernel for several lengths, flex is FlexAttention, and default the first that works;
+    cudnn, efficient and math compute all pairs of tokens. Only default without a document mask was run on a GPU yet."""
     cuda_graphs: bool = False
     """Replay CUDA graphs of a micro-batch and of the optimizer step, instead of launching every kernel from Python.
     Single process and CUDA only; not run on a GPU yet."""

@@ -76,7 +76,8 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
 
 
 def _apply_stage_hyperparameters(state: TrainerState, stage: StagePlan) -> None:
-    """Set the stage's AdamW hyperparameters, after loading: a loaded optimizer state brings those it was saved with."""
+    """Set the stage's attention kernel and AdamW hyperparameters, after loading: a loaded state brings its own."""
+    state.attention.use(stage.name, state.runner.models)
     if state.config.float8.enable_fsdp_float8_all_gather:
         refresh_scales(state.model)
     adamw = stage.optimizer

@@ -25,13 +25,20 @@ class AttentionKernels:
     Attributes:
         chosen: of attention_backend and document_attention_backend, those that torch does not choose, for the log.
         measured: the same under "fastest_attention" and "fastest_document_attention" if they were chosen by measuring,
-            for the checkpoints.
+            for the checkpoints; and the former by sequence length.
         notes: for the user.
+        by_stage: of attention across documents in each stage; empty if torch chooses.
     """
 
     chosen: Mapping[str, str]
-    measured: Mapping[str, str]
+    measured: Mapping[str, Any]
     notes: tuple[str, ...]
+    by_stage: Mapping[str, str]
+
+    def use(self, stage: str, models: Sequence[LanguageModel]) -> None:
+        """Compute the attention of these models as the stage does."""
+        if self.by_stage:
+            set_attention_backend(models, self.by_stage[stage])
 
 
 def choose_attention(
@@ -57,11 +64,19 @@ def choose_attention(
     validates_masked = config.training.document_mask
     across = [stage for stage in plan.stages if not stage.document_mask] or list(plan.stages) * (not validates_masked)
     choices: dict[str, AttentionChoice | None] = {}
+    by_length: dict[int, AttentionChoice] = {}
     if across and requested not in ("default", "flex"):
-        shape, recorded = _shape(config, plan, across), manifest.get("fastest_attention")
-        choice = choose_attention_backend(requested, recorded, models[0], shape, mesh.process, group=group)
-        set_attention_backend(models, choice.backend)
-        choices["attention"] = choice
+        lengths = sorted({stage.seq_len for stage in across}, reverse=True)
+        for length in lengths if requested == "fastest" else lengths[:1]:
+            shape = _shape(config, plan, [stage for stage in across if stage.seq_len == length])
+            recorded = manifest.get("fastest_attention_by_length", {}).get(str(length))
+            if "fastest_attention_by_length" not in manifest:  # by an older version
+                recorded = manifest.get("fastest_attention")
+            by_length[length] = choose_attention_backend(
+                requested, recorded, models[0], shape, mesh.process, group=group
+            )
+        choices["attention"] = longest = by_length[lengths[0]]
+        set_attention_backend(models, longest.backend)
     if masked or validates_masked:
         shape, recorded = _shape(config, plan, masked or plan.stages), manifest.get("fastest_document_attention")
         circumstances = _circumstances(config, plan)
@@ -70,11 +85,22 @@ def choose_attention(
         )
         if inside is not None:
             set_document_backend(models, inside.backend)
-    found = {name: choice for name, choice in choices.items() if choice is not None}
+    return _kernels(plan, requested, {name: choice for name, choice in choices.items() if choice}, by_length)
+
+
+def _kernels(
+    plan: Plan, requested: str, found: Mapping[str, AttentionChoice], by_length: Mapping[int, AttentionChoice]
+) -> AttentionKernels:
+    measured: dict[str, Any] = {f"fastest_{name}": choice.backend for name, choice in found.items()}
+    measured["fastest_attention_by_length"] = {str(length): choice.backend for length, choice in by_length.items()}
+    longest = found.get("attention")
+    by_stage = {stage.name: by_length.get(stage.seq_len, longest) for stage in plan.stages}
+    further = [choice for choice in by_length.values() if choice is not longest]
     return AttentionKernels(
         {f"{name}_backend": choice.backend for name, choice in found.items()},
-        {f"fastest_{name}": choice.backend for name, choice in found.items()} if requested == "fastest" else {},
-        tuple(choice.note for choice in found.values() if choice.note),
+        measured if requested == "fastest" else {},
+        tuple(choice.note for choice in [*found.values(), *further] if choice.note),
+        {name: choice.backend for name, choice in by_stage.items() if choice is not None},
     )
 
 

@@ -5,6 +5,8 @@ import torch
 import training
 from torch.nn.attention import SDPBackend
 
+from titan_cpt.distributed.attention_backend import BACKENDS
+from titan_cpt.training.cuda.attention import choose_attention
 from titan_cpt.training.stage_start import begin_stage
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -56,7 +58,7 @@ def test_the_fastest_kernel_across_documents_is_recorded_for_resumed_runs(raw):
     mixed = training.changed(raw, training={"attention_backend": "fastest"})
     mixed["stages"][1]["document_mask"] = True
     with training.built_trainer(training.config_of(mixed)) as trainer:
-        assert trainer.attention.measured.keys() == {"fastest_attention"}
+        assert trainer.attention.measured.keys() == {"fastest_attention", "fastest_attention_by_length"}
         assert trainer.attention.chosen["attention_backend"] == trainer.attention.measured["fastest_attention"]
         assert len(trainer.attention.notes) == 1
 
@@ -78,3 +80,28 @@ def test_a_boolean_mask_trains_as_document_by_document(raw):
 
     torch.testing.assert_close(losses["math"], losses["documents"], rtol=1e-5, atol=1e-6)
     assert (losses["unmasked"] - losses["documents"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [
+        ({"fastest_attention_by_length": {"16": "math", "64": "flash"}}, ("math", "flash")),
+        ({"fastest_attention_by_length": {"16": "flash", "64": "math"}}, ("flash", "math")),
+        ({"fastest_attention": "math"}, ("math", "math")),  # by a version that knew one length
+    ],
+)
+def test_each_length_has_the_kernel_that_was_the_fastest_for_it(raw, manifest, expected):
+    """A resumed run uses those of the checkpoint; a stage that begins computes with its own."""
+    raw = training.changed(raw, training={"attention_backend": "fastest"})
+    raw["stages"][1] |= {"seq_len": 64, "local_batch_size": 1, "steps": 4}
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        models = trainer.runner.models
+        found = choose_attention(trainer.config, trainer.plan, models, trainer.mesh, manifest, group=None)
+        used = []
+        for stage in ("english", "german"):
+            found.use(stage, models)
+            used.append(models[0].attentions()[0].core.backend)
+
+        assert trainer.attention.measured["fastest_attention_by_length"].keys() == {"16", "64"}
+    assert used == [BACKENDS[name] for name in expected]
+    assert tuple(found.by_stage.values()) == expected
