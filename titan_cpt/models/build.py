@@ -33,9 +33,9 @@ def require_documents(spec: ModelSpec, setting: str) -> None:
         ConfigError: it has not; the message begins with `setting`.
     """
     forward = family_module(spec.family, "model").MODEL.forward
-    missing = {"starts_BL", "positions_BL"} - {*inspect.signature(forward).parameters}
+    missing = {"starts_BL", "positions_BL", "bounds"} - {*inspect.signature(forward).parameters}
     if missing:
         raise ConfigError(
             f"{setting}: the model of family {spec.family!r} has no documents: its forward lacks the keyword arguments "
-            f"{' and '.join(sorted(missing))} (docs/library.md). Set {setting} to false, or add them"
+            f"{', '.join(sorted(missing))} (docs/library.md). Set {setting} to false, or add them"
         )

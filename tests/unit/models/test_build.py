@@ -43,4 +43,4 @@ def test_a_family_whose_model_has_no_documents_is_refused_with_a_mask(monkeypatc
         require_documents(spec, "stages.b.document_mask")
 
     assert str(refusal.value).startswith("stages.b.document_mask: the model of family 'gpt_neox' has no documents")
-    assert "positions_BL and starts_BL" in str(refusal.value)
+    assert "bounds, positions_BL, starts_BL" in str(refusal.value)
