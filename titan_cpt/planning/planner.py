@@ -135,7 +135,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     seq_len = seq_len_of(config, stage)
     batch_sizes = batch_sizes_of(config, stage)
     steps = stage_steps(stage, batch_sizes, seq_len=seq_len)
-    points = end_points(stage, steps, batch_sizes.at(0) * seq_len)
+    points = end_points(stage, steps, batch_sizes, seq_len=seq_len)
     try:
         schedule = schedule_of(stage, steps, points)
     except ValueError as error:

@@ -9,18 +9,19 @@ from fractions import Fraction
 from titan_cpt.common.numbers import parse_steps, parse_tokens
 from titan_cpt.config.lr import ConstantLR, CosineLR, InfiniteCosineLR, InfiniteInvSqrtLR, InvSqrtLR, LinearLR, WsdLR
 from titan_cpt.config.stages import StageConfig
+from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.planning import lr_schedules
 
 DEFAULT_MIN_DIVISOR = 10  # eta_min = 0.1 * eta_max: Ibrahim et al. 2024, arXiv:2403.08763, section 4.1
 _END_POINTS = ("warmup_until", "cooldown_until", "constant_until", "decay_from", "timescale")
 
 
-def end_points(stage: StageConfig, steps: int, step_tokens: int) -> dict[str, Fraction]:
+def end_points(stage: StageConfig, steps: int, batch_sizes: BatchSizes, *, seq_len: int) -> dict[str, Fraction]:
     """The end points of the schedule's phases in steps, exact: 0.29 of 100 steps is 29, not 28.999..."""
     points = {}
     for name in _END_POINTS:
         if hasattr(stage.lr, name):
-            points[name] = _in_steps(getattr(stage.lr, name), steps, step_tokens)
+            points[name] = _in_steps(getattr(stage.lr, name), steps, batch_sizes, seq_len=seq_len)
     return points
 
 
@@ -81,8 +82,10 @@ def final_window(steps: int, span: int, every: int) -> tuple[int, ...]:
     return tuple(sorted(steps - back for back in range(0, span, every) if steps - back > 0))
 
 
-def _in_steps(position: str | float, steps: int, step_tokens: int) -> Fraction:
+def _in_steps(position: str | float, steps: int, batch_sizes: BatchSizes, *, seq_len: int) -> Fraction:
     """A position in steps: "12.5 steps", "300B" tokens, a share of the stage (float) or a number of steps (int)."""
     if isinstance(position, str):
-        return parse_steps(position) if position.endswith(" steps") else Fraction(parse_tokens(position), step_tokens)
+        if position.endswith(" steps"):
+            return parse_steps(position)
+        return batch_sizes.step_at(Fraction(parse_tokens(position), seq_len))
     return Fraction(str(position)) * steps if isinstance(position, float) else Fraction(position)

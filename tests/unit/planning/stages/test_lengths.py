@@ -166,6 +166,16 @@ def test_a_source_must_have_a_sequence_of_every_length_that_is_drawn_from_it(hea
         make(text, tokens={"german": 50})
 
 
+def test_an_end_point_in_tokens_is_a_point_of_the_ramp(head, make):
+    """1,792 tokens are four steps of 256, and one and a half of 512: the warm-up ends there, at its peak after it."""
+    lr = 'schedule = "constant", max = 1.0, warmup_until = "1_792"'
+    ramp = LONG | {"global_batch_size": '{ "0" = 4, "1_000" = 8 }'}
+    only = make(head + stage("a", "pile", 9, lr, **ramp)).stages[0]
+
+    assert [only.lr_at(step) for step in range(6)] == pytest.approx([1 / 5.5, 2 / 5.5, 3 / 5.5, 4 / 5.5, 5 / 5.5, 1.0])
+    assert only.recipe["lr.warmup_until"] == "11/2"
+
+
 STAGES = st.lists(
     st.fixed_dictionaries(
         {
