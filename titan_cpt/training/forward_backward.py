@@ -132,6 +132,8 @@ class PipelineRunner:
         self._step_tokens = 1
         self._sums_S2: Tensor | None = None
         self._has_sources = False
+        self._first_S2: Tensor | None = None
+        self._loss_calls = 0
         dims = mesh.parallel_dims
         self.owners = {
             stage: dist.get_global_rank(self.group, rank) for rank in range(dims.pp) for stage in dims.stages_of(rank)
@@ -152,7 +154,9 @@ class PipelineRunner:
     def backward(self, batch: Batch, step_tokens: int, sums_S2: Tensor | None = None) -> Tensor:
         """As `SingleStageRunner.backward`; 0 on ranks without the last pipeline stage."""
         self._step_tokens, self._sums_S2, self._has_sources = step_tokens, sums_S2, batch.sources_B is not None
+        self._first_S2, self._loss_calls = None, 0
         if batch.inputs_BL.shape != self._shape:  # on every rank at the same step, where a stage has other batches
+            self._first_S2 = None if sums_S2 is None else torch.zeros_like(sums_S2)
             self._schedule, self._shape = self._schedule_of(len(batch.inputs_BL)), batch.inputs_BL.shape
         inputs = (local_inputs(batch.inputs_BL, self.mesh),) if 0 in self.stages else ()
         target = None
@@ -164,6 +168,8 @@ class PipelineRunner:
         documents = local_documents(batch, self.mesh)  # every pipeline stage needs them; split into micro-batches
         with sharded_loss(self.mesh):
             self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **documents)
+        if sums_S2 is not None and self._first_S2 is not None and losses and self._loss_calls == len(losses):
+            sums_S2 += self._first_S2  # the first call was a micro-batch, see `_loss`
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.mesh.process.device)
 
     @torch.no_grad()
@@ -220,10 +226,16 @@ class PipelineRunner:
         return x if self.last is not None else None
 
     def _loss(self, logits_BLV: Tensor, target: Tensor) -> Tensor:
+        """A micro-batch's loss. To infer shapes a new schedule of torch 2.13 calls it once more, before the others.
+
+        That call must not count in the sums of sources: the first call of a schedule has sums of its own.
+        """
+        self._loss_calls += 1
         by_source = None
         if self._has_sources:
             target, sources_B = target[:, :-1], target[:, -1]
-            by_source = source_sums(sources_B, self._sums_S2)
+            first = self._loss_calls == 1 and self._first_S2 is not None
+            by_source = source_sums(sources_B, self._first_S2 if first else self._sums_S2)
         logits_BLV = unpadded(logits_BLV, target)
         return summed_cross_entropy(logits_BLV, target, by_source=by_source) / self._step_tokens
 
