@@ -14,7 +14,7 @@ from titan_cpt.planning.planner import make_plan
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "concepts" / "lr_schedules.md").read_text()
-WSD, PARMAR, AUTOREGRESSIVE = re.findall(r"```toml\n(.*?)```", PAGE.partition("## WSD")[2], flags=re.DOTALL)
+WSD, PARMAR, AUTOREGRESSIVE, CONTINUED = re.findall(r"```toml\n(.*?)```", PAGE.partition("## WSD")[2], flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -75,3 +75,14 @@ def test_a_stage_after_wsd_is_trained_from_before_the_decay(tmp_path):
         (line["stage"], line["step"]): line["loss_nats_per_token"] for line in training.lines_of(run, "validation")
     }
     assert losses["german", 0] != losses["english", 12]
+
+
+def test_data_that_changes_under_one_cosine_changes_at_a_fifth_of_its_peak(stages):
+    """3e-5 to 3e-7 over 10,000 steps: 6e-6 at the border of the two stages, and no jump there."""
+    (general, best), notes = stages(CONTINUED)
+    cosine = [3e-7 + 2.97e-5 * (1 + math.cos(math.pi * t / 10_000)) / 2 for t in (1, 7100, 7101, 10_000)]
+
+    assert (general.lr_at(0), general.lr_at(7099), best.lr_at(0), best.lr_at(2899)) == pytest.approx(cosine, rel=1e-6)
+    assert best.lr_at(0) == pytest.approx(3e-5 / 5, rel=0.01)
+    assert (best.init.stage, best.init.steps_done, best.keep_optimizer) == ("general", 7100, True)
+    assert not [note for note in notes if ".lr" in note]

@@ -127,6 +127,8 @@ def _replay(settings: Mapping[str, Any]) -> str:
 
 def _lr(settings: Mapping[str, Any]) -> str:
     """The LR schedule with its highest LR, constant LR if it has one, and lowest LR."""
+    if settings["lr.schedule"] == "continue":
+        return "continues that of the stage before"
     lowest = settings["lr.min"] if settings["lr.schedule"] != "constant" else None
     rates = [settings.get("lr.max"), settings.get("lr.constant"), lowest]
     return f"{settings['lr.schedule']}, " + " to ".join(f"{rate:g}" for rate in rates if rate is not None)

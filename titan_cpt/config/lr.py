@@ -137,7 +137,19 @@ class InvSqrtLR(_LR):
     tokens, as for an end point."""
 
 
+class ContinueLR(Table):
+    """lr = { schedule = "continue" }: the schedule of the stage before spans this stage too, so that the data changes
+    under one schedule.
+
+    End points of that schedule count over all stages that it spans: a fraction is a share of their steps together. The
+    stage starts from the end of the stage before, with its optimizer state.
+    """
+
+    schedule: Literal["continue"]
+    """The schedule's name."""
+
+
 LR = Annotated[
-    CosineLR | LinearLR | ConstantLR | InfiniteCosineLR | InfiniteInvSqrtLR | WsdLR | InvSqrtLR,
+    CosineLR | LinearLR | ConstantLR | InfiniteCosineLR | InfiniteInvSqrtLR | WsdLR | InvSqrtLR | ContinueLR,
     Field(discriminator="schedule"),
 ]

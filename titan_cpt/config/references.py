@@ -50,7 +50,10 @@ def _stage_faults(
     replay = stage.get("replay")
     if isinstance(replay, dict):
         yield from _dataset_faults(f"{where}.replay.from", replay.get("from"), datasets)
-    yield from _init_faults(stage, name, earlier)
+    if isinstance(stage.get("lr"), dict) and stage["lr"].get("schedule") == "continue":
+        yield from _continued_schedule_faults(stage, name, earlier)
+    else:
+        yield from _init_faults(stage, name, earlier)
 
 
 def _dataset_faults(where: str, mixture: Any, datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -85,6 +88,27 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
         yield f"{where}: must be one of {allowed}, got {init!r}"
     if stage.get("optimizer_state") == "keep" and (init == "random" or kind == "hf"):
         yield f"stages.{name}.optimizer_state: init = {init!r} has no optimizer state to keep; set it to reset"
+
+
+def _continued_schedule_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterator[str]:
+    """A schedule that spans several stages is one training run: weights and optimizer state go from stage to stage."""
+    if not earlier:
+        yield (
+            f'stages.{name}.lr.schedule: "continue" continues the schedule of the stage before, and this stage is the '
+            'first: give it a schedule such as "cosine"'
+        )
+        return
+    init = stage.get("init", "previous")
+    if init not in ("previous", f"stage:{earlier[-1]}"):
+        yield (
+            f'stages.{name}.init: with lr.schedule = "continue" a stage starts from the end of the stage before, '
+            f"{earlier[-1]!r}, got {init!r}: remove init, or give this stage a schedule of its own"
+        )
+    if stage.get("optimizer_state", "keep") != "keep":
+        yield (
+            f'stages.{name}.optimizer_state: with lr.schedule = "continue" the optimizer state is kept, got '
+            f"{stage['optimizer_state']!r}: remove the key, or give this stage a schedule of its own"
+        )
 
 
 def _tokenizer_training_faults(train: dict[str, Any], datasets: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import StageRopeConfig
@@ -76,7 +76,8 @@ class StageConfig(Table):
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights."""
+    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights. Unset
+    in a stage with lr = { schedule = "continue" }: keep."""
     optimizer: StageOptimizerConfig | None = None
     """AdamW hyperparameters that differ in this stage."""
     lr: LR
@@ -85,3 +86,10 @@ class StageConfig(Table):
     """Replay of earlier data. Unset: no replay."""
     rope: StageRopeConfig | None = None
     """RoPE of the weights from this stage on, for context extension. Unset: that of the stage's initial weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _continued_schedule_keeps_the_optimizer(cls, raw: Any) -> Any:
+        lr = raw.get("lr") if isinstance(raw, dict) else None
+        continues = isinstance(lr, dict) and lr.get("schedule") == "continue"
+        return {"optimizer_state": "keep", **raw} if continues else raw

@@ -6,7 +6,7 @@ planner.py makes a plan, plan_text.py and plan_json.py print it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -110,6 +110,7 @@ class StagePlan:
         document_positions: RoPE's positions begin at 0 in each document.
         attended_span: with a document mask, the mean number of positions that a token attends to, not halved for the
             causal mask; None without.
+        schedule_offset: steps of the schedule before this stage, which continues that of the stage before; else 0.
     """
 
     name: str
@@ -134,6 +135,7 @@ class StagePlan:
     document_mask: bool = False
     document_positions: bool = False
     attended_span: float | None = None
+    schedule_offset: int = 0
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""
@@ -166,13 +168,13 @@ class StagePlan:
 
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
-        return lr_schedules.lr_at(self.schedule, step + 1)
+        return lr_schedules.lr_at(self.schedule, self.schedule_offset + step + 1)
 
     @property
     def peak_lr(self) -> float:
         """The highest LR of all steps."""
         # Phases are monotonic: the highest LR is at the first or last step, or beside the border of two phases.
-        borders = {math.floor(phase.end) + side for phase in self.schedule for side in (-1, 0)}
+        borders = {math.floor(phase.end) - self.schedule_offset + side for phase in self.schedule for side in (-1, 0)}
         steps = {0, self.steps - 1} | {step for step in borders if 0 <= step < self.steps}
         return max(self.lr_at(step) for step in steps)
 
@@ -191,6 +193,21 @@ def ancestors(stage: StagePlan, stages: Mapping[str, StagePlan]) -> Iterator[Sta
     while isinstance(stage.init, StageCheckpoint):
         stage = stages[stage.init.stage]
         yield stage
+
+
+def schedule_span(stage: StagePlan, stages: Sequence[StagePlan]) -> Sequence[StagePlan]:
+    """The stages, in order, that the LR schedule of a stage spans: one, unless later stages continue it.
+
+    Args:
+        stages: all stages of the run.
+    """
+    first = stages.index(stage)
+    while stages[first].schedule_offset:
+        first -= 1
+    last = first + 1
+    while last < len(stages) and stages[last].schedule_offset:
+        last += 1
+    return stages[first:last]
 
 
 @dataclass(frozen=True)
@@ -286,6 +303,10 @@ class Plan:
         for stage in self.stages:
             yield stage, min(stage.steps, run_step)
             run_step -= min(stage.steps, run_step)
+
+    def schedule_span(self, stage: StagePlan) -> Sequence[StagePlan]:
+        """See `schedule_span`."""
+        return schedule_span(stage, self.stages)
 
     def accumulation(self, stage: StagePlan, step: int) -> int:
         """Local batches of one data-parallel rank in the 0-based step `step` (gradient accumulation)."""

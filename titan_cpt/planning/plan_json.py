@@ -66,6 +66,8 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "flops": stage.flops_per_token * stage.tokens,
         "flops_per_token": stage.flops_per_token,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
+        "optimizer_state": "keep" if stage.keep_optimizer else "reset",
+        "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
         "union_tokens": plan.tokens_before(stage) + stage.tokens,
         "final_window": list(stage.final_window),
@@ -106,7 +108,10 @@ def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, A
 
 def lr_as_json(plan: Plan, steps: Sequence[int]) -> dict[str, dict[str, float]]:
     """{stage: {"t": LR}}; the first step of a stage is t = 1, and after the stage's end the LR stays."""
-    return {stage.name: {str(t): lr_at(stage.schedule, t) for t in steps} for stage in plan.stages}
+    return {
+        stage.name: {str(t): lr_at(stage.schedule, stage.schedule_offset + min(t, stage.steps)) for t in steps}
+        for stage in plan.stages
+    }
 
 
 def batch_as_json(plan: Plan, stage: str, step: str) -> list[tuple[Any, ...]]:

@@ -16,11 +16,13 @@ from titan_cpt.config.model import OWN_FAMILIES
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.models.spec import ModelSpec
+from titan_cpt.planning.lr_schedules import Schedule
 from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
 from titan_cpt.planning.stages.documents import document_recipe
+from titan_cpt.planning.stages.lr_span import LRSpan
 from titan_cpt.planning.stages.mixture import normalized_weights
 from titan_cpt.planning.stages.own_batch import batch_recipe
-from titan_cpt.planning.stages.schedule import final_lr
+from titan_cpt.planning.stages.schedule import depends_on_end, final_lr
 
 
 def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -48,16 +50,33 @@ def adamw_hyperparameters(config: Config, stage: StageConfig) -> AdamWHyperparam
     return AdamWHyperparameters((values["beta1"], values["beta2"]), values["eps"], values["weight_decay"])
 
 
+def lr_recipe(stage: StageConfig, span: LRSpan, schedule: Schedule, points: Mapping[str, Fraction]) -> dict[str, Any]:
+    """The recipe of a stage's LR: the schedule with its end points, and the length of its span if that matters.
+
+    The span's length is recorded where other stages share it and it changes an LR of this stage: then a stage that is
+    appended to the span changes the LR of steps that are trained already, and the run refuses it.
+
+    Args:
+        points: end points of the schedule, in steps of the span.
+    """
+    trained = span.steps_before(stage.name) + span.lengths[span.names.index(stage.name)].steps
+    shared = len(span.lengths) > 1 and depends_on_end(schedule, trained)
+    length = {"lr.span_steps": span.steps} if shared else {}
+    if stage.name != span.first.name:
+        return {"lr.schedule": "continue", **length}
+    lr = stage.lr.model_dump(exclude_none=True) | {name: str(point) for name, point in points.items()}
+    return {**{f"lr.{key}": value for key, value in sorted(lr.items())}, "lr.min": final_lr(stage), **length}
+
+
 def stage_recipe(
-    config: Config, stage: StageConfig, steps: int, points: Mapping[str, Fraction], init: StageCheckpoint | str
+    config: Config, stage: StageConfig, steps: int, init: StageCheckpoint | str, lr: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The recipe of one stage: steps, data, LR, optimizer and initial weights.
 
     Args:
-        points: end points of the LR schedule, in steps.
+        lr: see `lr_recipe`.
     """
     optimizer = adamw_hyperparameters(config, stage)
-    lr = stage.lr.model_dump(exclude_none=True) | {name: str(point) for name, point in points.items()}
     replay = stage.replay if stage.replay and stage.replay.fraction else None
     replayed = (replay.from_ if replay else None) or ()
     names = sorted({*stage.dataset, *replayed})
@@ -80,8 +99,7 @@ def stage_recipe(
         "optimizer.beta2": optimizer.betas[1],
         "optimizer.eps": optimizer.eps,
         "optimizer.weight_decay": optimizer.weight_decay,
-        **{f"lr.{key}": value for key, value in sorted(lr.items())},
-        "lr.min": final_lr(stage),
+        **lr,
         "replay.fraction": replay.fraction if replay else 0.0,
         "replay.from": _as_text(replayed) if isinstance(replayed, dict) else sorted(replayed),
         "replay.order": replay.order if replay else "as_trained",

@@ -38,7 +38,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
-    for line in (*_packing_lines(plan), *_rope_lines(plan)):
+    for line in (*_packing_lines(plan), *_rope_lines(plan), *_continued_schedules(plan)):
         _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
         _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
@@ -145,6 +145,19 @@ def _rope_lines(plan: Plan) -> Iterator[str]:
         first = plan.stage(stage.init.stage).spec if isinstance(stage.init, StageCheckpoint) else plan.spec
         if first.rope != stage.spec.rope:
             yield f"RoPE from {stage.name} on: {stage.spec.rope}; before: {first.rope}"
+
+
+def _continued_schedules(plan: Plan) -> Iterator[str]:
+    """A line for every LR schedule that spans several stages."""
+    for stage in plan.stages:
+        spanned = plan.schedule_span(stage)
+        if len(spanned) > 1 and stage is spanned[0]:
+            names = ", ".join(each.name for each in spanned[1:])
+            steps = sum(each.steps for each in spanned)
+            yield (
+                f"LR schedule of {stage.name}: {steps:,} steps in {len(spanned)} stages; {names} "
+                f"{'continue' if len(spanned) > 2 else 'continues'} it, with the optimizer state kept"
+            )
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
@@ -20,7 +21,7 @@ from titan_cpt.planning.parallel import memory_inputs, parallel_dims_of
 from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
-from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, stage_recipe
+from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, lr_recipe, stage_recipe
 from titan_cpt.planning.stages.data_budget import (
     count_sequences,
     dataset_use,
@@ -35,6 +36,7 @@ from titan_cpt.planning.stages.documents import (
     document_positions_of,
 )
 from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
+from titan_cpt.planning.stages.lr_span import LRSpan, StageLength, lr_spans
 from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
 from titan_cpt.planning.stages.notes import stage_notes
 from titan_cpt.planning.stages.own_batch import (
@@ -67,6 +69,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
     draft.problems += batch_problems(config, dims)
     draft.sequences = count_sequences(config, inventory, draft.problems)
+    draft.spans = lr_spans(config.stages, [_length(config, stage) for stage in config.stages])
     for stage in config.stages:
         plan = _plan_stage(draft, stage)
         draft.stages[stage.name] = plan
@@ -132,15 +135,11 @@ def _footprints(
 
 def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     config = draft.config
-    seq_len = seq_len_of(config, stage)
-    batch_sizes = batch_sizes_of(config, stage)
-    steps = stage_steps(stage, batch_sizes, seq_len=seq_len)
-    points = end_points(stage, steps, batch_sizes, seq_len=seq_len)
-    try:
-        schedule = schedule_of(stage, steps, points)
-    except ValueError as error:
-        draft.problems.append(f"stages.{stage.name}.lr: {error}")
-        schedule = lr_schedules.constant_schedule(warmup_until=0, end=steps, peak=1.0)
+    span = draft.spans[stage.name]
+    length = span.lengths[span.names.index(stage.name)]
+    steps, seq_len, batch_sizes = length.steps, length.seq_len, length.batch_sizes
+    points = end_points(span)
+    schedule = _schedule(draft, stage, span, points)
     init = initial_weights(draft, stage)
     spec = stage_spec(draft, stage, init)
     history = history_of(draft, init)
@@ -157,14 +156,15 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         init=init,
         keep_optimizer=stage.optimizer_state == "keep",
         optimizer=adamw_hyperparameters(config, stage),
-        pre_anneal_step=pre_anneal_step(steps, points),
+        pre_anneal_step=pre_anneal_step(span, points, stage),
         history=history,
         tree=tree,
         shares=shares,
         use_by_dataset=dataset_use(draft, counts, seq_len=seq_len, by_source=False),
         use_by_source=dataset_use(draft, counts, seq_len=seq_len, by_source=True),
         final_window=final_window(steps, *window),
-        recipe=stage_recipe(config, stage, steps, points, init) | rope_recipe(stage, spec),
+        recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points))
+        | rope_recipe(stage, spec),
         spec=spec,
         seq_len=seq_len,
         batch_sizes=batch_sizes,
@@ -172,10 +172,30 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         document_mask=masked,
         document_positions=document_positions_of(config, stage),
         attended_span=attended_span(draft.inventory, draft.spec, tree, seq_len) if masked else None,
+        schedule_offset=span.steps_before(stage.name),
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)
     return plan
+
+
+def _length(config: Config, stage: StageConfig) -> StageLength:
+    seq_len = seq_len_of(config, stage)
+    batch_sizes = batch_sizes_of(config, stage)
+    return StageLength(stage.name, stage_steps(stage, batch_sizes, seq_len=seq_len), seq_len, batch_sizes)
+
+
+def _schedule(
+    draft: PlanDraft, stage: StageConfig, span: LRSpan, points: Mapping[str, Fraction]
+) -> lr_schedules.Schedule:
+    """The stage's schedule; its faults are reported once, at the first stage that it spans."""
+    try:
+        return schedule_of(span, points)
+    except ValueError as error:
+        if stage.name == span.first.name:
+            spanned = f" (it spans {', '.join(span.names)}: {span.steps:,} steps)" if len(span.names) > 1 else ""
+            draft.problems.append(f"stages.{stage.name}.lr: {error}{spanned}")
+        return lr_schedules.constant_schedule(warmup_until=0, end=span.steps, peak=1.0)
 
 
 def _message(name: str, problems: list[str]) -> str:

@@ -118,7 +118,9 @@ def _branch_tables(
     done = int(record["steps_done"])
     name = record["stage"]
     number = record["stage_index"]
-    recipe = plan.stages[number].recipe
+    before = plan.stages[number].schedule_offset
+    first_stage = plan.schedule_span(plan.stages[number])[0]  # it has the schedule, which this stage may continue
+    recipe = first_stage.recipe
     points = {key: Fraction(recipe[f"lr.{key}"]) for key in _END_POINTS if f"lr.{key}" in recipe}
     ends = [key for key in _ENDS_OF_CONSTANT_PHASE if key in points]
     if not ends:
@@ -128,10 +130,10 @@ def _branch_tables(
         )
     first = points.get("cooldown_until", points["warmup_until"])
     last = points[ends[0]]
-    if not first <= done <= last:
+    if not first <= before + done <= last:
         raise PlanError(
             f"stages.{name}: this checkpoint is at step {done}, and the constant phase lasts from step "
-            f"{float(first):g} to step {float(last):g}; anneal from a checkpoint inside it"
+            f"{float(first - before):g} to step {float(last - before):g}; anneal from a checkpoint inside it"
         )
     raw: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     raw["job"]["name"] = f"{config.job.name}-anneal-{name}-{done}"
@@ -141,8 +143,9 @@ def _branch_tables(
     planned = plan.stages[number]
     annealed = planned.batch_sizes.sequences_before(done) + Fraction(tokens, planned.seq_len)
     stage["steps"] = math.ceil(planned.batch_sizes.step_at(annealed))
-    stage["lr"] |= {key: _in_steps(stage["lr"][key], point) for key, point in points.items()} | {ends[0]: done}
-    stage["lr"]["min"] = recipe["lr.min"] if min_lr is None else min_lr
+    lr = raw["stages"][plan.stages.index(first_stage)]["lr"]
+    lr |= {key: _in_steps(lr[key], point) for key, point in points.items()} | {ends[0]: before + done}
+    lr["min"] = recipe["lr.min"] if min_lr is None else min_lr
     return raw
 
 

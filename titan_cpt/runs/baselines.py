@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
 _OF_THE_DATA = ("seq_len", "global_batch_size", "local_batch_size", "document_mask", "document_positions", "rope")
+_CONTINUED: _Tables = {"lr": {"schedule": "continue"}, "optimizer_state": "keep"}
 _CHECKSUM = "# SHA-256 of what follows: "
 
 
@@ -173,11 +175,13 @@ def _runs(tables: _Tables, plan: Plan) -> Iterator[tuple[str, str, list[_Tables]
         ("constant-min", "constant LR, at the last value of the stage before", _constant_min),
         ("constant-max", "re-warmed to the stage's peak LR, then constant", _constant_max),
     ):
+        own = [index for index in later if not plan.stages[index].schedule_offset]  # with a schedule of its own
         changed = [
-            {**stage, "lr": lr(plan, index, stage["lr"])} if index in later else stage
+            {**stage, "lr": lr(plan, index, stage["lr"])} if index in own else stage
             for index, stage in enumerate(stages)
         ]
-        yield name, description, changed, {}
+        if own:
+            yield name, description, changed, {}
     sequences, datasets = _domain_after_domain(tables, plan, later)
     if datasets:
         yield "domain-after-domain", "domains one after another instead of mixed", sequences, datasets
@@ -205,16 +209,26 @@ def _union(tables: _Tables, plan: Plan) -> _Tables:
 def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
     """This stage's data and steps from random weights, with the first stage's schedule, which is meant for them."""
     stage = tables["stages"][index]
+    first = {**tables["stages"][0], "lr": _scaled_schedule(tables["stages"][0]["lr"], plan)}
     if index == 0:
-        return dict(stage)
-    first = {key: value for key, value in _from_scratch(tables["stages"][0]).items() if key not in _OF_THE_DATA}
+        return first
+    own = {key: value for key, value in _from_scratch(first).items() if key not in _OF_THE_DATA}
     return {
-        **first,
+        **own,
         **{key: stage[key] for key in _OF_THE_DATA if key in stage},
         "name": stage["name"],
         "dataset": stage["dataset"],
         "steps": plan.stages[index].steps,
     }
+
+
+def _scaled_schedule(lr: _Tables, plan: Plan) -> _Tables:
+    """The first stage's LR table; if it spans later stages too, with end points as shares, which fit one stage."""
+    spanned = plan.schedule_span(plan.stages[0])
+    steps = sum(stage.steps for stage in spanned)
+    points = [key for key in ("warmup_until", "cooldown_until", "constant_until", "decay_from") if key in lr]
+    shares = {key: float(Fraction(plan.stages[0].recipe[f"lr.{key}"]) / steps) for key in points}
+    return lr | shares if len(spanned) > 1 else lr
 
 
 def _from_scratch(first: _Tables) -> _Tables:
@@ -268,6 +282,8 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
             stages[-1] |= {"steps": end - begin, **_part_of_ramp(plan.stages[index], begin, end)}
             if begin == 0 and "init" in stage:
                 stages[-1]["init"] = stage["init"]
+            if begin and len(plan.schedule_span(plan.stages[index])) > 1:
+                stages[-1] |= _CONTINUED
     return stages, datasets
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.text import did_you_mean
 from titan_cpt.config.load import check_config, load_config
+from titan_cpt.config.lr import ContinueLR
 from titan_cpt.config.schema import Config
 from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.errors import ConfigError
@@ -223,9 +224,10 @@ def _stage_after(base: Path, path: Path) -> dict[str, str]:
     config = load_config(base)
     last = config.stages[-1]
     budget = f"steps   = {last.steps}" if last.steps else f"tokens  = {last.tokens}"
-    infinite = last.lr.schedule.startswith("infinite")
-    lr = getattr(last.lr, "constant" if infinite else "max")
-    schedule = (_INFINITE if infinite else _REWARMED).format(schedule=last.lr.schedule, lr=lr)
+    scheduled = next(stage.lr for stage in reversed(config.stages) if not isinstance(stage.lr, ContinueLR))
+    infinite = scheduled.schedule.startswith("infinite")
+    lr = getattr(scheduled, "constant" if infinite else "max")
+    schedule = (_INFINITE if infinite else _REWARMED).format(schedule=scheduled.schedule, lr=lr)
     return {
         "base": _toml_string(os.path.relpath(base, path.parent)),
         "base_file": str(base),

@@ -131,8 +131,12 @@ def reason(line: dict[str, Any]) -> str:
 
 
 def _recently_skipped(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> int:
-    step = line["step"] - 1
-    return state.skipped.count(stage.name, after=step - SKIP_LIMIT_STEPS, until=step)
+    """Batches skipped in the steps before this one, also in earlier stages whose LR schedule this stage continues."""
+    count = 0
+    for earlier in state.plan.schedule_span(stage):
+        step = line["step"] - 1 + stage.schedule_offset - earlier.schedule_offset  # in steps of the earlier stage
+        count += state.skipped.count(earlier.name, after=step - SKIP_LIMIT_STEPS, until=step)
+    return count
 
 
 def _is_spike(line: dict[str, Any]) -> bool:

@@ -130,8 +130,12 @@ def _headline(manifest: Mapping[str, Any], planned: dict[str, Any]) -> str:
 def _remedy(checkpoint: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> str:
     name = str(checkpoint.manifest["stage"])
     remedy = "Restore these, or begin a new run under another name (--job.name NAME)."
-    if plan.stages[-1].name != name and checkpoint.manifest["stage_index"] < len(plan.stages) - 1:
-        remedy += f" Stages after {name!r} may be changed freely."
+    index = checkpoint.manifest["stage_index"]
+    if index < len(plan.stages) - 1 and plan.stages[index].name == name:
+        last = plan.schedule_span(plan.stages[index])[-1]
+        if last is not plan.stages[-1]:
+            remedy += f" Stages after {last.name!r} may be changed freely."
+    remedy += _remedy_of_continued_schedule(plan, changed)
     if all(line.startswith(f"stages.{name}.") for line in changed):
         remedy += f" To train {name!r} again, remove {checkpoint.folder.parent}."
     if any(line.startswith("model.vocab_size:") for line in changed):
@@ -140,6 +144,23 @@ def _remedy(checkpoint: FoundCheckpoint, plan: Plan, changed: Sequence[str]) -> 
             f"{checkpoint.manifest['recipe']['model.vocab_size']} keeps it under any degree that divides it."
         )
     return remedy
+
+
+def _remedy_of_continued_schedule(plan: Plan, changed: Sequence[str]) -> str:
+    """Why stages that continue an LR schedule cannot be added, removed or changed in length after it was trained."""
+    keys = [line.split(":")[0] for line in changed]
+    for stage in plan.stages:
+        where = f"stages.{stage.name}.lr."
+        spanned = len(plan.schedule_span(stage)) > 1 or f"{where}span_steps" in keys
+        if spanned and any(key.startswith(where) for key in keys):
+            return (
+                f" The LR schedule of {plan.schedule_span(stage)[0].name!r} spans the stages that continue it "
+                '(lr = { schedule = "continue" }), and their number and length now change the LR of steps that are '
+                "trained already. Give a new stage a schedule of its own, or plan the stages together in a new run. "
+                "Stages can be added later to a constant schedule, and to an infinite or wsd schedule whose constant "
+                "phase lasts to the end of the trained stage, with end points in steps or tokens."
+            )
+    return ""
 
 
 def check_same_machine(checkpoint: FoundCheckpoint, process: ProcessInfo) -> None:

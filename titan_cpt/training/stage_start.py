@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from titan_cpt.checkpoint.checkpoint_spec import (
 )
 from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
@@ -41,11 +43,13 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     if not stage.keep_optimizer:
         reset_state(state.optimizer)
     _apply_stage_hyperparameters(state, stage)
-    state.guard.restore_losses(())
+    state.guard.restore_losses(_losses_before(state, stage))
+    first = state.plan.schedule_span(stage)[0]
+    continued = "" if first is stage else f", in the schedule of {first.name}"
     start = {
         "weights": weights,
         "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
-        "lr": f"{stage.lr_at(0):.4g} at the first step",
+        "lr": f"{stage.lr_at(0):.4g} at the first step{continued}",
     }
     history = stage.history
     earlier = {
@@ -56,6 +60,16 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     state.log.rewind(state.plan.steps_before(stage))
     state.display.transition(stage, start)
     return 0
+
+
+def _losses_before(state: TrainerState, stage: StagePlan) -> Sequence[float]:
+    """The losses before the stage with which its first losses are compared: none, unless it continues a schedule."""
+    if not stage.schedule_offset:
+        return ()
+    assert isinstance(stage.init, StageCheckpoint), "a stage that continues a schedule follows another"
+    record = read_manifest(checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done))
+    losses: Sequence[float] = record.get("recent_losses", ())
+    return losses
 
 
 def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:

@@ -200,3 +200,48 @@ def test_domains_one_after_another_have_the_batch_of_the_mixed_steps(raw, tmp_pa
     sizes = [[stage.batch_sizes.at(step) for step in range(stage.steps)] for stage in plan.stages[1:]]
 
     assert sizes == [[2] * 3, [2] * 5 + [4] * 2]
+
+
+def test_baselines_of_stages_under_one_schedule_keep_it_one(raw, tmp_path):
+    """German continues English's cosine: no LR of its own to make constant; the third stage has one."""
+    raw["stages"] = [
+        {
+            "name": "english",
+            "dataset": "en",
+            "steps": 12,
+            "lr": {"schedule": "cosine", "max": 3e-3, "warmup_until": 14},
+        },
+        {"name": "german", "dataset": "de", "steps": 8, "lr": {"schedule": "continue"}, "replay": {"fraction": 0.25}},
+    ]
+    spanned = plans_of(raw, tmp_path)
+    raw["stages"] += [
+        {"name": "again", "dataset": "en", "steps": 4, "lr": {"schedule": "cosine", "max": 2e-3}},
+        {"name": "more", "dataset": "de", "steps": 4, "lr": {"schedule": "continue"}},
+    ]
+    longer = plans_of(raw, tmp_path)
+
+    assert [*spanned] == ["union", "alone-english", "alone-german", "no-replay"]
+    assert max(lrs(spanned["union"].stages[0])) == max(lrs(spanned["no-replay"].stages[1])) == 3e-3
+    # 70 % of the schedule is warm-up, of a shorter one too.
+    assert lrs(spanned["alone-german"].stages[0])[:6] == pytest.approx(
+        [3e-3 * t / 5.6 for t in (1, 2, 3, 4, 5, 5.6)], rel=0.1
+    )
+    assert lrs(longer["constant-max"].stages[3]) == [2e-3] * 4
+    assert lrs(longer["constant-min"].stages[2]) == pytest.approx([3e-4] * 4)
+    assert [stage.keep_optimizer for stage in longer["constant-max"].stages] == [False, True, False, True]
+
+
+def test_domains_one_after_another_share_the_schedule_that_their_stage_begins(raw, tmp_path):
+    """A cosine over German's three domains and the stage that continues it stays one cosine, over the same steps."""
+    tables = {name: {"train": raw["datasets"]["de"]["train"], "weight": 1.0} for name in ("a", "b", "c")}
+    raw["datasets"]["de"] = {"domains": tables}
+    raw["stages"][1] = {"name": "german", "dataset": "de", "steps": 9, "lr": {"schedule": "cosine", "max": 2e-3}}
+    raw["stages"].append({"name": "again", "dataset": "en", "steps": 3, "lr": {"schedule": "continue"}})
+    config = load_config(training.write_config(raw, tmp_path / "c.toml"))
+    configured = make_plan(config, take_inventory(config))
+    plan = plans_of(raw, tmp_path)["domain-after-domain"]
+
+    assert [stage.name for stage in plan.stages] == ["english", "german-a", "german-b", "german-c", "again"]
+    assert [lr for stage in plan.stages for lr in lrs(stage)] == [
+        lr for stage in configured.stages for lr in lrs(stage)
+    ]

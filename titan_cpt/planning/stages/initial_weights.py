@@ -14,16 +14,14 @@ from titan_cpt.planning.plan_draft import PlanDraft
 def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | str:
     """The checkpoint of an earlier stage, or `random`, `checkpoint:PATH` or `hf:NAME`.
 
-    `previous` is the end of the stage before, or the step before the annealing if its schedule is infinite. The
-    config's check has already refused references to stages that do not exist.
+    `previous` is the end of the stage before, or the step before the annealing if its schedule is infinite, except in a
+    stage that continues this schedule. The config's check has already refused references to stages that do not exist.
     """
     earlier = list(draft.stages.values())
     init = stage.init or ("previous" if earlier else "random")
     if init == "previous":
-        last = earlier[-1]
-        infinite = next(s for s in draft.config.stages if s.name == last.name).lr.schedule.startswith("infinite")
-        steps = last.steps if last.pre_anneal_step is None or not infinite else last.pre_anneal_step
-        return StageCheckpoint(last.name, steps)
+        continues = draft.spans[stage.name].first.name != stage.name
+        return StageCheckpoint(earlier[-1].name, earlier[-1].steps) if continues else _previous(draft, stage)
     if not init.startswith("stage:"):
         return init
     name, _, point = init.removeprefix("stage:").partition("@")
@@ -31,12 +29,47 @@ def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | s
     if not point:
         return StageCheckpoint(name, base.steps)
     if base.pre_anneal_step is None:
-        draft.problems.append(
-            f"stages.{stage.name}.init: stage {name!r} has no annealing, so no pre-anneal point: write "
-            f"stage:{name} for its end, or give it an infinite or wsd schedule"
-        )
+        _refuse_pre_anneal(draft, stage, name)
         return StageCheckpoint(name, base.steps)
     return StageCheckpoint(name, base.pre_anneal_step)
+
+
+def _previous(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint:
+    """The checkpoint from which the next stage with a schedule of its own starts."""
+    last = list(draft.stages)[-1]
+    if not draft.spans[last].first.lr.schedule.startswith("infinite"):
+        return StageCheckpoint(last, draft.stages[last].steps)
+    annealing = _pre_anneal(draft, last)
+    if annealing is None:
+        return StageCheckpoint(last, draft.stages[last].steps)
+    if annealing.stage != last:
+        draft.notes.append(
+            f"stages.{stage.name}: starts from the step before the annealing, which is in stage {annealing.stage!r}: "
+            f'its weights lack the stages after it; init = "stage:{last}" starts from the end instead'
+        )
+    return annealing
+
+
+def _pre_anneal(draft: PlanDraft, name: str) -> StageCheckpoint | None:
+    """The pre-anneal point of the schedule that spans a stage, in whichever of its stages it is."""
+    spanned = [draft.stages[each] for each in draft.spans[name].names if each in draft.stages]
+    points = [StageCheckpoint(each.name, each.pre_anneal_step) for each in spanned if each.pre_anneal_step is not None]
+    return points[0] if points else None
+
+
+def _refuse_pre_anneal(draft: PlanDraft, stage: StageConfig, name: str) -> None:
+    where = f"stages.{stage.name}.init"
+    annealing = _pre_anneal(draft, name)
+    if annealing is None:
+        draft.problems.append(
+            f"{where}: stage {name!r} has no annealing, so no pre-anneal point: write stage:{name} for its end, or "
+            "give it an infinite or wsd schedule"
+        )
+    else:
+        draft.problems.append(
+            f"{where}: the annealing of its schedule begins in stage {annealing.stage!r}, not in {name!r}: write "
+            f"stage:{annealing.stage}@pre_anneal, or stage:{name} for the end of {name!r}"
+        )
 
 
 def history_of(draft: PlanDraft, init: StageCheckpoint | str) -> TrainingHistory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from titan_cpt.planning.plan import StageCheckpoint, StagePlan, ancestors
+from titan_cpt.planning.plan import StageCheckpoint, StagePlan, ancestors, schedule_span
 from titan_cpt.planning.stages.context_notes import NEW_WEIGHTS, context_notes
 
 MAX_EPOCHS = 4  # repeated tokens are worth almost as much as new ones up to here: Muennighoff et al. 2023, section 5
@@ -28,9 +28,11 @@ def stage_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
         if stage.init == "random":
             continue
         yield from _no_replay(stage, by_name)
-        if isinstance(stage.init, StageCheckpoint):
+        if isinstance(stage.init, StageCheckpoint) and not stage.schedule_offset:
             earlier_peak = max(earlier.peak_lr for earlier in ancestors(stage, by_name))
-            yield from _lr_changes(stage, last_lr=_last_lr(stage.init, by_name), earlier_peak=earlier_peak)
+            peak = max(spanned.peak_lr for spanned in schedule_span(stage, stages))
+            last_lr = _last_lr(stage.init, by_name)
+            yield from _lr_changes(stage, peak=peak, last_lr=last_lr, earlier_peak=earlier_peak)
 
 
 def _diverging_peak(stage: StagePlan) -> Iterator[str]:
@@ -63,15 +65,15 @@ def _no_replay(stage: StagePlan, by_name: Mapping[str, StagePlan]) -> Iterator[s
         )
 
 
-def _lr_changes(stage: StagePlan, *, last_lr: float, earlier_peak: float) -> Iterator[str]:
+def _lr_changes(stage: StagePlan, *, peak: float, last_lr: float, earlier_peak: float) -> Iterator[str]:
     """Notes on the stage's LR, compared with that of the stages before.
 
     Args:
+        peak: highest LR of the stage and of those that continue its schedule.
         last_lr: LR of the last step before this stage.
         earlier_peak: highest LR of all stages before.
     """
     first = stage.lr_at(0)
-    peak = stage.peak_lr
     if first > _LR_JUMP * last_lr and stage.recipe.get("lr.warmup_until") == "0":
         yield (
             f"stages.{stage.name}.lr: begins at {first:.3g} without a warm-up, after an LR of {last_lr:.3g}: the loss "
