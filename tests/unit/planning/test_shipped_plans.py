@@ -12,7 +12,7 @@ from titan_cpt.planning.planner import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
 
-TRAINED = {  # "fingerprint batches", computed with commit 3848756
+TRAINED = {  # "fingerprint batches", computed with commit 3848756, except quickstart_long, which is newer
     "10b_german": "609b523d 82311be1",
     "10b_pile": "dbe80016 24b3dba7",
     "10b_pile_to_german": "f384d834 cabd7671",
@@ -45,6 +45,7 @@ TRAINED = {  # "fingerprint batches", computed with commit 3848756
     "405m_union_pile_german": "aa37bdab 93d9fb08",
     "405m_union_pile_slimpajama": "36b6d082 45da81e6",
     "quickstart": "f5c31b6a 99aa3fd5",
+    "quickstart_long": "ec29a8e6 9e89f3db",
 }
 
 
