@@ -148,7 +148,7 @@ def source_faults(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> l
     for prefix in ("", "replay_"):
         tokens, losses = (ours.get(f"{prefix}{what}_by_source", {}) for what in ("tokens", "loss"))
         one = theirs.get(f"{prefix}loss_by_source", {})
-        if tokens != theirs.get(f"{prefix}tokens_by_source", {}) or losses.keys() != one.keys() != tokens.keys():
+        if tokens != theirs.get(f"{prefix}tokens_by_source", {}) or not losses.keys() == one.keys() == tokens.keys():
             faults.append(f"{case.name}: step {ours['step']}: {prefix}tokens by source are {tokens}")
         for name in losses.keys() & one.keys():
             if not abs(losses[name] - one[name]) <= 2 * TOLERANCE[case.precision]:
