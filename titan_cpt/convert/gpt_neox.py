@@ -9,6 +9,7 @@ from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
 from titan_cpt.convert.shared import (
+    END_OF_DOCUMENT_LOSS,
     constant_lr,
     cosine_lr,
     end_point,
@@ -90,7 +91,7 @@ _ADVICE = {
     "min_scale": "no loss scaling: bf16 needs none", "exit_interval": "see stages.steps",
     "use_cpu_initialization": "always drawn on the CPU", "precision": "see training.mixed_precision_param",
     "use_bnb_optimizer": "only AdamW", "local_rank": _CLUSTER, "rank": _CLUSTER,
-    "eod_mask_loss": "the end-of-document token is predicted like any other",
+    "eod_mask_loss": END_OF_DOCUMENT_LOSS,
     "warmup_iters": "not a key of GPT-NeoX: it uses `warmup`, a fraction",
     "decay_lr_to": "not a key of GPT-NeoX: it uses `min_lr`",
 }  # fmt: skip

@@ -135,6 +135,7 @@ def _from_fields(out: Conversion) -> int:
         fields |= {"rotary_fraction": float(out.number(key("rotary_percentage"), 0.25))}
         fields |= {"parallel_residual": out.flag(key("parallel_residual"), True)}
         names += ["rotary_percentage", "parallel_residual"]
+    names += _rope_scaling(out, fields)
     text = _tie(out, family, fields)
     set_model(
         out, family, fields, of=["model_name", *map(key, names), "train.tie_embeddings" if llama else ""], text=text
@@ -142,6 +143,23 @@ def _from_fields(out: Conversion) -> int:
     _check_fields(out, family, heads, width // max(heads, 1))
     out.finish_below("model_config", "a field of litgpt.Config that the model here does not have")
     return int(out.whole(key("block_size"), 4096))
+
+
+def _rope_scaling(out: Conversion, fields: dict[str, Any]) -> list[str]:
+    """Adds Llama 3's RoPE scaling to the model's fields; returns the names of its keys. Other scalings are listed."""
+    table = "model_config.rope_adjustments"
+    llama3 = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"}
+    llama3 |= {"original_max_seq_len": "original_seq_len"}
+    given = out.keys_below(table)
+    if {key.removeprefix(f"{table}.") for key in given if out.has(key)} == llama3.keys():
+        numbers = {ours: out.number(f"{table}.{theirs}") for theirs, ours in llama3.items()}
+        fields["rope_scaling"] = {"kind": "llama3", **numbers, "original_seq_len": int(numbers["original_seq_len"])}
+        return [f"rope_adjustments.{theirs}" for theirs in llama3]
+    if any(map(out.has, given)):
+        out.other_architecture(given, "linear interpolation of positions there; YaRN or Llama 3's scaling here")
+    if out.number("model_config.rope_condense_ratio", 1) != 1:
+        out.other_architecture("model_config.rope_condense_ratio", "positions are not divided by a number here")
+    return []
 
 
 def _check_fields(out: Conversion, family: str, heads: int, head_width: int) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
+from titan_cpt.convert.megatron_batch import set_batches
 from titan_cpt.convert.shared import (
+    END_OF_DOCUMENT_LOSS,
     constant_lr,
     cosine_lr,
     end_point,
     exactly,
     linear_lr,
-    pipelined,
-    set_batch,
     set_missing_data,
     set_model,
     set_weighted_data,
@@ -37,6 +38,7 @@ _SAME: tuple[tuple[str, str, Any], ...] = (
     ("log-interval", "metrics.log_freq", 100),
     ("num-workers", "training.num_workers", 2),
 )
+_POINTS = ("warmup_until", "cooldown_until", "constant_until", "decay_from", "timescale")
 _OTHER_MODEL = (
     "num-experts",
     "multi-latent-attention",
@@ -44,11 +46,12 @@ _OTHER_MODEL = (
     "hybrid-override-pattern",
     "is-hybrid-model",
 )
+_OTHER_ROPE = ("rotary-seq-len-interpolation-factor", "no-rope-freq", "rotary-interleaved")
 _LAUNCHER = "processes are started by torchrun or Slurm: docs/slurm.md"
 _FUSION = "not needed: torch chooses kernels, and [compile] fuses; the result is the same up to rounding"
 _OVERLAP = "FSDP2 overlaps communication itself"
 _CHECKPOINT = "see [checkpoint] in docs/config.md; the format is torch's distributed checkpoint"
-_ADVICE = {
+_ADVICE: Mapping[str, str] = {
     "nproc*": _LAUNCHER, "nnodes": _LAUNCHER, "node_rank": _LAUNCHER, "node-rank": _LAUNCHER, "master*": _LAUNCHER,
     "rdzv*": _LAUNCHER, "distributed-backend": "nccl on GPUs, gloo on CPUs", "distributed-timeout*": "see [comm]",
     "max-position-embeddings": "rotary positions have no limit; only training.seq_len counts",
@@ -58,7 +61,8 @@ _ADVICE = {
     "overlap-*": _OVERLAP, "use-distributed-optimizer": "FSDP2 shards the optimizer state",
     "sequence-parallel": "always on with tensor parallelism",
     "fp8*": "see [float8]: torchao's recipes, not Transformer Engine's", "te-*": "no Transformer Engine",
-    "rampup-batch-size": "no batch-size ramp-up: one stage for each batch size, in files that continue each other",
+    "phase-transition-iterations": "one stage for each phase, the later ones with lr = { schedule = \"continue\" }",
+    "decrease-batch-size-if-needed": "every batch size must be a multiple of ranks x local_batch_size",
     "recompute-*": "see [activation_checkpoint]", "distribute-saved-activations": "see [activation_checkpoint]",
     "load": "a run resumes in its own folder; the stage's `init` names other weights",
     "ckpt-*": _CHECKPOINT, "async-save": "checkpoint.async_mode, which is on", "use-dist-ckpt": _CHECKPOINT,
@@ -80,8 +84,8 @@ _ADVICE = {
     "min-loss-scale": "no loss scaling: bf16 needs none", "hysteresis": "no loss scaling: bf16 needs none",
     "moe-*": "no mixture-of-experts models here", "expert-*": "no mixture-of-experts models here",
     "mamba-*": "no Mamba models here", "rl-*": "no reinforcement learning here",
-    "reset-*": "documents of a sequence see each other, as without this option there",
-    "eod-mask-loss": "the end-of-document token is predicted like any other",
+    "eod-mask-loss": END_OF_DOCUMENT_LOSS,
+    "rotary-seq-len-interpolation-factor": "no linear interpolation; YaRN and Llama 3's scaling: model.rope_scaling",
     "start-weight-decay": "weight decay is constant", "end-weight-decay": "weight decay is constant",
     "num-layers-per-virtual*": "see parallelism.pipeline_parallel_schedule",
     "kv-channels": "see model.head_width", "use-cpu-initialization": "always drawn on the CPU",
@@ -102,7 +106,8 @@ def convert_megatron(out: Conversion, world_size: int | None) -> None:
         out.same(theirs, ours, default=default)
     _model(out)
     _data(out)
-    batch = _batch(out, world_size)
+    _documents(out)
+    batch = set_batches(out, world_size)
     _schedule(out, batch)
     _options(out)
     set_missing_data(out)
@@ -133,13 +138,13 @@ def _model(out: Conversion) -> None:
         fields |= {"tie_embeddings": not out.has("untie-embeddings-and-output-weights")}
         keys += ["swiglu", "group-query-attention", "num-query-groups", "kv-channels", "qk-layernorm", "add-qkv-bias"]
         keys += ["untie-embeddings-and-output-weights"]
-        if out.has("use-rope-scaling"):
-            factor = float(out.number("rope-scaling-factor", 8.0))
-            fields["rope_scaling"] = {"kind": "llama3", "factor": factor, "original_seq_len": 8192}
-            keys += ["use-rope-scaling", "rope-scaling-factor"]
     else:
         fields |= {"rotary_fraction": float(out.number("rotary-percent", 1.0)), "parallel_residual": False}
         keys.append("rotary-percent")
+    if out.has("use-rope-scaling"):
+        factor = float(out.number("rope-scaling-factor", 8.0))
+        fields["rope_scaling"] = {"kind": "llama3", "factor": factor, "original_seq_len": 8192}
+        keys += ["use-rope-scaling", "rope-scaling-factor"]
     set_model(out, family, fields, of=keys)
     _architecture(out, family)
     if not out.has("padded-vocab-size"):
@@ -190,9 +195,9 @@ def _architecture(out: Conversion, family: str) -> None:
         out.other_architecture("rotary-percent", "family llama rotates the whole head")
     elif llama and out.has("rotary-percent"):
         out.set({}, of=["rotary-percent"], text="as in family llama")
-    for key in (*_OTHER_MODEL, "squared-relu", "apply-layernorm-1p", "openai-gelu"):
+    for key in (*_OTHER_MODEL, "squared-relu", "apply-layernorm-1p", "openai-gelu", *_OTHER_ROPE):
         if out.has(key):
-            out.other_architecture(key, "not available here")
+            out.other_architecture(key, _ADVICE.get(key, "not available here"))
     std = float(out.number("init-method-std", 0.02))
     if llama and std == 0.02:
         out.set({}, of=["init-method-std"], text="0.02 and 0.02 / sqrt(2 layers), as here")
@@ -239,6 +244,26 @@ def _data(out: Conversion) -> None:
     out.decide(text, {"tokenizer.path": path}, of=["tokenizer-type", "tokenizer-model"])
 
 
+def _documents(out: Conversion) -> None:
+    """The document mask; a sequence's positions do not restart with RoPE, neither there nor here."""
+    if out.has("reset-position-ids"):
+        out.set({}, of=["reset-position-ids"], text="without effect on RoPE there: positions do not restart, as here")
+    if not out.has("reset-attention-mask"):
+        return
+    keys = ["reset-attention-mask", "no-create-attention-mask-in-dataloader", "transformer-impl"]
+    applied = out.value("transformer-impl", "transformer_engine") == "local" and not out.has(keys[1])
+    mask = {"training.document_mask": True}
+    if applied:
+        out.set(mask, of=keys, text="an end-of-document token belongs to the document that it ends, as here")
+    else:
+        text = (
+            "attention stays within a document here. Megatron-LM's Transformer Engine layers ignore this mask "
+            "(NVIDIA/Megatron-LM issue 2357), and no-create-attention-mask-in-dataloader does not make it: a model "
+            "that was trained there attended to other documents, and false continues that"
+        )
+        out.decide(text, mask, of=keys)
+
+
 def _number(word: Any) -> float:
     try:
         return float(word)
@@ -246,37 +271,10 @@ def _number(word: Any) -> float:
         return 1.0
 
 
-def _batch(out: Conversion, world_size: int | None) -> int:
-    degrees = ("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size")
-    model_ranks = 1
-    for key in degrees:
-        model_ranks *= max(out.whole(key, 1), 1)
-    ranks = world_size
-    launcher = [key for key in ("nproc_per_node", "nproc-per-node", "nnodes") if out.has(key)]
-    if ranks is None and launcher and all(str(out.value(key)).isdigit() for key in launcher):
-        ranks = 1
-        for key in launcher:
-            ranks *= max(out.whole(key), 1)
-    data_parallel = max((ranks or model_ranks) // model_ranks, 1)
-    micro = out.whole("micro-batch-size", 1) or 1
-    sequences = out.whole("global-batch-size", micro * data_parallel)
-    how = f"{sequences} sequences; micro-batch {micro} x {data_parallel} data-parallel ranks x accumulation"
-    pipeline = out.whole("pipeline-model-parallel-size", 1)
-    local = pipelined(out, pipeline, micro, max(sequences // data_parallel, 1))
-    set_batch(
-        out,
-        sequences=sequences,
-        micro=local,
-        ranks=data_parallel,
-        of=["global-batch-size", "micro-batch-size"],
-        how=how,
-    )
-    return int(sequences)
-
-
 def _schedule(out: Conversion, batch: int) -> None:
     samples = out.has("train-samples")
-    unit, size = ("samples", max(batch, 1)) if samples else ("iters", 1)
+    ramp = "stage.global_batch_size" in out.values
+    unit, size = ("samples", 1 if ramp else max(batch, 1)) if samples else ("iters", 1)
     total = out.whole(f"train-{unit}", size)
     steps = max(total // size, 1)
     decay_end = Fraction(out.whole(f"lr-decay-{unit}", total), size)
@@ -294,19 +292,31 @@ def _schedule(out: Conversion, batch: int) -> None:
         steps=steps,
         wsd_decay=None if decay is None else Fraction(decay, size),
         wsd_shape=out.text("lr-wsd-decay-style", "exponential"),
-        batch=max(batch, 1),
+        batch=1 if ramp else max(batch, 1),
     )
     keys = ["lr", "min-lr", "lr-decay-style", f"lr-decay-{unit}", f"lr-warmup-{unit}", "lr-warmup-fraction"]
     keys += [f"lr-wsd-decay-{unit}", "lr-wsd-decay-style"]
-    if samples:
+    if ramp:
+        seq_len = out.whole("seq-length", 1024)
+        table = {key: _in_tokens(value, seq_len) if key in _POINTS else value for key, value in table.items()}
+        text = f"end points in tokens, as the batch grows{f'; counted in samples, {text}' if text else ''}"
+        ours = {"stage.lr": table, "stage.tokens": length * seq_len}
+        out.decide(text, ours, of=[*keys, f"train-{unit}"])
+    elif text or samples:
         text = text or f"{total} samples are {steps} steps of {batch} sequences"
-    if text:
         out.decide(text, {"stage.lr": table, "stage.steps": length}, of=[*keys, f"train-{unit}"])
     else:
         out.set({"stage.lr": table}, of=keys)
         out.set("stage.steps", length, of=[f"train-{unit}"])
     if out.number("lr-warmup-init", 0.0) != 0:
         out.no_counterpart("lr-warmup-init", "the warm-up starts at 0 here")
+
+
+def _in_tokens(point: Any, seq_len: int) -> Any:
+    """An end point in samples, such as 100 or "12.5 steps" with a sample for a step, in tokens; shares stay."""
+    if isinstance(point, float):
+        return point
+    return str(round(Fraction(str(point).removesuffix(" steps")) * seq_len))
 
 
 def megatron_lr(

@@ -12,6 +12,10 @@ from titan_cpt.errors import ConfigError
 from titan_cpt.models.registry import SPECS, as_config_table
 from titan_cpt.models.spec import RopeScaling
 
+END_OF_DOCUMENT_LOSS = (  # of keys that take the target after an end-of-document token out of the loss
+    "the token after an end-of-document token is a target like any other, except with datasets.*.packing = "
+    '"best_fit": there the last token of a document has no target'
+)
 _TYPICAL_VOCABULARY = {"gpt_neox": 50_304, "llama": 32_000}
 
 

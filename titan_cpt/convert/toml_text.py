@@ -14,7 +14,7 @@ _TABLES = (
     "job", "model", "tokenizer", "datasets", "optimizer", "training", "parallelism", "comm", "checkpoint",
     "activation_checkpoint", "compile", "float8", "metrics", "profiling", "validation", "evaluation",
 )  # fmt: skip
-_STAGE_KEYS = ("name", "dataset", "steps", "tokens", "init", "optimizer_state", "lr")
+_STAGE_KEYS = ("name", "dataset", "steps", "tokens", "global_batch_size", "init", "optimizer_state", "lr")
 _WIDTH = 80
 
 
@@ -81,10 +81,15 @@ def _line(name: str, value: Any, origin: ListedKeys | None) -> str:
 def _inline(value: Any) -> str:
     """A TOML value in one line, also of a table."""
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(key)} = {_inline(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_inline(inner) for inner in value) + "]"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def _key(name: str) -> str:
+    """A key of an inline table, in quotes unless it is bare and not a number: keys of a ramp are numbers of tokens."""
+    return name if name.isidentifier() else f'"{name}"'
 
 
 def _entry(finding: ListedKeys) -> list[str]:

@@ -168,7 +168,8 @@ def _model(out: Conversion) -> None:
         sharded = out.whole("parallelism.tensor_parallel_degree", 1) > 1
         set_model(out, "llama", fields, of=["model.name", "model.flavor"], text=text, tensor_parallel=sharded)
         if attention:
-            out.remark(f"model.flavor: {attention} masks attention at documents; here attention crosses their borders.")
+            text = f"{attention} keeps attention within a document; positions do not restart, as here"
+            out.set("training.document_mask", True, text=text)
     else:
         why = f"{name} {flavor} is none of the dense models of {', '.join(_MODELS)}"
         set_placeholder_model(out, ["model.name", "model.flavor"], why)

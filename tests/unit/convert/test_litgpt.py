@@ -78,6 +78,26 @@ def test_fields_of_a_model_are_taken_over():
     assert conversion.same_architecture
 
 
+def test_llama_3s_rope_scaling_is_taken_over_and_linear_interpolation_is_another_architecture():
+    """litgpt's Llama-3.2 has all four numbers, its Gemma 3 only a factor."""
+    fields = {f"model_config.{key}": value for key, value in FIELDS.items()}
+    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+    adjusted = {f"model_config.rope_adjustments.{key}": value for key, value in scaling.items()}
+    llama3 = converted(litgpt, BASE | fields | adjusted)
+    spec = planned(llama3)[1].spec
+
+    assert llama3.same_architecture
+    assert (spec.rope_scaling.kind, spec.rope_scaling.factor, spec.rope_scaling.original_seq_len) == (
+        "llama3",
+        32,
+        8192,
+    )
+    for linear in ({"model_config.rope_adjustments.factor": 8.0}, {"model_config.rope_condense_ratio": 4}):
+        conversion = converted(litgpt, BASE | fields | linear)
+        assert not conversion.same_architecture
+        assert listed(conversion) == sorted(BASE | fields | linear)
+
+
 def test_a_sequence_length_that_is_not_set_is_the_models_block_size():
     keys = {key: value for key, value in BASE.items() if key != "train.max_seq_length"}
     assert converted(litgpt, keys).values["training.seq_len"] == 512
@@ -97,6 +117,7 @@ NAMES += [
     "new",
 ]
 NAMES += ["train.tie_embeddings", "train.log_interval", "train.save_interval", "optimizer.init_args.fused"]
+NAMES += ["model_config.rope_adjustments", "model_config.rope_adjustments.factor", "model_config.rope_condense_ratio"]
 
 
 @given(st.sets(st.sampled_from(NAMES)), st.sets(st.sampled_from(sorted(FIELDS))), st.booleans())

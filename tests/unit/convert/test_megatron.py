@@ -116,9 +116,40 @@ def test_a_variable_that_the_script_does_not_set_is_a_decision():
     planned(conversion)
 
 
+def test_attention_inside_documents_is_a_decision_where_megatron_did_not_apply_it():
+    """Transformer Engine's layers, the default, ignore the mask (NVIDIA/Megatron-LM issue 2357); local ones do not."""
+    mask = BASE | {"reset-attention-mask": True, "reset-position-ids": True, "eod-mask-loss": True}
+    default, local = converted(megatron, mask), converted(megatron, mask | {"transformer-impl": "local"})
+
+    assert "issue 2357" in found(default.decisions, "reset-attention-mask").text
+    assert "that it ends" in found(local.converted, "reset-attention-mask").text
+    for conversion in (default, local):
+        stage = planned(conversion)[1].stages[0]
+        assert (stage.document_mask, stage.document_positions) == (True, False)
+        assert "positions do not restart" in found(conversion.converted, "reset-position-ids").text
+        assert "best_fit" in found(conversion.unmatched, "eod-mask-loss").text
+    assert not planned(converted(megatron, BASE))[1].stages[0].document_mask
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_llama_3s_rope_scaling_is_that_of_both_families(swiglu):
+    """Its constants are 8192, 1 and 4 in Megatron-LM; other changes of RoPE are other architectures."""
+    keys = {key: value for key, value in BASE.items() if swiglu or key not in ("swiglu", "disable-bias-linear")}
+    keys |= {"normalization": "RMSNorm" if swiglu else "LayerNorm", "use-rope-scaling": True}
+    conversion = converted(megatron, keys | {"rope-scaling-factor": "32.0"})
+    scaling = planned(conversion)[1].spec.rope_scaling
+
+    assert conversion.same_architecture
+    assert (scaling.kind, scaling.factor, scaling.original_seq_len) == ("llama3", 32, 8192)
+    assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1, 4)
+    for other in ({"rotary-seq-len-interpolation-factor": "2"}, {"no-rope-freq": "4"}):
+        assert not converted(megatron, keys | other).same_architecture
+
+
 NAMES = [key.removesuffix("*") + "x" * key.endswith("*") for key in megatron._ADVICE]
 NAMES += ["data-path", "split", "tokenizer-model", "save", "fp16", "eval-iters", "group-query-attention", "num-experts"]
 NAMES += ["use-rope-scaling", "qk-layernorm", "vocab-size", "optimizer", "recompute-activations", "made-up"]
+NAMES += ["reset-attention-mask", "reset-position-ids", "rampup-batch-size", "no-rope-freq", "train-samples"]
 
 
 @given(st.sets(st.sampled_from(NAMES)), st.booleans())
@@ -126,4 +157,5 @@ def test_each_argument_is_in_exactly_one_list(names, swiglu):
     keys = {key: value for key, value in BASE.items() if swiglu or key != "swiglu"}
     keys |= {"optimizer": "sgd"} if "optimizer" in names else {}
     keys |= {name: "x/y" if name in ("data-path", "save") else True for name in names - {"optimizer", "kv-channels"}}
+    keys |= {"train-samples": "8000"} if "train-samples" in names else {}
     assert listed(converted(megatron, keys)) == sorted(keys)

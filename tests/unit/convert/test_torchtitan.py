@@ -73,6 +73,15 @@ def test_released_models_become_the_named_size_without_further_keys(name, flavor
     assert conversion.same_architecture
 
 
+@pytest.mark.parametrize("flavor", ["8B_flex", "8B_varlen", "debugmodel_flex_attn"])
+def test_flavors_with_block_causal_attention_have_a_document_mask(flavor):
+    """torchtitan 0.2.2: attention inside documents, whose end-of-document token belongs to them; positions go on."""
+    conversion = converted(torchtitan, BASE | {"model.flavor": flavor})
+    stage = planned(conversion)[1].stages[0]
+    assert (stage.document_mask, stage.document_positions) == (True, False)
+    assert not planned(converted(torchtitan, BASE))[1].stages[0].document_mask
+
+
 def test_a_model_with_experts_is_a_placeholder_and_says_so():
     conversion = converted(torchtitan, BASE | {"model.name": "qwen3", "model.flavor": "debugmodel_moe"})
     assert not conversion.same_architecture
