@@ -75,7 +75,7 @@ def test_released_models_become_the_named_size_without_further_keys(name, flavor
 
 @pytest.mark.parametrize("flavor", ["8B_flex", "8B_varlen", "debugmodel_flex_attn"])
 def test_flavors_with_block_causal_attention_have_a_document_mask(flavor):
-    """torchtitan 0.2.2: attention inside documents, whose end-of-document token belongs to them; positions go on."""
+    """torchtitan 0.2.2: attention inside documents, which include their last token; no positions restart."""
     conversion = converted(torchtitan, BASE | {"model.flavor": flavor})
     stage = planned(conversion)[1].stages[0]
     assert (stage.document_mask, stage.document_positions) == (True, False)
