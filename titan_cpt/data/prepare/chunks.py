@@ -273,11 +273,15 @@ def _take_until_content(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[b
 def _cut_lines(where: str, blocks: Iterator[tuple[bytes, int]], target: int) -> Iterator[Chunk]:
     """Cut chunks after the last line end within `target` bytes, or, in a longer line, after its end."""
     buffer = bytearray()
+    begun = False
     first, position, reported, searched = 1, 0, 0, 0
     for block, position in blocks:
-        if not buffer and first == 1:
-            block = block.removeprefix(BYTE_ORDER_MARK)
         buffer += block
+        if not begun:
+            if BYTE_ORDER_MARK.startswith(buffer) and len(buffer) < len(BYTE_ORDER_MARK):
+                continue  # the block may end inside of the mark
+            begun = True
+            buffer = buffer.removeprefix(BYTE_ORDER_MARK)
         while len(buffer) > target:
             cut = buffer.rfind(b"\n", 0, target) + 1 or buffer.find(b"\n", searched) + 1
             if not cut:

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prepared import documents_of, jsonl, make_inputs, outputs, run, words
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -223,6 +223,7 @@ def test_options_out_of_range_and_inputs_named_twice_are_refused(tmp_path):
     cuts=st.lists(st.integers(1, 200), max_size=30),
     target=st.integers(1, 300),
 )
+@example(lines=[b"\xef\xbb\xbf"], cuts=[1], target=1)
 def test_chunk_borders_depend_only_on_the_content(lines, cuts, target):
     """Blocks of any lengths give the same chunks: whole lines with their numbers."""
     content = b"\n".join(lines) + b"\nlast"
