@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from titan_cpt.common.allocator import keep_freed_memory
+from titan_cpt.common.process_settings import keep_freed_memory
 
 TURNS = 15
 # race, batch, positions, query heads, key/value heads, features

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_cpt.common.allocator import keep_freed_memory
+from titan_cpt.common.process_settings import keep_freed_memory
 from titan_cpt.data.documents import document_starts
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.document_attention import Documents, document_attention

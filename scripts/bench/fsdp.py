@@ -67,7 +67,7 @@ def work(folder: Path) -> None:
     """Train as one rank; rank 0 writes the speed into the folder."""
     import device
 
-    from titan_cpt.common.allocator import keep_freed_memory
+    from titan_cpt.common.process_settings import keep_freed_memory
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from titan_cpt.common.allocator import keep_freed_memory
+from titan_cpt.common.process_settings import keep_freed_memory
 from titan_cpt.models.common import ops
 
 TURNS = 5

@@ -57,7 +57,7 @@ def measure(folder: Path, stages: int, steps: int, shape: dict[str, int]) -> lis
     """Seconds per step of every stage: with the whole trainer, and bare."""
     import device
 
-    from titan_cpt.common.allocator import keep_freed_memory
+    from titan_cpt.common.process_settings import keep_freed_memory
     from titan_cpt.common.signals import StopRequest
     from titan_cpt.config.load import load_config
     from titan_cpt.data.formats.indexed_writer import IndexedWriter

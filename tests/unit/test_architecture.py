@@ -71,7 +71,6 @@ HEAVY_ON_PURPOSE = (  # wraps torchrun; draw, and are imported when they must
 TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a test that fails if they are wrong
     "__main__": "unit/commands/test_cli.py",
     "common.plugins": "behavior/test_plugins.py",
-    "common.process_settings": "unit/test_api.py",
     "config.used_plugins": "behavior/test_plugins.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, tokenizer_mismatch
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.metrics_file import read_metrics
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.models.spec import ModelSpec

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-
-class TokenPhase(NamedTuple):
-    """Consecutive steps of a stage with the same number of tokens.
-
-    Attributes:
-        first_step: steps of the stage before the phase.
-        first_token: tokens of the stage before the phase.
-        step_tokens: tokens of each of its steps, over all ranks.
-    """
-
-    first_step: int
-    first_token: int
-    step_tokens: int
+from titan_cpt.common.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)
@@ -29,23 +16,24 @@ class StageTokens:
     Attributes:
         before: tokens of all earlier stages of the run.
         steps: planned steps of the stage.
-        phases: the first one begins with step 0.
+        batch_sizes: sequences of every step.
+        seq_len: tokens of a sequence.
         flops_per_token: 1 if it is unknown.
     """
 
     before: int
     steps: int
-    phases: tuple[TokenPhase, ...]
+    batch_sizes: BatchSizes
+    seq_len: int
     flops_per_token: float = 1.0
 
     def until(self, steps_done: int) -> int:
         """Tokens of the stage's first `steps_done` steps."""
-        phase = self.phases[bisect_right(self.phases, steps_done, key=lambda each: each.first_step) - 1]
-        return phase.first_token + (steps_done - phase.first_step) * phase.step_tokens
+        return self.batch_sizes.sequences_before(steps_done) * self.seq_len
 
     def of_step(self, steps_done: int) -> int:
         """Tokens of the step after which `steps_done` steps of the stage are done."""
-        return self.until(steps_done) - self.until(steps_done - 1)
+        return self.batch_sizes.at(steps_done - 1) * self.seq_len
 
 
 class PlannedTokens:
@@ -65,10 +53,10 @@ class PlannedTokens:
         self.total = 0
         for stage in plan.get("stages", ()):
             sizes = stage.get("batch_sizes", [[0, plan.get("step_tokens", 0)]])
-            tokens = StageTokens(self.total, stage["steps"], _phases(sizes, stage.get("seq_len", 1)))
+            tokens = StageTokens(self.total, stage["steps"], BatchSizes.of_steps(sizes), stage.get("seq_len", 1))
             planned = tokens.until(stage["steps"])
             if planned and stage.get("flops"):
-                tokens = StageTokens(tokens.before, tokens.steps, tokens.phases, stage["flops"] / planned)
+                tokens = replace(tokens, flops_per_token=stage["flops"] / planned)
             self.stages[stage["name"]] = tokens
             self.total += planned
 
@@ -87,15 +75,3 @@ class PlannedTokens:
             later = (self.stages[name] for name in names[names.index(stage) + 1 :])
             left += sum(each.flops_per_token * each.until(each.steps) for each in later)
         return left
-
-
-def _phases(sizes: Sequence[Sequence[int]], seq_len: int) -> tuple[TokenPhase, ...]:
-    """The phases of [first step, sequences of a step] pairs."""
-    phases: list[TokenPhase] = []
-    for first_step, sequences in sizes:
-        tokens = 0
-        if phases:
-            last = phases[-1]
-            tokens = last.first_token + (first_step - last.first_step) * last.step_tokens
-        phases.append(TokenPhase(first_step, tokens, sequences * seq_len))
-    return tuple(phases)

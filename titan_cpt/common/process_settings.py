@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
-
-from titan_cpt.common.allocator import keep_freed_memory
 
 _IGNORED_WARNINGS = (
     "'set_vital' is deprecated",  # raised inside torch when torchdata's loader starts
@@ -15,6 +15,13 @@ _IGNORED_WARNINGS = (
 )
 
 
+# Parameters of mallopt, M_... in glibc's malloc.h.
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
+_GROWTH_BYTES = 64 << 20
+
+
 def configure_process(*, deterministic: bool) -> None:
     """Apply the settings; before CUDA starts, which reads that of cuBLAS."""
     for message in _IGNORED_WARNINGS:
@@ -22,3 +29,19 @@ def configure_process(*, deterministic: bool) -> None:
     keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def keep_freed_memory() -> bool:
+    """Configure glibc's malloc not to return freed memory to the kernel; returns whether glibc accepted that.
+
+    Every training step allocates the same sizes again. By default glibc maps and unmaps the memory of every large
+    tensor, and the kernel clears its pages each time. Under another allocator (LD_PRELOAD) or C library this has no
+    effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, _GROWTH_BYTES))
+    return bool(sum(mallopt(name, value) for name, value in settings) == len(settings))

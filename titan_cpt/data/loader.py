@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.data.batch import Batch
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.documents import DocumentSettings
 from titan_cpt.data.mixture import Draw
 from titan_cpt.data.packing.packed_tokens import PackedRow, PackedTokens

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.recipe import fingerprint
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.trained_text import Leg, trained_tokens

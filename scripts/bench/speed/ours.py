@@ -25,7 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import titan_cpt  # noqa: E402
-from titan_cpt.common.allocator import keep_freed_memory  # noqa: E402
+from titan_cpt.common.process_settings import keep_freed_memory  # noqa: E402
 from titan_cpt.common.signals import StopRequest  # noqa: E402
 from titan_cpt.config.load import load_config  # noqa: E402
 from titan_cpt.data.formats.indexed_writer import IndexedWriter  # noqa: E402

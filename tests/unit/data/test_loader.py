@@ -9,7 +9,7 @@ import pytest
 import torch
 import training
 
-from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
+from titan_cpt.common.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.data.formats.indexed import TokenStream
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files

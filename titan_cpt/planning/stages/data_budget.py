@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.data.inventory import DataInventory
 from titan_cpt.data.mixture import Leaf
 from titan_cpt.data.sequence_lengths import sequence_lengths

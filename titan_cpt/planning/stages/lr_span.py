@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.config.lr import ContinueLR
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.batch_sizes import BatchSizes
 
 
 @dataclass(frozen=True)

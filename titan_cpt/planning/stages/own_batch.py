@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.numbers import parse_tokens
 from titan_cpt.common.readable import shortest_count
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.planning.plan import StagePlan
 

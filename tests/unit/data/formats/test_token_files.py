@@ -21,7 +21,7 @@ from token_formats import (
     write_raw,
 )
 
-from titan_cpt.data.batch_sizes import BatchSizes
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.data.formats.token_files import TokenFiles, count_source, open_source
 from titan_cpt.data.inventory import open_sources, take_inventory, training_files
 from titan_cpt.data.loader import SequenceReader, StageLoader

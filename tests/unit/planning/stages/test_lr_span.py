@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 from plans import COSINE, datasets, stage
 
+from titan_cpt.common.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.config.lr import ContinueLR
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.errors import ConfigError, PlanError
 from titan_cpt.planning.plan_json import lr_as_json, plan_as_json
 from titan_cpt.planning.stages.lr_span import StageLength, lr_spans

@@ -11,10 +11,10 @@ import torch
 import training
 from recorded_graphs import RecordedGraphs
 
+from titan_cpt.common.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.common.console import RunConsole
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.data.batch import Batch
-from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
 from titan_cpt.distributed.document_backend import set_document_backend
 from titan_cpt.distributed.process_group import init_process_group
 from titan_cpt.train import Trainer

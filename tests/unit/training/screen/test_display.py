@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.log_file import LogFile
-from titan_cpt.data.batch_sizes import BatchSizes
 from titan_cpt.training.screen.display import Display, _Bar
 
 LINE = {

@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan_cpt.data.batch_sizes import BatchPhase, BatchSizes
+from titan_cpt.common.batch_sizes import BatchPhase, BatchSizes
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=4))

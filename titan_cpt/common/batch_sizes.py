@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -33,6 +33,15 @@ class BatchSizes:
     def constant(cls, size: int) -> BatchSizes:
         """Every step has `size` sequences."""
         return cls((BatchPhase(0, 0, size),))
+
+    @classmethod
+    def of_steps(cls, sizes: Iterable[Sequence[int]]) -> BatchSizes:
+        """The phases of (first step, sequences of a step) in ascending order; the first one begins with step 0."""
+        phases: list[BatchPhase] = []
+        for first_step, size in sizes:
+            first_sequence = cls(tuple(phases)).sequences_before(first_step) if phases else 0
+            phases.append(BatchPhase(first_step, first_sequence, size))
+        return cls(tuple(phases))
 
     @classmethod
     def ramp(cls, sizes: Sequence[tuple[int, int]], *, seq_len: int) -> BatchSizes:
