@@ -104,7 +104,7 @@ class ModelConfig(Table):
     """Rows of the token embedding, used without padding. Unset: the size's, or the tokenizer's vocabulary padded."""
     rotary_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Fraction of each head's dimensions to which RoPE is applied (GPT-NeoX family)."""
-    rope_base: PositiveFloat | None = None
+    rope_base: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Base of the RoPE frequencies (theta)."""
     rope_scaling: RopeScalingConfig | None = None
     """RoPE scaling for context extension. Unset: the size's, or none."""

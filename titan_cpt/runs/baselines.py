@@ -22,10 +22,11 @@ from titan_cpt.common.reading import read_text
 from titan_cpt.config.load import check_config, dump_config, load_config
 from titan_cpt.config.schema import Config
 from titan_cpt.errors import ConfigError, TitanError
+from titan_cpt.models.spec import ROPE_SCALINGS
 from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
-_OF_THE_DATA = ("seq_len", "global_batch_size", "local_batch_size", "document_mask", "document_positions", "rope")
+_OF_THE_DATA = ("seq_len", "global_batch_size", "local_batch_size", "document_mask", "document_positions")
 _CONTINUED: _Tables = {"lr": {"schedule": "continue"}, "optimizer_state": "keep"}
 _CHECKSUM = "# SHA-256 of what follows: "
 
@@ -216,10 +217,23 @@ def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
     return {
         **own,
         **{key: stage[key] for key in _OF_THE_DATA if key in stage},
+        **_own_rope(plan, plan.stages[index]),
         "name": stage["name"],
         "dataset": stage["dataset"],
         "steps": plan.stages[index].steps,
     }
+
+
+def _own_rope(plan: Plan, stage: StagePlan) -> _Tables:
+    """The key `rope` with which random weights get the RoPE of a stage, which it may have from an earlier one."""
+    rope, model = stage.spec.rope, plan.spec.rope
+    changed: _Tables = {} if rope.base == model.base else {"base": rope.base}
+    if rope.scaling is None and model.scaling is not None:
+        changed["kind"] = "none"
+    elif rope.scaling is not None and rope.scaling != model.scaling:
+        names = ("kind", "factor", "original_seq_len", *ROPE_SCALINGS[rope.scaling.kind])
+        changed |= {name: getattr(rope.scaling, name) for name in names}
+    return {"rope": changed} if changed else {}
 
 
 def _scaled_schedule(lr: _Tables, plan: Plan) -> _Tables:

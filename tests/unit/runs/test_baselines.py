@@ -245,3 +245,19 @@ def test_domains_one_after_another_share_the_schedule_that_their_stage_begins(ra
     assert [lr for stage in plan.stages for lr in lrs(stage)] == [
         lr for stage in configured.stages for lr in lrs(stage)
     ]
+
+
+def test_the_baseline_of_a_stage_has_the_rope_that_its_stage_inherits(raw, tmp_path):
+    """The second stage changes base and scaling, the third one has them from it; the fourth removes the scaling."""
+    yarn = {"base": 50_000.0, "kind": "yarn", "factor": 2.0, "original_seq_len": 16, "beta_fast": 20.0}
+    lr = {"schedule": "constant", "max": 1e-3}
+    raw["stages"][1]["rope"] = yarn
+    raw["stages"] += [{"name": "third", "dataset": "en", "steps": 2, "lr": lr}]
+    raw["stages"] += [{"name": "fourth", "dataset": "de", "steps": 2, "lr": lr, "rope": {"kind": "none"}}]
+    plans = plans_of(raw, tmp_path)
+    ropes = [plans[f"alone-{name}"].stages[0].spec.rope for name in ("english", "german", "third", "fourth")]
+    configured = make_plan(config := load_config(tmp_path / "c.toml"), take_inventory(config)).stages
+
+    assert ropes == [stage.spec.rope for stage in configured]
+    assert [rope.scaling and rope.scaling.beta_fast for rope in ropes] == [None, 20.0, 20.0, None]
+    assert [rope.base for rope in ropes] == [10_000.0, 50_000.0, 50_000.0, 50_000.0]
