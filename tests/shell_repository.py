@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,3 +84,26 @@ class Repository:
     def only_call(self) -> dict:
         (call,) = self.calls()
         return call
+
+
+def option(call: dict[str, Any], name: str) -> str | None:
+    """The value of one of torchrun's options, or None if it was not given."""
+    return next((a.partition("=")[2] for a in call["arguments"] if a.partition("=")[0] == name), None)
+
+
+def signalled(repository: Repository, action: str, number: signal.Signals) -> tuple[int, str]:
+    """Exit status and later output of a run of two processes that is sent a signal once it has printed `ready`."""
+    process = subprocess.Popen(
+        [str(repository.folder / "run_train.sh")],
+        cwd=repository.elsewhere,
+        env={**repository.environment, "NPROC": "2", "ACTION": action},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        output = process.stdout.read()
+        return process.wait(timeout=30), output
