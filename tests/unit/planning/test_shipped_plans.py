@@ -12,7 +12,7 @@ from titan_cpt.planning.planner import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
 
-TRAINED = {  # "fingerprint batches", computed with commit 3848756, except quickstart_long, which is newer
+TRAINED = {  # "fingerprint batches", computed with commit 3848756, except two that are newer
     "10b_german": "609b523d 82311be1",
     "10b_pile": "dbe80016 24b3dba7",
     "10b_pile_to_german": "f384d834 cabd7671",
@@ -44,6 +44,7 @@ TRAINED = {  # "fingerprint batches", computed with commit 3848756, except quick
     "405m_slimpajama_infinite": "71b08942 4e986e28",
     "405m_union_pile_german": "aa37bdab 93d9fb08",
     "405m_union_pile_slimpajama": "36b6d082 45da81e6",
+    "410m_pythia_to_8k": "3fc56583 58ff9127",
     "quickstart": "f5c31b6a 99aa3fd5",
     "quickstart_long": "ec29a8e6 9e89f3db",
 }
