@@ -37,20 +37,25 @@ def raw(data, tmp_path):
     return raw
 
 
+def first_step(trainer):
+    """A second model with the initial weights, the sequences of the first step, and a function that takes the step."""
+    stage = trainer.plan.stages[0]
+    begin_stage(trainer, stage)
+    model = GPTNeoX(trainer.plan.spec)
+    model.init_weights(trainer.plan.seed)
+    rows = trainer.readers[stage.name].read(trainer.plan.batch(stage, 0))
+    return model, rows, lambda: trainer.train_step(training.loader_of(trainer, stage), stage, 0)
+
+
 def test_the_loss_is_the_mean_over_the_positions_that_have_a_target(raw):
     """In micro-batches of different fill: that of torch's cross-entropy with ignored positions over the whole batch."""
     with training.built_trainer(training.config_of(raw)) as trainer:
-        stage = trainer.plan.stages[0]
-        begin_stage(trainer, stage)
-        loader = training.loader_of(trainer, stage)
-        model = GPTNeoX(trainer.plan.spec)
-        model.init_weights(trainer.plan.seed)
-        rows = trainer.readers[stage.name].read(trainer.plan.batch(stage, 0))
+        model, rows, take_step = first_step(trainer)
         logits = model(torch.from_numpy(rows.tokens[:, :-1])).flatten(0, 1)
         expected = F.cross_entropy(logits, torch.from_numpy(rows.targets).flatten(), ignore_index=-1)
         expected.backward()
         norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-        result = trainer.train_step(loader, stage, 0)
+        result = take_step()
 
     assert (rows.targets == -1).sum() > 4
     assert result.loss.item() == pytest.approx(expected.item(), rel=2e-6)
@@ -62,12 +67,7 @@ def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, 
     """Each document, or piece of one, is a sequence of its own length, without padding: loss and gradients."""
     raw["training"] |= {"document_mask": True, "document_positions": positions}
     with training.built_trainer(training.config_of(raw)) as trainer:
-        stage = trainer.plan.stages[0]
-        begin_stage(trainer, stage)
-        loader = training.loader_of(trainer, stage)
-        model = GPTNeoX(trainer.plan.spec)
-        model.init_weights(trainer.plan.seed)
-        rows = trainer.readers[stage.name].read(trainer.plan.batch(stage, 0))
+        model, rows, take_step = first_step(trainer)
         targets = torch.from_numpy(rows.targets)
         counted, total, documents = int((targets >= 0).sum()), 0.0, 0
         for row, starts in enumerate(rows.starts):
@@ -79,7 +79,7 @@ def test_with_a_document_mask_the_loss_is_that_of_the_documents_one_by_one(raw, 
                     loss.backward()
                     total += loss.item()
                     documents += 1
-        result = trainer.train_step(loader, stage, 0)
+        result = take_step()
         norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
 
     assert documents > 4
