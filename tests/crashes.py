@@ -45,7 +45,7 @@ MOMENTS: dict[str, tuple[tuple[str, int], ...]] = {
     "validation": (("titan_cpt.training.validation:Validator._loss", 8),),
     "passing over a batch": (
         ("titan_cpt.training.skipped_batches:SkippedBatches.add", 1),
-        ("titan_cpt.training.optimizer:UpdateGuard.reset", 1),
+        ("titan_cpt.training.optimization.update:UpdateGuard.reset", 1),
     ),
     "starting": (("titan_cpt.training.build:find_checkpoint", 1), ("titan_cpt.train:Trainer.stage_steps", 1)),
     "any moment, from outside": (),

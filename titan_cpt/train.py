@@ -43,7 +43,7 @@ from titan_cpt.training.changed_validation import renew_baselines
 from titan_cpt.training.due import actions_due, benchmarks_due
 from titan_cpt.training.forgetting import validate
 from titan_cpt.training.forward_backward import StepResult
-from titan_cpt.training.optimizer import set_lr
+from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.resume import first_unfinished_stage, log_start
 from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.screen.startup import print_start, run_console

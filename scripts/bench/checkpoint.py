@@ -35,7 +35,7 @@ from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.common.run_folder import INTERVAL
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
-from titan_cpt.training.optimizer import build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
 
 RECORD = {"stage_index": 0, "kind": INTERVAL, "run_step": 0, "recipe": {}, "fingerprint": "", "data": {}}
 KINDS = ("ours", "unhashed", "dcp")

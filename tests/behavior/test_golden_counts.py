@@ -28,7 +28,8 @@ from titan_cpt.models.registry import named_size
 from titan_cpt.planning.model_spec import padded_vocab
 from titan_cpt.train import Trainer
 from titan_cpt.training.forward_backward import EagerStep, make_runner
-from titan_cpt.training.optimizer import UpdateGuard, build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.update import UpdateGuard
 
 pytestmark = [
     pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the numbers were taken with torch 2.13"),

@@ -14,7 +14,8 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.errors import CheckpointError
 from titan_cpt.reporting.run_log import read_run
 from titan_cpt.reporting.summary import summarize
-from titan_cpt.training.optimizer import UpdateGuard, build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.skipped_batches import SkippedBatches
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -145,7 +146,9 @@ def test_a_batch_skipped_for_a_fault_that_does_not_return_is_still_skipped_after
     table = {"on_nonfinite": policy}
     whole, _ = run(raw, "whole", BadNumbers("english", (5,)), training=table)
     ray = BadNumbers("english", (5,), once=str(tmp_path / "ray"))
-    _, killed = run(raw, "killed", ray, Fault("titan_cpt.training.optimizer:UpdateGuard.reset"), training=table)
+    _, killed = run(
+        raw, "killed", ray, Fault("titan_cpt.training.optimization.update:UpdateGuard.reset"), training=table
+    )
     folder, outcome = run(raw, "killed", ray, training=table)
 
     assert killed.status == -signal.SIGKILL

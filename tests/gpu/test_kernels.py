@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from titan_cpt.training.loss import _softmax, fused_linear_cross_entropy
-from titan_cpt.training.optimizer import parameter_groups, reset_state
+from titan_cpt.training.optimization.adamw import parameter_groups, reset_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -49,7 +49,8 @@ from titan_cpt.training.cuda.attention import choose_attention
 from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
 from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
-from titan_cpt.training.optimizer import UpdateGuard, build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.resume import check_same_machine, find_checkpoint
 from titan_cpt.training.saving import log_save_failed, log_saved

@@ -32,7 +32,7 @@ from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.training.loss import SourceSums, fused_linear_cross_entropy, summed_cross_entropy
-from titan_cpt.training.optimizer import UpdateGuard, clip_grad_norm
+from titan_cpt.training.optimization.update import UpdateGuard, clip_grad_norm
 
 
 class SingleStageRunner:

@@ -25,7 +25,8 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import Rope
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
-from titan_cpt.training.optimizer import reset_state, set_hyperparameters, set_lr
+from titan_cpt.training.optimization.adamw import reset_state, set_hyperparameters
+from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
 
 

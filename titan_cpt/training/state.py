@@ -23,7 +23,7 @@ from titan_cpt.training.cuda.attention import AttentionKernels
 from titan_cpt.training.cuda.graphs import CapturedStep
 from titan_cpt.training.forward_backward import EagerStep, ModelRunner
 from titan_cpt.training.metrics import MetricsLog
-from titan_cpt.training.optimizer import UpdateGuard
+from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.screen.display import Display
 from titan_cpt.training.skipped_batches import SkippedBatches

@@ -14,7 +14,7 @@ from titan_cpt.checkpoint.manager import CheckpointManager
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.common.run_folder import INTERVAL, PRE_ANNEAL, STAGE_END, checkpoint_folder
 from titan_cpt.errors import CheckpointError
-from titan_cpt.training.optimizer import build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 

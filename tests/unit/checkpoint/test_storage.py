@@ -25,7 +25,7 @@ from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import read_index
 from titan_cpt.common.run_folder import INTERVAL, MANIFEST_FILE
 from titan_cpt.errors import CheckpointError
-from titan_cpt.training.optimizer import build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 

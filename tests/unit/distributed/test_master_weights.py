@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from titan_cpt.distributed.master_weights import ComputeCopy
-from titan_cpt.training.optimizer import build_adamw
+from titan_cpt.training.optimization.adamw import build_adamw
 
 
 def pair():

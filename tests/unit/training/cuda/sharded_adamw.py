@@ -6,7 +6,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from titan_cpt.training.optimizer import UpdateGuard, build_adamw, clip_grad_norm
+from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.update import UpdateGuard, clip_grad_norm
 
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from titan_cpt.checkpoint.state_dict import state_to_save
-from titan_cpt.training.optimizer import UpdateGuard, build_adamw, clip_grad_norm, reset_state, set_hyperparameters
+from titan_cpt.training.optimization.adamw import build_adamw, reset_state, set_hyperparameters
+from titan_cpt.training.optimization.update import UpdateGuard, clip_grad_norm
 
 pytestmark = interpreted.NEEDS_TRITON
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
