@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.hf_config import read_config
 from titan_cpt.checkpoint.hf_files import tensors_of
@@ -31,6 +32,7 @@ from titan_cpt.checkpoint.provenance import (
 )
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.common.files import atomic_folder
+from titan_cpt.common.weights.named_weights import MODEL, NamedWeights, named_weights
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.huggingface_config import config_from_spec
@@ -41,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export(
-    checkpoint: Path,
+    checkpoint: Path | NamedWeights,
     out: Path,
     *,
     dtype: str,
@@ -53,7 +55,7 @@ def export(
     """Convert a checkpoint to a Hugging Face model in a new folder.
 
     Args:
-        checkpoint: folder of a run's checkpoint or of an imported model.
+        checkpoint: folder of a run's checkpoint or of an imported model; `FOLDER@average` for the average in it.
         out: new folder; it must not exist, or be empty.
         dtype: a key of `DTYPES`; float32 is exact.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
@@ -63,18 +65,21 @@ def export(
         log: called with each line to print.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, `out` exists, or a shard that is read back differs.
+        CheckpointError: the checkpoint is damaged or lacks the average, `out` exists, or a shard that is read back
+            differs.
         OSError: `out` cannot be written.
         DataError: the tokenizer cannot be read, or is not the run's.
     """
     require_free(out)
-    record = manifest.verify(checkpoint)
-    spec = spec_of_checkpoint(record, checkpoint)
+    weights = named_weights(checkpoint)
+    record = manifest.verify(weights.folder)
+    require_weights(weights, record)
+    spec = spec_of_checkpoint(record, weights.folder)
     base_model = find_base_model(record)
-    run_tokenizer = find_tokenizer(record, checkpoint, tokenizer, base_model)
+    run_tokenizer = find_tokenizer(record, weights.folder, tokenizer, base_model)
     positions = max_positions or max_sequence_length(record, base_model)
     with atomic_folder(out) as partial:
-        files = _write_weights(checkpoint, partial, spec, DTYPES[dtype], max_shard_bytes)
+        files = _write_weights(weights, partial, spec, DTYPES[dtype], max_shard_bytes)
         _write_settings(partial, spec, run_tokenizer, positions=positions, dtype=dtype, base_model=base_model)
         warning = None
         if run_tokenizer is not None:
@@ -82,7 +87,7 @@ def export(
             warning = tokenizer_warning(partial, run_tokenizer, read_config(partial)["model_type"])
         history = training_history(record)
         card = model_card(
-            record, checkpoint, history, base_model, spec, dtype=dtype, tokenizer=run_tokenizer, warning=warning
+            record, weights, history, base_model, spec, dtype=dtype, tokenizer=run_tokenizer, warning=warning
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
         if open_released(str(partial)).spec != spec:
@@ -104,7 +109,7 @@ def _tokenizer_lines(tokenizer: Tokenizer | None, warning: str | None) -> Iterat
         yield "no tokenizer: none is known for these weights; give --tokenizer PATH"
 
 
-def _write_weights(checkpoint: Path, out: Path, spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
+def _write_weights(checkpoint: NamedWeights, out: Path, spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> int:
     """Write the shards one after another and read each one back; returns their number."""
     names = hub_names(spec)
     groups = list(_groups(spec, dtype, max_bytes))
@@ -146,11 +151,12 @@ def _groups(spec: ModelSpec, dtype: torch.dtype, max_bytes: int) -> Iterator[dic
     yield group
 
 
-def _load(checkpoint: Path, group: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def _load(checkpoint: NamedWeights, group: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     weights = {name: torch.empty(*lengths, dtype=torch.float32) for name, lengths in group.items()}
     try:
         with without_dist_warning():
-            load({"model": weights}, storage_reader=ShardReader(checkpoint), no_dist=True)
+            reader = ShardReader(checkpoint.folder, average=checkpoint.average)
+            load({MODEL: weights}, storage_reader=reader, no_dist=True)
     except Exception as error:  # any exception of DCP or safetensors
         raise CheckpointError(f"{checkpoint}: its weights do not match its manifest: {error}") from None
     return weights

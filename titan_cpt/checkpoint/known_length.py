@@ -10,6 +10,7 @@ from titan_cpt.checkpoint.hf_config import read_config
 from titan_cpt.checkpoint.provenance import find_base_model, max_sequence_length
 from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX
 from titan_cpt.common.run_folder import MANIFEST_FILE
+from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.errors import AccessError, CheckpointError
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.planning.stages.context_notes import context_notes
@@ -25,12 +26,13 @@ def length_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
 def _known_length(init: str) -> int | None:
     """max_position_embeddings of a release in a folder, or the longest sequence that trained a checkpoint."""
     folder = Path(init.partition(":")[2])
+    checkpoint = named_weights(folder).folder
     try:
         if init.startswith(HUB_PREFIX) and folder.is_dir():
             length = read_config(folder).get("max_position_embeddings")
             return length if isinstance(length, int) and length > 0 else None
-        if init.startswith(CHECKPOINT_PREFIX) and (folder / MANIFEST_FILE).is_file():
-            record = manifest.read(folder)
+        if init.startswith(CHECKPOINT_PREFIX) and (checkpoint / MANIFEST_FILE).is_file():
+            record = manifest.read(checkpoint)
             return max_sequence_length(record, find_base_model(record))
     except (CheckpointError, AccessError):
         pass  # reported when the stage begins

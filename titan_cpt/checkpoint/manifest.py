@@ -22,6 +22,7 @@ import xxhash
 from titan_cpt.common.files import fsync, write_text_atomically
 from titan_cpt.common.reading import is_there, read_text, readable
 from titan_cpt.common.run_folder import MANIFEST_FILE, step_name
+from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.errors import CheckpointError
 
 FORMAT = 2  # format 1 had pickled files, or SHA-256 checksums
@@ -145,6 +146,8 @@ def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:
 def _without_manifest(folder: Path) -> str:
     """Why a path is not a checkpoint; if it is a run or a stage, which checkpoints it holds."""
     if not is_there(folder):
+        if (named := named_weights(folder)).average and is_there(named.folder / MANIFEST_FILE):
+            return f"names an average, and a checkpoint with its optimizer state is needed here: name {named.folder}"
         return f"no such folder; a checkpoint is a folder with a {MANIFEST_FILE}"
     if folder.is_file():
         return f"is a file, not a checkpoint: a checkpoint is a folder with a {MANIFEST_FILE}"

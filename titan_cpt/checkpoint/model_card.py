@@ -10,9 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from titan_cpt.checkpoint.averages import describe_average
 from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, tokenizer_mismatch
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.metrics_file import read_metrics
+from titan_cpt.common.weights.named_weights import NamedWeights, suffix_of
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.models.spec import ModelSpec
@@ -20,7 +22,7 @@ from titan_cpt.models.spec import ModelSpec
 
 def model_card(
     record: Mapping[str, Any],
-    checkpoint: Path,
+    weights: NamedWeights,
     history: Sequence[TrainedStage],
     base_model: BaseModelInfo | None,
     spec: ModelSpec,
@@ -33,7 +35,7 @@ def model_card(
 
     Args:
         record: the checkpoint's manifest.
-        checkpoint: its folder, inside or outside a run's folder.
+        weights: the exported weights in its folder, which is inside or outside a run's folder.
         history: the stages that trained the weights.
         base_model: the pretrained model that they started from, or None.
         spec: architecture of the model.
@@ -41,12 +43,14 @@ def model_card(
         tokenizer: the exported tokenizer, or None.
         warning: a warning about the tokenizer, or None.
     """
-    title = f"{record['stage']}, step {record['steps_done']:,}"
+    checkpoint = weights.folder
+    title = f"{record['stage']}{suffix_of(weights.average)}, step {record['steps_done']:,}"
     run = checkpoint.resolve().parent.parent.name if history else ""
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
         f"- Model: {spec.family}, {spec.parameters:,} parameters, {spec.vocab_size:,} vocabulary rows, in {dtype}",
         f"- RoPE: {spec.rope}",
+        *([f"- Weights: {describe_average(record)}"] if weights.average else []),
         f"- Base model: {f'`{base_model.name}`' if base_model else 'none (random initialization)'}",
         f"- Tokenizer: {_describe_tokenizer(tokenizer, warning)}",
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),

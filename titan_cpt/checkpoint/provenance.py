@@ -13,6 +13,7 @@ from titan_cpt.checkpoint.hf_config import read_config
 from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX, allowed_mismatch, tokenizer_of_manifest
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.run_folder import CONFIG_FILE
+from titan_cpt.common.weights.named_weights import named_weights, split_average
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 
@@ -32,7 +33,7 @@ class TrainedStage:
         name: the stage's name.
         steps: steps that these weights were trained for: the whole stage, or up to the step that the next stage
             started from.
-        init: the stage's first weights: random, hf:NAME, checkpoint:PATH, or STAGE@STEPS.
+        init: the stage's first weights: random, hf:NAME, checkpoint:PATH or STAGE@STEPS, with @average for an average.
     """
 
     name: str
@@ -64,13 +65,18 @@ def training_history(record: Mapping[str, Any]) -> list[TrainedStage]:
     while f"stages.{stage}.init" in recipe:
         init = str(recipe[f"stages.{stage}.init"])
         found.insert(0, TrainedStage(stage, steps, init))
-        parent, _, at = init.rpartition("@")
+        parent, _, at = split_average(init)[0].rpartition("@")
         is_first = init.startswith((HUB_PREFIX, CHECKPOINT_PREFIX)) or f"stages.{parent}.init" not in recipe
         if is_first or len(found) > len(recipe):  # a damaged manifest may name stages in a cycle
             break
         stage = parent
         steps = int(at)
     return found
+
+
+def initial_checkpoint(init: str) -> Path:
+    """The folder of an `init` of the form checkpoint:PATH or checkpoint:PATH@average."""
+    return named_weights(init.removeprefix(CHECKPOINT_PREFIX)).folder
 
 
 def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
@@ -86,7 +92,7 @@ def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
         if not init.startswith(CHECKPOINT_PREFIX):
             return None
         try:
-            record = manifest.read(Path(init.removeprefix(CHECKPOINT_PREFIX)))
+            record = manifest.read(initial_checkpoint(init))
         except (CheckpointError, AccessError):
             return BaseModelInfo(init.removeprefix(CHECKPOINT_PREFIX), {}, None)
     return None
@@ -133,7 +139,7 @@ def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | Non
             if not begun and branched:
                 checkpoint = Path(branched[-1])
             elif history[0].init.startswith(CHECKPOINT_PREFIX):
-                checkpoint = Path(history[0].init.removeprefix(CHECKPOINT_PREFIX))
+                checkpoint = initial_checkpoint(history[0].init)
             else:
                 return None
             record = manifest.read(checkpoint)
@@ -162,7 +168,7 @@ def _trained_lengths(record: Mapping[str, Any]) -> Iterator[object]:
         if not history or not history[0].init.startswith(CHECKPOINT_PREFIX):
             return
         try:
-            record = manifest.read(Path(history[0].init.removeprefix(CHECKPOINT_PREFIX)))
+            record = manifest.read(initial_checkpoint(history[0].init))
         except (CheckpointError, AccessError):
             return
 

@@ -38,8 +38,11 @@ def state_to_save(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
+def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, average: bool = False) -> None:
     """Load a checkpoint into a model and, if given, its optimizer, in place; collective.
+
+    Args:
+        average: load the average of the weights into the model, instead of the weights.
 
     Raises:
         CheckpointError: the folder cannot be read, or its tensors are not those of the model.
@@ -49,7 +52,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> N
     if optimizer is not None:
         optimizer_state = _optimizer_state(model, optimizer)
         state["optimizer"] = _only_tensors(optimizer_state)
-    reader = ShardReader(folder)
+    reader = ShardReader(folder, average=average)
     try:
         load(state, storage_reader=reader)
     except (Exception, CheckpointException) as error:  # DCP's, which wraps the ranks' errors, is a BaseException

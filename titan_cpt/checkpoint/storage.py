@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from titan_cpt.common.reading import read_text
+from titan_cpt.common.weights.named_weights import loaded_name, stored_name
 from titan_cpt.errors import CheckpointError
 
 INDEX = "index.json"
@@ -143,12 +144,17 @@ class ShardWriter(StorageWriter):
 class ShardReader(StorageReader):
     """Reads the slices of DCP's load plan from a checkpoint's safetensors files.
 
+    Args:
+        folder: the checkpoint.
+        average: read the average of the weights as the model's weights.
+
     Raises:
         CheckpointError: the index is damaged, or a file does not match it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, average: bool = False) -> None:
         self._folder = folder
+        self._average = average
         self._tensors: dict[str, dict[tuple[int, ...], _Shard]] = {}
         self.failure: Exception | None = None
         """Why the index could not be read. DCP of torch 2.11 hides it behind an error of its own."""
@@ -163,7 +169,10 @@ class ShardReader(StorageReader):
 
     def _read_metadata(self) -> Metadata:
         stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for name, dtype, shape, shards in read_index(self._folder):
+        for in_file, dtype, shape, shards in read_index(self._folder):
+            name = loaded_name(in_file, average=self._average)
+            if name is None:
+                continue
             chunks = [ChunkStorageMetadata(torch.Size(shard.offset), torch.Size(shard.shape)) for shard in shards]
             stored[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks)
             self._tensors[name] = {shard.offset: shard for shard in shards}
@@ -182,7 +191,7 @@ class ShardReader(StorageReader):
                     target = planner.resolve_tensor(item).detach()
                     boxes = zip(item.storage_offsets, item.lengths, strict=True)
                     box = tuple(slice(first, first + length) for first, length in boxes)
-                    key = _key(item.storage_index.fqn, shard.offset)
+                    key = _key(stored_name(item.storage_index.fqn, average=self._average), shard.offset)
                     stored = file.get_slice(key)[box] if box else file.get_tensor(key)
                     if (stored.dtype, stored.shape) != (target.dtype, target.shape):
                         actual, expected = (f"{t.dtype} of {list(t.shape)}" for t in (stored, target))

@@ -1,4 +1,4 @@
-"""Check that a stage's initial weights were trained with the run's tokenizer. Does not import torch.
+"""Check that a stage's initial weights exist and were trained with the run's tokenizer. Does not import torch.
 
 Under another tokenizer the same ids mean other tokens: such weights are worse than random ones, and no later check
 would notice. A mismatch is an error, in `titan-cpt plan` if the files exist, and when the stage begins.
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folders
+from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.config.schema import Config
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of
@@ -126,7 +128,7 @@ def check_init_tokenizers(config: Config, stages: Iterable[str]) -> Iterator[str
         Its notes, with the stage's name.
 
     Raises:
-        CheckpointError: a stage starts from weights of another tokenizer.
+        CheckpointError: a stage starts from weights of another tokenizer, or from an average that its checkpoint lacks.
     """
     if config.tokenizer.path != BYTES and not Path(config.tokenizer.path).exists():
         return
@@ -152,10 +154,13 @@ def check_planned_tokenizers(config: Config) -> Iterator[str]:
 
 def _check(config: Config, stage: str, init: str) -> str | None:
     folder = Path(init.partition(":")[2])
+    named = named_weights(folder)
     if init.startswith(HUB_PREFIX) and folder.is_dir():
         weights = tokenizer_of_release(folder)
-    elif init.startswith(CHECKPOINT_PREFIX) and (folder / MANIFEST_FILE).is_file():
-        weights = tokenizer_of_manifest(manifest.read(folder), folder)
+    elif init.startswith(CHECKPOINT_PREFIX) and (named.folder / MANIFEST_FILE).is_file():
+        record = manifest.read(named.folder)
+        require_weights(named, record)
+        weights = tokenizer_of_manifest(record, named.folder)
     else:
         return None
     return require_same_tokenizer(stage, init, weights, config)

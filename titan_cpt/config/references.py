@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_cpt.common.run_folder import RESERVED_STAGE_NAMES
 from titan_cpt.common.text import did_you_mean, quoted_list
+from titan_cpt.common.weights.named_weights import named_weights, split_average
 
 
 def tables_in(value: Any) -> dict[str, dict[str, Any]]:
@@ -76,18 +77,34 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
     if not isinstance(init, str):
         return  # the schema reports the wrong type
     kind, _, target = init.partition(":")
+    average = kind in ("stage", "checkpoint") and _names_average(kind, target)
     if init == "previous" and not earlier:
         yield f"{where}: the first stage has no previous one; allowed are random, checkpoint:PATH and hf:NAME"
     elif kind == "stage":
-        base, _, point = target.partition("@")
+        base, _, point = split_average(target)[0].partition("@")
         if base not in earlier or point not in ("", "pre_anneal"):
-            forms = "stage:NAME or stage:NAME@pre_anneal"
+            forms = "stage:NAME or stage:NAME@pre_anneal, either with @average at its end"
             yield f"{where}: must name an earlier stage as {forms}, got {init!r}; earlier are {quoted_list(earlier)}"
     elif init not in ("previous", "random") and not (kind in ("checkpoint", "hf") and target):
-        allowed = "previous, random, stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:PATH-OR-NAME"
+        allowed = (
+            "previous, random, stage:NAME, stage:NAME@pre_anneal, stage:NAME@average, checkpoint:PATH, "
+            "checkpoint:PATH@average, hf:PATH-OR-NAME"
+        )
         yield f"{where}: must be one of {allowed}, got {init!r}"
     if stage.get("optimizer_state") == "keep" and (init == "random" or kind == "hf"):
         yield f"stages.{name}.optimizer_state: init = {init!r} has no optimizer state to keep; set it to reset"
+    elif stage.get("optimizer_state") == "keep" and average:
+        yield (
+            f"stages.{name}.optimizer_state: the moments in the checkpoint belong to the weights that training "
+            f"continues with, not to their average, from which init = {init!r} starts; set it to reset"
+        )
+
+
+def _names_average(kind: str, target: str) -> bool:
+    """Whether an `init` names an average; a local folder may have a name that ends in @average."""
+    if kind == "stage" or "://" in target:
+        return split_average(target)[1]
+    return named_weights(target).average
 
 
 def _continued_schedule_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterator[str]:

@@ -74,10 +74,12 @@ class StageConfig(Table):
     """Whether rotary positions begin at 0 in each document in this stage. Unset: training.document_positions."""
     init: str | None = None
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
-    stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. Unset: random for the first stage, else previous."""
+    stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. stage:NAME@average, stage:NAME@pre_anneal@average and
+    checkpoint:PATH@average are the averages of the weights there. Unset: random for the first stage, else previous."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights. Unset
-    in a stage with lr = { schedule = "continue" }: keep."""
+    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights. An
+    average has none to keep: the moments belong to the weights that training continues with. Unset in a stage with
+    lr = { schedule = "continue" }: keep."""
     optimizer: StageOptimizerConfig | None = None
     """AdamW hyperparameters that differ in this stage."""
     lr: LR

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from titan_cpt.common.run_folder import MANIFEST_FILE
+from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.config.datasets import HEADERLESS, TokenTable
 from titan_cpt.config.schema import Config
 from titan_cpt.data.document_sample import DocumentSample, PresentFiles, measure_all
@@ -352,8 +353,8 @@ def _absent_weights(config: Config) -> Iterator[str]:
         kind, _, where = (stage.init or "").partition(":")
         if kind == "checkpoint" and is_url(where):
             yield f"stages.{stage.name}.init: {where} is downloaded when training starts"
-        elif kind == "checkpoint" and not (Path(where) / MANIFEST_FILE).exists():
-            exists = Path(where).exists()
+        elif kind == "checkpoint" and not (named_weights(where).folder / MANIFEST_FILE).exists():
+            exists = named_weights(where).folder.exists()
             missing = f"has no {MANIFEST_FILE}, so it is not a checkpoint" if exists else "does not exist yet"
             then = "training stops before this stage if it is still missing"
             yield f"stages.{stage.name}.init: {where} {missing}; {then}"

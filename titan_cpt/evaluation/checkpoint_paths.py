@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import has_average, require_weights
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import (
     CONFIG_FILE,
@@ -17,6 +18,7 @@ from titan_cpt.common.run_folder import (
     checkpoint_folders,
     step_name,
 )
+from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, suffix_of
 from titan_cpt.errors import CheckpointError
 
 
@@ -26,29 +28,41 @@ def run_of(checkpoint: Path) -> Path | None:
     return run if is_there(run / CONFIG_FILE) else None
 
 
-def scores_folder(checkpoint: Path, record: Mapping[str, Any]) -> Path:
-    """The folder of a checkpoint's scores: in its run's folder, or beside a checkpoint outside of runs."""
-    run = run_of(checkpoint)
+def scores_folder(weights: NamedWeights, record: Mapping[str, Any]) -> Path:
+    """The folder of a checkpoint's scores: in its run's folder, or beside a checkpoint outside of runs.
+
+    Its average has a folder of its own, whose name ends in @average.
+    """
+    suffix = suffix_of(weights.average)
+    run = run_of(weights.folder)
     if run is None:
-        return checkpoint.absolute().with_name(f"{checkpoint.absolute().name}-{EVALUATIONS_FOLDER}")
-    return run / EVALUATIONS_FOLDER / str(record["stage"]) / step_name(record["steps_done"])
+        checkpoint = weights.folder.absolute()
+        return checkpoint.with_name(f"{checkpoint.name}{suffix}-{EVALUATIONS_FOLDER}")
+    return run / EVALUATIONS_FOLDER / str(record["stage"]) / f"{step_name(record['steps_done'])}{suffix}"
 
 
-def stage_ends(path: Path) -> list[Path]:
-    """The checkpoints that a path stands for: a checkpoint itself, or the checkpoints at a run's stage ends, in order.
+def stage_ends(name: Path) -> list[NamedWeights]:
+    """The weights that a path stands for: those of a checkpoint, or of the checkpoints at a run's stage ends, in order.
+
+    `PATH@average` stands for their averages. A run's stage ends that hold none are skipped.
 
     Raises:
-        CheckpointError: the folder is neither, or the run has not completed a stage.
+        CheckpointError: the folder is neither, the run has not completed a stage, or there is no average.
     """
+    named = named_weights(name)
+    path = named.folder
     if is_there(path / MANIFEST_FILE) or not is_there(path / PLAN_FILE):
-        manifest.read(path)
-        return [path]
+        require_weights(named, manifest.read(path))
+        return [named]
     found = [(manifest.read(folder), folder) for folder in checkpoint_folders(path)]
     ends = sorted(
-        (record["run_step"], folder)
+        (record["run_step"], folder, has_average(record))
         for record, folder in found
         if record["kind"] == STAGE_END and manifest.is_in_place(folder, record)
     )
     if not ends:
         raise CheckpointError(f"{path}: no stage of this run is complete; give one of its checkpoints")
-    return [folder for _, folder in ends]
+    wanted = [folder for _, folder, averaged in ends if averaged or not named.average]
+    if not wanted:
+        require_weights(NamedWeights(ends[-1][1], average=True), manifest.read(ends[-1][1]))
+    return [NamedWeights(folder, named.average) for folder in wanted]

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, precision_of_run
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import TENSORBOARD_FOLDER
+from titan_cpt.common.weights.named_weights import AVERAGE, NamedWeights, suffix_of
 from titan_cpt.config.suites import Task
 from titan_cpt.distributed.process_group import ProcessInfo, barrier
 from titan_cpt.errors import AccessError, ConfigError, DataError, TitanError, how_to_install
@@ -86,7 +88,7 @@ def open_tasks(tasks: tuple[Task, ...], folder: Path | None) -> TaskCatalog:
 
 
 def evaluate(
-    checkpoint: Path,
+    checkpoint: NamedWeights,
     process: ProcessInfo,
     request: EvalRequest,
     *,
@@ -98,6 +100,7 @@ def evaluate(
     """Scores of one checkpoint: stored ones, and new ones for tasks without a score; collective.
 
     Args:
+        checkpoint: the weights that are evaluated.
         log: called on rank 0 with a line for each task.
         examples: also generate continuations of the example prompts.
         verify_checksums: compare the checkpoint's files with their checksums first.
@@ -107,7 +110,7 @@ def evaluate(
         The scores, and the names of tasks without one: their dataset could not be loaded, or they failed.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint.
+        CheckpointError: the folder is not a complete checkpoint, or lacks the average.
     """
     log = log if process.rank == 0 else _ignore
     target = _CheckpointEval(checkpoint, process, request, verify_checksums)
@@ -148,7 +151,8 @@ def evaluate_all(
     Only tasks with a score on every checkpoint are in the result.
 
     Args:
-        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages.
+        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages; with @average for
+            their averages.
 
     Raises:
         CheckpointError: a folder is neither.
@@ -171,14 +175,18 @@ def evaluate_all(
 class _CheckpointEval:
     """One checkpoint to evaluate. Its weights are loaded when the first task needs them."""
 
-    def __init__(self, checkpoint: Path, process: ProcessInfo, request: EvalRequest, verify_checksums: bool) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, weights: NamedWeights, process: ProcessInfo, request: EvalRequest, verify_checksums: bool
+    ) -> None:
+        self.weights = weights
+        self.checkpoint = weights.folder
         self.process = process
         self.request = request
         self._verify_checksums = verify_checksums
-        self.record = manifest.read(checkpoint)
-        self.run = run_of(checkpoint)
-        self.folder = scores_folder(checkpoint, self.record)
+        self.record = manifest.read(self.checkpoint)
+        require_weights(weights, self.record)
+        self.run = run_of(self.checkpoint)
+        self.folder = scores_folder(weights, self.record)
         self._loaded: LoadedModel | None = None
         self._model: CheckpointLM | None = None
 
@@ -187,6 +195,7 @@ class _CheckpointEval:
         """Everything that decides the scores and is known without loading the weights; see `Score.identity`."""
         return {
             "files": manifest.digest_of_files(self.record),
+            **({"weights": AVERAGE} if self.weights.average else {}),
             "precision": self.request.precision or precision_of_run(self.checkpoint),
             "tokenizer": self.request.tokenizer,
             **({"add_bos": True} if self._adds_bos() else {}),
@@ -207,14 +216,14 @@ class _CheckpointEval:
 
     def has_generations(self) -> bool:
         """Whether continuations of the example prompts are stored for these weights."""
-        return has_example_generations(self.checkpoint, self.record)
+        return has_example_generations(self.weights, self.record)
 
     def load(self) -> LoadedModel:
         """The loaded checkpoint; loads it on the first call."""
         if self._loaded is None:
             request = self.request
             self._loaded = open_checkpoint(
-                self.checkpoint,
+                self.weights,
                 self.process,
                 precision=request.precision,
                 tokenizer=request.tokenizer,
@@ -263,12 +272,13 @@ def _run_task(target: _CheckpointEval, task: Task, path: Path) -> Score:
         **asdict(result),
         limit=target.request.limit,
         identity=target.identity,
-        checkpoint=str(target.checkpoint),
+        checkpoint=str(target.weights),
         stage=str(record["stage"]) if target.run is not None else "",
         stage_index=int(record["stage_index"]),
         steps_done=int(record["steps_done"]),
         run_step=int(record["run_step"]),
         seconds=time.perf_counter() - began,
+        average=target.weights.average,
     )
     if target.process.rank == 0:
         write_score(path, score)
@@ -321,10 +331,11 @@ def _write_summary(target: _CheckpointEval, scores: Sequence[Score], new: Sequen
 
     writer = SummaryWriter(str(target.run / TENSORBOARD_FOLDER))
     step = int(target.record["run_step"])
+    suffix = suffix_of(target.weights.average)
     for score in new:
-        writer.add_scalar(f"evaluation/{score.task}/{score.metric}", score.value, step)
+        writer.add_scalar(f"evaluation/{score.task}{suffix}/{score.metric}", score.value, step)
     if complete:
-        writer.add_scalar(f"evaluation/{suite}/average", mean, step)
+        writer.add_scalar(f"evaluation/{suite}{suffix}/average", mean, step)
     writer.close()
 
 

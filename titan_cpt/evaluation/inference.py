@@ -18,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, max_sequence_length, precision_of_run
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.storage import without_dist_warning
+from titan_cpt.common.weights.named_weights import NamedWeights, named_weights
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.device_mesh import build_mesh
@@ -48,6 +50,7 @@ class LoadedModel:
         record: its manifest.
         precision: dtype of weights and matrix products, a key of `PRECISIONS`.
         max_length: longest input in tokens.
+        average: these weights are the average in the checkpoint.
         sharded: weights are sharded, so every forward pass is collective and each rank runs the same number of them.
         batch_tokens: tokens of one forward pass, padding included.
     """
@@ -61,10 +64,16 @@ class LoadedModel:
     max_length: int
     sharded: bool
     batch_tokens: int
+    average: bool = False
+
+    @property
+    def weights(self) -> NamedWeights:
+        """The checkpoint, and which of its weights these are."""
+        return NamedWeights(self.folder, self.average)
 
 
 def open_checkpoint(
-    folder: Path,
+    checkpoint: Path | NamedWeights,
     process: ProcessInfo,
     *,
     precision: str | None = None,
@@ -77,6 +86,7 @@ def open_checkpoint(
     """Build the checkpoint's model and load its weights; collective.
 
     Args:
+        checkpoint: its folder; `FOLDER@average` for the average in it.
         precision: a key of `PRECISIONS`, the dtype of weights and matrix products; None for the run's compute dtype,
             or float32 outside of runs. Log-probabilities are always float32.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
@@ -87,10 +97,13 @@ def open_checkpoint(
         verify_checksums: compare every file with its checksum first.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint.
+        CheckpointError: the folder is not a complete checkpoint, or lacks the average.
         DataError: its tokenizer is unknown, or is not the one that is given.
     """
+    weights = named_weights(checkpoint)
+    folder = weights.folder
     record = manifest.verify(folder) if verify_checksums and process.rank == 0 else manifest.read(folder)
+    require_weights(weights, record)
     spec = spec_of_checkpoint(record, folder)
     base_model = find_base_model(record)
     loaded_tokenizer = find_tokenizer(record, folder, tokenizer, base_model)
@@ -101,18 +114,19 @@ def open_checkpoint(
     return LoadedModel(
         folder=folder,
         record=record,
-        model=_load_model(folder, spec, process, PRECISIONS[precision], sharded=sharded),
+        model=_load_model(weights, spec, process, PRECISIONS[precision], sharded=sharded),
         tokenizer=loaded_tokenizer,
         process=process,
         precision=precision,
         max_length=max_length or max_sequence_length(record, base_model),
         sharded=sharded,
         batch_tokens=batch_tokens,
+        average=weights.average,
     )
 
 
 def _load_model(
-    folder: Path, spec: ModelSpec, process: ProcessInfo, dtype: torch.dtype, *, sharded: bool
+    weights: NamedWeights, spec: ModelSpec, process: ProcessInfo, dtype: torch.dtype, *, sharded: bool
 ) -> LanguageModel:
     """The model in evaluation mode with the checkpoint's weights, whole or sharded over all ranks; collective."""
     if sharded:
@@ -123,7 +137,7 @@ def _load_model(
             model = build.build_model(spec)
         model.to_empty(device=process.device)
     with without_dist_warning():
-        load_state(folder, model, None)
+        load_state(weights.folder, model, None, average=weights.average)
     if not sharded:
         model.to(dtype)
     model.requires_grad_(False)

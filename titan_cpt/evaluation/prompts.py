@@ -12,6 +12,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.common import reading
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import GENERATIONS_FILE
+from titan_cpt.common.weights.named_weights import AVERAGE, NamedWeights
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import ConfigError
 from titan_cpt.evaluation.checkpoint_paths import scores_folder, stage_ends
@@ -49,7 +50,8 @@ def continue_prompts(
     """Print each checkpoint's continuation of each prompt; collective.
 
     Args:
-        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages.
+        paths: checkpoints, or runs, which stand for the checkpoints at the ends of their stages; with @average for
+            their averages.
         prompts: beginnings of texts.
         sampling: temperature, nucleus (top-p) and seed.
         tokens: longest continuation in tokens.
@@ -86,10 +88,10 @@ def generate_texts(loaded: LoadedModel, prompts: Sequence[str], tokens: int, sam
     return [tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size]) for tokens in ids]
 
 
-def has_example_generations(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+def has_example_generations(weights: NamedWeights, record: Mapping[str, Any]) -> bool:
     """Whether continuations of the example prompts by these weights are stored."""
     try:
-        stored = json.loads(reading.read_text(scores_folder(checkpoint, record) / GENERATIONS_FILE))
+        stored = json.loads(reading.read_text(scores_folder(weights, record) / GENERATIONS_FILE))
     except (FileNotFoundError, ValueError):  # none yet, or damaged: they are generated again
         return False
     return isinstance(stored, dict) and stored.get("files") == manifest.digest_of_files(record)
@@ -101,11 +103,12 @@ def save_example_generations(loaded: LoadedModel) -> list[dict[str, str]]:
     pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(EXAMPLES, texts, strict=True)]
     if loaded.process.rank == 0:
         record = loaded.record
-        folder = scores_folder(loaded.folder, record)
+        folder = scores_folder(loaded.weights, record)
         folder.mkdir(parents=True, exist_ok=True)
         position = {key: record[key] for key in ("stage", "stage_index", "steps_done")}
         stored = {
             **position,
+            **({"weights": AVERAGE} if loaded.average else {}),
             "files": manifest.digest_of_files(record),
             "sampling": asdict(EXAMPLE_SAMPLING),
             "texts": pairs,

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from titan_cpt.common.weights.named_weights import suffix_of
 from titan_cpt.evaluation.scores import Score, ScoreChange, average_score, score_change
 
 
@@ -48,7 +49,7 @@ def print_scores(found: Mapping[str, Sequence[Score]], console: Console) -> None
 def _title(name: str, scores: Sequence[Score]) -> str:
     """Stage and step for a run's checkpoint; the path for another one."""
     if scores and scores[0].stage:
-        return f"{scores[0].stage} {scores[0].steps_done:,}"
+        return f"{scores[0].stage}{suffix_of(scores[0].average)} {scores[0].steps_done:,}"
     return name
 
 

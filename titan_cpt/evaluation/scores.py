@@ -40,6 +40,7 @@ class Score:
         steps_done: steps of that stage.
         run_step: steps of the whole run.
         seconds: run time.
+        average: of the average in the checkpoint, not of the weights that training continues with.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Score:
     steps_done: int
     run_step: int
     seconds: float
+    average: bool = False
 
     @property
     def value(self) -> float:
@@ -156,8 +158,11 @@ def write_score(path: Path, score: Score) -> None:
         metric: [int(value) if value == int(value) else value for value in values]  # 0 and 1, not 0.0 and 1.0
         for metric, values in score.per_sample.items()
     }
+    found = {"format": FORMAT, **asdict(score), "per_sample": per_sample}
+    if not score.average:
+        del found["average"]  # versions before averages do not know it
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, json.dumps({"format": FORMAT, **asdict(score), "per_sample": per_sample}))
+    write_text_atomically(path, json.dumps(found))
 
 
 def read_scores(run: Path, on_unreadable: Callable[[str], None] | None = None) -> list[Score]:
@@ -177,7 +182,9 @@ def read_scores(run: Path, on_unreadable: Callable[[str], None] | None = None) -
             if on_unreadable is None:
                 raise
             on_unreadable(str(error))
-    return sorted(found, key=lambda score: (score.stage_index, score.steps_done, score.task, score.shots))
+    return sorted(
+        found, key=lambda score: (score.stage_index, score.steps_done, score.average, score.task, score.shots)
+    )
 
 
 def _check(score: Score) -> None:
@@ -187,6 +194,7 @@ def _check(score: Score) -> None:
         **dict.fromkeys(("shots", "samples", "stage_index", "steps_done", "run_step"), int),
         **dict.fromkeys(("per_sample", "identity"), dict),
         "limit": (int, type(None)),
+        "average": bool,
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(score, name), kind)]
     if wrong:

@@ -32,10 +32,12 @@ class StageCheckpoint:
     Attributes:
         stage: the stage's name.
         steps_done: optimizer steps of that stage which its weights have been trained for.
+        average: the later stage starts from their average in the checkpoint.
     """
 
     stage: str
     steps_done: int
+    average: bool = False
 
 
 @dataclass(frozen=True)

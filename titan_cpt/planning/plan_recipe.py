@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.common.plugins import FAMILIES, FORMATS, find_plugin
+from titan_cpt.common.weights.named_weights import suffix_of
 from titan_cpt.config.datasets import OWN_FORMATS, OWN_ORDER, TokenTable
 from titan_cpt.config.model import OWN_FAMILIES
 from titan_cpt.config.schema import Config
@@ -93,7 +94,7 @@ def stage_recipe(
         **_registered_formats(config, names),
         **document_recipe(config, stage),
         **{f"packing.{name}": table.packing for name, table in _sources(config, names) if table.packing != "concat"},
-        "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}",
+        "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}{suffix_of(init.average)}",
         "optimizer_state": stage.optimizer_state,
         "optimizer.beta1": optimizer.betas[0],
         "optimizer.beta2": optimizer.betas[1],

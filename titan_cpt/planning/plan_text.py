@@ -169,9 +169,13 @@ def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(aligned).rstrip()
 
 
+def _checkpoint(init: StageCheckpoint) -> str:
+    return f"{init.stage} @ {init.steps_done:,}{', average' if init.average else ''}"
+
+
 def _row(plan: Plan, stage: StagePlan) -> list[str]:
     row = stage_as_json(plan, stage)
-    init = stage.init if isinstance(stage.init, str) else f"{stage.init.stage} @ {stage.init.steps_done:,}"
+    init = stage.init if isinstance(stage.init, str) else _checkpoint(stage.init)
     lrs = [f"{row[key]:.2e}" for key in ("start_lr", "peak_lr", "final_lr")]
     tokens = shortest_count(row["tokens"])
     return [stage.name, init, f"{stage.steps:,}", tokens, *lrs, "", f"{row['flops']:.2e}"]

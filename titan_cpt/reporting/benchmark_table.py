@@ -10,6 +10,7 @@ from itertools import pairwise
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.reading import read_text
 from titan_cpt.common.run_folder import EVALUATIONS_FOLDER, GENERATIONS_FILE, checkpoint_folder
+from titan_cpt.common.weights.named_weights import AVERAGE, split_average, suffix_of
 from titan_cpt.errors import TitanError
 from titan_cpt.evaluation.scores import Score, read_scores, score_change
 from titan_cpt.reporting.run_log import RunLog
@@ -28,8 +29,10 @@ class BenchmarkTable:
 def benchmark_table(run: RunLog, report_error: Callable[[str], None]) -> BenchmarkTable | None:
     """Each task's score after each stage, with its standard error, and the change from stage to stage.
 
-    If several checkpoints of a stage were evaluated, the last one counts. Scores of checkpoints whose steps were
-    undone and trained again do not count. A change comes with its standard error and p-value (see `score_change`).
+    Scores of a stage's average are in a column STAGE@average behind the stage's own, and are compared with these if
+    both are of the same step. If several checkpoints of a stage were evaluated, the last one counts. Scores of
+    checkpoints whose steps were undone and trained again do not count. A change comes with its standard error and
+    p-value (see `score_change`).
 
     Args:
         report_error: called with a sentence for each score that cannot be read.
@@ -38,16 +41,18 @@ def benchmark_table(run: RunLog, report_error: Callable[[str], None]) -> Benchma
         The table, or None if the run has no scores.
     """
     found: dict[_TaskKey, dict[str, Score]] = {}
-    stages: list[str] = []
+    columns: dict[str, set[str]] = {}  # by stage: its name, and STAGE@average
     for score in read_scores(run.folder, report_error):  # in the order of training: a stage's last score wins
         if not _is_current(run, score.stage, score.steps_done, score.identity.get("files")):
             continue
-        found.setdefault((score.task, score.shots, score.limit), {})[score.stage] = score
-        if score.stage not in stages:
-            stages.append(score.stage)
+        label = f"{score.stage}{suffix_of(score.average)}"
+        found.setdefault((score.task, score.shots, score.limit), {})[label] = score
+        columns.setdefault(score.stage, set()).add(label)
     if not found:
         return None
-    pairs = list(pairwise(stages))
+    stages = [label for labels in columns.values() for label in sorted(labels)]
+    pairs = list(pairwise([label for label in stages if not split_average(label)[1]]))
+    pairs += [(stage, label) for label in stages if (stage := split_average(label)[0]) != label and stage in stages]
     head = ["task", "shots", "metric", "samples", *(f"after {stage}" for stage in stages)]
     head += [f"change from {earlier} to {later}" for earlier, later in pairs]
     rows = []
@@ -68,12 +73,12 @@ def example_generations(run: RunLog, report_error: Callable[[str], None]) -> lis
     Args:
         report_error: called with a sentence for each file that cannot be read.
     """
-    latest: dict[int, tuple[int, str, list[Mapping[str, str]]]] = {}  # by the stage's index
+    latest: dict[tuple[int, bool], tuple[int, str, list[Mapping[str, str]]]] = {}  # by stage index, of the average
     for path in sorted((run.folder / EVALUATIONS_FOLDER).glob(f"**/{GENERATIONS_FILE}")):
         try:
             found = json.loads(read_text(path))
             generated = int(found["steps_done"]), str(found["stage"]), list(found["texts"])
-            index = int(found["stage_index"])
+            index = int(found["stage_index"]), found.get("weights") == AVERAGE
             files = found.get("files")
         except TitanError as error:
             report_error(str(error))
@@ -84,9 +89,9 @@ def example_generations(run: RunLog, report_error: Callable[[str], None]) -> lis
         if _is_current(run, generated[1], generated[0], files):
             latest[index] = max(latest.get(index, (-1, "", [])), generated, key=lambda one: one[0])
     by_prompt: dict[str, list[str]] = {}
-    for _, (steps, stage, texts) in sorted(latest.items()):
+    for (_, average), (steps, stage, texts) in sorted(latest.items(), key=lambda item: item[0]):
         for text in texts:
-            entry = f"after {stage} ({steps:,} steps): {text['prompt']}{text['continuation']}"
+            entry = f"after {stage}{suffix_of(average)} ({steps:,} steps): {text['prompt']}{text['continuation']}"
             by_prompt.setdefault(text["prompt"], []).append(entry)
     return [(prompt, "\n\n".join(texts)) for prompt, texts in by_prompt.items()]
 
@@ -116,6 +121,9 @@ def _value(score: Score | None) -> str:
 
 def _change(by_stage: Mapping[str, Score], earlier: str, later: str, metric: str) -> str:
     if earlier not in by_stage or later not in by_stage or metric not in by_stage[later].metrics:
+        return ""
+    same_stage = by_stage[earlier].stage == by_stage[later].stage
+    if same_stage and by_stage[earlier].steps_done != by_stage[later].steps_done:
         return ""
     change = score_change(by_stage[earlier], by_stage[later], metric)
     if change.stderr is None or change.p is None:

@@ -17,6 +17,7 @@ from typing import Any
 from titan_cpt.common.metrics_file import parse_line, source_curves
 from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
+from titan_cpt.common.weights.named_weights import AVERAGE, suffix_of
 from titan_cpt.config.suites import SUITES
 
 _CHUNK_BYTES = 1 << 20
@@ -177,13 +178,14 @@ class RowReader:
 def _scores(event: Mapping[str, Any]) -> dict[str, Any]:
     """Scores of benchmarks, with the names that `evaluate` uses in TensorBoard."""
     metrics = {task.name: task.metric for task in SUITES.get(event["suite"], ())}
+    suffix = suffix_of(event.get("weights") == AVERAGE)
     values = {}
     for task, value in event["scores"].items():
         if task == "average":
-            values[f"evaluation/{event['suite']}/average"] = value
+            values[f"evaluation/{event['suite']}{suffix}/average"] = value
         else:
             metric = metrics.get(task)
-            values[f"evaluation/{task}/{metric}" if metric else f"evaluation/{task}"] = value
+            values[f"evaluation/{task}{suffix}/{metric}" if metric else f"evaluation/{task}{suffix}"] = value
     return values
 
 

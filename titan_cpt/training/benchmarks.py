@@ -9,8 +9,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from titan_cpt.checkpoint.averages import has_average
+from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
+from titan_cpt.common.weights.named_weights import AVERAGE, NamedWeights
 from titan_cpt.config.schema import Config, EvaluationConfig
 from titan_cpt.config.suites import require_folder, suite_of
 from titan_cpt.distributed.process_group import any_rank_stops, barrier
@@ -42,7 +45,8 @@ def require_benchmarks(config: Config, *, fresh: bool) -> None:
 def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     """Run the benchmark suite, except tasks that already have a score, on the checkpoint of a step; collective.
 
-    If a task fails, `evaluate` prints the error and training continues; `titan-cpt eval` can run the task later.
+    The weights are scored, and their average if the checkpoint holds one. If a task fails, `evaluate` prints the error
+    and training continues; `titan-cpt eval` can run the task later.
 
     Returns:
         False if a signal interrupted the suite.
@@ -56,9 +60,21 @@ def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bo
     if not is_there(folder / MANIFEST_FILE):
         state.display.warn(f"  {evaluation.suite} is skipped: {folder} was not saved, or was removed")
         return True
-    state.display.say(f"  {evaluation.suite} after step {steps_done:,} of {stage.name}")
+    averages = (False, True) if has_average(read_manifest(folder)) else (False,)
+    for average in averages:
+        _run_suite(state, stage, steps_done, NamedWeights(folder, average))
+    state.log.restart_clock()
+    return not any_rank_stops(state.stop)
+
+
+def _run_suite(state: TrainerState, stage: StagePlan, steps_done: int, weights: NamedWeights) -> None:
+    """Run the suite on these weights, and log the scores; collective."""
+    evaluation = state.config.evaluation
+    assert evaluation.suite is not None, "run_benchmarks has checked it"
+    whose = " (average)" if weights.average else ""
+    state.display.say(f"  {evaluation.suite} after step {steps_done:,} of {stage.name}{whose}")
     scores, missing = evaluate(
-        folder,
+        weights,
         state.process,
         EvalRequest(
             suite_of(evaluation.suite),
@@ -76,10 +92,14 @@ def run_benchmarks(state: TrainerState, stage: StagePlan, steps_done: int) -> bo
     if len(scores) == len(suite_of(evaluation.suite)):
         values["average"] = average_score(scores)[0]
     state.log.event(
-        "evaluation", stage=stage.name, step=steps_done, suite=evaluation.suite, scores=values, missing=missing
+        "evaluation",
+        stage=stage.name,
+        step=steps_done,
+        suite=evaluation.suite,
+        scores=values,
+        missing=missing,
+        **({"weights": AVERAGE} if weights.average else {}),
     )
-    state.log.restart_clock()
-    return not any_rank_stops(state.stop)
 
 
 def _folder(evaluation: EvaluationConfig) -> Path | None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder, checkpoint_folders
+from titan_cpt.common.weights.named_weights import suffix_of
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.errors import TitanError
@@ -148,15 +149,16 @@ def _first_weights(state: TrainerState, stage: StagePlan) -> str:
     if not isinstance(stage.init, StageCheckpoint):
         return stage.init
     folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
+    suffix = suffix_of(stage.init.average)
     run: Path | None = state.folder
     for _ in range(_BRANCHES_FOLLOWED):
         if run is None:
             break
         folder_in_run = checkpoint_folder(run, stage.init.stage, stage.init.steps_done)
         if (folder_in_run / MANIFEST_FILE).exists():
-            return f"checkpoint:{folder_in_run}"
+            return f"checkpoint:{folder_in_run}{suffix}"
         run = _branched_from(run)
-    return f"checkpoint:{folder}"
+    return f"checkpoint:{folder}{suffix}"
 
 
 def _branched_from(run: Path) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.checkpoint.checkpoint_spec import (
     model_differences,
     model_recipe,
@@ -20,6 +21,7 @@ from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.common.run_folder import checkpoint_folder
+from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import Rope
@@ -118,7 +120,8 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
         text = load_released(state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept)
         return f"from {text}"
     source, notes = _source(state, stage)
-    load_state(source, state.model, state.optimizer if stage.keep_optimizer else None)
+    optimizer = state.optimizer if stage.keep_optimizer else None
+    load_state(source.folder, state.model, optimizer, average=source.average)
     return "; ".join([f"from {source}", *notes])
 
 
@@ -127,18 +130,17 @@ def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
     return require_same_tokenizer(stage.name, str(stage.init), tokenizer_of_release(folder), state.config)
 
 
-def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, list[str]]:
-    """The checkpoint that `init` names, verified, and notes on its tokenizer and RoPE.
+def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[str]]:
+    """The weights that `init` names, in a verified checkpoint, and notes on its tokenizer and RoPE.
 
     Raises:
-        CheckpointError: it is damaged, of another model or tokenizer, or lacks the optimizer state that is to be kept.
+        CheckpointError: it is damaged, of another model or tokenizer, or lacks the average, or the optimizer state that
+            is to be kept.
     """
-    if isinstance(stage.init, StageCheckpoint):
-        folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
-    else:
-        name = stage.init.removeprefix("checkpoint:")
-        folder = downloaded_initial(state.folder, name) if is_url(name) else Path(name)
+    weights = _named(state, stage)
+    folder = weights.folder
     record = state.checkpoints.verify(folder)
+    require_weights(weights, record)
     if stage.keep_optimizer and record["kind"] == IMPORTED:
         raise CheckpointError(
             f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
@@ -149,9 +151,21 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[Path, list[str]]:
         raise CheckpointError(
             "\n  ".join([f"{folder}: its model differs from the config's: {'; '.join(changed)}", *rope_remedy(changed)])
         )
-    init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}"
+    init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}{suffix_of(weights.average)}"
     note = require_same_tokenizer(stage.name, init, tokenizer_of_manifest(record, folder), state.config)
-    return folder, [*filter(None, [note, rope_change(rope_of_checkpoint(record), stage.spec.rope)])]
+    return weights, [*filter(None, [note, rope_change(rope_of_checkpoint(record), stage.spec.rope)])]
+
+
+def _named(state: TrainerState, stage: StagePlan) -> NamedWeights:
+    """The weights in a local folder that an `init` of a checkpoint names."""
+    if isinstance(stage.init, StageCheckpoint):
+        folder = checkpoint_folder(state.folder, stage.init.stage, stage.init.steps_done)
+        return NamedWeights(folder, stage.init.average)
+    name = stage.init.removeprefix("checkpoint:")
+    if not is_url(name):
+        return named_weights(name)
+    url, average = split_average(name)
+    return NamedWeights(downloaded_initial(state.folder, url), average)
 
 
 def _new_rope(stage: StagePlan) -> list[str]:

@@ -14,6 +14,7 @@ from titan_cpt.checkpoint.remote.restore import download_initial, restore_run
 from titan_cpt.checkpoint.remote.uploader import Uploader
 from titan_cpt.common.console import RunConsole
 from titan_cpt.common.run_folder import checkpoint_folder, checkpoint_folders
+from titan_cpt.common.weights.named_weights import split_average
 from titan_cpt.config.schema import Config
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.distributed.process_group import ProcessInfo, any_rank_stops, rank_0_first
@@ -59,7 +60,7 @@ def restore_from_storage(config: Config, process: ProcessInfo, folder: Path, con
                 kind, _, url = (stage.init or "").partition(":")
                 begun = any(checkpoint_folders(folder, later.name) for later in config.stages[number:])
                 if kind == "checkpoint" and is_url(url) and not begun:
-                    download_initial(folder, url, say=say)
+                    download_initial(folder, split_average(url)[0], say=say)
     return owner
 
 

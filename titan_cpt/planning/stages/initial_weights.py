@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from titan_cpt.common.weights.named_weights import split_average
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import round_fraction
 from titan_cpt.data.trained_text import Leg, with_leg
@@ -24,14 +25,13 @@ def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | s
         return StageCheckpoint(earlier[-1].name, earlier[-1].steps) if continues else _previous(draft, stage)
     if not init.startswith("stage:"):
         return init
-    name, _, point = init.removeprefix("stage:").partition("@")
+    named, average = split_average(init.removeprefix("stage:"))
+    name, _, point = named.partition("@")
     base = draft.stages[name]
-    if not point:
-        return StageCheckpoint(name, base.steps)
-    if base.pre_anneal_step is None:
+    if point and base.pre_anneal_step is None:
         _refuse_pre_anneal(draft, stage, name)
-        return StageCheckpoint(name, base.steps)
-    return StageCheckpoint(name, base.pre_anneal_step)
+    steps_done = base.pre_anneal_step if point and base.pre_anneal_step is not None else base.steps
+    return StageCheckpoint(name, steps_done, average)
 
 
 def _previous(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint:

@@ -23,6 +23,7 @@ from titan_cpt.common.readable import (
     steps,
 )
 from titan_cpt.common.run_folder import step_name
+from titan_cpt.common.weights.named_weights import AVERAGE
 from titan_cpt.reporting.run_state import FAILED, FINISHED, RUNNING
 from titan_cpt.reporting.watch.run_follower import RunFollower, StepCurve
 from titan_cpt.reporting.watch.sparkline import bucket_means, carried_on, sparkline
@@ -223,12 +224,17 @@ def describe_event(event: Mapping[str, Any]) -> tuple[str, bool]:
         "save_failed": (f"checkpoint not saved: {event.get('why', '?')}", True),
         "stop": (f"stopped after {place}: {event.get('signal') or event.get('why', '?')}", "why" in event),
         "anneal": (f"annealing begins after {place}", False),
-        "evaluation": (f"{event.get('suite', '?')} after {place}", False),
+        "evaluation": (f"{event.get('suite', '?')} after {place}{_whose(event)}", False),
         "validation_changed": (f"validation data changed: {', '.join(map(str, event.get('datasets', ())))}", False),
         "settings_changed": (f"settings changed: {', '.join(map(str, event.get('settings', ())))}", False),
         "tensorboard_lost": (f"TensorBoard stopped: {event.get('why', '?')}", True),
     }
     return words.get(event["name"], (str(event["name"]), False))
+
+
+def _whose(event: Mapping[str, Any]) -> str:
+    """Which weights a benchmark scored, if not those that training continues with."""
+    return " (average)" if event.get("weights") == AVERAGE else ""
 
 
 def _seconds_since_last_line(run: RunFollower, now: float) -> float:
