@@ -43,14 +43,14 @@ class BadNumbers:
         """Replace `Trainer.train_step` in this process."""
         sound = titan_cpt.train.Trainer.train_step
 
-        def spoilt(trainer: Any, loader: Any, stage: Any, step: int) -> Any:
+        def spoilt(trainer: Any, loader: Any, stage: Any, step: int, *lr: float) -> Any:
             if stage.name != self.stage or step not in self.steps or self._spent(step):
-                return sound(trainer, loader, stage, step)
+                return sound(trainer, loader, stage, step, *lr)
             if self.rank is not None and trainer.process.rank != self.rank:
-                return sound(trainer, loader, stage, step)
+                return sound(trainer, loader, stage, step, *lr)
             hook = trainer.model.register_forward_hook(_nan_gradient if self.kind == "nan gradient" else _wild)
             try:
-                return sound(trainer, loader, stage, step)
+                return sound(trainer, loader, stage, step, *lr)
             finally:
                 hook.remove()
 

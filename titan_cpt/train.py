@@ -44,6 +44,7 @@ from titan_cpt.training.due import actions_due, benchmarks_due
 from titan_cpt.training.forgetting import validate
 from titan_cpt.training.forward_backward import StepResult
 from titan_cpt.training.optimization.update import set_lr
+from titan_cpt.training.optimization.warm_up import warm_up
 from titan_cpt.training.resume import first_unfinished_stage, log_start
 from titan_cpt.training.saving import save_checkpoint
 from titan_cpt.training.screen.startup import print_start, run_console
@@ -172,6 +173,7 @@ class Trainer(TrainerState):
         """Train a stage from `steps_done` to its end, or until a stop is requested.
 
         Args:
+            steps_done: negative if the optimizer state must be warmed up first, see `begin_stage`.
             validate_first: measure the validation loss before the first step.
 
         Yields:
@@ -182,11 +184,12 @@ class Trainer(TrainerState):
             The steps done, and whether all validation and benchmarks due by then are complete: a signal can interrupt
             them.
         """
-        loader = self.open_loader(stage, steps_done)
         self.stepper.restart()
+        steps_done, is_warm = warm_up(self, stage, steps_done, self.train_step)
         self.display.begin_stage(stage, steps_done)
-        if not self.measure_at_start(stage, steps_done, validate_first=validate_first):
+        if not is_warm or not self.measure_at_start(stage, steps_done, validate_first=validate_first):
             return steps_done, False
+        loader = self.open_loader(stage, steps_done)
         first_step = step = steps_done
         interrupted = False
         gc.disable()  # ranks that collect garbage at different times wait for each other
@@ -201,8 +204,12 @@ class Trainer(TrainerState):
                 set_timeouts(self.config.comm.train_timeout_seconds)
             if due.log and (bad_step := self.flush_metrics(stage)):
                 step = handle_bad_step(self, stage, bad_step)
-                loader = self.open_loader(stage, step)
                 self.stepper.restart()
+                step, is_warm = warm_up(self, stage, step, self.train_step)
+                if not is_warm:
+                    interrupted = True
+                    break
+                loader = self.open_loader(stage, step)
                 continue
             if due.validation:
                 interrupted = not validate(self, stage, step)
@@ -218,14 +225,18 @@ class Trainer(TrainerState):
         self.display.end_stage(stage, step)
         return step, not interrupted
 
-    def train_step(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
-        """The stage's 0-based step: accumulate gradients, clip, check, update; non-finite ones change nothing."""
+    def train_step(self, loader: StageLoader, stage: StagePlan, step: int, lr: float | None = None) -> StepResult:
+        """The stage's 0-based step: accumulate gradients, clip, check, update; non-finite ones change nothing.
+
+        Args:
+            lr: learning rate; None for the schedule's.
+        """
         reader = self.readers[stage.name]
         targets = reader.target_tokens(self.plan.batch(stage, step)) if reader.packs else stage.step_tokens(step)
         for microbatch in range(self.plan.accumulation(stage, step)):
             batch = loader.batch(step, microbatch)
             self.stepper.backward(batch, step_tokens=targets, first=microbatch == 0)
-        set_lr(self.optimizer, stage.lr_at(step))
+        set_lr(self.optimizer, stage.lr_at(step) if lr is None else lr)
         return self.stepper.update()
 
     def skip_batch(self, loader: StageLoader, stage: StagePlan, step: int) -> StepResult:
@@ -245,22 +256,6 @@ class Trainer(TrainerState):
         if steps_done == stage.pre_anneal_step == 0:
             save_checkpoint(self, stage, 0, PRE_ANNEAL)
         return True
-
-    def open_loader(self, stage: StagePlan, first_step: int) -> StageLoader:
-        """A loader of this rank's micro-batches, from `first_step` to the end of the stage."""
-        return StageLoader(
-            self.readers[stage.name],
-            partial(self.plan.batch, stage),  # picklable, unlike a lambda: spawned data-loader workers receive it
-            steps=stage.steps,
-            first_step=first_step,
-            batch_sizes=stage.batch_sizes,
-            local_batch=stage.local_batch_size,
-            rank=self.mesh.data_rank,
-            ranks=self.plan.data_parallel,
-            workers=self.config.training.num_workers,
-            source_numbers=stage.source_numbers,
-            documents=self.documents(stage),
-        )
 
     def flush_metrics(self, stage: StagePlan) -> dict[str, Any] | None:
         """Write and print the metrics of the steps since the last call; returns those of the first bad step, if any."""

@@ -14,6 +14,7 @@ from titan_cpt.config.types import (
     Mixture,
     Name,
     NonNegativeFloat,
+    OptimizerState,
     PositiveFloat,
     PositiveInt,
     Table,
@@ -76,9 +77,11 @@ class StageConfig(Table):
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. stage:NAME@average, stage:NAME@pre_anneal@average and
     checkpoint:PATH@average are the averages of the weights there. Unset: random for the first stage, else previous."""
-    optimizer_state: Literal["reset", "keep"] = "reset"
-    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights. An
-    average has none to keep: the moments belong to the weights that training continues with. Unset in a stage with
+    optimizer_state: OptimizerState = "reset"
+    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights; or
+    "warm:100": reset, and then warmed up by 100 forward and backward passes on the batches of the stage's first 100
+    steps, with optimizer updates at learning rate 0, before training begins at the first of these batches. An average
+    has none to keep: the moments belong to the weights that training continues with. Unset in a stage with
     lr = { schedule = "continue" }: keep."""
     optimizer: StageOptimizerConfig | None = None
     """AdamW hyperparameters that differ in this stage."""
@@ -88,6 +91,11 @@ class StageConfig(Table):
     """Replay of earlier data. Unset: no replay."""
     rope: StageRopeConfig | None = None
     """RoPE of the weights from this stage on, for context extension. Unset: that of the stage's initial weights."""
+
+    @property
+    def warm_up_passes(self) -> int:
+        """Passes at LR 0 that warm up the optimizer state before the first step; 0 without."""
+        return int(self.optimizer_state.removeprefix("warm:")) if self.optimizer_state.startswith("warm:") else 0
 
     @model_validator(mode="before")
     @classmethod

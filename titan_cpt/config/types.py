@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,7 @@ from titan_cpt.common.text import did_you_mean, quoted_list
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WARM_UP = re.compile(r"warm:[1-9][0-9]{0,17}")
 _LONGEST_NAME = 200  # file systems allow 255 bytes, and `anneal` appends to a run's name
 
 
@@ -84,6 +85,14 @@ def _end_point(value: Any) -> Any:
     return value
 
 
+def _optimizer_state(value: Any) -> Any:
+    if value in ("reset", "keep") or (isinstance(value, str) and _WARM_UP.fullmatch(value)):
+        return value
+    hint = did_you_mean(str(value), ["reset", "keep", "warm:100"])
+    allowed = 'must be "reset", "keep" or "warm:STEPS" with a number of steps, such as "warm:100"'
+    raise validation_error(f"{allowed}, got {value!r}{hint}")
+
+
 def _name(value: str) -> str:
     if not _NAME.fullmatch(value):
         raise validation_error(f"must be letters, digits, '_' and '-', starting with a letter or digit, got {value!r}")
@@ -132,6 +141,9 @@ EndPoint = Annotated[float | int | str, PlainValidator(_end_point), PlainSeriali
 
 GlobalBatchSize = Annotated[int | dict[str, int], PlainValidator(_global_batch_size)]
 """Sequences of a step, or a ramp: a table from tokens of the stage ("5B") to sequences, with the key "0"."""
+
+OptimizerState = Annotated[Literal["reset", "keep"] | str, PlainValidator(_optimizer_state)]
+"""reset, keep, or warm:STEPS."""
 
 Tokens = Annotated[int, PlainValidator(_token_budget)]
 Name = Annotated[str, AfterValidator(_name)]

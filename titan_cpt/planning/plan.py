@@ -97,6 +97,7 @@ class StagePlan:
         datasets: names of the datasets whose data is new in this stage.
         init: the checkpoint that `previous` and `stage:NAME` mean; `random`, `checkpoint:PATH` and `hf:NAME` as text.
         keep_optimizer: optimizer state is loaded with the weights, instead of starting at zero.
+        warm_up_passes: passes at LR 0, on the batches of the first steps, that warm up the optimizer state; 0 without.
         pre_anneal_step: steps done at the end of the constant phase of an infinite or wsd schedule; None without one.
         history: what the initial weights have been trained on.
         tree: the mixture; it gives the source and ordinal of every sequence of the stage.
@@ -138,6 +139,7 @@ class StagePlan:
     document_positions: bool = False
     attended_span: float | None = None
     schedule_offset: int = 0
+    warm_up_passes: int = 0
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""
@@ -158,6 +160,11 @@ class StagePlan:
         if self.attended_span is None:
             return self.spec.flops_per_token(self.seq_len)
         return self.spec.masked_flops_per_token(self.seq_len, self.attended_span)
+
+    @property
+    def warm_up_flops(self) -> float:
+        """Floating-point operations of the passes that warm up the optimizer state, in addition to training."""
+        return self.flops_per_token * self.tokens_before(self.warm_up_passes)
 
     @property
     def source_numbers(self) -> dict[tuple[str, bool], int]:

@@ -66,7 +66,8 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "flops": stage.flops_per_token * stage.tokens,
         "flops_per_token": stage.flops_per_token,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
-        "optimizer_state": "keep" if stage.keep_optimizer else "reset",
+        "optimizer_state": _optimizer_state(stage),
+        "warm_up_flops": stage.warm_up_flops,
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
         "union_tokens": plan.tokens_before(stage) + stage.tokens,
@@ -75,6 +76,12 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "datasets": datasets,
         "domains": domains,
     }
+
+
+def _optimizer_state(stage: StagePlan) -> str:
+    if stage.warm_up_passes:
+        return f"warm:{stage.warm_up_passes}"
+    return "keep" if stage.keep_optimizer else "reset"
 
 
 def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, Any]:

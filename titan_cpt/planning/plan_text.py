@@ -38,7 +38,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
-    for line in (*_packing_lines(plan), *_rope_lines(plan), *_continued_schedules(plan)):
+    for line in (*_packing_lines(plan), *_rope_lines(plan), *_continued_schedules(plan), *_warm_ups(plan)):
         _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
         _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
@@ -157,6 +157,18 @@ def _continued_schedules(plan: Plan) -> Iterator[str]:
             yield (
                 f"LR schedule of {stage.name}: {steps:,} steps in {len(spanned)} stages; {names} "
                 f"{'continue' if len(spanned) > 2 else 'continues'} it, with the optimizer state kept"
+            )
+
+
+def _warm_ups(plan: Plan) -> Iterator[str]:
+    """A line for every stage that warms up its optimizer state: what that costs beside the token budget."""
+    for stage in plan.stages:
+        if passes := stage.warm_up_passes:
+            tokens = shortest_count(stage.tokens_before(passes))
+            yield (
+                f"optimizer state of {stage.name}: warmed up at LR 0 on the batches of its first {passes:,} steps; "
+                f"takes as long as these steps ({passes / stage.steps:.1%} of the stage), {tokens} tokens and "
+                f"{stage.warm_up_flops:.2e} FLOPs, which the token budget and the totals do not include"
             )
 
 

@@ -50,6 +50,7 @@ from titan_cpt.planning.stages.own_batch import (
 from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
 from titan_cpt.planning.stages.rope import rope_recipe, stage_spec
 from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
+from titan_cpt.planning.stages.warm_up import warm_up_passes
 
 
 def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, gpu_bytes: int | None = None) -> Plan:
@@ -173,6 +174,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         document_positions=document_positions_of(config, stage),
         attended_span=attended_span(draft.inventory, draft.spec, tree, seq_len) if masked else None,
         schedule_offset=span.steps_before(stage.name),
+        warm_up_passes=warm_up_passes(draft, stage, steps),
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

@@ -20,6 +20,7 @@ _TRAINING_EVENTS = (  # others, such as those of uploads, may follow the event t
         "start",
         "skip",
         "transition",
+        "warm_up",
         "resume",
         "anneal",
         "checkpoint",

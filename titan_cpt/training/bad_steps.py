@@ -47,7 +47,7 @@ def handle_bad_step(state: TrainerState, stage: StagePlan, line: dict[str, Any])
         line: the bad step's metrics; its `step` is 1-based.
 
     Returns:
-        The number of steps done from which the stage continues.
+        The number of steps done from which the stage continues; negative as `begin_stage` returns it.
 
     Raises:
         NumericsError: the response is to stop, or too many batches were skipped. The weights are those before the step.
@@ -55,7 +55,7 @@ def handle_bad_step(state: TrainerState, stage: StagePlan, line: dict[str, Any])
     response = choose_response(state, stage, line)
     if response == "stop":
         _stop_before(state, stage, line)
-    _skip_batch(state, stage, line)
+    skip_from_now_on(state, stage, line)
     if response == "skip":
         state.log.rewind(int(line["run_step"]) - 1)
         return int(line["step"]) - 1
@@ -74,15 +74,15 @@ def choose_response(state: TrainerState, stage: StagePlan, line: dict[str, Any])
     return "stop" if _recently_skipped(state, stage, line) >= training.max_skips_per_1000_steps else configured
 
 
-def _skip_batch(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> None:
-    """Record the batch as skipped, with its sequences, and let the optimizer update weights again."""
+def skip_from_now_on(state: TrainerState, stage: StagePlan, line: dict[str, Any], **details: bool) -> None:
+    """Record the batch as skipped, with its sequences and `details`, and let the optimizer update weights again."""
     step = line["step"] - 1
     draws = state.plan.batch(stage, step)
     reader = state.readers[stage.name]
     sequences = reader.sequences(draws)
     batch_hash = reader.batch_hash(draws)
     why = reason(line)
-    state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences)
+    state.skipped.add(stage.name, step, why=why, batch_hash=batch_hash, sequences=sequences, **details)
     state.log.event("skip_batch", stage=stage.name, step=step + 1, why=why, batch_hash=batch_hash)
     state.display.warn(f"  batch {step:,} of {stage.name} is skipped: {why}; its sequences are in skipped.json")
     state.guard.reset()
@@ -108,19 +108,23 @@ def stop_message(state: TrainerState, stage: StagePlan, line: dict[str, Any], ne
         newest: path of the newest checkpoint, or a note that there is none.
     """
     step = line["step"] - 1
-    skipped = _recently_skipped(state, stage, line)
-    limit = (
-        f"{skipped} batches of the {SKIP_LIMIT_STEPS} steps before it were skipped, and "
-        f"training.max_skips_per_1000_steps is {state.config.training.max_skips_per_1000_steps}. "
-        if skipped
-        else ""
-    )
+    limit = skip_limit_reached(state, stage, line)
     key = "on_loss_spike" if _is_spike(line) else "on_nonfinite"
     return (
         f"stage {stage.name}, step {step} (counted from 0): {reason(line)}. {limit}Neither it nor a later step changed "
         f"a weight; newest checkpoint: {newest}. Look at the batch with `titan-cpt plan --batch {stage.name} {step}`; "
         f'to skip such batches set training.{key} = "skip"; to train the stage again with another LR, change it and '
         f"remove {state.folder / stage.name}"
+    )
+
+
+def skip_limit_reached(state: TrainerState, stage: StagePlan, line: dict[str, Any]) -> str:
+    """A sentence about the batches skipped before this one, for the error message of a run that stops; may be empty."""
+    if not (skipped := _recently_skipped(state, stage, line)):
+        return ""
+    return (
+        f"{skipped} batches of the {SKIP_LIMIT_STEPS} steps before it were skipped, and "
+        f"training.max_skips_per_1000_steps is {state.config.training.max_skips_per_1000_steps}. "
     )
 
 

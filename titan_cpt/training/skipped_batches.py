@@ -59,6 +59,10 @@ class SkippedBatches:
         """Whether the batch is skipped."""
         return step in self._known.get(stage, {})
 
+    def in_warm_up(self, stage: str, step: int) -> bool:
+        """Whether the batch was bad while the optimizer state was warmed up, so that warming up again skips it too."""
+        return "in_warm_up" in self._known.get(stage, {}).get(step, {})
+
     def count(self, stage: str, *, after: int, until: int) -> int:
         """How many batches of a stage are skipped at steps in (after, until]."""
         return sum(after < step <= until for step in self._known.get(stage, {}))

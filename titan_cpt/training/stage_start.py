@@ -36,7 +36,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     """Begin a stage: load its initial weights, reset or keep the optimizer, apply its hyperparameters.
 
     Returns:
-        The steps done, 0.
+        The steps done: 0; or minus the number of passes at LR 0 that must warm up the optimizer state before.
 
     Raises:
         CheckpointError: the initial weights are missing or damaged, or belong to another model.
@@ -51,7 +51,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     continued = "" if first is stage else f", in the schedule of {first.name}"
     start = {
         "weights": weights,
-        "optimizer": "moments and step count kept" if stage.keep_optimizer else "reset",
+        "optimizer": _optimizer_text(stage),
         "lr": f"{stage.lr_at(0):.4g} at the first step{continued}",
     }
     history = stage.history
@@ -62,7 +62,13 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     state.log.event("transition", stage=stage.name, step=0, **start, **earlier)
     state.log.rewind(state.plan.steps_before(stage))
     state.display.transition(stage, start)
-    return 0
+    return -stage.warm_up_passes
+
+
+def _optimizer_text(stage: StagePlan) -> str:
+    if stage.warm_up_passes:
+        return f"reset, then warmed up by {stage.warm_up_passes:,} passes at LR 0"
+    return "moments and step count kept" if stage.keep_optimizer else "reset"
 
 
 def _losses_before(state: TrainerState, stage: StagePlan) -> Sequence[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch.optim import AdamW
@@ -13,7 +14,7 @@ from titan_cpt.checkpoint.remote.uploader import Uploader
 from titan_cpt.common.signals import StopRequest
 from titan_cpt.config.schema import Config
 from titan_cpt.data.documents import DocumentSettings, document_settings
-from titan_cpt.data.loader import SequenceReader
+from titan_cpt.data.loader import SequenceReader, StageLoader
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.evaluation.registered_metrics import Metric
@@ -78,3 +79,19 @@ class TrainerState:
     def documents(self, stage: StagePlan) -> DocumentSettings | None:
         """Document mask and positions of a stage; None without."""
         return document_settings(self.end_of_document, mask=stage.document_mask, positions=stage.document_positions)
+
+    def open_loader(self, stage: StagePlan, first_step: int) -> StageLoader:
+        """A loader of this rank's micro-batches, from `first_step` to the end of the stage."""
+        return StageLoader(
+            self.readers[stage.name],
+            partial(self.plan.batch, stage),  # picklable, unlike a lambda: spawned data-loader workers receive it
+            steps=stage.steps,
+            first_step=first_step,
+            batch_sizes=stage.batch_sizes,
+            local_batch=stage.local_batch_size,
+            rank=self.mesh.data_rank,
+            ranks=self.plan.data_parallel,
+            workers=self.config.training.num_workers,
+            source_numbers=stage.source_numbers,
+            documents=self.documents(stage),
+        )

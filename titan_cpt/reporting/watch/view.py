@@ -216,6 +216,10 @@ def describe_event(event: Mapping[str, Any]) -> tuple[str, bool]:
     words: dict[str, tuple[str, bool]] = {
         "start": (f"started; ranks: {event.get('world_size', '?')}", False),
         "transition": (f"stage {event.get('stage', '?')} begins, weights {event.get('weights', '?')}", False),
+        "warm_up": (
+            f"optimizer of {event.get('stage', '?')} warmed up by {event.get('passes', '?')} passes",
+            False,
+        ),
         "resume": (f"resumed after {place}", False),
         "skip_batch": (f"batch skipped at {place}: {event.get('why', '?')}", True),
         "loss_spike": (f"loss spike at {place}: {event.get('z_score', math.nan):.1f} standard deviations", True),
