@@ -1,4 +1,4 @@
-"""Averages written into checkpoints by hand, and weights read from their files, without the code that trains or loads.
+"""Averages written into checkpoints by hand, without the code that trains or loads.
 
 The format: tensors `average.<parameter>` in float32 beside `model.<parameter>`, and the manifest's entry `averaging`.
 """
@@ -18,12 +18,6 @@ from titan_cpt.checkpoint import manifest
 
 ENTRY: dict[str, Any] = {"kind": "mean", "snapshots": [2, 4]}
 _FILE = "rank-00000-9.safetensors"  # no rank writes so many
-
-
-def weights_in(folder: Path, name: str = "model") -> dict[str, Tensor]:
-    """Parameter -> weight, of the weights of this name in a checkpoint that one process wrote."""
-    found = {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
-    return {key.removeprefix(f"{name}."): tensor for key, tensor in found.items() if key.startswith(f"{name}.")}
 
 
 def mean_of(snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -251,6 +251,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run benchmarks on checkpoints or runs, as `titan-cpt eval --json` does; needs titan_cpt[eval].
 
+    Args:
+        checkpoints: paths; `PATH@average` names the average in a checkpoint, or those at a run's stage ends.
+
     Returns:
         Scores by checkpoint, their changes, and in `lacking` the tasks without a score.
 
@@ -284,11 +287,12 @@ def export(
     """Convert a checkpoint into a Hugging Face folder, as `titan-cpt export` does; returns the folder.
 
     Args:
+        checkpoint: a checkpoint, or `PATH@average` for the average in it.
         dtype: "bfloat16" or "float32", which is exact.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the output exists.
+        CheckpointError: the checkpoint is damaged or lacks the average, or the output exists.
     """
     from titan_cpt.checkpoint.hf_export import DTYPES
     from titan_cpt.checkpoint.hf_export import export as write
@@ -305,11 +309,12 @@ def open_checkpoint(
     """Load a checkpoint's model, in evaluation mode, and its tokenizer; `.model` and `.tokenizer` of the result.
 
     Args:
+        folder: a checkpoint, or `PATH@average` for the average in it.
         precision: "bfloat16" or "float32"; None for the compute dtype of the run.
         tokenizer: "bytes", a tokenizer.json or a folder that holds one; None for the run's.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint.
+        CheckpointError: the folder is not a complete checkpoint, or lacks the average.
         DataError: its tokenizer is unknown.
     """
     from titan_cpt.distributed.process_group import single_process

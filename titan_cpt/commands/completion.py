@@ -16,9 +16,13 @@ from typing import Any, NoReturn
 
 from titan_cpt.commands.arguments import Subparsers, add_command
 from titan_cpt.commands.parser import CommandParser
+from titan_cpt.common.run_folder import MANIFEST_FILE
+from titan_cpt.common.weights.named_weights import AVERAGE, AVERAGE_SUFFIX
+from titan_cpt.errors import TitanError
 
 _SHELLS = ("bash", "zsh", "fish")
 _REQUEST = "_ARGCOMPLETE"  # an environment variable that the shell function sets
+_NEEDS_OPTIMIZER_STATE = " anneal"  # the command that takes no average
 _RUNS = Path("outputs")  # the default of job.output_dir
 
 
@@ -87,7 +91,8 @@ def _words(line: str) -> list[str]:
 def _teach(command: CommandParser, words: list[str]) -> None:
     """Add the completions that argparse does not know: values of arguments, and config keys as options."""
     values: dict[str, Callable[..., Iterable[str]]] = {
-        **{"FILE": toml_files, "RUN": run_folders, "CHECKPOINT": run_folders, "FOLDER": run_folders},
+        **{"FILE": toml_files, "RUN": run_folders, "FOLDER": run_folders},
+        "CHECKPOINT": run_folders if command.prog.endswith(_NEEDS_OPTIMIZER_STATE) else weights,
         **{"SCENARIO": _scenarios},
     }
     for action in command._actions:
@@ -146,6 +151,27 @@ def run_folders(prefix: str, **_: object) -> Iterator[str]:
         return
     runs = [path for path in _paths(f"{_RUNS}/", lambda path: False) if (Path(path) / "plan.json").exists()]
     yield from runs or _paths("", lambda path: False)
+
+
+def weights(prefix: str, **_: object) -> Iterator[str]:
+    """As `run_folders`, and behind each checkpoint that holds an average the name of that."""
+    for folder in run_folders(prefix):
+        yield folder
+        if _holds_average(Path(os.path.expanduser(folder))):
+            yield f"{folder.rstrip('/')}{AVERAGE_SUFFIX}"
+    folder, at, begun = prefix.rpartition("@")
+    if at and AVERAGE.startswith(begun) and _holds_average(Path(os.path.expanduser(folder))):
+        yield f"{folder}{AVERAGE_SUFFIX}"
+
+
+def _holds_average(folder: Path) -> bool:
+    from titan_cpt.checkpoint import manifest
+    from titan_cpt.checkpoint.averages import has_average
+
+    try:
+        return (folder / MANIFEST_FILE).is_file() and has_average(manifest.read(folder))
+    except (TitanError, OSError):
+        return False
 
 
 def _paths(prefix: str, is_wanted: Callable[[os.DirEntry[str]], bool]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mean(run):
     """The float64 mean of the weights after 4 and 8 steps of German, rounded to float32."""
-    return averaged.mean_of([averaged.weights_in(run / "german" / f"step-0000000{step}") for step in (4, 8)])
+    return averaged.mean_of([training.tensors_of(run / "german" / f"step-0000000{step}") for step in (4, 8)])
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_the_weights_beside_an_average_are_loaded_as_before(checkpoint, run):
     load_state(checkpoint, raw, None)
     load_state(checkpoint, average, None, average=True)
 
-    assert training.same_bits(dict(raw.state_dict()), averaged.weights_in(run / "german" / "step-00000010"))
-    assert training.same_bits(dict(average.state_dict()), averaged.weights_in(checkpoint, "average"))
+    assert training.same_bits(dict(raw.state_dict()), training.tensors_of(run / "german" / "step-00000010"))
+    assert training.same_bits(dict(average.state_dict()), training.tensors_of(checkpoint, "average"))
 
 
 def test_a_checkpoint_without_an_average_says_which_ones_of_its_run_have_one(checkpoint):

@@ -1,5 +1,6 @@
 """Completion with TAB: what is offered, and that bash and zsh really complete."""
 
+import json
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import remote_checkpoints
 
 from titan_cpt.cli import main
 from titan_cpt.commands.completion import key_values, until_next_dot
@@ -33,6 +35,19 @@ def here(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return tmp_path
+
+
+def test_the_average_of_a_checkpoint_is_offered_beside_it(here):
+    """Where a command reads weights; `anneal` continues training, which needs the optimizer state."""
+    averaged = remote_checkpoints.save(Path("outputs/quick"), "english", 4)
+    remote_checkpoints.save(Path("outputs/quick"), "english", 8)
+    record = json.loads((averaged / "manifest.json").read_text())
+    (averaged / "manifest.json").write_text(json.dumps(record | {"averaging": {"kind": "mean"}}))
+    folders = [f"outputs/quick/english/step-0000000{step}/" for step in (4, 8)]
+
+    assert offered("titan-cpt export outputs/quick/english/", here) == [folders[0], f"{averaged}@average", folders[1]]
+    assert offered("titan-cpt verify outputs/quick/english/step-00000004@", here) == [f"{averaged}@average"]
+    assert offered("titan-cpt anneal outputs/quick/english/", here) == folders
 
 
 def offered(line, folder):
