@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 
+import averaged
 import pytest
 import small_checkpoints
 import training
@@ -12,8 +13,12 @@ pytest.importorskip("lm_eval", reason="needs lm-eval, which the test extra bring
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from titan_cpt.api import evaluate, open_checkpoint
 from titan_cpt.cli import main
+from titan_cpt.common.weights.named_weights import suffix_of
+from titan_cpt.config.load import load_config
 from titan_cpt.evaluation.scores import read_scores
+from titan_cpt.training.benchmarks import run_benchmarks
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 TASKS = ("clams_de_local", "clams_en_local", "blimp_en_local")
@@ -177,3 +182,62 @@ def test_missing_datasets_are_reported_before_the_first_step(raw, folder):
     assert not (folder / "missing/english").exists() or outcome.status == 0
     assert outcome.status == 0, outcome.output
     assert training.events_of(folder / "missing", "evaluation")[-1]["missing"] == ["blimp_en_local"]
+
+
+@pytest.fixture(scope="module")
+def with_average(raw, evaluated, folder):
+    """The completed run, whose last checkpoint holds the weights of an earlier one as its average, scored again."""
+    run = shutil.copytree(evaluated, folder / "averaged")
+    average = training.tensors_of(run / "english" / "step-00000012")
+    averaged.add_average(run / "german" / "step-00000010", average)
+    written = config(raw, folder, "averaged")
+    with training.built_trainer(load_config(written)) as trainer:
+        assert run_benchmarks(trainer, trainer.plan.stage("german"), 10)
+    return run
+
+
+def test_benchmarks_of_a_run_score_the_average_beside_the_weights(with_average, evaluated):
+    """Its scores and texts are those of the earlier checkpoint that it was made of; the weights keep theirs."""
+    before = scores_of(evaluated)
+    found = {(score.average, score.task): score.value for score in read_scores(with_average) if score.steps_done == 10}
+    events = training.events_of(with_average, "evaluation")[-2:]
+    texts = [
+        json.loads((with_average / "evaluations" / place / "generations.json").read_text())["texts"]
+        for place in ("german/step-00000010@average", "english/step-00000012")
+    ]
+    charts = EventAccumulator(str(with_average / "tb")).Reload()
+    average = charts.Scalars("evaluation/minimal_pairs@average/average")
+
+    assert found == {(False, task): before["german", 10, task][0] for task in TASKS} | {
+        (True, task): before["english", 12, task][0] for task in TASKS
+    }
+    assert [event.get("weights") for event in events] == [None, "average"]
+    assert [event["scores"]["average"] for event in events] == pytest.approx(
+        [sum(before[stage, step, task][0] for task in TASKS) / 3 for stage, step in (("german", 10), ("english", 12))]
+    )
+    assert texts[0] == texts[1]
+    assert [(point.step, point.value) for point in average] == [(22, pytest.approx(events[1]["scores"]["average"]))]
+
+
+def test_eval_names_averages_and_reuses_their_scores(with_average, folder, capsys):
+    """Of a run only the stage ends that hold one; beside the weights there is a column of its own."""
+    words = ("--suite", "minimal_pairs", "--tasks-dir", folder / "pairs" / "tasks")
+    end = with_average / "german" / "step-00000010"
+    status, told = command("eval", end, f"{with_average}@average", *words), capsys.readouterr().out
+    answer = evaluate([end, f"{with_average}@average"], suite="minimal_pairs", tasks_dir=folder / "pairs" / "tasks")
+
+    assert status == 0
+    assert told.count("stored score") == 6
+    assert f"{end}@average" in told
+    assert list(answer["checkpoints"]) == [str(end), f"{end}@average"]
+
+
+def test_the_model_of_an_average_has_its_weights(with_average):
+    """As Python loads it; it says which weights it has."""
+    end = with_average / "german" / "step-00000010"
+    loaded = {average: open_checkpoint(f"{end}{suffix_of(average)}") for average in (False, True)}
+    expected = {False: training.tensors_of(end), True: training.tensors_of(with_average / "english/step-00000012")}
+
+    assert [str(loaded[average].weights) for average in (False, True)] == [str(end), f"{end}@average"]
+    for average, model in loaded.items():
+        assert training.same_bits(dict(model.model.state_dict()), expected[average])

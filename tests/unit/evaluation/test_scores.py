@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titan_cpt.errors import DataError
-from titan_cpt.evaluation.scores import FORMAT, Score, average_score, file_name, read_score, read_scores, score_change
+from titan_cpt.evaluation.scores import (
+    FORMAT,
+    Score,
+    average_score,
+    file_name,
+    read_score,
+    read_scores,
+    score_change,
+    write_score,
+)
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
 from titan_cpt.reporting.run_log import read_run
 
@@ -129,6 +138,35 @@ def test_a_report_shows_the_change_by_each_stage(tmp_path):
     assert [row[0] for row in table.rows] == ["boolq", "piqa"]
     assert table.rows[0][4:] == ["0.5000 ± 0.2887", "1.0000 ± 0.0000", "+0.5000 ± 0.2887 (p = 0.0833)"]
     assert benchmark_table(*record_of(tmp_path / "evaluations")) is None
+
+
+def test_a_report_has_a_column_for_the_average_and_its_change_from_the_weights(tmp_path):
+    """Of the same step only; the average of stage one is of another step than the weights' last score."""
+    run = kept_run(tmp_path)
+    for stage, index, steps in (("one", 0, 9), ("two", 1, 8)):
+        change = {"stage": stage, "stage_index": index, "steps_done": steps, "average": True}
+        folder = run / "evaluations" / stage / f"step-{steps:08d}@average"
+        write_score(folder / file_name("piqa", 0, None), scored([0.0, 0.0, 1.0, 1.0], **change))
+    table = benchmark_table(*record_of(run))
+
+    assert table.head[4:8] == ["after one", "after one@average", "after two", "after two@average"]
+    assert table.head[8:] == [
+        "change from one to two",
+        "change from one to one@average",
+        "change from two to two@average",
+    ]
+    assert table.rows[1][5:8] == ["0.5000 ± 0.2887", "1.0000 ± 0.0000", "0.5000 ± 0.2887"]
+    assert table.rows[1][9:] == ["", "-0.5000 ± 0.2887 (p = 0.0833)"]
+    assert table.rows[0][7] == ""
+
+
+def test_a_score_of_the_weights_is_written_as_before_averages(tmp_path):
+    """Without the new key, so that older versions read it; an average's score has it and is read back."""
+    for average in (False, True):
+        write_score(tmp_path / f"{average}.json", scored([0.0, 1.0], average=average))
+
+        assert ("average" in json.loads((tmp_path / f"{average}.json").read_text())) == average
+        assert read_score(tmp_path / f"{average}.json").average == average
 
 
 def test_a_report_shows_each_stages_continuation(tmp_path):
