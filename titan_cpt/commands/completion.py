@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 from titan_cpt.commands.arguments import Subparsers, add_command
 from titan_cpt.commands.parser import CommandParser
-from titan_cpt.common.run_folder import MANIFEST_FILE
-from titan_cpt.common.weights.named_weights import AVERAGE, AVERAGE_SUFFIX
 from titan_cpt.errors import TitanError
 
 _SHELLS = ("bash", "zsh", "fish")
@@ -155,6 +153,8 @@ def run_folders(prefix: str, **_: object) -> Iterator[str]:
 
 def weights(prefix: str, **_: object) -> Iterator[str]:
     """As `run_folders`, and behind each checkpoint that holds an average the name of that."""
+    from titan_cpt.common.weights.named_weights import AVERAGE, AVERAGE_SUFFIX
+
     for folder in run_folders(prefix):
         yield folder
         if _holds_average(Path(os.path.expanduser(folder))):
@@ -167,6 +167,7 @@ def weights(prefix: str, **_: object) -> Iterator[str]:
 def _holds_average(folder: Path) -> bool:
     from titan_cpt.checkpoint import manifest
     from titan_cpt.checkpoint.averages import has_average
+    from titan_cpt.common.run_folder import MANIFEST_FILE
 
     try:
         return (folder / MANIFEST_FILE).is_file() and has_average(manifest.read(folder))

@@ -96,7 +96,8 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
     elif stage.get("optimizer_state") == "keep" and average:
         yield (
             f"stages.{name}.optimizer_state: the moments in the checkpoint belong to the weights that training "
-            f"continues with, not to their average, from which init = {init!r} starts; set it to reset"
+            f"continues with, not to their average, from which init = {init!r} starts; set it to reset, or to "
+            "warm:100, which warms moments of the average up"
         )
 
 

@@ -124,6 +124,17 @@ def test_scores_have_the_names_of_tensorboard(run):
     assert RowReader(run).read()[0].values == {"evaluation/arc_de/acc": 0.2, "evaluation/paper_german/average": 0.3}
 
 
+def test_scores_of_an_average_are_curves_of_their_own(run):
+    """With the names that they have in TensorBoard."""
+    scores = {"arc_de": 0.2, "average": 0.3}
+    add(run, event("evaluation", stage="a", step=4, suite="paper_german", scores=scores, weights="average"))
+
+    assert RowReader(run).read()[0].values == {
+        "evaluation/arc_de@average/acc": 0.2,
+        "evaluation/paper_german@average/average": 0.3,
+    }
+
+
 @given(cuts=st.lists(st.integers(0, 4000), max_size=6))
 def test_rows_do_not_depend_on_when_the_file_is_read(tmp_path_factory, cuts):
     """Reading a file as it grows by any pieces gives the rows of reading it once."""
