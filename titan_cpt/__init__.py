@@ -6,7 +6,7 @@ They are imported when they are first used, so that `import titan_cpt` and the c
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_cpt.api import Step, Trainer, evaluate, export, load_config, make_plan, open_checkpoint
+    from titan_cpt.api import Step, Trainer, evaluate, export, load_config, make_plan, merge, open_checkpoint
     from titan_cpt.errors import TitanError
 
     __version__: str
@@ -20,6 +20,7 @@ __all__ = [
     "export",
     "load_config",
     "make_plan",
+    "merge",
     "open_checkpoint",
 ]
 

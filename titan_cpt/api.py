@@ -303,6 +303,44 @@ def export(
     return Path(output)
 
 
+def merge(
+    inputs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    method: str | None = None,
+    weights: Sequence[float] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    density: float | None = None,
+    scale: float | None = None,
+) -> Path:
+    """Merge checkpoints and Hugging Face models into a checkpoint, as `titan-cpt merge` does; returns its folder.
+
+    Args:
+        inputs: checkpoints, folders of Hugging Face models, or hub names.
+        method: "mean", "linear", "slerp", "ties" or "task-arithmetic"; None for "linear" if there are weights, else
+            "mean".
+        weights: one for each input.
+        base: the model that all inputs were trained from, for "ties" and "task-arithmetic".
+        density: share of each task vector that "ties" keeps; None for 0.2.
+        scale: factor of the merged task vector; None for 1.
+
+    Raises:
+        ConfigError: the method and its numbers do not fit; lists every problem.
+        CheckpointError: an input is damaged, the inputs are of different models or tokenizers, or the output exists.
+    """
+    from titan_cpt.checkpoint.merge.settings import merge_settings
+
+    settings = merge_settings(
+        len(inputs), method=method, weights=weights, has_base=base is not None, density=density, scale=scale
+    )
+    from titan_cpt.checkpoint.merge.merge import merge as write
+
+    base_name = None if base is None else os.fspath(base)
+    names = [os.fspath(each) for each in inputs]
+    write(names, Path(output), settings, base=base_name, log=lambda line: None)
+    return Path(output)
+
+
 def open_checkpoint(
     folder: str | os.PathLike[str], *, precision: str | None = None, tokenizer: str | None = None
 ) -> LoadedModel:

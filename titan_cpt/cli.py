@@ -30,6 +30,7 @@ from titan_cpt.commands.export import add_export
 from titan_cpt.commands.generate import add_generate
 from titan_cpt.commands.import_model import add_import
 from titan_cpt.commands.init import add_init
+from titan_cpt.commands.merge import add_merge
 from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.plan import add_plan
 from titan_cpt.commands.prepare import add_prepare
@@ -56,6 +57,7 @@ COMMANDS = (  # in the order of --help
     add_prepare,
     add_import,
     add_export,
+    add_merge,
     add_anneal,
     add_eval,
     add_generate,

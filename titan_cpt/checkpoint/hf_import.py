@@ -14,28 +14,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.checkpoint_spec import model_differences, rope_change, rope_remedy
-from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released, weight_shapes
-from titan_cpt.checkpoint.storage import ShardReader, ShardWriter, without_dist_warning
-from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
+from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released
+from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
+from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
+from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_weights
 from titan_cpt.common.files import atomic_folder
-from titan_cpt.common.recipe import fingerprint
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelSpec
-
-IMPORTED = "imported"
-"""The `kind` of a checkpoint converted from a Hugging Face model: weights, and no optimizer state."""
 
 
 def load_released(
@@ -131,30 +125,25 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
     spec = released.resized(vocab_size)
     log(f"{released.describe(spec)}: {spec.family}, {spec.parameters:,} parameters")
     with atomic_folder(out) as partial:
-        checksums = _convert_weights(released, spec, partial)
+        checksums = save_weights(spec, lambda name: released.read(name, spec), partial)
         log(verify_against_transformers(released, spec, lambda model: _load_unsharded(partial, model)))
         for note in released.notes:
             log(f"note: {note}")
         tokenizer = tokenizer_of_release(released.files.folder)
         if tokenizer is None:
             log("note: it has no tokenizer.json: stages that start from it cannot check that theirs is the same one")
-        recipe = spec.as_recipe()
-        recorded_tokenizer = {"tokenizer": tokenizer.as_record()} if tokenizer else {}
-        record = {
-            "stage": IMPORTED,
-            "stage_index": 0,
-            "steps_done": 0,
-            "run_step": 0,
-            "kind": IMPORTED,
-            "recipe": recipe,
-            "fingerprint": fingerprint(recipe),
-            "data": {},
-            "released": {"name": name, "config": released.config, **recorded_tokenizer},
-            "torch": torch.__version__,
-        }
-        manifest.write(partial, record, checksums)
+        manifest.write(partial, record_of_release(released, spec, tokenizer), checksums)
     table = "\n  ".join(as_config_table(spec).splitlines())
     log(f'{out}: written. To start a stage from it, set init = "checkpoint:{out}", and\n  {table}')
+
+
+def record_of_release(released: ReleasedModel, spec: ModelSpec, tokenizer: TrainingTokenizer | None) -> dict[str, Any]:
+    """The manifest of a release as a checkpoint, without its files."""
+    recorded_tokenizer = {"tokenizer": tokenizer.as_record()} if tokenizer else {}
+    return {
+        **record_without_training(IMPORTED, spec.as_recipe()),
+        "released": {"name": released.name, "config": released.config, **recorded_tokenizer},
+    }
 
 
 def require_free(out: Path) -> None:
@@ -165,33 +154,6 @@ def require_free(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: already exists; remove it, or give another folder")
-
-
-class _LazySavePlanner(DefaultSavePlanner):
-    """A DCP save planner for tensors on the meta device: it reads each tensor when the writer needs it."""
-
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
-        super().__init__()
-        self._read = read
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """Read the tensor, in float32."""
-        return self._read(index.fqn.removeprefix("model.")).float()
-
-
-def _convert_weights(released: ReleasedModel, spec: ModelSpec, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the weights one after another; returns the checksums for `manifest.write`."""
-    state = {
-        "model": {
-            name: torch.empty(lengths, dtype=torch.float32, device="meta")
-            for name, lengths in weight_shapes(spec).items()
-        }
-    }
-    planner = _LazySavePlanner(lambda name: released.read(name, spec))
-    writer = ShardWriter(folder, threads=1)
-    with without_dist_warning():
-        save(state, storage_writer=writer, planner=planner, no_dist=True)
-    return writer.checksums
 
 
 def _load_unsharded(folder: Path, model: nn.Module) -> None:

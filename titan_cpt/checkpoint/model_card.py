@@ -44,23 +44,53 @@ def model_card(
         warning: a warning about the tokenizer, or None.
     """
     checkpoint = weights.folder
-    title = f"{record['stage']}{suffix_of(weights.average)}, step {record['steps_done']:,}"
+    merge = record.get("merge")
+    trained = f"{record['stage']}{suffix_of(weights.average)}, step {record['steps_done']:,}"
+    title = f"merge ({merge['method']})" if merge else trained
     run = checkpoint.resolve().parent.parent.name if history else ""
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
         f"- Model: {spec.family}, {spec.parameters:,} parameters, {spec.vocab_size:,} vocabulary rows, in {dtype}",
         f"- RoPE: {spec.rope}",
         *([f"- Weights: {describe_average(record)}"] if weights.average else []),
-        f"- Base model: {f'`{base_model.name}`' if base_model else 'none (random initialization)'}",
+        f"- Base model: {_describe_base(base_model)}",
         f"- Tokenizer: {_describe_tokenizer(tokenizer, warning)}",
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
     parts = [_front_matter(base_model), f"# {run + ': ' if run else ''}{title}", "\n".join(facts)]
+    if merge:
+        parts += ["## Merge", _describe_merge(merge)]
     if history:
         parts += ["## Stages", _stages(record["recipe"], history), _losses(checkpoint.parent.parent, history)]
-    parts.append("Exported by titan_cpt; the weights were read back bit by bit. Not evaluated beyond the losses above.")
+    evaluated = " beyond the losses above" if history else ""
+    parts.append(f"Exported by titan_cpt; the weights were read back bit by bit. Not evaluated{evaluated}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _describe_base(base_model: BaseModelInfo | None) -> str:
+    if base_model is None:
+        return "none (random initialization)"
+    return ", ".join(f"`{name}`" for name in (base_model.name, *base_model.others))
+
+
+def _describe_merge(merge: Mapping[str, Any]) -> str:
+    """The method of a merge and its inputs, from the manifest, in Markdown."""
+    numbers = ", ".join(f"{name} {merge[name]:g}" for name in ("density", "scale") if name in merge)
+    rows = [
+        f"{merge['method']}{f' ({numbers})' if numbers else ''} of the weights below, computed in float64.",
+        "",
+        "| input | weight | checkpoint | trained in | digest of files |",
+        "|---" * 5 + "|",
+    ]
+    inputs = [*zip(merge["parents"], merge["weights"], strict=True)]
+    for parent, weight in [*inputs, *([(merge["base"], "base")] if "base" in merge else [])]:
+        stages = ", ".join(f"{stage['name']} ({stage['steps']:,} steps)" for stage in parent["history"])
+        made = f"{parent['stage']}, step {parent['steps_done']:,}" if parent["history"] else parent["kind"]
+        shown = weight if isinstance(weight, str) else f"{weight:g}"
+        cells = [f"`{parent['path']}`", shown, made, stages or "unknown", f"`{parent['digest'][:12]}`"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def _describe_tokenizer(tokenizer: Tokenizer | None, warning: str | None) -> str:
@@ -88,8 +118,12 @@ def describe_bos(tokenizer: Tokenizer) -> str:
 
 def _front_matter(base_model: BaseModelInfo | None) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if base_model and base_model.name.count("/") == 1 and not Path(base_model.name).exists():
-        lines.append(f"base_model: {base_model.name.partition('@')[0]}")
+    names = (base_model.name, *base_model.others) if base_model else ()
+    on_hub = sorted({name.partition("@")[0] for name in names if name.count("/") == 1 and not Path(name).exists()})
+    if len(on_hub) == 1:
+        lines.append(f"base_model: {on_hub[0]}")
+    elif on_hub:
+        lines += ["base_model:", *(f"- {name}" for name in on_hub)]
     return "\n".join([*lines, "tags:", "- continual-pretraining", "- titan_cpt", "---"])
 
 

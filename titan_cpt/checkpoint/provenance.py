@@ -49,11 +49,13 @@ class BaseModelInfo:
         name: folder or Hugging Face hub name, as given in the config.
         config: its config.json; empty if it is no longer available.
         folder: its folder; None for a hub name that is not in the cache, and for a folder that no longer exists.
+        others: names of further base models, of merged weights.
     """
 
     name: str
     config: Mapping[str, Any]
     folder: Path | None
+    others: tuple[str, ...] = ()
 
 
 def training_history(record: Mapping[str, Any]) -> list[TrainedStage]:
@@ -85,6 +87,8 @@ def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
         if "released" in record:
             name = str(record["released"]["name"])
             return BaseModelInfo(name, record["released"]["config"], Path(name) if Path(name).is_dir() else None)
+        if "merge" in record:
+            return _base_of_merge(record["merge"])
         history = training_history(record)
         init = history[0].init if history else "random"
         if init.startswith(HUB_PREFIX):
@@ -96,6 +100,14 @@ def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
         except (CheckpointError, AccessError):
             return BaseModelInfo(init.removeprefix(CHECKPOINT_PREFIX), {}, None)
     return None
+
+
+def _base_of_merge(merge: Mapping[str, Any]) -> BaseModelInfo | None:
+    """The base models of merged weights, from the manifest's entry, which has a config.json if all have the same."""
+    if not merge["base_models"]:
+        return None
+    first, *others = merge["base_models"]
+    return BaseModelInfo(first, merge["base_config"], _hub_model(first).folder, tuple(others))
 
 
 def _hub_model(name: str) -> BaseModelInfo:
@@ -127,6 +139,9 @@ def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | Non
     first weights from, as far as their folders exist.
     """
     for _ in range(_MAX_RUNS):
+        if "merge" in record:
+            notes = [parent.get("tokenizer_mismatch") for parent in record["merge"]["parents"]]
+            return next(filter(None, notes), None)
         history = training_history(record)
         if not history:
             return None
@@ -183,9 +198,7 @@ def find_tokenizer(
     Raises:
         DataError: it cannot be read, or is not the one that the weights were trained with.
     """
-    path = requested or _tokenizer_path_of_run(checkpoint)
-    if path is None and base_model and base_model.folder and (base_model.folder / "tokenizer.json").exists():
-        path = str(base_model.folder)
+    path = requested or tokenizer_path(record, checkpoint, base_model)
     if path is None:
         return None
     tokenizer = load_tokenizer(path)
@@ -201,10 +214,41 @@ def find_tokenizer(
             f"{path}: has {tokenizer.vocab_size:,} ids, but the model has {rows:,} vocabulary rows: it belongs to "
             "another model; give --tokenizer the right one"
         )
-    return tokenizer.with_bos(_documents_begin_with_bos(record, tokenizer))
+    return tokenizer.with_bos(_adds_bos(record, tokenizer))
 
 
-def _documents_begin_with_bos(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+def tokenizer_path(record: Mapping[str, Any], checkpoint: Path, base_model: BaseModelInfo | None = None) -> str | None:
+    """The tokenizer of a checkpoint's weights: "bytes", a tokenizer.json or a folder that holds one; None if unknown.
+
+    It is that of the run, of the merge's inputs, or of the base model, as far as its files are on this machine.
+
+    Args:
+        base_model: as `find_base_model` found it; None to find it here.
+    """
+    if "merge" in record:
+        path = record["merge"].get("tokenizer_path")
+        if path == BYTES or (path is not None and Path(path).exists()):
+            return str(path)
+    elif (path := _tokenizer_path_of_run(checkpoint)) is not None:
+        return path
+    base_model = base_model or find_base_model(record)
+    if base_model and base_model.folder and (base_model.folder / "tokenizer.json").exists():
+        return str(base_model.folder)
+    return None
+
+
+def documents_begin_with_bos(record: Mapping[str, Any], checkpoint: Path, requested: str | None = None) -> bool | None:
+    """Whether the documents that trained the weights began with a begin-of-document token; None if that is unknown."""
+    if "released" not in record:
+        return record["recipe"].get("tokenizer.add_bos", False) is True
+    try:
+        tokenizer = find_tokenizer(record, checkpoint, requested, find_base_model(record))
+    except DataError:  # raised again when the checkpoint is loaded
+        return None
+    return None if tokenizer is None else tokenizer.add_bos
+
+
+def _adds_bos(record: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     """tokenizer.add_bos of the run; for an imported model, whether its tokenizer adds a begin-of-document token."""
     if "released" in record:
         return tokenizer.bos is not None and tokenizer.bos.added and len(tokenizer.bos.ids) == 1

@@ -24,7 +24,7 @@ from titan_cpt.errors import AccessError, CheckpointError, DataError
 
 HUB_PREFIX = "hf:"  # of stages.NAME.init
 CHECKPOINT_PREFIX = "checkpoint:"
-_RECORDED = ("where", "fingerprint", "ids")
+_RECORDED = {"where": str, "fingerprint": str, "ids": str | None}  # a merge may know only the fingerprint
 _ALLOWED = "as tokenizer.allow_mismatch allows"
 
 
@@ -47,7 +47,7 @@ class TrainingTokenizer:
         return self.fingerprint == fingerprint_of(path) or (self.ids is not None and self.ids == ids_fingerprint(path))
 
     def as_record(self) -> dict[str, str | None]:
-        """The entry in the manifest of an imported model, which `tokenizer_of_manifest` reads."""
+        """The entry in the manifest of an imported model or a merge, which `tokenizer_of_manifest` reads."""
         return {key: getattr(self, key) for key in _RECORDED}
 
 
@@ -63,7 +63,7 @@ def tokenizer_of_release(folder: Path) -> TrainingTokenizer | None:
 
 
 def tokenizer_of_manifest(record: Mapping[str, Any], folder: Path) -> TrainingTokenizer | None:
-    """The tokenizer in the manifest of a run's checkpoint or of an imported model; None if it is not recorded.
+    """The tokenizer in the manifest of a run's checkpoint, an imported model or a merge; None if it is not recorded.
 
     Raises:
         CheckpointError: the manifest's entry is damaged.
@@ -72,11 +72,17 @@ def tokenizer_of_manifest(record: Mapping[str, Any], folder: Path) -> TrainingTo
     found = record["data"].get("tokenizer")
     if isinstance(found, str):
         return TrainingTokenizer(where, found)
-    released = record.get("released", {})
-    entry = released.get("tokenizer", {}) if isinstance(released, Mapping) else None
-    if not isinstance(entry, Mapping) or (entry and not all(isinstance(entry.get(key), str) for key in _RECORDED)):
-        raise CheckpointError(f"{where}: damaged: its released.tokenizer is {entry!r}")
+    source = "merge" if "merge" in record else "released"
+    origin = record.get(source, {})
+    entry = origin.get("tokenizer", {}) if isinstance(origin, Mapping) else None
+    if not isinstance(entry, Mapping) or (entry and not _is_complete(entry)):
+        raise CheckpointError(f"{where}: damaged: its {source}.tokenizer is {entry!r}")
     return TrainingTokenizer(where, entry["fingerprint"], entry["ids"]) if entry else None
+
+
+def _is_complete(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry has the keys of `TrainingTokenizer.as_record`."""
+    return all(key in entry and isinstance(entry[key], kind) for key, kind in _RECORDED.items())
 
 
 def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | None, config: Config) -> str | None:

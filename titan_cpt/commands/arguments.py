@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -170,6 +171,19 @@ def step_list(text: str) -> tuple[int, ...]:
     """Comma-separated steps, each 0 or more."""
     allowed = "comma-separated steps of 0 or more, such as 1,100"
     return tuple(_number(part, int, allowed, lambda step: step >= 0, shown=text) for part in text.split(","))
+
+
+def number_list(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    return tuple(
+        _number(part, float, "comma-separated numbers, such as 0.7,0.3", isfinite, shown=text)
+        for part in text.split(",")
+    )
+
+
+def number(text: str) -> float:
+    """A number."""
+    return _number(text, float, "a number", isfinite)
 
 
 def token_count(text: str) -> int:

@@ -23,7 +23,7 @@ import torch
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.averages import require_weights
-from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, precision_of_run
+from titan_cpt.checkpoint.provenance import documents_begin_with_bos, precision_of_run
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import TENSORBOARD_FOLDER
 from titan_cpt.common.weights.named_weights import AVERAGE, NamedWeights, suffix_of
@@ -205,14 +205,7 @@ class _CheckpointEval:
 
     def _adds_bos(self) -> bool:
         """Whether texts begin with the begin-of-document token. Older versions never added it for imported models."""
-        if "released" not in self.record:
-            return self.record["recipe"].get("tokenizer.add_bos", False) is True
-        base_model = find_base_model(self.record)
-        try:
-            tokenizer = find_tokenizer(self.record, self.checkpoint, self.request.tokenizer, base_model)
-        except DataError:  # raised again when the checkpoint is loaded
-            return False
-        return tokenizer is not None and tokenizer.add_bos
+        return documents_begin_with_bos(self.record, self.checkpoint, self.request.tokenizer) is True
 
     def has_generations(self) -> bool:
         """Whether continuations of the example prompts are stored for these weights."""

@@ -14,12 +14,13 @@ from titan_cpt.checkpoint.checkpoint_spec import (
     rope_of_checkpoint,
     rope_remedy,
 )
-from titan_cpt.checkpoint.hf_import import IMPORTED, load_released
+from titan_cpt.checkpoint.hf_import import load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
 from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
+from titan_cpt.checkpoint.weights_only import IMPORTED, MERGED
 from titan_cpt.common.run_folder import checkpoint_folder
 from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
 from titan_cpt.distributed.float8 import refresh_scales
@@ -147,9 +148,10 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[s
     folder = weights.folder
     record = state.checkpoints.verify(folder)
     require_weights(weights, record)
-    if stage.keep_optimizer and record["kind"] == IMPORTED:
+    if stage.keep_optimizer and record["kind"] in (IMPORTED, MERGED):
+        what = "an import" if record["kind"] == IMPORTED else "a merge"
         raise CheckpointError(
-            f"{folder}: is an import, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
+            f"{folder}: is {what}, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
             "reset"
         )
     changed = model_differences(model_recipe(record), stage.spec.as_recipe(), _new_rope(stage))

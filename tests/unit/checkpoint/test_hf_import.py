@@ -200,7 +200,8 @@ import sys
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
-from titan_cpt.checkpoint.hf_import import ReleasedModel, _convert_weights, weight_shapes
+from titan_cpt.checkpoint.hf_release import ReleasedModel, weight_shapes
+from titan_cpt.checkpoint.weights_only import save_weights
 from titan_cpt.models.huggingface_weights import hub_names
 from titan_cpt.models.registry import named_size
 from titan_cpt.checkpoint.hf_files import WeightFiles
@@ -219,11 +220,11 @@ released = ReleasedModel("x", {{}}, shape, WeightFiles(folder))
 small = named_size("gpt_neox", "debug", 257, overrides=dict(layers=1, width=512, heads=8, vocab_size=512))
 for name in ("first", "out"):
     (folder / name).mkdir()
-_convert_weights(released, small, folder / "first")  # all that is imported on the way, once
+save_weights(small, lambda name: released.read(name, small), folder / "first")  # all that is imported on the way, once
 Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
-_convert_weights(released, shape, folder / "out")
+save_weights(shape, lambda name: released.read(name, shape), folder / "out")
 grown = peak() - before
 print(grown, released.files.largest_file_bytes, 4 * shape.parameters)
 """
