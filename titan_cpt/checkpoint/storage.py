@@ -57,7 +57,7 @@ new_hash = xxhash.xxh3_128  # scripts/bench/checkpoint.py replaces it to measure
 
 
 @dataclass(frozen=True)
-class Shard:
+class StoredShard:
     """A rectangular block of a tensor in a file: its offset in the tensor, its shape, the file's name."""
 
     offset: tuple[int, ...]
@@ -102,7 +102,7 @@ class ShardWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index. DCP calls this on rank 0 after every rank has written."""
-        shards: dict[str, list[Shard]] = {}
+        shards: dict[str, list[StoredShard]] = {}
         for rank_results in results:
             for result in rank_results:
                 shards.setdefault(result.index.fqn, []).append(result.storage_data)
@@ -155,7 +155,7 @@ class ShardReader(StorageReader):
     def __init__(self, folder: Path, *, average: bool = False) -> None:
         self._folder = folder
         self._average = average
-        self._tensors: dict[str, dict[tuple[int, ...], Shard]] = {}
+        self._tensors: dict[str, dict[tuple[int, ...], StoredShard]] = {}
         self.failure: Exception | None = None
         """Why the index could not be read. DCP of torch 2.11 hides it behind an error of its own."""
 
@@ -180,7 +180,7 @@ class ShardReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read the slices that this rank needs, file by file."""
-        wanted: dict[str, list[tuple[Any, Shard]]] = {}
+        wanted: dict[str, list[tuple[Any, StoredShard]]] = {}
         for item in plan.items:
             assert item.type == LoadItemType.TENSOR, "the index lists only tensors"
             shard = self._shard(item.storage_index)
@@ -202,7 +202,7 @@ class ShardReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _shard(self, index: MetadataIndex) -> Shard:
+    def _shard(self, index: MetadataIndex) -> StoredShard:
         assert index.offset is not None, "DCP plans reads of shards, which have an offset"
         return self._tensors[index.fqn][tuple(index.offset)]
 
@@ -226,7 +226,7 @@ class ShardReader(StorageReader):
         return "://" not in str(checkpoint_id)
 
 
-def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[Shard]]]:
+def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], list[StoredShard]]]:
     """Name, dtype, shape and shards of every tensor.
 
     Raises:
@@ -243,7 +243,9 @@ def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]
     for name, entry in tensors:
         try:
             shape = _lengths(entry["shape"])
-            shards = [Shard(_lengths(shard["at"]), _lengths(shard["shape"]), shard["file"]) for shard in entry["parts"]]
+            shards = [
+                StoredShard(_lengths(shard["at"]), _lengths(shard["shape"]), shard["file"]) for shard in entry["parts"]
+            ]
             dtype = _DTYPES[entry["dtype"]]
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: damaged: its entry {name!r} does not describe a tensor") from None
@@ -257,7 +259,7 @@ def read_index(folder: Path) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]
         yield name, dtype, shape, shards
 
 
-def _is_inside(shard: Shard, shape: Sequence[int]) -> bool:
+def _is_inside(shard: StoredShard, shape: Sequence[int]) -> bool:
     if not len(shard.offset) == len(shard.shape) == len(shape):
         return False
     return all(offset + length <= full for offset, length, full in zip(shard.offset, shard.shape, shape, strict=True))
@@ -315,9 +317,9 @@ def _bytes_of(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _shard_of(item: WriteItem, file: str) -> Shard:
+def _shard_of(item: WriteItem, file: str) -> StoredShard:
     assert item.tensor_data is not None, "prepare_local_plan checks this"
-    return Shard(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes), file)
+    return StoredShard(tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes), file)
 
 
 def shard_key(name: str, offset: Sequence[int]) -> str:
@@ -325,7 +327,7 @@ def shard_key(name: str, offset: Sequence[int]) -> str:
     return f"{name}@{','.join(map(str, offset))}" if any(offset) else name
 
 
-def _header(shards: Sequence[tuple[WriteItem, Shard]]) -> bytes:
+def _header(shards: Sequence[tuple[WriteItem, StoredShard]]) -> bytes:
     """The header of a safetensors file: its length in 8 bytes, then the JSON table, padded for alignment."""
     table: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.checkpoint.merge.settings import METHODS, merge_settings
 from titan_cpt.commands.arguments import Subparsers, add_command, number, number_list, probability
+
+_METHODS = ("mean", "linear", "slerp", "ties", "task-arithmetic")
 
 
 def add_merge(subparsers: Subparsers) -> None:
@@ -18,14 +19,18 @@ def add_merge(subparsers: Subparsers) -> None:
         "merge the weights of checkpoints and Hugging Face models",
         details='Writes a checkpoint in float32, from which a stage starts with init = "checkpoint:DIR".',
         usage="CHECKPOINT [CHECKPOINT ...] --output DIR [options]",
-        example="titan-cpt merge outputs/mine/german/step-00000400 outputs/mine/german/step-00000500 --output merged\n"
-        "titan-cpt merge german python --base pythia --method ties --density 0.2 --output both",
+        example="titan-cpt merge outputs/mine/german/step-00000{400,450,500} --output mean\n"
+        "titan-cpt merge german python --base pythia --method ties --output both",
     )
     merging.add_argument(
-        "inputs", nargs="+", metavar="CHECKPOINT", help="a checkpoint, a Hugging Face folder, or OWNER/NAME[@REVISION]"
+        "inputs",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a checkpoint (with @average at its end: the average in it), a Hugging Face folder, or "
+        "OWNER/NAME[@REVISION] on the hub",
     )
     merging.add_argument("--output", type=Path, required=True, metavar="DIR", help="the checkpoint folder to write")
-    merging.add_argument("--method", choices=METHODS, help="how to merge (default: mean; linear if there are weights)")
+    merging.add_argument("--method", choices=_METHODS, help="how to merge (default: mean; linear if there are weights)")
     merging.add_argument(
         "--weights",
         type=number_list,
@@ -34,7 +39,7 @@ def add_merge(subparsers: Subparsers) -> None:
         "weights; for task-arithmetic 1 each)",
     )
     merging.add_argument(
-        "--base", metavar="CHECKPOINT", help="the model that all inputs were trained from (ties, task-arithmetic)"
+        "--base", metavar="CHECKPOINT", help="the model that all inputs were trained from, for ties and task-arithmetic"
     )
     merging.add_argument(
         "--density", type=probability, metavar="P", help="share of each task vector that ties keeps (default: 0.2)"
@@ -43,11 +48,13 @@ def add_merge(subparsers: Subparsers) -> None:
         "--scale",
         type=number,
         metavar="S",
-        help="factor of the merged task vector (ties, task-arithmetic; default: 1)",
+        help="factor of the merged task vector, for ties and task-arithmetic (default: 1)",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
+    from titan_cpt.checkpoint.merge.settings import merge_settings
+
     settings = merge_settings(  # before torch is imported
         len(options.inputs),
         method=options.method,

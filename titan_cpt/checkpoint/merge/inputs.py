@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.hf_import import record_of_release
 from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released
@@ -18,6 +19,7 @@ from titan_cpt.checkpoint.provenance import tokenizer_path
 from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_release
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE
+from titan_cpt.common.weights.named_weights import AVERAGE, MODEL, named_weights
 from titan_cpt.models.spec import ModelSpec
 
 
@@ -31,6 +33,7 @@ class MergeInput:
         spec: its architecture.
         record: the manifest; of a Hugging Face model, the one that an import would write.
         digest: SHA-256 over the names and checksums of its files.
+        part: which of the checkpoint's weights are read: `MODEL` or `AVERAGE`.
         read: gives rows of a weight by its name, in the dtype of the files.
         tokenizer_path: its tokenizer, if it is on this machine.
         notes: for the user.
@@ -41,6 +44,7 @@ class MergeInput:
     spec: ModelSpec
     record: Mapping[str, Any]
     digest: str
+    part: str
     read: Callable[[str, slice], Tensor]
     tokenizer_path: str | None
     notes: tuple[str, ...] = ()
@@ -50,18 +54,21 @@ def open_input(name: str) -> MergeInput:
     """Open a model and check its files.
 
     Args:
-        name: a checkpoint, a folder of a Hugging Face model, or a hub name.
+        name: a checkpoint, with @average for the average in it, a folder of a Hugging Face model, or a hub name.
 
     Raises:
         CheckpointError: it is none of these, or damaged.
     """
-    folder = Path(name)
+    named = named_weights(name)
+    folder = named.folder
     if is_there(folder / MANIFEST_FILE) or (is_there(folder) and not is_there(folder / "config.json")):
         record = manifest.verify(folder)
+        require_weights(named, record)
         spec = spec_of_checkpoint(record, folder)
-        weights = StoredWeights(folder, spec)
+        part = AVERAGE if named.average else MODEL
+        read = StoredWeights(folder, spec, part).read
         digest = manifest.digest_of_files(record)
-        return MergeInput(name, folder, spec, record, digest, weights.read, tokenizer_path(record, folder))
+        return MergeInput(name, folder, spec, record, digest, part, read, tokenizer_path(record, folder))
     released = open_released(name)
     folder = released.files.folder
     tokenizer = tokenizer_of_release(folder)
@@ -71,6 +78,7 @@ def open_input(name: str) -> MergeInput:
         released.spec,
         record_of_release(released, released.spec, tokenizer),
         _digest(released),
+        MODEL,
         _reader(released),
         str(folder) if tokenizer else None,
         tuple(f"{name}: {note}" for note in released.notes),

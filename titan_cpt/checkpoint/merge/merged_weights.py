@@ -46,7 +46,7 @@ class MergedWeights:
         """
         pairs = list(zip(inputs, settings.weights, strict=True))
         if settings.method != "slerp":
-            pairs.sort(key=lambda pair: (pair[0].digest, pair[1]))
+            pairs.sort(key=lambda pair: (pair[0].digest, pair[0].part, pair[1]))
         self._inputs = [one for one, _ in pairs]
         self._weights = [weight for _, weight in pairs]
         self._base = base
@@ -106,7 +106,7 @@ class MergedWeights:
         return factors
 
     def _magnitudes(self) -> Iterator[list[Tensor]]:
-        """A pass over the magnitudes of the task vectors, in float32."""
+        """The magnitudes of all task vectors, block by block, in float32."""
         for name in self._shapes:
             for rows in self._rows(name):
                 base = self._base_block(name, rows)

@@ -55,8 +55,8 @@ def require_agreement(inputs: Sequence[MergeInput]) -> Iterator[str]:
         yield "the tokenizer of the inputs is unknown"
     begins = {one.name: _adds_bos(one) for one in inputs}
     if len({added for added in begins.values() if added is not None}) > 1:
-        told = "; ".join(f"{name} {'yes' if added else 'no'}" for name, added in begins.items() if added is not None)
-        yield f"the inputs differ in whether documents began with a begin-of-document token ({told}); the first counts"
+        each = "; ".join(f"{name} {'yes' if added else 'no'}" for name, added in begins.items() if added is not None)
+        yield f"the inputs differ in whether documents began with a begin-of-document token ({each}); the first counts"
 
 
 def _remedies(changed: Sequence[str]) -> Iterator[str]:
@@ -131,6 +131,7 @@ def parent_record(one: MergeInput) -> dict[str, Any]:
     return {
         "path": one.name,
         "digest": one.digest,
+        "weights": one.part,
         **{key: record[key] for key in kept if key in record},
         "history": [
             {"name": stage.name, "steps": stage.steps, "init": stage.init} for stage in training_history(record)

@@ -17,7 +17,7 @@ def merge_progress(total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function to call with each part of `total`.
     """
-    from rich.console import Console  # imported here: torch alone takes seconds to import
+    from rich.console import Console  # imported here: scripts that merge may have no terminal
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (

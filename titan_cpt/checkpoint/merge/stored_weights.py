@@ -9,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titan_cpt.checkpoint.hf_release import weight_shapes
-from titan_cpt.checkpoint.storage import Shard, read_index, shard_key
+from titan_cpt.checkpoint.storage import StoredShard, read_index, shard_key
 from titan_cpt.common.text import problem_list
+from titan_cpt.common.weights.named_weights import MODEL
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import ModelSpec
 
@@ -21,15 +22,15 @@ class StoredWeights:
     Args:
         folder: a verified checkpoint.
         spec: its model.
-        part: "model", or "average" for the average of the weights.
+        part: `MODEL`, or `AVERAGE` for the average of the weights.
 
     Raises:
         CheckpointError: the index is damaged, or does not list the weights of the model.
     """
 
-    def __init__(self, folder: Path, spec: ModelSpec, part: str = "model") -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, part: str = MODEL) -> None:
         self._folder = folder
-        self._shards: dict[str, list[Shard]] = {}
+        self._shards: dict[str, list[StoredShard]] = {}
         self._prefix = f"{part}."
         shapes: dict[str, tuple[int, ...]] = {}
         for name, _, shape, shards in read_index(folder):
@@ -72,7 +73,7 @@ class StoredWeights:
             whole[place] = tensor
         return whole
 
-    def _read(self, name: str, shard: Shard, rows: slice) -> Tensor:
+    def _read(self, name: str, shard: StoredShard, rows: slice) -> Tensor:
         path = self._folder / shard.file
         try:
             with safe_open(str(path), framework="pt") as file:

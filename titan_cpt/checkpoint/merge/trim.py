@@ -1,4 +1,4 @@
-"""The magnitude above which a given share of a task vector lies, found without holding the vector in memory."""
+"""The smallest magnitude that trimming keeps of a task vector, found without holding the vector in memory."""
 
 from __future__ import annotations
 

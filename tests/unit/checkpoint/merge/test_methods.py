@@ -56,7 +56,7 @@ def test_a_weighted_mean_is_that_of_numpy(drawn):
 
 @given(models(at_least=2), st.sampled_from([0.5, 1.0, -0.25, 3.0]))
 def test_task_arithmetic_is_the_paper_s_sum_of_task_vectors(drawn, scale):
-    """theta_base + scale * sum_i w_i tau_i with tau_i = theta_i - theta_base (section 2); the first array is the base."""
+    """base + scale * sum_i w_i tau_i with tau_i = theta_i - base (section 2); the first array is the base."""
     (base, *arrays), (_, *weights) = drawn
     vectors = [weight * (array - base) for array, weight in zip(arrays, weights, strict=True)]
 
@@ -74,7 +74,7 @@ def ties_as_published(base, arrays, weights, keep, scale):
         vector = array - base
         magnitudes = np.abs(vector).astype(np.float32)
         smallest_kept = sorted(magnitudes, reverse=True)[keep - 1]
-        trimmed.append([value if size >= smallest_kept else 0.0 for value, size in zip(vector, magnitudes, strict=True)])
+        trimmed.append(np.where(magnitudes >= smallest_kept, vector, 0.0))
     result = []
     for at, start in enumerate(base):
         total = math.fsum(weight * vector[at] for weight, vector in zip(weights, trimmed, strict=True))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from titan_cpt.checkpoint.merge.settings import MergeSettings, merge_settings
+from titan_cpt.checkpoint.merge.settings import METHODS, MergeSettings, merge_settings
+from titan_cpt.cli import make_parser
 from titan_cpt.errors import ConfigError
 
 
@@ -67,3 +68,10 @@ def test_every_problem_is_reported(inputs, options, says):
         merge_settings(inputs, **options)
 
     assert all(text in str(raised.value) for text in says)
+
+
+def test_the_command_line_offers_every_method():
+    """Its parser may not import the module of the settings."""
+    command = next(action.choices["merge"] for action in make_parser()._actions if action.dest == "command")
+
+    assert tuple(next(action.choices for action in command._actions if action.dest == "method")) == METHODS

@@ -1,6 +1,7 @@
 """Rows of weights in sharded checkpoints, written here with safetensors only."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def write(folder, cuts, *, without=(), part="model"):
         parts = []
         rows = [0, *(at for at in cuts[0] if at < tensor.shape[0]), tensor.shape[0]]
         columns = [0, *cuts[1], tensor.shape[1]] if tensor.dim() > 1 else [None, None]
-        for top, bottom in zip(rows, rows[1:], strict=False):
-            for left, right in zip(columns, columns[1:], strict=False):
+        for top, bottom in pairwise(rows):
+            for left, right in pairwise(columns):
                 at = [top] if left is None else [top, left]
                 block = tensor[top:bottom] if left is None else tensor[top:bottom, left:right]
                 number = len(parts) % 2
