@@ -2,6 +2,7 @@
 
     python scripts/reproduce/reproduce.py --quick          # three claims, one seed: 6 minutes on two cores
     python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours
+    python scripts/reproduce/reproduce.py --averages       # averages and Reptile, three seeds: 45 minutes on one core
     python scripts/reproduce/reproduce.py --tables-only    # from the results in docs/reproduction
 
 Times are those of two cores with bfloat16 instructions (AMX); without them it takes about four times as long.
@@ -19,8 +20,10 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from averages_claims import averages_claims
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
 from titan_cpt.reporting.comparison import compare
@@ -35,16 +38,43 @@ FULL = (
     *("union", "replay", "constant", "peak", "warmup", "same", "infinite", "splits_cosine", "splits_infinite"),
     *("weak", "mixed", "domains"),
 )
+AVERAGES = ("averages_cosine", "averages_constant", "averages_anneal")
 TOKENIZER_ENTRIES, TOKENIZER_BYTES = 4096, 12_000_000
 STEPS_BETWEEN_STORED = 20
+AVERAGE = "@average"  # after the name of a dataset: the loss of the average; after the name of a run: its result
 HEAD = """# {title}: verdicts and losses
 
 `python scripts/reproduce/reproduce.py` writes these tables from the results in this folder, after it has trained the
 runs without a result (unless `--tables-only` is set). Losses are nats per token on validation novels, means over seeds
-± standard error; AVG is the mean over the datasets. [reproduction.md](../reproduction.md) describes the protocol and
+± standard error; AVG is the mean over the datasets. [{page}]({link}) describes the protocol and
 discusses the results.
 
 {text}"""
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """Runs that one command trains, and the claims that they test.
+
+    Attributes:
+        file: of the tables, in the folder of the results.
+        page: that discusses them, relative to it.
+        needs_manuals: whether a run trains on the manuals.
+    """
+
+    title: str
+    sweeps: tuple[str, ...]
+    claims: list[Claim]
+    file: str
+    page: str = "../reproduction.md"
+    needs_manuals: bool = False
+
+
+SETS = {
+    "quick": RunSet("Short set", QUICK, claims("quick_"), "quick.md"),
+    "full": RunSet("Full set", FULL, claims(), "full.md", needs_manuals=True),
+    "averages": RunSet("Averages and Reptile", AVERAGES, averages_claims(), "averages_tables.md", "averages.md"),
+}
 _EVENTS = ("start", "adopt", "transition", "validation_changed")
 _TITAN = (sys.executable, "-m", "titan_cpt")
 
@@ -52,7 +82,11 @@ _TITAN = (sys.executable, "-m", "titan_cpt")
 def main() -> int:
     """Prepare data, train, write the tables; 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three claims, one seed")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_const", dest="which", const="quick", help="three claims, one seed")
+    which.add_argument(
+        "--averages", action="store_const", dest="which", const="averages", help="averages of weights, and Reptile"
+    )
     parser.add_argument("--archive", type=Path, help="novels from a file instead of the network: see fetch_novels.py")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     parser.add_argument("--runs", type=int, metavar="N", help="stop after N runs; the same command resumes")
@@ -61,16 +95,15 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "reproduction", metavar="FOLDER")
     parser.add_argument("--tables-only", action="store_true", help="do not train")
     options = parser.parse_args()
-    sweeps = QUICK if options.quick else FULL
+    chosen = SETS[options.which or "full"]
     failed = 0
     if not options.tables_only:
-        make_data(options.archive, manuals=not options.quick)
-        failed = train(sweeps, options.results, jobs=options.jobs, at_most=options.runs, launch=options.launch)
-    prefix = "quick_" if options.quick else ""
-    text = tables(claims(prefix), results(options.results, sweeps))
+        make_data(options.archive, manuals=chosen.needs_manuals)
+        failed = train(chosen.sweeps, options.results, jobs=options.jobs, at_most=options.runs, launch=options.launch)
+    text = tables(chosen.claims, results(options.results, chosen.sweeps))
     options.results.mkdir(parents=True, exist_ok=True)
-    out = options.results / ("quick.md" if options.quick else "full.md")
-    out.write_text(HEAD.format(title="Short set" if options.quick else "Full set", text=text))
+    out = options.results / chosen.file
+    out.write_text(HEAD.format(title=chosen.title, text=text, page=Path(chosen.page).name, link=chosen.page))
     print(text, f"written to {out}", sep="\n")
     return 1 if failed else 0
 
@@ -177,6 +210,8 @@ def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
         name = run_name[: seed.start()] if seed else run_name
         number = int(seed[1]) if seed else 0
         found[f"{sweep}/{name or sweep}", number] = end_of(record)
+        if average := end_of_average(record):
+            found[f"{sweep}/{name or sweep}{AVERAGE}", number] = average
         if name == "fraction-0" and sweep in ("replay", "quick_replay"):
             found["english/english", number] = end_of_first_stage(record)
     return found
@@ -185,8 +220,19 @@ def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
 def end_of(record: RunLog) -> End:
     """Final losses, forgetting, and the highest rise of the English loss within a later stage."""
     (row,) = compare([record])
-    forgetting = row.forgetting.get("english", math.nan)
-    return End(dict(row.losses), forgetting, highest_rise(record))
+    losses = {name: loss for name, loss in row.losses.items() if not name.endswith(AVERAGE)}
+    return End(losses, row.forgetting.get("english", math.nan), highest_rise(record))
+
+
+def end_of_average(record: RunLog) -> End | None:
+    """The final numbers of the average of a run's weights; None if it has none. The rise is that of the weights."""
+    (row,) = compare([record])
+    losses = {name.removesuffix(AVERAGE): loss for name, loss in row.losses.items() if name.endswith(AVERAGE)}
+    if not losses:
+        return None
+    weights = end_of(record)
+    forgetting = weights.forgetting + losses["english"] - weights.losses["english"]
+    return replace(weights, losses=losses, forgetting=forgetting)
 
 
 def end_of_first_stage(record: RunLog) -> End:

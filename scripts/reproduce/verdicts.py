@@ -8,6 +8,7 @@ A claim has one or more parts, each a difference that is paired by seed:
 
 Everything between is "not shown". A claim is shown if all its parts are, contradicted if one is. A single seed has no
 standard error: the sign of d then decides between "as claimed" and "not as claimed"; such a part is never "shown".
+A part may require more than 2 standard errors: averages_claims.py does.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Part:
         difference: of one seed, in nats per token.
         rule: above, within (one side) or level (both sides); see the module's docstring.
         reference: the loss whose 1 % is the margin; not used by above.
+        errors: from the number of seeds (at least 2), the standard errors by which a difference must be beyond a limit.
     """
 
     what: str
@@ -66,11 +68,12 @@ class Part:
     difference: Callable[[Mapping[str, End]], float]
     rule: Literal["above", "within", "level"] = "above"
     reference: Callable[[Mapping[str, End]], float] = lambda _: 0.0
+    errors: Callable[[int], float] = lambda _: ERRORS
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper."""
+    """A statement of a paper that the runs test."""
 
     name: str
     statement: str
@@ -104,20 +107,23 @@ def judge(part: Part, runs: Runs) -> Finding:
     found = [part.difference(each) for each in chosen]
     margin = 0.0 if part.rule == "above" else MARGIN * mean(part.reference(each) for each in chosen)
     error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
-    return Finding(part, len(found), mean(found), error, margin, verdict_of(part.rule, mean(found), error, margin))
+    errors = ERRORS if error is None else part.errors(len(found))
+    verdict = verdict_of(part.rule, mean(found), error, margin, errors)
+    return Finding(part, len(found), mean(found), error, margin, verdict)
 
 
-def verdict_of(rule: str, difference: float, error: float | None, margin: float) -> Verdict:
-    """Apply the rules of the module's docstring."""
+def verdict_of(rule: str, difference: float, error: float | None, margin: float, errors: float = ERRORS) -> Verdict:
+    """Apply the rules of the module's docstring: a difference counts from `errors` standard errors on."""
     value = abs(difference) if rule == "level" else difference
     if error is None:
         good = value > 0 if rule == "above" else value <= margin
         return "as claimed" if good else "not as claimed"
+    beyond = errors * error
     if rule == "above":
-        return "shown" if value > ERRORS * error else "contradicted" if value < -ERRORS * error else "not shown"
-    if value + ERRORS * error <= margin:
+        return "shown" if value > beyond else "contradicted" if value < -beyond else "not shown"
+    if value + beyond <= margin:
         return "shown"
-    return "contradicted" if value - ERRORS * error > margin else "not shown"
+    return "contradicted" if value - beyond > margin else "not shown"
 
 
 def verdict_on(findings: Sequence[Finding]) -> Verdict:

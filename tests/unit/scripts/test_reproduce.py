@@ -14,6 +14,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import fetch_novels  # noqa: E402
 import reproduce  # noqa: E402
+from averages_claims import RAW, annealed, averaged, averages_claims, with_reptile  # noqa: E402
 from verdicts import End, Part, claims, judge, verdict_of, verdict_on  # noqa: E402
 
 from titan_cpt.runs.shared_stages import count_shared_stages  # noqa: E402
@@ -77,6 +78,16 @@ def test_a_margin_is_one_per_cent_of_the_reference():
     assert (found.margin, found.verdict) == (pytest.approx(0.04), "as claimed")
 
 
+def test_a_part_can_require_more_standard_errors():
+    """0.3 with a standard error of 0.1 / sqrt(3) is beyond 2 of them (0.12) and 4.3 (0.25), not beyond 6 (0.35)."""
+    runs = {("a", seed): end(0.2 + 0.1 * seed) for seed in (0, 1, 2)}
+
+    def verdict(errors):
+        return judge(Part("a", ["a"], lambda e: e["a"].losses["english"], errors=lambda _: errors), runs).verdict
+
+    assert [verdict(errors) for errors in (2.0, 4.3, 6.0)] == ["shown", "shown", "not shown"]
+
+
 def test_the_worst_part_decides_a_claim():
     """One contradicted part contradicts the claim; one that was not run leaves it open."""
     part = Part("x", ["a"], lambda e: e["a"].losses["english"])
@@ -129,6 +140,59 @@ def test_every_claim_gets_a_seed_before_any_gets_one_more():
 
     assert [sweep_run.config.job.seed for sweep_run in order] == [0] * 25 + [1] * 25 + [2] * 25
     assert [sweep_run.folder.parent.name for sweep_run in order[25:34]] == ["union"] + ["replay"] * 6 + ["constant"] * 2
+
+
+# Averages and Reptile
+
+COSINE = {share: f"averages_cosine/fraction-{share}" for share in ("0.05", "0.25")}
+SEEDS = (0, 1, 2)
+
+
+def verdicts_of(ends):
+    """The verdict on each claim about averages and Reptile, if every seed has the numbers `ends`, up to a hundredth."""
+    runs = {
+        (name, seed): End({d: loss + 0.01 * seed for d, loss in each.losses.items()}, each.forgetting, each.rise)
+        for name, each in ends.items()
+        for seed in SEEDS
+    }
+    return {claim.name: verdict_on([judge(part, runs) for part in claim.parts]) for claim in averages_claims()}
+
+
+def good_ends():
+    """Losses by hand: annealing gains 0.2 in the mean, averages 0.15; Reptile keeps English and loses little German."""
+    shapes = ("linear", "sqrt", "cosine")
+    ends = {RAW: end(4.2, 3.2), COSINE["0.05"]: end(4.0, 3.0, 1.0), COSINE["0.25"]: end(3.7, 3.3, 0.7)}
+    ends |= {annealed(shape): end(4.0, 3.0) for shape in shapes}
+    ends |= {averaged(kind): end(4.05, 3.05) for kind in (*shapes, "ema")}
+    for step in ("0.1", "0.5"):
+        ends |= {with_reptile("0.05", step): end(3.9, 3.01, 0.9), with_reptile("0.25", step): end(3.6, 3.31, 0.6)}
+    return ends
+
+
+def test_the_claims_about_averages_and_reptile_are_shown_by_results_that_have_them():
+    """3.55 against 3.5 is 1.4 % of it: an average 0.05 above annealing is not its replacement, nor the cosine's."""
+    found = verdicts_of(good_ends())
+    shown = {name for name, verdict in found.items() if verdict == "shown"}
+
+    assert {name for name, verdict in found.items() if verdict == "contradicted"} == {"A2", "A4"}
+    assert shown == {"A1", "A3", "A5", "R1", "R2", "R3", "R4", "R5"}
+
+
+@pytest.mark.parametrize(
+    ("run", "result", "contradicted"),
+    [
+        (averaged("sqrt"), end(4.3, 3.2), {"A1", "A2", "A3", "A4", "A5"}),  # worse than the last weights
+        (averaged("cosine"), end(4.13, 3.1), {"A2", "A3", "A4", "A5"}),  # gains 0.085 of 0.2
+        (with_reptile("0.25", "0.1"), end(3.6, 3.5, 0.6), {"A2", "A4", "R2", "R3"}),  # pays with German
+        (with_reptile("0.05", "0.1"), end(4.1, 3.0, 1.1), {"A2", "A4", "R1", "R3", "R4"}),  # forgets more
+        (with_reptile("0.05", "0.5"), end(3.9, 3.1, 0.9), {"A2", "A4", "R5"}),
+    ],
+)
+def test_a_result_against_a_claim_contradicts_it(run, result, contradicted):
+    """One run is changed; A2 and A4 are contradicted already."""
+    found = verdicts_of(good_ends() | {run: result})
+
+    assert {name for name, verdict in found.items() if verdict == "contradicted"} == contradicted
 
 
 # Final numbers of a run
