@@ -98,13 +98,13 @@ def _of_reptile() -> list[Claim]:
     )
     quarter = f"averages_cosine/fraction-{SHARES['25 %']}"
     return [
-        Claim("R1", "Reptile (step 0.1) forgets less than replay alone", forgetting["0.1"]),
+        Claim("R1", "Reptile (step 0.1) forgets less than replay without it", forgetting["0.1"]),
         Claim("R2", "Reptile (step 0.1) costs the new data almost nothing", german["0.1"]),
-        Claim("R3", "Reptile (step 0.1) has a better mean loss than replay alone", mean["0.1"]),
+        Claim("R3", "Reptile (step 0.1) has a better mean loss than replay without it", mean["0.1"]),
         Claim(
             "R4",
             "5 % replay with Reptile (step 0.1) replaces 25 % without",
-            [_within("AVG, 5 % with Reptile minus 25 % alone", with_reptile("0.05", "0.1"), quarter)],
+            [_within("AVG, 5 % with Reptile minus 25 % without", with_reptile("0.05", "0.1"), quarter)],
         ),
         Claim(
             "R5",
@@ -116,7 +116,7 @@ def _of_reptile() -> list[Claim]:
 
 def _less_forgetting(percent: str, alone: str, pulled: str) -> Part:
     return Part(
-        f"forgetting, {percent} alone minus with Reptile",
+        f"forgetting, {percent} without minus with Reptile",
         [alone, pulled],
         lambda e: e[alone].forgetting - e[pulled].forgetting,
         errors=errors_that_count,
@@ -125,7 +125,7 @@ def _less_forgetting(percent: str, alone: str, pulled: str) -> Part:
 
 def _cost(percent: str, alone: str, pulled: str) -> Part:
     return Part(
-        f"German, {percent} with Reptile minus alone",
+        f"German, {percent} with Reptile minus without",
         [alone, pulled],
         lambda e: e[pulled].losses["german"] - e[alone].losses["german"],
         "within",
@@ -135,7 +135,7 @@ def _cost(percent: str, alone: str, pulled: str) -> Part:
 
 
 def _better_mean(percent: str, alone: str, pulled: str) -> Part:
-    return _gain(f"AVG, {percent} alone minus with Reptile", alone, pulled)
+    return _gain(f"AVG, {percent} without minus with Reptile", alone, pulled)
 
 
 def _gain(what: str, worse: str, better: str) -> Part:
