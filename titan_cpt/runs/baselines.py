@@ -279,7 +279,9 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
     """
     stages: list[_Tables] = []
     datasets: _Tables = {}
-    for index, stage in enumerate(tables["stages"]):
+    last_parts: dict[str, str] = {}  # of a stage whose domains are stages: the name of the last one
+    for index, configured in enumerate(tables["stages"]):
+        stage = configured | _renamed_init(configured, last_parts)
         name = stage["dataset"]
         domains = tables["datasets"][name].get("domains") if isinstance(name, str) else None
         if not domains or index not in later:
@@ -306,7 +308,15 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
                 stages[-1]["init"] = stage["init"]
             if begin and len(plan.schedule_span(plan.stages[index])) > 1:
                 stages[-1] |= _CONTINUED
+        last_parts[stage["name"]] = stages[-1]["name"]
     return stages, datasets
+
+
+def _renamed_init(stage: _Tables, last_parts: Mapping[str, str]) -> _Tables:
+    """The key `init` of a stage that starts from a stage whose domains are stages: from the last one of these."""
+    kind, _, reference = str(stage.get("init", "")).partition(":")
+    name, at, point = reference.partition("@")
+    return {"init": f"stage:{last_parts[name]}{at}{point}"} if kind == "stage" and name in last_parts else {}
 
 
 def _part_of_ramp(stage: StagePlan, begin: int, end: int) -> _Tables:

@@ -57,6 +57,7 @@ from titan_cpt.training.saving import log_save_failed, log_saved
 from titan_cpt.training.screen.display import Display
 from titan_cpt.training.screen.startup import device_notes, rank_lines
 from titan_cpt.training.skipped_batches import SkippedBatches
+from titan_cpt.training.stage_start import require_saved_averages
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.uploads import restore_from_storage, start_uploader
 from titan_cpt.training.validation import ValidationWindows, Validator
@@ -243,6 +244,7 @@ def _weight_notes(
 ) -> Iterator[str]:
     """Notes on the tokenizers of the initial weights of stages that have not begun, and on misplaced checkpoints."""
     next_stage = 0 if checkpoint is None else checkpoint.manifest["stage_index"] + 1
+    require_saved_averages(checkpoints.run, plan.stages[next_stage:])
     yield from check_init_tokenizers(config, [stage.name for stage in plan.stages[next_stage:]])
     if checkpoint is None:
         yield from length_notes(plan.stages)

@@ -21,7 +21,8 @@ from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.checkpoint.weights_only import IMPORTED, MERGED
-from titan_cpt.common.run_folder import checkpoint_folder
+from titan_cpt.common.reading import is_there
+from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
 from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
@@ -130,6 +131,19 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
     optimizer = state.optimizer if stage.keep_optimizer else None
     load_state(source.folder, state.model, optimizer, average=source.average)
     return "; ".join([f"from {source}", *notes])
+
+
+def require_saved_averages(run: Path, stages: Sequence[StagePlan]) -> None:
+    """Check the checkpoints of a run from whose average one of these stages starts, as far as they are saved.
+
+    Raises:
+        CheckpointError: one of them holds none: it was saved before the config had [averaging].
+    """
+    for stage in stages:
+        if isinstance(stage.init, StageCheckpoint) and stage.init.average:
+            weights = NamedWeights(checkpoint_folder(run, stage.init.stage, stage.init.steps_done), average=True)
+            if is_there(weights.folder / MANIFEST_FILE):
+                require_weights(weights, read_manifest(weights.folder))
 
 
 def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:

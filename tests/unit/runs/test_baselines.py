@@ -6,6 +6,7 @@ from sweeps import stages_trained_in, status_of
 
 from titan_cpt.config.load import load_config
 from titan_cpt.data.inventory import take_inventory
+from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.runs.baselines import derive_baselines
 from titan_cpt.runs.shared_stages import count_shared_stages
@@ -72,6 +73,16 @@ def test_domains_come_one_after_another_in_the_same_number_of_steps(raw, tmp_pat
     assert [(stage.name, stage.steps) for stage in plan.stages] == [("english", 12), ("german-a", 3), ("german-b", 7)]
     assert plan.stages[1].datasets == ("de-a",)
     assert float(plan.stages[1].shares["en"]) == 0.25
+
+
+def test_a_stage_that_starts_from_a_mixed_one_starts_from_the_last_of_its_domains(raw, tmp_path):
+    """The stage that its `init` names has another name there."""
+    parts = {name: {"train": str(tmp_path / "de"), "weight": 1.0} for name in ("a", "b")}
+    raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
+    raw["stages"].append(training.third_stage() | {"init": "stage:german"})
+    plan = plans_of(raw, tmp_path)["domain-after-domain"]
+
+    assert plan.stages[3].init == StageCheckpoint("german-b", 5)
 
 
 def test_a_start_from_released_weights_has_no_union(raw, tmp_path):
