@@ -16,7 +16,7 @@ from torch import Tensor
 
 from titan_cpt.checkpoint import manifest
 
-ENTRY: dict[str, Any] = {"kind": "mean", "snapshots": [2, 4]}
+ENTRY: dict[str, Any] = {"kind": "mean", "size": 2, "every": 4, "snapshots": [4, 8], "count": 2, "kept": 0}
 _FILE = "rank-00000-9.safetensors"  # no rank writes so many
 
 

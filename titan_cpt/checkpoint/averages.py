@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folders
 from titan_cpt.common.weights.named_weights import NamedWeights
 from titan_cpt.errors import AccessError, CheckpointError
 
+_ENTRY = "averaging"  # of the manifest: settings, and after which steps the snapshots were taken
+_KINDS = {"mean": "mean", "ema": "exponential moving average", "like_decay": "imitation of an LR decay"}
 _STEPS_SHOWN = 5
 
 
 def has_average(record: Mapping[str, Any]) -> bool:
     """Whether the checkpoint with this manifest holds an average of its weights."""
-    return bool(record.get("averaging"))
+    return bool(record.get(_ENTRY))
 
 
 def require_weights(weights: NamedWeights, record: Mapping[str, Any]) -> None:
@@ -60,5 +63,33 @@ def _shown(steps: list[int]) -> str:
 
 
 def describe_average(record: Mapping[str, Any]) -> str:
-    """The kind of the average in a checkpoint and the steps of its snapshots, from the manifest."""
-    return "an average of the weights"
+    """What the average in a checkpoint is made of, such as `mean of 10 snapshots, every 50 steps until step 1,000`."""
+    entry = record.get(_ENTRY)
+    known: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    kind = _KINDS.get(str(known.get("kind")), "average")
+    shape = f" ({known['shape']})" if "shape" in known else ""
+    steps = known.get("snapshots")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, int) for step in steps):
+        return f"{kind}{shape} of its weights"
+    count = known["count"] if known.get("kind") == "ema" and isinstance(known.get("count"), int) else len(steps)
+    distance = f"every {steps[1] - steps[0]:,} steps until" if steps[1:] else "after"
+    return f"{kind}{shape} of {count:,} snapshot{'s' * (count > 1)} of its weights, {distance} step {steps[-1]:,}"
+
+
+def require_same_averaging(folder: Path, record: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
+    """Check that the average in a checkpoint was made with the settings of the plan.
+
+    Args:
+        record: the checkpoint's manifest, which has an average.
+        planned: keys of the entry `averaging` in it.
+
+    Raises:
+        CheckpointError: it was made with other settings.
+    """
+    saved = record[_ENTRY] if isinstance(record[_ENTRY], Mapping) else {}
+    changed = differences({key: saved[key] for key in planned if key in saved}, planned)
+    if changed:
+        raise CheckpointError(
+            f"{folder}: its average was made with other settings than [averaging] has now: {'; '.join(changed)}. "
+            "Restore them, or start the stage from the weights"
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from titan_cpt.checkpoint.averages import require_weights
+from titan_cpt.checkpoint.averages import require_same_averaging, require_weights
 from titan_cpt.checkpoint.checkpoint_spec import (
     model_differences,
     model_recipe,
@@ -32,6 +33,8 @@ from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 from titan_cpt.training.optimization.adamw import reset_state, set_hyperparameters
 from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
+
+_AVERAGING = "init.averaging."  # keys of the recipe of a stage that starts from the average of a stage of its run
 
 
 def begin_stage(state: TrainerState, stage: StagePlan) -> int:
@@ -137,13 +140,23 @@ def require_saved_averages(run: Path, stages: Sequence[StagePlan]) -> None:
     """Check the checkpoints of a run from whose average one of these stages starts, as far as they are saved.
 
     Raises:
-        CheckpointError: one of them holds none: it was saved before the config had [averaging].
+        CheckpointError: one of them holds none, or one of other settings: [averaging] is newer than the checkpoint.
     """
     for stage in stages:
         if isinstance(stage.init, StageCheckpoint) and stage.init.average:
             weights = NamedWeights(checkpoint_folder(run, stage.init.stage, stage.init.steps_done), average=True)
             if is_there(weights.folder / MANIFEST_FILE):
-                require_weights(weights, read_manifest(weights.folder))
+                _require_planned(weights, read_manifest(weights.folder), stage)
+
+
+def _require_planned(weights: NamedWeights, record: Mapping[str, Any], stage: StagePlan) -> None:
+    """Check that a checkpoint holds the weights that a stage starts from; an average of this run as it is planned."""
+    require_weights(weights, record)
+    if weights.average:
+        planned = {
+            key.removeprefix(_AVERAGING): value for key, value in stage.recipe.items() if key.startswith(_AVERAGING)
+        }
+        require_same_averaging(weights.folder, record, planned)
 
 
 def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
@@ -161,7 +174,7 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[s
     weights = _named(state, stage)
     folder = weights.folder
     record = state.checkpoints.verify(folder)
-    require_weights(weights, record)
+    _require_planned(weights, record, stage)
     if stage.keep_optimizer and record["kind"] in (IMPORTED, MERGED):
         what = "an import" if record["kind"] == IMPORTED else "a merge"
         raise CheckpointError(

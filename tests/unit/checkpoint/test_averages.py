@@ -9,7 +9,7 @@ import training
 from safetensors.torch import load_file
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.averages import require_weights
+from titan_cpt.checkpoint.averages import describe_average, require_same_averaging, require_weights
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.cli import main
@@ -55,7 +55,10 @@ def test_an_export_of_the_average_has_the_bits_of_the_mean_computed_by_hand(chec
     names = hub_names(SPEC)
 
     assert training.same_bits(exported, {names[name]: weight for name, weight in mean.items()})
-    assert "# run: german@average, step 10" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+
+    assert "# run: german@average, step 10" in card
+    assert "- Weights: mean of 2 snapshots of its weights, every 4 steps until step 8" in card
 
 
 def test_the_command_exports_the_average_that_its_path_names(checkpoint, mean, tmp_path, capsys):
@@ -126,3 +129,28 @@ def test_an_average_of_another_dtype_is_damage(checkpoint, mean):
     averaged.add_average(checkpoint, {name: weight.bfloat16() for name, weight in mean.items()})
     with pytest.raises(CheckpointError, match="cannot be loaded into this model"):
         load_state(checkpoint, build_model(SPEC), None, average=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (averaged.ENTRY, "mean of 2 snapshots of its weights, every 4 steps until step 8"),
+        ({"kind": "like_decay", "shape": "sqrt", "snapshots": [7]}, "imitation of an LR decay (sqrt) of 1 snapshot "),
+        ({"kind": "ema", "snapshots": [1000, 1500], "count": 30}, "exponential moving average of 30 snapshots of "),
+        ({"kind": ["odd"], "snapshots": "none"}, "average of its weights"),
+        ("odd", "average of its weights"),
+    ],
+)
+def test_an_average_is_described_from_the_manifest(entry, text):
+    """In model cards and by `verify`; a damaged entry ends no command."""
+    assert describe_average({"averaging": entry}).startswith(text)
+
+
+def test_an_average_of_other_settings_than_the_plans_is_refused(tmp_path):
+    """With what differs; a key that only the manifest has does not count."""
+    record = {"averaging": averaged.ENTRY}
+    require_same_averaging(tmp_path, record, {"kind": "mean", "size": 2, "every": 4})
+    with pytest.raises(
+        CheckpointError, match=r"with other settings than \[averaging\] has now: every: 4 -> 2; size: 2 -> 5"
+    ):
+        require_same_averaging(tmp_path, record, {"kind": "mean", "size": 5, "every": 2})
