@@ -211,6 +211,8 @@ class Trainer(TrainerState):
                     break
                 loader = self.open_loader(stage, step)
                 continue
+            if due.copies:
+                self.copies.take(stage, step)
             if due.validation:
                 interrupted = not validate(self, stage, step)
             if due.checkpoint or interrupted:

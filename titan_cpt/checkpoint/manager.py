@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.optim import Optimizer
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.state_dict import reason_of_failure, state_to_save
+from titan_cpt.checkpoint.state_dict import WeightCopy, reason_of_failure, state_to_save
 from titan_cpt.checkpoint.storage import ShardWriter
 from titan_cpt.common.run_folder import INTERVAL, checkpoint_folder, checkpoint_folders
 from titan_cpt.errors import AccessError, CheckpointError, TitanError
@@ -87,7 +87,14 @@ class CheckpointManager:
         self._must_succeed = False  # the last save was a stage's end or a pre-anneal point, which later stages load
 
     def save(
-        self, model: nn.Module, optimizer: Optimizer, *, stage: str, steps_done: int, record: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        stage: str,
+        steps_done: int,
+        record: Mapping[str, Any],
+        copies: Mapping[str, WeightCopy] | None = None,
     ) -> None:
         """Start to save the current state, after any earlier save has ended; collective.
 
@@ -96,6 +103,7 @@ class CheckpointManager:
 
         Args:
             record: the manifest without its list of files: stage_index, kind, recipe, fingerprint, data, ...
+            copies: copies of the weights to save too, see `state_to_save`.
 
         Raises:
             CheckpointError: the previous save was at a stage's end or a pre-anneal point, and has failed.
@@ -112,7 +120,7 @@ class CheckpointManager:
             self._prepare_folder(folder)
         if self._failed_on_any_rank():
             return
-        state = state_to_save(model, optimizer)
+        state = state_to_save(model, optimizer, copies)
         record = {**record, "stage": stage, "steps_done": steps_done, "torch": torch.__version__}
         writer = ShardWriter(folder)
         if not STAGER_CAN_BE_REUSED:

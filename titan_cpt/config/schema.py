@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from titan_cpt.common.plugins import METRICS
 from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.model import ModelConfig
-from titan_cpt.config.stages import StageConfig
+from titan_cpt.config.stages import AveragingConfig, StageConfig
 from titan_cpt.config.storage import StorageConfig, UploadConfig
 from titan_cpt.config.suites import SUITES
 from titan_cpt.config.trackers import MlflowConfig, TrackioConfig, WandbConfig
@@ -325,6 +325,7 @@ class Config(Table):
     tokenizer: TokenizerConfig = TokenizerConfig()
     datasets: Annotated[dict[Name, DatasetConfig], Field(min_length=1)]
     optimizer: OptimizerConfig = OptimizerConfig()
+    averaging: AveragingConfig | None = None
     training: TrainingConfig
     parallelism: ParallelismConfig = ParallelismConfig()
     comm: CommConfig = CommConfig()

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import StageRopeConfig
 from titan_cpt.config.types import (
+    EndPoint,
     Fraction01,
     GlobalBatchSize,
     Mixture,
@@ -19,7 +20,32 @@ from titan_cpt.config.types import (
     PositiveInt,
     Table,
     Tokens,
+    validation_error,
 )
+
+
+class AveragingConfig(Table):
+    """[averaging]: an average of a stage's newest weights, which has no effect on training."""
+
+    kind: Literal["mean", "ema", "like_decay"]
+    """mean: of the snapshots in the window; ema: exponential moving average of all snapshots of the stage; like_decay:
+    weights that imitate an LR decay over the window, for a schedule whose LR is constant there."""
+    shape: Literal["linear", "sqrt", "cosine"] | None = None
+    """Shape of the decay that like_decay imitates: linear (the same as mean), sqrt (1 - sqrt), cosine. Unset: sqrt."""
+    last: EndPoint = 0.2
+    """Length of the window that ends with the newest snapshot: a fraction of the stage, a number of steps, or tokens
+    ("3B"); at most the whole stage. For ema the time constant of the average."""
+    every: EndPoint | None = None
+    """Distance of two snapshots, written as `last`. Unset: a tenth of `last`. Every snapshot in the window is a float32
+    copy of the weights, in memory and in interval checkpoints; ema needs one copy in all."""
+    keep_on: Literal["host", "device"] = "host"
+    """Where the copies are kept, each rank's own shards: in host memory, or on the device."""
+
+    @model_validator(mode="after")
+    def _shape_is_of_a_decay(self) -> AveragingConfig:
+        if self.shape is not None and self.kind != "like_decay":
+            raise validation_error(f'shape is for kind = "like_decay", got kind = "{self.kind}"; remove it')
+        return self
 
 
 class StageOptimizerConfig(Table):
@@ -87,6 +113,8 @@ class StageConfig(Table):
     """AdamW hyperparameters that differ in this stage."""
     lr: LR
     """Learning-rate schedule, one of the tables below."""
+    averaging: AveragingConfig | Literal["off"] | None = None
+    """Average of this stage's weights, in place of [averaging]; "off" for none. Unset: [averaging]."""
     replay: ReplayConfig | None = None
     """Replay of earlier data. Unset: no replay."""
     rope: StageRopeConfig | None = None

@@ -13,6 +13,7 @@ from typing import Any
 
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.recipe import fingerprint
+from titan_cpt.common.weights.averaging import Averaging
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.trained_text import Leg, trained_tokens
@@ -113,6 +114,7 @@ class StagePlan:
         document_positions: RoPE's positions begin at 0 in each document.
         attended_span: with a document mask, the mean number of positions that a token attends to, not halved for the
             causal mask; None without.
+        averaging: the average of the stage's weights; None without.
         schedule_offset: steps of the schedule before this stage, which continues that of the stage before; else 0.
     """
 
@@ -138,6 +140,7 @@ class StagePlan:
     document_mask: bool = False
     document_positions: bool = False
     attended_span: float | None = None
+    averaging: Averaging | None = None
     schedule_offset: int = 0
     warm_up_passes: int = 0
 
@@ -174,6 +177,10 @@ class StagePlan:
     def leaf_counts(self, steps: int | None = None) -> dict[Leaf, int]:
         """Number of sequences of every leaf of the mixture in the first `steps` steps, or in all of them."""
         return leaf_counts(self.tree, self.batch_sizes.sequences_before(self.steps if steps is None else steps))
+
+    def copies_due(self, steps_done: int) -> bool:
+        """Whether a copy of the weights is taken after these steps of the stage: they must be known to be good."""
+        return self.averaging is not None and self.averaging.due(steps_done)
 
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""

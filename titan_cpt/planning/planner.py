@@ -22,6 +22,7 @@ from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, lr_recipe, stage_recipe
+from titan_cpt.planning.stages.averaging import average_recipe, averaging_of, check_average
 from titan_cpt.planning.stages.data_budget import (
     count_sequences,
     dataset_use,
@@ -142,6 +143,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     points = end_points(span)
     schedule = _schedule(draft, stage, span, points)
     init = initial_weights(draft, stage)
+    check_average(draft, stage, init)
+    anneals_at = pre_anneal_step(span, points, stage)
     spec = stage_spec(draft, stage, init)
     history = history_of(draft, init)
     new = new_data_leaves(draft, stage, history)
@@ -157,7 +160,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         init=init,
         keep_optimizer=stage.optimizer_state == "keep",
         optimizer=adamw_hyperparameters(config, stage),
-        pre_anneal_step=pre_anneal_step(span, points, stage),
+        pre_anneal_step=anneals_at,
         history=history,
         tree=tree,
         shares=shares,
@@ -165,7 +168,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         use_by_source=dataset_use(draft, counts, seq_len=seq_len, by_source=True),
         final_window=final_window(steps, *window),
         recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points))
-        | rope_recipe(stage, spec),
+        | rope_recipe(stage, spec)
+        | average_recipe(draft, init),
         spec=spec,
         seq_len=seq_len,
         batch_sizes=batch_sizes,
@@ -173,6 +177,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         document_mask=masked,
         document_positions=document_positions_of(config, stage),
         attended_span=attended_span(draft.inventory, draft.spec, tree, seq_len) if masked else None,
+        averaging=averaging_of(draft, stage, length, anneals_at=anneals_at),
         schedule_offset=span.steps_before(stage.name),
         warm_up_passes=warm_up_passes(draft, stage, steps),
     )

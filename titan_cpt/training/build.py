@@ -32,7 +32,7 @@ from titan_cpt.data.training_sources import TrainingSource, open_training_source
 from titan_cpt.distributed.build import build_parallel_model
 from titan_cpt.distributed.compile import require_compiler
 from titan_cpt.distributed.device_mesh import Mesh, build_mesh
-from titan_cpt.distributed.float8 import require_float8
+from titan_cpt.distributed.float8 import refresh_scales, require_float8
 from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import Float8Options, ParallelOptions
 from titan_cpt.distributed.process_group import ProcessInfo, raise_on_all_ranks, set_timeouts
@@ -61,6 +61,7 @@ from titan_cpt.training.stage_start import require_saved_averages
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.uploads import restore_from_storage, start_uploader
 from titan_cpt.training.validation import ValidationWindows, Validator
+from titan_cpt.training.weights.copies import WeightCopies
 
 State = TypeVar("State", bound=TrainerState)
 
@@ -164,6 +165,7 @@ def build(
         optimizer=optimizer,
         attention=attention,
         guard=guard,
+        copies=WeightCopies(model, partial(_weights_exchanged, model, compute_copy, config)),
         skipped=SkippedBatches(folder, writing=process.rank == 0),
         readers=readers,
         validator=validator,
@@ -297,6 +299,14 @@ def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:
         spike_window=training.loss_spike_window,
         spike_z_score=math.inf if training.on_loss_spike == "log" else training.loss_spike_z_score,
     )
+
+
+def _weights_exchanged(model: LanguageModel, compute_copy: ComputeCopy | None, config: Config) -> None:
+    """Update what is computed from the weights after an exchange of the weights: CUDA graphs replay no Python."""
+    if config.float8.enable_fsdp_float8_all_gather:
+        refresh_scales(model)
+    if compute_copy is not None:
+        compute_copy.refresh()
 
 
 def _build_validator(config: Config, plan: Plan, data: _Data, mesh: Mesh) -> Validator:

@@ -14,7 +14,8 @@ class ActionsDue:
     """The actions of the training loop after a step, in this order.
 
     Attributes:
-        log: read the metrics from the device and write them; due before every validation and checkpoint.
+        log: read the metrics from the device and write them; due before everything else, so that a bad step is known.
+        copies: take a copy of the weights, see training/weights/.
         validation: measure the validation loss of every dataset.
         checkpoint: save a checkpoint of this kind; None for no checkpoint.
         benchmarks: run the benchmark suite on the checkpoint just saved.
@@ -23,6 +24,7 @@ class ActionsDue:
     """
 
     log: bool
+    copies: bool
     validation: bool
     checkpoint: str | None
     benchmarks: bool
@@ -43,8 +45,10 @@ def actions_due(config: Config, stage: StagePlan, steps_done: int, *, stop: bool
     checkpoint = checkpoint_due(config, stage, steps_done)
     if checkpoint is None and (stop or benchmarks):
         checkpoint = INTERVAL
+    copies = stage.copies_due(steps_done)
     return ActionsDue(
-        log=validation or checkpoint is not None or steps_done % config.metrics.log_freq == 0,
+        log=validation or copies or checkpoint is not None or steps_done % config.metrics.log_freq == 0,
+        copies=copies,
         validation=validation,
         checkpoint=checkpoint,
         benchmarks=benchmarks,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX, split_average
 from titan_cpt.data.batch import Batch
 from titan_cpt.distributed.process_group import any_rank_stops
 from titan_cpt.evaluation.registered_metrics import MetricContext, measure
@@ -30,7 +31,7 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     """
     run_step = state.plan.steps_before(stage) + steps_done
     with state.display.timed("validation"):
-        losses = state.validator.measure(state.runner, stage.name, interrupted=partial(any_rank_stops, state.stop))
+        losses = _losses(state, stage)
     if losses is None:
         return False
     shown = []
@@ -45,6 +46,21 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
     complete = _measure_registered(state, stage, steps_done)
     state.log.restart_clock()
     return complete
+
+
+def _losses(state: TrainerState, stage: StagePlan) -> dict[str, ValidationLoss] | None:
+    """The losses of the weights, and those of their average, if there is one; None if a signal interrupted that."""
+    measure_losses = partial(
+        state.validator.measure, state.runner, stage.name, interrupted=partial(any_rank_stops, state.stop)
+    )
+    losses = measure_losses()
+    if losses is None or not state.copies.has_average:
+        return losses
+    with state.copies.averaged():
+        of_average = measure_losses()
+    return (
+        None if of_average is None else losses | {f"{name}{AVERAGE_SUFFIX}": loss for name, loss in of_average.items()}
+    )
 
 
 def _measure_registered(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
@@ -93,13 +109,14 @@ def validation_line(
 
     Forgetting is None if its baseline is unknown or was measured on other validation data or windows.
     """
-    identity = state.validator.identities[dataset]
+    measured_label = split_average(dataset)[0]  # an average forgets what the weights knew before the stage
+    identity = state.validator.identities[measured_label]
     if steps_done == 0:
         state.log.baselines[stage.name, dataset] = loss.nats_per_token, identity
-    baseline_stage = state.plan.forgetting_since(stage, dataset)
+    baseline_stage = state.plan.forgetting_since(stage, measured_label)
     baseline: float | None = None
     if baseline_stage is not None:
-        measured, measured_on = state.log.baselines.get((baseline_stage, dataset), (None, None))
+        measured, measured_on = state.log.baselines.get((baseline_stage, measured_label), (None, None))
         baseline = measured if measured_on == identity else None
     return {
         "stage": stage.name,

@@ -35,7 +35,15 @@ def save_checkpoint(
     """
     metadata = {**checkpoint_metadata(state, stage, steps_done, kind), "validation_due": validation_due}
     with state.display.timed("checkpoints"):
-        state.checkpoints.save(state.model, state.optimizer, stage=stage.name, steps_done=steps_done, record=metadata)
+        copies, about_copies = state.copies.to_save(kind)
+        state.checkpoints.save(
+            state.model,
+            state.optimizer,
+            stage=stage.name,
+            steps_done=steps_done,
+            record={**metadata, **about_copies},
+            copies=copies,
+        )
     if state.checkpoints.waited_s > SLOW_SAVE_S:
         state.display.warn(
             f"  training waited {state.checkpoints.waited_s:.0f} s for the previous checkpoint to be written; "

@@ -48,6 +48,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     """
     state.checkpoints.wait()
     weights = load_initial(state, stage)
+    state.copies.begin(stage)
     if not stage.keep_optimizer:
         reset_state(state.optimizer)
     _apply_stage_hyperparameters(state, stage)
@@ -95,11 +96,14 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
     _apply_stage_hyperparameters(state, stage)
     state.skipped.restore(checkpoint.manifest.get("skipped"))
     state.guard.restore_losses(checkpoint.manifest.get("recent_losses", ()))
+    changed = state.copies.resume(stage, checkpoint.folder, checkpoint.manifest)
     state.log.event("resume", stage=stage.name, step=steps_done, folder=str(checkpoint.folder))
     state.log.rewind(state.plan.steps_before(stage) + steps_done)
     state.display.say(
         f"stage {stage.name}: resumes after step {steps_done:,} of {stage.steps:,}, from {checkpoint.folder}"
     )
+    if changed is not None:
+        state.display.warn(f"  {changed}")
     return steps_done
 
 

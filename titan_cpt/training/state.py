@@ -29,6 +29,7 @@ from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.screen.display import Display
 from titan_cpt.training.skipped_batches import SkippedBatches
 from titan_cpt.training.validation import Validator
+from titan_cpt.training.weights.copies import WeightCopies
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TrainerState:
         stepper: gradients of micro-batches and the update; launched one by one, or as CUDA graphs.
         attention: the kernels of attention.
         guard: prevents optimizer updates from the first bad step on.
+        copies: copies of the weights, such as snapshots for an average.
         skipped: batches that training skips because their loss or gradient was bad.
         readers: reads the sequences of a stage, by its name.
         metrics: metrics of other packages, by name.
@@ -63,6 +65,7 @@ class TrainerState:
     attention: AttentionKernels
     optimizer: AdamW
     guard: UpdateGuard
+    copies: WeightCopies
     skipped: SkippedBatches
     readers: Mapping[str, SequenceReader]
     validator: Validator

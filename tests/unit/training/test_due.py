@@ -19,12 +19,14 @@ def config(*, log_freq=10, validation=20, checkpoint=30, gc_freq=50, suite=None,
     )
 
 
-def stage(*, steps=100, pre_anneal=None, final_window=()):
-    return SimpleNamespace(steps=steps, pre_anneal_step=pre_anneal, final_window=final_window)
+def stage(*, steps=100, pre_anneal=None, final_window=(), copies=()):
+    return SimpleNamespace(
+        steps=steps, pre_anneal_step=pre_anneal, final_window=final_window, copies_due=lambda step: step in copies
+    )
 
 
 NOTHING = ActionsDue(
-    log=False, validation=False, checkpoint=None, benchmarks=False, garbage_collection=False, stop=False
+    log=False, copies=False, validation=False, checkpoint=None, benchmarks=False, garbage_collection=False, stop=False
 )
 
 
@@ -53,6 +55,15 @@ def test_the_last_step_before_annealing_has_a_checkpoint_of_its_own_kind():
     assert actions_due(config(), stage(pre_anneal=30), 30, stop=False).checkpoint == "pre_anneal"
     assert actions_due(config(), stage(pre_anneal=47), 47, stop=False).checkpoint == "pre_anneal"
     assert checkpoint_due(config(), stage(steps=30, pre_anneal=30), 30) == "stage_end"
+
+
+def test_metrics_are_read_before_a_copy_of_the_weights_is_taken():
+    """They tell whether a step before was bad."""
+    assert vars(actions_due(config(), stage(copies=(7,)), 7, stop=False)) == {
+        **vars(NOTHING),
+        "log": True,
+        "copies": True,
+    }
 
 
 def test_a_stop_saves_a_checkpoint_at_any_step():
