@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from equal_gradients import take_steps, unequal_matrices
 from parity_layouts import V_SCHEDULE
 from torch.distributed.tensor import DTensor
 
@@ -45,11 +46,15 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     },
 }
 """Layouts by their number of ranks, as overrides of a run of one process."""
+MUON = {"optimizer.name": "Muon"}
 STEP = "first/step-00000002"
 
 
 def write(arguments: Sequence[str]) -> None:
-    """Read the run `one`'s checkpoint under every layout of this number of ranks, and write it again."""
+    """Read the run `one`'s checkpoint under every layout of this number of ranks, and write it again.
+
+    Also under every layout: steps of Muon with the gradients of one process.
+    """
     folder, ranks = Path(arguments[0]), _join()
     for name, overrides in LAYOUTS[ranks.world_size].items():
         if name == "one":
@@ -58,6 +63,11 @@ def write(arguments: Sequence[str]) -> None:
             _resume(trainer, folder / "one" / STEP)
             save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
             trainer.checkpoints.wait()
+        with _built(folder, ranks, f"muon-{name}", {**overrides, **MUON}) as trainer:
+            take_steps(trainer)
+            save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
+            trainer.checkpoints.wait()
+    (folder / f"unequal-{ranks.world_size}-{ranks.rank}.json").write_text(json.dumps(list(unequal_matrices())))
     destroy_process_group()
 
 

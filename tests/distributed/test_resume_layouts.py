@@ -5,9 +5,14 @@ import json
 import faulty
 import pytest
 import training
+from equal_gradients import take_steps
 from faulty import Life
-from layouts import LAYOUTS, STEP
+from layouts import LAYOUTS, MUON, STEP
 from parity_launch import TOML, make_data
+
+from titan_cpt.common.run_folder import INTERVAL
+from titan_cpt.config.load import load_config
+from titan_cpt.training.saving import save_checkpoint
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
@@ -35,6 +40,10 @@ def folder(tmp_path_factory):
     outcome = training.train(folder / "run.toml")
 
     assert outcome.status == 0, outcome.output
+    with training.built_trainer(load_config(folder / "run.toml", [*MUON.items(), ("job.name", "muon-one")])) as trainer:
+        take_steps(trainer)
+        save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
+        trainer.checkpoints.wait()
     for ranks in (2, 4):
         on_ranks(ranks, "write", folder)
     for ranks in (1, 2, 4):
@@ -58,6 +67,24 @@ def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, 
     one = training.tensors_of(folder / "one" / STEP, part)
     for run in (name, f"to-{name}"):
         assert training.same_bits(one, training.tensors_of(folder / run / STEP, part))
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, name in NAMES if ranks > 1])
+def test_muon_under_a_layout_is_that_of_one_process_bit_for_bit(folder, ranks, name, part):
+    """Three steps with equal gradients: the blocks' weights and momentum, which FSDP2, TP, PP and HSDP shard."""
+    one, found = (training.tensors_of(folder / run / STEP, part) for run in ("muon-one", f"muon-{name}"))
+    ours = {key for key in one if "blocks." in key and one[key].ndim == 2}
+
+    assert found.keys() == one.keys()
+    assert len(ours) == 4 * 4
+    assert training.same_bits({key: one[key] for key in ours}, {key: found[key] for key in ours})
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_muon_does_not_depend_on_how_odd_matrices_are_sharded(folder, ranks):
+    """One row over four ranks, seven rows, columns sharded, replicas: the bits of one process."""
+    assert [json.loads((folder / f"unequal-{ranks}-{rank}.json").read_text()) for rank in range(ranks)] == [[]] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "name"), NAMES)

@@ -70,14 +70,24 @@ class TokenizerConfig(Table):
 
 
 class OptimizerConfig(Table):
-    """[optimizer]: AdamW hyperparameters; the learning rate is set per stage."""
+    """[optimizer]: the optimizer and its hyperparameters; the learning rate is set per stage."""
 
-    name: Literal["AdamW"] = "AdamW"
-    """The optimizer; AdamW is the only one."""
+    name: Literal["AdamW", "Muon"] = "AdamW"
+    """AdamW for all parameters; or Muon for the two-dimensional weights of the blocks and AdamW, with the same learning
+    rate, for embedding, head, norms and biases. Muon was not run on a GPU yet."""
     implementation: Literal["fused", "triton"] = "fused"
     """Kernel of the update: torch's fused AdamW, or one Triton launch (CUDA only) that also clips the gradients and
     writes the bf16 compute copy. A checkpoint saved under one resumes under the other; results differ in the last bits.
     triton was not run on a GPU yet."""
+    momentum: Fraction01 = 0.95
+    """Muon: decay rate of the momentum buffer."""
+    nesterov: bool = True
+    """Muon: use Nesterov momentum."""
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
+    """Muon: Newton-Schulz iterations that orthogonalize an update."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Muon: factor of the learning rate for a matrix of A rows and B columns. match_rms_adamw: 0.2 sqrt(max(A, B)),
+    which makes updates as large as AdamW's, so that one learning rate fits both; original: sqrt(max(1, A / B))."""
     beta1: Fraction01 = 0.9
     """Decay rate of the first moment."""
     beta2: Fraction01 = 0.95
@@ -85,7 +95,7 @@ class OptimizerConfig(Table):
     eps: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    """Decoupled weight decay of matrices, with both optimizers; norms and biases are not decayed."""
 
 
 class TrainingConfig(Table):

@@ -49,7 +49,19 @@ class AveragingConfig(Table):
 
 
 class StageOptimizerConfig(Table):
-    """[stages.optimizer]: AdamW hyperparameters of this stage that differ from [optimizer]."""
+    """[stages.optimizer]: the optimizer or hyperparameters of this stage, where they differ from [optimizer]."""
+
+    name: Literal["AdamW", "Muon"] | None = None
+    """Replaces optimizer.name in this stage. Where this changes the optimizer, the state of the blocks' matrices begins
+    anew."""
+    momentum: Fraction01 | None = None
+    """Replaces optimizer.momentum in this stage."""
+    nesterov: bool | None = None
+    """Replaces optimizer.nesterov in this stage."""
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] | None = None
+    """Replaces optimizer.ns_steps in this stage."""
+    adjust_lr: Literal["match_rms_adamw", "original"] | None = None
+    """Replaces optimizer.adjust_lr in this stage."""
 
     beta1: Fraction01 | None = None
     """Replaces optimizer.beta1 in this stage."""
@@ -104,13 +116,13 @@ class StageConfig(Table):
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. stage:NAME@average, stage:NAME@pre_anneal@average and
     checkpoint:PATH@average are the averages of the weights there. Unset: random for the first stage, else previous."""
     optimizer_state: OptimizerState = "reset"
-    """Whether the optimizer state (AdamW's moments and step count) is reset, or kept together with the weights; or
+    """Whether the optimizer state (moments and step count) is reset, or kept together with the weights; or
     "warm:100": reset, and then warmed up by 100 forward and backward passes on the batches of the stage's first 100
     steps, with optimizer updates at learning rate 0, before training begins at the first of these batches. An average
     has none to keep: the moments belong to the weights that training continues with. Unset in a stage with
     lr = { schedule = "continue" }: keep."""
     optimizer: StageOptimizerConfig | None = None
-    """AdamW hyperparameters that differ in this stage."""
+    """The optimizer, or hyperparameters, that differ in this stage."""
     lr: LR
     """Learning-rate schedule, one of the tables below."""
     averaging: AveragingConfig | Literal["off"] | None = None

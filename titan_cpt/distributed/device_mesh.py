@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +52,13 @@ class Mesh:
         if self.device_mesh is None or self.parallel_dims.pp == 1:
             return None
         return self.device_mesh["pp"].get_group()
+
+    @property
+    def pipeline_peers(self) -> list[list[int]]:
+        """For every pipeline coordinate, the ranks that hold shards of the same layers."""
+        if self.device_mesh is None:
+            return [[0]]
+        return cast(list[list[int]], self.device_mesh.mesh.reshape(self.parallel_dims.pp, -1).tolist())
 
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Sum each rank's share of a loss over all ranks; in place, collective."""

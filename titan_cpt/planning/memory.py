@@ -18,6 +18,7 @@ from titan_cpt.planning.sharding import (
     block_parameters,
     gathered_bytes,
     local_parameters,
+    muon_matrices,
     stage_layers,
     stage_parameters,
     tp_count,
@@ -25,7 +26,10 @@ from titan_cpt.planning.sharding import (
 from titan_cpt.planning.traffic import Traffic, traffic
 
 RESERVE = 0.1  # fraction of device memory left free for what the estimate does not include
+MUON_ROUND_BYTES = 64 * 2**20
+"""Bytes of matrices that a rank owns in a round of Muon's update, and of results that it receives at once."""
 _FP32_BYTES = 4
+_BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Footprint:
         pipeline_rank: the pipeline rank that the following numbers describe.
         parameters: bytes of fp32 master weights.
         gradients: bytes of their gradients, in float32, or in bfloat16 where the optimizer reads them so.
-        optimizer: bytes of AdamW's two moments.
+        optimizer: bytes of AdamW's two moments, or of Muon's one.
         gathered: bytes of all-gathered parameters, or of the compute copy of a single process.
         activations: bytes saved for the backward pass, and one block recomputed if activations are checkpointed.
         logits: bytes of the logits and their gradient.
         working: bytes of activation gradients in the backward pass of one layer.
-        overlap_bytes: gradient, activation and logits memory that is never live at the same time; subtracted.
+        orthogonalization: bytes of whole matrices, and of what is computed from them, in Muon's update.
+        overlap_bytes: gradients, activations, logits and orthogonalization that are never live at the same time;
+            subtracted.
         host: bytes in host memory, with CPU offload.
         traffic: bytes sent in a step.
         bubble: fraction of a step's time in which a pipeline rank is idle, see pipeline_cost.py.
@@ -57,6 +63,7 @@ class Footprint:
     activations: int
     logits: int
     working: int
+    orthogonalization: int
     overlap_bytes: int
     host: int
     traffic: Traffic
@@ -66,7 +73,8 @@ class Footprint:
     def memory(self) -> int:
         """Peak device memory in bytes."""
         state = self.parameters + self.gradients + self.optimizer + self.gathered
-        return state + self.activations + self.logits + self.working - self.overlap_bytes
+        work = self.activations + self.logits + self.working + self.orthogonalization
+        return state + work - self.overlap_bytes
 
 
 def fits(costs: Footprint, device_bytes: int) -> bool:
@@ -97,21 +105,51 @@ def _of_pipeline_rank(
     # Gradients grow while activations are freed: the peak is at the first or at the last layer of the backward pass.
     gradients_before = inputs.accumulation > 1 or dims.pp > 1  # of the previous local batch
     peak = max(saved + logits + (gradients if gradients_before else 0), gradients + one_layer)
+    working = round(_working(spec, dims, inputs))
+    orthogonalization = _orthogonalization(spec, dims, stages) if inputs.muon else 0
+    overlap = gradients + activations + logits - peak
+    # The update begins when activations are freed: of both, the larger one counts.
+    overlap += min(orthogonalization, activations + logits + working - overlap)
     return Footprint(
         local_parameters=local,
         pipeline_rank=rank,
         parameters=weights,
         gradients=gradients,
-        optimizer=weights * 2,
+        optimizer=0 if inputs.offloaded else _optimizer_state(spec, dims, rank, muon=inputs.muon),
         gathered=_gathered(spec, dims, inputs, stages),
         activations=activations,
         logits=logits,
-        working=round(_working(spec, dims, inputs)),
-        overlap_bytes=gradients + activations + logits - peak,
+        working=working,
+        orthogonalization=orthogonalization,
+        overlap_bytes=overlap,
         host=local[rank] * 4 * _FP32_BYTES if inputs.offloaded else 0,
         traffic=traffic(spec, dims, inputs, stages),
         bubble=bubble(dims),
     )
+
+
+def _optimizer_state(spec: ModelSpec, dims: ParallelDims, rank: int, *, muon: bool) -> int:
+    """Two numbers in fp32 for each parameter; for a matrix that Muon updates one."""
+    first = RankCoordinates(rank, 0, 0, 0, 0)
+    parameters = [each for stage in dims.stages_of(rank) for each in stage_parameters(spec, dims, stage)]
+    matrices = {parameter.name for parameter in muon_matrices(parameters)} if muon else set()
+    return sum((1 if name in matrices else 2) * _FP32_BYTES * n for name, n in local_parameters(spec, dims, first))
+
+
+def _orthogonalization(spec: ModelSpec, dims: ParallelDims, stages: tuple[int, ...]) -> int:
+    """What one round of Muon's update needs beside its state.
+
+    Momentum and update of a shard in fp32; in bf16 the matrices that the rank owns, the messages, and their results.
+    """
+    parameters = [parameter for stage in stages for parameter in stage_parameters(spec, dims, stage)]
+    sizes = [parameter.elements for parameter in muon_matrices(parameters)]
+    shards = dims.dp_shard * dims.cp * dims.tp
+    ranks = shards * dims.dp_replicate
+    shard = 2 * _FP32_BYTES * max(sizes) // shards
+    if ranks == 1:
+        return shard + _BF16_BYTES * max(sizes)
+    owned = min(max(MUON_ROUND_BYTES, _BF16_BYTES * max(sizes)), _BF16_BYTES * max(sum(sizes) // ranks, max(sizes)))
+    return shard + 4 * owned
 
 
 def _gathered(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages: tuple[int, ...]) -> int:

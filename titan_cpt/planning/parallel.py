@@ -88,6 +88,7 @@ class MemoryInputs:
         gradient_bytes: bytes of a gradient before the update, except the head's, which are always 4.
         gpu_bytes: memory of the GPU; None on a CPU, or if it is not known.
         compiled: blocks are compiled with torch.compile.
+        muon: Muon updates the matrices of the blocks.
     """
 
     microbatch_tokens: int
@@ -101,6 +102,7 @@ class MemoryInputs:
     gradient_bytes: int = 4
     gpu_bytes: int | None = None
     compiled: bool = False
+    muon: bool = False
 
 
 def memory_inputs(

@@ -15,9 +15,11 @@ from titan_cpt.distributed.float8_filter import AUTO_FILTER, in_float8
 from titan_cpt.distributed.parallel_dims import SCHEDULES, ParallelDims
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import parallel_dims_of
+from titan_cpt.planning.stages.optimizers import muon_with_other_kernels, triton_with_offload
 from titan_cpt.planning.stages.own_batch import named_as_set, with_own_batch
 
 _PARALLELISM = "parallelism."
+_RAISES_LATE = "torch raises in the second half of the backward pass"
 
 
 @dataclass(frozen=True)
@@ -372,14 +374,12 @@ def _attention_backend_with_cp(inputs: RuleInput) -> str | None:
     )
 
 
+def _muon(inputs: RuleInput) -> str | None:
+    return muon_with_other_kernels(inputs.config)
+
+
 def _offload_with_triton(inputs: RuleInput) -> str | None:
-    config = inputs.config
-    if not config.training.enable_cpu_offload or config.optimizer.implementation != "triton":
-        return None
-    return (
-        'optimizer.implementation: "triton" updates weights in GPU memory, and training.enable_cpu_offload keeps them '
-        'on the CPU: use "fused", or set enable_cpu_offload to false'
-    )
+    return triton_with_offload(inputs.config)
 
 
 def _not_a_divisor(key: str, degree: int, count: int, unit: str) -> str:
@@ -423,16 +423,13 @@ RULES: tuple[Rule, ...] = (
         _split_backward_compiled,
     ),
     Rule("TP with torch.compile", "wrong gradients without an error in torch 2.13 on gloo", _compiled_tensor_parallel),
-    Rule(
-        "split-backward schedules with selective checkpointing per operator",
-        "torch raises in the second half of the backward pass",
-        _split_backward_selective,
-    ),
+    Rule("split-backward schedules with selective checkpointing per operator", _RAISES_LATE, _split_backward_selective),
     Rule('"memory_budget" without torch.compile', "the compiler chooses what to keep", _budget_without_compile),
     Rule("float8 all-gather without the tensorwise recipe", "a gathered weight has one scale", _float8_gather),
     Rule("float8 that converts no layer", "dimensions must be multiples of 16", _float8_no_layer),
     Rule("CPU offload on a single rank", "FSDP2 offloads sharded parameters only", _offload_on_one_rank),
     Rule('CPU offload with optimizer.implementation = "triton"', "the kernel runs on the GPU", _offload_with_triton),
+    Rule('optimizer.name = "Muon" with "triton", CUDA graphs or CPU offload', "written for AdamW", _muon),
     Rule("async TP without TP or torch.compile", "the compiler overlaps communication and matmuls", _async_tp),
     Rule("a selective option other than op or a number", "there is no other", _selective_option),
     Rule("CUDA graphs in several processes", "collectives are not captured", _cuda_graphs_on_ranks),

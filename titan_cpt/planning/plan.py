@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.recipe import fingerprint
@@ -23,7 +23,7 @@ from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.memory import Footprint
 
-BYTES_PER_SAVED_PARAMETER = 12  # fp32 master weight and two AdamW moments
+BYTES_PER_SAVED_PARAMETER = 12  # fp32 master weight and two AdamW moments; Muon has one moment, so 4 bytes less
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,39 @@ class TrainingHistory:
 
 
 @dataclass(frozen=True)
-class AdamWHyperparameters:
-    """Hyperparameters of AdamW in one stage; the learning rate comes from the schedule."""
+class MuonHyperparameters:
+    """What Muon has beside the learning rate and the weight decay.
+
+    Attributes:
+        momentum: decay rate of the momentum buffer.
+        nesterov: use Nesterov momentum.
+        ns_steps: Newton-Schulz iterations.
+        adjust_lr: factor of the learning rate, by the shape of the matrix.
+    """
+
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    adjust_lr: Literal["match_rms_adamw", "original"]
+
+
+@dataclass(frozen=True)
+class OptimizerHyperparameters:
+    """Hyperparameters of the optimizer in one stage; the learning rate comes from the schedule.
+
+    Attributes:
+        muon: of Muon, which updates the matrices of the blocks; None where AdamW updates everything.
+    """
 
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    muon: MuonHyperparameters | None = None
+
+    @property
+    def name(self) -> str:
+        """As in the config."""
+        return "AdamW" if self.muon is None else "Muon"
 
 
 @dataclass(frozen=True)
@@ -124,7 +151,7 @@ class StagePlan:
     schedule: lr_schedules.Schedule
     init: StageCheckpoint | str
     keep_optimizer: bool
-    optimizer: AdamWHyperparameters
+    optimizer: OptimizerHyperparameters
     pre_anneal_step: int | None
     history: TrainingHistory
     tree: Tree
@@ -370,5 +397,12 @@ class Plan:
 
     def disk_bytes(self, keep_latest_k: int) -> int:
         """Maximum bytes of all checkpoints: the latest ones, stage ends, pre-anneal points, and one being written."""
-        kept = len(self.stages) + sum(stage.pre_anneal_step is not None for stage in self.stages)
-        return (keep_latest_k + kept + 1) * self.spec.parameters * BYTES_PER_SAVED_PARAMETER
+        sizes = [(stage, self._checkpoint_bytes(stage)) for stage in self.stages]
+        kept = sum(size * (1 if stage.pre_anneal_step is None else 2) for stage, size in sizes)
+        return kept + (keep_latest_k + 1) * max(size for _, size in sizes)
+
+    def _checkpoint_bytes(self, stage: StagePlan) -> int:
+        """Bytes of a checkpoint of this stage."""
+        matrices = sum(math.prod(size) for _, size, _ in self.spec.block_parameters() if len(size) == 2)
+        saved = self.spec.layers * matrices * 4 if stage.optimizer.muon is not None else 0
+        return self.spec.parameters * BYTES_PER_SAVED_PARAMETER - saved

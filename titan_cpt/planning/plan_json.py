@@ -66,6 +66,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "flops": stage.flops_per_token * stage.tokens,
         "flops_per_token": stage.flops_per_token,
         "init": stage.init if isinstance(stage.init, str) else vars(stage.init),
+        "optimizer": stage.optimizer.name,
         "optimizer_state": _optimizer_state(stage),
         "warm_up_flops": stage.warm_up_flops,
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
@@ -148,12 +149,14 @@ def _draw_as_json(draw: Draw) -> tuple[Any, ...]:
 def memory_parts(costs: Footprint) -> dict[str, int]:
     """Bytes of device memory, by what they hold."""
     names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working")
-    return {name: getattr(costs, name) for name in names}
+    with_muon = {"orthogonalization": costs.orthogonalization} if costs.orthogonalization else {}
+    return {**{name: getattr(costs, name) for name in names}, **with_muon}
 
 
 def traffic_parts(costs: Footprint) -> dict[str, int]:
     """Bytes that a rank sends in a step, by parallelism technique."""
-    return {name: getattr(costs.traffic, name) for name in ("fsdp", "tensor", "context", "pipeline")}
+    with_muon = {"optimizer": costs.traffic.optimizer} if costs.traffic.optimizer else {}
+    return {**{name: getattr(costs.traffic, name) for name in ("fsdp", "tensor", "context", "pipeline")}, **with_muon}
 
 
 def _costs_as_json(plan: Plan, stage: StagePlan, device_bytes: int | None) -> dict[str, Any]:

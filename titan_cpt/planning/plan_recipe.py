@@ -18,10 +18,11 @@ from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.lr_schedules import Schedule
-from titan_cpt.planning.plan import AdamWHyperparameters, StageCheckpoint
+from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.planning.stages.documents import document_recipe
 from titan_cpt.planning.stages.lr_span import LRSpan
 from titan_cpt.planning.stages.mixture import normalized_weights
+from titan_cpt.planning.stages.optimizers import optimizer_hyperparameters, optimizer_recipe
 from titan_cpt.planning.stages.own_batch import batch_recipe
 from titan_cpt.planning.stages.schedule import depends_on_end, final_lr
 
@@ -42,13 +43,6 @@ def base_recipe(config: Config, spec: ModelSpec) -> dict[str, Any]:
         **({"float8.recipe_name": config.float8.recipe_name} if config.float8.recipe_name else {}),
         **({"float8.filter_fqns": filter_fqns} if config.float8.recipe_name and filter_fqns else {}),
     }
-
-
-def adamw_hyperparameters(config: Config, stage: StageConfig) -> AdamWHyperparameters:
-    """AdamW hyperparameters of a stage: [optimizer], overridden by [stages.optimizer]."""
-    values = config.optimizer.model_dump(exclude={"name"})
-    values |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
-    return AdamWHyperparameters((values["beta1"], values["beta2"]), values["eps"], values["weight_decay"])
 
 
 def lr_recipe(stage: StageConfig, span: LRSpan, schedule: Schedule, points: Mapping[str, Fraction]) -> dict[str, Any]:
@@ -77,7 +71,6 @@ def stage_recipe(
     Args:
         lr: see `lr_recipe`.
     """
-    optimizer = adamw_hyperparameters(config, stage)
     replay = stage.replay if stage.replay and stage.replay.fraction else None
     replayed = (replay.from_ if replay else None) or ()
     names = sorted({*stage.dataset, *replayed})
@@ -96,10 +89,7 @@ def stage_recipe(
         **{f"packing.{name}": table.packing for name, table in _sources(config, names) if table.packing != "concat"},
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}{suffix_of(init.average)}",
         "optimizer_state": stage.optimizer_state,
-        "optimizer.beta1": optimizer.betas[0],
-        "optimizer.beta2": optimizer.betas[1],
-        "optimizer.eps": optimizer.eps,
-        "optimizer.weight_decay": optimizer.weight_decay,
+        **optimizer_recipe(optimizer_hyperparameters(config, stage)),
         **lr,
         "replay.fraction": replay.fraction if replay else 0.0,
         "replay.from": _as_text(replayed) if isinstance(replayed, dict) else sorted(replayed),

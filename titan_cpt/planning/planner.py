@@ -21,7 +21,7 @@ from titan_cpt.planning.parallel import memory_inputs, parallel_dims_of
 from titan_cpt.planning.parallel_rules import parallel_problems
 from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
-from titan_cpt.planning.plan_recipe import adamw_hyperparameters, base_recipe, lr_recipe, stage_recipe
+from titan_cpt.planning.plan_recipe import base_recipe, lr_recipe, stage_recipe
 from titan_cpt.planning.stages.averaging import average_recipe, averaging_of, check_average
 from titan_cpt.planning.stages.data_budget import (
     count_sequences,
@@ -40,6 +40,12 @@ from titan_cpt.planning.stages.initial_weights import history_of, initial_weight
 from titan_cpt.planning.stages.lr_span import LRSpan, StageLength, lr_spans
 from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
 from titan_cpt.planning.stages.notes import stage_notes
+from titan_cpt.planning.stages.optimizers import (
+    optimizer_hyperparameters,
+    optimizer_notes,
+    optimizer_problems,
+    unused_muon_keys,
+)
 from titan_cpt.planning.stages.own_batch import (
     batch_problems,
     batch_sizes_of,
@@ -67,6 +73,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     spec = model_spec(config, inventory.vocab_size or 1)
     draft = PlanDraft(config, inventory, spec)
     draft.problems += [*parallel_problems(config, spec, world_size), *_plugin_problems(config)]
+    draft.problems += unused_muon_keys(config)
     draft.notes += input_notes(config, inventory, spec)
     dims = ParallelDims() if draft.problems else parallel_dims_of(config, world_size)
     draft.problems += batch_problems(config, dims)
@@ -78,10 +85,11 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
         draft.notes += [*stored_order_notes(plan, inventory.sequences), *other_order_notes(draft, plan)]
         draft.notes += ramp_notes(plan, stage)
         draft.notes += document_notes(plan, inventory)
+        draft.problems += optimizer_problems(draft, plan)
     if draft.problems:
         raise PlanError(_message(config.job.name, draft.problems))
     stages = tuple(draft.stages.values())
-    draft.notes += stage_notes(stages)
+    draft.notes += [*stage_notes(stages), *optimizer_notes(stages)]
     stage_dims = {stage.name: parallel_dims_of(with_own_batch(config, stage), world_size) for stage in config.stages}
     costs = _footprints(draft, stage_dims, gpu_bytes=gpu_bytes)
     return Plan(
@@ -126,7 +134,8 @@ def _footprints(
         largest = max(phase.size for phase in plan.batch_sizes.within(plan.steps))
         accumulation = largest // (dims.data_parallel * plan.local_batch_size)
         own = with_own_batch(draft.config, stage)
-        inputs[stage.name] = memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes)
+        muon = plan.optimizer.muon is not None
+        inputs[stage.name] = replace(memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes), muon=muon)
     # Gradients have one dtype in the whole run: float32 if any step accumulates them.
     gradient_bytes = max(each.gradient_bytes for each in inputs.values())
     return {
@@ -159,7 +168,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         schedule=schedule,
         init=init,
         keep_optimizer=stage.optimizer_state == "keep",
-        optimizer=adamw_hyperparameters(config, stage),
+        optimizer=optimizer_hyperparameters(config, stage),
         pre_anneal_step=anneals_at,
         history=history,
         tree=tree,

@@ -56,6 +56,11 @@ def tp_count(parameters: Iterable[ParameterSpec], tp: int) -> int:
     return sum(parameter.elements // (tp if parameter.tp_dim is not None else 1) for parameter in parameters)
 
 
+def muon_matrices(parameters: Iterable[ParameterSpec]) -> Iterator[ParameterSpec]:
+    """Those of the parameters that Muon updates: the two-dimensional weights of the blocks."""
+    return (each for each in parameters if each.name.startswith("blocks.") and len(each.size) == 2)
+
+
 def gathered_bytes(parameters: Iterable[ParameterSpec], dims: ParallelDims, inputs: MemoryInputs) -> int:
     """Bytes of these parameters when FSDP2 has all-gathered them: one byte per element if torchao casts them before."""
     total = 0

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from titan_cpt.distributed.parallel_dims import ParallelDims
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.parallel import MemoryInputs
-from titan_cpt.planning.sharding import gathered_bytes, stage_layers, stage_parameters, tp_count
+from titan_cpt.planning.sharding import gathered_bytes, muon_matrices, stage_layers, stage_parameters, tp_count
 
 _FP32_BYTES = 4
+_BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,19 @@ class Traffic:
         tensor: all-gathers and reduce-scatters of activations.
         context: keys, values and their gradients.
         pipeline: activations and their gradients between pipeline stages.
+        optimizer: matrices to the ranks that orthogonalize them, and back, with Muon; the mean over the ranks.
     """
 
     fsdp: int
     tensor: int
     context: int
     pipeline: int
+    optimizer: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all techniques."""
-        return self.fsdp + self.tensor + self.context + self.pipeline
+        return self.fsdp + self.tensor + self.context + self.pipeline + self.optimizer
 
 
 def traffic(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages: tuple[int, ...]) -> Traffic:
@@ -41,6 +44,7 @@ def traffic(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages: t
         tensor=round(_tensor(spec, dims, inputs, stages)),
         context=round(_context(spec, dims, inputs, stages)),
         pipeline=_pipeline(spec, dims, inputs, stages),
+        optimizer=round(_optimizer(spec, dims, stages)) if inputs.muon else 0,
     )
 
 
@@ -87,6 +91,15 @@ def _pipeline(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages:
     moved = inputs.microbatch_tokens * spec.width // dims.tp * inputs.bytes_per_number * _passes(dims, inputs)
     neighbors = [stage + offset for stage in stages for offset in (-1, 1)]
     return moved * sum(0 <= stage < dims.pipeline_stages and stage not in stages for stage in neighbors)
+
+
+def _optimizer(spec: ModelSpec, dims: ParallelDims, stages: tuple[int, ...]) -> float:
+    """Each matrix in bf16: one replica's shards to its owner, and a shard from the owner to every other rank."""
+    parameters = [parameter for stage in stages for parameter in stage_parameters(spec, dims, stage)]
+    elements = sum(parameter.elements for parameter in muon_matrices(parameters))
+    shards = dims.dp_shard * dims.cp * dims.tp
+    ranks = shards * dims.dp_replicate
+    return elements / ranks * _BF16_BYTES * ((shards - 1) / shards + (ranks - 1) / shards)
 
 
 def _passes(dims: ParallelDims, inputs: MemoryInputs) -> int:

@@ -49,7 +49,7 @@ from titan_cpt.training.cuda.attention import choose_attention
 from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
 from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
-from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.build import build_optimizer
 from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.resume import check_same_machine, find_checkpoint
@@ -110,10 +110,11 @@ def build(
     _print_notes(console, list(device_notes(config, process.device)))
 
     mesh = build_mesh(process, plan.parallel_dims)
-    set_timeouts(config.comm.init_timeout_seconds)  # torch gives the mesh's process groups its default timeouts
+    set_timeouts(config.comm.init_timeout_seconds)  # torch gives new process groups its default timeouts
     options = parallel_options(config)
     model, pipeline_stages, compute_copy = build_parallel_model(plan.spec, mesh, options)
-    optimizer = _build_optimizer(config, plan, model, pipeline_stages, compute_copy)
+    optimizer = build_optimizer(config, plan, mesh, model, pipeline_stages, compute_copy)
+    set_timeouts(config.comm.init_timeout_seconds)
     checkpoints = CheckpointManager(
         folder,
         keep_latest=config.checkpoint.keep_latest_k,
@@ -258,38 +259,6 @@ def _weight_notes(
 def _print_notes(console: RunConsole, notes: Sequence[str]) -> None:
     with console.level(Verbosity.QUIET):
         print_notes(notes, console)
-
-
-def _build_optimizer(
-    config: Config,
-    plan: Plan,
-    model: LanguageModel,
-    stages: Mapping[int, LanguageModel],
-    compute_copy: ComputeCopy | None,
-) -> AdamW:
-    """The optimizer of the first stage's hyperparameters; with Triton it writes the compute copy."""
-    adamw = plan.stages[0].optimizer
-    triton = config.optimizer.implementation == "triton"
-    copies = None
-    if triton and compute_copy is not None:
-        whole = stages[0]
-        head = whole.embedding if plan.spec.tied else whole.head  # the loss computes its weight's gradient in float32
-        assert head is not None, "a single process has the whole model"
-        accumulates = any(
-            plan.accumulation(stage, phase.first_step) > 1
-            for stage in plan.stages
-            for phase in stage.batch_sizes.within(stage.steps)
-        )
-        copies = compute_copy.leave_to_optimizer(accumulates=accumulates, float32=tuple(head.parameters()))
-    return build_adamw(
-        model,
-        lr=0.0,
-        betas=adamw.betas,
-        eps=adamw.eps,
-        weight_decay=adamw.weight_decay,
-        triton=triton,
-        copies=copies,
-    )
 
 
 def _build_guard(config: Config, optimizer: AdamW) -> UpdateGuard:

@@ -31,6 +31,7 @@ from titan_cpt.models.spec import Rope
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
 from titan_cpt.training.optimization.adamw import reset_state, set_hyperparameters
+from titan_cpt.training.optimization.muon import use_optimizer
 from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
 
@@ -47,6 +48,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
         CheckpointError: the initial weights are missing or damaged, or belong to another model.
     """
     state.checkpoints.wait()
+    use_optimizer(state.optimizer, stage.optimizer)
     weights = load_initial(state, stage)
     state.copies.begin(stage)
     if not stage.keep_optimizer:
@@ -91,6 +93,7 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
     """Resume a stage from a checkpoint; returns the number of steps done."""
     stage = state.plan.stage(checkpoint.manifest["stage"])
     steps_done = int(checkpoint.manifest["steps_done"])
+    use_optimizer(state.optimizer, stage.optimizer)
     load_state(checkpoint.folder, state.model, state.optimizer)
     set_rope(state, stage.spec.rope)
     _apply_stage_hyperparameters(state, stage)
@@ -108,12 +111,12 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
 
 
 def _apply_stage_hyperparameters(state: TrainerState, stage: StagePlan) -> None:
-    """Set the stage's attention kernel and AdamW hyperparameters, after loading: a loaded state brings its own."""
+    """Set the stage's attention kernel and hyperparameters, after loading: a loaded state brings its own."""
     state.attention.use(stage.name, state.runner.models)
     if state.config.float8.enable_fsdp_float8_all_gather:
         refresh_scales(state.model)
-    adamw = stage.optimizer
-    set_hyperparameters(state.optimizer, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay)
+    given = stage.optimizer
+    set_hyperparameters(state.optimizer, betas=given.betas, eps=given.eps, weight_decay=given.weight_decay)
     set_lr(state.optimizer, stage.lr_at(0))
 
 

@@ -111,6 +111,24 @@ def test_a_single_process_holds_weights_gradients_and_two_moments() -> None:
     assert costs.traffic.total == 0
 
 
+def test_muon_holds_one_moment_for_the_matrices_of_the_blocks() -> None:
+    """4 bytes less for each; whole matrices exist while activations do not, so they add nothing to this peak."""
+    adamw, muon = (footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, muon=muon)) for muon in (False, True))
+    matrices = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512)
+
+    assert adamw.optimizer - muon.optimizer == 4 * matrices
+    assert adamw.orthogonalization == 0
+    assert muon.orthogonalization == (2 * 4 + 2) * 128 * 512
+    assert adamw.memory - muon.memory == 4 * matrices
+
+
+def test_muons_whole_matrices_count_where_they_need_more_than_the_backward_pass() -> None:
+    """A batch of one token: state and gradients, and the largest matrix."""
+    costs = footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, microbatch_tokens=1, muon=True))
+
+    assert costs.memory >= costs.parameters + costs.optimizer + costs.gathered + costs.orthogonalization
+
+
 def test_peak_memory_by_hand() -> None:
     """The larger of all activations, and all gradients with one layer's activations.
 

@@ -1,6 +1,6 @@
 """AdamW hyperparameters of a stage; test_plan_fingerprint.py has the keys of the recipe."""
 
-from titan_cpt.planning.plan import AdamWHyperparameters
+from titan_cpt.planning.plan import OptimizerHyperparameters
 
 
 def test_optimizer_hyperparameters_can_change_in_a_stage(two_stages, make):
@@ -14,7 +14,7 @@ def test_optimizer_hyperparameters_can_change_in_a_stage(two_stages, make):
     )
 
     assert [stage.optimizer for stage in plan.stages] == [
-        AdamWHyperparameters((0.9, 0.95), 1e-6, 0.1),
-        AdamWHyperparameters((0.9, 0.99), 1e-6, 0.0),
+        OptimizerHyperparameters((0.9, 0.95), 1e-6, 0.1),
+        OptimizerHyperparameters((0.9, 0.99), 1e-6, 0.0),
     ]
     assert [stage.keep_optimizer for stage in plan.stages] == [False, True]

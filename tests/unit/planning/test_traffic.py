@@ -33,6 +33,24 @@ def test_an_all_gather_in_float8_sends_one_byte_per_element() -> None:
     assert plain.gathered - cast.gathered == 2 * matrices // 4  # two blocks of four are gathered at a time
 
 
+@pytest.mark.parametrize(
+    ("dims", "sent"),
+    [
+        (ParallelDims(), 0),
+        (ParallelDims(dp_shard=4), 3 / 4 / 4 + 3 / 4 / 4),  # a quarter of the matrices: three quarters of each, twice
+        (ParallelDims(dp_shard=2, tp=2), 3 / 4 / 4 + 3 / 4 / 4),
+        (ParallelDims(dp_replicate=2, dp_shard=2), 1 / 2 / 4 + 3 / 2 / 4),  # halves: one to the owner, three from it
+    ],
+    ids=str,
+)
+def test_muon_sends_matrices_to_their_owners_and_results_to_all(dims: ParallelDims, sent: float) -> None:
+    """In bfloat16, a mean over the ranks; AdamW sends nothing."""
+    matrices = 4 * (3 * 128 * 128 + 128 * 128 + 2 * 128 * 512)
+
+    assert traffic(SPEC, dims, dataclasses.replace(WORK, muon=True), (0,)).optimizer == round(2 * sent * matrices)
+    assert traffic(SPEC, dims, WORK, (0,)).optimizer == 0
+
+
 @pytest.mark.parametrize(("recompute", "per_layer"), [("none", 8), ("full", 12)])
 def test_tensor_parallelism_gathers_and_scatters_the_residual_stream(recompute: str, per_layer: int) -> None:
     """On 2 ranks half of it per collective: 4 layers, 2 for the embedding and 2 for the head; 3 local batches."""

@@ -1,12 +1,18 @@
 """AdamW: its parameter groups, its state before the first step, new hyperparameters, resetting. No host sync."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from titan_cpt.training.cuda.adamw import TritonAdamW
+
+MUON_KEYS = ("momentum", "nesterov", "ns_steps", "adjust_lr")
+"""Keys of a parameter group that Muon updates: the fields of MuonHyperparameters."""
+MOMENTUM_BUFFER = "momentum_buffer"
+"""torch.optim.Muon's name of its only state."""
 
 
 def build_adamw(
@@ -76,18 +82,34 @@ def set_hyperparameters(optimizer: AdamW, *, betas: tuple[float, float], eps: fl
 
 @torch.no_grad()
 def reset_state(optimizer: AdamW) -> None:
-    """Set moments and step counts to zero, in place where they exist: the next step is Adam's first.
+    """Set moments and step counts to zero, in place where they exist: the next step is the optimizer's first.
 
     This is `optimizer_state = "reset"`, as in the paper (Ibrahim et al. 2024, arXiv:2403.08763). "keep" keeps moments
     and step counts: zero moments with a high step count, or the reverse, would get the wrong bias correction.
     """
+    allocate_state(optimizer)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+def uses_muon(group: Mapping[str, Any]) -> bool:
+    """Whether `Muon` updates the parameters of this group; otherwise AdamW does."""
+    return MUON_KEYS[0] in group
+
+
+@torch.no_grad()
+def allocate_state(optimizer: AdamW) -> None:
+    """Allocate moments and step counts, or momentum buffers, of parameters that have none, as zeros."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            if not state:
-                # The fused kernel needs the step count on the parameter's device, as a plain tensor even for a DTensor.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-            for value in state.values():
-                value.zero_()
+            if state:
+                continue
+            if uses_muon(group):
+                state[MOMENTUM_BUFFER] = torch.zeros_like(parameter)
+                continue
+            # The fused kernel needs the step count on the parameter's device, as a plain tensor even for a DTensor.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
