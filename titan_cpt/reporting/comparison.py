@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX, split_average
 from titan_cpt.reporting.run_log import RunLog, with_unique_names
 from titan_cpt.reporting.summary import narrowed, print_summary, summarize_log, table_width
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class ComparisonRow:
 
     Attributes:
         is_done: every stage is trained and validated.
-        losses: of each dataset: the mean over the final window if the run has it, else the last validation loss.
+        losses: of each dataset: the mean over the final window if the run has it, else the last validation loss. Those
+            of an average of the weights are called NAME@average.
         average: mean of `losses` over the datasets that a stage of any run trains on; None before the first validation.
         forgetting: of each dataset that is not new in the stage: its loss minus the loss when training on it ended.
         adaptation: mean loss on the datasets that are new in the stage; None if there is none.
@@ -88,6 +93,43 @@ def _is_whole(name: str) -> bool:
     return not {".", "@"} & set(name)
 
 
+def with_averages(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """The rows without losses of averages; each is followed by a row of its average, RUN@average, if it has one."""
+    found = []
+    for row in rows:
+        of_weights, of_average = _by_weights(row.losses)
+        ids, ids_of_average = _by_weights(row.validation_ids)
+        found.append(replace(row, losses=of_weights, validation_ids=ids))
+        if of_average:
+            # Both forget what the weights knew when training on the dataset ended: forgetting = loss - left at.
+            left_at = {name: row.losses[name] - value for name, value in row.forgetting.items()}
+            average = replace(
+                row,
+                name=f"{row.name}{AVERAGE_SUFFIX}",
+                losses=of_average,
+                average=_mean_over(row.averaged, of_average),
+                forgetting={name: of_average[name] - value for name, value in left_at.items() if name in of_average},
+                adaptation=_mean_over(row.adapted_to, of_average),
+                validation_ids=ids_of_average,
+            )
+            found.append(average)
+    return found
+
+
+def _by_weights(values: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """The values of the weights themselves and those of their average, by the dataset's label."""
+    found: tuple[dict[str, T], dict[str, T]] = {}, {}
+    for label, value in values.items():
+        name, is_average = split_average(label)
+        found[is_average][name] = value
+    return found
+
+
+def _mean_over(names: Sequence[str], losses: Mapping[str, float]) -> float | None:
+    """The mean loss; None without names, or if one is missing."""
+    return mean(losses[name] for name in names) if names and all(name in losses for name in names) else None
+
+
 def incomparable_datasets(rows: Sequence[ComparisonRow]) -> list[str]:
     """Datasets whose losses were measured on different validation data or windows; rows without an id are ignored."""
     found: dict[str, set[str]] = {}
@@ -126,6 +168,7 @@ def print_comparison(
         messages: error messages of failed runs by name; a failed run does not need a row.
     """
     messages = messages or {}
+    count, rows = len(rows), with_averages(rows)
     omitted = _omitted_datasets(rows, messages, console)
     console.print(narrowed(partial(_table, rows, messages, omitted), console))
     if omitted:
@@ -135,6 +178,7 @@ def print_comparison(
     console.print(
         "validation losses in nats per token; AVG: mean over the datasets that are trained on; compute: tokens of the "
         "last stage relative to training from scratch on all data"
+        + ("; RUN@average: the average of the run's weights" if len(rows) > count else "")
     )
     if different := incomparable_datasets(rows):
         console.print(
@@ -167,7 +211,7 @@ def _table(rows: Sequence[ComparisonRow], messages: Mapping[str, str], omitted: 
         table.add_column(column, justify="left" if column == "state" else "right")
     for row in rows:
         losses = [_number(row.losses.get(name), ".4f") for name in datasets]
-        state = "failed" if row.name in messages else "done" if row.is_done else f"in {row.stage}"
+        state = "failed" if split_average(row.name)[0] in messages else "done" if row.is_done else f"in {row.stage}"
         means = [_number(row.average, ".4f"), _number(row.mean_forgetting, "+.4f")]
         table.add_row(escape(row.name), *losses, *means, f"{row.update_share:.2f}x", state)
     for name in messages:

@@ -10,10 +10,11 @@ from titan_cpt.reporting.curves import (
     CurveGroup,
     curve_groups,
     curves_of_source,
+    curves_with_averages,
+    measured_labels,
     replay_curves,
     trained_sources,
     training_curves,
-    validation_curves,
 )
 from titan_cpt.reporting.html_parts import Section
 from titan_cpt.reporting.run_log import RunLog
@@ -39,6 +40,7 @@ def loss_curves_section(runs: Sequence[RunLog]) -> Iterator[Section]:
                 " Dotted lines: the dataset's validation data or windows changed; losses on the two sides are not "
                 "comparable."
             )
+        caption += _about_averages(panels)
         caption += " ▲: a point above the y range, which ignores the first 3 % of the tokens."
         yield Section("Validation losses", figures=[_figure("losses", caption, panels, groups)])
 
@@ -46,7 +48,7 @@ def loss_curves_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 def forgetting_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     """Forgetting of each dataset over tokens."""
     key = "forgetting_nats_per_token"
-    datasets = sorted({line["dataset"] for run in runs for line in run.validations if line.get(key) is not None})
+    datasets = measured_labels(runs, key)
     if datasets:
         from titan_cpt.reporting.plots import Panel
 
@@ -55,7 +57,7 @@ def forgetting_section(runs: Sequence[RunLog]) -> Iterator[Section]:
             Panel(
                 f"forgetting of {name}",
                 "nats per token",
-                validation_curves(groups, name, key),
+                curves_with_averages(groups, name, key),
                 dots=True,
                 zero_line=True,
             )
@@ -64,8 +66,13 @@ def forgetting_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         caption = (
             "Forgetting over the tokens trained on: validation loss minus the loss when training on the dataset last "
             "ended. Above 0 the dataset is forgotten."
-        )
+        ) + _about_averages(panels)
         yield Section("Forgetting over time", figures=[_figure("forgetting", caption, panels, groups)])
+
+
+def _about_averages(panels: Sequence[Panel]) -> str:
+    found = any(curve.is_average for panel in panels for curve in panel.curves)
+    return " Short dashes: the average of the weights, in the color of its run." if found else ""
 
 
 def training_section(runs: Sequence[RunLog]) -> Iterator[Section]:

@@ -6,11 +6,12 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, TypeVar
 
 from titan_cpt.common.run_folder import CONFIG_FILE
+from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX, split_average
 from titan_cpt.config.toml_files import parse_toml
 from titan_cpt.reporting.run_log import RunLog
 
@@ -42,6 +43,7 @@ class Curve:
         values: the mean over the group's runs. `low` and `high` are the smallest and the largest value.
         places: stage and step of each point.
         breaks: indices from which on the points are not comparable with those before.
+        is_average: the values are of the average of the weights.
     """
 
     number: int
@@ -51,6 +53,7 @@ class Curve:
     high: Sequence[float]
     places: Sequence[Place]
     breaks: Sequence[int] = ()
+    is_average: bool = False
 
 
 def curve_groups(runs: Sequence[RunLog]) -> list[CurveGroup]:
@@ -93,6 +96,22 @@ def _group_name(runs: Sequence[RunLog]) -> str:
     names = {_SEED_IN_NAME.sub("", run.name) for run in runs}
     name = names.pop() if len(names) == 1 else f"{runs[0].name} and others"
     return f"{name.strip('-_/ ') or runs[0].name} ({len(runs)} seeds)"
+
+
+def measured_labels(runs: Sequence[RunLog], key: str = "loss_nats_per_token") -> list[str]:
+    """The labels of validation lines with this value; the losses of an average have the label of the weights."""
+    return sorted(
+        {split_average(line["dataset"])[0] for run in runs for line in run.validations if line.get(key) is not None}
+    )
+
+
+def curves_with_averages(groups: Sequence[CurveGroup], label: str, key: str = "loss_nats_per_token") -> list[Curve]:
+    """`validation_curves` of the weights, followed by those of their averages where there are some."""
+    averages = validation_curves(groups, f"{label}{AVERAGE_SUFFIX}", key)
+    return [
+        *validation_curves(groups, label, key),
+        *(replace(curve, is_average=True) for curve in averages if curve.tokens),
+    ]
 
 
 def validation_curves(groups: Sequence[CurveGroup], dataset: str, key: str = "loss_nats_per_token") -> list[Curve]:

@@ -8,7 +8,12 @@ from functools import partial
 from typing import Any
 
 from titan_cpt.reporting.benchmark_table import benchmark_table, example_generations
-from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets, means_over_different_datasets
+from titan_cpt.reporting.comparison import (
+    ComparisonRow,
+    incomparable_datasets,
+    means_over_different_datasets,
+    with_averages,
+)
 from titan_cpt.reporting.curves import curve_groups
 from titan_cpt.reporting.html_parts import HtmlTable, Section
 from titan_cpt.reporting.number_texts import number_text, token_text
@@ -20,7 +25,8 @@ _OPEN_TABLES = 4  # up to this number of runs, each has its own table; of more r
 
 
 def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
-    """Each run's final losses, forgetting, adaptation and cost."""
+    """Each run's final losses, forgetting, adaptation and cost; an average of its weights has a row of its own."""
+    count, rows = len(rows), with_averages(rows)
     datasets = sorted({name for row in rows for name in row.losses})
     head = ["run", *datasets, "AVG", "forgetting", "adaptation", "tokens", "compute"]
     values = []
@@ -45,6 +51,7 @@ def final_losses_section(rows: Sequence[ComparisonRow]) -> Section:
         "Validation loss in nats per token at the end of the last stage; the mean over its final window if it has one. "
         "AVG is the mean over the datasets trained on. Compute is the tokens of the last stage relative to training "
         "from scratch on all data. The lowest number of each column is bold."
+        + (" RUN@average: the average of the run's weights at that step." if len(rows) > count else "")
         + (f" Not ranked, as the runs have different datasets: {', '.join(mixed)}." if mixed else "")
         + (f" Not comparable, as validation data or windows differ: {', '.join(different)}." if different else ""),
         tables=[HtmlTable(head, body, frozenset(best))],
@@ -127,6 +134,8 @@ def _trade_off_points(rows: Sequence[ComparisonRow], runs: Sequence[RunLog]) -> 
     for run in runs:
         for stage in summarize_log(run)["stages"]:
             for name, value in stage["left_at"].items():
+                if "@" in name:  # the same dataset on other windows, or the loss of an average
+                    continue
                 left_at.setdefault((name, stage["validation_ids"][name]), []).append(value)
     old = {name for name, _ in left_at}
     new = {name for run in runs for name in run.plan["stages"][-1]["new_datasets"] if name not in old}

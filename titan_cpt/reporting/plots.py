@@ -12,7 +12,7 @@ from matplotlib import pyplot
 from matplotlib.patches import Rectangle
 
 from titan_cpt.reporting.comparison import ComparisonRow
-from titan_cpt.reporting.curves import Curve, CurveGroup, curve_groups, validation_curves
+from titan_cpt.reporting.curves import Curve, CurveGroup, curve_groups, curves_with_averages, measured_labels
 from titan_cpt.reporting.figures import WIDE, Form, LegendEntry, faint, look, marker
 from titan_cpt.reporting.run_log import RunLog
 from titan_cpt.reporting.stage_strip import mark_stages, panel_points
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 _SHOWN_FROM = 0.03  # the y range ignores this first part, where the loss falls from log(vocab_size)
+_OF_AVERAGE = {"linestyle": (0, (1.5, 1.0)), "linewidth": 1.3}
 _MOST_DOTS = 60  # a curve of few measurements has a dot at each
 
 
@@ -58,12 +59,12 @@ def curve_legend(groups: Sequence[CurveGroup]) -> list[LegendEntry]:
 
 
 def loss_panels(groups: Sequence[CurveGroup]) -> list[Panel]:
-    """Validation loss: one panel for each dataset."""
+    """Validation loss: one panel for each dataset, with the losses of the weights and of their average."""
     runs = [run for group in groups for run in group.runs]
-    datasets = sorted({line["dataset"] for run in runs for line in run.validations})
     label = "validation loss, nats per token"
     return [
-        Panel(f"loss on {name}", label, validation_curves(groups, name), dots=True, fits_all=False) for name in datasets
+        Panel(f"loss on {name}", label, curves_with_averages(groups, name), dots=True, fits_all=False)
+        for name in measured_labels(runs)
     ]
 
 
@@ -90,7 +91,8 @@ def plot_panels(panels: Sequence[Panel], groups: Sequence[CurveGroup], form: For
             )
         for curve in panel.curves:
             _draw_curve(axes, curve, unit, dots=panel.dots and len(panel.curves) <= 8)
-        strip = mark_stages(axes, groups, panel.curves, unit, panel_points(form, columns))
+        own = [curve for curve in panel.curves if not curve.is_average]
+        strip = mark_stages(axes, groups, own, unit, panel_points(form, columns))
         cut_off = _set_y_range(axes, panel, last, unit, strip)
         axes.set_title(panel.title)
         axes.set_xlabel(f"tokens trained on ({name}){cut_off}")
@@ -102,7 +104,7 @@ def plot_panels(panels: Sequence[Panel], groups: Sequence[CurveGroup], form: For
 
 def _draw_curve(axes: Axes, curve: Curve, unit: float, *, dots: bool) -> None:
     tokens = [t / unit for t in curve.tokens]
-    style = look(curve.number)
+    style = look(curve.number) | (_OF_AVERAGE if curve.is_average else {})
     with_dots: dict[str, Any] = {"marker": "o", "markersize": 3} if dots and len(tokens) <= _MOST_DOTS else {}
     for first, end in pairwise([0, *curve.breaks, len(tokens)]):
         axes.plot(tokens[first:end], curve.values[first:end], **style, **with_dots)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
-from titan_cpt.reporting.comparison import ComparisonRow, incomparable_datasets, means_over_different_datasets
+from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX, split_average
+from titan_cpt.reporting.comparison import (
+    ComparisonRow,
+    incomparable_datasets,
+    means_over_different_datasets,
+    with_averages,
+)
 from titan_cpt.reporting.curves import seed_groups
 from titan_cpt.reporting.number_texts import token_text
 from titan_cpt.reporting.run_log import RunLog
@@ -35,7 +41,11 @@ def _verdict_on_run(run: RunLog, rows: Sequence[ComparisonRow]) -> str:
     if row.adaptation is not None:
         new = ", ".join(name for name in stage["new_datasets"] if name in row.losses) or "the new data"
         values = _known(seed.adaptation for seed in rows) or [row.adaptation]
-        parts.append(f"the loss on {new} is {mean(values):.3f}{_range_text(values, '.3f')} nats per token")
+        averages = _known(seed.adaptation for seed in with_averages(rows) if split_average(seed.name)[1])
+        text = f"the loss on {new} is {mean(values):.3f}{_range_text(values, '.3f')} nats per token"
+        if len(averages) == len(values):
+            text += f", {mean(averages):.3f}{_range_text(averages, '.3f')} with the average of the weights"
+        parts.append(text)
     if row.forgetting:
         parts.append(_forgetting_text([seed.forgetting for seed in rows]))
         replayed = sum(use["replayed_tokens"] for use in stage["datasets"].values())
@@ -64,7 +74,7 @@ def _verdict_on_runs(runs: Sequence[RunLog], rows: Sequence[ComparisonRow]) -> s
     groups = seed_groups(runs)
     mixed = means_over_different_datasets(rows)
     of_run = {id(run): row for run, row in zip(runs, rows, strict=True)}
-    of_group = [(group.name, [of_run[id(run)] for run in group.runs]) for group in groups]
+    of_group = [each for group in groups for each in _compared(group.name, [of_run[id(run)] for run in group.runs])]
     average = {name: mean(values) for name, seeds in of_group if (values := _known(row.average for row in seeds))}
     forgetting = {
         name: mean(values) for name, seeds in of_group if (values := _known(row.mean_forgetting for row in seeds))
@@ -95,6 +105,13 @@ def _verdict_on_runs(runs: Sequence[RunLog], rows: Sequence[ComparisonRow]) -> s
     *others, last = best
     text = f"{', '.join(others)} and {last}" if others else last
     return f"{begin}, {text}; losses in nats per token{'; ' + not_ranked if mixed else ''}."
+
+
+def _compared(name: str, seeds: Sequence[ComparisonRow]) -> list[tuple[str, Sequence[ComparisonRow]]]:
+    """A configuration by name, and if all of its seeds have one, the average of its weights."""
+    averages = [row for row in with_averages(seeds) if split_average(row.name)[1]]
+    of_averages = [(f"{name}{AVERAGE_SUFFIX}", averages)] if len(averages) == len(seeds) else []
+    return [(name, seeds), *of_averages]
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

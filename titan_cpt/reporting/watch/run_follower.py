@@ -17,6 +17,7 @@ from typing import Any
 from titan_cpt.common.metrics_file import Line, MetricsHistory, MetricsTail
 from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
+from titan_cpt.common.weights.named_weights import split_average
 from titan_cpt.reporting.run_log import read_plan
 from titan_cpt.reporting.run_state import FAILED, run_state
 
@@ -240,9 +241,14 @@ class RunFollower:
         return sorted(found, key=lambda name: (order.get(name.partition("@")[0].partition(".")[0], len(order)), name))
 
     def newest_validation(self, dataset: str) -> tuple[float, float]:
-        """Loss and forgetting of a dataset at its last validation; NaN if unknown."""
+        """Loss and forgetting of a dataset at its last validation; NaN if unknown.
+
+        An average belongs to the stage that is trained now, which has none before its first snapshot.
+        """
         for stage in reversed(self.steps):
             curve = self.curves(stage).validations.get(dataset)
+            if split_average(dataset)[1] and self.curves(stage).is_begun and (curve is None or not curve.steps):
+                break
             if curve is not None and curve.steps:
                 return curve.last("loss_nats_per_token"), curve.last("forgetting_nats_per_token")
         return math.nan, math.nan
