@@ -34,15 +34,18 @@ def validate(state: TrainerState, stage: StagePlan, steps_done: int) -> bool:
         losses = _losses(state, stage)
     if losses is None:
         return False
-    shown = []
-    for dataset, loss in losses.items():
-        line = validation_line(state, stage, steps_done, dataset, loss)
+    shown: tuple[list[str], list[str]] = [], []  # of the weights, of their average
+    for label, loss in losses.items():
+        line = validation_line(state, stage, steps_done, label, loss)
         state.log.validation(line, run_step)
         forgetting = line["forgetting_nats_per_token"]
-        shown.append(f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})"))
-    if shown:
-        say = state.display.result if steps_done == stage.steps else state.display.say
-        say(f"  validation after step {steps_done:,} of {stage.name}: {', '.join(shown)}", wrap=True)
+        dataset, is_average = split_average(label)
+        text = f"{dataset} {loss.nats_per_token:.4f}" + ("" if forgetting is None else f" ({forgetting:+.4f})")
+        shown[is_average].append(text)
+    say = state.display.result if steps_done == stage.steps else state.display.say
+    for texts, weights in zip(shown, ("", ", average of the weights"), strict=True):
+        if texts:
+            say(f"  validation after step {steps_done:,} of {stage.name}{weights}: {', '.join(texts)}", wrap=True)
     complete = _measure_registered(state, stage, steps_done)
     state.log.restart_clock()
     return complete

@@ -54,6 +54,14 @@ EN_DE = [
     measured("b", 10, "de", 3.0),
 ]
 
+AVERAGED = [  # EN_DE with an average of the weights in stage b
+    *EN_DE,
+    measured("b", 9, "en@average", 4.8, 0.8),
+    measured("b", 9, "de@average", 3.0),
+    measured("b", 10, "en@average", 4.6, 0.6),
+    measured("b", 10, "de@average", 2.8),
+]
+
 
 def union_of(write_run):
     stages = [stage("all", 20, ["en", "de"], 20, en=use(10_000), de=use(10_000))]

@@ -8,7 +8,7 @@ from titan_cpt.reporting.figures import NARROW, WIDE
 from titan_cpt.reporting.plots import curve_legend, loss_panels, plot_losses, plot_trade_off
 from titan_cpt.reporting.run_log import read_run
 from titan_cpt.reporting.stage_strip import stage_caption
-from unit.reporting.run_folders import EN_DE, measured, on, stage, use
+from unit.reporting.run_folders import AVERAGED, EN_DE, measured, on, stage, use
 
 
 def test_a_curve_is_broken_and_marked_where_the_validation_data_changed(write_run):
@@ -26,6 +26,20 @@ def test_a_curve_is_broken_and_marked_where_the_validation_data_changed(write_ru
     assert curves(german) == [[0, 10, 10, 19, 20]]
     assert [line.get_linestyle() for line in english.lines].count(":") == 1
     assert ":" not in {line.get_linestyle() for line in german.lines}
+
+
+def test_an_average_is_drawn_in_the_panel_and_the_color_of_its_weights(write_run):
+    """Two panels, not four: each has the curve of the weights and dashed the average of the steps that have one."""
+    axes = plot_losses([read_run(write_run("r", AVERAGED))]).axes
+    german, english = (list(panel.lines) for panel in axes if panel.get_title())
+
+    assert [panel.get_title() for panel in axes] == ["loss on de", "loss on en"]
+    for lines, losses in ((german, [3.0, 2.8]), (english, [4.8, 4.6])):
+        weights, average = (line for line in lines if len(line.get_xdata()) > 1 and max(line.get_ydata()) > 1)
+        assert list(average.get_ydata()) == losses
+        assert list(average.get_xdata()) == [19, 20]
+        assert average.get_color() == weights.get_color()
+        assert (weights.get_linestyle(), average.get_linestyle()) == ("-", "--")
 
 
 def test_no_two_points_of_the_trade_off_look_alike():

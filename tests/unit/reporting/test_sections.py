@@ -8,7 +8,7 @@ from rich.console import Console
 from titan_cpt.reporting.comparison import compare, incomparable_datasets, print_comparison
 from titan_cpt.reporting.run_log import read_run
 from titan_cpt.reporting.sections import sections
-from unit.reporting.run_folders import EN_DE, on, union_of
+from unit.reporting.run_folders import AVERAGED, EN_DE, on, union_of
 
 
 def test_the_lowest_number_of_each_column_is_bold(write_run):
@@ -28,6 +28,20 @@ def test_a_run_from_scratch_is_compared_with_the_losses_of_the_others(write_run)
 
     assert Image.open(io.BytesIO(drawn["trade-off"].png)).width > 600
     assert drawn["losses"].svg_light != drawn["losses"].svg_dark
+
+
+def test_an_average_competes_for_the_lowest_number(write_run):
+    """Each run and each average is a row; the columns are the datasets."""
+    runs = [read_run(write_run(name, lines)) for name, lines in (("p", EN_DE), ("r", AVERAGED))]
+    (table,) = next(iter(sections(runs))).tables
+
+    assert table.head[:3] == ["run", "de", "en"]
+    assert [row[:3] for row in table.rows] == [
+        ["p", "3.2000", "5.1000"],
+        ["r", "3.2000", "5.1000"],
+        ["r@average", "2.9000", "4.7000"],
+    ]
+    assert {(2, 1), (2, 2)} <= set(table.best)
 
 
 def test_runs_with_different_validation_data_are_not_compared(write_run):

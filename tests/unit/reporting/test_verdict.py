@@ -3,7 +3,7 @@
 from titan_cpt.reporting.comparison import compare
 from titan_cpt.reporting.run_log import read_run
 from titan_cpt.reporting.verdict import verdict
-from unit.reporting.run_folders import EN_DE, on, union_of
+from unit.reporting.run_folders import AVERAGED, EN_DE, on, union_of
 
 
 def verdict_on(*runs):
@@ -16,6 +16,18 @@ def test_the_verdict_on_a_run_has_adaptation_forgetting_replay_and_compute(write
     assert verdict_on(write_run("r", EN_DE)) == (
         "After stage b (20K tokens in all), the loss on de is 3.200 nats per token and that on en is 1.100 above where "
         "training on it ended, with 5.0% replay and 0.50x the compute of training again on all data."
+    )
+
+
+def test_the_verdict_names_the_loss_of_an_average(write_run):
+    """2.9 on German beside 3.2; among several runs the average competes under a name of its own."""
+    averaged = write_run("r", AVERAGED)
+    text = "the loss on de is 3.200 nats per token, 2.900 with the average of the weights and"
+
+    assert text in verdict_on(averaged)
+    assert verdict_on(write_run("p", EN_DE), averaged) == (
+        "Of 2 runs, r@average has the lowest mean loss (3.800), r@average forgot least (+0.700) and r@average learned "
+        "the new data best (2.900); losses in nats per token."
     )
 
 

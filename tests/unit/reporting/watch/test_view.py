@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from titan_cpt.reporting.watch.run_follower import RunFollower
 from titan_cpt.reporting.watch.view import describe_event, screen
-from unit.reporting.run_folders import EN_DE, measured, stage, trained, use
+from unit.reporting.run_folders import AVERAGED, EN_DE, measured, stage, trained, use
 
 SKIPPED = {"kind": "event", "name": "skip_batch", "stage": "b", "step": 3, "why": "the loss is nan", "time": 1.0}
 
@@ -35,6 +35,19 @@ def test_stages_losses_forgetting_and_throughput_are_shown(write_run):
     assert named["training"].endswith(f"3.0000{'':12}")
     assert named["en"].split()[-2:] == ["5.0000", "+1.0000"]
     assert named["de"].split()[-1] == "3.0000"
+
+
+def test_an_average_is_shown_while_its_stage_is_trained(write_run):
+    """Beside the weights; a later stage that has no average yet does not show that of the stage before."""
+    stages = [stage(name, 10, ["de"], 20, en=use(5000), de=use(5000)) for name in ("b", "c")]
+    lines = [line for line in AVERAGED if line["stage"] == "b"]
+    now = {line.split()[0]: line.split() for line in shown(write_run("one", lines, stages)) if line}
+    later = [*lines, measured("c", 0, "en", 5.0, 1.0)]
+    then = {line.split()[0]: line.split() for line in shown(write_run("two", later, stages)) if line}
+
+    assert now["en@average"][-2:] == ["4.6000", "+0.6000"]
+    assert now["en"][-2:] == ["5.0000", "+1.0000"]
+    assert "4.6000" not in then["en@average"]
 
 
 def test_a_rollback_is_an_event_and_takes_steps_back(write_run):
