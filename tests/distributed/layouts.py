@@ -48,12 +48,14 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
 """Layouts by their number of ranks, as overrides of a run of one process."""
 MUON = {"optimizer.name": "Muon"}
 STEP = "first/step-00000002"
+PULLED = "first/step-00000001"
 
 
 def write(arguments: Sequence[str]) -> None:
     """Read the run `one`'s checkpoint under every layout of this number of ranks, and write it again.
 
-    Also under every layout: steps of Muon with the gradients of one process.
+    Then pull the weights, and write them as `PULLED`. Also under every layout: steps of Muon with the gradients of one
+    process.
     """
     folder, ranks = Path(arguments[0]), _join()
     for name, overrides in LAYOUTS[ranks.world_size].items():
@@ -62,6 +64,9 @@ def write(arguments: Sequence[str]) -> None:
         with _built(folder, ranks, name, overrides) as trainer:
             _resume(trainer, folder / "one" / STEP)
             save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
+            trainer.checkpoints.wait()
+            trainer.copies.take(trainer.plan.stages[0], 3)
+            save_checkpoint(trainer, trainer.plan.stages[0], 1, INTERVAL)
             trainer.checkpoints.wait()
         with _built(folder, ranks, f"muon-{name}", {**overrides, **MUON}) as trainer:
             take_steps(trainer)
@@ -116,6 +121,7 @@ def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
     for parameter in trainer.model.parameters():
         for tensor in (parameter.data, *trainer.optimizer.state[parameter].values()):
             yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    yield from trainer.copies.to_save(INTERVAL, 2)[0].get("reptile", {}).values()
 
 
 def _forget(trainer: Trainer) -> None:

@@ -3,11 +3,13 @@
 import json
 
 import faulty
+import numpy as np
 import pytest
+import torch
 import training
 from equal_gradients import take_steps
 from faulty import Life
-from layouts import LAYOUTS, MUON, STEP
+from layouts import LAYOUTS, MUON, PULLED, STEP
 from parity_launch import TOML, make_data
 
 from titan_cpt.common.run_folder import INTERVAL
@@ -36,6 +38,7 @@ def folder(tmp_path_factory):
         TOML.replace('"outputs"', f'"{folder}"').replace('"pages', f'"{folder}/pages').replace("steps = 3", "steps = 4")
     )
     toml = toml.replace(f'dataset = "{folder}/pages"', 'dataset = "pages"').replace('name = "base"', 'name = "one"')
+    toml = toml.replace("steps = 4\n", "steps = 4\nreptile = { every = 3, step = 0.3 }\n", 1)
     (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\n")
     outcome = training.train(folder / "run.toml")
 
@@ -60,7 +63,7 @@ def test_a_resume_reads_every_layouts_checkpoint_into_the_same_bits(folder, rank
     assert [len(set(digests.values())) for digests in told] == [1] * ranks
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("part", ["model", "optimizer", "reptile"])
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
 def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, ranks, name, part):
     """Each layout reads a checkpoint and writes it at once: its tensors are bit for bit those of the one process."""
@@ -95,3 +98,15 @@ def test_a_resume_under_another_layout_trains_on_the_same_batches(folder, ranks,
 
     assert [found[step][2:] for step in steps] == [expected[step][2:] for step in steps]
     assert [found[step][0] for step in steps] == pytest.approx([expected[step][0] for step in steps], abs=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES[1:])
+def test_a_pull_under_a_layout_is_that_of_numpy_on_the_whole_weights(folder, ranks, name):
+    """old + 0.3 (new - old) in float32, bit for bit, on shards of every kind; the pulled weights are the old ones."""
+    new, old = (training.tensors_of(folder / "one" / STEP, part) for part in ("model", "reptile"))
+    expected = {key: old[key].numpy() + np.float32(0.3) * (new[key].numpy() - old[key].numpy()) for key in new}
+    found = (training.tensors_of(folder / name / PULLED, part) for part in ("model", "reptile"))
+
+    for part in found:
+        assert training.same_bits({key: torch.from_numpy(value) for key, value in expected.items()}, part)
+    assert not training.same_bits(new, old)

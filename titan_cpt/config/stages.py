@@ -88,6 +88,18 @@ class ReplayConfig(Table):
     """If replay needs more sequences of a dataset than were trained on: refuse the config, or repeat them."""
 
 
+class ReptileConfig(Table):
+    """[stages.reptile]: pull the weights back towards those of before, at regular intervals (arXiv:2508.01908)."""
+
+    every: PositiveInt
+    """Steps of the stage from one pull to the next; 500 in the paper."""
+    step: Annotated[float, Field(gt=0, le=1)]
+    """Share of the way from the old weights to the new ones that a pull leaves: old + step x (new - old), where the old
+    weights are those after the last pull, at first the stage's initial ones; 0.1 in the paper, 1: no pull."""
+    keep_on: Literal["host", "device"] = "host"
+    """Where the float32 copy of the old weights is kept between pulls."""
+
+
 class StageConfig(Table):
     """[[stages]]: one training stage."""
 
@@ -129,6 +141,8 @@ class StageConfig(Table):
     """Average of this stage's weights, in place of [averaging]; "off" for none. Unset: [averaging]."""
     replay: ReplayConfig | None = None
     """Replay of earlier data. Unset: no replay."""
+    reptile: ReptileConfig | None = None
+    """Reptile: pull the weights back towards those of before, against forgetting; with replay. Unset: no pull."""
     rope: StageRopeConfig | None = None
     """RoPE of the weights from this stage on, for context extension. Unset: that of the stage's initial weights."""
 

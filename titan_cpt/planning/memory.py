@@ -47,9 +47,11 @@ class Footprint:
         logits: bytes of the logits and their gradient.
         working: bytes of activation gradients in the backward pass of one layer.
         orthogonalization: bytes of whole matrices, and of what is computed from them, in Muon's update.
+        weight_copies: bytes of float32 copies of the weights, such as Reptile's old weights.
         overlap_bytes: gradients, activations, logits and orthogonalization that are never live at the same time;
             subtracted.
-        host: bytes in host memory, with CPU offload.
+        host: bytes in host memory: with CPU offload, and of copies of the weights that are kept there.
+        host_copies: those of them that are copies of the weights.
         traffic: bytes sent in a step.
         bubble: fraction of a step's time in which a pipeline rank is idle, see pipeline_cost.py.
     """
@@ -64,8 +66,10 @@ class Footprint:
     logits: int
     working: int
     orthogonalization: int
+    weight_copies: int
     overlap_bytes: int
     host: int
+    host_copies: int
     traffic: Traffic
     bubble: float
 
@@ -74,7 +78,7 @@ class Footprint:
         """Peak device memory in bytes."""
         state = self.parameters + self.gradients + self.optimizer + self.gathered
         work = self.activations + self.logits + self.working + self.orthogonalization
-        return state + work - self.overlap_bytes
+        return state + work + self.weight_copies - self.overlap_bytes
 
 
 def fits(costs: Footprint, device_bytes: int) -> bool:
@@ -110,6 +114,8 @@ def _of_pipeline_rank(
     overlap = gradients + activations + logits - peak
     # The update begins when activations are freed: of both, the larger one counts.
     overlap += min(orthogonalization, activations + logits + working - overlap)
+    copies_on_host = inputs.copies_on_host + (inputs.copies_beside if inputs.offloaded else 0)
+    host_copies = copies_on_host * local[rank] * _FP32_BYTES
     return Footprint(
         local_parameters=local,
         pipeline_rank=rank,
@@ -121,8 +127,10 @@ def _of_pipeline_rank(
         logits=logits,
         working=working,
         orthogonalization=orthogonalization,
+        weight_copies=weights * inputs.copies_beside,
         overlap_bytes=overlap,
-        host=local[rank] * 4 * _FP32_BYTES if inputs.offloaded else 0,
+        host=host_copies + (local[rank] * 4 * _FP32_BYTES if inputs.offloaded else 0),
+        host_copies=host_copies,
         traffic=traffic(spec, dims, inputs, stages),
         bubble=bubble(dims),
     )

@@ -89,6 +89,8 @@ class MemoryInputs:
         gpu_bytes: memory of the GPU; None on a CPU, or if it is not known.
         compiled: blocks are compiled with torch.compile.
         muon: Muon updates the matrices of the blocks.
+        copies_beside: float32 copies of the weights that are kept where the weights are.
+        copies_on_host: those that are kept in host memory.
     """
 
     microbatch_tokens: int
@@ -103,6 +105,8 @@ class MemoryInputs:
     gpu_bytes: int | None = None
     compiled: bool = False
     muon: bool = False
+    copies_beside: int = 0
+    copies_on_host: int = 0
 
 
 def memory_inputs(

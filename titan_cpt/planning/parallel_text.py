@@ -26,8 +26,11 @@ def parallel_lines(plan: Plan, device_bytes: int | None = None) -> Iterator[str]
         overlap = f"{_in(unit, costs.overlap_bytes)} {unit}"
         parts += f"; {overlap} less than their sum, as not all are in memory at the same time"
     yield f"estimated memory per rank{of_stage}: {_in(unit, costs.memory)} {unit} ({parts})"
-    if costs.host:
-        yield f"host memory per rank: {_with_unit(costs.host)} (parameters, gradients, optimizer)"
+    in_host = max(plan.footprints.values(), key=lambda each: each.host)
+    if in_host.host:
+        held = ["parameters, gradients, optimizer"] * (in_host.host > in_host.host_copies)
+        held += ["copies of the weights"] * (in_host.host_copies > 0)
+        yield f"host memory per rank: {_with_unit(in_host.host)} ({', '.join(held)})"
     if costs.traffic.total:
         unit = _unit(costs.traffic.total)
         parts = ", ".join(f"{name} {_in(unit, size)}" for name, size in traffic_parts(costs).items() if size)

@@ -103,6 +103,23 @@ class OptimizerHyperparameters:
 
 
 @dataclass(frozen=True)
+class Reptile:
+    """After every `every` steps of a stage, the weights become old + step * (new - old): training/weights/reptile.py.
+
+    Attributes:
+        on_host: the old weights are kept in host memory, otherwise on the device.
+    """
+
+    every: int
+    step: float
+    on_host: bool = True
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether weights are pulled after this number of steps."""
+        return steps_done > 0 and steps_done % self.every == 0
+
+
+@dataclass(frozen=True)
 class DatasetUse:
     """What a stage takes from a dataset or source.
 
@@ -142,6 +159,7 @@ class StagePlan:
         attended_span: with a document mask, the mean number of positions that a token attends to, not halved for the
             causal mask; None without.
         averaging: the average of the stage's weights; None without.
+        reptile: the pull towards old weights; None without.
         schedule_offset: steps of the schedule before this stage, which continues that of the stage before; else 0.
     """
 
@@ -170,6 +188,7 @@ class StagePlan:
     averaging: Averaging | None = None
     schedule_offset: int = 0
     warm_up_passes: int = 0
+    reptile: Reptile | None = None
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""
@@ -207,7 +226,8 @@ class StagePlan:
 
     def copies_due(self, steps_done: int) -> bool:
         """Whether a copy of the weights is taken after these steps of the stage: they must be known to be good."""
-        return self.averaging is not None and self.averaging.due(steps_done)
+        takes_snapshot = self.averaging is not None and self.averaging.due(steps_done)
+        return takes_snapshot or (self.reptile is not None and self.reptile.is_due(steps_done))
 
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
@@ -405,4 +425,5 @@ class Plan:
         """Bytes of a checkpoint of this stage."""
         matrices = sum(math.prod(size) for _, size, _ in self.spec.block_parameters() if len(size) == 2)
         saved = self.spec.layers * matrices * 4 if stage.optimizer.muon is not None else 0
-        return self.spec.parameters * BYTES_PER_SAVED_PARAMETER - saved
+        old_weights = 4 if stage.reptile is not None else 0
+        return self.spec.parameters * (BYTES_PER_SAVED_PARAMETER + old_weights) - saved

@@ -69,6 +69,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "optimizer": stage.optimizer.name,
         "optimizer_state": _optimizer_state(stage),
         "warm_up_flops": stage.warm_up_flops,
+        "reptile": stage.reptile and {**vars(stage.reptile), "pulls": stage.steps // stage.reptile.every},
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
         "union_tokens": plan.tokens_before(stage) + stage.tokens,
@@ -106,7 +107,7 @@ def parallel_as_json(plan: Plan, device_bytes: int | None = None) -> dict[str, A
             "never_at_once": costs.overlap_bytes,
             "total": costs.memory,
             "of_pipeline_rank": costs.pipeline_rank,
-            "in_host_memory": costs.host,
+            "in_host_memory": max(each.host for each in plan.footprints.values()),
         },
         "bytes_sent_per_step": {**traffic_parts(costs), "total": costs.traffic.total},
         "fits": None if device_bytes is None else fits(costs, device_bytes),
@@ -149,8 +150,8 @@ def _draw_as_json(draw: Draw) -> tuple[Any, ...]:
 def memory_parts(costs: Footprint) -> dict[str, int]:
     """Bytes of device memory, by what they hold."""
     names = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working")
-    with_muon = {"orthogonalization": costs.orthogonalization} if costs.orthogonalization else {}
-    return {**{name: getattr(costs, name) for name in names}, **with_muon}
+    optional = [name for name in ("orthogonalization", "weight_copies") if getattr(costs, name)]
+    return {name: getattr(costs, name) for name in (*names, *optional)}
 
 
 def traffic_parts(costs: Footprint) -> dict[str, int]:
@@ -166,6 +167,7 @@ def _costs_as_json(plan: Plan, stage: StagePlan, device_bytes: int | None) -> di
         "accumulation": [plan.accumulation(stage, phase.first_step) for phase in stage.batch_sizes.within(stage.steps)],
         "microbatches": plan.stage_dims[stage.name].microbatches,
         "bytes_per_rank": costs.memory,
+        "bytes_in_host_memory": costs.host,
         "bytes_sent_per_step": costs.traffic.total,
         "fits": None if device_bytes is None else fits(costs, device_bytes),
     }

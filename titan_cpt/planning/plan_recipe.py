@@ -24,6 +24,7 @@ from titan_cpt.planning.stages.lr_span import LRSpan
 from titan_cpt.planning.stages.mixture import normalized_weights
 from titan_cpt.planning.stages.optimizers import optimizer_hyperparameters, optimizer_recipe
 from titan_cpt.planning.stages.own_batch import batch_recipe
+from titan_cpt.planning.stages.reptile import reptile_recipe
 from titan_cpt.planning.stages.schedule import depends_on_end, final_lr
 
 
@@ -89,6 +90,7 @@ def stage_recipe(
         **{f"packing.{name}": table.packing for name, table in _sources(config, names) if table.packing != "concat"},
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}{suffix_of(init.average)}",
         "optimizer_state": stage.optimizer_state,
+        **reptile_recipe(stage),
         **optimizer_recipe(optimizer_hyperparameters(config, stage)),
         **lr,
         "replay.fraction": replay.fraction if replay else 0.0,

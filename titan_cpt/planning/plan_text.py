@@ -38,7 +38,13 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         _print_wrapped(console, line)
     for number, line in enumerate(_stage_lines(plan, width)):
         _print(console, line, bold=len(line) if number == 0 else 0)
-    for line in (*_packing_lines(plan), *_rope_lines(plan), *_continued_schedules(plan), *_warm_ups(plan)):
+    for line in (
+        *_packing_lines(plan),
+        *_rope_lines(plan),
+        *_continued_schedules(plan),
+        *_warm_ups(plan),
+        *_pulls(plan),
+    ):
         _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
         _print(console, line.translate(_ASCII) if console.options.ascii_only else line)
@@ -169,6 +175,18 @@ def _warm_ups(plan: Plan) -> Iterator[str]:
                 f"optimizer state of {stage.name}: warmed up at LR 0 on the batches of its first {passes:,} steps; "
                 f"takes as long as these steps ({passes / stage.steps:.1%} of the stage), {tokens} tokens and "
                 f"{stage.warm_up_flops:.2e} FLOPs, which the token budget and the totals do not include"
+            )
+
+
+def _pulls(plan: Plan) -> Iterator[str]:
+    """A line for every stage with Reptile."""
+    for stage in plan.stages:
+        if pull := stage.reptile:
+            where = "host" if pull.on_host else "device"
+            yield (
+                f"Reptile in {stage.name}: after every {pull.every:,} steps the weights become old + {pull.step:g} x "
+                f"(new - old), {stage.steps // pull.every:,} times; the old weights are kept in {where} memory, and in "
+                "the checkpoints between two pulls"
             )
 
 

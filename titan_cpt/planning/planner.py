@@ -55,6 +55,7 @@ from titan_cpt.planning.stages.own_batch import (
     with_own_batch,
 )
 from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
+from titan_cpt.planning.stages.reptile import reptile_of
 from titan_cpt.planning.stages.rope import rope_recipe, stage_spec
 from titan_cpt.planning.stages.schedule import end_points, final_window, pre_anneal_step, schedule_of
 from titan_cpt.planning.stages.warm_up import warm_up_passes
@@ -134,8 +135,12 @@ def _footprints(
         largest = max(phase.size for phase in plan.batch_sizes.within(plan.steps))
         accumulation = largest // (dims.data_parallel * plan.local_batch_size)
         own = with_own_batch(draft.config, stage)
-        muon = plan.optimizer.muon is not None
-        inputs[stage.name] = replace(memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes), muon=muon)
+        inputs[stage.name] = replace(
+            memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes),
+            muon=plan.optimizer.muon is not None,
+            copies_beside=int(plan.reptile is not None and not plan.reptile.on_host),
+            copies_on_host=int(plan.reptile is not None and plan.reptile.on_host),
+        )
     # Gradients have one dtype in the whole run: float32 if any step accumulates them.
     gradient_bytes = max(each.gradient_bytes for each in inputs.values())
     return {
@@ -189,6 +194,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         averaging=averaging_of(draft, stage, length, anneals_at=anneals_at),
         schedule_offset=span.steps_before(stage.name),
         warm_up_passes=warm_up_passes(draft, stage, steps),
+        reptile=reptile_of(draft, stage, steps),
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

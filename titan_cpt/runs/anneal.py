@@ -143,6 +143,8 @@ def _branch_tables(
     planned = plan.stages[number]
     annealed = planned.batch_sizes.sequences_before(done) + Fraction(tokens, planned.seq_len)
     stage["steps"] = math.ceil(planned.batch_sizes.step_at(annealed))
+    if planned.warm_up_passes > stage["steps"]:
+        stage["optimizer_state"] = f"warm:{stage['steps']}"  # it is past, and a plan refuses more passes than steps
     lr = raw["stages"][plan.stages.index(first_stage)]["lr"]
     lr |= {key: _in_steps(lr[key], point) for key, point in points.items()} | {ends[0]: before + done}
     lr["min"] = recipe["lr.min"] if min_lr is None else min_lr

@@ -221,14 +221,22 @@ def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
         "name": stage["name"],
         "dataset": stage["dataset"],
         "steps": plan.stages[index].steps,
-        **_warm_up_within(first, plan.stages[index].steps),
+        **_within(first, plan.stages[index].steps),
     }
 
 
-def _warm_up_within(stage: _Tables, steps: int) -> _Tables:
-    """The key that warms up the optimizer state on no more batches than these steps have; empty without a warm-up."""
+def _within(stage: _Tables, steps: int) -> _Tables:
+    """The keys that count a stage's steps, where these may be fewer; empty if the stage has none of them.
+
+    The optimizer state is warmed up on no more batches than there are, and Reptile pulls at the end at the latest.
+    """
+    keys: _Tables = {}
     kind, _, passes = stage.get("optimizer_state", "").partition(":")
-    return {"optimizer_state": f"warm:{min(int(passes), steps)}"} if kind == "warm" else {}
+    if kind == "warm":
+        keys["optimizer_state"] = f"warm:{min(int(passes), steps)}"
+    if reptile := stage.get("reptile"):
+        keys["reptile"] = {**reptile, "every": min(reptile["every"], steps)}
+    return keys
 
 
 def _own_rope(plan: Plan, stage: StagePlan) -> _Tables:
@@ -303,7 +311,7 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
             own = {key: value for key, value in stage.items() if key not in ("tokens", "init")}
             stages.append({**own, "name": f"{stage['name']}-{domain}", "dataset": f"{name}-{domain}"})
             stages[-1] |= {"steps": end - begin, **_part_of_ramp(plan.stages[index], begin, end)}
-            stages[-1] |= _warm_up_within(stage, end - begin)
+            stages[-1] |= _within(stage, end - begin)
             if begin == 0 and "init" in stage:
                 stages[-1]["init"] = stage["init"]
             if begin and len(plan.schedule_span(plan.stages[index])) > 1:

@@ -35,7 +35,7 @@ def save_checkpoint(
     """
     metadata = {**checkpoint_metadata(state, stage, steps_done, kind), "validation_due": validation_due}
     with state.display.timed("checkpoints"):
-        copies, about_copies = state.copies.to_save(kind)
+        copies, about_copies = state.copies.to_save(kind, steps_done)
         state.checkpoints.save(
             state.model,
             state.optimizer,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from titan_cpt.checkpoint.state_dict import WeightCopy, load_copies, local_weights
 from titan_cpt.common.run_folder import STAGE_END
 from titan_cpt.common.weights.averaging import Averaging
-from titan_cpt.planning.plan import StagePlan
+from titan_cpt.planning.plan import Reptile, StagePlan
 from titan_cpt.training.weights.averager import Averager
+from titan_cpt.training.weights.reptile import OldWeights
 
 _ENTRY = "averaging"  # of the manifest
 
@@ -25,21 +26,26 @@ class WeightCopies:
 
     Args:
         model: this rank's float32 weights.
-        changed: called after the weights were exchanged.
+        changed: called after the weights were exchanged or pulled.
     """
 
     def __init__(self, model: nn.Module, changed: Callable[[], None]) -> None:
         self._model = model
         self._changed = changed
         self._averager: Averager | None = None
+        self._old_weights: OldWeights | None = None
 
     def begin(self, stage: StagePlan) -> None:
-        """Begin a stage: copies of an earlier one are forgotten."""
-        averaging = stage.averaging
-        self._averager = None if averaging is None else Averager(averaging, _empty_on(averaging))
+        """Begin a stage, whose initial weights the model has: copies of an earlier one are forgotten."""
+        averaging, reptile = stage.averaging, stage.reptile
+        self._averager = self._old_weights = None
+        if averaging is not None:
+            self._averager = Averager(averaging, _empty_on(averaging))
+        if reptile is not None:
+            self._old_weights = OldWeights(reptile, _empty_on(reptile), local_weights(self._model))
 
     def resume(self, stage: StagePlan, folder: Path, record: Mapping[str, Any]) -> str | None:
-        """Continue a stage from a checkpoint; collective.
+        """Continue a stage from a checkpoint, whose weights the model has; collective.
 
         Args:
             record: its manifest.
@@ -48,6 +54,11 @@ class WeightCopies:
             A note if the average begins anew, because the config changed.
         """
         self.begin(stage)
+        if self._old_weights is not None:
+            empty = _empty_on(self._old_weights.reptile)
+            self._old_weights.restore(
+                int(record["steps_done"]), lambda names: load_copies(folder, self._model, names, empty)
+            )
         saved = record.get(_ENTRY)
         if self._averager is None or not saved:
             return None
@@ -58,7 +69,10 @@ class WeightCopies:
         return None
 
     def take(self, stage: StagePlan, steps_done: int) -> None:
-        """Take the copies that are due after these steps, whose weights are known to be good."""
+        """Pull the weights and take the copies that are due after these steps, whose weights are known to be good."""
+        if self._old_weights is not None and self._old_weights.reptile.is_due(steps_done):
+            self._old_weights.pull(local_weights(self._model))
+            self._changed()
         if self._averager is not None and self._averager.averaging.due(steps_done):
             self._averager.take(local_weights(self._model), steps_done)
 
@@ -84,12 +98,14 @@ class WeightCopies:
             _write(weights, own)
             self._changed()
 
-    def to_save(self, kind: str) -> tuple[dict[str, WeightCopy], dict[str, Any]]:
+    def to_save(self, kind: str, steps_done: int) -> tuple[dict[str, WeightCopy], dict[str, Any]]:
         """The copies that a checkpoint of this kind holds, by name, and what its manifest says of them."""
+        old = {} if self._old_weights is None else self._old_weights.copies(steps_done)
         if self._averager is None or not self.has_average:
-            return {}, {}
+            return old, {}
         resumable = kind != STAGE_END
-        return self._averager.copies(resumable=resumable), {_ENTRY: self._averager.record(resumable=resumable)}
+        record = {_ENTRY: self._averager.record(resumable=resumable)}
+        return {**old, **self._averager.copies(resumable=resumable)}, record
 
 
 @torch.no_grad()
@@ -98,7 +114,7 @@ def _write(weights: Mapping[str, Tensor], copy: WeightCopy) -> None:
         weight.copy_(copy[name])
 
 
-def _empty_on(averaging: Averaging) -> Callable[[Tensor], Tensor]:
+def _empty_on(averaging: Averaging | Reptile) -> Callable[[Tensor], Tensor]:
     """Makes an uninitialized copy of a local weight on the host, pinned if the weight is on a GPU, or on its device."""
     return _empty_on_host if averaging.on_host else partial(torch.empty_like, requires_grad=False)
 

@@ -1,5 +1,7 @@
 """The moments after a warm-up at LR 0 are those of plain torch, and no weight has changed by a bit."""
 
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,21 @@ def test_the_moments_are_those_of_plain_torch_on_the_batches_of_the_first_steps(
             state = trainer.optimizer.state[weight]
             torch.testing.assert_close(state["exp_avg"], moments[name][0], rtol=1e-4, atol=1e-7)
             torch.testing.assert_close(state["exp_avg_sq"], moments[name][1], rtol=1e-4, atol=1e-9)
+
+
+def test_a_warm_up_that_a_signal_ends_is_not_complete(raw):
+    """SIGTERM at the second pass; the loop then saves nothing."""
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        stage, calls = trainer.plan.stages[0], []
+
+        def signalled(*arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return trainer.train_step(*arguments)
+
+        assert warm_up(trainer, stage, begin_stage(trainer, stage), signalled) == (0, False)
+        assert len(calls) == 2
 
 
 def test_a_stage_without_a_warm_up_begins_at_once(raw):
