@@ -61,7 +61,7 @@ def open_input(name: str) -> MergeInput:
     """
     named = named_weights(name)
     folder = named.folder
-    if is_there(folder / MANIFEST_FILE) or (is_there(folder) and not is_there(folder / "config.json")):
+    if is_there(folder / MANIFEST_FILE) or not (is_there(folder / "config.json") or _may_be_on_hub(name)):
         record = manifest.verify(folder)
         require_weights(named, record)
         spec = spec_of_checkpoint(record, folder)
@@ -83,6 +83,11 @@ def open_input(name: str) -> MergeInput:
         str(folder) if tokenizer else None,
         tuple(f"{name}: {note}" for note in released.notes),
     )
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, and there is no folder of that name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_there(Path(name))
 
 
 def _reader(released: ReleasedModel) -> Callable[[str, slice], Tensor]:

@@ -20,7 +20,7 @@ from titan_cpt.checkpoint.merge.settings import MergeSettings
 from titan_cpt.checkpoint.merge.trim import kept_count, magnitude_thresholds
 from titan_cpt.errors import CheckpointError
 
-BLOCK_ELEMENTS = 1 << 22  # 32 MiB in float64
+BLOCK_ELEMENTS = 1 << 20  # 8 MiB in float64
 
 
 class MergedWeights:

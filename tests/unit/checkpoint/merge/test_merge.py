@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from byte_level_tokenizers import save_tokenizer
 from releases import SPECS, python, release, state_of
 from safetensors.torch import load_file, save_file
+from training import THEIR_WARNINGS_IGNORED, changed, config_of, third_stage, two_stages, write_languages
 
 import titan_cpt
 from titan_cpt.checkpoint import manifest
@@ -28,9 +30,7 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled, unavailable or uninitialized"  # DCP in a single process
-)
+pytestmark = THEIR_WARNINGS_IGNORED
 
 
 def quiet(line):
@@ -159,6 +159,22 @@ def test_a_merge_of_one_checkpoint_with_itself_is_that_checkpoint(method, three,
     assert same_bits(merged_state(out, SPECS["gpt_neox"]), states["a"])
 
 
+def test_the_order_of_inputs_does_not_change_the_sum(tmp_path):
+    """theta, -theta and 1e-20 theta, of which the third is lost in some orders: bit for bit, for every method."""
+    for number, scale in enumerate((1.0, -1.0, 1e-20)):
+        checkpoint(tmp_path / str(number), SPECS["llama"], 1, scale=scale)
+    shutil.copytree(tmp_path / "2", tmp_path / "base")
+    for method in ("mean", "ties", "task-arithmetic"):
+        base = None if method == "mean" else tmp_path / "base"
+        found = []
+        for order in permutations("012"):
+            out = tmp_path / f"{method}-{''.join(order)}"
+            titan_cpt.merge([tmp_path / number for number in order], out, method=method, base=base)
+            found.append(merged_state(out, SPECS["llama"]))
+
+        assert all(same_bits(found[0], other) for other in found[1:])
+
+
 def test_the_average_in_a_checkpoint_can_be_merged(three, tmp_path):
     """PATH@average reads average.* of a checkpoint; one without an average is refused."""
     folder, states = three
@@ -241,6 +257,34 @@ def test_several_base_models_and_a_second_tokenizer_are_remembered(tmp_path):
     assert tokenizer_mismatch(record, out) is None
     record["merge"]["parents"][1]["tokenizer_mismatch"] = "other tokens"
     assert tokenizer_mismatch(record, out) == "other tokens"
+
+
+def test_a_run_starts_from_a_merge_and_its_model_card_names_it(tmp_path):
+    """Two checkpoints of a run; a stage from their mean knows its tokenizer, and cannot keep an optimizer state."""
+    (tmp_path / "data").mkdir()
+    raw = two_stages(write_languages(tmp_path / "data"), tmp_path / "out")
+    with titan_cpt.Trainer(config_of(raw), quiet=True) as trainer:
+        trainer.run()
+    run = tmp_path / "out" / "run"
+    merged = titan_cpt.merge([run / "english" / "step-00000012", run / "german" / "step-00000010"], tmp_path / "merged")
+    stage = {**third_stage(), "init": f"checkpoint:{merged}"}
+    kept = changed(raw, job={"name": "kept"}, stages=[{**stage, "optimizer_state": "keep"}])
+    with (
+        pytest.raises(CheckpointError, match="is a merge, which has no optimizer state to keep"),
+        titan_cpt.Trainer(config_of(kept), quiet=True) as trainer,
+    ):
+        trainer.run()
+    with titan_cpt.Trainer(config_of(changed(raw, job={"name": "next"}, stages=[stage])), quiet=True) as trainer:
+        assert not any("tokenizer" in note and "unknown" in note for note in trainer.plan.notes)
+        first = next(trainer.steps())
+    titan_cpt.export(merged, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+
+    assert first.step == 1
+    assert manifest.read(merged)["merge"]["tokenizer_path"] == "bytes"
+    assert "| 1 | english, step 12 | english (12 steps) |" in card
+    assert "| 1 | german, step 10 | english (9 steps), german (10 steps) |" in card
+    assert "- Tokenizer: `bytes`" in card
 
 
 # Refusals
@@ -347,7 +391,7 @@ def test_progress_adds_up(three):
 
 
 def test_a_merge_takes_the_memory_of_blocks_not_of_models(tmp_path):
-    """Four models of 63 MB merged by TIES: memory grows by less than one of them, most of it blocks of 1 MiB."""
+    """Two models and a base of 52 MB merged by TIES in blocks of 1 MiB: memory grows by less than half of one."""
     code = f"""
 import sys
 from pathlib import Path
@@ -365,19 +409,19 @@ def write(name, layers):
     (folder / name).mkdir()
     sums = save_weights(spec(layers), lambda key: torch.randn(shapes[key]), folder / name)
     manifest.write(folder / name, record_without_training("made", spec(layers).as_recipe()), sums)
-settings = merge_settings(3, method="ties", has_base=True)
+settings = merge_settings(2, method="ties", has_base=True)
 def merged(names, out):
     names = [str(folder / name) for name in names]
     merge(names[1:], folder / out, settings, base=names[0], log=lambda line: None, block_elements=1 << 17)
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-for number in range(4):
+for number in range(3):
     write(f"small-{{number}}", 1)
-    write(f"large-{{number}}", 5)
-merged([f"small-{{number}}" for number in range(4)], "first")  # all that is imported on the way, once
+    write(f"large-{{number}}", 4)
+merged([f"small-{{number}}" for number in range(3)], "first")  # all that is imported on the way, once
 Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
 before = peak()
-merged([f"large-{{number}}" for number in range(4)], "out")
-print(peak() - before, 4 * spec(5).parameters)
+merged([f"large-{{number}}" for number in range(3)], "out")
+print(peak() - before, 4 * spec(4).parameters)
 """
     done = python("-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
