@@ -40,6 +40,13 @@ def add_average(folder: Path, average: Mapping[str, Tensor], entry: Mapping[str,
     return _with_new_manifest(folder, averaging=dict(entry))
 
 
+def forget_average(folder: Path) -> Path:
+    """Remove the average from what a manifest says, as if the run had not averaged; returns the folder."""
+    record = json.loads((folder / "manifest.json").read_text())
+    manifest.write(folder, {key: value for key, value in record.items() if key not in ("files", "format", "averaging")})
+    return folder
+
+
 def replace_weights(folder: Path, weights: Mapping[str, Tensor]) -> Path:
     """Put other weights in the place of the model's, in a checkpoint that one process wrote; returns the folder."""
     for path in sorted(folder.glob("*.safetensors")):

@@ -23,7 +23,7 @@ from titan_cpt.common.recipe import differences, fingerprint
 from titan_cpt.common.run_folder import MANIFEST_FILE, PLAN_FILE, PRE_ANNEAL, STAGE_END, checkpoint_folders, locked
 from titan_cpt.data.mixture import leaves
 from titan_cpt.errors import AccessError
-from titan_cpt.planning.plan import Plan
+from titan_cpt.planning.plan import Plan, StagePlan
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.runs.inherited_metrics import copy_metrics
 from titan_cpt.runs.sweep_runs import SweepRun, has_checkpoint
@@ -170,8 +170,16 @@ def _equal_stages(run: SweepRun, other: SweepRun) -> int:
             break
         if run.plan.stages[index].local_batch_size != other.plan.stages[index].local_batch_size:
             break  # sums are rounded otherwise
+        if _average(run.plan.stages[index]) != _average(other.plan.stages[index]):
+            break  # its checkpoints hold another average, from which a later stage may start, or none
         count = index + 1
     return count
+
+
+def _average(stage: StagePlan) -> dict[str, Any] | None:
+    """What determines the average of a stage's weights; None without."""
+    averaging = stage.averaging
+    return None if averaging is None else {**averaging.settings, "phase": averaging.phase}
 
 
 def _has_equal_validation(run: SweepRun, other: SweepRun) -> bool:

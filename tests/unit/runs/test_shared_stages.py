@@ -47,6 +47,15 @@ def test_runs_with_different_numerics_share_nothing(swept, key, values):
     assert shared_counts(read_sweep_runs([swept({key: values})])) == [0, 0]
 
 
+def test_runs_with_different_averages_share_nothing(swept):
+    """Training is the same, but the checkpoint holds another average; where that is kept does not matter."""
+    kinds = read_sweep_runs([swept({"averaging.kind": ["mean", "ema"]})])
+    places = read_sweep_runs([swept({"averaging.kind": ["mean"], "averaging.keep_on": ["host", "device"]})])
+
+    assert shared_counts(kinds) == [0, 0]
+    assert shared_counts(places) == [2, 2]
+
+
 def test_runs_with_different_loader_workers_share_all_stages(swept):
     """The number of workers changes no result."""
     assert shared_counts(read_sweep_runs([swept({"training.num_workers": [0, 1]})])) == [2, 2]
