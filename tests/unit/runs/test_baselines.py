@@ -79,10 +79,11 @@ def test_a_stage_that_starts_from_a_mixed_one_starts_from_the_last_of_its_domain
     """The stage that its `init` names has another name there."""
     parts = {name: {"train": str(tmp_path / "de"), "weight": 1.0} for name in ("a", "b")}
     raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
-    raw["stages"].append(training.third_stage() | {"init": "stage:german"})
+    raw["stages"].append(training.third_stage() | {"init": "stage:german@average"})
+    raw["averaging"] = {"kind": "mean"}
     plan = plans_of(raw, tmp_path)["domain-after-domain"]
 
-    assert plan.stages[3].init == StageCheckpoint("german-b", 5)
+    assert plan.stages[3].init == StageCheckpoint("german-b", 5, average=True)
 
 
 def test_a_start_from_released_weights_has_no_union(raw, tmp_path):

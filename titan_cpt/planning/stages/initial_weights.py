@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from titan_cpt.common.weights.named_weights import split_average
+from titan_cpt.common.weights.named_weights import split_average, suffix_of
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import round_fraction
 from titan_cpt.data.trained_text import Leg, with_leg
@@ -30,6 +30,11 @@ def initial_weights(draft: PlanDraft, stage: StageConfig) -> StageCheckpoint | s
     base = draft.stages[name]
     if point and base.pre_anneal_step is None:
         _refuse_pre_anneal(draft, stage, name)
+    if average and not point and base.pre_anneal_step is not None:
+        draft.notes.append(
+            f"stages.{stage.name}.init: {init} is of the annealed end of {name!r}; its average at the pre-anneal "
+            f"point, which imitates an annealing instead, is stage:{name}@pre_anneal{suffix_of(average)}"
+        )
     steps_done = base.pre_anneal_step if point and base.pre_anneal_step is not None else base.steps
     return StageCheckpoint(name, steps_done, average)
 

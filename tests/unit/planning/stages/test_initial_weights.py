@@ -40,6 +40,28 @@ def test_a_stage_starts_from_the_configured_checkpoint(head, make, lr, init, ste
     assert plan.batch(second, 0)[0].ordinal == 20 * steps_done
 
 
+def test_an_average_is_that_of_the_end_or_of_the_pre_anneal_point(head, make):
+    """The stages before count as trained up to there; the end of an annealed stage gets a note with the other one."""
+    averaging = {"averaging": '{ kind = "mean" }'}
+    plans = {
+        init: make(head + stage("a", "pile", 100, INFINITE, **averaging) + stage("b", "pile", 10, init=f'"{init}"'))
+        for init in ("stage:a@average", "stage:a@pre_anneal@average")
+    }
+    end, point = (plan.stage("b") for plan in plans.values())
+    notes = [[note for note in plan.notes if "average" in note] for plan in plans.values()]
+
+    assert (end.init, point.init) == (StageCheckpoint("a", 100, average=True), StageCheckpoint("a", 85, average=True))
+    assert (end.recipe["init"], point.recipe["init"]) == ("a@100@average", "a@85@average")
+    assert point.history.steps == 85
+    assert notes == [
+        [
+            "stages.b.init: stage:a@average is of the annealed end of 'a'; its average at the pre-anneal point, which "
+            "imitates an annealing instead, is stage:a@pre_anneal@average"
+        ],
+        [],
+    ]
+
+
 def test_two_stages_from_the_same_checkpoint_have_separate_histories(head, make):
     """Both continue from it; the second has not seen the first one's data."""
     five = {"replay": "{ fraction = 0.05 }"}
