@@ -30,10 +30,14 @@ def garbage_is_collected_again():
 
 
 def infinite_twice(folder):
-    """English with its own RoPE, then German with replay: both infinite, with end points between two steps."""
+    """English with its own RoPE and a warmed-up optimizer state, then German with replay and Reptile.
+
+    Both schedules are infinite, with end points between two steps.
+    """
     raw = training.two_stages(training.write_languages(folder), folder)
     raw = training.changed(raw, checkpoint={"interval": 2, "keep_latest_k": 20})
-    raw["stages"][0] |= {"rope": {"base": 500.0}}
+    raw["stages"][0] |= {"rope": {"base": 500.0}, "optimizer_state": "warm:9"}
+    raw["stages"][1] |= {"reptile": {"every": 3, "step": 0.5}}
     raw["stages"][0]["lr"] |= {"warmup_until": 0.07, "cooldown_until": 0.29}
     raw["stages"][1]["lr"] = {
         "schedule": "infinite_inv_sqrt",

@@ -75,6 +75,18 @@ def test_domains_come_one_after_another_in_the_same_number_of_steps(raw, tmp_pat
     assert float(plan.stages[1].shares["en"]) == 0.25
 
 
+def test_shorter_stages_warm_up_on_their_own_steps_and_pull_their_weights_at_the_end(raw, tmp_path):
+    """German's 10 steps become 3 and 7: a warm-up of 5 passes and pulls after every fifth step fit only the second."""
+    parts = {name: {"train": str(tmp_path / "de"), "weight": weight} for name, weight in (("a", 1.0), ("b", 2.0))}
+    raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
+    raw["stages"][1] |= {"optimizer_state": "warm:5", "reptile": {"every": 5, "step": 0.1}}
+    plans = plans_of(raw, tmp_path)
+    kept, parted = plans["no-replay"].stages[1:], plans["domain-after-domain"].stages[1:]
+
+    assert [(stage.warm_up_passes, stage.reptile.every) for stage in (*kept, *parted)] == [(5, 5), (3, 3), (5, 5)]
+    assert plans["union"].stages[0].reptile is None  # as the first stage, whose settings it has
+
+
 def test_a_stage_that_starts_from_a_mixed_one_starts_from_the_last_of_its_domains(raw, tmp_path):
     """The stage that its `init` names has another name there."""
     parts = {name: {"train": str(tmp_path / "de"), "weight": 1.0} for name in ("a", "b")}
