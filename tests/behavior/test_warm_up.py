@@ -13,6 +13,7 @@ from faulty import BadNumbers
 from training import Fault
 
 import titan_cpt.train
+from titan_cpt.distributed.float8 import local_values
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 SAVED = ["english/step-00000003", "german/step-00000000", "german/step-00000004", "german/step-00000008"]
@@ -80,6 +81,23 @@ class Terminated:
         titan_cpt.train.Trainer.train_step = signalling
 
 
+class NegativeZeros:
+    """Make the first weight of every shard -0.0 when German begins."""
+
+    def lay(self):
+        """Replace `begin_stage`."""
+        original = titan_cpt.train.begin_stage
+
+        def planting(state, stage):
+            done = original(state, stage)
+            if stage.name == "german":
+                for weight in state.model.parameters():
+                    local_values(weight).view(-1)[0] = -0.0
+            return done
+
+        titan_cpt.train.begin_stage = planting
+
+
 def assert_same(run, other):
     """The numbers, the checkpoints, and the bits of the last one and of the one before German's first step."""
     assert training.numbers_of(run) == training.numbers_of(other)
@@ -145,26 +163,36 @@ def test_a_batch_that_is_bad_in_a_warm_up_is_skipped_there_and_in_training(raw, 
 
 def test_a_rollback_to_the_beginning_of_the_stage_warms_up_again(raw):
     """A bad step of training before the stage's first checkpoint, whose batch was good in the warm-up: it counts there
-    in both. The repeated warm-up gives the same state."""
+    in both. The repeated warm-up gives the same state, also if a signal ends it and another session repeats it."""
     bad, lr = BadInTraining(1), {"schedule": "constant", "max": 2e-3}
     raw["stages"][1]["lr"] = lr  # without a checkpoint before the first step
     rolling, outcome = run(raw, "rolling", bad, training={"on_nonfinite": "rollback"})
     skipping, _ = run(raw, "skipping", bad, training={"on_nonfinite": "skip"})
+    second_warm_up = 3 + 6 + 2 + 3
+    stopped, halted = run(raw, "stopped", bad, Terminated(second_warm_up), training={"on_nonfinite": "rollback"})
+    between = training.checkpoints_of(stopped)
+    _, last = run(raw, "stopped", training={"on_nonfinite": "rollback"})
 
-    assert outcome.status == 0, outcome.output
+    assert (outcome.status, halted.status, last.status) == (0, 75, 0), outcome.output + last.output
+    assert between == SAVED[:1]
     assert [len(training.events_of(one, "warm_up")) for one in (rolling, skipping)] == [2, 1]
-    assert training.numbers_of(rolling) == training.numbers_of(skipping)
-    for part in ("model", "optimizer"):
-        ends = [training.tensors_of(one / "german" / "step-00000008", part) for one in (rolling, skipping)]
-        assert training.same_bits(*ends)
+    for other in (rolling, stopped):
+        assert training.numbers_of(other) == training.numbers_of(skipping)
+        for part in ("model", "optimizer"):
+            ends = [training.tensors_of(one / "german" / "step-00000008", part) for one in (other, skipping)]
+            assert training.same_bits(*ends)
 
 
 def test_two_ranks_with_sharded_bfloat16_weights_warm_up_without_changing_a_bit(raw):
     """FSDP2, weight decay, clipping: the moments of both halves of each batch."""
     tables = {"training": {"mixed_precision_param": "bfloat16", "max_norm": 0.1}, "optimizer": {"weight_decay": 0.5}}
-    folder, outcome = run(raw, "ranks", ranks=2, **tables)
+    folder, outcome = run(raw, "ranks", NegativeZeros(), ranks=2, **tables)
 
     assert outcome.status == 0, outcome.output
-    assert training.same_bits(training.tensors_of(folder / SAVED[1]), training.tensors_of(folder / SAVED[0]))
+    before, after = (training.tensors_of(folder / saved) for saved in SAVED[:2])
+    for name, weight in after.items():
+        planted = (weight == 0) & weight.signbit()
+        assert planted.sum() == 2, name  # one of each rank
+        assert weight[~planted].equal(before[name][~planted])
     moments = training.tensors_of(folder / SAVED[1], "optimizer")
     assert {value.item() for name, value in moments.items() if name.endswith(".step")} == {6.0}
