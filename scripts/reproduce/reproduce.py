@@ -20,13 +20,14 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from averages_claims import averages_claims
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
 
-from titan_cpt.reporting.comparison import compare
+from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX
+from titan_cpt.reporting.comparison import compare, with_averages
 from titan_cpt.reporting.run_log import RunLog, read_run
 from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
 
@@ -38,10 +39,9 @@ FULL = (
     *("union", "replay", "constant", "peak", "warmup", "same", "infinite", "splits_cosine", "splits_infinite"),
     *("weak", "mixed", "domains"),
 )
-AVERAGES = ("averages_cosine", "averages_constant", "averages_anneal")
+AVERAGES = ("averages_cosine", "averages_constant", "averages_anneal", "averages_window", "averages_reptile")
 TOKENIZER_ENTRIES, TOKENIZER_BYTES = 4096, 12_000_000
 STEPS_BETWEEN_STORED = 20
-AVERAGE = "@average"  # after the name of a dataset: the loss of the average; after the name of a run: its result
 HEAD = """# {title}: verdicts and losses
 
 `python scripts/reproduce/reproduce.py` writes these tables from the results in this folder, after it has trained the
@@ -209,9 +209,8 @@ def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
         seed = re.search(r"_?seed-(\d+)$", run_name)
         name = run_name[: seed.start()] if seed else run_name
         number = int(seed[1]) if seed else 0
-        found[f"{sweep}/{name or sweep}", number] = end_of(record)
-        if average := end_of_average(record):
-            found[f"{sweep}/{name or sweep}{AVERAGE}", number] = average
+        for end, suffix in zip(ends_of(record), ("", AVERAGE_SUFFIX), strict=False):
+            found[f"{sweep}/{name or sweep}{suffix}", number] = end
         if name == "fraction-0" and sweep in ("replay", "quick_replay"):
             found["english/english", number] = end_of_first_stage(record)
     return found
@@ -219,20 +218,14 @@ def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
 
 def end_of(record: RunLog) -> End:
     """Final losses, forgetting, and the highest rise of the English loss within a later stage."""
-    (row,) = compare([record])
-    losses = {name: loss for name, loss in row.losses.items() if not name.endswith(AVERAGE)}
-    return End(losses, row.forgetting.get("english", math.nan), highest_rise(record))
+    return ends_of(record)[0]
 
 
-def end_of_average(record: RunLog) -> End | None:
-    """The final numbers of the average of a run's weights; None if it has none. The rise is that of the weights."""
-    (row,) = compare([record])
-    losses = {name.removesuffix(AVERAGE): loss for name, loss in row.losses.items() if name.endswith(AVERAGE)}
-    if not losses:
-        return None
-    weights = end_of(record)
-    forgetting = weights.forgetting + losses["english"] - weights.losses["english"]
-    return replace(weights, losses=losses, forgetting=forgetting)
+def ends_of(record: RunLog) -> list[End]:
+    """`end_of` the run, and then of the average of its weights, if it has one; the rise is that of the weights."""
+    rows = with_averages(compare([record]))
+    rise = highest_rise(record)
+    return [End(dict(row.losses), row.forgetting.get("english", math.nan), rise) for row in rows]
 
 
 def end_of_first_stage(record: RunLog) -> End:

@@ -100,24 +100,35 @@ def test_the_worst_part_decides_a_claim():
     assert verdict_on([good, lacking]) == "not run"
 
 
-@pytest.mark.parametrize(("prefix", "sweeps"), [("", reproduce.FULL), ("quick_", reproduce.QUICK)])
-def test_every_run_that_a_claim_names_is_trained(prefix, sweeps):
-    """Under the name of its result; C1 to C10 in the full set, three of them in the short one."""
-    sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
+@pytest.mark.parametrize("chosen", ["full", "quick", "averages"])
+def test_every_run_that_a_claim_names_is_trained(chosen):
+    """Under the name of its result; C1 to C10 in the full set, three of them in the short one, ten others of averages.
+
+    The result of a run's average has its own name; a run that makes none has no such result.
+    """
+    run_set = reproduce.SETS[chosen]
+    sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in run_set.sweeps])
     names = {
         f"{sweep_run.folder.parent.name}/{sweep_run.folder.name.rpartition('seed-')[0].rstrip('_')}"
         for sweep_run in sweep_runs
     }
     names |= {f"{sweep_run.folder.parent.name}/{sweep_run.folder.name}" for sweep_run in sweep_runs}
     names = {name if not name.endswith("/") else name + name[:-1] for name in names} | {"english/english"}
-    tested = claims(prefix)
-    needed = {name for claim in tested for part in claim.parts for name in part.runs}
+    names |= {f"{name}@average" for name in names if name.startswith("averages_window/")}
+    needed = {name for claim in run_set.claims for part in claim.parts for name in part.runs}
+    expected = {
+        "full": [f"C{number}" for number in range(1, 11)],
+        "quick": ["C1", "C2", "C6"],
+        "averages": [f"{letter}{number}" for letter in "AR" for number in range(1, 6)],
+    }
 
     assert needed - names == set()
-    assert [claim.name for claim in tested] == (["C1", "C2", "C6"] if prefix else [f"C{n}" for n in range(1, 11)])
+    assert [claim.name for claim in run_set.claims] == expected[chosen]
 
 
-@pytest.mark.parametrize(("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25)])
+@pytest.mark.parametrize(
+    ("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25), (reproduce.AVERAGES, 0.25)]
+)
 def test_the_runs_fit_their_budget(sweeps, hours):
     """On two cores at the measured speed, shared stages counted once; no run over 20 minutes."""
     sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in sweeps])
@@ -240,6 +251,23 @@ def test_a_result_is_stored_thinned_and_read_again(finished, tmp_path):
     assert found["replay/fraction-0", 1] == End({"english": 4.5, "german": 3.0}, 0.5, pytest.approx(0.7))
     assert found["english/english", 1].losses == {"english": 4.0, "german": 8.0}
     assert found == {**reproduce.results(tmp_path / "outputs", ("replay",))}
+
+
+def test_an_average_has_a_result_of_its_own(finished, tmp_path):
+    """English 4.3 and German 2.9 beside 4.5 and 3.0: forgetting is 4.3 - 4.0, as English ended with 4.0."""
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    of_weights = [json.loads(line) for line in lines[-2:]]
+    for line, loss, forgetting in zip(of_weights, (4.3, 2.9), (0.3, None), strict=True):
+        line |= {"dataset": f"{line['dataset']}@average", "loss_nats_per_token": loss}
+        line |= {"forgetting_nats_per_token": forgetting}
+        lines.append(json.dumps(line))
+    (finished / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    reproduce.store_result(finished, tmp_path / "results" / "replay" / finished.name)
+    found = reproduce.results(tmp_path / "results", ("replay",))
+
+    assert found["replay/fraction-0", 1].losses == {"english": 4.5, "german": 3.0}
+    assert found["replay/fraction-0@average", 1].losses == {"english": 4.3, "german": 2.9}
+    assert found["replay/fraction-0@average", 1].forgetting == pytest.approx(0.3)
 
 
 def test_the_tables_say_what_was_not_run(finished):
