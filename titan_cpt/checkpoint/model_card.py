@@ -18,6 +18,7 @@ from titan_cpt.common.weights.named_weights import NamedWeights, suffix_of
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.models.spec import ModelSpec
+from titan_cpt.planning.stages.optimizers import OPTIMIZER_NAME
 
 
 def model_card(
@@ -139,11 +140,12 @@ def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
         sequences = " to ".join(f"{phase.size:,}" for phase in sizes.within(stage.steps))
         batches.setdefault(f"{sequences} sequences x {seq_len:,} tokens", []).append(stage.name)
         data = ", ".join(f"{name} {_percent(float(Fraction(share)))}" for name, share in settings["dataset"].items())
-        optimizer = settings["optimizer_state"]
+        optimizer = ", ".join([*filter(None, [settings.get(OPTIMIZER_NAME)]), settings["optimizer_state"]])
         cells = [stage.name, data, steps, tokens, _replay(settings), _lr(settings), optimizer, f"`{stage.init}`"]
         rows.append("| " + " | ".join(cells) + " |")
     batch = ", ".join(f"{text} ({', '.join(names)})" if len(batches) > 1 else text for text, names in batches.items())
-    clipping = f"gradients clipped at {recipe['training.max_norm']:g}, AdamW."
+    optimizers = dict.fromkeys(recipe.get(f"stages.{stage.name}.{OPTIMIZER_NAME}", "AdamW") for stage in history)
+    clipping = f"gradients clipped at {recipe['training.max_norm']:g}, {' and '.join(optimizers)}."
     return "\n".join([*rows, "", f"Batches of {batch}, {clipping}"])
 
 

@@ -69,6 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from titan_cpt.checkpoint.known_length import length_notes
+    from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
     from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
     from titan_cpt.common.numbers import parse_bytes
     from titan_cpt.config.load import load_config
@@ -84,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     inventory = take_inventory(config)
     inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
     plan = make_plan(config, inventory, world_size, gpu_bytes=device_bytes)
-    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages)))
+    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages), *check_known_optimizers(plan.stages)))
     if options.json or options.lr_at or options.batch or options.recipe:
         print(json.dumps(_as_json(plan, options, device_bytes)))
     else:
@@ -119,6 +120,7 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     from pathlib import Path
 
     from titan_cpt.checkpoint.known_length import length_notes
+    from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
     from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
     from titan_cpt.common.console import TEXT_COLUMNS, make_console
     from titan_cpt.data.inventory import take_inventory
@@ -129,7 +131,7 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     inventory = take_inventory(config)
     inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
     plan = make_plan(config, inventory, world_size or min_world_size(config))
-    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages)))
+    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages), *check_known_optimizers(plan.stages)))
     console = make_console(TEXT_COLUMNS)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     folder = Path(config.job.output_dir) / config.job.name

@@ -14,6 +14,7 @@ import torch
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint.known_length import length_notes
+from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import RunConsole, Verbosity
@@ -245,10 +246,11 @@ def _check_support(config: Config, plan: Plan, device: torch.device) -> None:
 def _weight_notes(
     config: Config, plan: Plan, checkpoints: CheckpointManager, checkpoint: FoundCheckpoint | None
 ) -> Iterator[str]:
-    """Notes on the tokenizers of the initial weights of stages that have not begun, and on misplaced checkpoints."""
+    """Notes on tokenizer and optimizer of the initial weights of stages that have not begun, and on misplaced ones."""
     next_stage = 0 if checkpoint is None else checkpoint.manifest["stage_index"] + 1
     require_saved_averages(checkpoints.run, plan.stages[next_stage:])
     yield from check_init_tokenizers(config, [stage.name for stage in plan.stages[next_stage:]])
+    yield from check_known_optimizers(plan.stages[next_stage:])
     if checkpoint is None:
         yield from length_notes(plan.stages)
     if checkpoints.misplaced:

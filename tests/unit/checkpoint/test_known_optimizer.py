@@ -1,0 +1,56 @@
+"""Which optimizer trained the weights of a checkpoint of another run, from its manifest."""
+
+import json
+
+import pytest
+from plans import stage
+
+from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
+from titan_cpt.errors import ConfigError
+
+MUON = {"stages.long.optimizer.name": "Muon", "stages.long.optimizer_state": "reset"}
+ADAMW = {"stages.long.optimizer_state": "reset"}
+
+
+@pytest.fixture
+def found(head, make, tmp_path):
+    """found(recipe, name, state): the notes on a stage with an optimizer, which begins with a checkpoint's weights."""
+
+    def found(recipe, name, state="reset"):
+        record = {
+            "format": 2,
+            "stage": "long",
+            "stage_index": 0,
+            "steps_done": 5,
+            "run_step": 5,
+            "kind": "stage_end",
+            "recipe": recipe,
+            "fingerprint": "",
+            "data": {},
+            "files": {},
+        }
+        (tmp_path / "manifest.json").write_text(json.dumps(record))
+        text = head + stage("a", "pile", 10, init=f'"checkpoint:{tmp_path}"', optimizer_state=f'"{state}"')
+        return list(check_known_optimizers(make(text, ("optimizer.name", name)).stages))
+
+    return found
+
+
+def test_weights_that_another_optimizer_trained_have_a_note(found):
+    """In both directions; a recipe without the key is AdamW's, one without stages (an import) is not known."""
+    (to_muon,), (to_adamw,) = found(ADAMW, "Muon"), found(MUON, "AdamW")
+
+    assert to_muon.startswith("stages.a.optimizer: its initial weights were trained with AdamW, and Muon trains them")
+    assert to_adamw.startswith("stages.a.optimizer: its initial weights were trained with Muon, and AdamW trains them")
+    assert found(ADAMW, "AdamW") == found(MUON, "Muon") == found({}, "Muon") == []
+
+
+def test_the_state_of_another_optimizer_is_not_kept(found, tmp_path):
+    """The message names the checkpoint and both optimizers; a damaged manifest is reported when the stage begins."""
+    with pytest.raises(ConfigError) as refused:
+        found(ADAMW, "Muon", "keep")
+
+    assert f"needs the state of Muon, which trains this stage, and checkpoint:{tmp_path} has that of AdamW" in str(
+        refused.value
+    )
+    assert found(MUON, "Muon", "keep") == []
