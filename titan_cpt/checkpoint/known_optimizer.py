@@ -33,7 +33,7 @@ def check_known_optimizers(stages: Sequence[StagePlan]) -> Iterator[str]:
 
 
 def _known_optimizer(init: str) -> str | None:
-    """The optimizer of the stage that saved a checkpoint; None if that cannot be told, as with released models."""
+    """The optimizer of the stage that saved a checkpoint; None if it is not known, as for released models."""
     checkpoint = named_weights(Path(init.partition(":")[2])).folder
     if not init.startswith(CHECKPOINT_PREFIX) or not (checkpoint / MANIFEST_FILE).is_file():
         return None

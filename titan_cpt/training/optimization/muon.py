@@ -46,6 +46,8 @@ class Muon(AdamW):
 
     found_inf: Tensor
     """float32, 0-dimensional, on the device: unless 0, a step changes nothing. `UpdateGuard` puts its own flag here."""
+    selects_on_device: bool
+    """Whether the device obeys the flag, as on a GPU, where reading it would wait for the device."""
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Muon(AdamW):
             MatrixExchange(blocks, group) if sharded and group is not None else OneProcess(blocks)
         )
         self.found_inf = torch.zeros((), device=blocks[0].device)
+        self.selects_on_device = blocks[0].device.type != "cpu"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded state; AdamW's method would look for a step count in Muon's."""
@@ -106,12 +109,14 @@ class Muon(AdamW):
         finally:
             self.param_groups = groups
         if uses_muon(groups[0]):
-            halted = self.found_inf > 0
+            halted = self.found_inf > 0 if self.selects_on_device else None
+            if halted is None and bool(self.found_inf):
+                return
             for step in self._exchange.rounds:
                 self._update(step, groups[0], halted)
 
-    def _update(self, step: Round, group: dict[str, Any], halted: Tensor) -> None:
-        """Update the matrices of one round."""
+    def _update(self, step: Round, group: dict[str, Any], halted: Tensor | None) -> None:
+        """Update the matrices of one round, unless `halted`; None: they are updated."""
         shards = {}
         for index in step.matrices:
             update = self._advance_momentum(group["params"][index], group, halted)
@@ -124,19 +129,24 @@ class Muon(AdamW):
             for index, part in parts.items():
                 self._apply(group["params"][index], part, group, halted)
 
-    def _advance_momentum(self, parameter: Tensor, group: dict[str, Any], halted: Tensor) -> Tensor:
+    def _advance_momentum(self, parameter: Tensor, group: dict[str, Any], halted: Tensor | None) -> Tensor:
         """Add this rank's part of the gradient to the momentum buffer; returns U of the class's formula."""
         assert parameter.grad is not None, "every matrix of the blocks has a gradient"
         gradient = local_values(parameter.grad)
         momentum = local_values(self.state[parameter][MOMENTUM_BUFFER])
-        advanced = momentum.lerp(gradient, 1 - group["momentum"])
-        torch.where(halted, momentum, advanced, out=momentum)
+        if halted is None:
+            advanced = momentum.lerp_(gradient, 1 - group["momentum"])
+        else:
+            advanced = momentum.lerp(gradient, 1 - group["momentum"])
+            torch.where(halted, momentum, advanced, out=momentum)
         return gradient.lerp(advanced, group["momentum"]) if group["nesterov"] else advanced
 
-    def _apply(self, parameter: Tensor, part: Tensor, group: dict[str, Any], halted: Tensor) -> None:
+    def _apply(self, parameter: Tensor, part: Tensor, group: dict[str, Any], halted: Tensor | None) -> None:
         """Decay this rank's part of a weight and add the update to it."""
         weight = local_values(parameter)
         lr = group["lr"]
-        updated = weight * (1 - lr * group["weight_decay"])
+        decay = 1 - lr * group["weight_decay"]
+        updated = weight.mul_(decay) if halted is None else weight * decay
         updated.add_(part, alpha=-(lr * lr_factor(parameter.shape[0], parameter.shape[1], group["adjust_lr"])))
-        torch.where(halted, weight, updated, out=weight)
+        if halted is not None:
+            torch.where(halted, weight, updated, out=weight)

@@ -58,6 +58,7 @@ def torchs(model, given):
     return muon, torch.optim.AdamW(groups, lr=1e-2, fused=True, **NUMBERS)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
     "given",
     [
@@ -67,10 +68,11 @@ def torchs(model, given):
     ],
     ids=["defaults", "without nesterov", "without momentum"],
 )
-def test_steps_are_those_of_torch_bit_for_bit(given):
+def test_steps_are_those_of_torch_bit_for_bit(given, on_device):
     """Six steps with changing learning rates and weight decay: weights, momentum, moments and step counts."""
     model, other = Model(), Model()
     optimizer = muon_of(model, given)
+    optimizer.selects_on_device = on_device
     guard = UpdateGuard(optimizer)
     muon, adamw = torchs(other, given)
     for step in range(6):
@@ -107,11 +109,13 @@ def test_a_finite_gradient_whose_square_overflows_still_moves_a_weight():
     assert same_bits(model.matrices, scaled.matrices)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
-def test_nothing_moves_from_a_bad_step_on_until_the_reset(fault):
-    """Weights, momentum, moments and step counts keep their bits, through good steps too."""
+def test_nothing_moves_from_a_bad_step_on_until_the_reset(fault, on_device):
+    """Weights, momentum, moments and step counts keep their bits, through good steps too; also as a GPU does it."""
     model = Model()
     optimizer = muon_of(model)
+    optimizer.selects_on_device = on_device
     guard = UpdateGuard(optimizer)
     give_gradients(model, 0)
     optimizer.step()
