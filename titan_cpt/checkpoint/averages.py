@@ -9,11 +9,11 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import checkpoint_folders
+from titan_cpt.common.weights.averaging import KINDS
 from titan_cpt.common.weights.named_weights import NamedWeights
 from titan_cpt.errors import AccessError, CheckpointError
 
 _ENTRY = "averaging"  # of the manifest: settings, and after which steps the snapshots were taken
-_KINDS = {"mean": "mean", "ema": "exponential moving average", "like_decay": "imitation of an LR decay"}
 _STEPS_SHOWN = 5
 
 
@@ -66,7 +66,7 @@ def describe_average(record: Mapping[str, Any]) -> str:
     """What the average in a checkpoint is made of, such as `mean of 10 snapshots, every 50 steps until step 1,000`."""
     entry = record.get(_ENTRY)
     known: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
-    kind = _KINDS.get(str(known.get("kind")), "average")
+    kind = KINDS.get(str(known.get("kind")), "average")
     shape = f" ({known['shape']})" if "shape" in known else ""
     steps = known.get("snapshots")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, int) for step in steps):

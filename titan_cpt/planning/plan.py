@@ -229,6 +229,11 @@ class StagePlan:
         takes_snapshot = self.averaging is not None and self.averaging.due(steps_done)
         return takes_snapshot or (self.reptile is not None and self.reptile.is_due(steps_done))
 
+    def weight_copies(self, *, on_host: bool) -> int:
+        """The largest number of float32 copies of the weights in host memory, or beside the weights."""
+        kept = [(self.averaging, 0 if self.averaging is None else self.averaging.in_memory), (self.reptile, 1)]
+        return sum(count for what, count in kept if what is not None and what.on_host == on_host)
+
     def lr_at(self, step: int) -> float:
         """The LR of the 0-based step `step`: eta(step + 1), as the schedule counts steps from 1."""
         return lr_schedules.lr_at(self.schedule, self.schedule_offset + step + 1)
@@ -417,13 +422,17 @@ class Plan:
 
     def disk_bytes(self, keep_latest_k: int) -> int:
         """Maximum bytes of all checkpoints: the latest ones, stage ends, pre-anneal points, and one being written."""
-        sizes = [(stage, self._checkpoint_bytes(stage)) for stage in self.stages]
-        kept = sum(size * (1 if stage.pre_anneal_step is None else 2) for stage, size in sizes)
-        return kept + (keep_latest_k + 1) * max(size for _, size in sizes)
+        inside = [self._checkpoint_bytes(stage, resumable=True) for stage in self.stages]
+        ends = sum(self._checkpoint_bytes(stage, resumable=False) for stage in self.stages)
+        before_annealing = sum(
+            size for stage, size in zip(self.stages, inside, strict=True) if stage.pre_anneal_step is not None
+        )
+        return ends + before_annealing + (keep_latest_k + 1) * max(inside)
 
-    def _checkpoint_bytes(self, stage: StagePlan) -> int:
-        """Bytes of a checkpoint of this stage."""
+    def _checkpoint_bytes(self, stage: StagePlan, *, resumable: bool) -> int:
+        """Bytes of a checkpoint of this stage; a stage's end is not resumable within the stage."""
         matrices = sum(math.prod(size) for _, size, _ in self.spec.block_parameters() if len(size) == 2)
         saved = self.spec.layers * matrices * 4 if stage.optimizer.muon is not None else 0
-        old_weights = 4 if stage.reptile is not None else 0
-        return self.spec.parameters * (BYTES_PER_SAVED_PARAMETER + old_weights) - saved
+        copies = int(stage.reptile is not None)
+        copies += 0 if stage.averaging is None else stage.averaging.saved(resumable=resumable)
+        return self.spec.parameters * (BYTES_PER_SAVED_PARAMETER + 4 * copies) - saved

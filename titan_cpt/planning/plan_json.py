@@ -70,6 +70,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "optimizer_state": _optimizer_state(stage),
         "warm_up_flops": stage.warm_up_flops,
         "reptile": stage.reptile and {**vars(stage.reptile), "pulls": stage.steps // stage.reptile.every},
+        "averaging": stage.averaging and {**stage.averaging.settings, "on_host": stage.averaging.on_host},
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
         "union_tokens": plan.tokens_before(stage) + stage.tokens,

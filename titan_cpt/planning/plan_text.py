@@ -44,6 +44,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         *_continued_schedules(plan),
         *_warm_ups(plan),
         *_pulls(plan),
+        *_averages(plan),
     ):
         _print_wrapped(console, line)
     for line in _lr_drawing(plan, min(width, _WIDEST_DRAWING)):
@@ -187,6 +188,18 @@ def _pulls(plan: Plan) -> Iterator[str]:
                 f"Reptile in {stage.name}: after every {pull.every:,} steps the weights become old + {pull.step:g} x "
                 f"(new - old), {stage.steps // pull.every:,} times; the old weights are kept in {where} memory, and in "
                 "the checkpoints between two pulls"
+            )
+
+
+def _averages(plan: Plan) -> Iterator[str]:
+    """A line for every stage that keeps an average of its weights."""
+    for stage in plan.stages:
+        if averaging := stage.averaging:
+            where = "host" if averaging.on_host else "device"
+            yield (
+                f"average of {stage.name}: {averaging.description}; a window of {averaging.size:,} snapshots, "
+                f"{averaging.every:,} steps apart; copies of the weights: {averaging.in_memory:,} in {where} memory, "
+                f"{averaging.saved(resumable=True):,} in a checkpoint within the stage, one at its end"
             )
 
 

@@ -138,8 +138,8 @@ def _footprints(
         inputs[stage.name] = replace(
             memory_inputs(own, dims, accumulation, gpu_bytes=gpu_bytes),
             muon=plan.optimizer.muon is not None,
-            copies_beside=int(plan.reptile is not None and not plan.reptile.on_host),
-            copies_on_host=int(plan.reptile is not None and plan.reptile.on_host),
+            copies_beside=plan.weight_copies(on_host=False),
+            copies_on_host=plan.weight_copies(on_host=True),
         )
     # Gradients have one dtype in the whole run: float32 if any step accumulates them.
     gradient_bytes = max(each.gradient_bytes for each in inputs.values())

@@ -23,6 +23,13 @@ from typing import Any, Literal
 Kind = Literal["mean", "ema", "like_decay"]
 Shape = Literal["linear", "sqrt", "cosine"]
 
+KINDS: Mapping[str, str] = {
+    "mean": "mean",
+    "ema": "exponential moving average",
+    "like_decay": "imitation of an LR decay",
+}
+"""The kinds in words."""
+
 _SHAPES: Mapping[Shape, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "sqrt": lambda x: 1 - math.sqrt(x),
@@ -55,6 +62,18 @@ class Averaging:
         """Number of float32 copies of the weights that the snapshots need."""
         return 1 if self.kind == "ema" else self.size
 
+    @property
+    def in_memory(self) -> int:
+        """Number of float32 copies of the weights during a validation of the average.
+
+        The snapshots, the average (an EMA is its own), and the weights that it takes the place of.
+        """
+        return self.stored + (1 if self.kind == "ema" else 2)
+
+    def saved(self, *, resumable: bool) -> int:
+        """Number of copies that a checkpoint holds: the average, and the snapshots if training may resume from it."""
+        return 1 + (self.stored if resumable and self.kind != "ema" else 0)
+
     def due(self, steps_done: int) -> bool:
         """Whether a snapshot is taken after this many steps of the stage."""
         return steps_done > 0 and steps_done % self.every == self.phase
@@ -77,6 +96,11 @@ class Averaging:
         more influence than the others; then 1 / K.
         """
         return 1 / min(number, self.size)
+
+    @property
+    def description(self) -> str:
+        """The kind in words, with its shape."""
+        return KINDS[self.kind] + (f" ({self.shape})" if self.kind == "like_decay" else "")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,10 +1,15 @@
 """The window of an average in steps, the stages that start from one, and refusals."""
 
+import io
+
 import pytest
 from plans import INFINITE, stage
+from rich.console import Console
 
 from titan_cpt.common.weights.averaging import Averaging
 from titan_cpt.errors import ConfigError, PlanError
+from titan_cpt.planning.plan_json import plan_as_json
+from titan_cpt.planning.plan_text import print_plan
 
 RAMP = '{ "0" = 4, "640" = 20 }'  # ten steps of 4 sequences of 16 tokens, then steps of 20
 
@@ -109,3 +114,37 @@ def test_an_average_that_does_not_exist_is_refused(head, make):
         PlanError, match=r"stages.b.init: stage 'a' has no snapshot for an average by step 0; its first"
     ):
         make(head + early + second)
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "host", "saved"),
+    [
+        ({}, 0, 6, 5),  # four snapshots, the average, and the weights while the average is validated
+        ({"keep_on": '"device"'}, 6, 0, 5),
+        ({"kind": '"ema"'}, 0, 2, 1),
+    ],
+)
+def test_memory_and_disk_count_the_copies(head, make, keys, device, host, saved):
+    """Each copy is as large as the weights, 4 bytes a parameter; a stage's end keeps no snapshots."""
+    plain = make(head + stage("a", "pile", 20))
+    plan = make(head + table(**{"kind": '"mean"', "last": 8, "every": 2, **keys}) + stage("a", "pile", 20))
+    weights = 4 * plan.spec.parameters
+
+    assert plan.footprint.memory - plain.footprint.memory == device * weights
+    assert plan.footprint.host == host * weights
+    # Two interval checkpoints, one that is being written, and the end.
+    assert plan.disk_bytes(2) - plain.disk_bytes(2) == (3 * saved + 1) * weights
+
+
+def test_the_plan_says_what_an_average_is(head, make):
+    """Kind, window and copies, in text and JSON."""
+    plan = make(head + table(kind='"like_decay"', shape='"cosine"', last=8, every=2) + stage("a", "pile", 20))
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan, console, keep_latest_k=1)
+
+    assert (
+        "average of a: imitation of an LR decay (cosine); a window of 4 snapshots, 2 steps apart; copies of the "
+        "weights: 6 in host memory, 5 in a checkpoint within the stage, one at its end"
+    ) in " ".join(console.file.getvalue().split())
+    (as_json,) = plan_as_json(plan)["stages"]
+    assert as_json["averaging"] == {"kind": "like_decay", "shape": "cosine", "size": 4, "every": 2, "on_host": True}
