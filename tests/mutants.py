@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("titan_cpt", "tests", "train_configs", "pyproject.toml", "docs/library.md", "docs/metrics.md")
+COPIED = ("titan_cpt", "tests", "train_configs", "pyproject.toml", "README.md", "docs/library.md", "docs/metrics.md")
 
 
 @dataclass(frozen=True)

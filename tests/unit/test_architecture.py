@@ -74,7 +74,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "config.used_plugins": "behavior/test_plugins.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "checkpoint.merge.inputs": "unit/checkpoint/merge/test_merge.py",
-    "checkpoint.merge.merged_weights": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.parents": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.progress": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",

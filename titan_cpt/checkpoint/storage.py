@@ -94,9 +94,7 @@ class ShardWriter(StorageWriter):
         with _HashedFile(self._folder / name) as file:
             file.write(_header(shards))
             for item, _ in shards:
-                tensor = planner.resolve_data(item)
-                assert isinstance(tensor, Tensor), f"{item.index.fqn} is a tensor"
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(_content(planner.resolve_data(item)))  # not held while the next one is computed
         self.checksums[name] = file.checksum
         return [WriteResult(item.index, math.prod(shard.shape), shard) for item, shard in shards]
 
@@ -310,6 +308,11 @@ def _even_shares(items: Sequence[WriteItem], count: int) -> list[list[WriteItem]
         shares[smallest].append(item)
         sizes[smallest] += _bytes_of(item)
     return [share for share in shares if share]
+
+
+def _content(tensor: Any) -> memoryview:
+    assert isinstance(tensor, Tensor), "prepare_local_plan checks that the plan holds only tensors"
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _bytes_of(item: WriteItem) -> int:

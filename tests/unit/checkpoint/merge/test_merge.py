@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from byte_level_tokenizers import save_tokenizer
-from releases import SPECS, python, release, state_of
+from releases import SPECS, release, state_of
 from safetensors.torch import load_file, save_file
 from training import THEIR_WARNINGS_IGNORED, changed, config_of, third_stage, two_stages, write_languages
 
@@ -20,7 +20,6 @@ from titan_cpt.checkpoint.hf_import import import_released
 from titan_cpt.checkpoint.hf_release import weight_shapes
 from titan_cpt.checkpoint.merge.inputs import open_input
 from titan_cpt.checkpoint.merge.merge import merge, require_space
-from titan_cpt.checkpoint.merge.merged_weights import MergedWeights
 from titan_cpt.checkpoint.merge.settings import merge_settings
 from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, tokenizer_mismatch
 from titan_cpt.checkpoint.state_dict import load_state
@@ -372,59 +371,3 @@ def test_free_disk_space_is_checked_first(tmp_path):
 
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(tmp_path / "new" / "out")
-
-
-def test_progress_adds_up(three):
-    """The elements that are reported are those that were announced, with and without trimming."""
-    folder, _ = three
-    for options in ({}, {"method": "ties", "has_base": True, "density": 0.5}):
-        settings = merge_settings(2, **options)
-        base = open_input(str(folder / "base")) if options else None
-        weights = MergedWeights([open_input(str(folder / name)) for name in "ab"], base, settings, block_elements=999)
-        done = []
-        weights.advance = done.append
-        weights.find_thresholds()
-        for name in weight_shapes(SPECS["gpt_neox"]):
-            weights.read(name)
-
-        assert sum(done) == weights.total_elements
-
-
-def test_a_merge_takes_the_memory_of_blocks_not_of_models(tmp_path):
-    """Two models and a base of 52 MB merged by TIES in blocks of 1 MiB: memory grows by less than half of one."""
-    code = f"""
-import sys
-from pathlib import Path
-import torch
-from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.merge.merge import merge
-from titan_cpt.checkpoint.merge.settings import merge_settings
-from titan_cpt.checkpoint.weights_only import record_without_training, save_weights
-from titan_cpt.checkpoint.hf_release import weight_shapes
-from titan_cpt.models.registry import named_size
-folder = Path({str(tmp_path)!r})
-spec = lambda layers: named_size("gpt_neox", "debug", 257, dict(layers=layers, width=512, heads=8, vocab_size=512))
-def write(name, layers):
-    shapes = weight_shapes(spec(layers))
-    (folder / name).mkdir()
-    sums = save_weights(spec(layers), lambda key: torch.randn(shapes[key]), folder / name)
-    manifest.write(folder / name, record_without_training("made", spec(layers).as_recipe()), sums)
-settings = merge_settings(2, method="ties", has_base=True)
-def merged(names, out):
-    names = [str(folder / name) for name in names]
-    merge(names[1:], folder / out, settings, base=names[0], log=lambda line: None, block_elements=1 << 17)
-peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-for number in range(3):
-    write(f"small-{{number}}", 1)
-    write(f"large-{{number}}", 4)
-merged([f"small-{{number}}" for number in range(3)], "first")  # all that is imported on the way, once
-Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-before = peak()
-merged([f"large-{{number}}" for number in range(3)], "out")
-print(peak() - before, 4 * spec(4).parameters)
-"""
-    done = python("-W", "ignore", "-c", code)
-    assert done.returncode == 0, done.stderr
-    grown, model = (int(number) for number in done.stdout.split())
-
-    assert grown < model / 2, (grown, model)
