@@ -128,6 +128,7 @@ def test_a_bad_step_is_found_before_the_pull_that_follows_it(raw):
     """Step 5, the second before the pull after step 6, with metrics read only when something needs them: the same bits
     as with metrics of every step. A rollback to step 4 brings back the old weights that were saved there."""
     bad = BadNumbers("german", (4,))
+    raw["validation"]["interval"] = 1000  # it would read the metrics too
     rarely, outcome = run(raw, "rarely", bad, training={"on_nonfinite": "skip"})
     often, _ = run(raw, "often", bad, training={"on_nonfinite": "skip"}, metrics={"log_freq": 1})
     rolling, last = run(raw, "rolling", bad, training={"on_nonfinite": "rollback"})
