@@ -133,7 +133,7 @@ def watched(output, *arguments):
 
 
 def test_no_command_that_reads_a_checkpoint_unpickles_anything(tmp_path):
-    """Training from one, resume, verify, export and anneal, observed by the interpreter's audit hook."""
+    """Training from one, resume, verify, export, merge and anneal, observed by the interpreter's audit hook."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     first = training.write_config(raw, tmp_path / "first.toml")
 
@@ -148,11 +148,12 @@ def test_no_command_that_reads_a_checkpoint_unpickles_anything(tmp_path):
         ("train", "--config", second),
         ("verify", checkpoint),
         ("export", checkpoint, tmp_path / "exported"),
+        ("merge", checkpoint, checkpoint, "--output", tmp_path / "merged"),
         ("anneal", checkpoint, "--tokens", "128"),
     ]
     done = [watched(tmp_path / f"{number}.txt", *command) for number, command in enumerate(commands)]
 
-    assert [one.status for one in done] == [0, 0, 0, 0], [one.output for one in done]
+    assert [one.status for one in done] == [0] * 5, [one.output for one in done]
     assert not [one.output for one in done if "unpickled" in one.output]
 
 
