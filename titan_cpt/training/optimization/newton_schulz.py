@@ -32,10 +32,9 @@ def orthogonalize(matrix_MN: Tensor, steps: int) -> Tensor:
     assert matrix_MN.is_contiguous(), "not one dense matrix"
     a, b, c = COEFFICIENTS
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    x = matrix_MN.T if tall else matrix_MN
+    x = matrix_MN.T if tall else matrix_MN  # not made dense: oneDNN's products would have other bits then
     x.mul_(torch.where(torch.isinf(x.norm()), _TO_FINITE_NORM, 1.0).to(x.dtype))
     x.div_(x.norm().clamp(min=SMALLEST_NORM))
-    x = x.contiguous()  # products of a dense matrix are faster
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from titan_cpt.training.optimization.newton_schulz import lr_factor, orthogonalize
 
@@ -37,6 +38,17 @@ def test_a_power_of_two_as_a_factor_changes_no_bit(shape, exponent):
 
     assert scaled.isfinite().all()
     assert torch.equal(orthogonalize(scaled, 5), result)
+
+
+@pytest.mark.parametrize("shape", [(1152, 384), (1536, 384), (384, 1536), (500, 77)], ids=str)
+def test_the_bits_of_larger_matrices_are_those_of_torch(shape):
+    """Where the order of torch's sums depends on how a transposed matrix lies in memory."""
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = matrix_of(shape).float()
+    torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="original").step()
+    ours = orthogonalize(matrix_of(shape), 5).float() * lr_factor(*shape, "original")
+
+    assert torch.equal(-weight, ours)
 
 
 def test_a_matrix_of_zeros_stays_zero():
