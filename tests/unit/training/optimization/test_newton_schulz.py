@@ -42,7 +42,7 @@ def test_a_power_of_two_as_a_factor_changes_no_bit(shape, exponent):
 
 @pytest.mark.parametrize("shape", [(1152, 384), (1536, 384), (384, 1536), (500, 77)], ids=str)
 def test_the_bits_of_larger_matrices_are_those_of_torch(shape):
-    """Where the order of torch's sums depends on how a transposed matrix lies in memory."""
+    """The order of sums in a product depends on the strides of a transposed matrix."""
     weight = nn.Parameter(torch.zeros(shape))
     weight.grad = matrix_of(shape).float()
     torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="original").step()
