@@ -29,6 +29,8 @@ from forked_commands import ROOT, Shell
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from titan_cpt.common.weights.named_weights import split_average, suffix_of
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -150,9 +152,10 @@ def small_arguments(arguments: list[str]) -> list[str]:
 
 
 def _existing_step(word: str, choose: Callable[..., Path]) -> str:
-    path = Path(word)
+    name, average = split_average(word)
+    path = Path(name)
     if re.fullmatch(r"step-\d{8}", path.name) and not path.exists() and path.parent.exists():
-        return str(choose(path.parent.glob("step-*"), default=path))
+        return f"{choose(path.parent.glob('step-*'), default=path)}{suffix_of(average)}"
     return word
 
 
