@@ -107,8 +107,8 @@ def test_a_shell_completes(here, shell, start):
             wait_for(terminal, r"trai\S*n ")
             os.write(terminal, b"mi\t")
             wait_for(terminal, r"ne\.toml ")
-            os.write(terminal, b"--sta\tg\trep\tfra\t")
-            wait_for(terminal, r"--sta\S*ges\.g\S*erman\.rep\S*lay\.fra\S*ction ")
+            os.write(terminal, b"--sta\tg\trepl\tfra\t")
+            wait_for(terminal, r"--sta\S*ges\.g\S*erman\.repl\S*ay\.fra\S*ction ")
         finally:
             it.kill()
             os.close(terminal)
