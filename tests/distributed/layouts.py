@@ -29,7 +29,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {"one": {}},
     2: {
         "fsdp": {"training.local_batch_size": "4"},
-        "tp": {"parallelism.tensor_parallel_degree": "2"},
+        "tp": {"parallelism.tensor_parallel_degree": "2", "averaging.keep_on": "device"},
         "pp": {"parallelism.pipeline_parallel_degree": "2"},
         "cp": {"parallelism.context_parallel_degree": "2"},
     },
@@ -49,6 +49,7 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
 MUON = {"optimizer.name": "Muon"}
 STEP = "first/step-00000002"
 PULLED = "first/step-00000001"
+END = "first/step-00000004"
 
 
 def write(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 import training
 from equal_gradients import take_steps
 from faulty import Life
-from layouts import LAYOUTS, MUON, PULLED, STEP
+from layouts import END, LAYOUTS, MUON, PULLED, STEP
 from parity_launch import TOML, make_data
 
 from titan_cpt.common.run_folder import INTERVAL
@@ -18,6 +18,7 @@ from titan_cpt.training.saving import save_checkpoint
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
+AVERAGING = '[averaging]\nkind = "like_decay"\nlast = 4\nevery = 1\n'
 NAMES = [(ranks, name) for ranks, of_ranks in LAYOUTS.items() for name in of_ranks]
 
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
     )
     toml = toml.replace(f'dataset = "{folder}/pages"', 'dataset = "pages"').replace('name = "base"', 'name = "one"')
     toml = toml.replace("steps = 4\n", "steps = 4\nreptile = { every = 3, step = 0.3 }\n", 1)
-    (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\n")
+    (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\n{AVERAGING}")
     outcome = training.train(folder / "run.toml")
 
     assert outcome.status == 0, outcome.output
@@ -63,11 +64,15 @@ def test_a_resume_reads_every_layouts_checkpoint_into_the_same_bits(folder, rank
     assert [len(set(digests.values())) for digests in told] == [1] * ranks
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "reptile"])
+@pytest.mark.parametrize("part", ["model", "optimizer", "average", "snapshots", "reptile"])
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
 def test_a_resume_under_a_layout_holds_the_state_of_one_process_exactly(folder, ranks, name, part):
-    """Each layout reads a checkpoint and writes it at once: its tensors are bit for bit those of the one process."""
+    """Each layout reads a checkpoint and writes it at once: its tensors are bit for bit those of the one process.
+
+    So are the average of the weights, which each rank computes from its own shards, and the two snapshots behind it.
+    """
     one = training.tensors_of(folder / "one" / STEP, part)
+    assert len(one) == len(training.tensors_of(folder / "one" / STEP)) * {"optimizer": 3, "snapshots": 2}.get(part, 1)
     for run in (name, f"to-{name}"):
         assert training.same_bits(one, training.tensors_of(folder / run / STEP, part))
 
@@ -110,3 +115,22 @@ def test_a_pull_under_a_layout_is_that_of_numpy_on_the_whole_weights(folder, ran
     for part in found:
         assert training.same_bits({key: torch.from_numpy(value) for key, value in expected.items()}, part)
     assert not training.same_bits(new, old)
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES)
+def test_the_average_of_a_run_that_changed_its_layout_is_that_of_one_process(folder, ranks, name):
+    """With two snapshots of its own: its loss is within 1e-5, and it is no further away than the weights are."""
+    expected, found = (training.numbers_of(folder / run) for run in ("one", f"to-{name}"))
+    one, other = (
+        {part: training.tensors_of(folder / run / END, part) for part in ("model", "average")}
+        for run in ("one", f"to-{name}")
+    )
+    of_weights, of_average = (
+        max(float((one[part][key] - other[part][key]).abs().max()) for key in one[part]) for part in one
+    )
+
+    assert found["validation", "first", 4, "pages@average"][0] == pytest.approx(
+        expected["validation", "first", 4, "pages@average"][0], abs=1e-5
+    )
+    assert of_average <= of_weights + 1e-7
+    assert expected["validation", "first", 4, "pages@average"][0] != expected["validation", "first", 4, "pages"][0]
