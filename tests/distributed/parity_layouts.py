@@ -35,6 +35,12 @@ BF16 = {"training.mixed_precision_param": "bfloat16", "stages.first.lr.max": "1e
 """Adam's first steps are the gradient's sign times the LR: at 1e-3 a sign that bf16's rounding turns, in whatever
 layout, moves the later losses and gradient norms by as much as the tolerance."""
 
+AVERAGED = {"averaging.kind": "like_decay", "averaging.last": "2", "averaging.every": "1"}
+"""Averages of the weights, which are validated too."""
+
+MUON = {"optimizer.name": "Muon", **AVERAGED}
+"""Newton-Schulz runs in bfloat16, in which a last bit of a gradient may turn the rounding of an update."""
+
 MASKED = {
     "datasets.pages.train": "lines",
     "datasets.pages.validation": "lines-validation",
@@ -73,8 +79,8 @@ class Case:
         world_size: ranks.
         overrides: dotted key to value, over the tests' TOML.
         against: the run of one process with the same model and precision.
-        precision: "float32", "bfloat16", "float8, one scale" where the same tensors are scaled as in one process, or
-            "float8"; each has its tolerance.
+        precision: "float32", "bfloat16", "Muon" (float32 but for Newton-Schulz), "float8, one scale" where the same
+            tensors are scaled as in one process, or "float8"; each has its tolerance.
         model: "gpt_neox", one of `LLAMAS`, or "packed": a GPT-NeoX on masked, packed documents.
     """
 
@@ -100,6 +106,8 @@ def _case(
     model: str = "gpt_neox",
     bf16: bool = False,
     masked: bool = False,
+    muon: bool = False,
+    averaged: bool = False,
     rows: int | None = None,
     **keys: int | str | bool,
 ) -> Case:
@@ -132,7 +140,11 @@ def _case(
         overrides |= MASKED
         words.append("masked")
         against = f"{against}-masked"
-    precision = "bfloat16" if bf16 else "float32"
+    if muon or averaged:
+        overrides |= MUON if muon else AVERAGED
+        words.append("muon" if muon else "averaged")
+        against = f"{against}-{words[-1]}"
+    precision = "bfloat16" if bf16 else "Muon" if muon else "float32"
     if "float8" in keys:
         against = f"one-{keys['float8']}" + ("-bf16" if bf16 else "")
         precision = "float8" if {"tp", "cp"} & set(keys) or (bf16 and "gather" in keys) else "float8, one scale"
@@ -204,6 +216,9 @@ CASES: tuple[Case, ...] = (
     _case(2, tp=2, gathered_logits=True, model="packed"),
     _case(2, cp=2, model="packed"),
     _case(2, pp=2, rows=4, model="packed"),
+    # two ranks: Muon, and averages
+    *(_case(2, muon=True, **keys) for keys in ({}, {"tp": 2}, {"pp": 2})),
+    _case(2, averaged=True, offload=True),
     # four ranks: two dimensions, and long pipelines
     _case(4),
     _case(4, rep=2),
@@ -230,6 +245,9 @@ CASES: tuple[Case, ...] = (
     _case(4, tp=2, bf16=True, model="llama"),
     _case(4, tp=4, model="llama"),
     _case(4, cp=2, tp=2, model="windowed"),
+    # four ranks: Muon on matrices that FSDP2 and TP shard
+    _case(4, muon=True, tp=2),
+    _case(4, muon=True, rep=2),
     # four ranks: attention within documents
     _case(4, cp=2, tp=2, masked=True),
     _case(4, pp=2, cp=2, schedule="ZBVZeroBubble", ac="full", rows=4, masked=True),
@@ -283,6 +301,8 @@ REFERENCES: dict[str, dict[str, str]] = {
     "lengths": {"toml": "lengths", "training.local_batch_size": "4"},
     "one": {},
     "one-bf16": BF16,
+    "one-muon": MUON,
+    "one-averaged": AVERAGED,
     "one-deep": {"model.layers": "8"},
     "one-odd": {"training.seq_len": "50"},
     "packed": {"toml": "packed"},
