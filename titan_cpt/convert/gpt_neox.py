@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
+from titan_cpt.convert.muon import OTHER_OPTIMIZER
 from titan_cpt.convert.shared import (
     END_OF_DOCUMENT_LOSS,
     constant_lr,
@@ -303,7 +304,10 @@ def _optimizer(out: Conversion) -> None:
     if kind.lower() in ("adam", "adamw"):
         out.set("optimizer.name", "AdamW", of=keys, text="decoupled weight decay, not of norms and biases, as here")
     else:
-        out.no_counterpart(keys, "only AdamW: the learning rate and weight decay need new values")
+        text = OTHER_OPTIMIZER
+        if "muon" in kind.lower():
+            text = 'not an optimizer of GPT-NeoX: for Muon set optimizer.name = "Muon" and its keys in docs/config.md'
+        out.no_counterpart(keys, text)
     beta1, beta2 = out.pair("optimizer.params.betas", (0.9, 0.999))
     out.set({"optimizer.beta1": beta1, "optimizer.beta2": beta2}, of=["optimizer.params.betas"])
     out.set("optimizer.eps", float(out.number("optimizer.params.eps", 1e-8)), of=["optimizer.params.eps"])

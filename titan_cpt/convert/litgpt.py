@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
+from titan_cpt.convert.muon import OTHER_OPTIMIZER, set_torch_muon
 from titan_cpt.convert.shared import cosine_lr, end_point, set_batch, set_missing_data, set_model, set_placeholder_model
 from titan_cpt.models.registry import SIZES, SPECS
 
@@ -210,17 +211,21 @@ def _data(out: Conversion) -> None:
 
 
 def _optimizer(out: Conversion) -> None:
-    kind = str(out.value("optimizer.class_path", out.value("optimizer", "AdamW"))).rpartition(".")[2]
+    path = str(out.value("optimizer.class_path", out.value("optimizer", "AdamW")))
     keys = ["optimizer.class_path", "optimizer"]
-    if kind == "AdamW":
-        out.set("optimizer.name", "AdamW", of=keys)
-    else:
-        out.no_counterpart(keys, "only AdamW: the learning rate and weight decay need new values")
     prefix = "optimizer.init_args."
-    beta1, beta2 = out.pair(f"{prefix}betas", (0.9, 0.999))
-    out.set({"optimizer.beta1": beta1, "optimizer.beta2": beta2}, of=[f"{prefix}betas"])
-    out.set("optimizer.eps", float(out.number(f"{prefix}eps", 1e-8)), of=[f"{prefix}eps"])
-    decay = float(out.number(f"{prefix}weight_decay", 0.01))
+    muon = path in ("torch.optim.Muon", "Muon")
+    if muon:
+        set_torch_muon(out, prefix, keys)
+    else:
+        if path.rpartition(".")[2] == "AdamW":
+            out.set("optimizer.name", "AdamW", of=keys)
+        else:
+            out.no_counterpart(keys, OTHER_OPTIMIZER)
+        beta1, beta2 = out.pair(f"{prefix}betas", (0.9, 0.999))
+        out.set({"optimizer.beta1": beta1, "optimizer.beta2": beta2}, of=[f"{prefix}betas"])
+        out.set("optimizer.eps", float(out.number(f"{prefix}eps", 1e-8)), of=[f"{prefix}eps"])
+    decay = float(out.number(f"{prefix}weight_decay", 0.1 if muon else 0.01))
     text = "litgpt decays every parameter; here norms and biases are not decayed"
     out.decide(text, {"optimizer.weight_decay": decay}, of=[f"{prefix}weight_decay"])
     if out.has(f"{prefix}fused"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
 from titan_cpt.convert.megatron_batch import set_batches
+from titan_cpt.convert.muon import set_megatron_optimizer
 from titan_cpt.convert.shared import (
     END_OF_DOCUMENT_LOSS,
     constant_lr,
@@ -383,10 +384,7 @@ def _options(out: Conversion) -> None:
     if out.has("eval-iters"):
         text = "Megatron-LM validates on this number of batches; here on validation.sequences sequences a dataset"
         out.decide(text, of=["eval-iters"])
-    if out.value("optimizer", "adam") != "adam":
-        out.no_counterpart("optimizer", "only AdamW: the learning rate and weight decay need new values")
-    elif out.has("optimizer"):
-        out.set("optimizer.name", "AdamW", of=["optimizer"])
+    set_megatron_optimizer(out)
     if out.has("save"):
         folder = out.value("save")
         text = "checkpoints are in <output_dir>/<name>/<stage>/step-NNNNNNNN"

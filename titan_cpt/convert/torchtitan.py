@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from titan_cpt.convert.conversion import Conversion
+from titan_cpt.convert.muon import OTHER_OPTIMIZER
 from titan_cpt.convert.shared import (
     constant_lr,
     end_point,
@@ -201,10 +202,17 @@ def _data(out: Conversion) -> None:
 
 
 def _optimizer(out: Conversion) -> None:
-    if out.text("optimizer.name", "AdamW") == "AdamW":
+    name = out.text("optimizer.name", "AdamW")
+    if name == "AdamW":
         out.set("optimizer.name", "AdamW", of=["optimizer.name"])
+    elif "muon" in name.lower():
+        text = (
+            "torchtitan 0.2 has Adam and AdamW; later versions set Muon in Python, which is not converted: set "
+            'optimizer.name = "Muon" and its keys in docs/config.md'
+        )
+        out.no_counterpart("optimizer.name", text)
     else:
-        out.no_counterpart("optimizer.name", "only AdamW: the learning rate and weight decay need new values")
+        out.no_counterpart("optimizer.name", OTHER_OPTIMIZER)
     decay = float(out.number("optimizer.weight_decay", 0.1))
     text = "torchtitan 0.2 decays every parameter; here norms and biases are not decayed"
     out.decide(text, {"optimizer.weight_decay": decay}, of=["optimizer.weight_decay"])
