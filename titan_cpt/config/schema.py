@@ -70,7 +70,7 @@ class TokenizerConfig(Table):
 
 
 class OptimizerConfig(Table):
-    """[optimizer]: the optimizer and its hyperparameters; the learning rate is set per stage."""
+    """[optimizer]: AdamW hyperparameters, or those of Muon; the learning rate is set per stage."""
 
     name: Literal["AdamW", "Muon"] = "AdamW"
     """AdamW for all parameters; or Muon for the two-dimensional weights of the blocks and AdamW, with the same learning
