@@ -47,6 +47,8 @@ THEIR_WARNINGS_IGNORED = [
 ]
 END_OF_DOCUMENT = 256
 LANGUAGES = ("en", "de")
+BY_SOURCE = tuple(f"{prefix}{what}_by_source" for prefix in ("", "replay_") for what in ("loss", "tokens"))
+"""Keys of a training line, each a table by source; a line has no table that would be empty."""
 
 torch.set_num_threads(1)
 
@@ -183,15 +185,17 @@ def loader_of(trainer: Trainer, stage: StagePlan) -> StageLoader:
 
 @dataclass(frozen=True)
 class Fault:
-    """End the process with SIGKILL when `place` ("module:name.name") is called for the `call`-th time.
+    """End the process with a signal when `place` ("module:name.name") is called for the `call`-th time.
 
     Attributes:
+        number: the signal, SIGKILL by default.
         once_written: a checkpoint that must be whole by then: checkpoints are written in the background.
     """
 
     place: str
     call: int = 1
     once_written: Path | None = None
+    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,7 @@ def _lay(fault: Fault) -> None:
             sys.stdout.flush()
             while fault.once_written is not None and not (fault.once_written / "manifest.json").exists():
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), fault.number)
         return original(*args, **kwargs)
 
     setattr(holder, name, deadly)
@@ -337,11 +341,10 @@ def numbers_of(run: Path) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         key = (line["kind"], line.get("stage"), line.get("step"), line.get("dataset"))
         if line["kind"] == "train":
             names = ("loss_nats_per_token", "grad_norm", "lr", "batch_hash", "tokens", "run_step")
+            found[key] = (*(line[name] for name in names), *(line.get(name) for name in BY_SOURCE))
         elif line["kind"] == "validation":
             names = ("loss_nats_per_token", "bits_per_byte", "forgetting_nats_per_token")
-        else:
-            continue
-        found[key] = tuple(line[name] for name in names)
+            found[key] = tuple(line[name] for name in names)
     return found
 
 

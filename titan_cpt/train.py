@@ -38,7 +38,7 @@ from titan_cpt.reporting.summary import print_summary, summarize, write_summary
 from titan_cpt.tracking.follower_process import require_clients, trackers_following
 from titan_cpt.training.bad_steps import first_held_back, handle_bad_step
 from titan_cpt.training.benchmarks import require_benchmarks, run_benchmarks
-from titan_cpt.training.build import build
+from titan_cpt.training.build import build_unless_stopped
 from titan_cpt.training.changed_validation import renew_baselines
 from titan_cpt.training.due import actions_due, benchmarks_due
 from titan_cpt.training.forgetting import validate
@@ -100,10 +100,12 @@ def opened_trainer(
                 prepare_missing_data_unless_stopped(config, stop, log=console.print_line, quiet=not verbosity)
         if process.rank != 0:  # only now: a run that rank 0 refuses writes no log
             console = stack.enter_context(run_console(folder, process, verbosity))
-        if any_rank_stops(stop):
+        stopped = any_rank_stops(stop)
+        built = None if stopped else build_unless_stopped(Trainer, config, process, folder, stop, console)
+        if built is None:
             yield None, None
             return
-        trainer, checkpoint = build(Trainer, config, process, folder, stop, console)
+        trainer, checkpoint = built
         say, warn = trainer.display.say, trainer.display.warn
         stack.enter_context(trackers_following(config, folder, rank=process.rank, stop=stop, say=say, warn=warn))
         try:

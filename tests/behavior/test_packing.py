@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from itertools import pairwise
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_a_killed_run_resumes_to_the_same_numbers_with_its_index_built_again(raw
     assert training.same_bits(
         *(training.tensors_of(tmp_path / name / "german" / "step-00000010") for name in ("broken", "whole"))
     )
+
+
+def test_a_signal_while_documents_are_packed_stops_the_run_at_once(raw, tmp_path):
+    """Nothing half-written stays in the cache, and the same command trains."""
+    config = training.write_config(raw, tmp_path / "c.toml")
+    signaled = Fault("titan_cpt.data.packing.packed_documents:write_index", number=signal.SIGTERM)
+    stopped = train(config, fault=signaled)
+    left = [path.suffix for path in (tmp_path / "cache" / "packing").iterdir()]
+    resumed = train(config)
+
+    assert stopped.status == 75, stopped.output
+    assert stopped.output.endswith("stopped by SIGTERM before training: the same command resumes\n")
+    assert left == [".lock"]
+    assert resumed.status == 0, resumed.output
 
 
 def test_a_run_does_not_resume_with_another_packing_or_other_borders(raw, data, tmp_path):

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from titan_cpt.common.exit_status import STOPPED_EARLY
+from titan_cpt.errors import TitanError
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StoppedError(TitanError):
+    """A signal stopped a run before training, in work that the next run repeats."""
+
+    exit_status = STOPPED_EARLY
 
 
 class StopRequest:
@@ -51,6 +60,15 @@ class StopRequest:
             yield
         finally:
             self._interrupting = False
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within the block a signal raises StoppedError, which `raise_on_all_ranks` raises on every rank."""
+        try:
+            with self.interrupting():
+                yield
+        except KeyboardInterrupt:
+            raise StoppedError(f"stopped by {self.name} before training: the same command resumes") from None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT":

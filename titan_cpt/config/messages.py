@@ -43,6 +43,8 @@ def error_message(error: Any, raw: dict[str, Any]) -> str:
             return f"{where}: must have at least one entry"
     if error["type"] in _BOUND_ERRORS:
         return f"{where}: must be {interval(bounds_of(error['loc']))}, got {got}"
+    if error["type"] == "finite_number":
+        return f"{where}: must be a finite number, got {got}"
     kind = _KINDS.get(error["type"].split("_")[0])
     return f"{where}: must be {kind}, got {got}" if kind else f"{where}: {error['msg']}, got {got}"
 

@@ -28,7 +28,7 @@ from titan_cpt.data.formats.token_files import (
 )
 from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.packing.packed_documents import PackedDocuments
-from titan_cpt.data.packing.pieces import PackingCounts
+from titan_cpt.data.packing.pieces import LONGEST_SEQUENCE, PackingCounts
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.sequence_lengths import sequence_lengths
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
@@ -152,7 +152,7 @@ def _packing(
     """Counts of the packed sequences of every source with packing = "best_fit", by source and sequence length.
 
     Raises:
-        DataError: a file is damaged, or raw files have no end-of-document id.
+        DataError: a file is damaged, raw files have no end-of-document id, or sequences are too long to be packed.
     """
     lengths = sequence_lengths(config)
     found: dict[tuple[str, int], PackingCounts] = {}
@@ -160,7 +160,12 @@ def _packing(
         eod_id = _eod_id(config, each.files) if each.files.best_fit else None
         if eod_id is not None:
             documents = PackedDocuments(each.where, each.files, each.paths, eod_id)
-            for length in lengths[each.dataset]:
+            for length, key in lengths[each.dataset].items():
+                if length > LONGEST_SEQUENCE:
+                    raise DataError(
+                        f'{key}: packing = "best_fit" of {source_table(each.source)} allows sequences of up to '
+                        f"{LONGEST_SEQUENCE} tokens, got {length}"
+                    )
                 try:
                     found[each.source, length] = documents.counts(length, log=log)
                 except DataError as error:

@@ -20,7 +20,7 @@ from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import RunConsole, Verbosity
 from titan_cpt.common.files import write_text_atomically
 from titan_cpt.common.run_folder import CONFIG_FILE, PLAN_FILE, TENSORBOARD_FOLDER, TOKENS_FOLDER
-from titan_cpt.common.signals import StopRequest
+from titan_cpt.common.signals import StoppedError, StopRequest
 from titan_cpt.config.run_config import changed_settings, last_setting, write_run_config
 from titan_cpt.config.schema import Config, document_keys
 from titan_cpt.data.documents import document_settings
@@ -77,6 +77,17 @@ class _Data:
     identities: dict[str, str]
 
 
+def build_unless_stopped(
+    kind: type[State], config: Config, process: ProcessInfo, folder: Path, stop: StopRequest, console: RunConsole
+) -> tuple[State, FoundCheckpoint | None] | None:
+    """Return `build`'s result, or None if a signal came to any rank while documents were packed."""
+    try:
+        return build(kind, config, process, folder, stop, console)
+    except StoppedError as stopped:
+        console.print_line(str(stopped))
+        return None
+
+
 def build(
     kind: type[State],
     config: Config,
@@ -93,6 +104,7 @@ def build(
         console: prints the plan, notes and progress; by default one without a log file.
 
     Raises:
+        StoppedError: a signal came to any rank while documents were packed; raised on every rank.
         TitanError: config, data, device and checkpoints do not fit together; raised on every rank.
     """
     torch.use_deterministic_algorithms(config.job.deterministic)
@@ -101,9 +113,11 @@ def build(
     owner = restore_from_storage(config, process, folder, console)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
-        inventory = take_inventory(config, log=console.print_line)
+        with stop.raising():  # raw files are read, and may be packed
+            inventory = take_inventory(config, log=console.print_line)
         plan = make_plan(config, inventory, process.world_size, gpu_bytes=_gpu_bytes(process.device))
-        data = _open_data(config, tokenizer, console)
+        with stop.raising():
+            data = _open_data(config, tokenizer, console)
         readers = {stage.name: _reader(plan, stage, data.training) for stage in plan.stages}
         _check_support(config, plan, process.device)
         metrics = load_metrics(config.validation.metrics)

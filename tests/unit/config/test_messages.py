@@ -52,7 +52,7 @@ def test_hints_for_a_dataset_named_like_a_key_are_the_datasets_keys(one_stage, f
         ("training.seq_len", "1", "must be >= 2, got 1"),
         ("training.global_batch_size", "0", "must be >= 1, got 0"),
         ("training.max_norm", "0.0", "must be > 0, got 0.0"),
-        ("training.max_norm", "inf", "finite number, got inf"),
+        ("training.max_norm", "inf", "must be a finite number, got inf"),
         ("training.mixed_precision_param", '"float16"', "must be one of 'bfloat16', 'float32', got 'float16'"),
         ("training.enable_cpu_offload", "1", "must be true or false, got 1"),
         ("optimizer.beta1", "1.0", "must be in [0, 1), got 1.0"),

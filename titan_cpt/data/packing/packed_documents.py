@@ -2,12 +2,14 @@
 
 An index is built once per machine: <cache_dir>/packing/<key>.pack, where the key is a digest of the document borders
 and the sequence length, so any run that packs the same documents finds it. One process builds it under a lock; the
-others wait. An index has about 8 bytes per document and 8 per sequence.
+others wait. An index has about 8 bytes per document and 8 per sequence. Building one removes those that no run has
+opened for 90 days.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +27,7 @@ from titan_cpt.errors import AccessError, reason_and_remedy
 from titan_cpt.object_storage.block_cache import PACKING_FOLDER
 from titan_cpt.object_storage.locations import Location
 
+_UNUSED_SECONDS = 90 * 86_400.0  # after which an index that no run has opened is removed
 _WAIT_SECONDS = 0.2  # between two attempts to take the lock
 _counted: dict[tuple[str, int], PackingCounts] = {}  # by borders and seq_len: a sweep plans many runs on the same data
 
@@ -81,7 +84,9 @@ class PackedDocuments:
         """
         path = self._path(seq_len)
         with suppress(OSError, DamagedIndexError):
-            return self._open(seq_len, check_content=True)
+            index = self._open(seq_len, check_content=True)
+            _mark_used(path)
+            return index
         try:
             make_folder(path.parent)
             with _locked(path.with_suffix(".lock"), self.where, log):
@@ -103,6 +108,7 @@ class PackedDocuments:
         began = time.monotonic()
         log(f"{self.where}: packs documents into sequences of {seq_len} tokens; the index is kept as {path}")
         remove_unfinished(path)
+        _remove_unused(path.parent)
         with atomic_file(path) as file:
             lengths = document_lengths(self.files, self.paths, self.eod_id)
             counts = write_index(file, packed_segments(lengths, seq_len), seq_len=seq_len, borders=self.borders)
@@ -119,6 +125,19 @@ class PackedDocuments:
         assert self.files.cache is not None, "the config has a cache folder"
         key = hashlib.sha256(f"{VERSION} {seq_len} {self.borders}".encode()).hexdigest()[:32]
         return Path(self.files.cache.folder).expanduser() / PACKING_FOLDER / f"{key}.pack"
+
+
+def _mark_used(path: Path) -> None:
+    with suppress(OSError):  # another user's cache may be read-only
+        os.utime(path)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the indices that no run has opened for a long time: of other data, or of other sequence lengths."""
+    for path in folder.glob("*.pack"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _UNUSED_SECONDS:
+                path.unlink()
 
 
 @contextmanager

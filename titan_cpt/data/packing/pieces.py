@@ -19,6 +19,7 @@ from titan_cpt.errors import DataError
 
 GROUP_DOCUMENTS = 1 << 24
 """Consecutive documents that are packed together. Changing it changes the order of the data: see index_file.VERSION."""
+LONGEST_SEQUENCE = 1 << 24  # tokens: packing takes memory for each length that a piece can have
 SEGMENT_PIECES = 1 << 24  # pieces of cut documents in a segment of the index
 
 

@@ -35,15 +35,20 @@ def count_sequences(config: Config, inventory: DataInventory, problems: list[str
     lengths = sequence_lengths(config)
     sequences: dict[tuple[str, int], int | None] = {}
     for source, tokens in inventory.tokens.items():
-        for seq_len in lengths[source.partition(".")[0]]:
+        for seq_len, key in lengths[source.partition(".")[0]].items():
             stored = inventory.sequences.get((source, seq_len))
-            if packed := inventory.packing.get((source, seq_len)):
+            packed = inventory.packing.get((source, seq_len))
+            if packed and packed.tokens >= seq_len:
                 stored = packed.sequences
             sequences[source, seq_len] = stored or None
             if sequences[source, seq_len] or tokens is None:
                 continue
-            if tokens <= seq_len:
-                problems.append(f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {seq_len} + 1")
+            if packed or tokens <= seq_len:
+                length = f"{seq_len}" if packed else f"{seq_len} + 1"
+                problems.append(
+                    f"{_table(source)}.train: {tokens} tokens are fewer than one sequence of {length}; add tokens, or "
+                    f"lower {key}"
+                )
             else:
                 sequences[source, seq_len] = (tokens - 1) // seq_len
     seq_len = config.training.seq_len

@@ -111,6 +111,18 @@ def test_remains_of_a_killed_process_are_removed(tmp_path):
     assert not remains.exists()
 
 
+def test_building_removes_the_indices_that_no_run_has_opened_for_a_quarter_of_a_year(tmp_path):
+    """Opening an index marks it as used, however old it is."""
+    these, days = documents(tmp_path), 86_400
+    paths = {seq_len: these.index(seq_len, log=lambda line: None).path for seq_len in (64, 32, 16)}
+    for seq_len, age in ((64, 91 * days), (32, 89 * days), (16, 91 * days)):
+        os.utime(paths[seq_len], (time.time() - age,) * 2)
+    these.index(16, log=lambda line: None)
+    new = these.index(8, log=lambda line: None).path
+
+    assert indices(tmp_path) == sorted([paths[32], paths[16], new])
+
+
 def test_a_process_waits_for_the_one_that_builds(tmp_path):
     """fcntl locks are between processes, so a forked one holds the lock here."""
     lines = []
