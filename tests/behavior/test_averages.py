@@ -7,6 +7,7 @@ snapshots are those of odd steps.
 import json
 import math
 
+import faulty
 import pytest
 import torch
 import training
@@ -171,3 +172,25 @@ def test_an_average_with_other_settings_begins_anew(data, tmp_path):
     record = json.loads((checkpoint(tmp_path / "run", "english", 9) / "manifest.json").read_text())
     assert record["averaging"]["snapshots"] == [8, 9]
     assert record["averaging"]["count"] == 3  # after steps 7, 8 and 9
+
+
+def test_a_branch_has_an_average_of_its_own_snapshots(data, tmp_path):
+    """A branch from a stage's end, which holds no snapshots, begins a window there; so does one with others due.
+
+    Reptile pulls in a branch that is longer than its stage, whose steps were too few for a pull.
+    """
+    schedule = {"schedule": "infinite_cosine", "max": 2e-3, "constant": 2e-3, "cooldown_until": 1, "constant_until": 6}
+    tables = one_stage(data, tmp_path, "mean", last=4)
+    tables["stages"][0] |= {"steps": 6, "lr": schedule, "reptile": {"every": 7, "step": 0.5}}
+    folder = run(data, tmp_path, tables)
+    for steps, tokens, expected in ((6, 192, {6: [4, 6], 9: [8]}), (3, 192, {3: [2], 6: [5]})):
+        name = f"branch-{steps}"
+        source = checkpoint(folder, "english", steps)
+        arguments = ("anneal", str(source), "--tokens", str(tokens), "--job.name", name)
+        output = tmp_path / f"{name}.txt"
+        outcome = faulty.outcome_of(faulty.start(faulty.Life(arguments), output), output)
+        assert outcome.status == 0, outcome.output
+        assert ("takes its snapshots after other steps" in " ".join(outcome.output.split())) == (steps == 3)
+        for done, snapshots in expected.items():
+            record = json.loads((checkpoint(tmp_path / name, "english", done) / "manifest.json").read_text())
+            assert record["averaging"]["snapshots"] == snapshots

@@ -13,6 +13,9 @@ _BOUND_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_e
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "a string"}
 
 
+_TAGS = ("[key]", "[table]", "[off]")  # of the schema's unions, beside the names of schedules
+
+
 def error_message(error: Any, raw: dict[str, Any]) -> str:
     """One of pydantic's errors as `dotted.key: what is allowed, got the value found`.
 
@@ -85,7 +88,7 @@ def _dotted(location: Sequence[Any], raw: Any) -> str:
             raw = raw[part]
             parts.append(str(part))
         else:
-            is_tag = part == "[key]" or (isinstance(raw, dict) and raw.get("schedule") == part)
+            is_tag = part in _TAGS or (isinstance(raw, dict) and raw.get("schedule") == part)
             if depth == len(location) - 1 and not is_tag:
                 parts.append(str(part))
     return ".".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import StageRopeConfig
@@ -46,6 +46,21 @@ class AveragingConfig(Table):
         if self.shape is not None and self.kind != "like_decay":
             raise validation_error(f'shape is for kind = "like_decay", got kind = "{self.kind}"; remove it')
         return self
+
+
+def _table_or_off(value: Any) -> Any:
+    if value == "off" or isinstance(value, dict | AveragingConfig):
+        return value
+    raise validation_error(f'must be a table such as {{ kind = "mean" }}, or "off", got {value!r}')
+
+
+# With tags only the faults of the table that was meant are reported, not also that it is not "off".
+StageAveraging = Annotated[
+    Annotated[AveragingConfig, Tag("[table]")] | Annotated[Literal["off"], Tag("[off]")],
+    Discriminator(lambda value: "[off]" if value == "off" else "[table]"),
+    BeforeValidator(_table_or_off),
+]
+"""A stage's own average, or none."""
 
 
 class StageOptimizerConfig(Table):
@@ -137,7 +152,7 @@ class StageConfig(Table):
     """The optimizer, or hyperparameters, that differ in this stage."""
     lr: LR
     """Learning-rate schedule, one of the tables below."""
-    averaging: AveragingConfig | Literal["off"] | None = None
+    averaging: StageAveraging | None = None
     """Average of this stage's weights, in place of [averaging]; "off" for none. Unset: [averaging]."""
     replay: ReplayConfig | None = None
     """Replay of earlier data. Unset: no replay."""

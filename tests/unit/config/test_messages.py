@@ -1,5 +1,7 @@
 """Messages for errors in a config: dotted key, value found, values allowed, and the key or value that was meant."""
 
+import json
+
 import pytest
 from config_texts import LR, with_lr
 
@@ -78,6 +80,8 @@ def test_hints_for_a_dataset_named_like_a_key_are_the_datasets_keys(one_stage, f
         ("stages.first.lr.warmup_until", "true", "must be a fraction of the stage"),
         ("stages.first.lr.warmup_until", "soon", "must be a fraction of the stage (a float in [0, 1]), a step"),
         ("stages.first.lr", "3", "must be a table, got 3"),
+        ("stages.first.averaging", '"on"', 'must be a table such as { kind = "mean" }, or "off", got \'on\''),
+        ("stages.first.averaging", "true", "must be a table such as"),
         ("datasets.pile.train", "[]", "must be a non-empty string or a non-empty list of them, got []"),
         ("datasets.pile.train", '["a", 3]', "must be a non-empty string or a non-empty list of them"),
         ("datasets.pile", "3", "must be a table, got 3"),
@@ -92,6 +96,23 @@ def test_the_message_for_a_wrong_value_has_the_key_the_allowed_values_and_the_va
 
     assert len(found) == 1
     assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"kind": "men"}, "stages.first.averaging.kind: must be one of 'mean', 'ema', 'like_decay', got 'men'"),
+        ({"kind": "mean", "last": 1.5}, "stages.first.averaging.last: a float is a fraction of the stage"),
+        ({"kind": "mean", "size": 3}, "stages.first.averaging.size: unknown key; allowed here are 'every', 'keep_on'"),
+        ({"kind": "mean", "shape": "sqrt"}, 'stages.first.averaging: shape is for kind = "like_decay", got kind ='),
+    ],
+)
+def test_a_fault_in_a_stages_own_average_is_one_message(one_stage, faults, table, message):
+    """Not a second one that the table is not "off"; the key is that of the file."""
+    written = ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+    found = faults(one_stage.replace('dataset = "pile"', f'dataset = "pile"\naveraging = {{ {written} }}', 1))
+
+    assert [fault[: len(message)] for fault in found] == [message]
 
 
 @pytest.mark.parametrize(

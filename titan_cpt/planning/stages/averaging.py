@@ -30,7 +30,9 @@ def averaging_of(
     for key in ("last", "every"):
         written = getattr(table, key)
         if written is not None and _steps_before_end(written, length) == 0:
-            draft.problems.append(f"{where}.{key}: must be above 0, got {written!r}")
+            problem = f"{where}.{key}: must be above 0, got {written!r}"
+            if problem not in draft.problems:  # [averaging] has the same fault in every stage
+                draft.problems.append(problem)
             return None
     # A table for all stages may be longer than one of them: then the window is the whole stage.
     window = min(_steps_before_end(table.last, length), Fraction(length.steps))

@@ -28,6 +28,5 @@ def reptile_of(draft: PlanDraft, stage: StageConfig, steps: int) -> Reptile | No
         draft.notes.append(
             f"{where}: every = {stage.reptile.every:,} is more than the stage's {steps:,} steps, so that no weight is "
             "pulled"
-        )
-        return None
+        )  # the old weights are kept: an annealing branch may be longer than the stage, and pull
     return Reptile(stage.reptile.every, stage.reptile.step, on_host=stage.reptile.keep_on == "host")

@@ -47,7 +47,8 @@ class Averager:
             weights: this rank's shards, by parameter name.
         """
         self.count += 1
-        self.steps = [*self.steps, steps_done][-self.averaging.size :]
+        known = self.steps if self._ring else []  # a stage's end has no snapshots for a branch to continue with
+        self.steps = [*known, steps_done][-self.averaging.size :]
         self._average = None
         if self.averaging.kind == "ema" and self._ring:
             _move_towards(self._ring[0], weights, self.averaging.ema_share(self.count))

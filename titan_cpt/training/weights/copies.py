@@ -51,7 +51,7 @@ class WeightCopies:
             record: its manifest.
 
         Returns:
-            A note if the average begins anew, because the config changed.
+            A note if the average begins anew: the config has changed, or a branch has its snapshots at other steps.
         """
         self.begin(stage)
         if self._old_weights is not None:
@@ -65,6 +65,8 @@ class WeightCopies:
         averaging = self._averager.averaging
         if averaging.settings != {key: saved.get(key) for key in averaging.settings}:
             return "the average of the weights begins anew, because [averaging] has changed"
+        if not all(averaging.due(step) for step in saved["snapshots"]):
+            return "the average of the weights begins anew: this run takes its snapshots after other steps"
         self._averager.restore(saved, lambda names: load_copies(folder, self._model, names, _empty_on(averaging)))
         return None
 

@@ -90,9 +90,10 @@ def test_a_stage_from_an_average_has_its_settings_in_the_recipe(head, make):
     ],
 )
 def test_no_window_at_all_is_refused(head, make, keys, message):
-    """A length of 0 steps."""
-    with pytest.raises(PlanError, match=message):
-        make(head + table(kind='"mean"', **keys) + stage("a", "pile", 20))
+    """A length of 0 steps, one problem however many stages have the table."""
+    with pytest.raises(PlanError, match=message) as refused:
+        make(head + table(kind='"mean"', **keys) + stage("a", "pile", 20) + stage("b", "pile", 20))
+    assert "1 problem in" in str(refused.value)
 
 
 def test_a_shape_without_a_decay_is_refused(head, make):
