@@ -18,7 +18,7 @@ STEP_TOKENS = 1104 * 2048
 PARAMETERS = {"405m": 405_334_016, "10b": 9_642_249_216}  # embeddings included
 PEAK = {"405m": 3e-4, "10b": 1.2e-4}
 T300, T100, GERMAN = 132_366, 44_229, 86_000
-LR_IS_VARIED = {"lr", "constant", "infinite"}  # in a file's name: tests below check their LRs
+LR_IS_VARIED = {"lr", "constant", "average", "infinite"}  # in a file's name: tests below check their LRs
 OF_USUAL_LR = [path for path in PAPERS if not LR_IS_VARIED & {*path.stem.split("_")}]
 
 # Steps of each stage, by the last words of the file's name; tokens of the domains over 2,260,992, rounded up by hand.
@@ -38,7 +38,9 @@ STEPS = {
 }
 STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpajama") for of in ("lr", "replay")}
 STEPS |= {f"pile_to_{d}_{of}": STEPS[f"pile_to_{d}"] for d in ("german", "slimpajama") for of in ("warmup", "constant")}
-STEPS |= {f"iid_splits_{kind}": STEPS["iid_splits"] for kind in ("cosine", "infinite_cosine", "infinite_inv_sqrt")}
+STEPS |= {
+    f"iid_splits_{kind}": STEPS["iid_splits"] for kind in ("average", "cosine", "infinite_cosine", "infinite_inv_sqrt")
+}
 
 SHARES_OF_THE_SPLITS = {  # in percent of the stage's sequences, computed from the authors' rule
     "split1": {"pile": 5.0, "split1": 95.0},

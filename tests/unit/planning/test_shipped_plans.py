@@ -12,7 +12,7 @@ from titan_cpt.planning.planner import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
 
-TRAINED = {  # "fingerprint batches", computed with commit 3848756, except two that are newer
+TRAINED = {  # "fingerprint batches", computed with commit 3848756, except three that are newer
     "10b_german": "609b523d 82311be1",
     "10b_pile": "dbe80016 24b3dba7",
     "10b_pile_to_german": "f384d834 cabd7671",
@@ -23,6 +23,7 @@ TRAINED = {  # "fingerprint batches", computed with commit 3848756, except two t
     "10b_union_pile_german": "1ff1bfdd 93d9fb08",
     "10b_union_pile_slimpajama": "0ec29b49 45da81e6",
     "405m_german": "617d91a6 82311be1",
+    "405m_iid_splits_average": "530b7a39 40dedf52",
     "405m_iid_splits_cosine": "7080262e 40dedf52",
     "405m_iid_splits_infinite_cosine": "530b7a39 40dedf52",
     "405m_iid_splits_infinite_inv_sqrt": "13028d66 40dedf52",
