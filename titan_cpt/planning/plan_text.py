@@ -192,15 +192,19 @@ def _pulls(plan: Plan) -> Iterator[str]:
 
 
 def _averages(plan: Plan) -> Iterator[str]:
-    """A line for every stage that keeps an average of its weights."""
+    """A line for each kind of average, with the stages that keep one."""
+    stages: dict[str, list[str]] = {}
     for stage in plan.stages:
         if averaging := stage.averaging:
             where = "host" if averaging.on_host else "device"
-            yield (
-                f"average of {stage.name}: {averaging.description}; a window of {averaging.size:,} snapshots, "
-                f"{averaging.every:,} steps apart; copies of the weights: {averaging.in_memory:,} in {where} memory, "
+            line = (
+                f"{averaging.description}; a window of {averaging.size:,} snapshots, {averaging.every:,} steps apart; "
+                f"copies of the weights: {averaging.in_memory:,} in {where} memory, "
                 f"{averaging.saved(resumable=True):,} in a checkpoint within the stage, one at its end"
             )
+            stages.setdefault(line, []).append(stage.name)
+    for line, names in stages.items():
+        yield f"average of {', '.join(names)}: {line}"
 
 
 def _columns(cells: Sequence[str], widths: Sequence[int]) -> str:

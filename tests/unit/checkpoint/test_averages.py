@@ -135,7 +135,10 @@ def test_an_average_of_another_dtype_is_damage(checkpoint, mean):
     ("entry", "text"),
     [
         (averaged.ENTRY, "mean of 2 snapshots of its weights, every 4 steps until step 8"),
-        ({"kind": "like_decay", "shape": "sqrt", "snapshots": [7]}, "imitation of an LR decay (sqrt) of 1 snapshot "),
+        (
+            {"kind": "like_decay", "shape": "sqrt", "snapshots": [7]},
+            "mean weighted like an LR decay (sqrt) of 1 snapshot ",
+        ),
         ({"kind": "ema", "snapshots": [1000, 1500], "count": 30}, "exponential moving average of 30 snapshots of "),
         ({"kind": ["odd"], "snapshots": "none"}, "average of its weights"),
         ("odd", "average of its weights"),

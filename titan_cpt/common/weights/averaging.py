@@ -26,7 +26,7 @@ Shape = Literal["linear", "sqrt", "cosine"]
 KINDS: Mapping[str, str] = {
     "mean": "mean",
     "ema": "exponential moving average",
-    "like_decay": "imitation of an LR decay",
+    "like_decay": "mean weighted like an LR decay",
 }
 """The kinds in words."""
 

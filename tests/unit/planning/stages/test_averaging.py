@@ -138,14 +138,15 @@ def test_memory_and_disk_count_the_copies(head, make, keys, device, host, saved)
 
 
 def test_the_plan_says_what_an_average_is(head, make):
-    """Kind, window and copies, in text and JSON."""
-    plan = make(head + table(kind='"like_decay"', shape='"cosine"', last=8, every=2) + stage("a", "pile", 20))
+    """Kind, window and copies, in text (once for stages with equal ones) and JSON."""
+    averaged = table(kind='"like_decay"', shape='"cosine"', last=8, every=2)
+    plan = make(head + averaged + stage("a", "pile", 20) + stage("b", "pile", 20))
     console = Console(file=io.StringIO(), width=200)
     print_plan(plan, console, keep_latest_k=1)
 
     assert (
-        "average of a: imitation of an LR decay (cosine); a window of 4 snapshots, 2 steps apart; copies of the "
-        "weights: 6 in host memory, 5 in a checkpoint within the stage, one at its end"
+        "average of a, b: mean weighted like an LR decay (cosine); a window of 4 snapshots, 2 steps apart; copies of "
+        "the weights: 6 in host memory, 5 in a checkpoint within the stage, one at its end"
     ) in " ".join(console.file.getvalue().split())
-    (as_json,) = plan_as_json(plan)["stages"]
+    as_json, _ = plan_as_json(plan)["stages"]
     assert as_json["averaging"] == {"kind": "like_decay", "shape": "cosine", "size": 4, "every": 2, "on_host": True}
