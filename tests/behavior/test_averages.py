@@ -163,7 +163,12 @@ def test_a_killed_run_has_the_same_averages(data, tmp_path, unbroken, kind, wher
 
 def test_an_average_with_other_settings_begins_anew(data, tmp_path):
     """A resumed run may change [averaging]: the weights are the same, and the run says that the average begins anew."""
-    run(data, tmp_path, one_stage(data, tmp_path, "mean"), fault=Fault("titan_cpt.train:Trainer.train_step", 8))
+    run(
+        data,
+        tmp_path,
+        one_stage(data, tmp_path, "mean"),
+        fault=Fault("titan_cpt.train:Trainer.train_step", 8, once_written=checkpoint(tmp_path / "run", "english", 6)),
+    )
     tables = one_stage(data, tmp_path, "mean", every=1, last=2)
     raw = training.changed(training.two_stages(data, tmp_path), **tables)
     outcome = training.train(training.write_config(raw, tmp_path / "run.toml"))

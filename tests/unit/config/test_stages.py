@@ -48,7 +48,7 @@ def test_other_batch_sizes_are_refused(head, faults, value, message):
     [
         ("{ }", "is empty: set base"),
         ("{ base = 1.0 }", "rope.base: must be > 1"),
-        ("{ base = inf }", "rope.base: Input should be a finite number"),
+        ("{ base = inf }", "rope.base: must be a finite number"),
         ("{ factor = 4.0 }", 'factor needs a kind: add kind = "yarn" or kind = "llama3"'),
         ('{ kind = "ntk" }', "rope.kind: must be"),
         ('{ kind = "yarn" }', 'kind = "yarn" needs factor and original_seq_len; to extend 4096 trained tokens'),
