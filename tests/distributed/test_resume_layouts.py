@@ -1,6 +1,8 @@
 """A resume under another layout: every one to every other of 1, 2 and 4 ranks, the state exact, the losses close."""
 
+import fcntl
 import json
+import os
 
 import faulty
 import numpy as np
@@ -30,10 +32,24 @@ def on_ranks(ranks, function, folder):
     assert [one.status for one in ended] == [0] * ranks, "\n".join(one.output for one in ended)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
+    """The folder of all runs, which the pytest process that comes first makes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all workers
+    folder = shared / "layouts"
+    folder.mkdir(exist_ok=True)
+    with (shared / "layouts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            make_runs(folder)
+            (folder / "complete").touch()
+    return folder
+
+
+def make_runs(folder):
     """The run of one process, its step 2 rewritten by every layout, and those rewritten and resumed by every layout."""
-    folder = tmp_path_factory.mktemp("layouts")
     make_data(folder)
     toml = (
         TOML.replace('"outputs"', f'"{folder}"').replace('"pages', f'"{folder}/pages').replace("steps = 3", "steps = 4")
@@ -52,7 +68,6 @@ def folder(tmp_path_factory):
         on_ranks(ranks, "write", folder)
     for ranks in (1, 2, 4):
         on_ranks(ranks, "read", folder)
-    return folder
 
 
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
