@@ -65,8 +65,7 @@ def remote_config(data, out, url, **tables):
 def measured(run: Path) -> list[tuple]:
     """Losses, gradient norms and batches of all steps and validations."""
     keys = ("kind", "stage", "step", "dataset", "loss_nats_per_token", "grad_norm", "batch_hash")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line.get(key) for key in keys) for line in lines if line["kind"] != "event"]
+    return [tuple(line.get(key) for key in keys) for line in training.lines_of(run) if line["kind"] != "event"]
 
 
 def run_of(raw, **options):
