@@ -1,5 +1,11 @@
 """Pieces of TOML for tests of the plan, and the sequences that a plan draws."""
 
+import io
+
+from rich.console import Console
+
+from titan_cpt.planning.plan_text import print_plan
+
 COSINE = 'schedule = "cosine", max = 1e-3, min = 1e-4'
 INFINITE = 'schedule = "infinite_cosine", max = 1e-3, constant = 5e-4, cooldown_until = 0.6, constant_until = 0.85'
 SPLITS = ("pile", "split1", "split2", "split3")
@@ -49,6 +55,13 @@ def paper_batch(head):
     for old, new in PAPER.items():
         head = head.replace(old, new)
     return head
+
+
+def text_of(plan):
+    """The plan as it is printed, as one line."""
+    console = Console(file=io.StringIO(), width=120)
+    print_plan(plan, console, keep_latest_k=1)
+    return " ".join(console.file.getvalue().split())
 
 
 def stage(name, dataset, budget, lr=COSINE, **more):

@@ -1,18 +1,20 @@
 """Helpers of the tests of training: small data, a small config, and runs of the real command in separate processes.
 
 A run is `titan_cpt.cli.main(["train", ...])` in a process forked from a server that has torch imported already, which
-saves the four seconds of the import; test_resume.py runs `python -m titan_cpt train` itself once and compares.
+saves the four seconds of the import; test_resume.py compares with a run of `python -m titan_cpt train` itself.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import importlib
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -356,6 +358,30 @@ def events_of(run: Path, name: str = "") -> list[dict[str, Any]]:
 def checkpoints_of(run: Path) -> list[str]:
     """The checkpoints that have a manifest, as `stage/step-...`."""
     return sorted(str(path.parent.relative_to(run)) for path in run.glob("*/step-*/manifest.json"))
+
+
+def forget_after(run: Path, *folders: str) -> None:
+    """Remove checkpoints, as if the run had not reached them yet."""
+    for folder in folders:
+        shutil.rmtree(run / folder)
+
+
+def once_for_all_workers(shared: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the pytest process that comes first makes, and all others of a test run read.
+
+    Args:
+        shared: the base folder of this process's temporary folders.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / name
+    folder.mkdir(exist_ok=True)
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            make(folder)
+            (folder / "complete").touch()
+    return folder
 
 
 def tensors_of(checkpoint: Path, part: str = "model") -> dict[str, torch.Tensor]:

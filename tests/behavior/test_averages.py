@@ -23,12 +23,6 @@ KINDS = [("mean", None), ("ema", None), *(("like_decay", shape) for shape in SHA
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def unaveraged(data, tmp_path_factory):
     """A run without averages, with every step's weights saved."""
     return run(data, tmp_path_factory.mktemp("plain"), {"checkpoint": {"interval": 1, "keep_latest_k": 99}})

@@ -29,12 +29,6 @@ def garbage_is_collected_again():
     gc.enable()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 def config(data, folder, *stages):
     """A run of both languages, half each: two sequences of each in a batch. A loss is compared with ten before."""
     raw = training.changed(

@@ -23,12 +23,6 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 SPIKES = {"on_loss_spike": "skip", "loss_spike_window": 4, "loss_spike_z_score": 8.0}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def raw(data, tmp_path):
     """Two stages, logged and validated every fifth step."""

@@ -21,12 +21,6 @@ from titan_cpt.training.stage_start import begin_stage
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages, in documents of 30 to 90 tokens."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def raw(data, tmp_path):
     """English packed, then German, packed at another length, with English as replay."""

@@ -20,12 +20,6 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 EVERY, STEP = 3, 0.3
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def raw(data, tmp_path):
     """Three steps of English; ten of German with pulls after 3, 6 and 9, saved after 4, 8 and 10."""

@@ -9,8 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,58 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import Fault, Process, train
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.manager import CheckpointManager
-from titan_cpt.common.console import RunConsole
-from titan_cpt.config.load import dump_config
-from titan_cpt.data.inventory import take_inventory
-from titan_cpt.errors import CheckpointError
 from titan_cpt.evaluation.checkpoint_paths import stage_ends
-from titan_cpt.planning.planner import make_plan
 from titan_cpt.reporting.summary import summarize
 from titan_cpt.training.metrics import MetricsLog
-from titan_cpt.training.resume import find_checkpoint
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def unbroken(data, tmp_path_factory):
-    """An undisturbed run of the real command, in its own interpreter."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    config = training.write_config(training.two_stages(data, folder), folder / "c.toml")
-    command = [sys.executable, "-m", "titan_cpt", "train", "--config", str(config)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder / "run"
-
-
-@pytest.fixture
-def raw(data, tmp_path):
-    """The same run, to be disturbed."""
-    return training.two_stages(data, tmp_path)
-
-
-@pytest.fixture
-def config(raw, tmp_path):
-    """Its file."""
-    return training.write_config(raw, tmp_path / "c.toml")
-
-
-@pytest.fixture
-def ended(unbroken, config, tmp_path):
-    """A copy of the finished run in this test's own folder."""
-    shutil.copytree(unbroken, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def assert_same(run, unbroken):
@@ -84,12 +35,6 @@ def assert_same(run, unbroken):
             assert training.same_bits(
                 training.tensors_of(run / name, part), training.tensors_of(unbroken / name, part)
             ), name
-
-
-def forget_after(run, *folders):
-    """Remove checkpoints, as if the run had not reached them yet."""
-    for folder in folders:
-        shutil.rmtree(run / folder)
 
 
 def points_of(run, tag):
@@ -232,7 +177,7 @@ DAMAGES = ("flipped byte", "truncated shard", "missing shard", "garbage manifest
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(ended, config, unbroken, kind):
     """German's end is gone and step 8 damaged: the run says so, resumes after step 4 and ends with the same numbers."""
-    forget_after(ended, "german/step-00000010")
+    training.forget_after(ended, "german/step-00000010")
     damage(ended, "german/step-00000008", kind)
     outcome = train(config)
 
@@ -290,7 +235,7 @@ def test_a_stage_whose_folder_was_removed_is_reported_as_it_is_trained_now(ended
 
 def test_copies_of_checkpoints_are_neither_removed_nor_resumed_from(ended, config, unbroken):
     """Three copies that a user made, one as a stage of the run; pruning left none of them before. Eval skips them."""
-    forget_after(ended, "german/step-00000010")
+    training.forget_after(ended, "german/step-00000010")
     copies = [ended / "german" / "step-00000008-best", ended / "german_old", ended / "english" / "step-00000011"]
     for copy, source in zip(copies, ["german/step-00000008", "german", "english/step-00000012"], strict=True):
         shutil.copytree(ended / source, copy)
@@ -342,129 +287,10 @@ def test_a_damaged_pre_anneal_checkpoint_is_an_error_and_not_another_beginning(e
     assert "Traceback" not in outcome.output
 
 
-PAST_EDITS = {
-    "training.seq_len": ("8", "training.seq_len: 16 -> 8"),
-    "training.global_batch_size": ("2", "training.global_batch_size: 4 -> 2"),
-    "job.seed": ("1", "job.seed: 0 -> 1"),
-    "stages.english.lr.max": ("4e-3", "stages.english.lr.max: 0.003 -> 0.004"),
-    "stages.english.steps": ("13", "stages.english.steps: 12 -> 13"),
-    "stages.german.replay.fraction": ("0.5", "stages.german.replay.fraction: 0.25 -> 0.5"),
-    "optimizer.beta2": ("0.99", "stages.english.optimizer.beta2: 0.95 -> 0.99"),
-    "model.width": ("32", "model.width: 64 -> 32"),
-    "model.vocab_size": ("512", "model.vocab_size: 384 -> 512"),
-}
-
-
-def test_an_edited_past_is_refused_with_the_key_the_old_and_the_new_value(ended, config, unbroken):
-    """German is running: status 2, one message, no traceback, and the run's folder is unchanged."""
-    forget_after(ended, "german/step-00000010")
-    for key, (value, difference) in PAST_EDITS.items():
-        outcome = train(config, f"--{key}", value)
-
-        assert outcome.status == 2, key
-        assert difference in outcome.output
-        assert "written under plan" in outcome.output
-        assert ("model.vocab_size = 384 keeps it" in outcome.output) == (key == "model.vocab_size")
-        assert "Traceback" not in outcome.output
-    assert training.numbers_of(ended) == training.numbers_of(unbroken)
-
-
-@pytest.mark.parametrize("name", ["en", "de"])
-def test_data_that_changed_under_a_run_is_refused(ended, config, data, tmp_path, name):
-    """A file of the same length with other tokens, of a stage done and of the running one."""
-    own = tmp_path / "own"
-    shutil.copytree(data, own)
-    config.write_text(config.read_text().replace(str(data), str(own)))
-    forget_after(ended, "german/step-00000010")
-    moved = train(
-        config, fault=Fault("titan_cpt.train:Trainer.train", 1)
-    )  # another path with the same content is no matter
-    content = bytearray((own / f"{name}.bin").read_bytes())
-    content[100] ^= 1
-    (own / f"{name}.bin").write_bytes(content)
-    outcome = train(config)
-
-    assert moved.status == -signal.SIGKILL, moved.output
-    assert outcome.status == 2
-    assert f"datasets.{name}.train: " in outcome.output
-    assert "Traceback" not in outcome.output
-
-
-def test_a_later_stage_and_keys_outside_the_recipe_may_be_edited(ended, raw, config):
-    """English is done, German not begun: its LR, its steps and its data's weight may change; so may intervals."""
-    shutil.rmtree(ended / "german")
-    edited = training.changed(raw, checkpoint={"interval": 3}, validation={"interval": 2}, metrics={"log_freq": 7})
-    edited["stages"][1] |= {"steps": 5, "lr": {"schedule": "linear", "max": 1e-3}, "replay": {"fraction": 0.5}}
-    training.write_config(edited, config)
-    outcome = train(config)
-    lines = training.lines_of(ended, "train")[22:]
-
-    assert outcome.status == 0, outcome.output
-    assert [(line["stage"], line["step"]) for line in lines] == [("german", step) for step in range(1, 6)]
-    assert lines[-1]["lr"] == pytest.approx(1e-4, rel=1e-12)
-    assert {line["replayed_tokens"] for line in lines} == {32}
-
-
-def test_settings_that_changed_under_a_run_are_printed_and_recorded(ended, raw, config):
-    """config.toml holds only the newest settings: the old ones are in an event; a new stage is one line."""
-    forget_after(ended, "german/step-00000010")
-    edited = training.changed(raw, training={"local_batch_size": 4, "on_loss_spike": "skip"})
-    edited["stages"].append(training.third_stage())
-    training.write_config(edited, config)
-    outcome, again = train(config), train(config)
-    expected = [
-        'stages: ["english", "german"] -> ["english", "german", "again"]',
-        "training.local_batch_size: 2 -> 4",
-        "training.on_loss_spike: log -> skip",
-    ]
-
-    assert (outcome.status, again.status) == (0, 0), outcome.output
-    assert "settings that have changed since the run was last started:" in outcome.output
-    assert all(line in outcome.output for line in expected)
-    assert "settings that have changed" not in again.output
-    assert [event["settings"] for event in training.events_of(ended, "settings_changed")] == [expected]
-
-
-def test_layers_excluded_from_float8_are_compared_with_an_older_versions_run_too(ended, raw, config):
-    """Its checkpoints do not name them, its config.toml does: the same resumes, others are refused."""
-    for path in ended.glob("*/*/manifest.json"):
-        record = json.loads(path.read_text())
-        record["recipe"]["float8.recipe_name"] = "rowwise"
-        path.write_text(json.dumps(record))
-    edited = training.changed(raw, float8={"recipe_name": "rowwise", "filter_fqns": ["mlp"]})
-    settings = training.config_of(edited)
-    newest = ended / "german" / "step-00000010"
-    identities = json.loads((newest / "manifest.json").read_text())["data"]
-    plan = make_plan(settings, take_inventory(settings))
-    (ended / "config.toml").write_text(dump_config(settings))
-    checkpoints = CheckpointManager(ended, keep_latest=2, async_save=False, on_saved=print, on_failed=print)
-    quiet = RunConsole(shown=False)
-
-    assert find_checkpoint(plan, checkpoints, identities, quiet).folder == newest
-    other = training.config_of(training.changed(edited, float8={"filter_fqns": []}))
-    with pytest.raises(CheckpointError, match=r'float8.filter_fqns: \["mlp"\] -> not set'):
-        find_checkpoint(make_plan(other, take_inventory(other)), checkpoints, identities, quiet)
-    (ended / "config.toml").write_text(dump_config(other))
-    with pytest.raises(CheckpointError, match=r'float8.filter_fqns: not set -> \["mlp"\]'):
-        find_checkpoint(plan, checkpoints, identities, quiet)
-
-
-def test_data_of_a_stage_that_has_not_begun_may_be_replaced(ended, config, data, tmp_path):
-    """English is done; German's tokens are prepared anew before its stage begins."""
-    shutil.rmtree(ended / "german")
-    own = tmp_path / "own"
-    shutil.copytree(data, own)
-    training.write_tokens(own / "de", language=2, tokens=4000, seed=7)
-    config.write_text(config.read_text().replace(str(data), str(own)))
-    outcome = train(config)
-
-    assert outcome.status == 0, outcome.output
-
-
 @pytest.mark.parametrize("mode", ["async", "disabled"])
 def test_a_full_disk_ends_the_run_with_2_and_the_last_good_checkpoint_is_whole(ended, config, unbroken, mode):
     """No file may exceed 0.5 MB: the save of German's step 8 fails; with room again the run resumes from step 4."""
-    forget_after(ended, "german/step-00000010", "german/step-00000008")
+    training.forget_after(ended, "german/step-00000010", "german/step-00000008")
     outcome = train(config, "--checkpoint.async_mode", mode, largest_file_bytes=500_000)
     whole = manifest.verify(ended / "german" / "step-00000004")
     left = training.checkpoints_of(ended)
@@ -523,15 +349,3 @@ def test_a_record_that_had_to_wait_is_whole_once_there_is_room(tmp_path, monkeyp
     assert "metrics.jsonl cannot be written: File too large" in trouble
     assert log.trouble == ""
     assert [e["name"] for e in training.events_of(tmp_path)] == [*(f"e{number}" for number in range(10)), "last"]
-
-
-def test_the_error_offers_later_stages_for_change_only_where_there_are_some(ended, config, raw):
-    """No stage follows German, so the error offers none; it offers the third stage where there is one."""
-    first = train(config, "--stages.english.lr.max", "4e-3")
-    with_third = training.write_config({**raw, "stages": [*raw["stages"], training.third_stage()]}, config)
-    second = train(with_third, "--stages.english.lr.max", "4e-3")
-
-    assert (first.status, second.status) == (2, 2)
-    assert "begin a new run under another name (--job.name NAME)" in first.output
-    assert "may be changed freely" not in first.output
-    assert "Stages after 'german' may be changed freely" in second.output

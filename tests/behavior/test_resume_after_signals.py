@@ -18,12 +18,6 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("unbroken")

@@ -37,11 +37,6 @@ def server(shared_server, monkeypatch):
     shared_server.set_fault("")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 def put_all(folder: Path, url: str) -> str:
     """Copy the files of a folder into a bucket, which is made if needed."""
     system = fsspec.filesystem("s3", use_listings_cache=False)

@@ -72,12 +72,6 @@ def config_of(data, folder, family):
     return training.changed(raw, model={"family": family, "size": "debug", **fraction}, stages=stages)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, data, tmp_path_factory):
     """The folder of a run that was killed in its last stage and resumed, and the family."""

@@ -15,11 +15,6 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 COPIES = "titan_cpt.checkpoint.remote.copies"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 def uploading(data, out, **upload):
     """A config whose run uploads to out/bucket."""
     raw = training.two_stages(data, out)

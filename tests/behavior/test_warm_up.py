@@ -20,12 +20,6 @@ SAVED = ["english/step-00000003", "german/step-00000000", "german/step-00000004"
 STEP = "titan_cpt.train:Trainer.train_step"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two languages."""
-    return training.write_languages(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def raw(data, tmp_path):
     """Three steps of English, and eight of German after six passes at LR 0."""

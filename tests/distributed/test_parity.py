@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from parity_layouts import (
     REFERENCES,
     Case,
 )
-from training import tensors_of
+from training import once_for_all_workers, tensors_of
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
 WORLD_SIZES = sorted({case.world_size for case in CASES})
@@ -35,21 +33,17 @@ MOMENT_TOLERANCE = {"float32": 1e-3, "Muon": 1e-2, "bfloat16": 1e-1, "float8, on
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs. The pytest process that comes first trains those of one process."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers
-    folder = shared / "parity"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "output-1.txt").exists():
-            make_inputs(folder)
-            runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
-            runs += [{"job.name": f"{name}-two-stages", **in_two_stages(REFERENCES[name])} for name in TWO_STAGES]
-            runs += [{"job.name": case.name, **case.overrides} for case in (*CASES, *LENGTHS) if case.world_size == 1]
-            launch(folder, runs, 1)
-    return folder
+    """The folder of all runs, with those of one process."""
+    return once_for_all_workers(tmp_path_factory.getbasetemp(), "parity", make_runs)
+
+
+def make_runs(folder: Path) -> None:
+    """Inputs, and the runs of one process."""
+    make_inputs(folder)
+    runs = [{"job.name": name, **overrides} for name, overrides in REFERENCES.items()]
+    runs += [{"job.name": f"{name}-two-stages", **in_two_stages(REFERENCES[name])} for name in TWO_STAGES]
+    runs += [{"job.name": case.name, **case.overrides} for case in (*CASES, *LENGTHS) if case.world_size == 1]
+    launch(folder, runs, 1)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -1,8 +1,6 @@
 """A resume under another layout: every one to every other of 1, 2 and 4 ranks, the state exact, the losses close."""
 
-import fcntl
 import json
-import os
 
 import faulty
 import numpy as np
@@ -34,18 +32,8 @@ def on_ranks(ranks, function, folder):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The folder of all runs, which the pytest process that comes first makes."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent  # of all workers
-    folder = shared / "layouts"
-    folder.mkdir(exist_ok=True)
-    with (shared / "layouts.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").exists():
-            make_runs(folder)
-            (folder / "complete").touch()
-    return folder
+    """The folder of all runs."""
+    return training.once_for_all_workers(tmp_path_factory.getbasetemp(), "layouts", make_runs)
 
 
 def make_runs(folder):

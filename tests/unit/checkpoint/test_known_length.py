@@ -2,6 +2,7 @@
 
 import json
 
+from manifests import manifest_with
 from plans import stage
 
 from titan_cpt.checkpoint.known_length import length_notes
@@ -24,18 +25,7 @@ def test_the_length_of_a_release_is_its_max_position_embeddings(head, make, tmp_
 
 def test_the_length_of_a_checkpoint_is_that_of_the_stages_that_trained_it(head, make, tmp_path):
     """From its manifest."""
-    record = {
-        "format": 2,
-        "stage": "long",
-        "stage_index": 0,
-        "steps_done": 5,
-        "run_step": 5,
-        "kind": "stage_end",
-        "recipe": {"training.seq_len": 16, "stages.long.init": "random", "stages.long.seq_len": 32},
-        "fingerprint": "",
-        "data": {},
-        "files": {},
-    }
+    record = manifest_with({"training.seq_len": 16, "stages.long.init": "random", "stages.long.seq_len": 32})
     (tmp_path / "manifest.json").write_text(json.dumps(record))
     init = f'"checkpoint:{tmp_path}"'
 

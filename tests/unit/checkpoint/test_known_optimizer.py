@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from manifests import manifest_with
 from plans import stage
 
 from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
@@ -17,18 +18,7 @@ def found(head, make, tmp_path):
     """found(recipe, name, state): the notes on a stage with an optimizer, which begins with a checkpoint's weights."""
 
     def found(recipe, name, state="reset"):
-        record = {
-            "format": 2,
-            "stage": "long",
-            "stage_index": 0,
-            "steps_done": 5,
-            "run_step": 5,
-            "kind": "stage_end",
-            "recipe": recipe,
-            "fingerprint": "",
-            "data": {},
-            "files": {},
-        }
+        record = manifest_with(recipe)
         (tmp_path / "manifest.json").write_text(json.dumps(record))
         text = head + stage("a", "pile", 10, init=f'"checkpoint:{tmp_path}"', optimizer_state=f'"{state}"')
         return list(check_known_optimizers(make(text, ("optimizer.name", name)).stages))

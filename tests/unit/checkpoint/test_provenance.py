@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from manifests import manifest_with
 
 from titan_cpt.checkpoint.provenance import BaseModelInfo, max_sequence_length
 
@@ -13,18 +14,7 @@ def record(*, stage="last", **stages):
     for name, (init, seq_len) in stages.items():
         recipe[f"stages.{name}.init"] = init
         recipe |= {} if seq_len is None else {f"stages.{name}.seq_len": seq_len}
-    return {
-        "format": 2,
-        "stage": stage,
-        "stage_index": 0,
-        "steps_done": 5,
-        "run_step": 5,
-        "kind": "stage_end",
-        "recipe": recipe,
-        "fingerprint": "",
-        "data": {},
-        "files": {},
-    }
+    return manifest_with(recipe, stage)
 
 
 def base(positions):

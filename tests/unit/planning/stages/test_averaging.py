@@ -1,15 +1,11 @@
 """The window of an average in steps, the stages that start from one, and refusals."""
 
-import io
-
 import pytest
-from plans import INFINITE, stage
-from rich.console import Console
+from plans import INFINITE, stage, text_of
 
 from titan_cpt.common.weights.averaging import Averaging
 from titan_cpt.errors import ConfigError, PlanError
 from titan_cpt.planning.plan_json import plan_as_json
-from titan_cpt.planning.plan_text import print_plan
 
 RAMP = '{ "0" = 4, "640" = 20 }'  # ten steps of 4 sequences of 16 tokens, then steps of 20
 
@@ -141,12 +137,10 @@ def test_the_plan_says_what_an_average_is(head, make):
     """Kind, window and copies, in text (once for stages with equal ones) and JSON."""
     averaged = table(kind='"like_decay"', shape='"cosine"', last=8, every=2)
     plan = make(head + averaged + stage("a", "pile", 20) + stage("b", "pile", 20))
-    console = Console(file=io.StringIO(), width=200)
-    print_plan(plan, console, keep_latest_k=1)
 
     assert (
         "average of a, b: mean weighted like an LR decay (cosine); a window of 4 snapshots, 2 steps apart; copies of "
         "the weights: 6 in host memory, 5 in a checkpoint within the stage, one at its end"
-    ) in " ".join(console.file.getvalue().split())
+    ) in text_of(plan)
     as_json, _ = plan_as_json(plan)["stages"]
     assert as_json["averaging"] == {"kind": "like_decay", "shape": "cosine", "size": 4, "every": 2, "on_host": True}

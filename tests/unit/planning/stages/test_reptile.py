@@ -1,23 +1,12 @@
 """The plan of a stage with Reptile: pulls, recipe, memory, disk, refusals."""
 
-import io
-
 import pytest
-from plans import stage
-from rich.console import Console
+from plans import stage, text_of
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.planning.plan_json import plan_as_json
-from titan_cpt.planning.plan_text import print_plan
 
 PULL = {"reptile": "{ every = 6, step = 0.1 }"}
-
-
-def text_of(plan):
-    """The plan as it is printed, as one line."""
-    console = Console(file=io.StringIO(), width=120)
-    print_plan(plan, console, keep_latest_k=1)
-    return " ".join(console.file.getvalue().split())
 
 
 def test_the_plan_says_when_weights_are_pulled_and_what_it_costs(head, make):

@@ -1,23 +1,12 @@
 """The plan of a stage that warms up its optimizer state: cost, recipe, refusals."""
 
-import io
-
 import pytest
-from plans import stage
-from rich.console import Console
+from plans import stage, text_of
 
 from titan_cpt.errors import ConfigError, PlanError
 from titan_cpt.planning.plan_json import plan_as_json
-from titan_cpt.planning.plan_text import print_plan
 
 WARM = {"optimizer_state": '"warm:5"'}
-
-
-def text_of(plan):
-    """The plan as it is printed, as one line."""
-    console = Console(file=io.StringIO(), width=120)
-    print_plan(plan, console, keep_latest_k=1)
-    return " ".join(console.file.getvalue().split())
 
 
 def test_the_passes_cost_flops_and_no_part_of_the_budget(head, make):
