@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -81,6 +81,10 @@ class MuonHyperparameters:
     nesterov: bool
     ns_steps: int
     adjust_lr: Literal["match_rms_adamw", "original"]
+
+
+MUON_KEYS = tuple(field.name for field in fields(MuonHyperparameters))
+"""Keys of the config, of a recipe and of a parameter group that only Muon has."""
 
 
 @dataclass(frozen=True)

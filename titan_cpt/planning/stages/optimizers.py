@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.planning.plan import MuonHyperparameters, OptimizerHyperparameters, StageCheckpoint, StagePlan
+from titan_cpt.planning.plan import MUON_KEYS, MuonHyperparameters, OptimizerHyperparameters, StageCheckpoint, StagePlan
 from titan_cpt.planning.plan_draft import PlanDraft
 
 OPTIMIZER_NAME = "optimizer.name"
 """Key of a stage's recipe; a recipe without it is AdamW's."""
-_MUON_KEYS = tuple(field.name for field in fields(MuonHyperparameters))
 
 
 def optimizer_hyperparameters(config: Config, stage: StageConfig) -> OptimizerHyperparameters:
     """Optimizer and hyperparameters of a stage: [optimizer], overridden by [stages.optimizer]."""
     values = config.optimizer.model_dump()
     values |= stage.optimizer.model_dump(exclude_none=True) if stage.optimizer else {}
-    muon = MuonHyperparameters(**{key: values[key] for key in _MUON_KEYS}) if values["name"] == "Muon" else None
+    muon = MuonHyperparameters(**{key: values[key] for key in MUON_KEYS}) if values["name"] == "Muon" else None
     return OptimizerHyperparameters((values["beta1"], values["beta2"]), values["eps"], values["weight_decay"], muon)
 
 
@@ -63,12 +62,12 @@ def unused_muon_keys(config: Config) -> Iterator[str]:
     muon = [stage for stage in config.stages if optimizer_hyperparameters(config, stage).muon is not None]
     defaults = type(config.optimizer)()
     if not muon:
-        set_keys = [key for key in _MUON_KEYS if getattr(config.optimizer, key) != getattr(defaults, key)]
+        set_keys = [key for key in MUON_KEYS if getattr(config.optimizer, key) != getattr(defaults, key)]
         yield from (_unused(f"optimizer.{key}", "every stage", "optimizer.name") for key in set_keys)
     for stage in config.stages:
         if stage.optimizer is not None and stage not in muon:
             where = f"stages.{stage.name}.optimizer"
-            set_keys = [key for key in _MUON_KEYS if getattr(stage.optimizer, key) is not None]
+            set_keys = [key for key in MUON_KEYS if getattr(stage.optimizer, key) is not None]
             yield from (_unused(f"{where}.{key}", "this stage", f"{where}.name") for key in set_keys)
 
 
@@ -110,6 +109,6 @@ def changed_optimizer(stage: StagePlan, before: str) -> str:
     """The note on a stage whose initial weights were trained with another optimizer."""
     return (
         f"stages.{stage.name}.optimizer: its initial weights were trained with {before}, and {stage.optimizer.name} "
-        "trains them further; Qu et al. 2026 (arXiv:2605.10468) saw models lose more of what they knew where "
-        "fine-tuning changed between Adam and Muon"
+        "trains them further; Qu et al. 2026 (arXiv:2605.10468) saw models of Adam lose more of what they knew "
+        "when Muon fine-tuned them"
     )

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from titan_cpt.planning.plan import MUON_KEYS
 from titan_cpt.training.cuda.adamw import TritonAdamW
 
-MUON_KEYS = ("momentum", "nesterov", "ns_steps", "adjust_lr")
-"""Keys of a parameter group that Muon updates: the fields of MuonHyperparameters."""
 MOMENTUM_BUFFER = "momentum_buffer"
 """torch.optim.Muon's name of its only state."""
 

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from titan_cpt.distributed.float8 import local_values
-from titan_cpt.planning.plan import MuonHyperparameters, OptimizerHyperparameters
-from titan_cpt.training.optimization.adamw import MOMENTUM_BUFFER, MUON_KEYS, allocate_state, uses_muon
+from titan_cpt.planning.plan import MUON_KEYS, MuonHyperparameters, OptimizerHyperparameters
+from titan_cpt.training.optimization.adamw import MOMENTUM_BUFFER, allocate_state, uses_muon
 from titan_cpt.training.optimization.matrix_exchange import Exchange, MatrixExchange, OneProcess, Round
 from titan_cpt.training.optimization.newton_schulz import lr_factor, orthogonalize
 
