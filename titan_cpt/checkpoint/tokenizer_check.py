@@ -100,10 +100,11 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
     Raises:
         CheckpointError: it is another tokenizer.
     """
-    path = config.tokenizer.path
+    path, extend = config.tokenizer.path, config.tokenizer.extend
     if weights is None:
-        return f"the tokenizer that the weights of {init} were trained with is unknown; assuming that it is {path}"
-    if weights.is_that_of(path):
+        assumed = path if extend is None else extend.base
+        return f"the tokenizer that the weights of {init} were trained with is unknown; assuming that it is {assumed}"
+    if weights.is_that_of(path) or has_base_tokenizer(weights, config):
         return None
     mismatch = (
         f"the weights of {init} were trained with another tokenizer (fingerprint {weights.fingerprint[:12]} by "
@@ -115,6 +116,17 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
         f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. Set tokenizer.path to their tokenizer "
         "and prepare the data with it, or set tokenizer.allow_mismatch = true to train anyway"
     )
+
+
+def has_base_tokenizer(weights: TrainingTokenizer | None, config: Config) -> bool:
+    """Whether weights were trained with the tokenizer that the run's extends, so that its new tokens have no rows yet.
+
+    Args:
+        weights: the tokenizer that they were trained with; if unknown, None, it is assumed to be the base.
+        config: the run's; its tokenizer.extend.base exists.
+    """
+    extend = config.tokenizer.extend
+    return extend is not None and (weights is None or weights.is_that_of(extend.base))
 
 
 def allowed_mismatch(weights: str) -> str | None:

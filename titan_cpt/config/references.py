@@ -28,10 +28,8 @@ def reference_faults(raw: dict[str, Any]) -> Iterator[str]:
             name = str(stage.get("name", f"[{index}]"))
             yield from _stage_faults(stage, name, earlier, datasets)
             earlier.append(name)
-    tokenizer = raw.get("tokenizer")
-    train = tokenizer.get("train") if isinstance(tokenizer, dict) else None
-    if isinstance(train, dict):
-        yield from _tokenizer_training_faults(train, datasets)
+    for key, made in tables_in(raw.get("tokenizer")).items():
+        yield from _tokenizer_text_faults(f"tokenizer.{key}.dataset", made.get("dataset"), datasets)
 
 
 def _stage_faults(
@@ -129,11 +127,9 @@ def _continued_schedule_faults(stage: dict[str, Any], name: str, earlier: list[s
         )
 
 
-def _tokenizer_training_faults(train: dict[str, Any], datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
-    name = train.get("dataset")
+def _tokenizer_text_faults(where: str, name: Any, datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
     if not isinstance(name, str):
         return
-    where = "tokenizer.train.dataset"
     yield from _dataset_faults(where, name, datasets)
     if name in datasets and "source" not in datasets[name]:
         yield f"{where}: [datasets.{name}] has no source, so there is no text to train a tokenizer on; give it one"

@@ -53,6 +53,26 @@ class TokenizerTrainingConfig(Table):
     """Vocabulary size of the BPE, including the end-of-document token."""
 
 
+class TokenizerExtendConfig(Table):
+    """[tokenizer.extend]: path is the tokenizer `base` with further tokens; the ids of base keep their meaning."""
+
+    base: str
+    """The tokenizer.json that is extended. Weights and token files that were made with it can be used as they are."""
+    dataset: Name | None = None
+    """Dataset on whose `source` text the merges of base are continued, if the file tokenizer.path is missing."""
+    add: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    """Number of tokens to add, if the file tokenizer.path is missing."""
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> TokenizerExtendConfig:
+        if (self.dataset is None) != (self.add is None):
+            given, missing = ("add", "dataset") if self.dataset is None else ("dataset", "add")
+            raise validation_error(
+                f"{given} needs {missing}: both make the extended tokenizer; leave out both if its file exists"
+            )
+        return self
+
+
 class TokenizerConfig(Table):
     """[tokenizer]: the tokenizer of all datasets."""
 
@@ -67,6 +87,21 @@ class TokenizerConfig(Table):
     Otherwise such a config is refused, because the same ids mean other tokens."""
     train: TokenizerTrainingConfig | None = None
     """How to train the tokenizer if the file `path` is missing."""
+    extend: TokenizerExtendConfig | None = None
+    """The tokenizer that `path` extends, and how to make `path` if that file is missing. Unset: it extends none."""
+
+    @model_validator(mode="after")
+    def _extends_a_file(self) -> TokenizerConfig:
+        if self.extend is None:
+            return self
+        if self.train is not None:
+            raise validation_error("train and extend exclude each other: a tokenizer is trained, or extends another")
+        if "bytes" in (self.path, self.extend.base):
+            where = "path" if self.path == "bytes" else "extend.base"
+            raise validation_error(f'{where} = "bytes" has no merges to continue; name a tokenizer.json')
+        if self.path == self.extend.base:
+            raise validation_error(f"path and extend.base are the same file, {self.path!r}; name another path")
+        return self
 
 
 class OptimizerConfig(Table):

@@ -31,7 +31,8 @@ from titan_cpt.data.packing.packed_documents import PackedDocuments
 from titan_cpt.data.packing.pieces import LONGEST_SEQUENCE, PackingCounts
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.sequence_lengths import sequence_lengths
-from titan_cpt.data.tokenizer.tokenizer import fingerprint_of, load_tokenizer, vocab_size_of
+from titan_cpt.data.tokenizer.of_config import base_vocab_size, fingerprints_of_config, vocab_size_of_config
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import DataError, RemoteError, reason_and_remedy
 from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, is_url
 
@@ -105,7 +106,7 @@ def take_inventory(config: Config, *, log: Callable[[str], None] = _to_stderr) -
     records = _records(config, [*train.values(), *validation.values()])
     unrecorded = tuple(source for source in train if None in records[source, "train"])
     made = next((record for of_files in records.values() for record in of_files if record is not None), None)
-    vocab_size = _vocab_size(config)
+    vocab_size = vocab_size_of_config(config)
     if vocab_size is None and made is not None:
         vocab_size = made.vocab_size
         notes.append(
@@ -115,6 +116,7 @@ def take_inventory(config: Config, *, log: Callable[[str], None] = _to_stderr) -
     return DataInventory(
         tokens={**dict.fromkeys(source for source, _ in training_files(config)), **_tokens(counts)},
         vocab_size=vocab_size,
+        base_vocab_size=base_vocab_size(config),
         sequences={key: each.sequences for key, each in counts.items() if each.sequences is not None},
         unrecorded=unrecorded,
         validation_tokens=validation_tokens,
@@ -374,7 +376,7 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
         DataError: a pair was not tokenized with the config's tokenizer, or, if that does not exist yet, two pairs were
             tokenized differently; or tokenizer.add_bos differs from the setting that a pair was made with.
     """
-    expected = _fingerprint(config)
+    expected, accepted = fingerprints_of_config(config)
     expected_of = f"tokenizer.path = {config.tokenizer.path!r}"
     records: dict[tuple[str, str], list[TokenizerProvenance | None]] = {}
     for each in present:
@@ -384,13 +386,14 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
         for made in records[each.source, each.key]:
             if made is None:
                 continue
-            if expected is None:
+            if expected is None and made.fingerprint != accepted:
                 expected = made.fingerprint
                 expected_of = f"the tokenizer in {made.record}"
-            if made.fingerprint != expected:
+            if made.fingerprint not in (expected, accepted):
+                own = (expected or accepted or "")[:12]
                 raise DataError(
                     f"{each.where}: was made with another tokenizer: {made.record} records {made.vocab_size} ids "
-                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {expected[:12]}. "
+                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {own}. "
                     "Set tokenizer.path to the one that made it, or prepare the data again"
                 )
             if made.add_bos != config.tokenizer.add_bos:
@@ -403,21 +406,6 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
     return records
 
 
-def _fingerprint(config: Config) -> str | None:
-    path = config.tokenizer.path
-    return fingerprint_of(path) if path == "bytes" or Path(path).exists() else None
-
-
-def _vocab_size(config: Config) -> int | None:
-    """Vocabulary size of the tokenizer, or of the tokenizer that [tokenizer.train] will train."""
-    path = config.tokenizer.path
-    if path == "bytes" or Path(path).exists():
-        if config.tokenizer.add_bos:
-            load_tokenizer(path).with_bos(True)
-        return vocab_size_of(path)
-    return config.tokenizer.train.vocab_size if config.tokenizer.train else None
-
-
 @dataclass(frozen=True)
 class DataInventory:
     """Counts of the files that a config names, before training.
@@ -425,6 +413,7 @@ class DataInventory:
     Attributes:
         tokens: number of tokens of every source (`dataset` or `dataset.domain`); None if its files do not exist yet.
         vocab_size: vocabulary size of the tokenizer; None if it does not exist yet.
+        base_vocab_size: that of the tokenizer that it extends ([tokenizer.extend]), whose ids it keeps; None if none.
         sequences: number of sequences by source and sequence length, where the files define them (presequenced,
             megatron_order).
         unrecorded: sources whose files do not record which tokenizer made them.
@@ -443,3 +432,4 @@ class DataInventory:
     notes: tuple[str, ...] = ()
     documents: Mapping[tuple[str, int], DocumentSample] = field(default_factory=dict)
     packing: Mapping[tuple[str, int], PackingCounts] = field(default_factory=dict)
+    base_vocab_size: int | None = None

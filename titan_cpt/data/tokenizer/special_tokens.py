@@ -208,7 +208,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
     return model.get("unk_token")
 
 
-def _merges(model: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def merges_of(model: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield (left, right, product) of each merge of a BPE, in order."""
     prefix = len(model.get("continuing_subword_prefix") or "")
     for merge in model.get("merges") or []:
@@ -220,7 +220,7 @@ def _products(model: dict[str, Any]) -> set[str]:
     """Return the tokens that merges of a BPE produce."""
     merges = model.get("merges") or []
     if model.get("continuing_subword_prefix") or not all(isinstance(merge, str) for merge in merges):
-        return {product for _, _, product in _merges(model)}
+        return {product for _, _, product in merges_of(model)}
     return {merge.replace(" ", "", 1) for merge in merges}  # several times as fast for the usual form of a file
 
 
@@ -240,7 +240,7 @@ def _hide(spec: dict[str, Any], hidden: set[str], unmerged: set[str]) -> dict[st
     else:
         model["vocab"] = [[other.get(token, token), score] for token, score in model["vocab"]]
     if model.get("merges"):
-        triples = zip(model["merges"], _merges(model), strict=True)
+        triples = zip(model["merges"], merges_of(model), strict=True)
         model["merges"] = [merge for merge, parts in triples if not unmerged & {*parts}]
     if model.get("unk_token") in other:
         model["unk_token"] = other[model["unk_token"]]

@@ -232,6 +232,20 @@ def vocab_size_of(path: str) -> int:
         return max(_numbers(path, _read(path)[1]).values()) + 1
 
 
+def read_tokenizer(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the content of a tokenizer.json, and the id of each token, added tokens included; loads no backend.
+
+    Args:
+        path: a tokenizer.json, or the folder of one.
+
+    Raises:
+        DataError: the file is missing, or is not a tokenizer.json.
+    """
+    with _valid_tokenizer_json(path):
+        spec = _read(path)[1]
+        return spec, _numbers(path, spec)
+
+
 def fingerprint_of(path: str) -> str:
     """Return the fingerprint of a tokenizer without loading a backend.
 

@@ -1,0 +1,49 @@
+"""The tokenizer of a config, whose file may not exist yet, and the one that it extends. Does not import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan_cpt.config.schema import Config
+from titan_cpt.data.tokenizer.extension import extension_of
+from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of, load_tokenizer, vocab_size_of
+
+
+def vocab_size_of_config(config: Config) -> int | None:
+    """The vocabulary size of tokenizer.path, or of the tokenizer that [tokenizer] will make; None if neither is known.
+
+    Raises:
+        DataError: a file is not a tokenizer.json, or tokenizer.path does not extend tokenizer.extend.base.
+    """
+    path, extend = config.tokenizer.path, config.tokenizer.extend
+    if _exists(path):
+        if config.tokenizer.add_bos:
+            load_tokenizer(path).with_bos(True)
+        return vocab_size_of(path) if extend is None else extension_of(extend.base, path).vocab_size
+    if extend is not None and extend.add is not None:
+        return vocab_size_of(extend.base) + extend.add
+    return config.tokenizer.train.vocab_size if config.tokenizer.train else None
+
+
+def base_vocab_size(config: Config) -> int | None:
+    """The vocabulary size of tokenizer.extend.base: smaller ids keep their meaning; None if no tokenizer is extended.
+
+    Raises:
+        DataError: the file is missing or is not a tokenizer.json.
+    """
+    extend = config.tokenizer.extend
+    return None if extend is None else vocab_size_of(extend.base)
+
+
+def fingerprints_of_config(config: Config) -> tuple[str | None, str | None]:
+    """The fingerprints of tokenizer.path, None if it does not exist yet, and of the base that it extends, if any.
+
+    Raises:
+        DataError: a file is not a tokenizer.json, or the base is missing.
+    """
+    path, extend = config.tokenizer.path, config.tokenizer.extend
+    return fingerprint_of(path) if _exists(path) else None, None if extend is None else fingerprint_of(extend.base)
+
+
+def _exists(path: str) -> bool:
+    return path == BYTES or Path(path).exists()
