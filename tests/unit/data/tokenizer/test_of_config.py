@@ -1,0 +1,89 @@
+"""The tokenizer of a config that extends another: its size before the file exists, files and weights of the base."""
+
+import json
+
+import pytest
+from training import changed, config_of, two_stages, write_languages
+
+from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, has_base_tokenizer, require_same_tokenizer
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
+from titan_cpt.data.tokenizer.of_config import vocab_size_of_config
+from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
+from titan_cpt.errors import CheckpointError, DataError
+
+from .test_extension import base_spec, extended
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Makes a config whose tokenizer, new.json, extends base.json by three tokens."""
+    (tmp_path / "base.json").write_text(json.dumps(base_spec()))
+    (tmp_path / "new.json").write_text(json.dumps(extended(base_spec())))
+    (tmp_path / "other.json").write_text(json.dumps(extended(base_spec(), [("x", "y")])))
+    write_languages(tmp_path)
+    raw = two_stages(tmp_path, tmp_path / "out")
+    raw["datasets"]["en"]["source"] = {"text": [str(tmp_path / "en.txt")]}
+
+    def make(path="new.json", **extend):
+        tokenizer = {"path": str(tmp_path / path), "extend": {"base": str(tmp_path / "base.json"), **extend}}
+        return config_of(changed(raw, tokenizer=tokenizer))
+
+    make.folder = tmp_path
+    return make
+
+
+def record(folder, name, tokenizer):
+    """The record that `prepare` writes beside token files."""
+    made = {"fingerprint": fingerprint_of(str(folder / tokenizer)), "vocab_size": 260}
+    (folder / f"{name}.json").write_text(json.dumps({"tokenizer": made}))
+
+
+def test_the_vocabulary_is_known_before_the_extended_file_exists(run):
+    inventory = take_inventory(run("missing.json", dataset="en", add=40))
+    assert (inventory.base_vocab_size, inventory.vocab_size) == (257, 297)
+
+
+def test_the_vocabulary_of_an_extended_file_is_its_own(run):
+    inventory = take_inventory(run())
+    assert (inventory.base_vocab_size, inventory.vocab_size) == (257, 260)
+
+
+def test_a_file_that_does_not_extend_the_base_is_refused(run):
+    (run.folder / "new.json").write_text(json.dumps(extended(base_spec())).replace('"a": 97', '"a": 300'))
+    with pytest.raises(DataError, match="does not extend"):
+        vocab_size_of_config(run())
+
+
+def test_token_files_of_the_base_and_of_the_extension_are_used_together_and_no_others(run):
+    record(run.folder, "en", "base.json")
+    record(run.folder, "de", "new.json")
+    assert take_inventory(run()).base_vocab_size == 257
+    record(run.folder, "de", "other.json")
+    with pytest.raises(DataError, match=r"datasets\.de\.train: was made with another tokenizer"):
+        take_inventory(run())
+
+
+def test_files_of_two_extensions_are_refused_while_the_extended_file_is_missing(run):
+    record(run.folder, "en", "base.json")
+    record(run.folder, "de", "new.json")
+    take_inventory(run("missing.json", dataset="en", add=3))
+    record(run.folder, "en", "other.json")
+    with pytest.raises(DataError, match="was made with another tokenizer"):
+        take_inventory(run("missing.json", dataset="en", add=3))
+
+
+@pytest.mark.parametrize(("made_with", "is_base"), [("base.json", True), ("new.json", False), (None, True)])
+def test_weights_of_the_base_and_of_the_extension_are_accepted(run, made_with, is_base):
+    path = None if made_with is None else str(run.folder / made_with)
+    weights = None if path is None else TrainingTokenizer("there", fingerprint_of(path), ids_fingerprint(path))
+    note = require_same_tokenizer("german", "checkpoint:x", weights, run())
+    assert (note is None) == (weights is not None)
+    assert note is None or note.endswith("is unknown; assuming that it is " + str(run.folder / "base.json"))
+    assert has_base_tokenizer(weights, run()) is is_base
+
+
+def test_weights_of_a_third_tokenizer_are_refused(run):
+    weights = TrainingTokenizer("there", fingerprint_of(str(run.folder / "other.json")))
+    with pytest.raises(CheckpointError, match="were trained with another tokenizer"):
+        require_same_tokenizer("german", "checkpoint:x", weights, run())
