@@ -7,18 +7,16 @@ they come from the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
@@ -26,9 +24,11 @@ from torch.optim import Optimizer
 
 from titan_cpt.checkpoint.storage import ShardReader
 from titan_cpt.distributed.float8 import local_values, without_float8_wrappers
+from titan_cpt.distributed.weight_rows import WeightRows
 from titan_cpt.errors import CheckpointError
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+ROWS = "rows"
+"""Key of a parameter group whose parameters are rows of weights: their `WeightRows`, in the same order."""
 
 
 WeightCopy: TypeAlias = Mapping[str, Tensor]
@@ -59,7 +59,7 @@ def state_to_save(
     weights = master_weights(model)
     return {
         "model": weights,
-        "optimizer": _only_tensors(_optimizer_state(model, optimizer)),
+        "optimizer": optimizer_tensors(model, optimizer),
         **{name: _sharded_like(weights, copy) for name, copy in (copies or {}).items()},
     }
 
@@ -86,24 +86,30 @@ def load_copies(
     return copies
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: Optimizer | None, *, average: bool = False) -> None:
+def load_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    average: bool = False,
+    without_state: Collection[str] = (),
+) -> None:
     """Load a checkpoint into a model and, if given, its optimizer, in place; collective.
 
     Args:
         average: load the average of the weights into the model, instead of the weights.
+        without_state: names of weights whose optimizer state stays as it is.
 
     Raises:
         CheckpointError: the folder cannot be read, or its tensors are not those of the model.
     """
     state: dict[str, Any] = {"model": master_weights(model)}
-    optimizer_state: dict[str, Any] = {}
     if optimizer is not None:
-        optimizer_state = _optimizer_state(model, optimizer)
-        state["optimizer"] = _only_tensors(optimizer_state)
+        state["optimizer"] = optimizer_tensors(model, optimizer, without=without_state)
     _load(folder, state, ShardReader(folder, average=average))
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, {**optimizer_state, **state["optimizer"]}, options=_FLAT)
+        _set_rows(optimizer, state["optimizer"])
 
 
 def _load(folder: Path, state: dict[str, Any], reader: ShardReader) -> None:
@@ -134,11 +140,48 @@ def reason_of_failure(error: BaseException) -> str:
     return str(error).rstrip(".")
 
 
-def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """This rank's shards of the optimizer state, keyed by parameter name."""
-    return get_optimizer_state_dict(model, optimizer, options=_FLAT)
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """This rank's parameters, by their name in the whole model; without the names that wrappers of modules add."""
+    return {
+        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+    }
 
 
-def _only_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Moments and step counts, without hyperparameters such as betas and weight decay."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer, *, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """This rank's shards of moments and step counts, by `state.<parameter name>.<name of the tensor>`.
+
+    They are the optimizer's own tensors, except those of rows of a weight: they have the whole weight's shape, with
+    zeros in the other rows, in host memory, so that a checkpoint does not depend on how rows are sharded.
+
+    Args:
+        without: names of weights that are left out.
+    """
+    names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
+    rows = {id(part.parameter): part for part in _all_rows(optimizer)}
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        part = rows.get(id(parameter))
+        name = names[id(parameter)] if part is None else part.name
+        for key, value in state.items() if name not in without else ():
+            whole = f"state.{name}.{key}"
+            if part is not None and value.ndim:
+                tensors.setdefault(whole, part.empty_weight())
+                part.of(local_values(tensors[whole])).copy_(value)
+            else:
+                tensors[whole] = value
+    return tensors
+
+
+@torch.no_grad()
+def _set_rows(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the state of rows from tensors with the shape of the whole weight, as `optimizer_tensors` makes them."""
+    for part in _all_rows(optimizer):
+        for key, value in optimizer.state[part.parameter].items():
+            whole = tensors.get(f"state.{part.name}.{key}")
+            if whole is not None:
+                value.copy_(part.of(local_values(whole)) if value.ndim else whole)
+
+
+def _all_rows(optimizer: Optimizer) -> list[WeightRows]:
+    return [part for group in optimizer.param_groups for part in group.get(ROWS, ())]

@@ -12,6 +12,7 @@ from titan_cpt.config.types import (
     EndPoint,
     Fraction01,
     GlobalBatchSize,
+    LRScale,
     Mixture,
     Name,
     NonNegativeFloat,
@@ -20,6 +21,7 @@ from titan_cpt.config.types import (
     PositiveInt,
     Table,
     Tokens,
+    WeightPatterns,
     validation_error,
 )
 
@@ -152,6 +154,16 @@ class StageConfig(Table):
     """The optimizer, or hyperparameters, that differ in this stage."""
     lr: LR
     """Learning-rate schedule, one of the tables below."""
+    trainable: WeightPatterns | None = None
+    """What this stage trains, as patterns of our parameter names, such as ["embedding", "blocks.0-3.attention",
+    "head"]; all other weights are frozen: they stay bit-equal and have no optimizer state. A pattern matches every name
+    that begins with it, component by component; `*` stands for any characters of a component, and 3-7 for the numbers
+    from 3 to 7. "embedding.new" and "head.new" are only the rows of the ids that [tokenizer] extend adds. Unset:
+    everything."""
+    lr_scale: LRScale | None = None
+    """Factors of this stage's learning rate, by pattern as in `trainable`, such as { embedding = 0.1, "blocks.0-3" =
+    0.5 }; of several patterns that match a weight, the one with the most components decides. Weights without a pattern
+    have the factor 1. Weight decay, which is multiplied by the learning rate, is scaled with it."""
     averaging: StageAveraging | None = None
     """Average of this stage's weights, in place of [averaging]; "off" for none. Unset: [averaging]."""
     replay: ReplayConfig | None = None

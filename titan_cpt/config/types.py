@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from titan_cpt.common.numbers import parse_steps, parse_tokens
 from titan_cpt.common.plugins import registered, what_is_registered
 from titan_cpt.common.text import did_you_mean, quoted_list
+from titan_cpt.common.weights.patterns import pattern_problem
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -129,6 +130,35 @@ def _mixture(value: Any) -> Any:
     return _one_or_many(value)
 
 
+def _patterns(value: Any) -> Any:
+    """Patterns of weights, with valid syntax."""
+    patterns = _one_or_many(value)
+    for pattern in patterns:
+        _check_pattern(pattern)
+    return patterns
+
+
+def _lr_scale(value: Any) -> Any:
+    """A table from patterns of weights to factors of the learning rate."""
+    example = '{ embedding = 0.1, "blocks.0-3" = 0.5 }'
+    if not isinstance(value, dict) or not value:
+        raise validation_error(f"must be a table from patterns of weights to factors, such as {example}, got {value!r}")
+    for pattern, scale in value.items():
+        if isinstance(scale, dict):
+            raise validation_error(f"a pattern with a '.' must be in quotes, such as {example}; got {pattern!r}")
+        _check_pattern(pattern)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            frozen = "; to freeze weights, leave them out of trainable" if scale == 0 else ""
+            raise validation_error(f"the factor of {pattern!r} must be a number above 0, got {scale!r}{frozen}")
+    return dict(value)
+
+
+def _check_pattern(pattern: str) -> None:
+    problem = pattern_problem(pattern)
+    if problem is not None:
+        raise validation_error(problem)
+
+
 def _to_toml(value: Any) -> Any:
     """A tuple as TOML has it: a list, or its only item, such as the name of a stage's one dataset."""
     if not isinstance(value, tuple):
@@ -150,6 +180,8 @@ Name = Annotated[str, AfterValidator(_name)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many), PlainSerializer(_to_toml)]
 Mixture = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_mixture), PlainSerializer(_to_toml)]
+WeightPatterns = Annotated[tuple[str, ...], PlainValidator(_patterns), PlainSerializer(_to_toml)]
+LRScale = Annotated[dict[str, float], PlainValidator(_lr_scale)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.common.weights.averaging import Averaging
+from titan_cpt.common.weights.partition import Partition
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.trained_text import Leg, trained_tokens
@@ -164,6 +165,7 @@ class StagePlan:
             causal mask; None without.
         averaging: the average of the stage's weights; None without.
         reptile: the pull towards old weights; None without.
+        partition: what is trained, with which factor of the LR; None: all weights, alike.
         schedule_offset: steps of the schedule before this stage, which continues that of the stage before; else 0.
     """
 
@@ -193,6 +195,7 @@ class StagePlan:
     schedule_offset: int = 0
     warm_up_passes: int = 0
     reptile: Reptile | None = None
+    partition: Partition | None = None
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from titan_cpt.common.weights.partition import Partition
 from titan_cpt.data.mixture import Draw
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.lr_schedules import lr_at
@@ -70,6 +71,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "optimizer_state": _optimizer_state(stage),
         "warm_up_flops": stage.warm_up_flops,
         "reptile": stage.reptile and {**vars(stage.reptile), "pulls": stage.steps // stage.reptile.every},
+        "partition": stage.partition and partition_as_json(stage.partition),
         "averaging": stage.averaging and {**stage.averaging.settings, "on_host": stage.averaging.on_host},
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
@@ -78,6 +80,18 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "new_datasets": list(stage.datasets),
         "datasets": datasets,
         "domains": domains,
+    }
+
+
+def partition_as_json(partition: Partition) -> dict[str, Any]:
+    """What a stage trains: numbers, and the trained rows of every weight with their factor of the LR, if any."""
+    return {
+        "weights": sum(1 for parts in partition.parts.values() if parts),
+        "parameters": partition.parameters,
+        "parts": {
+            name: [{"rows": part.rows or [0, partition.sizes[name][0]], "lr_scale": part.scale} for part in parts]
+            for name, parts in partition.parts.items()
+        },
     }
 
 

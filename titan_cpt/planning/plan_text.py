@@ -43,6 +43,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
         *_rope_lines(plan),
         *_continued_schedules(plan),
         *_warm_ups(plan),
+        *_partitions(plan),
         *_pulls(plan),
         *_averages(plan),
     ):
@@ -177,6 +178,14 @@ def _warm_ups(plan: Plan) -> Iterator[str]:
                 f"takes as long as these steps ({passes / stage.steps:.1%} of the stage), {tokens} tokens and "
                 f"{stage.warm_up_flops:.2e} FLOPs, which the token budget and the totals do not include"
             )
+
+
+def _partitions(plan: Plan) -> Iterator[str]:
+    """A line for every stage that does not train all weights alike."""
+    for stage in plan.stages:
+        if stage.partition is not None:
+            scales = ", ".join(f"x {scale:g} {pattern}" for pattern, scale in stage.partition.scales.items())
+            yield f"{stage.name} trains {stage.partition.description}" + (f"; LR {scales}" if scales else "")
 
 
 def _pulls(plan: Plan) -> Iterator[str]:

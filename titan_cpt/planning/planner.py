@@ -54,6 +54,7 @@ from titan_cpt.planning.stages.own_batch import (
     seq_len_of,
     with_own_batch,
 )
+from titan_cpt.planning.stages.partition import partition_notes, partition_of, partition_recipe
 from titan_cpt.planning.stages.replay import check_replay_lasts, replay_leaves
 from titan_cpt.planning.stages.reptile import reptile_of
 from titan_cpt.planning.stages.rope import rope_recipe, stage_spec
@@ -90,7 +91,7 @@ def make_plan(config: Config, inventory: DataInventory, world_size: int = 1, *, 
     if draft.problems:
         raise PlanError(_message(config.job.name, draft.problems))
     stages = tuple(draft.stages.values())
-    draft.notes += [*stage_notes(stages), *optimizer_notes(stages)]
+    draft.notes += [*stage_notes(stages), *optimizer_notes(stages), *partition_notes(stages)]
     stage_dims = {stage.name: parallel_dims_of(with_own_batch(config, stage), world_size) for stage in config.stages}
     costs = _footprints(draft, stage_dims, gpu_bytes=gpu_bytes)
     return Plan(
@@ -165,6 +166,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     tree, shares = mixture_tree(stage, new, replay_leaves(draft, stage, history, init))
     counts = leaf_counts(tree, batch_sizes.sequences_before(steps))
     masked = document_mask_of(config, stage)
+    partition = partition_of(draft, stage)
     window = config.validation.final_window_steps, config.validation.final_window_every
     plan = StagePlan(
         name=stage.name,
@@ -183,7 +185,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         final_window=final_window(steps, *window),
         recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points))
         | rope_recipe(stage, spec)
-        | average_recipe(draft, init),
+        | average_recipe(draft, init)
+        | partition_recipe(draft, stage, partition),
         spec=spec,
         seq_len=seq_len,
         batch_sizes=batch_sizes,
@@ -195,6 +198,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         schedule_offset=span.steps_before(stage.name),
         warm_up_passes=warm_up_passes(draft, stage, steps),
         reptile=reptile_of(draft, stage, steps),
+        partition=partition,
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

@@ -51,6 +51,7 @@ from titan_cpt.training.cuda.graphs import CapturedStep, CudaGraphs
 from titan_cpt.training.forward_backward import EagerStep, make_runner
 from titan_cpt.training.metrics import MetricsLog, ScalarWriter, peak_flops
 from titan_cpt.training.optimization.build import build_optimizer
+from titan_cpt.training.optimization.trained_weights import TrainedWeights
 from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.resume import check_same_machine, find_checkpoint
@@ -158,6 +159,7 @@ def build(
     checkpoints.on_failed = partial(log_save_failed, log, display)
     runner = make_runner(pipeline_stages, compute_copy, mesh, options)
     guard = _build_guard(config, optimizer)
+    trained = TrainedWeights(model, optimizer)
     eager = EagerStep(
         model=model,
         runner=runner,
@@ -167,6 +169,7 @@ def build(
         max_norm=config.training.max_norm,
         sources=max(len(stage.source_numbers) for stage in plan.stages),
         float8_gather=config.float8.enable_fsdp_float8_all_gather,
+        trained=trained,
     )
     graphs = CudaGraphs(process.device) if config.training.cuda_graphs else None
     state = kind(
@@ -180,6 +183,7 @@ def build(
         stepper=eager if graphs is None else CapturedStep(eager, compute_copy, graphs),
         optimizer=optimizer,
         attention=attention,
+        trained=trained,
         guard=guard,
         copies=WeightCopies(model, partial(_weights_exchanged, model, compute_copy, config)),
         skipped=SkippedBatches(folder, writing=process.rank == 0),

@@ -32,6 +32,7 @@ from titan_cpt.distributed.master_weights import ComputeCopy
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.common.language_model import LanguageModel
 from titan_cpt.training.loss import SourceSums, fused_linear_cross_entropy, summed_cross_entropy
+from titan_cpt.training.optimization.trained_weights import TrainedWeights
 from titan_cpt.training.optimization.update import UpdateGuard, clip_grad_norm
 
 
@@ -281,6 +282,7 @@ class EagerStep:
         max_norm: largest L2 norm of the clipped gradients.
         sources: S, the largest number of sources of a stage.
         float8_gather: FSDP2 gathers weights in float8, whose scales an update changes.
+        trained: which of the weights the optimizer updates; None: all.
     """
 
     def __init__(
@@ -294,6 +296,7 @@ class EagerStep:
         max_norm: float,
         sources: int = 1,
         float8_gather: bool = False,
+        trained: TrainedWeights | None = None,
     ) -> None:
         self.model = model
         self.runner = runner
@@ -302,6 +305,7 @@ class EagerStep:
         self.mesh = mesh
         self.max_norm = max_norm
         self.float8_gather = float8_gather
+        self.trained = TrainedWeights(model, optimizer) if trained is None else trained
         self._loss = torch.zeros((), device=mesh.process.device)
         self.sums_S2 = torch.zeros(sources, 2, dtype=torch.float64, device=mesh.process.device)
 
@@ -327,6 +331,8 @@ class EagerStep:
     def apply_gradients(self, loss: Tensor, sums_S2: Tensor) -> StepResult:
         """`update`, given this rank's loss and sums."""
         loss = self.mesh.sum_loss(loss)
+        if self.trained.is_partial:
+            self.trained.prepare_gradients()
         grad_norm = clip_grad_norm(self.model, self.max_norm, self.mesh.pipeline, optimizer=self.optimizer)
         loss = loss.to(grad_norm.device)  # with CPU offload the gradient norm is on the CPU
         health = self.guard.observe(loss, grad_norm)
@@ -334,6 +340,8 @@ class EagerStep:
         if self.float8_gather:
             refresh_scales(self.model)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.trained.is_partial:
+            self.trained.clear_gradients()
         return StepResult(loss, grad_norm, health, sums_S2)
 
 

@@ -25,13 +25,14 @@ from titan_cpt.checkpoint.weights_only import IMPORTED, MERGED
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
 from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
+from titan_cpt.common.weights.partition import partition_of_recipe
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import Rope
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
+from titan_cpt.planning.stages.partition import weight_sizes, weights_with_new_state
 from titan_cpt.training.optimization.adamw import reset_state, set_hyperparameters
-from titan_cpt.training.optimization.muon import use_optimizer
 from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
 
@@ -48,7 +49,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
         CheckpointError: the initial weights are missing or damaged, or belong to another model.
     """
     state.checkpoints.wait()
-    use_optimizer(state.optimizer, stage.optimizer)
+    state.trained.use(stage)
     weights = load_initial(state, stage)
     state.copies.begin(stage)
     if not stage.keep_optimizer:
@@ -93,7 +94,7 @@ def resume_stage(state: TrainerState, checkpoint: FoundCheckpoint) -> int:
     """Resume a stage from a checkpoint; returns the number of steps done."""
     stage = state.plan.stage(checkpoint.manifest["stage"])
     steps_done = int(checkpoint.manifest["steps_done"])
-    use_optimizer(state.optimizer, stage.optimizer)
+    state.trained.use(stage)
     load_state(checkpoint.folder, state.model, state.optimizer)
     set_rope(state, stage.spec.rope)
     _apply_stage_hyperparameters(state, stage)
@@ -138,8 +139,15 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
         text = load_released(state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept)
         return f"from {text}"
     source, notes = _source(state, stage)
-    optimizer = state.optimizer if stage.keep_optimizer else None
-    load_state(source.folder, state.model, optimizer, average=source.average)
+    anew: list[str] = []
+    optimizer = None
+    if stage.keep_optimizer:
+        optimizer = state.optimizer
+        reset_state(optimizer)
+        record, sizes = read_manifest(source.folder), weight_sizes(stage.spec)
+        earlier = partition_of_recipe(record["recipe"], record["stage"], sizes)
+        anew = weights_with_new_state(stage.partition, earlier, sizes)
+    load_state(source.folder, state.model, optimizer, average=source.average, without_state=anew)
     return "; ".join([f"from {source}", *notes])
 
 

@@ -24,6 +24,7 @@ from titan_cpt.training.cuda.attention import AttentionKernels
 from titan_cpt.training.cuda.graphs import CapturedStep
 from titan_cpt.training.forward_backward import EagerStep, ModelRunner
 from titan_cpt.training.metrics import MetricsLog
+from titan_cpt.training.optimization.trained_weights import TrainedWeights
 from titan_cpt.training.optimization.update import UpdateGuard
 from titan_cpt.training.profiler import Profiler
 from titan_cpt.training.screen.display import Display
@@ -43,6 +44,7 @@ class TrainerState:
         runner: forward and backward of a batch.
         stepper: gradients of micro-batches and the update; launched one by one, or as CUDA graphs.
         attention: the kernels of attention.
+        trained: which of the weights the optimizer updates.
         guard: prevents optimizer updates from the first bad step on.
         copies: copies of the weights, such as snapshots for an average.
         skipped: batches that training skips because their loss or gradient was bad.
@@ -64,6 +66,7 @@ class TrainerState:
     stepper: EagerStep | CapturedStep
     attention: AttentionKernels
     optimizer: AdamW
+    trained: TrainedWeights
     guard: UpdateGuard
     copies: WeightCopies
     skipped: SkippedBatches

@@ -19,7 +19,8 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         "run_step": run_step,
         "tokens": plan.tokens_before(stage) + stage.tokens_before(step + 1),
         "replayed_tokens": sum(draw.replayed for draw in draws) * stage.seq_len,
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": stage.lr_at(step),
+        **_lr_by_group(stage, step),
         "batch_hash": state.readers[stage.name].batch_hash(draws),
     }
     if result.health is None:
@@ -34,3 +35,11 @@ def record_step(state: TrainerState, stage: StagePlan, step: int, result: StepRe
         health=result.health,
         by_source=sums,
     )
+
+
+def _lr_by_group(stage: StagePlan, step: int) -> dict[str, dict[str, float]]:
+    """The learning rate of every pattern of lr_scale that some trained weight follows."""
+    if stage.partition is None or not stage.partition.scales:
+        return {}
+    lr = stage.lr_at(step)
+    return {"lr_by_group": {pattern: lr * scale for pattern, scale in stage.partition.scales.items()}}

@@ -12,6 +12,8 @@ from titan_cpt.training.cuda.adamw import TritonAdamW
 
 MOMENTUM_BUFFER = "momentum_buffer"
 """torch.optim.Muon's name of its only state."""
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: factor of the stage's learning rate; groups without it have the learning rate itself."""
 
 
 def build_adamw(
@@ -23,6 +25,7 @@ def build_adamw(
     weight_decay: float,
     triton: bool = False,
     copies: Mapping[Tensor, Tensor] | None = None,
+    allocate: bool = True,
 ) -> AdamW:
     """Fused AdamW over the model's parameters, with moments and step counts allocated and zero.
 
@@ -41,6 +44,7 @@ def build_adamw(
         weight_decay: coefficient of the decoupled decay, for the matrices only (see `parameter_groups`).
         triton: update with our Triton kernel instead of torch's; needs CUDA and Triton.
         copies: with `triton`: master weight -> bf16 compute copy that the update writes too.
+        allocate: False: stages train some of the weights; `TrainedWeights.use` allocates the moments of these only.
     """
     groups = parameter_groups(model, weight_decay)
     optimizer: AdamW
@@ -49,7 +53,8 @@ def build_adamw(
     else:
         assert not copies, "only the Triton kernel writes compute copies"
         optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    reset_state(optimizer)
+    if allocate:
+        reset_state(optimizer)
     return optimizer
 
 

@@ -33,12 +33,15 @@ def build_optimizer(
     """
     given = plan.stages[0].optimizer
     numbers = {"eps": given.eps, "weight_decay": given.weight_decay}
+    everything = all(stage.partition is None for stage in plan.stages)  # otherwise moments might not fit
     if all(stage.optimizer.muon is None for stage in plan.stages):
         triton = config.optimizer.implementation == "triton"
         copies = _triton_copies(plan, stages, compute_copy) if triton and compute_copy is not None else None
-        return build_adamw(model, lr=0.0, betas=given.betas, triton=triton, copies=copies, **numbers)
+        return build_adamw(
+            model, lr=0.0, betas=given.betas, triton=triton, copies=copies, allocate=everything, **numbers
+        )
     optimizer = Muon(model, lr=0.0, betas=given.betas, group=_holders_group(mesh), **numbers)
-    optimizer.use(given.muon)
+    optimizer.use(given.muon, allocate=everything)
     return optimizer
 
 

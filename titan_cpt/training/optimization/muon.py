@@ -5,6 +5,7 @@ Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,32 +72,48 @@ class Muon(AdamW):
             if parameters
         ]
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        sharded = isinstance(blocks[0], DTensor)
-        assert not sharded or group is not None, "sharded weights need the group of the ranks that hold them"
-        self._exchange: Exchange = (
-            MatrixExchange(blocks, group) if sharded and group is not None else OneProcess(blocks)
-        )
+        self._blocks = kept
+        self._group = group
+        self._matrices = [(parameter, self.param_groups[0]) for parameter in blocks]
+        self._exchange = self._new_exchange(blocks)
         self.found_inf = torch.zeros((), device=blocks[0].device)
         self.selects_on_device = blocks[0].device.type != "cpu"
+
+    def _new_exchange(self, matrices: Sequence[Tensor]) -> Exchange:
+        """The exchange of these matrices; with several ranks collective."""
+        if not matrices or not isinstance(matrices[0], DTensor):
+            return OneProcess(matrices)
+        assert self._group is not None, "sharded weights need the group of the ranks that hold them"
+        return MatrixExchange(matrices, self._group)
+
+    def is_of_blocks(self, parameter: Tensor) -> bool:
+        """Whether Muon can update a parameter: a two-dimensional weight of the blocks."""
+        return id(parameter) in self._blocks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded state; AdamW's method would look for a step count in Muon's."""
         Optimizer.__setstate__(self, state)
 
-    def use(self, muon: MuonHyperparameters | None) -> None:
-        """Update the blocks' matrices with Muon, or with AdamW if None.
+    def use(self, muon: MuonHyperparameters | None, *, allocate: bool = True) -> None:
+        """Update the blocks' matrices with Muon, or with AdamW if None; collective if the groups were replaced.
 
         Where that changes, their state is freed and allocated anew, as zeros; no other state changes.
         """
-        blocks = self.param_groups[0]
-        if (muon is not None) != uses_muon(blocks):
-            for parameter in blocks["params"]:
+        groups = [group for group in self.param_groups if self.is_of_blocks(group["params"][0])]
+        matrices = [(parameter, group) for group in groups for parameter in group["params"]]
+        for parameter, group in matrices:
+            if (muon is not None) != uses_muon(group):
                 self.state.pop(parameter, None)
-        for key in MUON_KEYS:
-            blocks.pop(key, None)
-        if muon is not None:
-            blocks.update({key: getattr(muon, key) for key in MUON_KEYS})
-        allocate_state(self)
+        for group in groups:
+            for key in MUON_KEYS:
+                group.pop(key, None)
+            if muon is not None:
+                group.update({key: getattr(muon, key) for key in MUON_KEYS})
+        if [id(parameter) for parameter, _ in matrices] != [id(parameter) for parameter, _ in self._matrices]:
+            self._exchange = self._new_exchange([parameter for parameter, _ in matrices])
+        self._matrices = matrices
+        if allocate:
+            allocate_state(self)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -108,26 +125,29 @@ class Muon(AdamW):
             super().step()
         finally:
             self.param_groups = groups
-        if uses_muon(groups[0]):
+        if any(uses_muon(group) for group in groups):
             halted = self.found_inf > 0 if self.selects_on_device else None
             if halted is None and bool(self.found_inf):
                 return
             for step in self._exchange.rounds:
-                self._update(step, groups[0], halted)
+                self._update(step, halted)
 
-    def _update(self, step: Round, group: dict[str, Any], halted: Tensor | None) -> None:
+    def _update(self, step: Round, halted: Tensor | None) -> None:
         """Update the matrices of one round, unless `halted`; None: they are updated."""
         shards = {}
         for index in step.matrices:
-            update = self._advance_momentum(group["params"][index], group, halted)
+            update = self._advance_momentum(*self._matrices[index], halted)
             if self._exchange.is_sent(index):
                 shards[index] = update.bfloat16()
         whole = self._exchange.gather(step, shards)
         del shards
-        results = {index: orthogonalize(whole.pop(index), group["ns_steps"]) for index in list(whole)}
+        results = {
+            index: orthogonalize(whole.pop(index), self._matrices[index][1]["ns_steps"]) for index in list(whole)
+        }
         for parts in self._exchange.scatter(step, results):
             for index, part in parts.items():
-                self._apply(group["params"][index], part, group, halted)
+                parameter, group = self._matrices[index]
+                self._apply(parameter, part, group, halted)
 
     def _advance_momentum(self, parameter: Tensor, group: dict[str, Any], halted: Tensor | None) -> Tensor:
         """Add this rank's part of the gradient to the momentum buffer; returns U of the class's formula."""

@@ -10,12 +10,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from titan_cpt.training.cuda.adamw import TritonAdamW
+from titan_cpt.training.optimization.adamw import LR_SCALE
 
 
 def set_lr(optimizer: AdamW, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the group's factor where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[LR_SCALE] if LR_SCALE in group else lr
 
 
 def clip_grad_norm(
@@ -39,6 +40,8 @@ def clip_grad_norm(
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = _total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not parameters:  # a pipeline stage of which nothing is trained: torch's zero is on the CPU
+        norm = torch.zeros((), device=next(model.parameters()).device)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     if pipeline is not None:
