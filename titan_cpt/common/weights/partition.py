@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_cpt.common.weights.patterns import NEW_ROWS, matches, specificity, summary
+from titan_cpt.common.weights.patterns import NEW_ROWS, matches, short_list, specificity
 
 TRAINABLE = "trainable"
 LR_SCALE = "lr_scale"
@@ -158,7 +158,7 @@ def partition_problems(
             why = _selects_nothing(pattern, sizes, first_new_row=first_new_row, tied=tied)
             if why is not None:
                 unknown = True
-                yield f"{key}: {pattern!r} {why}; there are {summary(known)}"
+                yield f"{key}: {pattern!r} {why}; there are {short_list(known)}"
     if not unknown and lr_scale:
         given = make_partition(sizes, trainable=trainable, lr_scale=lr_scale, first_new_row=first_new_row)
         contradictions = list(_contradictions(given, lr_scale))

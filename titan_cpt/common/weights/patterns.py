@@ -48,7 +48,7 @@ def specificity(pattern: str) -> int:
     return len(NEW_ROWS.get(pattern, pattern).split(".")) + (pattern in NEW_ROWS)
 
 
-def summary(names: Sequence[str]) -> str:
+def short_list(names: Sequence[str]) -> str:
     """The names in one line, those of the blocks once: "embedding.weight, blocks.0-5.mlp.up.weight, ..."."""
     blocks: dict[str, list[int]] = {}
     for name in names:

@@ -14,7 +14,7 @@ from titan_cpt.common.weights.partition import (
     partition_problems,
     trained_alike,
 )
-from titan_cpt.common.weights.patterns import NEW_ROWS, summary
+from titan_cpt.common.weights.patterns import NEW_ROWS, short_list
 from titan_cpt.config.schema import Config
 from titan_cpt.config.stages import StageConfig
 from titan_cpt.distributed.parallel_dims import ParallelDims
@@ -104,8 +104,8 @@ def new_state_note(
     if not anew:
         return None
     return (
-        f"stages.{stage.name}.optimizer_state: the state of {summary(anew)} begins anew, as {of} did not train these "
-        "in the same rows"
+        f"stages.{stage.name}.optimizer_state: the state of {short_list(anew)} begins anew, as {of} did not train "
+        "these in the same rows"
     )
 
 
