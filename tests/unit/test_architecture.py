@@ -73,6 +73,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "common.plugins": "behavior/test_plugins.py",
     "config.used_plugins": "behavior/test_plugins.py",
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
+    "distributed.weight_rows": "unit/training/optimization/test_trained_weights.py",
     "checkpoint.merge.inputs": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.parents": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.progress": "unit/checkpoint/merge/test_merge.py",

@@ -155,7 +155,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer, *, without: Collec
     zeros in the other rows, in host memory, so that a checkpoint does not depend on how rows are sharded.
 
     Args:
-        without: names of weights that are left out.
+        without: names of weights whose tensors are not included.
     """
     names = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
     rows = {id(part.parameter): part for part in _all_rows(optimizer)}

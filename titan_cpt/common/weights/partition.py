@@ -49,7 +49,8 @@ class Partition:
     @property
     def is_trivial(self) -> bool:
         """Whether all weights are trained alike, as without a partition."""
-        return all(parts == WHOLE for parts in self.parts.values())
+        every = (part for parts in self.parts.values() for part in parts)
+        return all(self.parts.values()) and all(part.rows is None and part.scale == 1 for part in every)
 
     @property
     def scales(self) -> dict[str, float]:

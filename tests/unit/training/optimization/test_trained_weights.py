@@ -70,7 +70,7 @@ def ready(model, stage, optimizer=None):
     return optimizer, trained
 
 
-def test_new_rows_alone_are_trained_as_torch_trains_a_matrix_of_these_rows():
+def test_only_new_rows_are_trained_as_torch_trains_a_matrix_of_these_rows():
     """Old rows stay bit-equal in spite of weight decay, and the new ones get AdamW's numbers for a matrix of them."""
     model = new_model()
     before = copy.deepcopy(model)
