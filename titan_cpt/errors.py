@@ -58,6 +58,7 @@ _EXTRAS = {  # optional dependencies in pyproject.toml, by package; other packag
     "lm_eval": "eval",
     "matplotlib": "report",
     "jinja2": "report",
+    "scipy": "report",
     "torchao": "float8",
     "transformers": "test",
     "s3fs": "s3",

@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from titan_cpt.config import schema
 from titan_cpt.config import types as value_types
 from titan_cpt.config.schema_lookup import field_bounds, interval, nested_tables
+from titan_cpt.config.sweep import SweepFitConfig
 
 HEADER = """# Config reference
 
@@ -37,7 +38,8 @@ def reference() -> str:
     """The whole page."""
     title, text = " ".join(str(schema.Config.model_fields["sweep"].description).split()).split(". ", 1)
     text = textwrap.fill(text, 120)
-    return "\n".join([HEADER, *map(_section, _tables(schema.Config)), f"\n## {title}.\n\n{text}"])
+    tables = [*map(_section, _tables(schema.Config)), f"\n## {title}.\n\n{text}", _section(SweepFitConfig)]
+    return "\n".join([HEADER, *tables])
 
 
 def _tables(table: type[BaseModel]) -> list[type[BaseModel]]:

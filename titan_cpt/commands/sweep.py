@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_cpt.commands.arguments import Subparsers, add_command, add_dry_run_option, integer
-from titan_cpt.errors import ConfigError, PlanError
+from titan_cpt.errors import ConfigError, DataError, PlanError
 
 
 def add_sweep(subparsers: Subparsers) -> None:
@@ -20,7 +20,8 @@ def add_sweep(subparsers: Subparsers) -> None:
         "sweep",
         _run,
         summary,
-        details="Stages that several runs share are trained once, and runs that are done are skipped.",
+        details="Stages that several runs share are trained once, and runs that are done are skipped. With [sweep.fit] "
+        "a law is fitted to the losses afterwards.",
         usage="FILE [FILE ...] [options] [--table.key VALUE ...]",
         example="titan-cpt sweep sweep.toml --dry-run\ntitan-cpt sweep sweep.toml --launch ./run_train.sh",
         takes_overrides=True,
@@ -37,6 +38,9 @@ def add_sweep(subparsers: Subparsers) -> None:
     )
     sweep.add_argument("--arm", type=integer, dest="index", help=argparse.SUPPRESS)  # old name of --index
     add_dry_run_option(sweep, "the runs with their steps, tokens and compute", "--plan")
+    sweep.add_argument(
+        "--fit", action="store_true", help="fit the law of [sweep.fit] to the runs that are done, and train nothing"
+    )
     sweep.add_argument("--prepare-only", action="store_true", help="write the run folders, and do not train")
     add_launch_option(sweep)
 
@@ -60,10 +64,25 @@ def _run(options: argparse.Namespace) -> int:
 
         print_sweep_plan(files, options.overrides, make_console())
         return 0
+    if options.fit:
+        return _fit(files, options.overrides)
     index = options.index
     if index is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         index = int(os.environ["SLURM_ARRAY_TASK_ID"])
     return run_sweep(files, options.overrides, launch=options.launch, only=index, train=not options.prepare_only)
+
+
+def _fit(files: Sequence[Path], overrides: Sequence[tuple[str, str]]) -> int:
+    from titan_cpt.common.console import make_console
+    from titan_cpt.runs.laws.report import fit_sweep, require_fit
+
+    settings = require_fit(files, overrides)
+    if settings is None:
+        raise ConfigError(
+            f"--fit: {files[0]} has no [sweep.fit], which names the law; docs/guides/laws.md has examples"
+        )
+    fit_sweep(files, overrides, settings, make_console())
+    return 0
 
 
 def run_sweep(
@@ -84,7 +103,11 @@ def run_sweep(
     Raises:
         PlanError: this process was started by torchrun.
     """
+    from rich.markup import escape
+
     from titan_cpt.common.console import make_console
+    from titan_cpt.common.exit_status import STOPPED_EARLY
+    from titan_cpt.runs.laws.report import fit_sweep, require_fit
     from titan_cpt.runs.sweep import TRAIN, exit_status, train_sweep_runs
     from titan_cpt.runs.sweep_table import print_outcomes
 
@@ -93,6 +116,13 @@ def run_sweep(
             "sweep was started by torchrun: start it without; --launch ./run_train.sh starts each run's processes"
         )
     command = shlex.split(launch) if launch else TRAIN
+    settings = require_fit(files, overrides)  # before training: scipy may be missing
     outcomes = train_sweep_runs(files, overrides, only=only, launch=command, train=train)
-    print_outcomes(outcomes, make_console())
+    console = make_console()
+    print_outcomes(outcomes, console)
+    if settings is not None and train and only is None and exit_status(outcomes) != STOPPED_EARLY:
+        try:
+            fit_sweep(files, overrides, settings, console)
+        except DataError as error:
+            console.print(f"[bold]the law was not fitted[/]: {escape(str(error))}", highlight=False)
     return exit_status(outcomes)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
 
+from titan_cpt.common.text import quoted_list
 from titan_cpt.config.messages import error_message
 from titan_cpt.config.overrides import set_key
 from titan_cpt.config.references import reference_faults
 from titan_cpt.config.schema import Config
 from titan_cpt.config.source_location import with_location
-from titan_cpt.config.sweep import points, sweep_faults
+from titan_cpt.config.sweep import FIT, SweepFitConfig, points, sweep_faults
 from titan_cpt.config.toml_files import TomlFile, read_with_bases, rebase_fetch_scripts
 from titan_cpt.errors import ConfigError
 
@@ -101,13 +102,31 @@ def check_config(
         faults += [error_message(each, raw) for each in details]
     faults += reference_faults(raw)
     if config is not None:
-        faults += sweep_faults(config.sweep)
+        faults += [*sweep_faults(config.sweep), *_fit_faults(raw, config)]
     if config is None or faults:
         overridden = (*(key for key, _ in overrides), "--")
         lines = [fault if fault.startswith(overridden) else with_location(fault, files) for fault in faults]
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise ConfigError("\n".join([f"{path}: {count}", *(f"  - {line}" for line in lines)]))
     return config
+
+
+def _fit_faults(raw: dict[str, Any], config: Config) -> Iterator[str]:
+    """The faults of [sweep.fit], if there is one: of its keys, and names that are not datasets."""
+    if FIT not in config.sweep:
+        return
+    try:
+        fit = SweepFitConfig.model_validate(config.sweep[FIT])
+    except ValidationError as error:
+        yield from (error_message({**each, "loc": ("sweep", FIT, *each["loc"])}, raw) for each in error.errors())
+        return
+    for key, names in (("objective", fit.weights), ("limit", fit.limit)):
+        for name in names:
+            if name.partition(".")[0] not in config.datasets:
+                known = quoted_list(config.datasets)
+                yield f"sweep.{FIT}.{key}: there is no [datasets.{name}]; there are {known}"
+    if fit.law == "cmr" and not fit.limit:
+        yield f'sweep.{FIT}.limit: is missing; law = "cmr" needs it, such as {{ pile = 0.05 }}'
 
 
 def dump_config(config: Config) -> str:

@@ -385,7 +385,7 @@ class Config(Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: dict[str, Any] = Field(default_factory=dict)
     """[sweep]: dotted keys and lists of values. `titan-cpt sweep` trains a sweep run for every combination of values;
-    the lists in [sweep.zip] have equal length and are combined item by item instead."""
+    the lists in [sweep.zip] have equal length and are combined item by item instead; [sweep.fit] is below."""
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
 
 

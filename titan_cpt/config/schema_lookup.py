@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from titan_cpt.config.schema import Config
+from titan_cpt.config.sweep import FIT, SweepFitConfig
 
 
 def tables_at(location: Sequence[Any]) -> list[type[BaseModel]]:
@@ -18,6 +19,8 @@ def tables_at(location: Sequence[Any]) -> list[type[BaseModel]]:
     ("stages", 0, "lr", "cosine") gives [CosineLR]: pydantic puts the schedule's name into a location.
     """
     tables: list[type[BaseModel]] = [Config]
+    if tuple(location[:2]) == ("sweep", FIT):  # [sweep] is a free table, and this one is not
+        tables, location = [SweepFitConfig], location[2:]
     is_users_name = False
     for part in location:
         if is_users_name:

@@ -2,7 +2,7 @@
 
 Keys in [sweep] are combined as a Cartesian product. The lists in [sweep.zip] have equal length and are combined item by
 item; these combinations are crossed with the other keys. `stages.german.lr.max = [...]` and
-`"stages.german.lr.max" = [...]` mean the same.
+`"stages.german.lr.max" = [...]` mean the same. [sweep.fit] names the law that is fitted to the runs (`SweepFitConfig`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,45 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from titan_cpt.config.types import Fraction01, Mixture, Name, NonNegativeFloat, PositiveFloat, Table, Tokens
 
 ZIP = "zip"
+FIT = "fit"
 _SET_BY_THE_SWEEP = ("job.name", "job.output_dir")
 _LONGEST_NAME = 120
+
+
+class SweepFitConfig(Table):
+    """[sweep.fit]: the law that `titan-cpt sweep` fits to the losses of its runs, and the value that it advises."""
+
+    law: Literal["cmr", "d_cpt", "log_linear", "lr_curve"]
+    """cmr: power law of the loss in the domain's share; d_cpt: in model size, tokens and share; log_linear: in the
+    mixture; lr_curve: in the learning rates of every step."""
+    objective: Mixture
+    """Datasets whose loss is to be low (for cmr and d_cpt: the domain), or a table of datasets and weights."""
+    limit: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """By how much the loss of a dataset may rise over its loss before the stage, in nats per token, such as
+    { pile = 0.05 }. Unset: no limit."""
+    stage: Name | None = None
+    """The stage whose losses are fitted. Unset: the last one."""
+    tokens: Tokens | None = None
+    """Token budget that the advice of cmr and d_cpt is for; beyond the trained ones it is marked as extrapolated.
+    Unset: that of the stage."""
+    max_epochs: PositiveFloat | None = None
+    """For log_linear: how often the advised mixture may repeat each dataset in the stage. Unset: no bound."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence level of the intervals."""
+    annealing_decay: Fraction01 = 0.999
+    """For lr_curve: the decay per step of the annealing momentum (lambda of arXiv:2408.11029)."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The datasets of the objective with their weights; 1 each where none are given."""
+        return dict(self.objective) if isinstance(self.objective, dict) else dict.fromkeys(self.objective, 1.0)
 
 
 def sweep_faults(table: Mapping[str, Any]) -> Iterator[str]:
@@ -65,7 +99,7 @@ def point_names(sweep_points: Sequence[Mapping[str, Any]]) -> list[str]:
 def _keys(table: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
     """(key, values) of the crossed keys and of those in [sweep.zip], in the order of the file."""
     zipped = table.get(ZIP, {})
-    crossed = {key: value for key, value in table.items() if key != ZIP}
+    crossed = {key: value for key, value in table.items() if key not in (ZIP, FIT)}
     return list(_flat(crossed)), list(_flat(zipped)) if isinstance(zipped, Mapping) else [(ZIP, zipped)]
 
 

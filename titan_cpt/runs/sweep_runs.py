@@ -11,10 +11,10 @@ from typing import Any
 from titan_cpt.checkpoint import manifest
 from titan_cpt.common.recipe import differences
 from titan_cpt.common.run_folder import STAGE_END, checkpoint_folder
-from titan_cpt.config.load import check_config
+from titan_cpt.config.load import check_config, load_config
 from titan_cpt.config.overrides import set_key
 from titan_cpt.config.schema import Config
-from titan_cpt.config.sweep import point_names, points
+from titan_cpt.config.sweep import FIT, SweepFitConfig, point_names, points
 from titan_cpt.config.toml_files import TomlFile, read_with_bases
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -91,6 +91,16 @@ def read_sweep_runs(
 def single_run_file(paths: Sequence[Path]) -> Path | None:
     """The file, if there is only one and it has no [sweep] table; None otherwise."""
     return paths[0] if len(paths) == 1 and not read_with_bases(paths[0]).get("sweep") else None
+
+
+def fit_settings(path: Path, overrides: Sequence[tuple[str, str]] = ()) -> SweepFitConfig | None:
+    """The [sweep.fit] of a file; None without it.
+
+    Raises:
+        ConfigError: the file is invalid.
+    """
+    table = load_config(path, overrides).sweep.get(FIT)
+    return None if table is None else SweepFitConfig.model_validate(table)
 
 
 def has_checkpoint(folder: Path, plan: Plan, stage_index: int, *, kinds: Sequence[str] = (STAGE_END,)) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 from sweeps import FRACTION
 
-from titan_cpt.config.sweep import point_names, points, sweep_faults
+from titan_cpt.config.sweep import SweepFitConfig, point_names, points, sweep_faults
 
 
 def test_keys_are_crossed_and_the_last_one_changes_fastest():
@@ -58,3 +58,12 @@ def test_names_distinguish_keys_of_two_stages_and_tables():
 def test_an_invalid_sweep_table_is_refused(table, expected):
     """The message has the key, what was found and what is allowed."""
     assert [fault for fault in sweep_faults(table) if fault.startswith(expected)]
+
+
+def test_the_law_is_not_a_swept_key():
+    """[sweep.fit] adds no runs; without weights each dataset of the objective counts once."""
+    table = {"job.seed": [1, 2], "fit": {"law": "cmr", "objective": "de", "limit": {"en": 0.05}}}
+
+    assert points(table) == [{"job.seed": 1}, {"job.seed": 2}]
+    assert not list(sweep_faults(table))
+    assert SweepFitConfig.model_validate(table["fit"]).weights == {"de": 1.0}
