@@ -81,6 +81,8 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "training.weights.averager": "behavior/test_averages.py",
     "training.weights.copies": "behavior/test_averages.py",
     "checkpoint.state_dict": "unit/checkpoint/test_manager.py",
+    "checkpoint.vocabulary.vocabulary_rows": "unit/checkpoint/vocabulary/test_weak_rows.py",
+    "checkpoint.vocabulary.weak_row_report": "unit/checkpoint/vocabulary/test_weak_rows.py",
     "checkpoint.weights_only": "unit/checkpoint/test_hf_import.py",
     "cli": "unit/commands/test_plan.py",
     "commands.anneal": "unit/runs/test_anneal.py",

@@ -7,7 +7,7 @@ transformers, if that is installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.checkpoint_spec import model_differences, rope_change, rope_remedy
@@ -25,9 +24,14 @@ from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
+from titan_cpt.checkpoint.vocabulary.model_rows import NewValues, local_slices, write_rows
+from titan_cpt.checkpoint.vocabulary.vocabulary_rows import released_rows
+from titan_cpt.checkpoint.vocabulary.weak_row_report import only_non_finite, weak_row_lines
+from titan_cpt.checkpoint.vocabulary.weak_rows import find_weak_rows
 from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_weights
 from titan_cpt.common.files import atomic_folder
-from titan_cpt.errors import CheckpointError
+from titan_cpt.data.tokenizer.token_texts import TokenTexts
+from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelSpec
 
@@ -39,6 +43,7 @@ def load_released(
     *,
     new_rope: Collection[str] = (),
     accept: Callable[[Path], str | None] = lambda folder: None,
+    examine: Callable[[ReleasedModel], Mapping[str, NewValues]] = lambda released: {},
 ) -> str:
     """Load Hugging Face weights into a model, sharded or not; each rank reads only its shards. Collective.
 
@@ -48,6 +53,8 @@ def load_released(
         spec: architecture from the config; its vocab_size may differ from that of the Hugging Face model.
         new_rope: keys of the spec's recipe that the stage's `rope` sets, which may differ from the model's own.
         accept: called on every rank with the model's folder before weights are read; returns a note or raises.
+        examine: called on every rank before weights are loaded; returns rows to replace in the loaded weights, or
+            raises. Weights with such rows may have others that are not finite among them.
 
     Returns:
         A message for the log: the model, its notes, and the result of the comparison with transformers.
@@ -64,11 +71,15 @@ def load_released(
     _require_same_model(released, spec, new_rope)
     note = accept(released.files.folder)
     notes = [*released.notes, *filter(None, [note, rope_change(released.spec.rope, spec.rope)])]
-    fill(model, released, spec)
+    changes = examine(released)
+    fill(model, released, spec, unchecked=changes)
+    write_rows(model, changes)
     if not first:
         return released.describe(spec)
     own = released.resized(spec.vocab_size)  # with the RoPE of its config.json, which transformers reads
-    result = verify_against_transformers(released, own, lambda model: fill(model, released, own), in_a_run=True)
+    result = verify_against_transformers(
+        released, own, lambda model: fill(model, released, own, unchecked=changes), in_a_run=True
+    )
     return "; ".join([released.describe(spec), *notes, result])
 
 
@@ -89,21 +100,18 @@ def _require_same_model(released: ReleasedModel, spec: ModelSpec, new_rope: Coll
 
 
 @torch.no_grad()
-def fill(model: nn.Module, released: ReleasedModel, spec: ModelSpec) -> None:
-    """Copy this rank's shard of every weight from the files into the model."""
+def fill(model: nn.Module, released: ReleasedModel, spec: ModelSpec, *, unchecked: Container[str] = ()) -> None:
+    """Copy this rank's shard of every weight from the files into the model.
+
+    Args:
+        unchecked: names of weights with values that may not be finite.
+    """
     state = get_model_state_dict(model)
     for name, weight in state.items():
         assert isinstance(weight, Tensor), f"{name} is not a tensor"
-        local = weight
-        slices = [slice(0, length) for length in weight.shape]
-        if isinstance(weight, DTensor):
-            lengths, offsets = compute_local_shape_and_global_offset(
-                weight.shape, weight.device_mesh, weight.placements
-            )
-            local = weight.to_local()
-            slices = [slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)]
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
         if local.numel():
-            local.copy_(released.read(name, spec, slices))
+            local.copy_(released.read(name, spec, local_slices(weight), finite=name not in unchecked))
     set_model_state_dict(model, state)
 
 
@@ -124,10 +132,11 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
     released = open_released(name)
     spec = released.resized(vocab_size)
     log(f"{released.describe(spec)}: {spec.family}, {spec.parameters:,} parameters")
+    weak = list(_weak_rows(released, spec))
     with atomic_folder(out) as partial:
         checksums = save_weights(spec, lambda name: released.read(name, spec), partial)
         log(verify_against_transformers(released, spec, lambda model: _load_unsharded(partial, model)))
-        for note in released.notes:
+        for note in (*released.notes, *weak):
             log(f"note: {note}")
         tokenizer = tokenizer_of_release(released.files.folder)
         if tokenizer is None:
@@ -135,6 +144,29 @@ def import_released(name: str, out: Path, *, vocab_size: int | None = None, log:
         manifest.write(partial, record_of_release(released, spec, tokenizer), checksums)
     table = "\n  ".join(as_config_table(spec).splitlines())
     log(f'{out}: written. To start a stage from it, set init = "checkpoint:{out}", and\n  {table}')
+
+
+def _weak_rows(released: ReleasedModel, spec: ModelSpec) -> Iterator[str]:
+    """Notes on the weak rows of a model.
+
+    Raises:
+        CheckpointError: rows are NaN or infinite.
+    """
+    folder = released.files.folder
+    try:
+        texts = TokenTexts(str(folder)) if (folder / "tokenizer.json").is_file() else None
+    except DataError:
+        texts = None
+    found = find_weak_rows(released_rows(released, spec.vocab_size), texts.ids if texts else None)
+    broken = only_non_finite(found)
+    if broken:
+        lines = "\n  ".join(weak_row_lines(broken, texts))
+        raise CheckpointError(
+            f"{released.name}: rows are NaN or infinite:\n  {lines}\nDownload the files again, or start a stage with "
+            f'init = "hf:{released.name}" and weak_rows = "mean", which replaces them'
+        )
+    for line in weak_row_lines(found, texts):
+        yield f"weak rows of the {line}"
 
 
 def record_of_release(released: ReleasedModel, spec: ModelSpec, tokenizer: TrainingTokenizer | None) -> dict[str, Any]:

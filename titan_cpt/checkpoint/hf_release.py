@@ -42,8 +42,11 @@ class ReleasedModel:
         """The model's spec, with another vocabulary size if one is given."""
         return self.spec if vocab_size is None else replace(self.spec, vocab_size=vocab_size)
 
-    def read(self, name: str, spec: ModelSpec, slices: Sequence[slice] = ()) -> Tensor:
+    def read(self, name: str, spec: ModelSpec, slices: Sequence[slice] = (), *, finite: bool = True) -> Tensor:
         """A weight by its name in titan_cpt, or a slice, in the file's dtype; vocabulary weights resized to `spec`.
+
+        Args:
+            finite: whether to require that all values are finite.
 
         Raises:
             CheckpointError: the file can no longer be read, or the weight has integers, NaN or infinite values.
@@ -53,18 +56,32 @@ class ReleasedModel:
             weight = self.files.read_rows(hub_name, spec.vocab_size, slices)
         else:
             weight = self.files.read(hub_name, slices)
-        if not weight.is_floating_point():
-            raise CheckpointError(
-                f"{self.name}: {hub_name} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
-                "cannot be trained on; use the unquantized model"
-            )
+        self._require_floats(hub_name, weight)
         wide = weight.float() if weight.itemsize == 1 else weight  # torch has no aminmax for float8
-        if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
+        if finite and wide.numel() and not all(map(math.isfinite, torch.aminmax(wide))):
             raise CheckpointError(
                 f"{self.name}: {hub_name} has values that are NaN or infinite, so it cannot be trained on. Download "
                 "the files again, or use an earlier checkpoint"
             )
         return weight
+
+    def read_file_rows(self, name: str, rows: slice) -> Tensor:
+        """Rows of a weight as they are in the file, which may be NaN or infinite, by its name in titan_cpt.
+
+        Raises:
+            CheckpointError: the file can no longer be read, or the weight has integers.
+        """
+        hub_name = hub_names(self.spec)[name]
+        weight = self.files.read(hub_name, (rows,))
+        self._require_floats(hub_name, weight)
+        return weight
+
+    def _require_floats(self, hub_name: str, weight: Tensor) -> None:
+        if not weight.is_floating_point():
+            raise CheckpointError(
+                f"{self.name}: {hub_name} has the dtype {str(weight.dtype).removeprefix('torch.')}: quantized weights "
+                "cannot be trained on; use the unquantized model"
+            )
 
     def describe(self, spec: ModelSpec) -> str:
         """The model's name, and how its vocabulary is resized, for messages."""

@@ -53,6 +53,7 @@ def _stage_faults(
         yield from _continued_schedule_faults(stage, name, earlier)
     else:
         yield from _init_faults(stage, name, earlier)
+    yield from _weak_rows_faults(stage, name, earlier)
 
 
 def _dataset_faults(where: str, mixture: Any, datasets: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -96,6 +97,23 @@ def _init_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterat
             f"stages.{name}.optimizer_state: the moments in the checkpoint belong to the weights that training "
             f"continues with, not to their average, from which init = {init!r} starts; set it to reset, or to "
             "warm:100, which warms moments of the average up"
+        )
+
+
+def _weak_rows_faults(stage: dict[str, Any], name: str, earlier: list[str]) -> Iterator[str]:
+    init = stage.get("init", "previous" if earlier else "random")
+    if stage.get("weak_rows") is None or not isinstance(init, str):
+        return
+    where = f"stages.{name}.weak_rows"
+    if not init.startswith(("hf:", "checkpoint:")):
+        yield (
+            f"{where}: is for weights from outside of the run (init = hf:NAME or checkpoint:PATH), this stage's are "
+            f"init = {init!r}; remove it"
+        )
+    elif stage["weak_rows"] == "mean" and stage.get("optimizer_state") == "keep":
+        yield (
+            f'{where}: "mean" replaces rows whose moments optimizer_state = "keep" would keep; set optimizer_state to '
+            "reset"
         )
 
 

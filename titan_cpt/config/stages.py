@@ -144,6 +144,11 @@ class StageConfig(Table):
     """Initial weights: previous (the end of the stage before; after an infinite schedule its pre-anneal point), random,
     stage:NAME, stage:NAME@pre_anneal, checkpoint:PATH, hf:NAME. stage:NAME@average, stage:NAME@pre_anneal@average and
     checkpoint:PATH@average are the averages of the weights there. Unset: random for the first stage, else previous."""
+    weak_rows: Literal["error", "keep", "mean"] | None = None
+    """What to do with weak rows of the embedding and the head, where weights come from outside of the run (checkpoint:
+    or hf:): rows of tokens that are near zero, equal, not finite, or that training never changed. error: refuse weights
+    with weak rows that the stage's data uses; keep: name them; mean: replace them by the mean of all other tokens'
+    rows. Unset: keep. Rows that are not finite are refused unless they are replaced."""
     optimizer_state: OptimizerState = "reset"
     """Whether the optimizer state (moments and step count) is reset, or kept together with the weights; or
     "warm:100": reset, and then warmed up by 100 forward and backward passes on the batches of the stage's first 100

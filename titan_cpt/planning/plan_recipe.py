@@ -89,6 +89,7 @@ def stage_recipe(
         **document_recipe(config, stage),
         **{f"packing.{name}": table.packing for name, table in _sources(config, names) if table.packing != "concat"},
         "init": init if isinstance(init, str) else f"{init.stage}@{init.steps_done}{suffix_of(init.average)}",
+        **({"weak_rows": "mean"} if stage.weak_rows == "mean" else {}),
         "optimizer_state": stage.optimizer_state,
         **reptile_recipe(stage),
         **optimizer_recipe(optimizer_hyperparameters(config, stage)),

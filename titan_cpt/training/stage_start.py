@@ -21,6 +21,7 @@ from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
+from titan_cpt.checkpoint.vocabulary.model_rows import write_rows
 from titan_cpt.checkpoint.weights_only import IMPORTED, MERGED
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
@@ -35,6 +36,7 @@ from titan_cpt.planning.stages.partition import weight_sizes, weights_with_new_s
 from titan_cpt.training.optimization.adamw import reset_state, set_hyperparameters
 from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
+from titan_cpt.training.weights.initial_rows import InitialRows, RowFindings
 
 _AVERAGING = "init.averaging."  # keys of the recipe of a stage that starts from the average of a stage of its run
 
@@ -50,7 +52,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     """
     state.checkpoints.wait()
     state.trained.use(stage)
-    weights = load_initial(state, stage)
+    weights, rows = _load(state, stage, InitialRows(state, stage))
     state.copies.begin(stage)
     if not stage.keep_optimizer:
         reset_state(state.optimizer)
@@ -60,6 +62,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
     continued = "" if first is stage else f", in the schedule of {first.name}"
     start = {
         "weights": weights,
+        **({"rows": "; ".join(rows.lines)} if rows.lines else {}),
         "optimizer": _optimizer_text(stage),
         "lr": f"{stage.lr_at(0):.4g} at the first step{continued}",
     }
@@ -68,7 +71,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
         "data": {source: history.next_ordinal(source, stage.seq_len) for source in sorted(history.trained)},
         "replay": {source: -(-tokens // stage.seq_len) for source, tokens in sorted(history.replayed.items())},
     }
-    state.log.event("transition", stage=stage.name, step=0, **start, **earlier)
+    state.log.event("transition", stage=stage.name, step=0, **start, **earlier, **rows.counts)
     state.log.rewind(state.plan.steps_before(stage))
     state.display.transition(stage, start)
     return -stage.warm_up_passes
@@ -129,16 +132,23 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
     Raises:
         CheckpointError: the source of `init` is missing or damaged, or is another model.
     """
+    return _load(state, stage, InitialRows(state, stage, quiet=True))[0]
+
+
+def _load(state: TrainerState, stage: StagePlan, rows: InitialRows) -> tuple[str, RowFindings]:
     set_rope(state, stage.spec.rope)
     if stage.init == "random":
         state.model.init_weights(state.plan.seed)
-        return f"new, from seed {state.plan.seed}"
+        return f"new, from seed {state.plan.seed}", rows.findings
     if isinstance(stage.init, str) and stage.init.startswith("hf:"):
         name = stage.init.removeprefix("hf:")
         accept = partial(_accept, state, stage)
-        text = load_released(state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept)
-        return f"from {text}"
+        text = load_released(
+            state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept, examine=rows.of_release
+        )
+        return f"from {text}", rows.findings
     source, notes = _source(state, stage)
+    changes = rows.of_checkpoint(source)
     anew: list[str] = []
     optimizer = None
     if stage.keep_optimizer:
@@ -148,7 +158,8 @@ def load_initial(state: TrainerState, stage: StagePlan) -> str:
         earlier = partition_of_recipe(record["recipe"], record["stage"], sizes)
         anew = weights_with_new_state(stage.partition, earlier, sizes)
     load_state(source.folder, state.model, optimizer, average=source.average, without_state=anew)
-    return "; ".join([f"from {source}", *notes])
+    write_rows(state.model, changes)
+    return "; ".join([f"from {source}", *notes]), rows.findings
 
 
 def require_saved_averages(run: Path, stages: Sequence[StagePlan]) -> None:

@@ -153,6 +153,10 @@ class Tokenizer:
                 raise DataError(f"{self.name}: id {number}; allowed are ids from 0 to {self.vocab_size - 1}")
         return self._backend[0].decode(ids)
 
+    def token_bytes_by_id(self) -> tuple[bytes, ...]:
+        """Return the bytes of each id: the name of a special token, b"" for an id that no token has."""
+        return self._table
+
     def token_byte_lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of UTF-8 bytes of each id, 0 for special tokens; used for bits per byte."""
         lengths = np.array([len(token) for token in self._table], dtype=np.int64)
