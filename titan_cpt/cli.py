@@ -37,6 +37,7 @@ from titan_cpt.commands.prepare import add_prepare
 from titan_cpt.commands.report import add_report
 from titan_cpt.commands.runs import add_runs
 from titan_cpt.commands.sweep import add_sweep
+from titan_cpt.commands.tokenizer import add_tokenizer
 from titan_cpt.commands.track import add_track
 from titan_cpt.commands.train import add_train
 from titan_cpt.commands.upload import add_upload
@@ -55,6 +56,7 @@ COMMANDS = (  # in the order of --help
     add_sweep,
     add_baselines,
     add_prepare,
+    add_tokenizer,
     add_import,
     add_export,
     add_merge,

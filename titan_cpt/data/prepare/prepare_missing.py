@@ -15,6 +15,7 @@ from titan_cpt.config.datasets import DatasetConfig, TextSourceConfig
 from titan_cpt.config.schema import Config
 from titan_cpt.data.formats.indexed import missing_prefixes
 from titan_cpt.data.prepare.chunks import iterate_texts
+from titan_cpt.data.prepare.extend_tokenizer import extend_on_files
 from titan_cpt.data.prepare.outputs import prefix_to_write
 from titan_cpt.data.prepare.prepare import prepare
 from titan_cpt.data.prepare.text_inputs import find_inputs, inputs_text, missing_inputs
@@ -51,7 +52,7 @@ def prepare_missing_data(
     for name, dataset in to_prepare.items():
         assert dataset.source is not None, "only datasets with a source were picked"
         _fetch(name, dataset.source, log)
-    _train_tokenizer(config, log)
+    _make_tokenizer(config, log)
     for name, dataset in to_prepare.items():
         assert dataset.source is not None, "only datasets with a source were picked"
         assert dataset.train is not None, "the config has checked that a source goes with one train prefix"
@@ -78,9 +79,11 @@ def missing_data_text(config: Config, *, force: bool) -> Iterator[str]:
     Raises:
         DataError: a text does not exist and there is no `fetch` script for it.
     """
-    train = config.tokenizer.train
+    train, extend = config.tokenizer.train, config.tokenizer.extend
     if train is not None and not is_there(Path(config.tokenizer.path)):
         yield f"tokenizer: would be trained on the text of {train.dataset} -> {config.tokenizer.path}"
+    if extend is not None and extend.dataset is not None and not is_there(Path(config.tokenizer.path)):
+        yield f"tokenizer: {extend.base} would be extended on the text of {extend.dataset} -> {config.tokenizer.path}"
     for name, dataset in config.datasets.items():
         if dataset.source is None or dataset.train is None:
             continue
@@ -121,7 +124,8 @@ def train_tokenizer(inputs: Sequence[str], text_field: str, vocab_size: int, out
 def is_complete(config: Config) -> bool:
     """Whether the tokens of every dataset and the tokenizer exist, so `prepare_missing_data` has nothing to do."""
     tokens = all(not _is_missing(dataset, force=False) for dataset in config.datasets.values())
-    return tokens and (config.tokenizer.train is None or is_there(Path(config.tokenizer.path)))
+    makes_tokenizer = config.tokenizer.train is not None or config.tokenizer.extend is not None
+    return tokens and (not makes_tokenizer or is_there(Path(config.tokenizer.path)))
 
 
 def _is_missing(dataset: DatasetConfig, force: bool) -> bool:
@@ -144,13 +148,29 @@ def _fetch(name: str, source: TextSourceConfig, log: Callable[[str], None]) -> N
         )
 
 
-def _train_tokenizer(config: Config, log: Callable[[str], None]) -> None:
-    train = config.tokenizer.train
-    path = Path(config.tokenizer.path)
-    if train is None or is_there(path):
-        return
-    source = config.datasets[train.dataset].source
+def fetch_missing_text(config: Config, name: str, log: Callable[[str], None]) -> None:
+    """Run the script that fetches the text of a dataset, if the text is missing and there is one.
+
+    Raises:
+        DataError: the script fails.
+    """
+    source = config.datasets[name].source
     assert source is not None, "the config has checked that a tokenizer's dataset has a source"
-    _fetch(train.dataset, source, log)
-    log(f"tokenizer: training a BPE of {train.vocab_size:,} entries on the text of {train.dataset}, into {path}")
-    train_tokenizer(source.text, source.text_field, train.vocab_size, path, force=False)
+    _fetch(name, source, log)
+
+
+def _make_tokenizer(config: Config, log: Callable[[str], None]) -> None:
+    """Train or extend the tokenizer, if its file is missing."""
+    train, extend, path = config.tokenizer.train, config.tokenizer.extend, Path(config.tokenizer.path)
+    name = train.dataset if train is not None else extend.dataset if extend is not None else None
+    if name is None or is_there(path):
+        return
+    fetch_missing_text(config, name, log)
+    source = config.datasets[name].source
+    assert source is not None, "the config has checked that a tokenizer's dataset has a source"
+    if train is not None:
+        log(f"tokenizer: training a BPE of {train.vocab_size:,} entries on the text of {name}, into {path}")
+        train_tokenizer(source.text, source.text_field, train.vocab_size, path, force=False)
+    elif extend is not None and extend.add is not None:
+        log(f"tokenizer: extending {extend.base} by {extend.add:,} tokens on the text of {name}, into {path}")
+        extend_on_files(extend.base, source.text, extend.add, path, text_field=source.text_field, log=log)

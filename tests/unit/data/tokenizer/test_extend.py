@@ -1,0 +1,182 @@
+"""An extended tokenizer: new ids split back into the base's, in both libraries; what cannot be extended is refused."""
+
+import json
+import warnings
+
+import pytest
+import tokenizers
+from byte_level_tokenizers import PATTERNS, save_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, trainers
+
+from titan_cpt.data.tokenizer.extend import extend
+from titan_cpt.data.tokenizer.extension import extension_of
+from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
+from titan_cpt.errors import DataError
+
+GERMAN = [
+    "Die Sicherheitseinstellungen öffnen. Die Einstellungen der Sicherheit ändern, größer als die Größe des Fensters.",
+    "Öffnen Sie das Fenster; die Größe der Einstellungen lässt sich ändern: 1000 1000 Einstellungen, \t\tFenster!",
+] * 2
+ENGLISH = [
+    "The settings of the window: open the window and change the size of the settings, then there is the size."
+] * 3
+KINDS = ("neox", "llama3", "qwen2", "o200k", "sentencepiece", "whole_words")
+
+
+def sentencepiece(path):
+    """A BPE in the style of Llama 2: no pre-tokenizer, byte fallback, spaces as U+2581."""
+    library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    library.decoder = decoders.ByteFallback()
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [part for text in ENGLISH for part in text.split()]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=names, show_progress=False)
+    library.train_from_iterator(words, trainer)
+    spec = json.loads(library.to_str())
+    spec["added_tokens"] = [each for each in spec["added_tokens"] if not each["content"].startswith("<0x")]
+    path.write_text(json.dumps(spec))
+
+
+def make_base(path, kind):
+    if kind == "sentencepiece":
+        sentencepiece(path)
+        return
+    pattern = {"neox": "gpt2", "whole_words": "llama3"}.get(kind, kind)
+    assert pattern in PATTERNS
+    save_tokenizer(path, pattern)
+    spec = json.loads(path.read_text())
+    if kind == "neox":  # added tokens that are not in the model's vocabulary, for runs of spaces
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False) | {"normalized": True}
+        first = max([*spec["model"]["vocab"].values(), *(each["id"] for each in spec["added_tokens"])]) + 1
+        spec["added_tokens"] += [{"id": first + n, "content": " " * (n + 2)} | flags for n in range(3)]
+        spec["normalizer"] = {"type": "NFC"}
+    spec["model"]["ignore_merges"] = kind == "whole_words"
+    path.write_text(json.dumps(spec))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """(base, extension) by kind."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {}
+    for kind in KINDS:
+        base, path = folder / f"{kind}.json", folder / f"{kind}-extended.json"
+        make_base(base, kind)
+        extend(str(base), GERMAN, 40, path)
+        made[kind] = str(base), str(path)
+    return made
+
+
+TEXT = st.one_of(
+    st.text(max_size=60),
+    st.lists(st.sampled_from([*" ".join(GERMAN + ENGLISH).split(), "  ", "   ", "\n", "fensterung"]), max_size=12).map(
+        " ".join
+    ),
+)
+
+
+@given(TEXT)
+def test_new_ids_split_back_into_exactly_the_ids_of_the_base(pairs, text):
+    for base, path in pairs.values():
+        pieces = extension_of(base, path).pieces
+        old, new = (
+            tokenizers.Tokenizer.from_file(each).encode(text, add_special_tokens=False).ids for each in (base, path)
+        )
+        assert [number for each in new for number in pieces.get(each, (each,))] == old
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_extension_needs_fewer_tokens_for_the_new_text_and_keeps_the_ids_of_the_base(pairs, kind):
+    base, path = pairs[kind]
+    extension = extension_of(base, path)
+    assert extension.notes == ()
+    assert extension.vocab_size - extension.base_vocab_size == 40
+    old, new = load_tokenizer(base), load_tokenizer(path)
+    for text in GERMAN:
+        assert len(new.encode(text)) < 0.7 * len(old.encode(text))
+        assert new.decode(new.encode(text)) == old.decode(old.encode(text))
+    assert new.eod_id == old.eod_id
+    ids = list(range(extension.base_vocab_size))
+    assert [new.decode([each]) for each in ids] == [old.decode([each]) for each in ids]
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama3", "sentencepiece"])
+def test_transformers_gives_the_ids_of_the_tokenizers_library(pairs, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import PreTrainedTokenizerFast
+
+        loaded = PreTrainedTokenizerFast(tokenizer_file=pairs[kind][1])
+    library = tokenizers.Tokenizer.from_file(pairs[kind][1])
+    for text in [*GERMAN, *ENGLISH, "a   b\n\n  c"]:
+        assert loaded(text, add_special_tokens=False)["input_ids"] == library.encode(text, add_special_tokens=False).ids
+
+
+def test_every_new_token_is_made_from_a_text(pairs):
+    """None of them is out of reach of the merges: a text of the token alone or in its word gives it."""
+    for base, path in pairs.values():
+        library = tokenizers.Tokenizer.from_file(path)
+        size = extension_of(base, path).base_vocab_size
+        merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges_in(path)]
+        new = {token for token, number in library.get_vocab().items() if number >= size}
+        assert {left + right for left, right in merges[-40:]} == new
+
+
+def merges_in(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["model"]["merges"]
+
+
+def test_the_same_text_gives_the_same_file_and_another_text_does_not_replace_it(pairs, tmp_path):
+    base, _ = pairs["llama3"]
+    out = tmp_path / "sub" / "new.json"
+    extend(base, GERMAN, 40, out)
+    before = out.read_bytes()
+    extend(base, GERMAN[::-1], 40, out)
+    assert out.read_bytes() == before
+    with pytest.raises(DataError, match=r"new\.json: exists \(SHA-256 \w{12}\) and is not replaced"):
+        extend(base, GERMAN, 39, out)
+    assert out.read_bytes() == before
+    extend(base, GERMAN, 39, out, force=True)
+    assert out.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Unigram", "vocab": [["a", 0.0], ["<eos>", 0.0]], "unk_id": 0}, "its model is Unigram, which has no"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "<eos>": 1}, "unk_token": "a"}, "its model is WordPiece"),
+        (
+            {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}, "merges": [], "end_of_word_suffix": "</w>"},
+            "end_of_word_suffix",
+        ),
+    ],
+)
+def test_a_tokenizer_without_merges_to_continue_is_refused(tmp_path, change, message):
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps({"added_tokens": [], "model": change}))
+    with pytest.raises(DataError, match=message):
+        extend(str(path), GERMAN, 4, tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_more_tokens_than_the_text_gives_are_refused_with_the_number_that_it_gives(pairs, tmp_path):
+    base, _ = pairs["llama3"]
+    with pytest.raises(DataError, match=r"yield only (\d+) further tokens that occur twice, not 5,000") as refused:
+        extend(base, GERMAN, 5000, tmp_path / "new.json")
+    count = int(str(refused.value).split("only ")[1].split()[0])
+    assert len(extend(base, GERMAN, count, tmp_path / "new.json").tokens) == count
+
+
+def test_the_base_and_files_that_are_no_tokenizer_are_never_overwritten(pairs, tmp_path):
+    base, _ = pairs["llama3"]
+    note = tmp_path / "note.json"
+    note.write_text("{}")
+    for output, message in ((note, "is not replaced"), (tmp_path, "is a folder")):
+        with pytest.raises(DataError, match=message):
+            extend(base, GERMAN, 5, output)
+    with pytest.raises(DataError, match="is the tokenizer that is extended"):
+        extend(base, GERMAN, 5, type(note)(base), force=True)
+    assert note.read_text() == "{}"

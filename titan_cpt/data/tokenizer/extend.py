@@ -1,0 +1,239 @@
+"""Extend a tokenizer: continue the merges of a BPE on new text. The ids of the base and their texts do not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_cpt.common.files import require_writable, write_bytes_atomically
+from titan_cpt.data.tokenizer.continue_bpe import Merge, continued_merges
+from titan_cpt.data.tokenizer.extension import extension_of
+from titan_cpt.data.tokenizer.special_tokens import BYTE_NAME, kind_of
+from titan_cpt.data.tokenizer.tokenizer import BYTES, read_tokenizer
+from titan_cpt.errors import DataError, how_to_install
+
+_BOUNDARY = "\u2581"  # begins a word in vocabularies in the style of SentencePiece
+_WORDS = re.compile(f"{_BOUNDARY}*[^{_BOUNDARY}]+|{_BOUNDARY}+")
+_CHECKED_WORDS = 20_000
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A new tokenizer.
+
+    Attributes:
+        content: of its tokenizer.json.
+        merges: what was added, in order.
+        tokens: the new tokens, as the vocabulary writes them.
+        words: number of distinct words of the text.
+    """
+
+    content: bytes
+    merges: list[Merge]
+    tokens: list[str]
+    words: int
+
+
+class WordCounter:
+    """Cuts texts into words as a tokenizer does before its merges, and counts them.
+
+    Args:
+        spec: content of a tokenizer.json with a BPE.
+        library: its `tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], library: Any) -> None:
+        self._normalizer, self._pre_tokenizer = library.normalizer, library.pre_tokenizer
+        self._cuts_itself = spec.get("pre_tokenizer") is None
+        self.counts: Counter[str] = Counter()
+
+    def add(self, text: str) -> None:
+        """Count the words of a text."""
+        normalized = text if self._normalizer is None else self._normalizer.normalize_str(text)
+        if self._cuts_itself:  # the model sees a text as one word; no token may span several
+            self.counts.update(_WORDS.findall(normalized))
+            return
+        for part, _ in self._pre_tokenizer.pre_tokenize_str(normalized):
+            self.counts.update(_WORDS.findall(part) if _BOUNDARY in part[1:] else [part])
+
+
+def extend(
+    base: str,
+    texts: Iterable[str],
+    add: int,
+    output: Path,
+    *,
+    force: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> Extended:
+    """Continue the merges of a tokenizer on texts, and write the result atomically as a tokenizer.json.
+
+    Args:
+        base: a tokenizer.json with a BPE, or the folder of one.
+        texts: the new text.
+        add: number of tokens to add.
+        output: the file to write; the same tokenizer is left as it is.
+        force: replace a different tokenizer.json.
+        log: called with a line about each part of the work.
+
+    Raises:
+        DataError: the base is not a BPE, the `tokenizers` library is not installed, the texts yield fewer tokens, or
+            the file exists and is another tokenizer (unless `force`) or not a tokenizer.
+    """
+    _require_replaceable(output, base, force=force)
+    made = extended_tokenizer(base, texts, add, log=log)
+    if not output.exists() or output.read_bytes() != made.content:
+        if output.exists() and not force:
+            raise _other_file(output, "the one made now differs from it")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(output, made.content)
+    extension_of(base, str(output))
+    return made
+
+
+def extended_tokenizer(
+    base: str, texts: Iterable[str], add: int, *, log: Callable[[str], None] = lambda line: None
+) -> Extended:
+    """See `extend`; writes nothing.
+
+    Raises:
+        DataError: see `extend`.
+    """
+    spec, numbers = require_bpe(base)
+    library = _library(spec)
+    counter = WordCounter(spec, library)
+    size = 0
+    for text in texts:
+        counter.add(text)
+        size += len(text.encode())
+    log(f"{len(counter.counts):,} distinct words in {size:,} bytes of text")
+    model = library.model
+    split = {word: [piece.id for piece in model.tokenize(word)] for word in counter.counts}
+    unknown = spec["model"].get("unk_token")
+    names = {token["content"] for token in spec.get("added_tokens") or []} | {unknown}
+    plain = {
+        number: token for token, number in numbers.items() if token not in names and not BYTE_NAME.fullmatch(token)
+    }
+    first_id = max(numbers.values()) + 1
+
+    def is_split_so(text: str, pieces: tuple[int, ...]) -> bool:
+        return [piece.id for piece in model.tokenize(text)] == [*pieces]
+
+    takes_whole_words = bool(spec["model"].get("ignore_merges"))
+    words = ((split[word], count) for word, count in sorted(counter.counts.items()))
+    merges = continued_merges(
+        words, plain, add, first_id=first_id, **({"accept": is_split_so} if takes_whole_words else {})
+    )
+    if len(merges) < add:
+        raise DataError(
+            f"{base}: the texts yield only {len(merges):,} further tokens that occur twice, not {add:,}: add at most "
+            f"{len(merges):,}, or give more text"
+        )
+    content, tokens = _with_merges(spec, numbers, plain, merges)
+    made = Extended(content, merges, tokens, len(counter.counts))
+    _check(made, [word for word, _ in counter.counts.most_common(_CHECKED_WORDS)], split, base)
+    return made
+
+
+def require_bpe(base: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the content and the ids of a tokenizer whose merges can be continued.
+
+    Raises:
+        DataError: it cannot be read, or is not such a tokenizer.
+    """
+    if base == BYTES:
+        raise DataError(
+            f"{BYTES!r} has no merges to continue: name a tokenizer.json, or train one (`titan-cpt prepare`)"
+        )
+    spec, numbers = read_tokenizer(base)
+    model = spec["model"]
+    if kind_of(model) != "BPE":
+        raise DataError(
+            f"{base}: its model is {kind_of(model)}, which has no merges to continue; allowed is BPE, as in the "
+            "tokenizers of GPT-NeoX, Llama, Qwen, Mistral and Gemma"
+        )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise DataError(f"{base}: its BPE has a {key} ({model[key]!r}), which is not supported")
+    return spec, numbers
+
+
+def _library(spec: Mapping[str, Any]) -> Any:
+    try:
+        import tokenizers
+    except ImportError as fault:
+        raise DataError(
+            f"extending a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
+        ) from fault
+    model = {**spec["model"], "dropout": None}
+    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "model": model}))
+
+
+def _with_merges(
+    spec: Mapping[str, Any], numbers: Mapping[str, int], plain: Mapping[int, str], merges: list[Merge]
+) -> tuple[bytes, list[str]]:
+    """The content of a tokenizer.json with further merges, and the new tokens."""
+    model = dict(spec["model"])
+    # The library numbers added tokens that are not in the model's vocabulary after it, whatever id the file gives
+    # them: in a longer vocabulary they would move.
+    vocab = {**model["vocab"], **{each["content"]: each["id"] for each in spec.get("added_tokens") or []}}
+    assert vocab.keys() == numbers.keys(), "a vocabulary is the model's tokens and the added ones"
+    written = dict(plain)
+    for merge in merges:
+        written[merge.product] = written[merge.left] + written[merge.right]
+    new = [(written[merge.left], written[merge.right]) for merge in merges]
+    tokens = [left + right for left, right in new]
+    vocab |= {token: merge.product for token, merge in zip(tokens, merges, strict=True)}
+    old = model.get("merges") or []
+    if all(isinstance(merge, str) for merge in old) and not any(" " in token for token in tokens):
+        model["merges"] = [*old, *(f"{left} {right}" for left, right in new)]
+    else:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in old]
+        model["merges"] = [*pairs, *(list(pair) for pair in new)]
+    model["vocab"] = vocab
+    content = json.dumps({**spec, "model": model}, ensure_ascii=False, indent=2)
+    return content.encode(), tokens
+
+
+def _check(made: Extended, words: list[str], split: Mapping[str, list[int]], base: str) -> None:
+    """Check that the library reads the result as it is meant: new ids split back into the base's."""
+    model = _library(json.loads(made.content)).model
+    pieces: dict[int, list[int]] = {}
+    for merge in made.merges:
+        pieces[merge.product] = [*pieces.get(merge.left, [merge.left]), *pieces.get(merge.right, [merge.right])]
+    for word in words:
+        ids = [number for piece in model.tokenize(word) for number in pieces.get(piece.id, [piece.id])]
+        if ids != split[word]:
+            raise DataError(
+                f"{base}: cannot be extended: the `tokenizers` library splits {word!r} into other ids with the longer "
+                "vocabulary, so the meaning of old ids would change"
+            )
+
+
+def _require_replaceable(output: Path, base: str, *, force: bool) -> None:
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; name the file to write, such as {output / 'tokenizer.json'}")
+    base_file = Path(base) / "tokenizer.json" if Path(base).is_dir() else Path(base)
+    if output.exists() and base_file.exists() and output.samefile(base_file):
+        raise DataError(f"{output}: is the tokenizer that is extended; choose another output")
+    require_writable(output)
+    if not output.exists() or force:
+        return
+    try:
+        extension_of(base, str(output))
+    except DataError as fault:
+        raise _other_file(output, str(fault)) from None
+
+
+def _other_file(output: Path, difference: str) -> DataError:
+    digest = hashlib.sha256(output.read_bytes()).hexdigest()[:12]
+    return DataError(
+        f"{output}: exists (SHA-256 {digest}) and is not replaced: {difference}. Choose another output, or replace it "
+        "with --force; data and weights made with it could not be used any more"
+    )
