@@ -99,6 +99,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "runs.laws.measured": "unit/runs/laws/test_laws.py",
     "runs.laws.report": "unit/runs/laws/test_laws.py",
     "commands.upload": "behavior/test_uploads.py",
+    "commands.tokenizer": "unit/data/prepare/test_extend_tokenizer.py",
     "commands.track": "behavior/test_trackers.py",
     "commands.verify": "unit/checkpoint/test_manifest.py",
     "convert.convert": "unit/commands/test_convert_config.py",

@@ -55,7 +55,7 @@ def add_tokenizer(subparsers: Subparsers) -> None:
         nargs="+",
         metavar="TEXT",
         default=[],
-        help="extend: other text whose fertility is printed too, such as the old language or held-out text",
+        help="extend: other text whose fertility is printed too, such as the old language or validation text",
     )
     command.add_argument(
         "--text-field", default="text", metavar="NAME", help="the field that holds a document's text (default: text)"
@@ -85,7 +85,7 @@ def _log(line: str) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    from titan_cpt.data.tokenizer.description import describe
+    from titan_cpt.data.tokenizer.description import tokenizer_parts
 
     refuse_unknown([f"--{key}" for key, _ in options.overrides])
     if options.file is None:
@@ -95,7 +95,7 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"command line: --{name} is for `titan-cpt tokenizer extend`: remove it")
     texts = {"input": options.input} if options.input else {}
     return {
-        **describe(options.file, options.base),
+        **tokenizer_parts(options.file, options.base),
         "fertility": _fertilities(options, {"input": options.text_field}, texts, options.file, options.base),
     }
 
@@ -155,7 +155,7 @@ def _extended(
 ) -> dict[str, Any]:
     """Make the tokenizer from the first of the texts; returns what there is to print."""
     from titan_cpt.data.prepare.extend_tokenizer import extend_on_files
-    from titan_cpt.data.tokenizer.description import describe
+    from titan_cpt.data.tokenizer.description import tokenizer_parts
 
     source = next(iter(texts))
     extend_on_files(
@@ -168,7 +168,7 @@ def _extended(
         force=options.force,
         log=_log,
     )
-    return {**describe(str(output), base), "fertility": _fertilities(options, fields, texts, str(output), base)}
+    return {**tokenizer_parts(str(output), base), "fertility": _fertilities(options, fields, texts, str(output), base)}
 
 
 def _fertilities(

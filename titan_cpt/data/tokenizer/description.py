@@ -9,7 +9,7 @@ from titan_cpt.data.tokenizer.special_tokens import is_byte_level, kind_of
 from titan_cpt.data.tokenizer.tokenizer import BYTES, load_tokenizer, read_tokenizer
 
 
-def describe(path: str, base: str | None = None) -> dict[str, Any]:
+def tokenizer_parts(path: str, base: str | None = None) -> dict[str, Any]:
     """Describe a tokenizer.
 
     Args:

@@ -115,7 +115,7 @@ def test_transformers_gives_the_ids_of_the_tokenizers_library(pairs, kind):
 
 
 def test_every_new_token_is_made_from_a_text(pairs):
-    """None of them is out of reach of the merges: a text of the token alone or in its word gives it."""
+    """None of them is out of reach of the merges: some text gives it."""
     for base, path in pairs.values():
         library = tokenizers.Tokenizer.from_file(path)
         size = extension_of(base, path).base_vocab_size
