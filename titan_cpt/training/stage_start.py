@@ -27,6 +27,7 @@ from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
 from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
 from titan_cpt.common.weights.partition import partition_of_recipe
+from titan_cpt.common.weights.patterns import short_list
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import Rope
@@ -159,6 +160,8 @@ def _load(state: TrainerState, stage: StagePlan, rows: InitialRows) -> tuple[str
         anew = weights_with_new_state(stage.partition, earlier, sizes)
     load_state(source.folder, state.model, optimizer, average=source.average, without_state=anew)
     write_rows(state.model, changes)
+    if anew:
+        notes.append(f"the optimizer state of {short_list(anew)} begins anew: other rows were trained")
     return "; ".join([f"from {source}", *notes]), rows.findings
 
 

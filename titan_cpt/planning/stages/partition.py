@@ -34,7 +34,7 @@ def partition_of(draft: PlanDraft, stage: StageConfig) -> Partition | None:
     if stage.trainable is None and stage.lr_scale is None:
         return None
     sizes = weight_sizes(draft.spec)
-    first_new_row = _first_new_row(draft)
+    first_new_row = draft.inventory.base_vocab_size
     where = f"stages.{stage.name}"
     problems = [
         f"{where}.{problem}"
@@ -56,12 +56,6 @@ def partition_of(draft: PlanDraft, stage: StageConfig) -> Partition | None:
     return partition
 
 
-def _first_new_row(draft: PlanDraft) -> int | None:
-    """The first row of an id that the tokenizer adds to its base; None if it extends none."""
-    first: int | None = getattr(draft.inventory, "base_vocab_size", None)
-    return first
-
-
 def partition_recipe(draft: PlanDraft, stage: StageConfig, partition: Partition | None) -> dict[str, Any]:
     """What `trainable` and `lr_scale` add to a stage's recipe; nothing where all weights are trained alike."""
     if partition is None:
@@ -72,7 +66,7 @@ def partition_recipe(draft: PlanDraft, stage: StageConfig, partition: Partition 
     if stage.lr_scale is not None:
         recipe[LR_SCALE] = {pattern: float(scale) for pattern, scale in sorted(stage.lr_scale.items())}
     if any(pattern in NEW_ROWS for pattern in (*(stage.trainable or ()), *(stage.lr_scale or {}))):
-        recipe[FIRST_NEW_ROW] = _first_new_row(draft)
+        recipe[FIRST_NEW_ROW] = draft.inventory.base_vocab_size
     return recipe
 
 

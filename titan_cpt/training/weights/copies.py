@@ -42,7 +42,8 @@ class WeightCopies:
         if averaging is not None:
             self._averager = Averager(averaging, _empty_on(averaging))
         if reptile is not None:
-            self._old_weights = OldWeights(reptile, _empty_on(reptile), local_weights(self._model))
+            frozen = stage.partition is not None
+            self._old_weights = OldWeights(reptile, _empty_on(reptile), local_weights(self._model), some_frozen=frozen)
 
     def resume(self, stage: StagePlan, folder: Path, record: Mapping[str, Any]) -> str | None:
         """Continue a stage from a checkpoint, whose weights the model has; collective.

@@ -30,10 +30,19 @@ class OldWeights:
         reptile: when weights are pulled, and how far.
         empty: makes an uninitialized copy of a local weight, where the old weights are kept.
         weights: this rank's shards of the stage's initial weights, by parameter name.
+        some_frozen: some of them, or rows of them, are not trained.
     """
 
-    def __init__(self, reptile: Reptile, empty: Callable[[Tensor], Tensor], weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        reptile: Reptile,
+        empty: Callable[[Tensor], Tensor],
+        weights: Mapping[str, Tensor],
+        *,
+        some_frozen: bool = False,
+    ) -> None:
         self.reptile = reptile
+        self._some_frozen = some_frozen
         self._old = {name: empty(weight).copy_(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
@@ -45,7 +54,9 @@ class OldWeights:
         """
         for name, weight in weights.items():
             before = self._old[name].to(weight.device)
-            weight.copy_((weight - before).mul_(self.reptile.step).add_(before))
+            pulled = (weight - before).mul_(self.reptile.step).add_(before)
+            # A frozen weight that is -0.0 stays that: the sum would be 0.0.
+            weight.copy_(torch.where(weight == before, weight, pulled) if self._some_frozen else pulled)
             self._old[name].copy_(weight)
 
     def copies(self, steps_done: int) -> dict[str, WeightCopy]:
