@@ -75,6 +75,7 @@ def test_a_kept_state_continues_where_the_same_rows_were_trained_and_begins_anew
     assert {name: everything.pop(name) for name in norm} == dict.fromkeys(norm, 8)
     assert set(everything.values()) == {4}
     event = training.events_of(unbroken, "transition")[3]
+    assert event["trains"].endswith("LR x 0.1 embedding, x 0.5 blocks.0-1, x 2 head.new")
     assert "the optimizer state of embedding.weight, blocks.0" in event["weights"]
 
 

@@ -377,6 +377,13 @@ def _lacks_final_newline(path: Path) -> bool:
 
 
 def source_curves(line: Mapping[str, Any]) -> dict[str, float]:
-    """A `train` line's losses by source under their names in TensorBoard: train_by_source/X and replay_by_source/X."""
-    groups = {"loss_by_source": "train_by_source", "replay_loss_by_source": "replay_by_source"}
+    """A `train` line's tables under their names in TensorBoard.
+
+    These are train_by_source/X and replay_by_source/X, and the learning rates lr_by_group/PATTERN.
+    """
+    groups = {
+        "loss_by_source": "train_by_source",
+        "replay_loss_by_source": "replay_by_source",
+        "lr_by_group": "lr_by_group",
+    }
     return {f"{groups[key]}/{name}": loss for key in groups for name, loss in (line.get(key) or {}).items()}

@@ -184,8 +184,7 @@ def _partitions(plan: Plan) -> Iterator[str]:
     """A line for every stage that does not train all weights alike."""
     for stage in plan.stages:
         if stage.partition is not None:
-            scales = ", ".join(f"x {scale:g} {pattern}" for pattern, scale in stage.partition.scales.items())
-            yield f"{stage.name} trains {stage.partition.description}" + (f"; LR {scales}" if scales else "")
+            yield f"{stage.name} trains {stage.partition.description}"
 
 
 def _pulls(plan: Plan) -> Iterator[str]:

@@ -66,6 +66,7 @@ def begin_stage(state: TrainerState, stage: StagePlan) -> int:
         **({"rows": "; ".join(rows.lines)} if rows.lines else {}),
         "optimizer": _optimizer_text(stage),
         "lr": f"{stage.lr_at(0):.4g} at the first step{continued}",
+        **({} if stage.partition is None else {"trains": stage.partition.description}),
     }
     history = stage.history
     earlier = {
@@ -155,9 +156,9 @@ def _load(state: TrainerState, stage: StagePlan, rows: InitialRows) -> tuple[str
     if stage.keep_optimizer:
         optimizer = state.optimizer
         reset_state(optimizer)
-        record, sizes = read_manifest(source.folder), weight_sizes(stage.spec)
-        earlier = partition_of_recipe(record["recipe"], record["stage"], sizes)
-        anew = weights_with_new_state(stage.partition, earlier, sizes)
+        record = read_manifest(source.folder)
+        earlier = partition_of_recipe(record["recipe"], record["stage"], weight_sizes(stage.spec))
+        anew = weights_with_new_state(stage, earlier)
     load_state(source.folder, state.model, optimizer, average=source.average, without_state=anew)
     write_rows(state.model, changes)
     if anew:

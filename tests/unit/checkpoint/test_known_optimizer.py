@@ -35,6 +35,16 @@ def test_weights_that_another_optimizer_trained_have_a_note(found):
     assert found(ADAMW, "AdamW") == found(MUON, "Muon") == found({}, "Muon") == []
 
 
+def test_a_kept_state_of_other_rows_has_a_note(found, tmp_path):
+    """The checkpoint's stage trained only the head; a stage that resets the state has no note."""
+    (note,) = found({**ADAMW, "stages.long.trainable": ["head"]}, "AdamW", "keep")
+
+    assert note.startswith("stages.a.optimizer_state: the state of embedding.weight, blocks.0-")
+    assert note.endswith(f"begins anew, as checkpoint:{tmp_path} did not train these in the same rows")
+    assert "head.weight" not in note
+    assert found({**ADAMW, "stages.long.trainable": ["head"]}, "AdamW") == []
+
+
 def test_the_state_of_another_optimizer_is_not_kept(found, tmp_path):
     """The message names the checkpoint and both optimizers; a damaged manifest is reported when the stage begins."""
     with pytest.raises(ConfigError) as refused:

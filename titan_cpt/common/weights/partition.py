@@ -78,10 +78,12 @@ class Partition:
 
     @property
     def description(self) -> str:
-        """How much is trained, such as "2 of 98 weights, 1,234 of 410,000 parameters"."""
+        """What is trained, such as "2 of 98 weights, 1,234 of 410,000 parameters; LR x 0.5 blocks.0-3"."""
         trained = sum(1 for parts in self.parts.values() if parts)
         every = sum(math.prod(size) for size in self.sizes.values())
-        return f"{trained:,} of {len(self.sizes):,} weights, {self.parameters:,} of {every:,} parameters"
+        scales = ", ".join(f"x {scale:g} {pattern}" for pattern, scale in self.scales.items())
+        text = f"{trained:,} of {len(self.sizes):,} weights, {self.parameters:,} of {every:,} parameters"
+        return f"{text}; LR {scales}" if scales else text
 
 
 def trained_alike(name: str, one: Partition | None, other: Partition | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_cpt.common.weights.partition import (
@@ -85,16 +85,14 @@ def partition_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
     for stage in stages:
         if stage.keep_optimizer and isinstance(stage.init, StageCheckpoint):
             earlier = by_name[stage.init.stage]
-            note = new_state_note(stage, earlier.partition, weight_sizes(stage.spec), of=f"stage {earlier.name!r}")
+            note = new_state_note(stage, earlier.partition, of=f"stage {earlier.name!r}")
             if note is not None:
                 yield note
 
 
-def new_state_note(
-    stage: StagePlan, earlier: Partition | None, sizes: Mapping[str, tuple[int, ...]], *, of: str
-) -> str | None:
+def new_state_note(stage: StagePlan, earlier: Partition | None, *, of: str) -> str | None:
     """The note on weights whose optimizer state begins anew although it is kept; None without such weights."""
-    anew = weights_with_new_state(stage.partition, earlier, sizes)
+    anew = weights_with_new_state(stage, earlier)
     if not anew:
         return None
     return (
@@ -103,12 +101,11 @@ def new_state_note(
     )
 
 
-def weights_with_new_state(
-    partition: Partition | None, earlier: Partition | None, sizes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
+def weights_with_new_state(stage: StagePlan, earlier: Partition | None) -> list[str]:
     """Trained weights whose optimizer state an earlier stage does not have: it did not train them in the same rows."""
+    partition = stage.partition
     return [
         name
-        for name in sizes
+        for name in weight_sizes(stage.spec)
         if not trained_alike(name, partition, earlier) and (partition is None or partition.parts[name])
     ]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from titan_cpt.checkpoint.state_dict import optimizer_tensors, parameters_by_name
 from titan_cpt.common.weights.partition import make_partition
@@ -212,6 +213,22 @@ def test_a_checkpoint_has_moments_with_the_shape_of_the_weight_and_none_of_froze
     assert tensors["state.embedding.weight.step"] == 2
     in_memory = sum(value.numel() for state in optimizer.state.values() for value in state.values())
     assert in_memory == 2 * ((SPEC.vocab_size - B) * SPEC.width + SPEC.width) + 2
+
+
+@pytest.mark.parametrize("muon", [None, MUON])
+def test_without_parts_the_tensors_of_a_checkpoint_are_those_that_torch_names(muon):
+    """The same names in the same order, and the optimizer's own tensors, as torch's get_optimizer_state_dict."""
+    model = new_model()
+    optimizer = build_adamw(model, lr=0.0, **NUMBERS) if muon is None else Muon(model, lr=0.0, **NUMBERS)
+    ready(model, stage_of(model, muon), optimizer)
+    put_gradients(model, 0)
+    optimizer.step()
+    theirs = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    theirs = {name: value for name, value in theirs.items() if isinstance(value, torch.Tensor)}
+    ours = optimizer_tensors(model, optimizer)
+
+    assert list(ours) == list(theirs)
+    assert all(ours[name] is value for name, value in theirs.items())
 
 
 def test_without_parts_again_all_groups_are_as_they_were():
