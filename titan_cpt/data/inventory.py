@@ -31,7 +31,12 @@ from titan_cpt.data.packing.packed_documents import PackedDocuments
 from titan_cpt.data.packing.pieces import LONGEST_SEQUENCE, PackingCounts
 from titan_cpt.data.prepare.provenance import TokenizerProvenance, tokenizer_provenance
 from titan_cpt.data.sequence_lengths import sequence_lengths
-from titan_cpt.data.tokenizer.of_config import base_vocab_size, fingerprints_of_config, vocab_size_of_config
+from titan_cpt.data.tokenizer.of_config import (
+    base_vocab_size,
+    extension_notes,
+    fingerprints_of_config,
+    vocab_size_of_config,
+)
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import DataError, RemoteError, reason_and_remedy
 from titan_cpt.object_storage.locations import CacheSettings, Location, RemotePath, is_url
@@ -101,6 +106,7 @@ def take_inventory(config: Config, *, log: Callable[[str], None] = _to_stderr) -
         *_read_twice(files for files in train.values() if files.dataset in used),
         *_trained_and_measured(train.values(), validation.values()),
         *_absent_weights(config),
+        *extension_notes(config),
         *_sampled_checks([*train.values(), *validation.values()]),
     ]
     records = _records(config, [*train.values(), *validation.values()])

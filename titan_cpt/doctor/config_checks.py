@@ -105,9 +105,12 @@ def check_tokenizer(request: Request) -> Iterator[Finding]:
     if path != BYTES and not Path(path).exists():
         if config.tokenizer.train is not None:
             yield note("tokenizer", f"{path} does not exist yet; it is trained when training begins")
+        elif config.tokenizer.extend is not None and config.tokenizer.extend.add is not None:
+            yield note("tokenizer", f"{path} does not exist yet; it is made when training begins, by adding "
+                       f"{config.tokenizer.extend.add:,} tokens to {config.tokenizer.extend.base}")  # fmt: skip
         else:
             yield problem("tokenizer", f"{path} does not exist", "copy the tokenizer.json there that made the data, or "
-                          "set tokenizer.path or [tokenizer.train]")  # fmt: skip
+                          "set tokenizer.path, tokenizer.train or tokenizer.extend")  # fmt: skip
         return
     try:
         tokenizer = load_tokenizer(path).with_bos(config.tokenizer.add_bos)

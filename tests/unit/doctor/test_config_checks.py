@@ -76,17 +76,19 @@ def test_a_dataset_without_validation_data_is_a_note(run):
     ]
 
 
-def test_a_missing_tokenizer_is_a_problem_unless_it_will_be_trained(run, tmp_path):
+def test_a_missing_tokenizer_is_a_problem_unless_it_will_be_made(run, tmp_path):
     tokenizer = {"path": str(tmp_path / "tokenizer.json")}
     (found,) = run(checks.check_tokenizer, lambda raw: raw.update(tokenizer=tokenizer))
     assert (found.level, "does not exist" in found.text) == ("problem", True)
 
-    def trained(raw):
-        raw["tokenizer"] = tokenizer | {"train": {"dataset": "en", "vocab_size": 300}}
-        raw["datasets"]["en"] = {"train": str(tmp_path / "later"), "source": {"text": "x.txt"}}
+    for made in ({"train": {"dataset": "en", "vocab_size": 300}}, {"extend": {"base": "x", "dataset": "en", "add": 9}}):
 
-    (found,) = run(checks.check_tokenizer, trained)
-    assert found.level == "note"
+        def with_text(raw, made=made):
+            raw["tokenizer"] = tokenizer | made
+            raw["datasets"]["en"] = {"train": str(tmp_path / "later"), "source": {"text": "x.txt"}}
+
+        (found,) = run(checks.check_tokenizer, with_text)
+        assert found.level == "note"
 
 
 def test_a_tokenizer_that_is_none_is_a_problem(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from titan_cpt.config.schema import Config
@@ -33,6 +34,18 @@ def base_vocab_size(config: Config) -> int | None:
     """
     extend = config.tokenizer.extend
     return None if extend is None else vocab_size_of(extend.base)
+
+
+def extension_notes(config: Config) -> Iterator[str]:
+    """Why a text without new tokens may have other ids than the base gives it, if the tokenizer extends another.
+
+    Raises:
+        DataError: tokenizer.path does not extend tokenizer.extend.base, or one of both is no tokenizer.json.
+    """
+    path, extend = config.tokenizer.path, config.tokenizer.extend
+    if extend is not None and _exists(path):
+        for note in extension_of(extend.base, path).notes:
+            yield f"tokenizer.path: {note}, {extend.base}: texts without new tokens may get other ids than before"
 
 
 def fingerprints_of_config(config: Config) -> tuple[str | None, str | None]:

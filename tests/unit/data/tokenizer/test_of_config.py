@@ -55,6 +55,14 @@ def test_a_file_that_does_not_extend_the_base_is_refused(run):
         vocab_size_of_config(run())
 
 
+def test_an_extension_that_cuts_words_otherwise_is_noted(run):
+    spec = extended(base_spec())
+    spec["normalizer"] = {"type": "NFC"}
+    (run.folder / "new.json").write_text(json.dumps(spec))
+    (note,) = [each for each in take_inventory(run()).notes if each.startswith("tokenizer.path: ")]
+    assert "its normalizer is not that of the base" in note
+
+
 def test_token_files_of_the_base_and_of_the_extension_are_used_together_and_no_others(run):
     record(run.folder, "en", "base.json")
     record(run.folder, "de", "new.json")
