@@ -77,6 +77,7 @@ def _type(field: typing.Any) -> str:
 
 def _kind(annotation: typing.Any, metadata: typing.Sequence[object] = ()) -> str:
     special = {value_types.EndPoint: "end point", value_types.Strings: "string or list"}
+    special |= {value_types.StageMixture: "string or table"}
     special |= {value_types.Mixture: "string or table", value_types.Tokens: "tokens"}
     special |= {value_types.GlobalBatchSize: "integer or table"}
     special |= {value_types.OptimizerState: '`"reset"`, `"keep"`, `"warm:STEPS"`'}

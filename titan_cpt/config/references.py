@@ -66,6 +66,8 @@ def _dataset_faults(where: str, mixture: Any, datasets: dict[str, dict[str, Any]
 
 
 def _names_in(mixture: Any) -> list[str]:
+    if isinstance(mixture, dict) and isinstance(mixture.get("of"), list):  # weights by tokens
+        mixture = mixture["of"]
     names = [mixture] if isinstance(mixture, str) else list(mixture) if isinstance(mixture, list | dict) else []
     return [name for name in names if isinstance(name, str)]
 

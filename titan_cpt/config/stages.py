@@ -19,6 +19,7 @@ from titan_cpt.config.types import (
     OptimizerState,
     PositiveFloat,
     PositiveInt,
+    StageMixture,
     Table,
     Tokens,
     WeightPatterns,
@@ -122,8 +123,10 @@ class StageConfig(Table):
 
     name: Name
     """The stage's name, in overrides and `init`, and the name of the folder of its checkpoints."""
-    dataset: Mixture
-    """Dataset to train on, or a table of datasets and weights."""
+    dataset: StageMixture
+    """Dataset to train on, or a table of datasets and weights; or { of = ["a", "b"], by = "tokens", temperature = 0.5,
+    max_epochs = 4 }: weights proportional to tokens^temperature (1 by default), where no dataset is repeated more often
+    than max_epochs times in this stage."""
     steps: PositiveInt | None = None
     """Number of optimizer steps. Set either steps or tokens."""
     tokens: Tokens | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -159,8 +160,56 @@ def _check_pattern(pattern: str) -> None:
         raise validation_error(problem)
 
 
+@dataclass(frozen=True)
+class TokenMixture:
+    """Datasets whose weights follow from their sizes: { of = [...], by = "tokens", temperature = 0.5, max_epochs = 4 }.
+
+    Iterating gives the names, as for a list or table of datasets.
+
+    Attributes:
+        of: names of the datasets.
+        temperature: exponent of the number of tokens, from 0 (equal weights) to 1 (in proportion to the tokens).
+        max_epochs: how often a stage may repeat a dataset; None for no bound.
+    """
+
+    of: tuple[str, ...]
+    temperature: float = 1.0
+    max_epochs: float | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the datasets."""
+        return iter(self.of)
+
+
+_TOKEN_MIXTURE = '{ of = ["a", "b"], by = "tokens", temperature = 0.5, max_epochs = 4 }'
+
+
+def _stage_mixture(value: Any) -> Any:
+    """A mixture, or a table that gives the weights by tokens: `of` names datasets in it, and is not one itself."""
+    if isinstance(value, TokenMixture) or not (isinstance(value, dict) and isinstance(value.get("of"), list | tuple)):
+        return value if isinstance(value, TokenMixture) else _mixture(value)
+    if unknown := sorted(set(value) - {"of", "by", "temperature", "max_epochs"}):
+        raise validation_error(f"unknown key {unknown[0]!r} of a mixture by tokens, which is written {_TOKEN_MIXTURE}")
+    if value.get("by") != "tokens":
+        raise validation_error(f'a mixture with `of` needs by = "tokens", got {value.get("by")!r}: {_TOKEN_MIXTURE}')
+    names = _one_or_many(value["of"])
+    if len(set(names)) < len(names):
+        raise validation_error(f"of names a dataset twice: {quoted_list(names)}")
+    temperature, epochs = value.get("temperature", 1.0), value.get("max_epochs")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 1:
+        raise validation_error(f"temperature must be a number from 0 to 1, got {temperature!r}")
+    if epochs is not None and (
+        isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf
+    ):
+        raise validation_error(f"max_epochs must be a number above 0, got {epochs!r}")
+    return TokenMixture(names, float(temperature), None if epochs is None else float(epochs))
+
+
 def _to_toml(value: Any) -> Any:
     """A tuple as TOML has it: a list, or its only item, such as the name of a stage's one dataset."""
+    if isinstance(value, TokenMixture):
+        table = {"of": list(value.of), "by": "tokens", "temperature": value.temperature}
+        return table if value.max_epochs is None else {**table, "max_epochs": value.max_epochs}
     if not isinstance(value, tuple):
         return value
     return list(value) if len(value) > 1 else value[0]
@@ -182,6 +231,9 @@ Strings = Annotated[tuple[str, ...], PlainValidator(_one_or_many), PlainSerializ
 Mixture = Annotated[tuple[str, ...] | dict[str, float], PlainValidator(_mixture), PlainSerializer(_to_toml)]
 WeightPatterns = Annotated[tuple[str, ...], PlainValidator(_patterns), PlainSerializer(_to_toml)]
 LRScale = Annotated[dict[str, float], PlainValidator(_lr_scale)]
+StageMixture = Annotated[
+    tuple[str, ...] | dict[str, float] | TokenMixture, PlainValidator(_stage_mixture), PlainSerializer(_to_toml)
+]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -65,12 +65,18 @@ def lr_recipe(stage: StageConfig, span: LRSpan, schedule: Schedule, points: Mapp
 
 
 def stage_recipe(
-    config: Config, stage: StageConfig, steps: int, init: StageCheckpoint | str, lr: Mapping[str, Any]
+    config: Config,
+    stage: StageConfig,
+    steps: int,
+    init: StageCheckpoint | str,
+    lr: Mapping[str, Any],
+    weights: Mapping[str, Fraction],
 ) -> dict[str, Any]:
     """The recipe of one stage: steps, data, LR, optimizer and initial weights.
 
     Args:
         lr: see `lr_recipe`.
+        weights: of the stage's new data, as the plan computed them.
     """
     replay = stage.replay if stage.replay and stage.replay.fraction else None
     replayed = (replay.from_ if replay else None) or ()
@@ -78,7 +84,7 @@ def stage_recipe(
     return {
         "steps": steps,
         **batch_recipe(config, stage),
-        "dataset": _as_text(stage.dataset),
+        "dataset": {name: str(weight) for name, weight in sorted(weights.items())},
         "domain_weights": {
             name: {domain: table.weight for domain, table in sorted(config.datasets[name].domains.items())}
             for name in names

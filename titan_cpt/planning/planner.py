@@ -38,7 +38,7 @@ from titan_cpt.planning.stages.documents import (
 )
 from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
 from titan_cpt.planning.stages.lr_span import LRSpan, StageLength, lr_spans
-from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves
+from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves, stage_weights
 from titan_cpt.planning.stages.notes import stage_notes
 from titan_cpt.planning.stages.optimizers import (
     optimizer_hyperparameters,
@@ -162,7 +162,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
     anneals_at = pre_anneal_step(span, points, stage)
     spec = stage_spec(draft, stage, init)
     history = history_of(draft, init)
-    new = new_data_leaves(draft, stage, history)
+    weights = stage_weights(draft, stage, batch_sizes.sequences_before(steps))
+    new = new_data_leaves(draft, stage, history, weights)
     tree, shares = mixture_tree(stage, new, replay_leaves(draft, stage, history, init))
     counts = leaf_counts(tree, batch_sizes.sequences_before(steps))
     masked = document_mask_of(config, stage)
@@ -183,7 +184,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         use_by_dataset=dataset_use(draft, counts, seq_len=seq_len, by_source=False),
         use_by_source=dataset_use(draft, counts, seq_len=seq_len, by_source=True),
         final_window=final_window(steps, *window),
-        recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points))
+        recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points), weights)
         | rope_recipe(stage, spec)
         | average_recipe(draft, init)
         | partition_recipe(draft, stage, partition),

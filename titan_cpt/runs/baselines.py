@@ -141,6 +141,7 @@ def derive_baselines(config: Config, plan: Plan) -> Iterator[Baseline]:
     """The baselines of a config; none if it is a single stage from random weights."""
     tables: _Tables = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     tables["job"]["output_dir"] = str(_runs_folder(config))
+    tables = {**tables, "stages": [_with_weights(*each) for each in zip(tables["stages"], plan.stages, strict=True)]}
     for name, description, stages, datasets in _runs(tables, plan):
         raw = copy.deepcopy(tables)
         raw["job"]["name"] = name
@@ -186,6 +187,13 @@ def _runs(tables: _Tables, plan: Plan) -> Iterator[tuple[str, str, list[_Tables]
     sequences, datasets = _domain_after_domain(tables, plan, later)
     if datasets:
         yield "domain-after-domain", "domains one after another instead of mixed", sequences, datasets
+
+
+def _with_weights(stage: _Tables, planned: StagePlan) -> _Tables:
+    """The stage with the weights of the plan in the place of a mixture by tokens: baselines have the same ones."""
+    if not (isinstance(stage["dataset"], dict) and isinstance(stage["dataset"].get("of"), list)):
+        return stage
+    return {**stage, "dataset": {name: float(Fraction(text)) for name, text in planned.recipe["dataset"].items()}}
 
 
 def _union(tables: _Tables, plan: Plan) -> _Tables:

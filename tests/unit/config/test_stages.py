@@ -3,7 +3,7 @@
 import pytest
 from config_texts import LR, with_stage
 
-from titan_cpt.config.load import load_config
+from titan_cpt.config.load import dump_config, load_config
 from titan_cpt.errors import ConfigError
 
 
@@ -76,3 +76,36 @@ def test_a_rope_is_set_on_the_command_line_too(head, write):
     rope = load_config(path, [(f"stages.{stage.name}.rope.base", "500000")]).stages[0].rope
 
     assert (rope.base, rope.kind) == (500_000.0, None)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "said"),
+    [
+        ('{ of = ["pile"] }', 'needs by = "tokens", got None'),
+        ('{ of = ["pile"], by = "size" }', "got 'size'"),
+        ('{ of = ["pile", "pile"], by = "tokens" }', "of names a dataset twice: 'pile', 'pile'"),
+        ('{ of = [], by = "tokens" }', "must be a non-empty string or a non-empty list"),
+        ('{ of = ["pile"], by = "tokens", temperature = 2 }', "temperature must be a number from 0 to 1, got 2"),
+        ('{ of = ["pile"], by = "tokens", max_epochs = 0 }', "max_epochs must be a number above 0, got 0"),
+        ('{ of = ["pile"], by = "tokens", epochs = 4 }', "unknown key 'epochs' of a mixture by tokens"),
+    ],
+)
+def test_a_faulty_mixture_by_tokens_is_refused(head, faults, mixture, said):
+    """Each with what was found and what is allowed."""
+    (found,) = faults(with_stage(head, f"dataset = {mixture}\nsteps = 1\n{LR}"))
+
+    assert found.startswith("stages.first.dataset: ")
+    assert said in found
+
+
+def test_a_mixture_by_tokens_is_written_as_it_was_read(head, write):
+    """Its datasets are checked; `of` with a weight is a dataset."""
+    text = 'dataset = { of = ["pile", "absent"], by = "tokens", temperature = 0.5, max_epochs = 4 }'
+    with pytest.raises(ConfigError, match=r"stages.first.dataset: there is no \[datasets.absent\]"):
+        load_config(write(with_stage(head, f"{text}\nsteps = 1\n{LR}")))
+    present = text.replace(', "absent"', "")
+    config = load_config(write(with_stage(head, f"{present}\nsteps = 1\n{LR}")))
+    path = write(dump_config(config))
+
+    assert 'by = "tokens"' in path.read_text()
+    assert load_config(path) == config

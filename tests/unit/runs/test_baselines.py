@@ -51,6 +51,19 @@ def test_every_baseline_differs_in_what_its_name_says(raw, tmp_path):
     assert {use.replayed_tokens for use in bare[1].use_by_dataset.values()} == {0}
 
 
+def test_baselines_of_a_mixture_by_tokens_have_the_weights_of_its_plan(raw, tmp_path):
+    """Also without replay, where the same bound on epochs would give others."""
+    raw["stages"][1]["dataset"] = {"of": ["en", "de"], "by": "tokens", "temperature": 0.5}
+    raw["stages"][1]["replay"]["from"] = "en"
+    config = load_config(training.write_config(raw, tmp_path / "m.toml"))
+    plan = make_plan(config, take_inventory(config))
+    weights = plan.stages[1].recipe["dataset"]
+    bare = next(each.config for each in derive_baselines(config, plan) if each.name == "no-replay")
+
+    assert make_plan(bare, take_inventory(bare)).stages[1].recipe["dataset"] == weights
+    assert isinstance(bare.stages[1].dataset, dict)
+
+
 def test_the_constant_baselines_have_the_last_lr_of_the_stage_before_and_the_peak(raw, tmp_path):
     """German begins before the annealing, at the constant 2e-3; after a cosine it would begin at its minimum, 3e-4."""
     infinite = plans_of(raw, tmp_path)

@@ -7,10 +7,12 @@ from fractions import Fraction
 
 from titan_cpt.config.datasets import DatasetConfig
 from titan_cpt.config.stages import StageConfig
+from titan_cpt.config.types import TokenMixture
 from titan_cpt.data.mixture import Fork, Leaf, Tree, huffman_tree
 from titan_cpt.planning.plan import TrainingHistory
 from titan_cpt.planning.plan_draft import PlanDraft
 from titan_cpt.planning.stages.own_batch import seq_len_of
+from titan_cpt.planning.stages.token_weights import token_weights
 
 
 def normalized_weights(names: Sequence[str] | Mapping[str, float]) -> dict[str, Fraction]:
@@ -21,11 +23,29 @@ def normalized_weights(names: Sequence[str] | Mapping[str, float]) -> dict[str, 
     return {name: weight / total for name, weight in weights.items()}
 
 
-def new_data_leaves(draft: PlanDraft, stage: StageConfig, history: TrainingHistory) -> dict[Leaf, Fraction]:
+def stage_weights(draft: PlanDraft, stage: StageConfig, sequences: int) -> dict[str, Fraction]:
+    """Exact weights with sum 1 of the datasets whose data is new in the stage.
+
+    Args:
+        sequences: all sequences of the stage, replay included.
+    """
+    if isinstance(stage.dataset, TokenMixture):
+        return token_weights(draft, stage, stage.dataset, sequences * (1 - replay_fraction(stage)))
+    return normalized_weights(stage.dataset)
+
+
+def replay_fraction(stage: StageConfig) -> Fraction:
+    """The share of the stage's sequences that are replayed, as it was written."""
+    return Fraction(str(stage.replay.fraction)) if stage.replay else Fraction(0)
+
+
+def new_data_leaves(
+    draft: PlanDraft, stage: StageConfig, history: TrainingHistory, weights: Mapping[str, Fraction]
+) -> dict[Leaf, Fraction]:
     """The sources of the stage's new data with their weights; each continues where the weights' history ended."""
     seq_len = seq_len_of(draft.config, stage)
     return weighted_leaves(
-        normalized_weights(stage.dataset),
+        weights,
         draft.config.datasets,
         lambda source: Leaf(source, False, first=history.next_ordinal(source, seq_len)),
     )
@@ -50,7 +70,7 @@ def mixture_tree(
     stage: StageConfig, new: Mapping[Leaf, Fraction], replay: Mapping[Leaf, Fraction]
 ) -> tuple[Tree, dict[str, Fraction]]:
     """The tree of a stage with `replay.fraction` of its sequences from replay, and every dataset's exact share."""
-    fraction = Fraction(str(stage.replay.fraction)) if stage.replay and replay else Fraction(0)
+    fraction = replay_fraction(stage) if replay else Fraction(0)
     shares: dict[str, Fraction] = {}
     for leaves, part in ((replay, fraction), (new, 1 - fraction)):
         total = sum(leaves.values())
