@@ -442,4 +442,7 @@ class Plan:
         saved = self.spec.layers * matrices * 4 if stage.optimizer.muon is not None else 0
         copies = int(stage.reptile is not None)
         copies += 0 if stage.averaging is None else stage.averaging.saved(resumable=resumable)
+        if stage.partition is not None:
+            state = stage.partition.saved_state_bytes(muon=stage.optimizer.muon is not None)
+            return self.spec.parameters * 4 * (1 + copies) + state
         return self.spec.parameters * (BYTES_PER_SAVED_PARAMETER + 4 * copies) - saved

@@ -76,6 +76,17 @@ class Partition:
         """Number of trained elements of all weights."""
         return sum(self.elements(name) for name in self.sizes)
 
+    def saved_state_bytes(self, *, muon: bool) -> int:
+        """Bytes of the optimizer state in a checkpoint: two float32 moments of every weight that is not frozen.
+
+        They have the whole weight's shape, also where only some rows are trained. Muon has one for matrices of blocks.
+        """
+        total = 0
+        for name, size in self.sizes.items():
+            of_muon = muon and len(size) == 2 and name.startswith("blocks.")
+            total += math.prod(size) * (4 if of_muon else 8) * bool(self.parts[name])
+        return total
+
     @property
     def description(self) -> str:
         """What is trained, such as "2 of 98 weights, 1,234 of 410,000 parameters; LR x 0.5 blocks.0-3"."""

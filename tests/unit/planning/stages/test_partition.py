@@ -1,6 +1,7 @@
 """`trainable` and `lr_scale` in the plan."""
 
 import dataclasses
+import math
 
 import pytest
 import training
@@ -57,6 +58,21 @@ def test_both_keys_are_in_the_recipe_only_where_they_have_an_effect(tmp_path):
     assert {*given.stages[0].recipe} - {*plain.stages[0].recipe} == {"trainable"}
     assert given.stages[0].recipe["trainable"] == ["blocks", "head"]
     assert given.stages[1].recipe["lr_scale"] == {"head": 2.0}
+
+
+def test_frozen_weights_take_no_disk_space_for_moments(tmp_path):
+    """3 checkpoints of either stage and the two ends, of which the first stage's lack the blocks' moments."""
+    plain = plan_of(tmp_path)
+    plan = plan_of(tmp_path, {"trainable": ["embedding", "head"]}, {"trainable": ["embedding", "head"]})
+    every = 4 * plan.spec.parameters + 8 * 2 * plan.spec.embedding_parameters
+
+    assert plan.disk_bytes(2) == 6 * every
+    assert plain.disk_bytes(2) == 6 * 12 * plan.spec.parameters
+    muon = plan_of(tmp_path, {"trainable": ["blocks"]}, {"trainable": ["blocks"]}, optimizer={"name": "Muon"})
+    blocks = muon.spec.layers * sum(
+        (4 if len(size) == 2 else 8) * math.prod(size) for _, size, _ in muon.spec.block_parameters()
+    )
+    assert muon.disk_bytes(2) == 6 * (4 * plan.spec.parameters + blocks)
 
 
 def test_a_state_that_an_earlier_stage_did_not_make_begins_anew_with_a_note(tmp_path):
