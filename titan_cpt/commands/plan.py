@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_cpt.commands.arguments import (
@@ -14,12 +16,14 @@ from titan_cpt.commands.arguments import (
     config_path,
     positive_int,
     step_list,
+    token_count,
 )
 from titan_cpt.errors import PlanError
 
 if TYPE_CHECKING:
     from titan_cpt.config.schema import Config
     from titan_cpt.planning.plan import Plan
+    from titan_cpt.runs.update_costs import DeviceRate
 
 
 def add_plan(subparsers: Subparsers) -> None:
@@ -32,7 +36,8 @@ def add_plan(subparsers: Subparsers) -> None:
         summary,
         details="Prints steps, tokens, epochs, learning rates, memory and compute. Needs no device and trains nothing.",
         usage="FILE [options] [--table.key VALUE ...]",
-        example="titan-cpt plan mine.toml\ntitan-cpt plan mine.toml --world-size 8 --device-memory 80GiB --suggest",
+        example="titan-cpt plan mine.toml\ntitan-cpt plan mine.toml --world-size 8 --device-memory 80GiB --suggest\n"
+        "titan-cpt plan mine.toml --updates 5 --measured outputs/mine",
         takes_overrides=True,
     )
     add_config_option(plan)
@@ -49,6 +54,25 @@ def add_plan(subparsers: Subparsers) -> None:
         "--check-layout",
         action="store_true",
         help="build the sharded model without memory (meta device) and compare its size with the plan",
+    )
+    plan.add_argument(
+        "--updates",
+        type=positive_int,
+        metavar="N",
+        help="what N future updates of the last stage's size cost: continual pre-training and retraining on all data",
+    )
+    plan.add_argument(
+        "--measured",
+        type=Path,
+        metavar="RUN",
+        help="with --updates: device hours at the speed of this run (default: this config's own run, if trained)",
+    )
+    plan.add_argument(
+        "--trained-before",
+        type=token_count,
+        default=0,
+        metavar="TOKENS",
+        help="with --updates: tokens that the initial weights were trained on, such as 300B, which retraining repeats",
     )
     plan.add_argument("--quiet", action="store_true", help="print notes and errors only")
     plan.add_argument("--verbose", action="store_true", help="also print the settings that are not defaults")
@@ -87,7 +111,7 @@ def _run(options: argparse.Namespace) -> int:
     plan = make_plan(config, inventory, world_size, gpu_bytes=device_bytes)
     plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages), *check_known_optimizers(plan.stages)))
     if options.json or options.lr_at or options.batch or options.recipe:
-        print(json.dumps(_as_json(plan, options, device_bytes)))
+        print(json.dumps(_as_json(plan, options, device_bytes, config.job.output_dir)))
     else:
         from titan_cpt.common.console import TEXT_COLUMNS, make_console
         from titan_cpt.config.run_config import settings_that_are_not_defaults
@@ -101,6 +125,8 @@ def _run(options: argparse.Namespace) -> int:
             print_notes(plan.notes, console)
         else:
             print_plan(plan, console, config.checkpoint.keep_latest_k, device_bytes)
+        for line in _update_lines(plan, options, config.job.output_dir):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if options.check_layout:
         from titan_cpt.training.build import parallel_options
         from titan_cpt.training.dry_run import check_layout  # imports torch; the plan itself does not
@@ -138,10 +164,31 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     print(f"dry run: nothing was written; {folder} {'exists' if folder.exists() else 'would be the run folder'}")
 
 
-def _as_json(plan: Plan, options: argparse.Namespace, device_bytes: int | None) -> dict[str, object]:
+def _update_lines(plan: Plan, options: argparse.Namespace, output_dir: str) -> Iterator[str]:
+    """The costs of future updates as text; none without --updates."""
+    if options.updates:
+        from titan_cpt.runs.update_costs import update_costs, update_lines
+
+        yield ""
+        costs = update_costs(plan, options.updates, options.trained_before)
+        yield from update_lines(plan, costs, _rate(plan, options, output_dir), options.trained_before)
+
+
+def _rate(plan: Plan, options: argparse.Namespace, output_dir: str) -> DeviceRate:
+    from titan_cpt.runs.update_costs import measured_rate, rate_or_assumption
+
+    return measured_rate(options.measured) if options.measured else rate_or_assumption(Path(output_dir) / plan.name)
+
+
+def _as_json(plan: Plan, options: argparse.Namespace, device_bytes: int | None, output_dir: str) -> dict[str, object]:
     from titan_cpt.planning.plan_json import batch_as_json, lr_as_json, plan_as_json
 
     answer: dict[str, object] = plan_as_json(plan, device_bytes)
+    if options.updates:
+        from titan_cpt.runs.update_costs import update_costs, updates_as_json
+
+        costs = update_costs(plan, options.updates, options.trained_before)
+        answer["updates"] = updates_as_json(costs, _rate(plan, options, output_dir))
     if options.lr_at:
         answer["lr_at"] = lr_as_json(plan, options.lr_at)
     for key, stage_and_step in (("batch", options.batch), ("recipe", options.recipe)):
