@@ -57,6 +57,26 @@ SECOND_MASKED = {
 }
 """Only the second stage has the mask: a pipeline gets other arguments in the middle of a run."""
 
+FROZEN = {
+    "head": {"stages.first.trainable": '["head"]'},  # nothing is trained in the first pipeline stages
+    "ends": {
+        "stages.first.trainable": '["embedding", "head"]',
+        "stages.first.lr_scale": "{ embedding = 0.5 }",
+    },
+    "part": {
+        "stages.first.trainable": '["blocks.2", "blocks.3.mlp", "final_norm"]',
+        "stages.first.lr_scale": '{ "blocks.*.mlp" = 3.0, "blocks.2.mlp.up" = 0.5 }',
+    },
+    "embedding": {"stages.first.trainable": '["embedding"]'},
+    "turns": {
+        "toml": "gpt_neox-two-stages",
+        "stages.first.trainable": '["blocks.3.attention", "head"]',
+        "stages.second.trainable": '["blocks", "head"]',
+        "stages.second.lr_scale": "{ blocks = 2.0 }",
+    },
+}
+"""What stages train; the two of "turns" one after another, in which the head keeps its optimizer state."""
+
 LLAMAS = {
     "llama": {},  # 12 heads of queries, 4 of keys and values
     "qwen2": {"model.qkv_bias": "true"},
@@ -82,6 +102,7 @@ class Case:
         precision: "float32", "bfloat16", "Muon" (float32 but for Newton-Schulz), "float8, one scale" where the same
             tensors are scaled as in one process, or "float8"; each has its tolerance.
         model: "gpt_neox", one of `LLAMAS`, or "packed": a GPT-NeoX on masked, packed documents.
+        frozen: one of `FROZEN`, or none: all weights are trained.
     """
 
     name: str
@@ -90,6 +111,7 @@ class Case:
     against: str = "one"
     precision: str = "float32"
     model: str = "gpt_neox"
+    frozen: str | None = None
 
     @property
     def runs_here(self) -> bool:
@@ -108,6 +130,7 @@ def _case(
     masked: bool = False,
     muon: bool = False,
     averaged: bool = False,
+    frozen: str | None = None,
     rows: int | None = None,
     **keys: int | str | bool,
 ) -> Case:
@@ -144,11 +167,15 @@ def _case(
         overrides |= MUON if muon else AVERAGED
         words.append("muon" if muon else "averaged")
         against = f"{against}-{words[-1]}"
+    if frozen is not None:
+        overrides |= FROZEN[frozen]
+        words.append(f"frozen-{frozen}")
+        against = f"{against}-frozen-{frozen}"
     precision = "bfloat16" if bf16 else "Muon" if muon else "float32"
     if "float8" in keys:
         against = f"one-{keys['float8']}" + ("-bf16" if bf16 else "")
         precision = "float8" if {"tp", "cp"} & set(keys) or (bf16 and "gather" in keys) else "float8, one scale"
-    return Case("-".join(words), world_size, overrides, against, precision, model)
+    return Case("-".join(words), world_size, overrides, against, precision, model, frozen)
 
 
 CASES: tuple[Case, ...] = (
@@ -219,6 +246,22 @@ CASES: tuple[Case, ...] = (
     # two ranks: Muon, and averages
     *(_case(2, muon=True, **keys) for keys in ({}, {"tp": 2}, {"pp": 2})),
     _case(2, averaged=True, offload=True),
+    # two ranks: frozen weights
+    *(_case(2, frozen=frozen) for frozen in ("ends", "part", "turns")),
+    _case(2, tp=2, frozen="part"),
+    _case(2, tp=2, bf16=True, frozen="turns"),
+    _case(2, cp=2, frozen="ends"),
+    _case(2, rep=2, frozen="head"),
+    _case(2, rep=2, bf16=True, frozen="turns"),
+    _case(2, offload=True, bf16=True, frozen="turns"),
+    _case(2, ac="selective", frozen="part"),
+    _case(2, compile=True, ac="full", frozen="part"),
+    _case(2, muon=True, frozen="part"),
+    _case(2, model="tied", frozen="embedding"),
+    *(_case(2, pp=2, schedule=name, rows=4, frozen="head") for name in SCHEDULES),
+    *(_case(2, pp=2, schedule=name, rows=4, frozen="turns") for name in ("1F1B", "ZBVZeroBubble")),
+    _case(2, pp=2, schedule="InterleavedZeroBubble", rows=4, frozen="part"),
+    _case(2, pp=2, rows=4, frozen="embedding"),
     # four ranks: two dimensions, and long pipelines
     _case(4),
     _case(4, rep=2),
@@ -248,6 +291,11 @@ CASES: tuple[Case, ...] = (
     # four ranks: Muon on matrices that FSDP2 and TP shard
     _case(4, muon=True, tp=2),
     _case(4, muon=True, rep=2),
+    # four ranks: frozen weights
+    _case(4, rep=2, bf16=True, frozen="turns"),
+    _case(4, tp=2, ac="full", frozen="ends"),
+    _case(4, pp=2, schedule="DualPipeV", rows=4, frozen="turns"),
+    _case(4, pp=2, tp=2, schedule="ZBVZeroBubble", frozen="head"),
     # four ranks: attention within documents
     _case(4, cp=2, tp=2, masked=True),
     _case(4, pp=2, cp=2, schedule="ZBVZeroBubble", ac="full", rows=4, masked=True),
@@ -311,6 +359,10 @@ REFERENCES: dict[str, dict[str, str]] = {
     "second-masked": SECOND_MASKED,
     "one-odd-masked": {"training.seq_len": "50", **MASKED},
     "windowed-masked": {"toml": "llama", **LLAMAS["windowed"], **MASKED},
+    **{f"one-frozen-{name}": overrides for name, overrides in FROZEN.items()},
+    "one-bf16-frozen-turns": {**BF16, **FROZEN["turns"]},
+    "one-muon-frozen-part": {**MUON, **FROZEN["part"]},
+    "tied-frozen-embedding": {"toml": "llama", **LLAMAS["tied"], **FROZEN["embedding"]},
     **{f"{model}-bf16": {"toml": "llama", **BF16, **LLAMAS[model]} for model in ("llama", "tied")},
 }
 

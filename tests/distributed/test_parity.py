@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from parity_layouts import (
     Case,
 )
 from training import once_for_all_workers, tensors_of
+
+from titan_cpt.config.load import load_config
+from titan_cpt.models.build import build_model
+from titan_cpt.planning.model_spec import unsplit_spec
 
 TWO_STAGES = sorted({saves.against for saves, _ in HANDED_ON})
 WORLD_SIZES = sorted({case.world_size for case in CASES})
@@ -132,7 +137,7 @@ def faults_of(case: Case, folder: Path) -> list[str]:
                 faults.append(f"{case.name}: step {o['step']}: another global batch")
             if kind == "train":
                 faults += source_faults(case, m, o)
-    return [*faults, *moment_faults(case, folder)]
+    return [*faults, *moment_faults(case, folder), *frozen_faults(case, folder)]
 
 
 def source_faults(case: Case, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -164,6 +169,28 @@ def moment_faults(case: Case, folder: Path) -> list[str]:
     errors = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours}
     tolerance = MOMENT_TOLERANCE[case.precision]
     return [f"{case.name}: {name} is off by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
+
+
+def frozen_faults(case: Case, folder: Path) -> list[str]:
+    """Weights that changed in spite of `trainable`, and those with optimizer state that are not trained."""
+    if case.frozen is None:
+        return []
+    trainable = [json.loads(value) for key, value in case.overrides.items() if key.endswith("trainable")]
+    checkpoint = max((folder / "outputs" / case.name).glob("*/step-*"))
+    moments = tensors_of(checkpoint, "optimizer")
+    overrides = {**case.overrides}
+    config = load_config(folder / f"{overrides.pop('toml', 'gpt_neox')}.toml", list(overrides.items()))
+    model = build_model(unsplit_spec(config, 257))
+    model.init_weights(config.job.seed)
+    initial = dict(model.named_parameters())
+    faults = []
+    for name, weight in tensors_of(checkpoint).items():
+        trained = [any(f"{name}.".startswith(f"{pattern}.") for pattern in patterns) for patterns in trainable]
+        if any(trained) == torch.equal(weight, initial[name]):
+            faults.append(f"{case.name}: {name} has {'not ' if any(trained) else ''}changed")
+        if trained[-1] != any(moment.startswith(f"state.{name}.") for moment in moments):
+            faults.append(f"{case.name}: {name}, trained in the last stage: {trained[-1]}, has other moments")
+    return faults
 
 
 def last_moments(folder: Path, name: str) -> dict[str, torch.Tensor]:

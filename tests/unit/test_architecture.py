@@ -131,7 +131,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "distributed.float8_filter": "unit/distributed/test_float8.py",
     "distributed.fsdp": "distributed/test_parity.py",
     "distributed.options": "distributed/test_parity.py",
-    "distributed.parallelize": "distributed/test_parity.py",
     "distributed.pipeline_parallel": "distributed/test_parity.py",
     "distributed.process_group": "distributed/test_two_ranks.py",
     "distributed.tensor_parallel": "distributed/test_parity.py",

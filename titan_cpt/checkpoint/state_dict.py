@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from titan_cpt.checkpoint.storage import ShardReader
 from titan_cpt.distributed.float8 import local_values, without_float8_wrappers
+from titan_cpt.distributed.parallelize import plain_name
 from titan_cpt.distributed.weight_rows import WeightRows
 from titan_cpt.errors import CheckpointError
 
@@ -142,10 +143,7 @@ def reason_of_failure(error: BaseException) -> str:
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """This rank's parameters, by their name in the whole model; without the names that wrappers of modules add."""
-    return {
-        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): parameter
-        for name, parameter in model.named_parameters()
-    }
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer, *, without: Collection[str] = ()) -> dict[str, Tensor]:

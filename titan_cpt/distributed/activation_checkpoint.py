@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.models.common.language_model import LanguageModel
@@ -44,11 +46,26 @@ def apply_ac(model: LanguageModel, options: ParallelOptions) -> None:
         torch._functorch.config.activation_memory_budget = options.memory_budget
         return
     per_operator = options.recompute == "selective" and options.selection == "op"
+    save_input = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if per_operator:
+        save_input = partial(save_input, context_fn=_selective_contexts)
     every = int(options.selection) if options.recompute == "selective" and not per_operator else 1
     for layer, block in list(model.blocks.items()):
         if int(layer) % every == 0:
-            wrap = partial(checkpoint_wrapper, context_fn=_selective_contexts) if per_operator else checkpoint_wrapper
-            model.blocks[layer] = wrap(block, preserve_rng_state=False)
+            model.blocks[layer] = checkpoint_wrapper(block, checkpoint_fn=_checkpoint_if_trained, save_input=save_input)
+
+
+def _checkpoint_if_trained(
+    block: nn.Module, x_BLD: Tensor, *, save_input: Callable[..., Tensor], **documents: object
+) -> Tensor:
+    """The checkpointed block; or the block itself, if it is frozen and its input needs no gradient.
+
+    Without a backward pass nothing is saved, and torch.compile (2.13) refuses to compile a checkpoint.
+    """
+    if x_BLD.requires_grad or any(weight.requires_grad for weight in block.parameters()):
+        return save_input(block, x_BLD, **documents)
+    out_BLD: Tensor = block(x_BLD, **documents)
+    return out_BLD
 
 
 def _selective_contexts() -> object:

@@ -31,7 +31,7 @@ class ComputeCopy:
             "master and compute are two different models"
         )
         self._versions: list[int] = []
-        self._gave_gradients = False
+        self._with_gradients: list[int] = []  # positions of the weights that the next optimizer step changes
         self._written_by_optimizer = False
         for weight in self._compute:
             weight.grad_dtype = torch.float32
@@ -56,18 +56,23 @@ class ComputeCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the master weights if they may have changed; call before a forward pass."""
+        """Cast the master weights that may have changed; call before a forward pass."""
         versions = [weight._version for weight in self._master]
-        cleared = self._gave_gradients and all(weight.grad is None for weight in self._master)
-        stepped = cleared and not self._written_by_optimizer
-        if stepped or versions != self._versions:
+        stepped = [] if self._written_by_optimizer else self._with_gradients
+        if any(weight.grad is not None for weight in self._master):
+            stepped = []  # the optimizer's step is still to come
+        if versions != self._versions:
             torch._foreach_copy_(self._compute, self._master)
-            self._versions = versions
-            self._gave_gradients = False
+        elif stepped:
+            torch._foreach_copy_([self._compute[n] for n in stepped], [self._master[n] for n in stepped])
+        else:
+            return
+        self._versions = versions
+        self._with_gradients = []
 
     def note_update(self) -> None:
         """Cast in the next `refresh`; call after an update without a backward pass in Python: a replayed CUDA graph."""
-        self._gave_gradients = True
+        self._with_gradients = [*range(len(self._master))]
 
     def take_gradients(self) -> None:
         """Share the master weights' gradients with the compute copy, which adds to them; call before backward."""
@@ -82,4 +87,4 @@ class ComputeCopy:
         for master, compute in zip(self._master, self._compute, strict=True):
             master.grad = compute.grad
             compute.grad = None
-        self._gave_gradients = True
+        self._with_gradients = [n for n, master in enumerate(self._master) if master.grad is not None]

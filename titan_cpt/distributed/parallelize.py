@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
 from titan_cpt.distributed.activation_checkpoint import apply_ac
 from titan_cpt.distributed.compile import apply_compile
 from titan_cpt.distributed.context_parallel import apply_cp
@@ -36,3 +41,31 @@ def parallelize(model: LanguageModel, mesh: Mesh, options: ParallelOptions) -> N
         enable_async_tp(mesh.tensor)
     if mesh.device_mesh is not None:
         apply_fsdp(model, mesh, options.precision, offloaded=options.offloaded)
+
+
+def freeze(models: Iterable[nn.Module], trained: Collection[str] | None) -> None:
+    """Compute gradients of these weights only, from the next forward pass on; collective under FSDP2.
+
+    No gradient of a frozen weight is computed, reduced or kept, and layers save nothing for it. Gradients of the
+    activations are computed as far as a trained weight needs them.
+
+    Args:
+        models: the module of the weights and those whose forward and backward pass run; they may share weights.
+        trained: names of the weights in the whole model; None for all.
+    """
+    for model in models:
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:
+            module.reshard()  # the module's parameters may be gathered ones, made anew in each forward pass
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(trained is None or plain_name(name) in trained)
+        for module in sharded:
+            # FSDP2 (2.13) looks once at which weights are trained to choose the dtypes in which it reduces gradients,
+            # and chooses none for a group without. This call makes it look again.
+            module.unshard()
+            module.reshard()
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes that activation checkpointing and torch.compile add."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

@@ -159,7 +159,7 @@ def build(
     checkpoints.on_failed = partial(log_save_failed, log, display)
     runner = make_runner(pipeline_stages, compute_copy, mesh, options)
     guard = _build_guard(config, optimizer)
-    trained = TrainedWeights(model, optimizer)
+    trained = TrainedWeights(model, optimizer, runner.models)
     eager = EagerStep(
         model=model,
         runner=runner,

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_cpt.distributed.device_mesh import build_mesh
 from titan_cpt.distributed.float8 import require_float8
 from titan_cpt.distributed.options import ParallelOptions
-from titan_cpt.distributed.parallelize import parallelize
+from titan_cpt.distributed.parallelize import parallelize, plain_name
 from titan_cpt.distributed.pipeline_parallel import build_pipeline_stage
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.errors import PlanError
@@ -76,8 +76,3 @@ def _local_elements(plan: Plan, parallel_options: ParallelOptions, rank: int) ->
         if dist.is_initialized():
             dist.destroy_process_group()
     return elements
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes that activation checkpointing and torch.compile add."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

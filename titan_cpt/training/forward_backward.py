@@ -141,6 +141,8 @@ class PipelineRunner:
         }
         self._schedule: Any = None
         self._shape: torch.Size | None = None
+        if 0 in stages:
+            stages[0].register_forward_hook(_with_gradient)
 
     @property
     def models(self) -> list[LanguageModel]:
@@ -239,6 +241,15 @@ class PipelineRunner:
             by_source = source_sums(sources_B, self._first_S2 if first else self._sums_S2)
         logits_BLV = unpadded(logits_BLV, target)
         return summed_cross_entropy(logits_BLV, target, by_source=by_source) / self._step_tokens
+
+
+def _with_gradient(_stage: nn.Module, _inputs: object, x_BLD: Tensor) -> Tensor:
+    """Let the later pipeline stages send a gradient to the first one, even if it is frozen and drops the gradient.
+
+    Without that, schedules that split the backward pass (ZBVZeroBubble, InterleavedZeroBubble, DualPipeV) silently
+    leave out the gradients of the next stage's weights, as that stage's input has no gradient (torch 2.13 and 2.14).
+    """
+    return x_BLD.requires_grad_() if torch.is_grad_enabled() and not x_BLD.requires_grad else x_BLD
 
 
 ModelRunner = SingleStageRunner | PipelineRunner

@@ -130,7 +130,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         chunk = logits_chunk(_memory_of(x_BLD.device)) if x_BLD.is_cuda else LOGITS_CHUNK
         chunks = -(-x_TD.shape[0] * weight_VD.shape[0] // chunk)
         losses = []
-        grad_x_TD = torch.empty_like(x_TD) if any(ctx.needs_input_grad) else None
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        grad_x_TD = torch.empty_like(x_TD) if needs_x else None
         grad_VD: Tensor | None = None
         first = 0
         for x_CD, targets_C in zip(x_TD.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True):
@@ -138,14 +139,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             losses.append(losses_C)
             if grad_x_TD is not None:
                 multiply(grad_CV, weight_VD, out=grad_x_TD[first : first + len(x_CD)])
-                if grad_CV.is_cuda:
-                    grad_VD = _add_product(grad_VD, grad_CV.t(), x_CD)
+            if needs_weight and grad_CV.is_cuda:
+                grad_VD = _add_product(grad_VD, grad_CV.t(), x_CD)
+            elif needs_weight:
+                share_VD = _share_of_weight(grad_CV, x_CD)
+                if grad_VD is None:
+                    grad_VD = share_VD.float() if chunks > 1 else share_VD
                 else:
-                    share_VD = _share_of_weight(grad_CV, x_CD)
-                    if grad_VD is None:
-                        grad_VD = share_VD.float() if chunks > 1 else share_VD
-                    else:
-                        grad_VD += share_VD
+                    grad_VD += share_VD
             first += len(x_CD)
         ctx.gradients = grad_x_TD.view_as(x_BLD) if grad_x_TD is not None else None, grad_VD
         losses_T = torch.cat(losses)
@@ -156,8 +157,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_x_BLD, grad_VD), ctx.gradients = ctx.gradients, None
-        return grad_x_BLD.mul_(grad_total), grad_VD.mul_(grad_total), None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        grad_x_BLD, grad_VD = (None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
+        return grad_x_BLD, grad_VD, None, None, None, None
 
 
 def _share_of_weight(grad_CV: Tensor, x_CD: Tensor) -> Tensor:

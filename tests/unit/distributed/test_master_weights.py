@@ -100,3 +100,23 @@ def test_two_different_models_are_refused():
     """The pairs are made by order, so shapes must agree."""
     with pytest.raises(AssertionError, match="two different models"):
         ComputeCopy(nn.Linear(3, 2), nn.Linear(2, 3))
+
+
+def test_a_step_casts_the_trained_weights_only(monkeypatch):
+    """The other one stays as it was cast; a weight that is frozen just after a step is still cast."""
+    casts, cast = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: casts.append([len(to), cast(to, of)][0]))
+    master, compute, copy = pair()
+    for model in (master, compute):
+        model.bias.requires_grad_(False)
+    optimizer = build_adamw(master, lr=0.5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    pass_through(compute, copy, torch.ones(1, 3, dtype=torch.bfloat16))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for model in (master, compute):
+        model.requires_grad_(False)
+    copy.refresh()
+
+    assert casts == [2, 1]
+    assert torch.equal(compute.weight, master.weight.bfloat16())
+    assert compute.bias.grad is None

@@ -260,3 +260,26 @@ def test_the_compiled_softmax_is_compiled_once_however_the_tokens_of_a_step_vary
         torch.testing.assert_close(found, expected)
 
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 1000])
+def test_a_frozen_head_or_input_gets_no_gradient_and_the_other_the_same(chunk_tokens, monkeypatch):
+    """A frozen head's gradient is not computed, nor that of the input of a head below which nothing is trained."""
+    monkeypatch.setattr(loss, "LOGITS_CHUNK", 50 * chunk_tokens)
+    shares = []
+    monkeypatch.setattr(loss, "_share_of_weight", lambda *given, f=loss._share_of_weight: shares.append(1) or f(*given))
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(2, 7, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets = torch.randint(0, 50, (2, 7), generator=generator)
+    found = {}
+    for trained in ("both", "x", "weight"):
+        operands = [x.clone().requires_grad_(trained != "weight"), weight.clone().requires_grad_(trained != "x")]
+        computed = len(shares)
+        fused_linear_cross_entropy(*operands, targets_BL=targets, scale=0.5).backward()
+        found[trained] = [operand.grad for operand in operands]
+        assert (len(shares) > computed) == (trained != "x")
+
+    assert torch.equal(found["x"][0], found["both"][0])
+    assert found["x"][1] is None
+    assert found["weight"][0] is None
+    assert torch.equal(found["weight"][1], found["both"][1])

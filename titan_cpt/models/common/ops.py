@@ -131,25 +131,32 @@ def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return product
 
 
+def _operands_for_backward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward pass of a linear layer needs: the input for the weight's gradient, and the reverse."""
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    return x if needs_weight else None, weight if needs_x else None
+
+
 class _OneDNNLinear(torch.autograd.Function):
     """`linear` whose three products are oneDNN's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(*_operands_for_backward(ctx, x, weight))
         return _onednn_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_rows, x_rows = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_rows = grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _onednn_product(grad_rows, weight.t()).view_as(x)
+            grad_x = _onednn_product(grad_rows, weight.t()).view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
+            x_rows = x.flatten(0, -2)
             # The result with fewer rows than columns is up to 1.6 times as fast as its transpose.
-            if len(weight) > weight.shape[1]:
+            if grad_rows.shape[1] > x_rows.shape[1]:
                 grad_weight = _onednn_product(x_rows.t(), grad_rows.t()).t()
             else:
                 grad_weight = _onednn_product(grad_rows.t(), x_rows.t())
@@ -163,7 +170,7 @@ class _RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(*_operands_for_backward(ctx, x, weight))
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
@@ -173,11 +180,11 @@ class _RoundedLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2).float()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight.float()).to(x.dtype).view_as(x)
+            grad_x = (rows @ weight.float()).to(grad.dtype).view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype)
+            grad_weight = (rows.t() @ x.flatten(0, -2).float()).to(grad.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0).to(weight.dtype)
+            grad_bias = rows.sum(0).to(grad.dtype)
         return grad_x, grad_weight, grad_bias
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from titan_cpt.checkpoint.state_dict import ROWS, parameters_by_name
 from titan_cpt.common.weights.partition import WHOLE, Partition
 from titan_cpt.distributed.float8 import local_values
+from titan_cpt.distributed.parallelize import freeze
 from titan_cpt.distributed.weight_rows import WeightRows
 from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.optimization.adamw import LR_SCALE, allocate_state
@@ -27,10 +28,12 @@ class TrainedWeights:
     Args:
         model: this rank's float32 weights.
         optimizer: updates them all, until `use`.
+        running: the modules whose forward and backward pass run, see `freeze`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: AdamW) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamW, running: Sequence[nn.Module] = ()) -> None:
         self.model = model
+        self.running = running
         self.optimizer = optimizer
         self.partition: Partition | None = None
         self.is_partial = False
@@ -41,10 +44,13 @@ class TrainedWeights:
     def use(self, stage: StagePlan) -> None:
         """Begin to train what a stage trains; call it before that stage's optimizer state is loaded.
 
-        Where that changes, the optimizer's groups are replaced, in its own list, and its state begins anew.
+        Where that changes, the optimizer's groups are replaced, in its own list, and its state begins anew. Frozen
+        weights get no gradients.
         """
         if stage.partition != self.partition:
             self.partition = stage.partition
+            parts = None if stage.partition is None else stage.partition.parts
+            freeze([self.model, *self.running], parts and [name for name in parts if parts[name]])
             self._regroup()
         use_optimizer(self.optimizer, stage.optimizer)
         allocate_state(self.optimizer)

@@ -192,3 +192,21 @@ def test_compiled_code_does_not_take_onednn(onednn):
     compiled(torch.randn(5, 7), torch.randn(3, 7))
 
     assert "mkldnn" not in graphs[0].code
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_frozen_layer_saves_its_weight_and_not_its_input(dtype, without_bfloat16, onednn):
+    """As torch's own layer; the gradient of the input is the same. Below it nothing is trained: no weight is saved."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, generator=generator).to(dtype), torch.randn(4, 8, generator=generator).to(dtype)
+    found = {}
+    for trained in ("both", "x", "weight"):
+        operands = [x.clone().requires_grad_(trained != "weight"), weight.clone().requires_grad_(trained != "x")]
+        out = ops.linear(*operands)
+        saved = [None if tensor is None else tuple(tensor.shape) for tensor in out.grad_fn.saved_tensors]
+        assert saved == [None if trained == "x" else (2, 3, 8), None if trained == "weight" else (4, 8)]
+        out.sum().backward()
+        found[trained] = [operand.grad for operand in operands]
+
+    assert torch.equal(found["x"][0], found["both"][0])
+    assert torch.equal(found["weight"][1], found["both"][1])
