@@ -29,13 +29,16 @@ def rank_5_of_8():
         dist.destroy_process_group()
 
 
-def model():
-    """All weights are zero: the fake process group moves no data between ranks."""
-    built = build_model(SPECS["llama"])
+def zeroed(model):
+    """The fake process group moves no data between ranks, so that weights are set after they are sharded."""
     with torch.no_grad():
-        for weight in built.parameters():
+        for weight in model.parameters():
             weight.zero_()
-    return built
+    return model
+
+
+def model():
+    return zeroed(build_model(SPECS["llama"]))
 
 
 def expected():
@@ -62,6 +65,7 @@ def test_each_rank_writes_its_shards():
         plan = {"embedding": RowwiseParallel(), "head": ColwiseParallel()}
         parallelize_module(sharded, mesh["tp"], plan)
         fully_shard(sharded, mesh=mesh["dp"])
+        zeroed(sharded)
         write_rows(sharded, CHANGES)
         embedding, head = sharded.embedding.weight.to_local(), sharded.head.weight.to_local()
 
