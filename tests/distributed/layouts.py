@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from titan_cpt.distributed.process_group import ProcessInfo, destroy_process_gro
 from titan_cpt.train import Trainer, run_to_end
 from titan_cpt.training.build import build
 from titan_cpt.training.saving import save_checkpoint
-from titan_cpt.training.stage_start import resume_stage
+from titan_cpt.training.stage_start import load_initial, resume_stage
 
 LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
     1: {"one": {}},
@@ -49,14 +50,16 @@ LAYOUTS: dict[int, dict[str, dict[str, str]]] = {
 MUON = {"optimizer.name": "Muon"}
 STEP = "first/step-00000002"
 PULLED = "first/step-00000001"
+WEAK = "weak"
+MENDED = "first/step-00000003"
 END = "first/step-00000004"
 
 
 def write(arguments: Sequence[str]) -> None:
     """Read the run `one`'s checkpoint under every layout of this number of ranks, and write it again.
 
-    Then pull the weights, and write them as `PULLED`. Also under every layout: steps of Muon with the gradients of one
-    process.
+    Then pull the weights, and write them as `PULLED`, and begin with the weak rows of `WEAK`. Also under every layout:
+    steps of Muon with the gradients of one process.
     """
     folder, ranks = Path(arguments[0]), _join()
     for name, overrides in LAYOUTS[ranks.world_size].items():
@@ -69,6 +72,7 @@ def write(arguments: Sequence[str]) -> None:
             trainer.copies.take(trainer.plan.stages[0], 3)
             save_checkpoint(trainer, trainer.plan.stages[0], 1, INTERVAL)
             trainer.checkpoints.wait()
+            _start_from_weak_rows(trainer, folder / WEAK)
         with _built(folder, ranks, f"muon-{name}", {**overrides, **MUON}) as trainer:
             take_steps(trainer)
             save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
@@ -123,6 +127,14 @@ def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
         for tensor in (parameter.data, *trainer.optimizer.state[parameter].values()):
             yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
     yield from trainer.copies.to_save(INTERVAL, 2)[0].get("reptile", {}).values()
+
+
+def _start_from_weak_rows(trainer: Trainer, checkpoint: Path) -> None:
+    """Begin with the weights of a checkpoint, weak rows replaced, and save them as `MENDED`."""
+    stage = trainer.plan.stages[0]
+    load_initial(trainer, replace(stage, init=f"checkpoint:{checkpoint}", recipe={**stage.recipe, "weak_rows": "mean"}))
+    save_checkpoint(trainer, stage, 3, INTERVAL)
+    trainer.checkpoints.wait()
 
 
 def _forget(trainer: Trainer) -> None:

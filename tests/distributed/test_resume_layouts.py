@@ -1,15 +1,18 @@
 """A resume under another layout: every one to every other of 1, 2 and 4 ranks, the state exact, the losses close."""
 
 import json
+import math
+import shutil
 
 import faulty
 import numpy as np
 import pytest
 import torch
 import training
+from averaged import replace_weights
 from equal_gradients import take_steps
 from faulty import Life
-from layouts import END, LAYOUTS, MUON, PULLED, STEP
+from layouts import END, LAYOUTS, MENDED, MUON, PULLED, STEP, WEAK
 from parity_launch import TOML, make_data
 
 from titan_cpt.common.run_folder import INTERVAL
@@ -52,10 +55,20 @@ def make_runs(folder):
         take_steps(trainer)
         save_checkpoint(trainer, trainer.plan.stages[0], 2, INTERVAL)
         trainer.checkpoints.wait()
+    make_weak(folder / "one" / STEP, folder / WEAK)
     for ranks in (2, 4):
         on_ranks(ranks, "write", folder)
     for ranks in (1, 2, 4):
         on_ranks(ranks, "read", folder)
+
+
+def make_weak(checkpoint, folder):
+    """A copy of a checkpoint with a row of zeros, in the embedding, and two of NaN in the head."""
+    shutil.copytree(checkpoint, folder)
+    weights = training.tensors_of(folder)
+    weights["embedding.weight"][97] = 0
+    weights["head.weight"][[98, 300]] = float("nan")
+    replace_weights(folder, weights)
 
 
 @pytest.mark.parametrize(("ranks", "name"), NAMES)
@@ -90,6 +103,18 @@ def test_muon_under_a_layout_is_that_of_one_process_bit_for_bit(folder, ranks, n
     assert found.keys() == one.keys()
     assert len(ours) == 4 * 4
     assert training.same_bits({key: one[key] for key in ours}, {key: found[key] for key in ours})
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES[1:])
+def test_weak_rows_are_replaced_by_the_same_bits_under_every_layout(folder, ranks, name):
+    """The mean of the other tokens' rows of the file, in whichever shards the rows are; nothing else changes."""
+    expected = training.tensors_of(folder / WEAK)
+    for weight, weak in (("embedding.weight", [97]), ("head.weight", [98, 300])):
+        others = [number for number in range(257) if number not in weak]
+        columns = expected[weight][others].double().numpy().T
+        expected[weight][weak] = torch.tensor([math.fsum(column) / len(others) for column in columns])
+
+    assert training.same_bits(expected, training.tensors_of(folder / name / MENDED))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -66,7 +66,7 @@ class InitialRows:
         self.findings = RowFindings()
         self._state = state
         self._stage = stage
-        self._policy = _stage_config(state, stage).weak_rows
+        self._policy = "mean" if stage.recipe.get("weak_rows") == "mean" else _stage_config(state, stage).weak_rows
         self._skipped = not isinstance(stage.init, str) or (quiet and self._policy != "mean")
 
     def of_release(self, released: ReleasedModel) -> Mapping[str, NewValues]:
