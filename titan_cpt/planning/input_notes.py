@@ -22,6 +22,7 @@ def input_notes(config: Config, inventory: DataInventory, spec: ModelSpec) -> It
     if config.sweep:
         yield "this is the plan of the base config of a sweep; `titan-cpt sweep FILE --dry-run` lists its runs"
     yield from _without_validation(config)
+    yield from _packing_of_validation(config)
     yield from _padding(config, inventory, spec)
     yield from _small_float8_layers(config, spec)
     if not spec.estimates_activations:
@@ -61,6 +62,18 @@ def _without_validation(config: Config) -> Iterator[str]:
         dataset = config.datasets[name]
         if not dataset.validation and not any(domain.validation for domain in dataset.domains.values()):
             yield f"datasets.{name}: has no validation tokens, so its loss and forgetting are not measured"
+
+
+def _packing_of_validation(config: Config) -> Iterator[str]:
+    """Validation reads windows of the documents laid end to end, whatever the packing of training."""
+    replayed = {name for stage in config.stages if stage.replay for name in stage.replay.from_ or ()}
+    trained = replayed.union(*(stage.dataset for stage in config.stages))
+    for name, dataset in sorted(config.datasets.items()):
+        if dataset.packs and name not in trained:
+            yield (
+                f"datasets.{name}.packing: no stage trains on {name}, so it has no effect: validation reads documents "
+                "laid end to end; remove it"
+            )
 
 
 def _padding(config: Config, inventory: DataInventory, spec: ModelSpec) -> Iterator[str]:

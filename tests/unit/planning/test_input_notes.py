@@ -13,6 +13,16 @@ def test_a_dataset_without_validation_is_noted(one_stage, make):
     assert not any("validation" in note for note in make(one_stage).notes)
 
 
+def test_packing_of_a_dataset_that_no_stage_trains_on_is_noted(one_stage, make):
+    """It has no effect on validation; a dataset that a stage trains on needs no note."""
+    other = '\n[datasets.other]\nvalidation = "data/other"\npacking = "best_fit"\n'
+    notes = make(one_stage.replace("[training]", f"{other}[training]")).notes
+    packed = make(one_stage, ("datasets.pile.packing", '"best_fit"')).notes
+
+    assert any(note.startswith("datasets.other.packing: no stage trains on other, so it has no") for note in notes)
+    assert not any(".packing" in note for note in packed)
+
+
 def test_a_vocabulary_padded_for_tensor_parallelism_is_noted(one_stage, make):
     """257 byte tokens: 384 rows with degree 1, 512 with degree 2. A configured vocabulary size needs no note."""
     padded = make(one_stage, (TP, "2"), world_size=2).notes
