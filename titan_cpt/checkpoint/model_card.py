@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.averages import describe_average
-from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, tokenizer_mismatch
+from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, find_merge, tokenizer_mismatch
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.weights.named_weights import NamedWeights, suffix_of
@@ -45,9 +45,9 @@ def model_card(
         warning: a warning about the tokenizer, or None.
     """
     checkpoint = weights.folder
-    merge = record.get("merge")
+    merge = find_merge(record)
     trained = f"{record['stage']}{suffix_of(weights.average)}, step {record['steps_done']:,}"
-    title = f"merge ({merge['method']})" if merge else trained
+    title = f"merge ({merge['method']})" if merge and "merge" in record else trained
     run = checkpoint.resolve().parent.parent.name if history else ""
     mismatch = tokenizer_mismatch(record, checkpoint)
     facts = [
@@ -61,7 +61,7 @@ def model_card(
     ]
     parts = [_front_matter(base_model), f"# {run + ': ' if run else ''}{title}", "\n".join(facts)]
     if merge:
-        parts += ["## Merge", _describe_merge(merge)]
+        parts += ["## Merge" if "merge" in record else "## Merge that training began with", _describe_merge(merge)]
     if history:
         parts += ["## Stages", _stages(record["recipe"], history), _losses(checkpoint.parent.parent, history)]
     evaluated = " beyond the losses above" if history else ""

@@ -102,6 +102,25 @@ def find_base_model(record: Mapping[str, Any]) -> BaseModelInfo | None:
     return None
 
 
+def find_merge(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The manifest's entry of the merge whose weights these are or that training began with, also through other runs.
+
+    None if there is none, or if its manifest can no longer be read.
+    """
+    for _ in range(_MAX_RUNS):
+        if "merge" in record:
+            merge: Mapping[str, Any] = record["merge"]
+            return merge
+        history = training_history(record)
+        if not history or not history[0].init.startswith(CHECKPOINT_PREFIX):
+            return None
+        try:
+            record = manifest.read(initial_checkpoint(history[0].init))
+        except (CheckpointError, AccessError):
+            return None
+    return None
+
+
 def _base_of_merge(merge: Mapping[str, Any]) -> BaseModelInfo | None:
     """The base models of merged weights, from the manifest's entry, which has a config.json if all have the same."""
     if not merge["base_models"]:

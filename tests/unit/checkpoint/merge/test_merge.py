@@ -275,11 +275,17 @@ def test_a_run_starts_from_a_merge_and_its_model_card_names_it(tmp_path):
         trainer.run()
     with titan_cpt.Trainer(config_of(changed(raw, job={"name": "next"}, stages=[stage])), quiet=True) as trainer:
         assert not any("tokenizer" in note and "unknown" in note for note in trainer.plan.notes)
-        first = next(trainer.steps())
+        trainer.run()
     titan_cpt.export(merged, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
+    titan_cpt.export(tmp_path / "out" / "next" / "again" / "step-00000005", tmp_path / "trained")
+    trained_card = (tmp_path / "trained" / "README.md").read_text()
+    table = [line for line in card.splitlines() if line.startswith(("| 1 |", "| `"))]
 
-    assert first.step == 1
+    assert "# next: again, step 5\n" in trained_card
+    assert "## Merge that training began with\n\nmean of the weights below" in trained_card
+    assert len(table) == 2
+    assert all(line in trained_card for line in table)
     assert manifest.read(merged)["merge"]["tokenizer_path"] == "bytes"
     assert "| 1 | english, step 12 | english (12 steps) |" in card
     assert "| 1 | german, step 10 | english (9 steps), german (10 steps) |" in card
