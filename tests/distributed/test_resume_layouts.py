@@ -47,7 +47,7 @@ def make_runs(folder):
     )
     toml = toml.replace(f'dataset = "{folder}/pages"', 'dataset = "pages"').replace('name = "base"', 'name = "one"')
     toml = toml.replace("steps = 4\n", "steps = 4\nreptile = { every = 3, step = 0.3 }\n", 1)
-    (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\n{AVERAGING}")
+    (folder / "run.toml").write_text(f"{toml}[checkpoint]\ninterval = 2\nkeep_latest_k = 9\n{AVERAGING}")
     outcome = training.train(folder / "run.toml")
 
     assert outcome.status == 0, outcome.output
