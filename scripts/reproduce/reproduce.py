@@ -3,6 +3,7 @@
     python scripts/reproduce/reproduce.py --quick          # three claims, one seed: 6 minutes on two cores
     python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours
     python scripts/reproduce/reproduce.py --averages       # averages and Reptile, three seeds: 20 minutes of one core
+    python scripts/reproduce/reproduce.py --vocabulary     # an extended vocabulary, three seeds: 30 minutes of one core
     python scripts/reproduce/reproduce.py --tables-only    # from the results in docs/reproduction
 
 Times are those of two cores with bfloat16 instructions (AMX); without them it takes about four times as long.
@@ -20,11 +21,13 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from averages_claims import averages_claims
+from make_vocabulary import make_vocabulary_data
 from verdicts import Claim, End, Finding, Runs, claims, judge, verdict_on
+from vocabulary_claims import vocabulary_claims
 
 from titan_cpt.common.weights.named_weights import AVERAGE_SUFFIX
 from titan_cpt.reporting.comparison import compare, with_averages
@@ -40,16 +43,17 @@ FULL = (
     *("weak", "mixed", "domains"),
 )
 AVERAGES = ("averages_cosine", "averages_constant", "averages_anneal", "averages_window", "averages_reptile")
+VOCABULARY = ("vocabulary_old", "vocabulary_extended", "vocabulary_at_once")
 TOKENIZER_ENTRIES, TOKENIZER_BYTES = 4096, 12_000_000
 STEPS_BETWEEN_STORED = 20
 HEAD = """# {title}: verdicts and losses
 
 `python scripts/reproduce/reproduce.py` writes these tables from the results in this folder, after it has trained the
-runs without a result (unless `--tables-only` is set). Losses are nats per token on validation novels, means over seeds
+runs without a result (unless `--tables-only` is set). Losses are {unit} on validation novels, means over seeds
 ± standard error; AVG is the mean over the datasets. [{page}]({link}) describes the protocol and
 discusses the results.
 
-{text}"""
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class RunSet:
         file: of the tables, in the folder of the results.
         page: that discusses them, relative to it.
         needs_manuals: whether a run trains on the manuals.
+        first: sweeps whose runs the others continue.
+        unit: of the losses that are compared: "nats per token" or "bits per byte".
     """
 
     title: str
@@ -68,12 +74,28 @@ class RunSet:
     file: str
     page: str = "../reproduction.md"
     needs_manuals: bool = False
+    first: tuple[str, ...] = ()
+    unit: str = "nats per token"
+
+    @property
+    def all_sweeps(self) -> tuple[str, ...]:
+        """Those that are trained first, then the others."""
+        return (*self.first, *self.sweeps)
 
 
 SETS = {
     "quick": RunSet("Short set", QUICK, claims("quick_"), "quick.md"),
     "full": RunSet("Full set", FULL, claims(), "full.md", needs_manuals=True),
     "averages": RunSet("Averages and Reptile", AVERAGES, averages_claims(), "averages_tables.md", "averages.md"),
+    "vocabulary": RunSet(
+        "An extended vocabulary",
+        VOCABULARY,
+        vocabulary_claims(),
+        "vocabulary_tables.md",
+        "vocabulary.md",
+        first=("vocabulary_english",),
+        unit="bits per byte",
+    ),
 }
 _EVENTS = ("start", "adopt", "transition", "validation_changed")
 _TITAN = (sys.executable, "-m", "titan_cpt")
@@ -87,6 +109,9 @@ def main() -> int:
     which.add_argument(
         "--averages", action="store_const", dest="which", const="averages", help="averages of weights, and Reptile"
     )
+    which.add_argument(
+        "--vocabulary", action="store_const", dest="which", const="vocabulary", help="an extended vocabulary"
+    )
     parser.add_argument("--archive", type=Path, help="novels from a file instead of the network: see fetch_novels.py")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     parser.add_argument("--runs", type=int, metavar="N", help="stop after N runs; the same command resumes")
@@ -98,20 +123,35 @@ def main() -> int:
     chosen = SETS[options.which or "full"]
     failed = 0
     if not options.tables_only:
-        make_data(options.archive, manuals=chosen.needs_manuals)
-        failed = train(chosen.sweeps, options.results, jobs=options.jobs, at_most=options.runs, launch=options.launch)
-    text = tables(chosen.claims, results(options.results, chosen.sweeps))
+        if chosen is SETS["vocabulary"]:
+            fetch(options.archive)
+            make_vocabulary_data(DATA)
+        else:
+            make_data(options.archive, manuals=chosen.needs_manuals)
+        for sweeps in filter(None, (chosen.first, chosen.sweeps)):
+            failed += train(sweeps, options.results, jobs=options.jobs, at_most=options.runs, launch=options.launch)
+    text = tables(chosen.claims, results_of(chosen, options.results), chosen.unit)
     options.results.mkdir(parents=True, exist_ok=True)
     out = options.results / chosen.file
-    out.write_text(HEAD.format(title=chosen.title, text=text, page=Path(chosen.page).name, link=chosen.page))
+    out.write_text(head_of(chosen) + text)
     print(text, f"written to {out}", sep="\n")
     return 1 if failed else 0
 
 
+def head_of(chosen: RunSet) -> str:
+    """The text above the tables."""
+    return HEAD.format(title=chosen.title, unit=chosen.unit, page=Path(chosen.page).name, link=chosen.page)
+
+
+def fetch(archive: Path | None) -> None:
+    """Fetch the novels, unless they exist."""
+    words = [sys.executable, str(HERE / "fetch_novels.py"), str(DATA)]
+    subprocess.run([*words, *(["--archive", str(archive)] if archive else [])], check=True)
+
+
 def make_data(archive: Path | None, *, manuals: bool) -> None:
     """Fetch the text, train the tokenizer and prepare the tokens, unless they exist."""
-    fetch = [sys.executable, str(HERE / "fetch_novels.py"), str(DATA)]
-    subprocess.run([*fetch, *(["--archive", str(archive)] if archive else [])], check=True)
+    fetch(archive)
     tokenizer = DATA / "tokenizer.json"
     if not tokenizer.exists():
         sample = DATA / "tokenizer-sample.jsonl"
@@ -199,19 +239,53 @@ def store_result(run_folder: Path, out: Path) -> None:
     (out / "plan.json").write_text(json.dumps(record.plan, indent=1))  # last: it marks the result as complete
 
 
+def results_of(chosen: RunSet, folder: Path) -> Runs:
+    """The final numbers of a set's runs, in its unit."""
+    if chosen.unit == "bits per byte":
+        return results_in_bits(folder, chosen.first[0], chosen.sweeps)
+    return results(folder, chosen.all_sweeps)
+
+
+def results_in_bits(folder: Path, before: str, sweeps: tuple[str, ...]) -> Runs:
+    """The final bits per byte of runs that continue those of the sweep `before`, whose English is what is forgotten."""
+    found: dict[tuple[str, int], End] = {}
+    for path in result_files(folder, (before, *sweeps)):
+        record = read_run(path.parent)
+        stage = record.plan["stages"][-1]
+        losses = {
+            line["dataset"]: line["bits_per_byte"]
+            for line in record.validations
+            if (line["stage"], line["step"]) == (stage["name"], stage["steps"])
+        }
+        found[name_and_seed(path.parent)] = End(losses, math.nan, 0.0)
+    for (name, seed), end in found.items():
+        start = found.get((f"{before}/{before}", seed))
+        if start is not None and not name.startswith(f"{before}/"):
+            found[name, seed] = replace(end, forgetting=end.losses["english"] - start.losses["english"])
+    return found
+
+
+def result_files(folder: Path, sweeps: tuple[str, ...]) -> list[Path]:
+    """The plan.json of every run with a result."""
+    return sorted(path for name in sweeps for path in folder.glob(f"{name}/*/plan.json"))
+
+
+def name_and_seed(folder: Path) -> tuple[str, int]:
+    """(sweep/run without its seed and without the weights of this seed that it continues, seed)."""
+    seed = re.search(r"_?seed-(\d+)(_init-.*)?$", folder.name)
+    name = folder.name[: seed.start()] if seed else folder.name
+    return f"{folder.parent.name}/{name or folder.parent.name}", int(seed[1]) if seed else 0
+
+
 def results(folder: Path, sweeps: tuple[str, ...]) -> Runs:
     """The final numbers of every run with a result, by (sweep/run without its seed, seed)."""
     found: dict[tuple[str, int], End] = {}
-    for path in sorted(path for name in sweeps for path in folder.glob(f"{name}/*/plan.json")):
+    for path in result_files(folder, sweeps):
         record = read_run(path.parent)
-        sweep = path.parent.parent.name
-        run_name = path.parent.name
-        seed = re.search(r"_?seed-(\d+)$", run_name)
-        name = run_name[: seed.start()] if seed else run_name
-        number = int(seed[1]) if seed else 0
+        name, number = name_and_seed(path.parent)
         for end, suffix in zip(ends_of(record), ("", AVERAGE_SUFFIX), strict=False):
-            found[f"{sweep}/{name or sweep}{suffix}", number] = end
-        if name == "fraction-0" and sweep in ("replay", "quick_replay"):
+            found[f"{name}{suffix}", number] = end
+        if name in ("replay/fraction-0", "quick_replay/fraction-0"):
             found["english/english", number] = end_of_first_stage(record)
     return found
 
@@ -249,11 +323,11 @@ def highest_rise(record: RunLog) -> float:
     return max(rises)
 
 
-def tables(tested: list[Claim], runs: Runs) -> str:
+def tables(tested: list[Claim], runs: Runs, unit: str = "nats per token") -> str:
     """Markdown: verdicts, the differences behind them, and mean and standard error over seeds of every run."""
     lines = ["| claim | | verdict |", "|---|---|---|"]
     behind = [
-        "| claim | difference | nats per token | standard error | allowed | seeds | |",
+        f"| claim | difference | {unit} | standard error | allowed | seeds | |",
         "|---|---|---|---|---|---|---|",
     ]
     for claim in tested:

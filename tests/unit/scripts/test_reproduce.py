@@ -13,13 +13,16 @@ SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "reproduce"
 sys.path.insert(0, str(SCRIPTS))
 
 import fetch_novels  # noqa: E402
+import make_vocabulary  # noqa: E402
 import reproduce  # noqa: E402
 from averages_claims import RAW, annealed, averaged, averages_claims, with_reptile  # noqa: E402
 from verdicts import End, Part, claims, judge, verdict_of, verdict_on  # noqa: E402
+from vocabulary_claims import AT_ONCE, EXTENDED, FROM_MEAN, FROM_NORMAL, OLD, TEXT, vocabulary_claims  # noqa: E402
 
 from titan_cpt.runs.shared_stages import count_shared_stages  # noqa: E402
 from titan_cpt.runs.sweep_runs import read_sweep_runs  # noqa: E402
 
+RESULTS = SCRIPTS.parents[1] / "docs" / "reproduction"
 TOKENS_PER_SECOND = 16_000  # of one core, as docs/reproduction.md has it
 
 TEI = """<TEI xmlns="http://www.tei-c.org/ns/1.0"><teiHeader><p>about the file</p></teiHeader><text>
@@ -102,14 +105,14 @@ def test_the_worst_part_decides_a_claim():
 
 @pytest.mark.parametrize("chosen", ["full", "quick", "averages"])
 def test_every_run_that_a_claim_names_is_trained(chosen):
-    """Under the name of its result; C1 to C10 in the full set, three of them in the short one, ten others of averages.
+    """Under the name of its result; C1 to C10 in the full set, three of them in the short one, others elsewhere.
 
     The result of a run's average has its own name; a run that makes none has no such result.
     """
     run_set = reproduce.SETS[chosen]
     sweep_runs = read_sweep_runs([SCRIPTS / "configs" / f"{name}.toml" for name in run_set.sweeps])
     names = {
-        f"{sweep_run.folder.parent.name}/{sweep_run.folder.name.rpartition('seed-')[0].rstrip('_')}"
+        f"{sweep_run.folder.parent.name}/{sweep_run.folder.name.partition('seed-')[0].rstrip('_')}"
         for sweep_run in sweep_runs
     }
     names |= {f"{sweep_run.folder.parent.name}/{sweep_run.folder.name}" for sweep_run in sweep_runs}
@@ -120,6 +123,7 @@ def test_every_run_that_a_claim_names_is_trained(chosen):
         "full": [f"C{number}" for number in range(1, 11)],
         "quick": ["C1", "C2", "C6"],
         "averages": [f"{letter}{number}" for letter in "AR" for number in range(1, 6)],
+        "vocabulary": [f"V{number}" for number in range(1, 7)],
     }
 
     assert needed - names == set()
@@ -127,7 +131,12 @@ def test_every_run_that_a_claim_names_is_trained(chosen):
 
 
 @pytest.mark.parametrize(
-    ("sweeps", "hours"), [(reproduce.FULL, 2.5), (reproduce.QUICK, 0.25), (reproduce.AVERAGES, 0.25)]
+    ("sweeps", "hours"),
+    [
+        (reproduce.FULL, 2.5),
+        (reproduce.QUICK, 0.25),
+        (reproduce.AVERAGES, 0.25),
+    ],
 )
 def test_the_runs_fit_their_budget(sweeps, hours):
     """On two cores at the measured speed, shared stages counted once; no run over 20 minutes."""
@@ -204,6 +213,100 @@ def test_a_result_against_a_claim_contradicts_it(run, result, contradicted):
     found = verdicts_of(good_ends() | {run: result})
 
     assert {name for name, verdict in found.items() if verdict == "contradicted"} == contradicted
+
+
+# An extended vocabulary
+
+
+def verdicts_on_vocabulary(ends):
+    """The verdict on each claim about the vocabulary, if every seed has these bits per byte, up to a hundredth."""
+    runs = {
+        (name, seed): End({d: bits + 0.01 * seed for d, bits in each.losses.items()}, each.forgetting, 0.0)
+        for name, each in ends.items()
+        for seed in SEEDS
+    }
+    return {claim.name: verdict_on([judge(part, runs) for part in claim.parts]) for claim in vocabulary_claims()}
+
+
+GOOD_VOCABULARY = {
+    OLD: end(2.0, 2.5),
+    TEXT: end(2.1, 2.4),
+    EXTENDED: end(2.01, 2.41),  # 0.5 % more English than OLD, 0.4 % more German than TEXT
+    AT_ONCE: end(2.05, 2.42),
+    FROM_MEAN: end(2.01, 2.43),
+    FROM_NORMAL: end(2.01, 2.45),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "contradicted"),
+    [
+        ({}, set()),
+        ({OLD: end(2.0, 2.3)}, {"V1"}),
+        ({OLD: end(1.9, 2.5)}, {"V2"}),  # 5.8 % more English
+        ({TEXT: end(2.1, 2.2)}, {"V3"}),
+        ({AT_ONCE: end(2.05, 2.4)}, {"V4"}),
+        ({AT_ONCE: end(2.0, 2.42)}, {"V5"}),
+        ({FROM_NORMAL: end(2.0, 2.4)}, {"V6"}),  # one of two parts
+        ({EXTENDED: end(2.2, 2.6)}, {f"V{number}" for number in range(1, 7)}),
+    ],
+)
+def test_the_claims_about_the_vocabulary_are_decided_by_bits_per_byte(changed, contradicted):
+    """One run is changed; every claim that is not contradicted is shown."""
+    found = verdicts_on_vocabulary(GOOD_VOCABULARY | changed)
+
+    assert {name for name, verdict in found.items() if verdict == "contradicted"} == contradicted
+    assert set(found.values()) <= {"shown", "contradicted"}
+
+
+def stored(folder, bits, stage="german"):
+    """A result whose last stage has 20 steps and ends with these bits per byte; its losses per token are others."""
+    folder.mkdir(parents=True)
+    stages = [
+        {"name": name, "steps": steps, "tokens": steps, "union_tokens": steps, "new_datasets": [], "final_window": []}
+        | {"datasets": {}}
+        for name, steps in (("warmup", 5), (stage, 20))
+    ]
+    plan = {"name": folder.name, "fingerprint": "f", "step_tokens": 1, "stages": stages}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    line = {"kind": "validation", "loss_nats_per_token": 9.0}
+    places = [("warmup", 20, 8.0), (stage, 0, 7.0), (stage, 20, 0.0)]  # what is added to the bits there
+    lines = [
+        line | {"stage": name, "step": step, "dataset": dataset, "bits_per_byte": value + more}
+        for name, step, more in places
+        for dataset, value in bits.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+
+
+def test_results_in_bits_forget_what_the_continued_run_of_their_seed_knew(tmp_path):
+    """Seed 1: 2.25 at the end and 2.0 before it; the weights that a run continues are no part of its name."""
+    stored(tmp_path / "vocabulary_english" / "seed-1", {"english": 2.0, "german": 5.0}, "english")
+    stored(tmp_path / "vocabulary_english" / "seed-0", {"english": 1.0, "german": 5.0}, "english")
+    stored(tmp_path / "vocabulary_old" / "steps-300_seed-1_init-checkpoint-x-seed-1", {"english": 2.25, "german": 3.0})
+    stored(tmp_path / "vocabulary_at_once" / "seed-1_init-checkpoint-x-seed-1", {"english": 2.5, "german": 2.75})
+    found = reproduce.results_in_bits(tmp_path, "vocabulary_english", ("vocabulary_old", "vocabulary_at_once"))
+
+    assert found[OLD, 1] == end(2.25, 3.0, 0.25)
+    assert found[AT_ONCE, 1] == end(2.5, 2.75, 0.5)
+    assert {name for name, _ in found} == {OLD, AT_ONCE, "vocabulary_english/vocabulary_english"}
+
+
+@pytest.mark.parametrize("chosen", [name for name, each in reproduce.SETS.items() if (RESULTS / each.file).exists()])
+def test_the_committed_tables_follow_from_the_committed_results(chosen):
+    """What `--tables-only` writes is the file in docs/reproduction."""
+    run_set = reproduce.SETS[chosen]
+    text = reproduce.tables(run_set.claims, reproduce.results_of(run_set, RESULTS), run_set.unit)
+
+    assert (RESULTS / run_set.file).read_text() == reproduce.head_of(run_set) + text
+
+
+def test_every_document_is_as_likely_to_be_selected(tmp_path):
+    """One line of three: 1, 4, 7 of 0 to 8."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{number}\n" for number in range(9)))
+
+    assert make_vocabulary.one_line_of(path, 3) == "1\n4\n7\n"
 
 
 # Final numbers of a run
