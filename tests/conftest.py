@@ -152,14 +152,15 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 def make(write):
     """make(text, *overrides, tokens={source: tokens}, world_size=1): the plan; data that is not named is not there."""
 
-    def make(text, *overrides, tokens=None, world_size=1, vocab_size=257):
+    def make(text, *overrides, tokens=None, world_size=1, vocab_size=257, base_vocab_size=None):
         config = load_config(write(text), overrides)
         absent = {
             source: None
             for name, dataset in config.datasets.items()
             for source in ([f"{name}.{domain}" for domain in dataset.domains] or [name])
         }
-        return make_plan(config, DataInventory(absent | (tokens or {}), vocab_size), world_size)
+        inventory = DataInventory(absent | (tokens or {}), vocab_size, base_vocab_size=base_vocab_size)
+        return make_plan(config, inventory, world_size)
 
     return make
 

@@ -25,6 +25,7 @@ from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
 from titan_cpt.checkpoint.vocabulary.model_rows import NewValues, local_slices, write_rows
+from titan_cpt.checkpoint.vocabulary.new_rows import NewRows, load_vocabulary, require_old_rows
 from titan_cpt.checkpoint.vocabulary.vocabulary_rows import released_rows
 from titan_cpt.checkpoint.vocabulary.weak_row_report import only_non_finite, weak_row_lines
 from titan_cpt.checkpoint.vocabulary.weak_rows import find_weak_rows
@@ -32,6 +33,7 @@ from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training,
 from titan_cpt.common.files import atomic_folder
 from titan_cpt.data.tokenizer.token_texts import TokenTexts
 from titan_cpt.errors import CheckpointError, DataError
+from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS
 from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import ModelSpec
 
@@ -44,6 +46,7 @@ def load_released(
     new_rope: Collection[str] = (),
     accept: Callable[[Path], str | None] = lambda folder: None,
     examine: Callable[[ReleasedModel], Mapping[str, NewValues]] = lambda released: {},
+    new_rows: Callable[[Path], NewRows | None] = lambda folder: None,
 ) -> str:
     """Load Hugging Face weights into a model, sharded or not; each rank reads only its shards. Collective.
 
@@ -55,6 +58,8 @@ def load_released(
         accept: called on every rank with the model's folder before weights are read; returns a note or raises.
         examine: called on every rank before weights are loaded; returns rows to replace in the loaded weights, or
             raises. Weights with such rows may have others that are not finite among them.
+        new_rows: called after `accept`; returns how rows of new ids are computed. None: as `WeightFiles.read_rows`
+            resizes the vocabulary.
 
     Returns:
         A message for the log: the model, its notes, and the result of the comparison with transformers.
@@ -72,15 +77,23 @@ def load_released(
     note = accept(released.files.folder)
     notes = [*released.notes, *filter(None, [note, rope_change(released.spec.rope, spec.rope)])]
     changes = examine(released)
-    fill(model, released, spec, unchecked=changes)
-    write_rows(model, changes)
+    new = new_rows(released.files.folder)
+    if new is None:
+        text = released.describe(spec)
+        fill(model, released, spec, unchecked=changes)
+        write_rows(model, changes)
+    else:
+        require_old_rows(released.name, released.spec.vocab_size, new)
+        text = f"{released.name}; {new.describe(spec.vocab_size, tied=spec.tied)}"
+        fill(model, released, spec, without=VOCABULARY_WEIGHTS)
+        load_vocabulary(model, released.read_file_rows, new, changes)
     if not first:
-        return released.describe(spec)
+        return text
     own = released.resized(spec.vocab_size)  # with the RoPE of its config.json, which transformers reads
     result = verify_against_transformers(
         released, own, lambda model: fill(model, released, own, unchecked=changes), in_a_run=True
     )
-    return "; ".join([released.describe(spec), *notes, result])
+    return "; ".join([text, *notes, result])
 
 
 def _require_same_model(released: ReleasedModel, spec: ModelSpec, new_rope: Collection[str]) -> None:
@@ -100,17 +113,25 @@ def _require_same_model(released: ReleasedModel, spec: ModelSpec, new_rope: Coll
 
 
 @torch.no_grad()
-def fill(model: nn.Module, released: ReleasedModel, spec: ModelSpec, *, unchecked: Container[str] = ()) -> None:
+def fill(
+    model: nn.Module,
+    released: ReleasedModel,
+    spec: ModelSpec,
+    *,
+    unchecked: Container[str] = (),
+    without: Container[str] = (),
+) -> None:
     """Copy this rank's shard of every weight from the files into the model.
 
     Args:
         unchecked: names of weights with values that may not be finite.
+        without: names of weights that stay as they are.
     """
     state = get_model_state_dict(model)
     for name, weight in state.items():
         assert isinstance(weight, Tensor), f"{name} is not a tensor"
         local = weight.to_local() if isinstance(weight, DTensor) else weight
-        if local.numel():
+        if local.numel() and name not in without:
             local.copy_(released.read(name, spec, local_slices(weight), finite=name not in unchecked))
     set_model_state_dict(model, state)
 

@@ -94,21 +94,24 @@ def load_state(
     *,
     average: bool = False,
     without_state: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> None:
     """Load a checkpoint into a model and, if given, its optimizer, in place; collective.
 
     Args:
         average: load the average of the weights into the model, instead of the weights.
         without_state: names of weights whose optimizer state stays as it is.
+        without: weights that the model keeps as it has them.
 
     Raises:
         CheckpointError: the folder cannot be read, or its tensors are not those of the model.
     """
-    state: dict[str, Any] = {"model": master_weights(model)}
+    weights = master_weights(model)
+    state: dict[str, Any] = {"model": {name: weight for name, weight in weights.items() if name not in without}}
     if optimizer is not None:
         state["optimizer"] = optimizer_tensors(model, optimizer, without=without_state)
     _load(folder, state, ShardReader(folder, average=average))
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, {**weights, **state["model"]})
     if optimizer is not None:
         _set_rows(optimizer, state["optimizer"])
 

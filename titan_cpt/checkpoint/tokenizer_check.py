@@ -18,6 +18,7 @@ from titan_cpt.checkpoint.averages import require_weights
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folders
 from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.config.schema import Config
+from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import BYTES, fingerprint_of
 from titan_cpt.errors import AccessError, CheckpointError, DataError
@@ -129,6 +130,15 @@ def has_base_tokenizer(weights: TrainingTokenizer | None, config: Config) -> boo
     return extend is not None and (weights is None or weights.is_that_of(extend.base))
 
 
+def require_reset_with_new_rows(stage: str, *, keeps: bool) -> None:
+    """Raise if a stage keeps the optimizer state, although rows of new tokens are initialized at its start."""
+    if keeps:
+        raise CheckpointError(
+            f"stages.{stage}.optimizer_state: its initial weights were trained with tokenizer.extend.base, so the "
+            'rows of the new tokens are initialized, and the kept moments would belong to other rows: set it to "reset"'
+        )
+
+
 def allowed_mismatch(weights: str) -> str | None:
     """The note of `require_same_tokenizer` on an allowed mismatch, in a `transition` event's `weights`; or None."""
     found = re.search(f"the weights of .*{re.escape(_ALLOWED)}", weights)
@@ -150,9 +160,9 @@ def check_init_tokenizers(config: Config, stages: Iterable[str]) -> Iterator[str
     """
     if config.tokenizer.path != BYTES and not Path(config.tokenizer.path).exists():
         return
-    inits = {stage.name: stage.init or "" for stage in config.stages}
+    by_name = {stage.name: stage for stage in config.stages}
     for stage in stages:
-        note = _check(config, stage, inits[stage])
+        note = _check(config, by_name[stage])
         if note is not None:
             yield f"stages.{stage}.init: {note}"
 
@@ -170,7 +180,8 @@ def check_planned_tokenizers(config: Config) -> Iterator[str]:
             yield f"{error}. This stage has begun, and a resume does not load these weights again"
 
 
-def _check(config: Config, stage: str, init: str) -> str | None:
+def _check(config: Config, stage: StageConfig) -> str | None:
+    init = stage.init or ""
     folder = Path(init.partition(":")[2])
     named = named_weights(folder)
     if init.startswith(HUB_PREFIX) and folder.is_dir():
@@ -181,7 +192,9 @@ def _check(config: Config, stage: str, init: str) -> str | None:
         weights = tokenizer_of_manifest(record, named.folder)
     else:
         return None
-    return require_same_tokenizer(stage, init, weights, config)
+    if has_base_tokenizer(weights, config):
+        require_reset_with_new_rows(stage.name, keeps=stage.optimizer_state == "keep")
+    return require_same_tokenizer(stage.name, init, weights, config)
 
 
 def _stages_begun(run: Path) -> int:

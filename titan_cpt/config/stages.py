@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from titan_cpt.common.weights.new_rows import NewRowsKind
 from titan_cpt.config.lr import LR
 from titan_cpt.config.model import StageRopeConfig
 from titan_cpt.config.types import (
@@ -152,6 +153,12 @@ class StageConfig(Table):
     or hf:): rows of tokens that are near zero, equal, not finite, or that training never changed. error: refuse weights
     with weak rows that the stage's data uses; keep: name them; mean: replace them by the mean of all other tokens'
     rows. Unset: keep. Rows that are not finite are refused unless they are replaced."""
+    new_rows: NewRowsKind | None = None
+    """With [tokenizer.extend]: initialize the embedding and head rows of the tokenizer's new tokens at the start of the
+    stage. pieces: each is the mean of the rows of the old tokens that make up its text; mean: of all old rows; normal:
+    drawn from a normal distribution with the mean and standard deviation of the old rows in each column. Padding rows
+    become the mean of the old rows. Unset: pieces if the initial weights were trained with the base tokenizer,
+    otherwise rows stay as they are."""
     optimizer_state: OptimizerState = "reset"
     """Whether the optimizer state (moments and step count) is reset, or kept together with the weights; or
     "warm:100": reset, and then warmed up by 100 forward and backward passes on the batches of the stage's first 100

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.common.weights.averaging import Averaging
+from titan_cpt.common.weights.new_rows import NewRowsPlan
 from titan_cpt.common.weights.partition import Partition
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.data.packing.pieces import PackingCounts
@@ -166,6 +167,7 @@ class StagePlan:
         averaging: the average of the stage's weights; None without.
         reptile: the pull towards old weights; None without.
         partition: what is trained, with which factor of the LR; None: all weights, alike.
+        new_rows: the rows of new tokens that are initialized at the start of the stage; None without.
         schedule_offset: steps of the schedule before this stage, which continues that of the stage before; else 0.
     """
 
@@ -196,6 +198,7 @@ class StagePlan:
     warm_up_passes: int = 0
     reptile: Reptile | None = None
     partition: Partition | None = None
+    new_rows: NewRowsPlan | None = None
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the 0-based step `step`, over all ranks."""

@@ -72,6 +72,7 @@ def stage_as_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
         "warm_up_flops": stage.warm_up_flops,
         "reptile": stage.reptile and {**vars(stage.reptile), "pulls": stage.steps // stage.reptile.every},
         "partition": stage.partition and partition_as_json(stage.partition),
+        "new_rows": _new_rows(stage),
         "averaging": stage.averaging and {**stage.averaging.settings, "on_host": stage.averaging.on_host},
         "lr_continues": plan.schedule_span(stage)[0].name if stage.schedule_offset else None,
         "pre_anneal_step": stage.pre_anneal_step,
@@ -93,6 +94,13 @@ def partition_as_json(partition: Partition) -> dict[str, Any]:
             for name, parts in partition.parts.items()
         },
     }
+
+
+def _new_rows(stage: StagePlan) -> dict[str, Any] | None:
+    new = stage.new_rows
+    if new is None:
+        return None
+    return {**vars(new), "rows": new.end - new.first, "padding_rows": stage.spec.vocab_size - new.end}
 
 
 def _optimizer_state(stage: StagePlan) -> str:

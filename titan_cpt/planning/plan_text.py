@@ -16,6 +16,7 @@ from titan_cpt.common.text import wrapped
 from titan_cpt.planning.parallel_text import parallel_lines
 from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 from titan_cpt.planning.plan_json import stage_as_json
+from titan_cpt.planning.stages.new_rows import new_rows_lines
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}│", " ....####|")  # for terminals without UTF-8
@@ -41,6 +42,7 @@ def print_plan(plan: Plan, console: Console, keep_latest_k: int, device_bytes: i
     for line in (
         *_packing_lines(plan),
         *_rope_lines(plan),
+        *new_rows_lines(plan.stages),
         *_continued_schedules(plan),
         *_warm_ups(plan),
         *_partitions(plan),

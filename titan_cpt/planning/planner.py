@@ -39,6 +39,7 @@ from titan_cpt.planning.stages.documents import (
 from titan_cpt.planning.stages.initial_weights import history_of, initial_weights
 from titan_cpt.planning.stages.lr_span import LRSpan, StageLength, lr_spans
 from titan_cpt.planning.stages.mixture import mixture_tree, new_data_leaves, stage_weights
+from titan_cpt.planning.stages.new_rows import new_rows_of, new_rows_recipe
 from titan_cpt.planning.stages.notes import stage_notes
 from titan_cpt.planning.stages.optimizers import (
     optimizer_hyperparameters,
@@ -187,7 +188,8 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         recipe=stage_recipe(config, stage, steps, init, lr_recipe(stage, span, schedule, points), weights)
         | rope_recipe(stage, spec)
         | average_recipe(draft, init)
-        | partition_recipe(draft, stage, partition),
+        | partition_recipe(draft, stage, partition)
+        | new_rows_recipe(stage),
         spec=spec,
         seq_len=seq_len,
         batch_sizes=batch_sizes,
@@ -200,6 +202,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         warm_up_passes=warm_up_passes(draft, stage, steps),
         reptile=reptile_of(draft, stage, steps),
         partition=partition,
+        new_rows=new_rows_of(draft, stage, init),
     )
     if stage.replay is not None:
         check_replay_lasts(draft, plan, stage.replay)

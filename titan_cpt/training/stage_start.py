@@ -14,6 +14,7 @@ from titan_cpt.checkpoint.checkpoint_spec import (
     rope_change,
     rope_of_checkpoint,
     rope_remedy,
+    spec_of_checkpoint,
 )
 from titan_cpt.checkpoint.hf_import import load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
@@ -22,6 +23,7 @@ from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.checkpoint.vocabulary.model_rows import write_rows
+from titan_cpt.checkpoint.vocabulary.new_rows import NewRows, load_vocabulary, read_checkpoint, require_old_rows
 from titan_cpt.checkpoint.weights_only import IMPORTED, MERGED
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
@@ -30,6 +32,7 @@ from titan_cpt.common.weights.partition import partition_of_recipe
 from titan_cpt.common.weights.patterns import short_list
 from titan_cpt.distributed.float8 import refresh_scales
 from titan_cpt.errors import CheckpointError
+from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS
 from titan_cpt.models.spec import Rope
 from titan_cpt.object_storage.locations import is_url
 from titan_cpt.planning.plan import StageCheckpoint, StagePlan
@@ -38,6 +41,7 @@ from titan_cpt.training.optimization.adamw import reset_state, set_hyperparamete
 from titan_cpt.training.optimization.update import set_lr
 from titan_cpt.training.state import TrainerState
 from titan_cpt.training.weights.initial_rows import InitialRows, RowFindings
+from titan_cpt.training.weights.new_rows import new_rows_at_start
 
 _AVERAGING = "init.averaging."  # keys of the recipe of a stage that starts from the average of a stage of its run
 
@@ -144,13 +148,23 @@ def _load(state: TrainerState, stage: StagePlan, rows: InitialRows) -> tuple[str
         return f"new, from seed {state.plan.seed}", rows.findings
     if isinstance(stage.init, str) and stage.init.startswith("hf:"):
         name = stage.init.removeprefix("hf:")
-        accept = partial(_accept, state, stage)
         text = load_released(
-            state.model, name, stage.spec, new_rope=_new_rope(stage), accept=accept, examine=rows.of_release
+            state.model,
+            name,
+            stage.spec,
+            new_rope=_new_rope(stage),
+            accept=partial(_accept, state, stage),
+            examine=rows.of_release,
+            new_rows=lambda folder: new_rows_at_start(state, stage, tokenizer_of_release(folder)),
         )
         return f"from {text}", rows.findings
-    source, notes = _source(state, stage)
+    source, notes, new = _source(state, stage)
     changes = rows.of_checkpoint(source)
+    if new is not None:
+        load_state(source.folder, state.model, None, average=source.average, without=VOCABULARY_WEIGHTS)
+        load_vocabulary(state.model, read_checkpoint(source), new, changes)
+        made = new.describe(stage.spec.vocab_size, tied=stage.spec.tied)
+        return "; ".join([f"from {source}", made, *notes]), rows.findings
     anew: list[str] = []
     optimizer = None
     if stage.keep_optimizer:
@@ -194,8 +208,8 @@ def _accept(state: TrainerState, stage: StagePlan, folder: Path) -> str | None:
     return require_same_tokenizer(stage.name, str(stage.init), tokenizer_of_release(folder), state.config)
 
 
-def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[str]]:
-    """The weights that `init` names, in a verified checkpoint, and notes on its tokenizer and RoPE.
+def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[str], NewRows | None]:
+    """The weights that `init` names, in a verified checkpoint, notes on its tokenizer and RoPE, and new rows.
 
     Raises:
         CheckpointError: it is damaged, of another model or tokenizer, or lacks the average, or the optimizer state that
@@ -211,14 +225,22 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[s
             f"{folder}: is {what}, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
             "reset"
         )
-    changed = model_differences(model_recipe(record), stage.spec.as_recipe(), _new_rope(stage))
+    tokenizer = tokenizer_of_manifest(record, folder)
+    new = new_rows_at_start(state, stage, tokenizer)
+    planned = stage.spec.as_recipe()
+    if new is not None:
+        rows = spec_of_checkpoint(record, folder).vocab_size
+        require_old_rows(str(folder), rows, new)
+        if rows < stage.spec.vocab_size:
+            planned["model.vocab_size"] = rows
+    changed = model_differences(model_recipe(record), planned, _new_rope(stage))
     if changed:
         raise CheckpointError(
             "\n  ".join([f"{folder}: its model differs from the config's: {'; '.join(changed)}", *rope_remedy(changed)])
         )
     init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}{suffix_of(weights.average)}"
-    note = require_same_tokenizer(stage.name, init, tokenizer_of_manifest(record, folder), state.config)
-    return weights, [*filter(None, [note, rope_change(rope_of_checkpoint(record), stage.spec.rope)])]
+    note = require_same_tokenizer(stage.name, init, tokenizer, state.config)
+    return weights, [*filter(None, [note, rope_change(rope_of_checkpoint(record), stage.spec.rope)])], new
 
 
 def _named(state: TrainerState, stage: StagePlan) -> NamedWeights:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from extensions import base_spec, extended
 from training import changed, config_of, two_stages, write_languages
 
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, has_base_tokenizer, require_same_tokenizer
@@ -11,8 +12,6 @@ from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.of_config import vocab_size_of_config
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
 from titan_cpt.errors import CheckpointError, DataError
-
-from .test_extension import base_spec, extended
 
 
 @pytest.fixture
