@@ -28,6 +28,7 @@ TOKENS_BL = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_se
 PIECES = (b"th", b"the", b" the")  # of ids 257, 258, 259
 MADE = "3 new rows of embedding and head, each the mean of "
 WEIGHTS = ("embedding.weight", "head.weight")
+CARD = (("first", "its pieces' rows"), ("again", "the old rows"))
 LAST = "again/step-00000003"
 
 
@@ -73,13 +74,13 @@ def raw_of(folder, name="run", **first):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """A run to its end, and the same one killed in each stage: before step 3 of the first and step 2 of the second."""
+    """A run to its end, and the same one killed before step 2 of the second stage, which then begins again."""
     configs = {name: training.write_config(raw_of(folder, name), folder / f"{name}.toml") for name in ("run", "broken")}
     outcomes = [train(configs["run"])]
-    outcomes += [train(configs["broken"], fault=Fault("titan_cpt.train:Trainer.train_step", 3)) for _ in range(2)]
+    outcomes.append(train(configs["broken"], fault=Fault("titan_cpt.train:Trainer.train_step", 5)))
     outcomes.append(train(configs["broken"]))
-    killed = -signal.SIGKILL
-    assert [each.status for each in outcomes] == [0, killed, killed, 0], "\n".join(each.output for each in outcomes)
+    outputs = "\n".join(each.output for each in outcomes)
+    assert [each.status for each in outcomes] == [0, -signal.SIGKILL, 0], outputs
     return folder / "run"
 
 
@@ -140,7 +141,7 @@ def test_a_killed_run_ends_with_the_same_bits(folder, run):
 
 
 def test_an_export_agrees_with_its_tokenizer_and_with_transformers(folder, run, tmp_path):
-    """384 rows, 260 ids: transformers encodes new tokens and computes our logits."""
+    """384 rows, 260 ids: transformers encodes new tokens and computes our logits; the card says how rows were made."""
     export(run / LAST, tmp_path / "export", dtype="float32", log=lambda line: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
@@ -148,6 +149,10 @@ def test_an_export_agrees_with_its_tokenizer_and_with_transformers(folder, run, 
     tokens_BL = torch.tensor([[*tokenizer("in the", add_special_tokens=False)["input_ids"], 258, 257, 97]])
     assert tokens_BL[0, :3].tolist() == [*b"in", 259]
     assert (model.config.vocab_size, len(tokenizer)) == (384, 260)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"- Tokenizer extends: `{folder / 'base.json'}`, whose ids it keeps\n" in card
+    made = [f"{stage}: {MADE}{rows}; 124 padding rows: the mean of the old rows" for stage, rows in CARD]
+    assert f"- New rows, stage {'; '.join(made)}\n" in card
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(tokens_BL), model(tokens_BL).logits, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.averages import describe_average
-from titan_cpt.checkpoint.provenance import BaseModelInfo, TrainedStage, find_merge, tokenizer_mismatch
+from titan_cpt.checkpoint.provenance import (
+    BaseModelInfo,
+    TrainedStage,
+    extended_tokenizer,
+    find_merge,
+    new_rows_by_stage,
+    tokenizer_mismatch,
+)
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.weights.named_weights import NamedWeights, suffix_of
@@ -56,6 +63,7 @@ def model_card(
         *([f"- Weights: {describe_average(record)}"] if weights.average else []),
         f"- Base model: {_describe_base(base_model)}",
         f"- Tokenizer: {_describe_tokenizer(tokenizer, warning)}",
+        *_new_token_facts(record, checkpoint),
         *([f"- **Trained on tokens of another tokenizer**: {mismatch}"] if mismatch else []),
         f"- Plan fingerprint: `{record['fingerprint']}`; torch {record.get('torch', 'unknown')}",
     ]
@@ -67,6 +75,14 @@ def model_card(
     evaluated = " beyond the losses above" if history else ""
     parts.append(f"Exported by titan_cpt; the weights were read back bit by bit. Not evaluated{evaluated}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _new_token_facts(record: Mapping[str, Any], checkpoint: Path) -> list[str]:
+    """Lines about the tokens that the run's tokenizer adds to another one, and their rows."""
+    base = extended_tokenizer(checkpoint)
+    made = "; ".join(f"{stage}: {text}" for stage, text in new_rows_by_stage(record, checkpoint).items())
+    facts = [] if base is None else [f"- Tokenizer extends: `{base}`, whose ids it keeps"]
+    return [*facts, *([f"- New rows, stage {made}"] if made else [])]
 
 
 def _describe_base(base_model: BaseModelInfo | None) -> str:

@@ -14,6 +14,7 @@ from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX, 
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.run_folder import CONFIG_FILE
 from titan_cpt.common.weights.named_weights import named_weights, split_average
+from titan_cpt.common.weights.new_rows import new_rows_in
 from titan_cpt.data.tokenizer.tokenizer import BYTES, Tokenizer, load_tokenizer
 from titan_cpt.errors import AccessError, CheckpointError, DataError
 
@@ -180,6 +181,25 @@ def tokenizer_mismatch(record: Mapping[str, Any], checkpoint: Path) -> str | Non
         except (CheckpointError, AccessError, DataError):
             return None
     return None
+
+
+def new_rows_by_stage(record: Mapping[str, Any], checkpoint: Path) -> dict[str, str]:
+    """How each stage of the run initialized the rows of new tokens, from its `transition` events, in words."""
+    try:
+        events = read_metrics(checkpoint.absolute().parents[1]).events
+    except (AccessError, DataError):
+        return {}
+    trained = {stage.name for stage in training_history(record)}
+    began = [one for one in events if one["name"] == "transition" and one.get("stage") in trained]
+    made = {str(one["stage"]): new_rows_in(str(one.get("weights"))) for one in began}
+    return {stage: text for stage, text in made.items() if text is not None}
+
+
+def extended_tokenizer(checkpoint: Path) -> str | None:
+    """The tokenizer that the run's extends, as its config names it; None if it extends none or is unknown."""
+    extend = ((_config_beside(checkpoint) or {}).get("tokenizer") or {}).get("extend") or {}
+    base = extend.get("base")
+    return base if isinstance(base, str) else None
 
 
 def max_sequence_length(record: Mapping[str, Any], base_model: BaseModelInfo | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -46,3 +47,9 @@ def describe_new_rows(kind: NewRowsKind, new: int, *, without_pieces: int = 0, p
     if without_pieces:
         text += f" ({without_pieces:,} without pieces: the mean of the old rows)"
     return text + (f"; {padding:,} padding row{'s' * (padding != 1)}: the mean of the old rows" if padding else "")
+
+
+def new_rows_in(weights: str) -> str | None:
+    """What `describe_new_rows` says in a `transition` event's `weights`; None if no rows were initialized."""
+    found = re.search(r"[\d,]+ new rows? of [^;]*(; [\d,]+ padding rows?: [^;]*)?", weights)
+    return found[0] if found else None
