@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from titan_cpt.checkpoint.hf_import import import_released, load_released
 from titan_cpt.checkpoint.hf_release import open_released
 from titan_cpt.checkpoint.vocabulary import new_rows
+from titan_cpt.checkpoint.vocabulary.model_rows import NewValues
 from titan_cpt.checkpoint.vocabulary.new_rows import (
     ComputedRows,
     NewRows,
@@ -77,6 +78,15 @@ def test_old_rows_are_those_of_the_source_to_the_bit():
     model = loaded(NewRows("pieces", 11, 12, seed=0, pieces={11: (10, 3, 5)}), rows=12, old=old)
     assert torch.equal(model.embedding.weight[:11], old.float())
     assert torch.equal(model.embedding.weight[11], (old[[3, 5, 10]].double().sum(0) / 3).float())
+
+
+def test_rows_of_the_source_that_are_replaced_are_replaced_before_new_rows_are_made_of_them():
+    """Row 1 of the embedding becomes (0, 8): the mean of the pieces (1, 0) is (0.5, 5), that of all is (3.25, 2.5)."""
+    changes = {"embedding.weight": NewValues(torch.tensor([1, 300]), torch.tensor([0.0, 8.0]))}
+    model = Vocabulary(8, 2)
+    load_vocabulary(model, reader(OLD), NewRows("pieces", 4, 7, seed=0, pieces=PIECES), changes)
+    assert model.embedding.weight[[1, 4, 7]].tolist() == [[0.0, 8.0], [0.5, 5.0], [3.25, 2.5]]
+    assert model.head.weight[4].tolist() == [-2.0, -4.0]
 
 
 def test_normal_rows_have_the_mean_and_deviation_of_each_column():
