@@ -78,6 +78,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.merge.parents": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.progress": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.model_card": "unit/checkpoint/test_hf_export.py",
+    "common.weights.reptile": "unit/planning/stages/test_reptile.py",
     "common.weights.new_rows": "unit/planning/stages/test_new_rows.py",
     "training.weights.new_rows": "behavior/test_new_rows.py",
     "training.weights.averager": "behavior/test_averages.py",

@@ -14,7 +14,7 @@ from titan_cpt.checkpoint.averages import describe_average
 from titan_cpt.checkpoint.provenance import (
     BaseModelInfo,
     TrainedStage,
-    extended_tokenizer,
+    extended_base,
     find_merge,
     new_rows_by_stage,
     tokenizer_mismatch,
@@ -79,7 +79,7 @@ def model_card(
 
 def _new_token_facts(record: Mapping[str, Any], checkpoint: Path) -> list[str]:
     """Lines about the tokens that the run's tokenizer adds to another one, and their rows."""
-    base = extended_tokenizer(checkpoint)
+    base = extended_base(checkpoint)
     made = "; ".join(f"{stage}: {text}" for stage, text in new_rows_by_stage(record, checkpoint).items())
     facts = [] if base is None else [f"- Tokenizer extends: `{base}`, whose ids it keeps"]
     return [*facts, *([f"- New rows, stage {made}"] if made else [])]

@@ -195,7 +195,7 @@ def new_rows_by_stage(record: Mapping[str, Any], checkpoint: Path) -> dict[str, 
     return {stage: text for stage, text in made.items() if text is not None}
 
 
-def extended_tokenizer(checkpoint: Path) -> str | None:
+def extended_base(checkpoint: Path) -> str | None:
     """The tokenizer that the run's extends, as its config names it; None if it extends none or is unknown."""
     extend = ((_config_beside(checkpoint) or {}).get("tokenizer") or {}).get("extend") or {}
     base = extend.get("base")

@@ -16,6 +16,7 @@ from titan_cpt.common.recipe import fingerprint
 from titan_cpt.common.weights.averaging import Averaging
 from titan_cpt.common.weights.new_rows import NewRowsPlan
 from titan_cpt.common.weights.partition import Partition
+from titan_cpt.common.weights.reptile import Reptile
 from titan_cpt.data.mixture import Draw, Leaf, Tree, draws, leaf_counts, leaves
 from titan_cpt.data.packing.pieces import PackingCounts
 from titan_cpt.data.trained_text import Leg, trained_tokens
@@ -106,23 +107,6 @@ class OptimizerHyperparameters:
     def name(self) -> str:
         """As in the config."""
         return "AdamW" if self.muon is None else "Muon"
-
-
-@dataclass(frozen=True)
-class Reptile:
-    """After every `every` steps of a stage, the weights become old + step * (new - old): training/weights/reptile.py.
-
-    Attributes:
-        on_host: the old weights are kept in host memory, otherwise on the device.
-    """
-
-    every: int
-    step: float
-    on_host: bool = True
-
-    def is_due(self, steps_done: int) -> bool:
-        """Whether weights are pulled after this number of steps."""
-        return steps_done > 0 and steps_done % self.every == 0
 
 
 @dataclass(frozen=True)

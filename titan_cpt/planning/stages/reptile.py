@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from titan_cpt.common.weights.reptile import Reptile
 from titan_cpt.config.stages import StageConfig
-from titan_cpt.planning.plan import Reptile
 from titan_cpt.planning.plan_draft import PlanDraft
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from titan_cpt.checkpoint.state_dict import WeightCopy, load_copies, local_weights
 from titan_cpt.common.run_folder import STAGE_END
 from titan_cpt.common.weights.averaging import Averaging
-from titan_cpt.planning.plan import Reptile, StagePlan
+from titan_cpt.common.weights.reptile import Reptile
+from titan_cpt.planning.plan import StagePlan
 from titan_cpt.training.weights.averager import Averager
 from titan_cpt.training.weights.reptile import OldWeights
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from titan_cpt.checkpoint.state_dict import WeightCopy
-from titan_cpt.planning.plan import Reptile
+from titan_cpt.common.weights.reptile import Reptile
 
 _OLD = "reptile"  # name of the copy in a checkpoint
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import training
 
-from titan_cpt.planning.plan import Reptile
+from titan_cpt.common.weights.reptile import Reptile
 from titan_cpt.training.stage_start import begin_stage
 from titan_cpt.training.weights.reptile import OldWeights
 
