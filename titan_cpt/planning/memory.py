@@ -18,6 +18,7 @@ from titan_cpt.planning.sharding import (
     block_parameters,
     gathered_bytes,
     local_parameters,
+    lowest_trained_layer,
     muon_matrices,
     stage_layers,
     stage_parameters,
@@ -40,8 +41,8 @@ class Footprint:
         local_parameters: parameter elements of each pipeline rank, at coordinate 0 of the other dimensions.
         pipeline_rank: the pipeline rank that the following numbers describe.
         parameters: bytes of fp32 master weights.
-        gradients: bytes of their gradients, in float32, or in bfloat16 where the optimizer reads them so.
-        optimizer: bytes of AdamW's two moments, or of Muon's one.
+        gradients: bytes of the trained weights' gradients: in float32, or in bfloat16 where the optimizer reads such.
+        optimizer: bytes of the trained weights' and rows' moments: AdamW's two, or Muon's one.
         gathered: bytes of all-gathered parameters, or of the compute copy of a single process.
         activations: bytes saved for the backward pass, and one block recomputed if activations are checkpointed.
         logits: bytes of the logits and their gradient.
@@ -105,12 +106,19 @@ def _of_pipeline_rank(
     activations = saved + (one_layer if inputs.recompute != "none" else 0)
     logits = _logits(spec, dims, inputs) if dims.pipeline_stages - 1 in stages else 0
     head = spec.vocab_size * spec.width  # its gradient is in float32 whatever the others are in
-    gradients = min(weights, local[rank] * inputs.gradient_bytes + head * (_FP32_BYTES - inputs.gradient_bytes))
+    trained = sum(
+        n for name, n in local_parameters(spec, dims, RankCoordinates(rank, 0, 0, 0, 0)) if inputs.trains(name)
+    )
+    gradients_anywhere = min(
+        trained * _FP32_BYTES, trained * inputs.gradient_bytes + head * (_FP32_BYTES - inputs.gradient_bytes)
+    )
+    gradients = 0 if inputs.offloaded else gradients_anywhere
     # Gradients grow while activations are freed: the peak is at the first or at the last layer of the backward pass.
     gradients_before = inputs.accumulation > 1 or dims.pp > 1  # of the previous local batch
     peak = max(saved + logits + (gradients if gradients_before else 0), gradients + one_layer)
     working = round(_working(spec, dims, inputs))
-    orthogonalization = _orthogonalization(spec, dims, stages) if inputs.muon else 0
+    orthogonalization = _orthogonalization(spec, dims, inputs, stages) if inputs.muon else 0
+    optimizer = _optimizer_state(spec, dims, inputs, rank)
     overlap = gradients + activations + logits - peak
     # The update begins when activations are freed: of both, the larger one counts.
     overlap += min(orthogonalization, activations + logits + working - overlap)
@@ -121,7 +129,7 @@ def _of_pipeline_rank(
         pipeline_rank=rank,
         parameters=weights,
         gradients=gradients,
-        optimizer=0 if inputs.offloaded else _optimizer_state(spec, dims, rank, muon=inputs.muon),
+        optimizer=0 if inputs.offloaded else optimizer,
         gathered=_gathered(spec, dims, inputs, stages),
         activations=activations,
         logits=logits,
@@ -129,28 +137,36 @@ def _of_pipeline_rank(
         orthogonalization=orthogonalization,
         weight_copies=weights * inputs.copies_beside,
         overlap_bytes=overlap,
-        host=host_copies + (local[rank] * 4 * _FP32_BYTES if inputs.offloaded else 0),
+        host=host_copies + (local[rank] * _FP32_BYTES + gradients_anywhere + optimizer if inputs.offloaded else 0),
         host_copies=host_copies,
         traffic=traffic(spec, dims, inputs, stages),
         bubble=bubble(dims),
     )
 
 
-def _optimizer_state(spec: ModelSpec, dims: ParallelDims, rank: int, *, muon: bool) -> int:
-    """Two numbers in fp32 for each parameter; for a matrix that Muon updates one."""
+def _optimizer_state(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, rank: int) -> int:
+    """Two numbers in fp32 for each trained parameter; for a matrix that Muon updates one.
+
+    Where only rows of a weight are trained, these may all be on one rank.
+    """
     first = RankCoordinates(rank, 0, 0, 0, 0)
     parameters = [each for stage in dims.stages_of(rank) for each in stage_parameters(spec, dims, stage)]
-    matrices = {parameter.name for parameter in muon_matrices(parameters)} if muon else set()
-    return sum((1 if name in matrices else 2) * _FP32_BYTES * n for name, n in local_parameters(spec, dims, first))
+    matrices = {parameter.name for parameter in muon_matrices(parameters)} if inputs.muon else set()
+    elements = dict(local_parameters(spec, dims, first))
+    if inputs.partition is not None:
+        elements = {name: min(n, inputs.partition.elements(name)) for name, n in elements.items()}
+    return sum((1 if name in matrices else 2) * _FP32_BYTES * n for name, n in elements.items())
 
 
-def _orthogonalization(spec: ModelSpec, dims: ParallelDims, stages: tuple[int, ...]) -> int:
+def _orthogonalization(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages: tuple[int, ...]) -> int:
     """What one round of Muon's update needs beside its state.
 
     Momentum and update of a shard in fp32; in bf16 the matrices that the rank owns, the messages, and their results.
     """
     parameters = [parameter for stage in stages for parameter in stage_parameters(spec, dims, stage)]
-    sizes = [parameter.elements for parameter in muon_matrices(parameters)]
+    sizes = [parameter.elements for parameter in muon_matrices(parameters) if inputs.trains(parameter.name)]
+    if not sizes:
+        return 0
     shards = dims.dp_shard * dims.cp * dims.tp
     ranks = shards * dims.dp_replicate
     shard = 2 * _FP32_BYTES * max(sizes) // shards
@@ -164,15 +180,20 @@ def _gathered(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, stages:
     """Unsharded parameters, and unsharded gradients that are not reduced yet."""
     parameters = [parameter for stage in stages for parameter in stage_parameters(spec, dims, stage)]
     count = tp_count(parameters, dims.tp)
+    trained = [parameter for parameter in parameters if inputs.trains(parameter.name)]
     if dims.world_size == 1:  # the compute copy
         return count * inputs.bytes_per_number if inputs.bytes_per_number != _FP32_BYTES else 0
     gathered = gathered_bytes(parameters, dims, inputs)
     if dims.reshard_after_forward:  # embedding and head, this block, the next one, and this block's gradients
         block = gathered_bytes(block_parameters(spec, 0), dims, inputs)
         ends = gathered - block * stage_layers(spec, dims, stages)
-        gathered = ends + 2 * block + tp_count(block_parameters(spec, 0), dims.tp) * _FP32_BYTES
+        by_block = (
+            tp_count((each for each in block_parameters(spec, layer) if inputs.trains(each.name)), dims.tp)
+            for layer in range(spec.layers)
+        )
+        gathered = ends + 2 * block + max(by_block) * _FP32_BYTES
     if dims.pp > 1:  # gradients are summed over the micro-batches and reduced once
-        gathered += count * _FP32_BYTES
+        gathered += tp_count(trained, dims.tp) * _FP32_BYTES
     return gathered
 
 
@@ -199,9 +220,14 @@ def layer_activation_bytes(spec: ModelSpec, dims: ParallelDims, inputs: MemoryIn
 
 
 def _activations(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs, rank: int) -> tuple[int, int]:
-    """Bytes that all layers of a rank save until their backward pass, and bytes of one layer without checkpointing."""
+    """Bytes that all layers of a rank save until their backward pass, and bytes of one layer without checkpointing.
+
+    A frozen layer above a trained one counts like a trained one, although it saves less: not the input of a matrix.
+    """
     saved, recomputed = layer_activation_bytes(spec, dims, inputs)
     layers_per_stage = spec.layers / dims.pipeline_stages
+    if dims.pp == 1 and inputs.partition is not None:  # blocks below everything that is trained save nothing
+        layers_per_stage -= lowest_trained_layer(spec, inputs.partition)
     return round(saved * layers_per_stage * in_flight(dims, rank)), round(recomputed or saved)
 
 
@@ -219,6 +245,8 @@ def _logits(spec: ModelSpec, dims: ParallelDims, inputs: MemoryInputs) -> int:
     logits = inputs.microbatch_tokens * spec.vocab_size
     if dims.tp == 1 and dims.pp == 1:
         chunks = -(-logits // (LOGITS_CHUNK if inputs.gpu_bytes is None else logits_chunk(inputs.gpu_bytes)))
+        if not inputs.trains("embedding.weight" if spec.tied else "head.weight"):
+            return logits // chunks * inputs.bytes_per_number
         head = spec.vocab_size * spec.width * _FP32_BYTES if chunks > 1 or inputs.gpu_bytes is not None else 0
         if chunks > 1 and inputs.gpu_bytes is None:  # a GPU adds to the sum without a chunk's share in between
             head += spec.vocab_size * spec.width * inputs.bytes_per_number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_cpt.common.weights.partition import Partition
 from titan_cpt.config.schema import Config
 from titan_cpt.distributed.parallel_dims import ParallelDims
 
@@ -91,6 +92,7 @@ class MemoryInputs:
         muon: Muon updates the matrices of the blocks.
         copies_beside: float32 copies of the weights that are kept where the weights are.
         copies_on_host: those that are kept in host memory.
+        partition: what is trained; None: all weights.
     """
 
     microbatch_tokens: int
@@ -107,6 +109,11 @@ class MemoryInputs:
     muon: bool = False
     copies_beside: int = 0
     copies_on_host: int = 0
+    partition: Partition | None = None
+
+    def trains(self, name: str) -> bool:
+        """Whether a weight, or some of its rows, is trained: then its whole gradient exists."""
+        return self.partition is None or bool(self.partition.parts[name])
 
 
 def memory_inputs(

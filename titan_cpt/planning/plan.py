@@ -25,6 +25,7 @@ from titan_cpt.errors import PlanError
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning import lr_schedules
 from titan_cpt.planning.memory import Footprint
+from titan_cpt.planning.sharding import frozen_flops
 
 BYTES_PER_SAVED_PARAMETER = 12  # fp32 master weight and two AdamW moments; Muon has one moment, so 4 bytes less
 
@@ -199,10 +200,11 @@ class StagePlan:
 
     @property
     def flops_per_token(self) -> float:
-        """Floating-point operations of training per token."""
-        if self.attended_span is None:
-            return self.spec.flops_per_token(self.seq_len)
-        return self.spec.masked_flops_per_token(self.seq_len, self.attended_span)
+        """Floating-point operations of training per token, without those that frozen weights save."""
+        span = self.attended_span
+        given = self.spec
+        full = given.flops_per_token(self.seq_len) if span is None else given.masked_flops_per_token(self.seq_len, span)
+        return full if self.partition is None else full - frozen_flops(given, self.partition, self.seq_len, span=span)
 
     @property
     def warm_up_flops(self) -> float:

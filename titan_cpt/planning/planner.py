@@ -142,6 +142,7 @@ def _footprints(
             muon=plan.optimizer.muon is not None,
             copies_beside=plan.weight_copies(on_host=False),
             copies_on_host=plan.weight_copies(on_host=True),
+            partition=plan.partition,
         )
     # Gradients have one dtype in the whole run: float32 if any step accumulates them.
     gradient_bytes = max(each.gradient_bytes for each in inputs.values())

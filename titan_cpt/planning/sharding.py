@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from titan_cpt.common.weights.partition import Partition
 from titan_cpt.distributed.float8_filter import in_float8
 from titan_cpt.distributed.parallel_dims import ParallelDims, RankCoordinates
 from titan_cpt.models.spec import ModelSpec, ParameterSpec
@@ -59,6 +60,38 @@ def tp_count(parameters: Iterable[ParameterSpec], tp: int) -> int:
 def muon_matrices(parameters: Iterable[ParameterSpec]) -> Iterator[ParameterSpec]:
     """Those of the parameters that Muon updates: the two-dimensional weights of the blocks."""
     return (each for each in parameters if each.name.startswith("blocks.") and len(each.size) == 2)
+
+
+def lowest_trained_layer(spec: ModelSpec, partition: Partition) -> int:
+    """The number of blocks below everything that is trained: no gradient is computed in these."""
+    if partition.parts["embedding.weight"]:
+        return 0
+    trained = (any(partition.parts[each.name] for each in block_parameters(spec, n)) for n in range(spec.layers))
+    return next((layer for layer, is_trained in enumerate(trained) if is_trained), spec.layers)
+
+
+def frozen_flops(spec: ModelSpec, partition: Partition, seq_len: int, *, span: float | None) -> float:
+    """Floating-point operations of training per token that frozen weights save, of those that `ModelSpec` counts.
+
+    A matrix of N elements takes 2N operations in the forward pass, 2N for the gradient of its input and 2N for its own.
+    A frozen one saves the last, and below everything that is trained also the second, as does attention there. A weight
+    of which only rows are trained saves nothing: its whole gradient is computed.
+
+    Args:
+        span: positions that a token attends to, as in `ModelSpec.masked_flops_per_token`; None without a document mask.
+    """
+    if span is None:
+        span = min(seq_len, spec.sliding_window or seq_len)
+    lowest = lowest_trained_layer(spec, partition)
+    head = ParameterSpec("embedding.weight" if spec.tied else "head.weight", (spec.vocab_size, spec.width), 0)
+    layers = [list(block_parameters(spec, layer)) for layer in range(spec.layers)]
+    last = [*spec.final_norm_parameters()]
+    frozen = sum(each.elements for layer in [*layers, last, [head]] for each in layer if not partition.parts[each.name])
+    untouched = sum(each.elements for layer in layers[:lowest] for each in layer)
+    if lowest == spec.layers:
+        norm_is_trained = any(partition.parts[each.name] for each in last)
+        untouched += 0 if norm_is_trained else head.elements + sum(each.elements for each in last)
+    return 2 * (frozen + untouched) + 8 * lowest * spec.attention_width * span
 
 
 def gathered_bytes(parameters: Iterable[ParameterSpec], dims: ParallelDims, inputs: MemoryInputs) -> int:

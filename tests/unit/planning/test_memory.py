@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from titan_cpt.common.weights.partition import Partition, make_partition
 from titan_cpt.distributed.device_mesh import Mesh
 from titan_cpt.distributed.options import ParallelOptions
 from titan_cpt.distributed.parallel_dims import ParallelDims
-from titan_cpt.distributed.parallelize import parallelize
+from titan_cpt.distributed.parallelize import freeze, parallelize
 from titan_cpt.distributed.process_group import ProcessInfo
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 from titan_cpt.planning.memory import footprint, layer_activation_bytes
 from titan_cpt.planning.parallel import MemoryInputs
+from titan_cpt.planning.plan import OptimizerHyperparameters
+from titan_cpt.planning.sharding import frozen_flops
+from titan_cpt.planning.stages.partition import weight_sizes
+from titan_cpt.training.optimization.adamw import build_adamw
+from titan_cpt.training.optimization.trained_weights import TrainedWeights
 
 SPEC = named_size("gpt_neox", "debug", 257, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
 LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}
@@ -39,7 +47,12 @@ WORK = MemoryInputs(
 
 
 def saved_for_backward(
-    spec: ModelSpec, recompute: str = "none", selection: str = "op", *, compiled_in: torch.dtype | None = None
+    spec: ModelSpec,
+    recompute: str = "none",
+    selection: str = "op",
+    *,
+    compiled_in: torch.dtype | None = None,
+    trained: list[str] | None = None,
 ) -> int:
     """Bytes of all tensors except parameters that autograd saves for the backward pass: 4 sequences of 64.
 
@@ -49,6 +62,7 @@ def saved_for_backward(
     model.init_weights(0)
     mesh = Mesh(ProcessInfo(0, 1, torch.device("cpu")), ParallelDims(), ParallelDims().coordinates(0), 0, None, None)
     parallelize(model, mesh, ParallelOptions(torch.float32, recompute=recompute, selection=selection))
+    freeze([model], trained)
     if compiled_in is not None:
         model.to(compiled_in)
         for block in model.blocks.values():
@@ -196,3 +210,77 @@ def test_the_estimate_is_within_ten_percent_of_an_h200s_peak(
     work = dataclasses.replace(WORK, microbatch_tokens=microbatch_tokens, bytes_per_number=2, compiled=compiled)
 
     assert footprint(spec, ParallelDims(), work).memory / 2**30 == pytest.approx(measured_gib, rel=0.1)
+
+
+def partition_of(spec: ModelSpec, trainable: list[str], first_new_row: int | None = None) -> Partition:
+    return make_partition(weight_sizes(spec), trainable=trainable, lr_scale=None, first_new_row=first_new_row)
+
+
+@pytest.mark.parametrize(
+    "trainable", [["embedding", "head"], ["embedding.new", "head.new"], ["blocks.2", "blocks.3.mlp"], ["head"]]
+)
+def test_gradients_and_moments_of_what_is_trained_are_those_that_a_step_allocates(trainable: list[str]) -> None:
+    """The real optimizer after a backward pass; where rows are trained, moments of these rows and a whole gradient."""
+    partition = partition_of(SPEC, trainable, first_new_row=200)
+    costs = footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, partition=partition))
+    model = build_model(SPEC)
+    model.init_weights(0)
+    numbers = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = build_adamw(model, lr=0.0, **numbers)
+    hyperparameters = OptimizerHyperparameters(muon=None, **numbers)
+    TrainedWeights(model, optimizer).use(SimpleNamespace(partition=partition, optimizer=hyperparameters))
+    model(torch.zeros(4, 64, dtype=torch.int64)).mean().backward()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+
+    assert costs.parameters == 4 * SPEC.parameters
+    assert costs.gradients == sum(4 * weight.grad.numel() for weight in model.parameters() if weight.grad is not None)
+    assert costs.optimizer == sum(4 * moment.numel() for moment in moments)
+
+
+@pytest.mark.parametrize(("trainable", "layers"), [(["head"], 0), (["blocks.2", "head"], 2), (["embedding"], 4)])
+def test_blocks_below_everything_that_is_trained_save_no_activations(trainable: list[str], layers: int) -> None:
+    """As many blocks are planned as autograd saves something for; frozen ones above a trained one save less."""
+    partition = partition_of(SPEC, trainable)
+    planned = footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, partition=partition)).activations
+    each, _ = layer_activation_bytes(SPEC, ParallelDims(), WORK)
+    names = [name for name, parts in partition.parts.items() if parts]
+    saved = saved_for_backward(SPEC, trained=names)
+
+    assert planned == round(layers * each)
+    assert saved <= planned + 3 * 256 * 4 * SPEC.width
+    assert saved >= 0.6 * planned
+
+
+def test_frozen_weights_are_not_orthogonalized() -> None:
+    """Muon needs no whole matrix where all matrices are frozen."""
+    partition = partition_of(SPEC, ["embedding", "head"])
+    costs = footprint(SPEC, ParallelDims(), dataclasses.replace(WORK, muon=True, partition=partition))
+
+    assert costs.orthogonalization == 0
+    assert costs.optimizer == 2 * 4 * 2 * SPEC.embedding_parameters
+
+
+@pytest.mark.parametrize("trainable", [["embedding", "head"], ["blocks.2"], ["head"], ["final_norm"]])
+@pytest.mark.parametrize("spec", [SPEC, LLAMAS["llama"]], ids=["gpt_neox", "llama"])
+def test_operations_that_frozen_weights_save_are_those_that_torch_counts(spec: ModelSpec, trainable: list[str]) -> None:
+    """Matrix products, forward and backward, with and without frozen weights; vectors are 1 % of the formula's N."""
+    counts = []
+    partition = partition_of(spec, trainable)
+    for names in (None, [name for name, parts in partition.parts.items() if parts]):
+        model = build_model(spec)
+        model.init_weights(0)
+        freeze([model], names)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(4, 64, dtype=torch.int64)).mean().backward()
+        counts.append(counter.get_total_flops() / 256)
+
+    assert frozen_flops(spec, partition, 0, span=None) == pytest.approx(counts[0] - counts[1], rel=0.02)
+
+
+def test_attention_below_everything_that_is_trained_has_no_backward_pass() -> None:
+    """8 of its 12 operations for each position and feature, in the 2 blocks below; spans of a mask count as given."""
+    partition = partition_of(SPEC, ["blocks.2"])
+    without = frozen_flops(SPEC, partition, 64, span=0.0)
+
+    assert frozen_flops(SPEC, partition, 64, span=None) - without == 2 * 8 * 64 * SPEC.attention_width
+    assert frozen_flops(SPEC, partition, 64, span=10.0) - without == 2 * 8 * 10 * SPEC.attention_width
