@@ -214,7 +214,9 @@ def parallel_options(config: Config) -> ParallelOptions:
         compiled=config.compile.enable,
         compile_scope=config.compile.scope,
         compile_mode=config.compile.mode,
-        compiled_versions=8 + 4 * len(config.stages),  # training, and two kinds of validation, with other RoPE
+        # Training, and two kinds of validation, with other RoPE. k patterns cut the blocks into 2k + 1 ranges that
+        # train other weights; each is compiled by itself, and the one with the lowest trained weight twice.
+        compiled_versions=8 + sum(4 + 6 * len(stage.trainable or ()) for stage in config.stages),
         ring_attention=config.parallelism.context_parallel_method == "ring"
         and config.parallelism.context_parallel_degree > 1,
         async_tp=config.parallelism.enable_async_tensor_parallel,

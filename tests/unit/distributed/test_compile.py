@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from titan_cpt.distributed.compile import apply_compile
 from titan_cpt.distributed.options import ParallelOptions
+from titan_cpt.distributed.parallelize import freeze, plain_name
 from titan_cpt.models.llama.model import Llama
 from titan_cpt.models.registry import named_size
 from titan_cpt.training.stage_start import begin_stage
@@ -75,6 +76,36 @@ def test_every_length_is_compiled_by_itself_however_many_there_are(scope, monkey
                 torch.testing.assert_close(compiled(tokens_BL), plain(tokens_BL), rtol=1e-4, atol=1e-5)
 
     assert counters["stats"]["unique_graphs"] == 10
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # inside torch's compiler
+def test_blocks_that_train_other_weights_are_compiled_apart_and_stay_within_the_limit(monkeypatch):
+    """Three patterns on eight blocks, in training and validation: no more versions than `parallel_options` allows, and
+    the gradients of blocks that are not compiled."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    spec = named_size("llama", "debug", 257, {"layers": 8, "width": 16, "heads": 2})
+    plain, compiled = Llama(spec), Llama(spec)
+    tokens_BL = torch.arange(10).view(2, 5)
+    trained = [f"blocks.{layer}.mlp.up.weight" for layer in (1, 2, 5)] + [
+        f"blocks.{layer}.attention.q.weight" for layer in (2, 3, 7)
+    ]
+    versions = 8 + 4 + 6 * 3
+    with patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        apply_compile(compiled, ParallelOptions(torch.float32, compiled=True, compiled_versions=versions))
+        for model in (plain, compiled):
+            model.init_weights(0)
+            freeze([model], trained)
+            model(tokens_BL).square().mean().backward()
+            with torch.no_grad():
+                model(tokens_BL)
+
+    gradients = [{plain_name(n): w.grad for n, w in model.named_parameters()} for model in (plain, compiled)]
+    assert {name for name, gradient in gradients[1].items() if gradient is not None} == set(trained)
+    for name in trained:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name])
+    assert 8 < counters["stats"]["unique_graphs"] <= versions
 
 
 def test_the_whole_model_compiles_in_bfloat16(tmp_path):

@@ -36,6 +36,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
             {"ring_attention": True},
         ),
         ({"parallelism.context_parallel_method": "ring"}, {}),
+        ({"stages.first.trainable": '["head", "blocks.1"]'}, {"compiled_versions": 8 + 4 + 12}),
         ({"float8.recipe_name": "rowwise"}, {"float8": Float8Options("rowwise", False, ())}),
     ],
 )
