@@ -76,6 +76,14 @@ class Partition:
         """Number of trained elements of all weights."""
         return sum(self.elements(name) for name in self.sizes)
 
+    @property
+    def trains_only_new_rows(self) -> bool:
+        """Whether no weight is changed that the model had before its tokenizer was extended."""
+        trained = [part for name, parts in self.parts.items() for part in parts if name in NEW_ROWS.values()]
+        return len(trained) == sum(map(len, self.parts.values())) and all(
+            part.rows and part.rows[0] for part in trained
+        )
+
     def saved_state_bytes(self, *, muon: bool) -> int:
         """Bytes of the optimizer state in a checkpoint: two float32 moments of every weight that is not frozen.
 

@@ -55,6 +55,8 @@ def _many_epochs(stage: StagePlan) -> Iterator[str]:
 
 
 def _no_replay(stage: StagePlan, by_name: Mapping[str, StagePlan]) -> Iterator[str]:
+    if stage.partition is not None and stage.partition.trains_only_new_rows:
+        return  # old text loses only the probability that new tokens get
     seen = {name for earlier in ancestors(stage, by_name) for name in earlier.datasets}
     new = [name for name in stage.datasets if name not in seen]
     if new and not any(use.replayed_tokens for use in stage.use_by_dataset.values()):

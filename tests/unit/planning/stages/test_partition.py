@@ -106,3 +106,13 @@ def test_what_cannot_be_trained_is_a_problem_of_the_plan(tmp_path, keys, tables,
     with pytest.raises(PlanError) as error:
         plan_of(tmp_path, keys, **tables)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "noted"), [(["embedding.new", "head.new"], False), (["embedding", "head.new"], True)]
+)
+def test_replay_is_not_recommended_to_a_stage_that_trains_only_new_rows(tmp_path, trainable, noted):
+    tokenizer = {"path": str(tmp_path / "new.json"), "extend": {"base": str(tmp_path / "base.json")}}
+    second = {"trainable": trainable, "replay": {"fraction": 0.0}}
+    plan = plan_of(tmp_path, {}, second, base_vocab_size=250, tokenizer=tokenizer)
+    assert any("there is no replay" in note for note in plan.notes) is noted
