@@ -13,13 +13,14 @@ from typing import Any
 
 from titan_cpt.common.files import require_writable, write_bytes_atomically
 from titan_cpt.data.tokenizer.continue_bpe import Merge, continued_merges
-from titan_cpt.data.tokenizer.extension import extension_of
+from titan_cpt.data.tokenizer.extension import extension_of, library_tokenizer
 from titan_cpt.data.tokenizer.special_tokens import BYTE_NAME, kind_of
 from titan_cpt.data.tokenizer.tokenizer import BYTES, read_tokenizer
-from titan_cpt.errors import DataError, how_to_install
+from titan_cpt.errors import DataError
 
 _BOUNDARY = "\u2581"  # begins a word in vocabularies in the style of SentencePiece
-_WORDS = re.compile(f"{_BOUNDARY}*[^{_BOUNDARY}]+|{_BOUNDARY}+")
+_WORDS = re.compile(f"{_BOUNDARY}*[^{_BOUNDARY}\n]+|{_BOUNDARY}+|\n+")
+_LONGEST = 64  # ids; languages without spaces have words as long as a paragraph, and each merge walks through a word
 _CHECKED_WORDS = 20_000
 
 
@@ -51,16 +52,40 @@ class WordCounter:
     def __init__(self, spec: Mapping[str, Any], library: Any) -> None:
         self._normalizer, self._pre_tokenizer = library.normalizer, library.pre_tokenizer
         self._cuts_itself = spec.get("pre_tokenizer") is None
+        added = [each for each in spec.get("added_tokens") or [] if not each.get("special")]
+        self._raw = _any_of(each["content"] for each in added if not each.get("normalized"))
+        self._normalized = _any_of(self._normalize(each["content"]) for each in added if each.get("normalized"))
         self.counts: Counter[str] = Counter()
 
     def add(self, text: str) -> None:
-        """Count the words of a text."""
-        normalized = text if self._normalizer is None else self._normalizer.normalize_str(text)
+        """Count the words of a text. Added tokens in it, such as runs of spaces, are no words: merges never see them.
+
+        Names of special tokens are text.
+        """
+        for raw in _between(self._raw, text):
+            for part in _between(self._normalized, self._normalize(raw)):
+                self._add(part)
+
+    def _normalize(self, text: str) -> str:
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
+
+    def _add(self, normalized: str) -> None:
         if self._cuts_itself:  # the model sees a text as one word; no token may span several
             self.counts.update(_WORDS.findall(normalized))
             return
         for part, _ in self._pre_tokenizer.pre_tokenize_str(normalized):
             self.counts.update(_WORDS.findall(part) if _BOUNDARY in part[1:] else [part])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that matches the longest of several texts; None without any."""
+    longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _between(pattern: re.Pattern[str] | None, text: str) -> list[str]:
+    """The parts of a text between the matches of a pattern, without empty ones."""
+    return [part for part in ([text] if pattern is None else pattern.split(text)) if part]
 
 
 def extend(
@@ -106,7 +131,7 @@ def extended_tokenizer(
         DataError: see `extend`.
     """
     spec, numbers = require_bpe(base)
-    library = _library(spec)
+    library = library_tokenizer(spec, base)
     counter = WordCounter(spec, library)
     size = 0
     for text in texts:
@@ -126,14 +151,20 @@ def extended_tokenizer(
         return [piece.id for piece in model.tokenize(text)] == [*pieces]
 
     takes_whole_words = bool(spec["model"].get("ignore_merges"))
-    words = ((split[word], count) for word, count in sorted(counter.counts.items()))
+    words = (
+        (ids[start : start + _LONGEST], count)
+        for word, count in sorted(counter.counts.items())
+        for ids in [split[word]]
+        for start in range(0, len(ids), _LONGEST)
+    )
     merges = continued_merges(
         words, plain, add, first_id=first_id, **({"accept": is_split_so} if takes_whole_words else {})
     )
     if len(merges) < add:
+        fewer = f"add at most {len(merges):,}, or " if merges else ""
         raise DataError(
-            f"{base}: the texts yield only {len(merges):,} further tokens that occur twice, not {add:,}: add at most "
-            f"{len(merges):,}, or give more text"
+            f"{base}: the texts yield only {len(merges):,} further tokens that occur twice, not {add:,}: {fewer}give "
+            "more text"
         )
     content, tokens = _with_merges(spec, numbers, plain, merges)
     made = Extended(content, merges, tokens, len(counter.counts))
@@ -164,17 +195,6 @@ def require_bpe(base: str) -> tuple[dict[str, Any], dict[str, int]]:
     return spec, numbers
 
 
-def _library(spec: Mapping[str, Any]) -> Any:
-    try:
-        import tokenizers
-    except ImportError as fault:
-        raise DataError(
-            f"extending a tokenizer needs the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
-        ) from fault
-    model = {**spec["model"], "dropout": None}
-    return tokenizers.Tokenizer.from_str(json.dumps({**spec, "model": model}))
-
-
 def _with_merges(
     spec: Mapping[str, Any], numbers: Mapping[str, int], plain: Mapping[int, str], merges: list[Merge]
 ) -> tuple[bytes, list[str]]:
@@ -203,7 +223,7 @@ def _with_merges(
 
 def _check(made: Extended, words: list[str], split: Mapping[str, list[int]], base: str) -> None:
     """Check that the library reads the result as it is meant: new ids split back into the base's."""
-    model = _library(json.loads(made.content)).model
+    model = library_tokenizer(json.loads(made.content), base).model
     pieces: dict[int, list[int]] = {}
     for merge in made.merges:
         pieces[merge.product] = [*pieces.get(merge.left, [merge.left]), *pieces.get(merge.right, [merge.right])]

@@ -67,14 +67,7 @@ class Extension:
 
     @functools.cached_property
     def _base_model(self) -> Any:
-        try:
-            import tokenizers
-        except ImportError as fault:
-            raise DataError(
-                f"{self.path}: not all of its new tokens are made by merges; to split them as {self.base} does needs "
-                f"the `tokenizers` library ({fault}); {how_to_install('tokenizers')}"
-            ) from fault
-        return tokenizers.Tokenizer.from_str(json.dumps(read_tokenizer(self.base)[0])).model
+        return library_tokenizer(read_tokenizer(self.base)[0], self.base).model
 
 
 def extension_of(base: str, path: str) -> Extension:
@@ -109,6 +102,27 @@ def extension_of(base: str, path: str) -> Extension:
             "base, so that weights and token files fit: `titan-cpt tokenizer extend` makes one"
         )
     return Extension(base, path, size, total, tuple(_differences(old_spec, new_spec)))
+
+
+def library_tokenizer(spec: Mapping[str, Any], path: str) -> Any:
+    """The `tokenizers.Tokenizer` of the content of a tokenizer.json, without dropout.
+
+    Raises:
+        DataError: the `tokenizers` library is not installed, or cannot read it.
+    """
+    try:
+        import tokenizers
+    except ImportError as fault:
+        raise DataError(
+            f"{path}: to split new tokens as its model does needs the `tokenizers` library ({fault}); "
+            f"{how_to_install('tokenizers')}"
+        ) from fault
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps({**spec, "model": {**spec["model"], "dropout": None}}))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:  # the library raises Exception, and panics in Rust are none
+        raise DataError(f"{path}: the `tokenizers` library cannot read it: {fault}") from fault
 
 
 def _id_text(number: int | None) -> str:

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, trainers
 
+from titan_cpt.checkpoint.hf_tokenizer import tokenizer_warning, write_tokenizer
 from titan_cpt.data.tokenizer.extend import extend
 from titan_cpt.data.tokenizer.extension import extension_of
+from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer
 from titan_cpt.errors import DataError
 
@@ -124,6 +126,43 @@ def test_every_new_token_is_made_from_a_text(pairs):
         assert {left + right for left, right in merges[-40:]} == new
 
 
+def test_runs_of_spaces_that_are_added_tokens_are_no_words(pairs, tmp_path):
+    """The library cuts texts at added tokens before its merges: a token that holds one would never be used."""
+    base, out = pairs["neox"][0], tmp_path / "new.json"
+    texts = [f"größe{number}:\n{' ' * (number % 7)}größe\n\n{' ' * (number % 5)}ende" for number in range(70)]
+    with pytest.raises(DataError, match="yield only") as refused:
+        extend(base, texts, 1000, out)
+    extend(base, texts, int(str(refused.value).split("only ")[1].split()[0]), out)
+    tokenizer, first = load_tokenizer(str(out)), extension_of(base, str(out)).base_vocab_size
+    assert tokenizer.vocab_size > first
+    for number in range(first, tokenizer.vocab_size):
+        text = tokenizer.decode([number])
+        assert tokenizer.encode(text) == [number] or "\ufffd" in text
+
+
+def test_a_text_without_spaces_gives_short_tokens_and_the_ids_of_the_base_stay(pairs, tmp_path):
+    base, out = pairs["sentencepiece"][0], tmp_path / "new.json"
+    texts = ["".join("windowsettings"[(7 * n * n + n) % 14 :][:3] for n in range(900)) + "\nend\nend"]
+    made = extend(base, texts, 15, out)
+    assert len(made.tokens) == 15
+    assert all("\n" not in token for token in made.tokens)
+    pieces = extension_of(base, str(out)).pieces
+    old, new = (tokenizers.Tokenizer.from_file(each).encode(texts[0]).ids for each in (base, str(out)))
+    assert [number for each in new for number in pieces.get(each, (each,))] == old
+    assert len(new) < 0.8 * len(old)
+
+
+@pytest.mark.parametrize("kind", ["neox", "llama3", "sentencepiece"])
+def test_an_exported_extension_is_read_by_transformers(pairs, tmp_path, kind):
+    tokenizer = load_tokenizer(pairs[kind][1])
+    write_tokenizer(tokenizer, tmp_path, 64)
+    model_type = "gpt_neox" if kind == "neox" else "llama"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tokenizer_warning(tmp_path, tokenizer, model_type) is None
+
+
 def merges_in(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)["model"]["merges"]
@@ -158,6 +197,22 @@ def test_a_tokenizer_without_merges_to_continue_is_refused(tmp_path, change, mes
     path = tmp_path / "base.json"
     path.write_text(json.dumps({"added_tokens": [], "model": change}))
     with pytest.raises(DataError, match=message):
+        extend(str(path), GERMAN, 4, tmp_path / "new.json")
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": {"type": "Unheard"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": byte_tokenizer_json(256)["model"] | {"merges": [["a", "unheard"]]}},
+    ],
+)
+def test_a_file_that_the_library_cannot_read_is_one_message(tmp_path, change):
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(byte_tokenizer_json(256) | change))
+    with pytest.raises(DataError, match=r"base\.json: the `tokenizers` library cannot read it"):
         extend(str(path), GERMAN, 4, tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
 
