@@ -18,6 +18,8 @@ from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.training.stage_start import begin_stage, load_initial
 from titan_cpt.training.weights.initial_rows import InitialRows, RowFindings
 
+from ...data.tokenizer.test_extension import base_spec, extended
+
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
 ROWS, TOKENS = 300, 257  # of the release and of its tokenizer, that of bytes
@@ -199,6 +201,23 @@ def test_weights_without_a_healthy_row_are_refused(data, released, tmp_path):
     folder, _ = damaged(released, tmp_path / "model", lambda embedding, head: head.fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"head\.weight has no row that is not weak"):
         begun(data, tmp_path, f"hf:{folder}", weak_rows="mean")
+
+
+def test_new_ids_of_an_extended_tokenizer_are_no_tokens_of_weights_of_the_base(data, released, tmp_path):
+    """Their rows are computed anew; in weights of unknown tokenizer, which is taken to be the base."""
+
+    def zeros(embedding, head):
+        embedding[97] = embedding[258] = 0
+
+    folder, _ = damaged(released, tmp_path / "model", zeros)
+    (tmp_path / "base.json").write_text(json.dumps(base_spec()))
+    (tmp_path / "new.json").write_text(json.dumps(extended(base_spec())))
+    tokenizer = {"path": str(tmp_path / "new.json"), "extend": {"base": str(tmp_path / "base.json")}}
+    raw = training.changed(config_of(data, tmp_path, f"hf:{folder}"), tokenizer=tokenizer)
+    with training.built_trainer(training.config_of(raw)) as trainer:
+        begin_stage(trainer, trainer.plan.stages[0])
+
+    assert training.events_of(tmp_path / "run", "transition")[-1]["weak_rows"] == {"embedding.weight": {"near zero": 1}}
 
 
 def test_checkpoints_of_the_same_run_are_not_examined(data, tmp_path):
