@@ -133,7 +133,7 @@ def _lists(table: dict[str, Any], key: str = "") -> Iterator[tuple[str, list[Any
     for name, value in table.items():
         if isinstance(value, list):
             yield key or name, value
-        else:
+        elif isinstance(value, dict):
             yield from _lists(value, key or name)
 
 

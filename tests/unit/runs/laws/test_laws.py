@@ -11,7 +11,7 @@ import training
 from sweeps import FRACTION, status_of
 
 from titan_cpt.planning.plan_json import plan_as_json
-from titan_cpt.runs.laws import equations
+from titan_cpt.runs.laws import equations, report
 from titan_cpt.runs.sweep_runs import read_sweep_runs
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
@@ -202,3 +202,23 @@ def test_a_sweep_without_a_law_is_refused(swept, capsys):
     """--fit needs [sweep.fit]."""
     assert status_of("sweep", swept({FRACTION: [0.1]}), "--fit") == 2
     assert "has no [sweep.fit]" in capsys.readouterr().err
+
+
+def test_files_with_different_laws_are_refused(swept, tmp_path, capsys):
+    """Several files are one comparison, with one law."""
+    fit = {"law": "cmr", "objective": "de", "limit": {"en": 0.1}}
+    first = swept({FRACTION: FRACTIONS, "fit": fit})
+    second = first.rename(tmp_path / "first.toml"), swept({FRACTION: FRACTIONS, "fit": fit | {"confidence": 0.9}})
+
+    assert status_of("sweep", *second, "--fit") == 2
+    assert "the files have different [sweep.fit] tables; leave one" in capsys.readouterr().err
+
+
+def test_without_scipy_the_sweep_is_refused_before_it_trains(swept, monkeypatch, capsys):
+    """With the command that installs it."""
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    path = swept({FRACTION: FRACTIONS, "fit": {"law": "cmr", "objective": "de", "limit": {"en": 0.1}}})
+
+    assert status_of("sweep", path) != 0
+    assert "[sweep.fit] needs scipy, which is not installed" in " ".join(capsys.readouterr().err.split())
+    assert not (path.parent / "out").exists()
