@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 _REFINED = 3  # starting points, the best of all, that are refined
 _RANK = 1e-9  # singular values of the scaled Jacobian below this share of the largest leave a direction undetermined
 _AT_BOUND = 1e-9
+_NO_EFFECT = 1e-12  # nats that a change of a parameter by its own size makes in all points together
 
 
 @dataclass(frozen=True)
@@ -186,22 +187,37 @@ def _jacobian(equation: Equation, values: Array, x: Array) -> Array:
 
 
 def _covariance(equation: Equation, values: Array, x: Array, squares: float) -> tuple[Array, tuple[bool, ...], int]:
-    """The covariance of the parameters, which of them are undetermined, and how many are free (not at a bound)."""
-    low, high, is_log = _bounds(equation)
-    varied = np.where(is_log, np.log(np.where(is_log, values, 1.0)), values)
-    free = (varied > low + _AT_BOUND) & (varied < high - _AT_BOUND)
-    jacobian = _jacobian(equation, values, x)[:, free]
-    scale = np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300)
-    _, singular, directions = np.linalg.svd(jacobian / scale, full_matrices=False)
-    known = singular > _RANK * singular.max(initial=0.0)
-    inverse = np.where(known, 1 / np.where(known, singular, 1.0), 0.0)
-    root = directions.T * inverse / scale[:, None]
-    degrees = max(1, len(x) - int(free.sum()))
+    """The covariance of the parameters, which of them are undetermined, and how many are free (not at a bound).
+
+    A parameter without effect on any point, such as the exponent of a term whose coefficient is zero, is undetermined.
+    """
+    jacobian = _jacobian(equation, values, x)
+    sizes = np.linalg.norm(jacobian, axis=0)
+    bounded = _at_bound(equation, values, sizes)
+    has_effect = sizes * np.maximum(np.abs(values), 1.0) > _NO_EFFECT
+    free = ~bounded & has_effect
     covariance = np.zeros((len(values), len(values)))
-    covariance[np.ix_(free, free)] = root @ root.T * squares / degrees
-    undetermined = np.zeros(len(values), dtype=bool)
+    undetermined = ~bounded & ~has_effect
+    if not free.any():
+        return covariance, tuple(bool(each) for each in undetermined), 0
+    scale = sizes[free]
+    _, singular, directions = np.linalg.svd(jacobian[:, free] / scale, full_matrices=False)
+    known = singular > _RANK * singular.max()
+    root = directions.T * np.where(known, 1 / np.where(known, singular, 1.0), 0.0)
+    degrees = max(1, len(x) - int(free.sum()))
+    covariance[np.ix_(free, free)] = root @ root.T * (squares / degrees) / np.outer(scale, scale)
     undetermined[free] = (np.abs(directions[~known]) > 1e-3).any(axis=0)
     return covariance, tuple(bool(each) for each in undetermined), int(free.sum())
+
+
+def _at_bound(equation: Equation, values: Array, sizes: Array) -> NDArray[np.bool_]:
+    """Parameters at a bound: coefficients whose term is too small to matter, shape parameters at either end."""
+    low, high, is_log = _bounds(equation)
+    varied = np.where(is_log, np.log(np.where(is_log, values, 1.0)), values)
+    near = (varied <= low + _AT_BOUND) | (varied >= high - _AT_BOUND)
+    count = len(equation.coefficients)
+    near[:count] = np.isfinite(low[:count]) & ((values - low)[:count] * sizes[:count] < _AT_BOUND)
+    return near
 
 
 def _quantile(degrees: int, confidence: float) -> float:

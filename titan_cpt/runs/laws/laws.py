@@ -16,6 +16,7 @@ from titan_cpt.runs.laws.measured import MeasuredRun
 
 _CRITICAL_POINTS = 5  # equation 8 has three parameters
 _MOST_CRITICAL_POINTS = 16
+_SMALLEST_RISE = 0.001  # nats; a limit of 0 tolerates this much misfit
 
 
 def apply_law(settings: SweepFitConfig, runs: Sequence[MeasuredRun]) -> LawResult:
@@ -37,7 +38,16 @@ def apply_law(settings: SweepFitConfig, runs: Sequence[MeasuredRun]) -> LawResul
         "log_linear": _log_linear,
         "lr_curve": _lr_curve,
     }
-    return laws[settings.law](settings, runs)
+    result = laws[settings.law](settings, runs)
+    for name, rise in settings.limit.items():
+        rms = result.fits[name].rms
+        if rms > max(rise, _SMALLEST_RISE):
+            result.answer["misfit"] = [*result.answer.get("misfit", []), name]
+            result.answers.append(
+                f"do not rely on this: the law misses the losses of {name} by {rms:.4f} nats (RMS), and its limit "
+                f"allows a rise of {rise:g}; another law, or fewer settings in one sweep, may describe them"
+            )
+    return result
 
 
 def _cmr(settings: SweepFitConfig, runs: Sequence[MeasuredRun]) -> LawResult:

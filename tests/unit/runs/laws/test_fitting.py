@@ -105,3 +105,18 @@ def test_too_few_points_are_refused():
     """Three parameters need four points: three would be fitted exactly, whatever they are."""
     with pytest.raises(DataError, match=r"3 points are too few for the 3 parameters .*: at least 4 are needed"):
         fit_equation(equations.power_of_share(), SHARES[:3], np.array([1.0, 2.0, 3.0]))
+
+
+def test_a_term_that_the_losses_do_not_have_leaves_its_exponents_open():
+    """Losses without B r^eta / D^beta: B is 0, a bound, eta and beta are undetermined, and no number overflows."""
+    equation, _, x = MADE["d_cpt"]
+    losses = equation.predict(np.array([2.0, 0.0, 0.2, 1.0, 0.5, 0.2, 0.8]), x)
+    found = fit_equation(equation, x, losses + np.random.default_rng(3).normal(size=len(x)) * 0.01)
+    of = {name: half for name, _, half in found.intervals(0.95)}
+
+    assert np.isfinite(found.covariance).all()
+    assert np.isfinite(found.half_width(x, 0.95)).all()
+    assert found.predict(x) == pytest.approx(losses, abs=0.02)
+    assert of["E"] is None or of["E"] > 0
+    zero = fit_equation(equation, x, losses - 0.05 * x[:, 2] / x[:, 1])  # the term would be negative
+    assert [name for name, _, half in zero.intervals(0.95) if half is None][:2] == ["eta", "beta"]

@@ -97,6 +97,16 @@ def test_a_limit_that_no_trained_share_keeps_gives_no_answer(swept, capsys):
     assert "values outside were not trained, so none is given" in shown
 
 
+def test_a_law_that_misses_the_losses_says_so(swept, capsys):
+    """D-CPT's losses fall with tokens; these rise by 0.4 R^1.5, which is more than the limit's 0.02 off."""
+    path = swept({FRACTION: FRACTIONS, "fit": {"law": "d_cpt", "objective": "de", "limit": {"en": 0.02}}})
+    write_runs(path, cmr_loss)
+    found, shown = fitted(path, capsys)
+
+    assert found["answer"]["misfit"] == ["en"]
+    assert "do not rely on this: the law misses the losses of en by" in shown
+
+
 def d_cpt_at(share, tokens):
     return 2.0 + 0.05 * share**0.8 / tokens**0.4 + 0.2 / (share + 0.1) ** 0.7
 
