@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+from extended import write_tokenizers
 
 from titan_cpt.data.formats.indexed_writer import IndexedWriter
 
@@ -103,6 +104,7 @@ def make_inputs(folder: Path) -> None:
     packed = TOML.replace('train = "pages"', 'train = "lines"\npacking = "best_fit"')
     packed = packed.replace("seq_len = 48", "seq_len = 48\ndocument_mask = true")
     (folder / "packed.toml").write_text(f'{packed}\n[storage]\ncache_dir = "cache"\n')
+    write_tokenizers(folder)
     (folder / "quickstart.toml").write_text(tomli_w.dumps(small_quickstart()))
 
 

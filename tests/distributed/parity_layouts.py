@@ -68,6 +68,11 @@ FROZEN = {
         "stages.first.lr_scale": '{ "blocks.*.mlp" = 3.0, "blocks.2.mlp.up" = 0.5 }',
     },
     "embedding": {"stages.first.trainable": '["embedding"]'},
+    "rows": {
+        "tokenizer": '{ path = "extended.json", extend = { base = "base.json" } }',
+        "stages.first.trainable": '["head.new", "blocks.1"]',
+        "stages.first.lr_scale": '{ "head.new" = 2.0 }',
+    },
     "turns": {
         "toml": "gpt_neox-two-stages",
         "stages.first.trainable": '["blocks.3.attention", "head"]',
@@ -250,6 +255,7 @@ CASES: tuple[Case, ...] = (
     *(_case(2, frozen=frozen) for frozen in ("ends", "part", "turns")),
     _case(2, tp=2, frozen="part"),
     _case(2, tp=2, bf16=True, frozen="turns"),
+    *(_case(2, frozen="rows", **keys) for keys in ({}, {"tp": 2}, {"pp": 2, "schedule": V_SCHEDULE, "rows": 4})),
     _case(2, cp=2, frozen="ends"),
     _case(2, rep=2, frozen="head"),
     _case(2, rep=2, bf16=True, frozen="turns"),

@@ -185,9 +185,14 @@ def frozen_faults(case: Case, folder: Path) -> list[str]:
     initial = dict(model.named_parameters())
     faults = []
     for name, weight in tensors_of(checkpoint).items():
-        trained = [any(f"{name}.".startswith(f"{pattern}.") for pattern in patterns) for patterns in trainable]
+        trained = [
+            any(f"{name}.".startswith(f"{pattern.removesuffix('.new')}.") for pattern in patterns)
+            for patterns in trainable
+        ]
         if any(trained) == torch.equal(weight, initial[name]):
             faults.append(f"{case.name}: {name} has {'not ' if any(trained) else ''}changed")
+        if "head.new" in trainable[-1] and name == "head.weight" and not torch.equal(weight[:257], initial[name][:257]):
+            faults.append(f"{case.name}: old rows of the head have changed")
         if trained[-1] != any(moment.startswith(f"state.{name}.") for moment in moments):
             faults.append(f"{case.name}: {name}, trained in the last stage: {trained[-1]}, has other moments")
     return faults
