@@ -283,7 +283,7 @@ def test_results_in_bits_forget_what_the_continued_run_of_their_seed_knew(tmp_pa
     """Seed 1: 2.25 at the end and 2.0 before it; the weights that a run continues are no part of its name."""
     stored(tmp_path / "vocabulary_english" / "seed-1", {"english": 2.0, "german": 5.0}, "english")
     stored(tmp_path / "vocabulary_english" / "seed-0", {"english": 1.0, "german": 5.0}, "english")
-    stored(tmp_path / "vocabulary_old" / "steps-300_seed-1_init-checkpoint-x-seed-1", {"english": 2.25, "german": 3.0})
+    stored(tmp_path / "vocabulary_old" / "steps-150_seed-1_init-checkpoint-x-seed-1", {"english": 2.25, "german": 3.0})
     stored(tmp_path / "vocabulary_at_once" / "seed-1_init-checkpoint-x-seed-1", {"english": 2.5, "german": 2.75})
     found = reproduce.results_in_bits(tmp_path, "vocabulary_english", ("vocabulary_old", "vocabulary_at_once"))
 
