@@ -41,7 +41,7 @@ OTHERS = ("toml", "text", "json", "yaml", "dockerfile", "diff")
 DIRECTIVE = re.compile(r"<!-- (given|file|append|not run): (.*?) -->", re.DOTALL)
 STEPS = 3  # of a stage, in place of its `tokens` or `steps`
 TRAINING = {"global_batch_size": 16, "local_batch_size": 1, "seq_len": 64, "mixed_precision_param": "float32"}
-SMALL_OPTIONS = {"--train-tokenizer": "300", "--vocab-size": "384", "--limit": "4"}  # in place of what a page says
+SMALL_OPTIONS = {"--train-tokenizer": "300", "--vocab-size": "384", "--limit": "4", "--add": "20"}  # in place of what a page says
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def small(text: str) -> str:
         raw["model"] = {"family": raw["model"].get("family", "gpt_neox"), "size": "debug"}
     if "train" in raw.get("tokenizer", {}):
         raw["tokenizer"]["train"]["vocab_size"] = 300
+    if "add" in raw.get("tokenizer", {}).get("extend", {}):
+        raw["tokenizer"]["extend"]["add"] = 20
     if "training" in raw:
         raw["training"] |= TRAINING
     if "checkpoint" in raw:
@@ -184,6 +186,7 @@ class Sandbox:
         """Make what a `given` directive names: a path and, for some kinds, another word."""
         makers: dict[str, Any] = {
             "text": self.text,
+            "foreign": self.foreign,
             "tokenizer": self.tokenizer,
             "tokens": self.tokens,
             "config": self.config,
@@ -208,6 +211,12 @@ class Sandbox:
                 target.with_stem(f"{target.stem}-{number}").write_text(words)
         else:
             target.write_bytes(lines)
+
+    def foreign(self, path: str) -> None:
+        """200 documents of words that a given tokenizer has no tokens for: those of other texts, written backwards."""
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(prepared.jsonl([text[::-1] for text in prepared.words(200, sum(path.encode()))]))
 
     def tokenizer(self, path: str) -> None:
         """A tokenizer.json of 300 entries."""

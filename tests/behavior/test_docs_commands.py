@@ -96,4 +96,7 @@ def test_every_complete_config_of_a_page_is_planned_with_the_numbers_of_the_page
                 for dataset, table in config.datasets.items()
                 for source in ([f"{dataset}.{domain}" for domain in table.domains] or [dataset])
             }
-            assert make_plan(config, DataInventory(sources, 8192)).stages
+            base = None if config.tokenizer.extend is None else 4096
+            inventory = DataInventory(sources, 8192, base_vocab_size=base)
+
+            assert make_plan(config, inventory).stages
