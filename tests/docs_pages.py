@@ -41,7 +41,12 @@ OTHERS = ("toml", "text", "json", "yaml", "dockerfile", "diff")
 DIRECTIVE = re.compile(r"<!-- (given|file|append|not run): (.*?) -->", re.DOTALL)
 STEPS = 3  # of a stage, in place of its `tokens` or `steps`
 TRAINING = {"global_batch_size": 16, "local_batch_size": 1, "seq_len": 64, "mixed_precision_param": "float32"}
-SMALL_OPTIONS = {"--train-tokenizer": "300", "--vocab-size": "384", "--limit": "4", "--add": "20"}  # in place of what a page says
+SMALL_OPTIONS = {
+    "--train-tokenizer": "300",
+    "--vocab-size": "384",
+    "--limit": "4",
+    "--add": "20",
+}  # in place of what a page says
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Every shipped TOML file loads and plans, and has the paper's numbers, computed by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.data.inventory import take_inventory
+from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json
 from titan_cpt.planning.parallel import min_world_size
 from titan_cpt.planning.planner import make_plan
 from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
@@ -69,8 +71,12 @@ def paper(request):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_every_shipped_config_loads_and_plans(path):
+def test_every_shipped_config_loads_and_plans(path, tmp_path, monkeypatch):
     """Each of its sweep runs, with the fewest ranks of its parallelism; job.name is the name of the file."""
+    monkeypatch.chdir(tmp_path)
+    if base := read_with_bases(path).get("tokenizer", {}).get("extend"):
+        Path(base["base"]).parent.mkdir(parents=True)
+        Path(base["base"]).write_text(json.dumps(byte_tokenizer_json(256)))
     runs = sweep_runs_of(path)
 
     assert read_with_bases(path)["job"]["name"] == path.stem

@@ -46,6 +46,7 @@ TRAINED = {  # "fingerprint batches", computed with commit 3848756, except three
     "405m_union_pile_german": "aa37bdab 93d9fb08",
     "405m_union_pile_slimpajama": "36b6d082 45da81e6",
     "410m_pythia_to_8k": "3fc56583 58ff9127",
+    "410m_pythia_to_german_vocabulary": "d9995889 4a99525b",
     "quickstart": "f5c31b6a 99aa3fd5",
     "quickstart_long": "ec29a8e6 9e89f3db",
 }
@@ -56,7 +57,8 @@ def plan_of(path):
     config = load_config(path)
     tokens = dict.fromkeys((source for source, _ in training_files(config)), 300_000_000_000)
     validation = dict.fromkeys((source for source, _ in validation_files(config)), 1_000_000)
-    inventory = DataInventory(tokens=tokens, vocab_size=50_277, validation_tokens=validation)
+    vocab_size, base = (50_277, None) if config.tokenizer.extend is None else (58_469, 50_277)
+    inventory = DataInventory(tokens=tokens, vocab_size=vocab_size, validation_tokens=validation, base_vocab_size=base)
     return make_plan(config, inventory, min_world_size(config))
 
 

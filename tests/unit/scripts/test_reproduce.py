@@ -103,7 +103,7 @@ def test_the_worst_part_decides_a_claim():
     assert verdict_on([good, lacking]) == "not run"
 
 
-@pytest.mark.parametrize("chosen", ["full", "quick", "averages"])
+@pytest.mark.parametrize("chosen", ["full", "quick", "averages", "vocabulary"])
 def test_every_run_that_a_claim_names_is_trained(chosen):
     """Under the name of its result; C1 to C10 in the full set, three of them in the short one, others elsewhere.
 
@@ -136,6 +136,7 @@ def test_every_run_that_a_claim_names_is_trained(chosen):
         (reproduce.FULL, 2.5),
         (reproduce.QUICK, 0.25),
         (reproduce.AVERAGES, 0.25),
+        (reproduce.SETS["vocabulary"].all_sweeps, 0.25),
     ],
 )
 def test_the_runs_fit_their_budget(sweeps, hours):
