@@ -22,6 +22,7 @@ _BOUNDARY = "\u2581"  # begins a word in vocabularies in the style of SentencePi
 _WORDS = re.compile(f"{_BOUNDARY}*[^{_BOUNDARY}\n]+|{_BOUNDARY}+|\n+")
 _LONGEST = 64  # ids; languages without spaces have words as long as a paragraph, and each merge walks through a word
 _CHECKED_WORDS = 20_000
+_COVERAGE = 0.9995  # share of the characters written as bytes that become tokens, as in SentencePiece's trainer
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Extended:
 
     Attributes:
         content: of its tokenizer.json.
-        merges: what was added, in order.
-        tokens: the new tokens, as the vocabulary writes them.
+        characters: id -> character that the base writes as bytes and that is a token now; before the merges.
+        merges: what was added besides, in order.
+        tokens: the new tokens, as the vocabulary writes them, in the order of their ids.
         words: number of distinct words of the text.
     """
 
     content: bytes
+    characters: dict[int, str]
     merges: list[Merge]
     tokens: list[str]
     words: int
@@ -146,6 +149,14 @@ def extended_tokenizer(
         number: token for token, number in numbers.items() if token not in names and not BYTE_NAME.fullmatch(token)
     }
     first_id = max(numbers.values()) + 1
+    characters = dict(enumerate(_characters_to_add(spec, numbers, counter.counts)[:add], first_id))
+    if characters:
+        log(f"{len(characters):,} characters that are several bytes to the base become tokens")
+        vocab = {**spec["model"]["vocab"], **{character: number for number, character in characters.items()}}
+        with_characters = library_tokenizer(
+            _with_added_tokens({**spec, "model": {**spec["model"], "vocab": vocab}}), base
+        )
+    known = with_characters.model if characters else model
 
     def is_split_so(text: str, pieces: tuple[int, ...]) -> bool:
         return [piece.id for piece in model.tokenize(text)] == [*pieces]
@@ -154,22 +165,60 @@ def extended_tokenizer(
     words = (
         (ids[start : start + _LONGEST], count)
         for word, count in sorted(counter.counts.items())
-        for ids in [split[word]]
+        for ids in [[piece.id for piece in known.tokenize(word)] if characters else split[word]]
         for start in range(0, len(ids), _LONGEST)
     )
     merges = continued_merges(
-        words, plain, add, first_id=first_id, **({"accept": is_split_so} if takes_whole_words else {})
+        words,
+        {**plain, **characters},
+        add - len(characters),
+        first_id=first_id + len(characters),
+        **({"accept": is_split_so} if takes_whole_words else {}),
     )
-    if len(merges) < add:
-        fewer = f"add at most {len(merges):,}, or " if merges else ""
+    found = len(characters) + len(merges)
+    if found < add:
+        fewer = f"add at most {found:,}, or " if found else ""
         raise DataError(
-            f"{base}: the texts yield only {len(merges):,} further tokens that occur twice, not {add:,}: {fewer}give "
+            f"{base}: the texts yield only {found:,} further tokens that occur twice, not {add:,}: {fewer}give "
             "more text"
         )
-    content, tokens = _with_merges(spec, numbers, plain, merges)
-    made = Extended(content, merges, tokens, len(counter.counts))
+    content, tokens = _with_merges(spec, numbers, plain, characters, merges)
+    made = Extended(content, characters, merges, tokens, len(counter.counts))
     _check(made, [word for word, _ in counter.counts.most_common(_CHECKED_WORDS)], split, base)
     return made
+
+
+def _characters_to_add(spec: Mapping[str, Any], numbers: Mapping[str, int], counts: Counter[str]) -> list[str]:
+    """Characters of several bytes that the base does not have, most frequent first: no merge leads to them.
+
+    Only vocabularies with byte fallback write them as bytes; others have every byte, or lose such characters.
+    """
+    if not spec["model"].get("byte_fallback"):
+        return []
+    missing: Counter[str] = Counter()
+    for word, count in counts.items():
+        for character in word:
+            if character not in numbers and ord(character) > 0x7F:
+                missing[character] += count
+    most = sorted(missing, key=lambda character: (-missing[character], character))
+    left = missing.total() * _COVERAGE
+    chosen = []
+    for character in most:
+        if left <= 0 or missing[character] < 2:
+            break
+        chosen.append(character)
+        left -= missing[character]
+    return chosen
+
+
+def _with_added_tokens(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokenizer with its added tokens in the model's vocabulary.
+
+    The library numbers added tokens that are not there after the vocabulary, whatever id the file gives them: in a
+    longer vocabulary they would move.
+    """
+    vocab = {**spec["model"]["vocab"], **{each["content"]: each["id"] for each in spec.get("added_tokens") or []}}
+    return {**spec, "model": {**spec["model"], "vocab": vocab}}
 
 
 def require_bpe(base: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -196,27 +245,30 @@ def require_bpe(base: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _with_merges(
-    spec: Mapping[str, Any], numbers: Mapping[str, int], plain: Mapping[int, str], merges: list[Merge]
+    spec: Mapping[str, Any],
+    numbers: Mapping[str, int],
+    plain: Mapping[int, str],
+    characters: Mapping[int, str],
+    merges: list[Merge],
 ) -> tuple[bytes, list[str]]:
-    """The content of a tokenizer.json with further merges, and the new tokens."""
-    model = dict(spec["model"])
-    # The library numbers added tokens that are not in the model's vocabulary after it, whatever id the file gives
-    # them: in a longer vocabulary they would move.
-    vocab = {**model["vocab"], **{each["content"]: each["id"] for each in spec.get("added_tokens") or []}}
+    """The content of a tokenizer.json with further characters and merges, and the new tokens."""
+    model = _with_added_tokens(spec)["model"]
+    vocab = model["vocab"]
     assert vocab.keys() == numbers.keys(), "a vocabulary is the model's tokens and the added ones"
-    written = dict(plain)
+    written = {**plain, **characters}
     for merge in merges:
         written[merge.product] = written[merge.left] + written[merge.right]
     new = [(written[merge.left], written[merge.right]) for merge in merges]
-    tokens = [left + right for left, right in new]
-    vocab |= {token: merge.product for token, merge in zip(tokens, merges, strict=True)}
+    merged = [left + right for left, right in new]
+    vocab |= {character: number for number, character in characters.items()}
+    vocab |= {token: merge.product for token, merge in zip(merged, merges, strict=True)}
+    tokens = [*characters.values(), *merged]
     old = model.get("merges") or []
     if all(isinstance(merge, str) for merge in old) and not any(" " in token for token in tokens):
         model["merges"] = [*old, *(f"{left} {right}" for left, right in new)]
     else:
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in old]
         model["merges"] = [*pairs, *(list(pair) for pair in new)]
-    model["vocab"] = vocab
     content = json.dumps({**spec, "model": model}, ensure_ascii=False, indent=2)
     return content.encode(), tokens
 
@@ -224,7 +276,8 @@ def _with_merges(
 def _check(made: Extended, words: list[str], split: Mapping[str, list[int]], base: str) -> None:
     """Check that the library reads the result as it is meant: new ids split back into the base's."""
     model = library_tokenizer(json.loads(made.content), base).model
-    pieces: dict[int, list[int]] = {}
+    old = library_tokenizer(require_bpe(base)[0], base).model
+    pieces = {number: [piece.id for piece in old.tokenize(each)] for number, each in made.characters.items()}
     for merge in made.merges:
         pieces[merge.product] = [*pieces.get(merge.left, [merge.left]), *pieces.get(merge.right, [merge.right])]
     for word in words:

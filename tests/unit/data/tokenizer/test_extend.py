@@ -123,7 +123,25 @@ def test_every_new_token_is_made_from_a_text(pairs):
         size = extension_of(base, path).base_vocab_size
         merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges_in(path)]
         new = {token for token, number in library.get_vocab().items() if number >= size}
-        assert {left + right for left, right in merges[-40:]} == new
+        characters = {token for token in new if len(token) == 1}
+        assert {left + right for left, right in merges[-40 + len(characters) :]} == new - characters
+        assert bool(characters) == path.endswith("sentencepiece-extended.json")
+
+
+def test_characters_that_the_base_writes_as_bytes_become_tokens_of_their_own(pairs, tmp_path):
+    """No merge leads to them: a base of English could not be extended to Chinese otherwise.
+
+    Characters that occur once, and newlines, stay bytes.
+    """
+    base, out = pairs["sentencepiece"][0], tmp_path / "chinese.json"
+    texts = ["\u5929\u6c14\n\u5929\u6c14\u597d", "\u5929\u6c14\n\u5929"] * 3
+    made = extend(base, [*texts, "\u51b7"], 3, out)
+    assert made.tokens == ["\u5929", "\u6c14", "\u597d"]
+    extension = extension_of(base, str(out))
+    assert [len(extension.pieces[number]) for number in sorted(extension.pieces)] == [3, 3, 3]
+    first = extension.base_vocab_size
+    assert load_tokenizer(str(out)).encode("\u5929\u6c14")[-2:] == [first, first + 1]
+    assert extend(base, texts, 4, tmp_path / "longer.json").tokens == [*made.tokens, "\u5929\u6c14"]
 
 
 def test_runs_of_spaces_that_are_added_tokens_are_no_words(pairs, tmp_path):
