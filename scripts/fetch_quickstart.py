@@ -87,14 +87,14 @@ def debian_pages(folder: Path) -> dict[str, list[Page]]:
         raise FetchError(f"needs {' and '.join(missing)}, not found on PATH")
     config = write_apt_config(folder)
     say("package lists: apt-get update, into a temporary folder")
-    updated = _apt(config, "apt-get", "update", folder=folder)
+    updated = run_apt(config, "apt-get", "update", folder=folder)
     sizes = _available(config, folder)
     if not sizes:
         # Without a network, apt-get update only warns.
         warnings = [line for line in updated.splitlines() if line.startswith("W:")][:2]
         raise FetchError(" ".join(["the package sources offer none of the documentation packages", *warnings]))
     say(f"downloading {len(sizes)} packages, {sum(sizes.values()) / 1e6:.1f} MB: {', '.join(sizes)}")
-    _apt(config, "apt-get", "download", *sizes, folder=folder)
+    run_apt(config, "apt-get", "download", *sizes, folder=folder)
     say("reading the pages")
     wanted = [package for package in PACKAGES if package.name in sizes]
     with ProcessPoolExecutor(max_workers=2) as pool:
@@ -142,7 +142,7 @@ def _available(config: Path, folder: Path) -> dict[str, int]:
     """Return the download size in bytes of the newest version of each available package, in the order of PACKAGES."""
     names = list(dict.fromkeys(package.name for package in PACKAGES))
     # One call for all: each one may read the package lists again. It fails if one package is missing.
-    shown = _apt(config, "apt-cache", "--no-all-versions", "show", *names, folder=folder, may_fail=True)
+    shown = run_apt(config, "apt-cache", "--no-all-versions", "show", *names, folder=folder, may_fail=True)
     sizes: dict[str, int] = {}
     for record in shown.split("\n\n"):
         name, size = (re.search(rf"^{field}: (\S+)$", record, flags=re.MULTILINE) for field in ("Package", "Size"))
@@ -151,7 +151,7 @@ def _available(config: Path, folder: Path) -> dict[str, int]:
     return {name: sizes[name] for name in names if name in sizes}
 
 
-def _apt(config: Path, tool: str, *arguments: str, folder: Path, may_fail: bool = False) -> str:
+def run_apt(config: Path, tool: str, *arguments: str, folder: Path, may_fail: bool = False) -> str:
     """Run one of apt's tools in `folder` and return its output, warnings last."""
     done = subprocess.run(
         [tool, "--config-file", str(config), "--quiet", *arguments],

@@ -224,14 +224,14 @@ def has_result(sweep_run: SweepRun, results: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["fingerprint"] == sweep_run.plan.fingerprint
 
 
-def store_result(run_folder: Path, out: Path) -> None:
-    """Copy a run's plan and thinned metrics: all validations, every 20th step, the events that begin a stage."""
+def store_result(run_folder: Path, out: Path, *, every: int = STEPS_BETWEEN_STORED) -> None:
+    """Copy a run's plan and thinned metrics: all validations, steps at an interval, the events that begin a stage."""
     record = read_run(run_folder)
     out.mkdir(parents=True, exist_ok=True)
     trains = [
         {key: value for key, value in line.items() if key != "batch_hash"}
         for line in record.trains
-        if line["step"] % STEPS_BETWEEN_STORED == 0
+        if line["step"] % every == 0
     ]
     events = [event for event in record.events if event["name"] in _EVENTS]
     lines = [*events, *trains, *record.validations, *record.renewed]
