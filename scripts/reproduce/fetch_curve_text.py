@@ -36,7 +36,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fetch_quickstart import FetchError, Package, run_apt, write_apt_config
-from manual_text import MIN_DOCUMENT_WORDS, Line, Page, clean, html_lines, joined, mallard_lines, repeat_keys, words_of
+from manual_text import (
+    BODY,
+    MIN_DOCUMENT_WORDS,
+    Line,
+    Page,
+    clean,
+    html_lines,
+    joined,
+    mallard_lines,
+    repeat_keys,
+    words_of,
+)
 
 ONE_IN = 25
 """The share of documents that are set aside for validation is 1 / ONE_IN."""
@@ -364,13 +375,8 @@ def _existing_training(folder: Path) -> Iterator[Page]:
     """The training documents of the sources that an earlier call wrote, read as lines without levels."""
     for path in sorted(folder.glob("*.jsonl")):
         if not path.stem.endswith("-heldout"):
-            for text in path.read_text().rstrip("
-").split("
-"):
-                row = json.loads(text)
-                yield Page(
-                    row["id"], row.get("source", path.stem), [Line(line, 99) for line in row["text"].split("\n")]
-                )
+            for text in _texts(path):
+                yield Page("", path.stem, [Line(line, BODY) for line in text.split("\n")])
 
 
 def say(message: str) -> None:
