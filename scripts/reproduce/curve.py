@@ -27,7 +27,6 @@ from pathlib import Path
 
 from curve_rules import LENGTHS, NONE, QUARTER
 from curve_tables import SWEEPS, as_record, curve_text, draw, read_results
-from fetch_curve_text import SOURCES
 from reproduce import first_lines, has_result, result_folder, store_result
 
 from titan_cpt.runs.sweep_runs import SweepRun, read_sweep_runs
@@ -37,6 +36,8 @@ ROOT = HERE.parents[1]
 DATA = Path("data/curve")  # in the working directory, as in the configs
 TOKENIZER_ENTRIES, TOKENIZER_BYTES = 1024, 12_000_000
 STEPS_BETWEEN_STORED = 320
+FETCHED = ("guides_en", "manpages_en", "guides_de", "manpages_de", "python", "django", "postgresql", "git")
+NOVELS = ("novels_early", "novels_late", "novels_de")
 LATE_FROM = 1880  # English novels of this year and later are new data of the weak shift
 LONGEST = max(LENGTHS)
 _TITAN = (sys.executable, "-m", "titan_cpt")
@@ -139,17 +140,12 @@ def write_tables(name: str, results: Path) -> None:
 
 def make_data(archive: Path | None) -> None:
     """Fetch the text, train the tokenizer and prepare the tokens, unless they exist."""
-    novels = Path("data/reproduce")
-    fetch = [sys.executable, str(HERE / "fetch_novels.py"), str(novels)]
-    subprocess.run([*fetch, *(["--archive", str(archive)] if archive else [])], check=True)
-    subprocess.run([sys.executable, str(HERE / "fetch_curve_text.py"), str(DATA)], check=True)
-    for part in ("", "-heldout"):
-        if not (DATA / f"novels_late{part}.jsonl").exists():
-            split_by_year(novels / f"english{part}.jsonl", part)
-        if not (DATA / f"novels_de{part}.jsonl").exists():
-            shutil.copy(novels / f"german{part}.jsonl", DATA / f"novels_de{part}.jsonl")
-    names = [*(source.name for source in SOURCES), "novels_early", "novels_late", "novels_de"]
-    texts = {name: DATA / f"{name}.jsonl" for name in names}
+    DATA.mkdir(parents=True, exist_ok=True)
+    if not all((DATA / f"{name}{part}.jsonl").exists() for name in NOVELS for part in ("", "-heldout")):
+        take_novels(Path("data/reproduce"), archive)
+    fetch = [sys.executable, str(HERE / "fetch_curve_text.py"), str(DATA), "--sources", ",".join(FETCHED)]
+    subprocess.run(fetch, check=True)
+    texts = {name: DATA / f"{name}.jsonl" for name in (*FETCHED, *NOVELS)}
     tokenizer = DATA / "tokenizer.json"
     if not tokenizer.exists():
         sample = DATA / "tokenizer_sample.jsonl"
@@ -165,14 +161,24 @@ def make_data(archive: Path | None) -> None:
                 subprocess.run([*_TITAN, "prepare", *words, "--tokenizer", str(tokenizer)], check=True)
 
 
+def take_novels(folder: Path, archive: Path | None) -> None:
+    """Fetch the novels into a folder; English ones are split by year, German ones copied."""
+    fetch = [sys.executable, str(HERE / "fetch_novels.py"), str(folder)]
+    subprocess.run([*fetch, *(["--archive", str(archive)] if archive else [])], check=True)
+    for part in ("", "-heldout"):
+        split_by_year(folder / f"english{part}.jsonl", part)
+        shutil.copy(folder / f"german{part}.jsonl", DATA / f"novels_de{part}.jsonl")
+
+
 def split_by_year(path: Path, part: str) -> None:
     """Write the English novels until 1879 and those from 1880 on, by the year in their names (ENG18400_Trollope)."""
     lines: dict[str, list[str]] = {"early": [], "late": []}
-    for line in path.open():  # not splitlines(), which also splits at U+2028 in a text
-        year = re.match(r"ENG(1[89]\d\d)", json.loads(line)["id"])
-        if year is None:
-            raise SystemExit(f"{path}: a novel whose name has no year: {json.loads(line)['id']}")
-        lines["early" if int(year[1]) < LATE_FROM else "late"].append(line)
+    with path.open() as file:  # not splitlines(), which also splits at U+2028 in a text
+        for line in file:
+            year = re.match(r"ENG(1[89]\d\d)", json.loads(line)["id"])
+            if year is None:
+                raise SystemExit(f"{path}: a novel whose name has no year: {json.loads(line)['id']}")
+            lines["early" if int(year[1]) < LATE_FROM else "late"].append(line)
     for half, own in lines.items():
         (DATA / f"novels_{half}{part}.jsonl").write_text("".join(own))
 

@@ -74,7 +74,7 @@ def _guides(language: str, code: str, help_code: str, mallard: str, names: Seque
     return Source(
         f"guides_{code}",
         language,
-        "MPL 2.0 (LibreOffice), CC BY-SA 3.0 (GNOME), GFDL 1.2+ (GIMP, LilyPond), GPL 2+ (Debian, KiCad)",
+        "MPL 2.0 (LibreOffice), CC BY-SA 3.0 and 4.0, GFDL (GIMP, LilyPond), GPL 2 and 3 (Debian, KiCad), by package",
         (
             (f"libreoffice-help-{'en-us' if code == 'en' else code}", rf"/help/{help_code}/text/.*\.html$"),
             ("gnome-user-docs", rf"/help/{mallard}/.*\.page$"),
@@ -138,12 +138,12 @@ SOURCES = (
     ),
     Source("django", "english", "BSD 3-clause", (("python-django-doc", r"/html/(?!genindex|search).*\.html$"),)),
     Source("apache", "english", "Apache 2.0", (("apache2-doc", r"\.html\.en$|/en/.*\.html$"),)),
-    Source("git", "english", "GPL 2", (("git-doc", _PAGE),)),
+    Source("git", "english", "GPL 2+", (("git-doc", _PAGE),)),
     Source("cmake", "english", "BSD 3-clause", (("cmake-doc", r"/html/(?!genindex|search).*\.html$"),)),
-    Source("qt", "english", "GFDL 1.3", (("qtbase5-doc-html", r"\.html$"),)),
+    Source("qt", "english", "GFDL 1.3 without invariant sections", (("qtbase5-doc-html", r"\.html$"),)),
     Source("sqlite", "english", "public domain", (("sqlite3-doc", r"\.html$"),)),
     Source("erlang", "english", "Apache 2.0", (("erlang-doc", r"/html/.*\.html(\.gz)?$"),)),
-    Source("anarchism", "english", "GFDL 1.1+ or GPL 2+", (("anarchism", r"/html/.*\.html$"),)),
+    Source("anarchism", "english", "GPL 2", (("anarchism", r"/html/.*\.html$"),)),
 )
 
 
