@@ -66,7 +66,7 @@ HEAD = """# The curve over tokens, {name} set: gaps, forgetting, law, verdicts, 
 `python scripts/reproduce/curve.py --set {name}` writes these tables from the results in this folder; {finished} runs
 are finished. Losses are nats per token, means over seeds ± standard error, with the number of seeds in parentheses. The
 gap is the mean final loss on old and new data minus that of joint training on the tokens of both stages.
-[curve.md](../curve.md) describes the protocol.
+[curve.md](../../curve.md) describes the protocol.
 
 {text}"""
 
@@ -78,7 +78,7 @@ class Set:
     Attributes:
         overrides: of the config files.
         longest_arms: what is trained, with seed 0, at the longest length; None: all.
-        longest_first: whether the longest runs begin first, so that none of them ends alone.
+        longest_first: whether the longest runs begin first, which would otherwise end last.
         jobs: runs at a time.
     """
 

@@ -126,7 +126,7 @@ def _forgetting(runs: Runs, shift: str, tokens: dict[int, float]) -> str:
 
 
 def _laws(runs: Runs, shift: str, tokens: dict[int, float]) -> str:
-    rows = ["| arm | a | b | residuals | holds | last length from the others | measured | |", "|---" * 8 + "|"]
+    rows = ["| run | a | b | residuals | holds | last length from the others | measured | |", "|---" * 8 + "|"]
     for words, arm in ARMS.items():
         points = gap_points(runs, shift, arm, tokens)
         law = fit_law(points)

@@ -38,7 +38,7 @@ def planned():
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_every_run_that_a_claim_about_the_curve_names_is_planned(planned, name):
-    """Under the name that its result gets; the CPU set has fewer arms at 60 tokens a parameter."""
+    """Under the name that its result gets; the CPU set has fewer runs at 60 tokens a parameter."""
     names = {result_name(each) for each in planned[name]}
     needed = {run for claim in curve_claims() for part in claim.parts for run in part.runs}
     lacking = {run for run in needed - names if name == "gpu" or not run.endswith(f"@{curve.LONGEST}")}
@@ -209,7 +209,7 @@ def test_two_points_determine_the_law_and_one_does_not():
     assert fit_law(points[:1]) is None
 
 
-def test_points_off_the_law_are_told_from_points_on_it():
+def test_points_off_the_law_do_not_hold():
     """0.2, 0.3 and 0.05 with errors of 0.001 follow no power."""
     points = [Point(2.0, 0.2, 0.001, 3), Point(6.0, 0.3, 0.001, 3), Point(20.0, 0.05, 0.001, 3)]
 
