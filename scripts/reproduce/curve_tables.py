@@ -39,6 +39,8 @@ ARMS = {
     "lowest LR, 25 % replay": LOW,
     "infinite, 25 % replay": INFINITE,
 }
+ARMS_OF = {"strong": tuple(ARMS.values()), "weak": (NONE, FIVE, QUARTER)}
+"""What is trained; a row without results stays empty."""
 SWEEPS = ("strong_union", "strong_replay", "strong_low", "strong_infinite", "weak_union", "weak_replay")
 
 
@@ -101,7 +103,7 @@ def _gaps(runs: Runs, shift: str, tokens: dict[int, float]) -> str:
     for words, arm in ARMS.items():
         points = {each.tokens: each for each in gap_points(runs, shift, arm, tokens)}
         cells = [_cell(points.get(tokens.get(steps, LENGTHS[steps]))) for steps in LENGTHS]
-        if points or shift == "strong":
+        if points or arm in ARMS_OF[shift]:
             rows.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -120,7 +122,7 @@ def _forgetting(runs: Runs, shift: str, tokens: dict[int, float]) -> str:
     rows = [_columns(tokens)]
     for words, arm in ARMS.items():
         points = forgetting_points(runs, shift, arm)
-        if points or shift == "strong":
+        if points or arm in ARMS_OF[shift]:
             rows.append(f"| {words} | {' | '.join(_cell(points.get(steps)) for steps in LENGTHS)} |")
     return "\n".join(rows)
 
