@@ -3,7 +3,7 @@
     python scripts/reproduce/reproduce.py --quick          # three claims, one seed: 6 minutes on two cores
     python scripts/reproduce/reproduce.py                  # all claims, three seeds: about 2 1/2 hours
     python scripts/reproduce/reproduce.py --averages       # averages and Reptile, three seeds: 20 minutes of one core
-    python scripts/reproduce/reproduce.py --vocabulary     # an extended vocabulary, three seeds: 30 minutes of one core
+    python scripts/reproduce/reproduce.py --vocabulary     # an extended vocabulary, three seeds: 20 minutes of one core
     python scripts/reproduce/reproduce.py --tables-only    # from the results in docs/reproduction
 
 Times are those of two cores with bfloat16 instructions (AMX); without them it takes about four times as long.

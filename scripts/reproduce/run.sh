@@ -4,7 +4,7 @@
 #   scripts/reproduce/run.sh --quick                 three claims, one seed: 6 minutes on two cores
 #   scripts/reproduce/run.sh                         all claims, three seeds: about 2 1/2 hours on two cores
 #   scripts/reproduce/run.sh --averages --jobs 1     averages of weights and Reptile: 20 minutes of one core
-#   scripts/reproduce/run.sh --vocabulary --jobs 1   an extended vocabulary: 30 minutes of one core
+#   scripts/reproduce/run.sh --vocabulary --jobs 1   an extended vocabulary: 20 minutes of one core
 #
 # Times are for cores with bfloat16 instructions (AMX); without them it takes about four times as long.
 #
