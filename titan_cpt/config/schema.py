@@ -59,9 +59,10 @@ class TokenizerExtendConfig(Table):
     base: str
     """The tokenizer.json that is extended. Weights and token files that were made with it can be used as they are."""
     dataset: Name | None = None
-    """Dataset on whose `source` text the merges of base are continued, if the file tokenizer.path is missing."""
+    """Dataset on whose `source` text the merges of base are continued, if the file tokenizer.path is missing. Unset:
+    the file must exist."""
     add: Annotated[int, Field(ge=1, le=2**24)] | None = None
-    """Number of tokens to add, if the file tokenizer.path is missing."""
+    """Number of tokens to add, if the file tokenizer.path is missing. Unset: the file must exist."""
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> TokenizerExtendConfig:
