@@ -27,6 +27,7 @@ from titan_cpt.planning.plan import Plan, StageCheckpoint, StagePlan
 
 _Tables = dict[str, Any]
 _OF_THE_DATA = ("seq_len", "global_batch_size", "local_batch_size", "document_mask", "document_positions")
+_OF_INITIAL_WEIGHTS = ("init", "new_rows", "weak_rows")  # keys of what a stage does once, when it begins
 _CONTINUED: _Tables = {"lr": {"schedule": "continue"}, "optimizer_state": "keep"}
 _CHECKSUM = "# SHA-256 of what follows: "
 
@@ -218,7 +219,7 @@ def _union(tables: _Tables, plan: Plan) -> _Tables:
 def _only_stage(tables: _Tables, plan: Plan, index: int) -> _Tables:
     """This stage's data and steps from random weights, with the first stage's schedule, which is meant for them."""
     stage = tables["stages"][index]
-    first = {**tables["stages"][0], "lr": _scaled_schedule(tables["stages"][0]["lr"], plan)}
+    first = {**_everything_trained(tables["stages"][0]), "lr": _scaled_schedule(tables["stages"][0]["lr"], plan)}
     if index == 0:
         return first
     own = {key: value for key, value in _from_scratch(first).items() if key not in _OF_THE_DATA}
@@ -269,7 +270,14 @@ def _scaled_schedule(lr: _Tables, plan: Plan) -> _Tables:
 
 
 def _from_scratch(first: _Tables) -> _Tables:
-    return {key: value for key, value in first.items() if key not in ("tokens", "steps", "replay")}
+    return {key: value for key, value in _everything_trained(first).items() if key not in ("tokens", "steps", "replay")}
+
+
+def _everything_trained(stage: _Tables) -> _Tables:
+    """A stage from random weights without `trainable`, and without `lr_scale` where that is of the trained parts."""
+    if "trainable" not in stage:
+        return stage
+    return {key: value for key, value in stage.items() if key not in ("trainable", "lr_scale")}
 
 
 def _constant_min(plan: Plan, index: int, _lr: _Tables) -> _Tables:
@@ -316,12 +324,12 @@ def _domain_after_domain(tables: _Tables, plan: Plan, later: list[int]) -> tuple
                     "stage's steps"
                 )
             datasets[f"{name}-{domain}"] = {key: value for key, value in table.items() if key != "weight"}
-            own = {key: value for key, value in stage.items() if key not in ("tokens", "init")}
+            own = {key: value for key, value in stage.items() if key not in ("tokens", *_OF_INITIAL_WEIGHTS)}
             stages.append({**own, "name": f"{stage['name']}-{domain}", "dataset": f"{name}-{domain}"})
             stages[-1] |= {"steps": end - begin, **_part_of_ramp(plan.stages[index], begin, end)}
             stages[-1] |= _within(stage, end - begin)
-            if begin == 0 and "init" in stage:
-                stages[-1]["init"] = stage["init"]
+            if begin == 0:
+                stages[-1] |= {key: stage[key] for key in _OF_INITIAL_WEIGHTS if key in stage}
             if begin and len(plan.schedule_span(plan.stages[index])) > 1:
                 stages[-1] |= _CONTINUED
         last_parts[stage["name"]] = stages[-1]["name"]

@@ -1,5 +1,6 @@
 """Baselines: each changes one thing of the config, has its compute, and shares stages with the others."""
 
+import extended
 import pytest
 import training
 from sweeps import stages_trained_in, status_of
@@ -98,6 +99,35 @@ def test_shorter_stages_warm_up_on_their_own_steps_and_pull_their_weights_at_the
 
     assert [(stage.warm_up_passes, stage.reptile.every) for stage in (*kept, *parted)] == [(5, 5), (3, 3), (5, 5)]
     assert plans["union"].stages[0].reptile is None  # as the first stage, whose settings it has
+
+
+def test_runs_from_scratch_train_all_weights(raw, tmp_path):
+    """Not only those that the first stage trains; factors of the learning rate stay where it trains all."""
+    raw["stages"][0] |= {"trainable": ["embedding", "head"], "lr_scale": {"head": 2.0}}
+    scratch = ("union", "alone-english", "alone-german")
+    some = plans_of(raw, tmp_path)
+    del raw["stages"][0]["trainable"]
+    every = plans_of(raw, tmp_path)
+
+    assert [some[name].stages[0].partition for name in scratch] == [None] * 3
+    assert [every[name].stages[0].partition.scales for name in scratch] == [{"head": 2.0}] * 3
+    assert some["no-replay"].stages[0].partition.parts["final_norm.weight"] == ()
+
+
+def test_only_the_first_of_several_domains_initializes_rows(raw, tmp_path):
+    """Otherwise each domain would begin with rows that have forgotten the domains before it."""
+    raw["tokenizer"] = extended.write_tokenizers(tmp_path)
+    parts = {name: {"train": str(tmp_path / "de"), "weight": 1.0} for name in ("a", "b")}
+    raw["datasets"]["de"] = {"validation": str(tmp_path / "de-validation"), "domains": parts}
+    rows = {"init": "hf:somewhere", "optimizer_state": "reset", "new_rows": "mean", "weak_rows": "mean"}
+    raw["stages"][1] |= rows
+    raw["stages"][1]["replay"]["from"] = ["en"]
+    first, second = plans_of(raw, tmp_path)["domain-after-domain"].stages[1:]
+
+    assert (first.init, first.new_rows.kind, first.recipe["weak_rows"]) == ("hf:somewhere", "mean", "mean")
+    assert second.init == StageCheckpoint("german-a", 5)
+    assert second.new_rows is None
+    assert "weak_rows" not in second.recipe
 
 
 def test_a_stage_that_starts_from_a_mixed_one_starts_from_the_last_of_its_domains(raw, tmp_path):
