@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from titan_cpt.common.text import did_you_mean, quoted_list
 from titan_cpt.config.schema_lookup import tables_at, takes_only_strings
 from titan_cpt.config.toml_files import exceeds_64_bits, parse_toml
+
+_PATTERN = re.compile(r"(stages\.[^.]+\.lr_scale)\.(.+)", re.DOTALL)
 
 
 def set_key(
@@ -20,7 +23,7 @@ def set_key(
         text: the value as typed on the command line, instead of `value`; it is parsed as TOML.
         prefix: what messages put before the key of a `value`.
     """
-    parts = dotted.split(".")
+    parts = _parts(dotted)
     where = f"{prefix}{dotted}" if text is None else f"--{dotted}"
     table: Any = raw
     for depth, part in enumerate(parts[:-1]):
@@ -46,6 +49,12 @@ def set_key(
             yield f"{where}: integers must fit into 64 bits"
         else:
             table[parts[-1]] = value
+
+
+def _parts(dotted: str) -> list[str]:
+    """The parts of a dotted key; what follows lr_scale is one of its patterns, in quotes or not, with its own dots."""
+    pattern = _PATTERN.fullmatch(dotted)
+    return [*pattern[1].split("."), pattern[2].strip("\"'")] if pattern else dotted.split(".")
 
 
 def _parse_value(parts: Sequence[str], text: str) -> Any:

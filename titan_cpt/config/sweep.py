@@ -21,6 +21,7 @@ ZIP = "zip"
 FIT = "fit"
 _SET_BY_THE_SWEEP = ("job.name", "job.output_dir")
 _LONGEST_NAME = 120
+_IN_NAMES = str.maketrans({'"': "", "*": "all"})  # of a pattern of weights, which a key may end with
 
 
 class SweepFitConfig(Table):
@@ -89,7 +90,7 @@ def point_names(sweep_points: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = {key: _shown([point[key] for point in sweep_points]) for key in keys}
     names: list[str] = []
     for index in range(len(sweep_points)):
-        name = "_".join(f"{_short(key, keys)}-{shown[key][index]}" for key in keys)
+        name = "_".join(f"{_short(key, keys).translate(_IN_NAMES)}-{shown[key][index]}" for key in keys)
         if len(name) > _LONGEST_NAME:
             name = f"arm-{index}"
         names.append(name if name not in names else f"{name}_{index}")
@@ -137,7 +138,8 @@ def _shown(values: Sequence[Any]) -> list[str]:
 
 def _word(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e-0", "e-")).strip("-.") or "none"
+    word = re.sub(r"[^A-Za-z0-9.]+", "-", text.replace("e-0", "e-")).strip("-.")
+    return word or ("all" if text == "*" else "none")  # "*" is a pattern of all weights
 
 
 def _text(value: Any) -> str:

@@ -67,6 +67,16 @@ def test_an_override_creates_missing_tables(one_stage, load):
     assert config.datasets["books"].train == ("data/books",)
 
 
+def test_a_pattern_of_weights_keeps_its_dots(one_stage, load):
+    """In quotes or not; a stage named lr_scale has keys as any other."""
+    patterns = ("embedding.new", '"blocks.0-1"', "blocks.*.mlp")
+    found = load(one_stage, *((f"stages.first.lr_scale.{pattern}", "0.5") for pattern in patterns))
+
+    assert found.stages[0].lr_scale == {"embedding.new": 0.5, "blocks.0-1": 0.5, "blocks.*.mlp": 0.5}
+    renamed = one_stage.replace('"first"', '"lr_scale"')
+    assert load(renamed, ("stages.lr_scale.lr.max", "0.25")).stages[0].lr.max == 0.25
+
+
 def test_the_last_override_wins(one_stage, load):
     """If a key is given twice."""
     assert load(one_stage, ("job.seed", "1"), ("job.seed", "2")).job.seed == 2

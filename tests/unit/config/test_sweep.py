@@ -41,6 +41,15 @@ def test_names_distinguish_keys_of_two_stages_and_tables():
     assert point_names(hidden) == ["description-a-b", "description-a-b_1"]
 
 
+def test_names_are_names_of_folders_where_patterns_of_weights_are_swept():
+    """`*` means all weights, and quotes around a pattern are not part of its name."""
+    scales = points({"stages": {"a": {"lr_scale": {"blocks.*": [0.1], '"head.new"': [2.0]}}}})
+    trained = points({"stages.a.trainable": ["*", ["head", "blocks.0-1"]]})
+
+    assert point_names(scales) == ["all-0.1_new-2"]
+    assert point_names(trained) == ["trainable-all", "trainable-head-blocks.0-1"]
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
