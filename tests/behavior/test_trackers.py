@@ -154,8 +154,12 @@ class Follower:
 
 
 def test_a_killed_and_resumed_run_is_one_run_in_every_tracker_without_gaps_or_doubles(tmp_path, mlflow_address):
-    """kill -9 in the second stage; the steps that are trained again are there twice, as in metrics.jsonl."""
+    """kill -9 in the second stage; the steps that are trained again are there twice, as in metrics.jsonl.
+
+    One learning rate is that of all weights, `*`, which is no name of a metric in MLflow.
+    """
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["stages"][1]["lr_scale"] = {"*": 0.5}
     raw["metrics"] |= {
         "enable_tensorboard": True,
         "wandb": {"mode": "offline", "tags": "a"},
@@ -179,6 +183,7 @@ def test_a_killed_and_resumed_run_is_one_run_in_every_tracker_without_gaps_or_do
     _, (in_mlflow,) = mlflow_runs(mlflow_address, "resumed")
     assert in_mlflow.info.status == "FINISHED"
     assert in_mlflow.data.tags["team"] == "x"
+    assert in_mlflow.data.metrics["lr_by_group/all"] == pytest.approx(1e-4)
     assert in_mlflow.data.params["training.seq_len"] == "16"
     assert in_mlflow.data.params["stages.german.replay.fraction"] == "0.25"
     assert (

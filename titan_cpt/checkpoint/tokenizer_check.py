@@ -114,8 +114,9 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
     if config.tokenizer.allow_mismatch:
         return f"{mismatch}, {_ALLOWED}"
     raise CheckpointError(
-        f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. Set tokenizer.path to their tokenizer "
-        "and prepare the data with it, or set tokenizer.allow_mismatch = true to train anyway"
+        f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. Set tokenizer.path to their tokenizer and "
+        "prepare the data with it; if tokenizer.path extends theirs, name theirs in tokenizer.extend.base; or set "
+        "tokenizer.allow_mismatch = true to train anyway"
     )
 
 

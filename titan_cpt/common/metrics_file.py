@@ -379,11 +379,13 @@ def _lacks_final_newline(path: Path) -> bool:
 def source_curves(line: Mapping[str, Any]) -> dict[str, float]:
     """A `train` line's tables under their names in TensorBoard.
 
-    These are train_by_source/X and replay_by_source/X, and the learning rates lr_by_group/PATTERN.
+    These are train_by_source/X and replay_by_source/X, and the learning rates lr_by_group/PATTERN, with "all" for `*`,
+    which MLflow and TensorBoard do not allow.
     """
     groups = {
         "loss_by_source": "train_by_source",
         "replay_loss_by_source": "replay_by_source",
         "lr_by_group": "lr_by_group",
     }
-    return {f"{groups[key]}/{name}": loss for key in groups for name, loss in (line.get(key) or {}).items()}
+    curves = ((groups[key], name, value) for key in groups for name, value in (line.get(key) or {}).items())
+    return {f"{group}/{name.replace('*', 'all')}": value for group, name, value in curves}
