@@ -28,6 +28,7 @@ from titan_cpt.data.formats.token_source import TokenSource
 from titan_cpt.data.inventory import open_sources, take_inventory, validation_files
 from titan_cpt.data.loader import SequenceReader
 from titan_cpt.data.mixture import leaves
+from titan_cpt.data.tokenizer.of_config import require_extension
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from titan_cpt.data.training_sources import TrainingSource, open_training_sources
 from titan_cpt.distributed.build import build_parallel_model
@@ -114,6 +115,7 @@ def build(
     owner = restore_from_storage(config, process, folder, console)
     with raise_on_all_ranks():  # before the first collective: files may be missing on some nodes only
         tokenizer = load_tokenizer(config.tokenizer.path)
+        require_extension(config)
         with stop.raising():  # raw files are read, and may be packed
             inventory = take_inventory(config, log=console.print_line)
         plan = make_plan(config, inventory, process.world_size, gpu_bytes=_gpu_bytes(process.device))

@@ -20,30 +20,51 @@ def vocab_size_of_config(config: Config) -> int | None:
     if _exists(path):
         if config.tokenizer.add_bos:
             load_tokenizer(path).with_bos(True)
-        return vocab_size_of(path) if extend is None else extension_of(extend.base, path).vocab_size
-    if extend is not None and extend.add is not None:
-        return vocab_size_of(extend.base) + extend.add
+        is_checked = extend is not None and _exists(extend.base)
+        return extension_of(extend.base, path).vocab_size if is_checked and extend else vocab_size_of(path)
+    base = base_vocab_size(config)
+    if extend is not None and extend.add is not None and base is not None:
+        return base + extend.add
     return config.tokenizer.train.vocab_size if config.tokenizer.train else None
 
 
 def base_vocab_size(config: Config) -> int | None:
     """The vocabulary size of tokenizer.extend.base: smaller ids keep their meaning; None if no tokenizer is extended.
 
+    For a plan it is 1, the smallest possible one, while the file is missing; see `extension_notes`.
+
     Raises:
-        DataError: the file is missing or is not a tokenizer.json.
+        DataError: the file is not a tokenizer.json.
     """
     extend = config.tokenizer.extend
-    return None if extend is None else vocab_size_of(extend.base)
+    if extend is None:
+        return None
+    return vocab_size_of(extend.base) if _exists(extend.base) else 1
+
+
+def require_extension(config: Config) -> None:
+    """Check, before training, that tokenizer.path extends tokenizer.extend.base, if there is such a table.
+
+    Raises:
+        DataError: it does not, or a file is missing.
+    """
+    if config.tokenizer.extend is not None:
+        extension_of(config.tokenizer.extend.base, config.tokenizer.path)
 
 
 def extension_notes(config: Config) -> Iterator[str]:
-    """Why a text without new tokens may have other ids than the base gives it, if the tokenizer extends another.
+    """What a plan says about [tokenizer.extend]: a missing base, or why a text may have other ids than the base gives.
 
     Raises:
         DataError: tokenizer.path does not extend tokenizer.extend.base, or one of both is no tokenizer.json.
     """
     path, extend = config.tokenizer.path, config.tokenizer.extend
-    if extend is not None and _exists(path):
+    if extend is not None and not _exists(extend.base):
+        yield (
+            f"tokenizer.extend.base does not exist yet: {extend.base}; until then, the number of its ids is unknown, "
+            "and the plan assumes the smallest possible one"
+        )
+    elif extend is not None and _exists(path):
         for note in extension_of(extend.base, path).notes:
             yield f"tokenizer.path: {note}, {extend.base}: texts without new tokens may get other ids than before"
 
@@ -52,10 +73,11 @@ def fingerprints_of_config(config: Config) -> tuple[str | None, str | None]:
     """The fingerprints of tokenizer.path, None if it does not exist yet, and of the base that it extends, if any.
 
     Raises:
-        DataError: a file is not a tokenizer.json, or the base is missing.
+        DataError: a file is not a tokenizer.json.
     """
     path, extend = config.tokenizer.path, config.tokenizer.extend
-    return fingerprint_of(path) if _exists(path) else None, None if extend is None else fingerprint_of(extend.base)
+    base = extend.base if extend is not None and _exists(extend.base) else None
+    return fingerprint_of(path) if _exists(path) else None, None if base is None else fingerprint_of(base)
 
 
 def _exists(path: str) -> bool:

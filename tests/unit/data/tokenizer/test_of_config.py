@@ -9,7 +9,7 @@ from training import changed, config_of, two_stages, write_languages
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, has_base_tokenizer, require_same_tokenizer
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
-from titan_cpt.data.tokenizer.of_config import vocab_size_of_config
+from titan_cpt.data.tokenizer.of_config import require_extension, vocab_size_of_config
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
 from titan_cpt.errors import CheckpointError, DataError
 
@@ -52,6 +52,16 @@ def test_a_file_that_does_not_extend_the_base_is_refused(run):
     (run.folder / "new.json").write_text(json.dumps(extended(base_spec())).replace('"a": 97', '"a": 300'))
     with pytest.raises(DataError, match="does not extend"):
         vocab_size_of_config(run())
+
+
+def test_a_plan_needs_no_base_and_training_does(run):
+    (run.folder / "base.json").unlink()
+    inventory = take_inventory(run("missing.json", dataset="en", add=40))
+    assert (inventory.base_vocab_size, inventory.vocab_size) == (1, 41)
+    assert [note for note in inventory.notes if note.startswith("tokenizer.extend.base does not exist yet: ")]
+    assert take_inventory(run()).vocab_size == 260
+    with pytest.raises(DataError, match=r"base\.json: No such file"):
+        require_extension(run())
 
 
 def test_an_extension_that_cuts_words_otherwise_is_noted(run):
