@@ -211,10 +211,13 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
             if each["tokenizer"] == found["tokenizer"] and extension
             else ""
         )
-        yield (
-            f"  {each['text']}: {each['tokens_per_word']:.3f} tokens/word, {each['bytes_per_token']:.3f} bytes/token "
-            f"with {each['tokenizer']}{used}"
-        )
+        ratios = f"{_ratio(each['tokens_per_word'])} tokens/word, {_ratio(each['bytes_per_token'])} bytes/token"
+        yield f"  {each['text']}: {ratios} with {each['tokenizer']}{used}"
+
+
+def _ratio(value: float | None) -> str:
+    """A ratio with three decimals; "-" if the text has no words or no tokens to divide by."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _quoted(tokens: Sequence[str]) -> str:

@@ -43,6 +43,12 @@ def run(*words):
     return ended.value.code
 
 
+def test_a_text_without_words_has_no_ratio(there, capsys):
+    (there / "empty.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    assert run("tokenizer", "inspect", there / "base.json", "--input", there / "empty.jsonl") == 0
+    assert "input: - tokens/word, - bytes/token with" in capsys.readouterr().out
+
+
 def test_the_command_writes_the_tokenizer_and_prints_fertility_before_and_after(there, capsys):
     options = [
         "--base",
