@@ -24,7 +24,7 @@ from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_release
 from titan_cpt.checkpoint.transformers_check import verify_against_transformers
-from titan_cpt.checkpoint.vocabulary.model_rows import NewValues, local_slices, write_rows
+from titan_cpt.checkpoint.vocabulary.model_rows import NewValues, write_rows
 from titan_cpt.checkpoint.vocabulary.new_rows import NewRows, load_vocabulary, require_old_rows
 from titan_cpt.checkpoint.vocabulary.vocabulary_rows import released_rows
 from titan_cpt.checkpoint.vocabulary.weak_row_report import only_non_finite, weak_row_lines
@@ -32,6 +32,8 @@ from titan_cpt.checkpoint.vocabulary.weak_rows import find_weak_rows
 from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_weights
 from titan_cpt.common.files import atomic_folder
 from titan_cpt.data.tokenizer.token_texts import TokenTexts
+from titan_cpt.distributed.process_group import raise_on_all_ranks
+from titan_cpt.distributed.weight_rows import local_slices
 from titan_cpt.errors import CheckpointError, DataError
 from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS
 from titan_cpt.models.registry import as_config_table
@@ -85,8 +87,9 @@ def load_released(
     else:
         require_old_rows(released.name, released.spec.vocab_size, new)
         text = f"{released.name}; {new.describe(spec.vocab_size, tied=spec.tied)}"
-        fill(model, released, spec, without=VOCABULARY_WEIGHTS)
-        load_vocabulary(model, released.read_file_rows, new, changes)
+        with raise_on_all_ranks():  # each rank reads the rows of its own shard
+            fill(model, released, spec, without=VOCABULARY_WEIGHTS)
+            load_vocabulary(model, released.read_file_rows, new, changes)
     if not first:
         return text
     own = released.resized(spec.vocab_size)  # with the RoPE of its config.json, which transformers reads

@@ -132,11 +132,16 @@ def has_base_tokenizer(weights: TrainingTokenizer | None, config: Config) -> boo
 
 
 def require_reset_with_new_rows(stage: str, *, keeps: bool) -> None:
-    """Raise if a stage keeps the optimizer state, although rows of new tokens are initialized at its start."""
+    """Check that a stage that initializes rows of new tokens at its start resets the optimizer state.
+
+    Raises:
+        CheckpointError: it keeps the state.
+    """
     if keeps:
         raise CheckpointError(
-            f"stages.{stage}.optimizer_state: its initial weights were trained with tokenizer.extend.base, so the "
-            'rows of the new tokens are initialized, and the kept moments would belong to other rows: set it to "reset"'
+            f"stages.{stage}.optimizer_state: its initial weights were trained with tokenizer.extend.base, or with an "
+            "unknown tokenizer, so the rows of the new tokens are initialized, and the kept moments would belong to "
+            'other rows: set it to "reset"'
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows of a weight as a parameter of their own, so that the optimizer updates them and no others."""
+"""Which rows of a weight a rank has, and rows as a parameter of their own, so that the optimizer updates no others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.distributed.float8 import local_values
+
+
+def local_slices(weight: Tensor) -> list[slice]:
+    """The part of the whole weight that this rank's shard is, as one slice for each dimension."""
+    if not isinstance(weight, DTensor):
+        return [slice(0, length) for length in weight.shape]
+    lengths, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return [slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)]
 
 
 class WeightRows:
@@ -25,13 +33,8 @@ class WeightRows:
     def __init__(self, name: str, weight: Tensor, rows: tuple[int, int]) -> None:
         self.name = name
         self.weight = weight
-        length, offset = weight.shape[0], 0
-        if isinstance(weight, DTensor):
-            lengths, offsets = compute_local_shape_and_global_offset(
-                weight.shape, weight.device_mesh, weight.placements
-            )
-            length, offset = lengths[0], offsets[0]
-        self.first, self.stop = (max(0, min(length, row - offset)) for row in rows)
+        here = local_slices(weight)[0]
+        self.first, self.stop = (max(0, min(here.stop, row) - here.start) for row in rows)
         self.parameter = nn.Parameter(self.of(local_values(weight)))
 
     def of(self, local: Tensor) -> Tensor:

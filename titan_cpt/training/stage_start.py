@@ -31,6 +31,7 @@ from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, 
 from titan_cpt.common.weights.partition import partition_of_recipe
 from titan_cpt.common.weights.patterns import short_list
 from titan_cpt.distributed.float8 import refresh_scales
+from titan_cpt.distributed.process_group import raise_on_all_ranks
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS
 from titan_cpt.models.spec import Rope
@@ -162,7 +163,8 @@ def _load(state: TrainerState, stage: StagePlan, rows: InitialRows) -> tuple[str
     changes = rows.of_checkpoint(source)
     if new is not None:
         load_state(source.folder, state.model, None, average=source.average, without=VOCABULARY_WEIGHTS)
-        load_vocabulary(state.model, read_checkpoint(source), new, changes)
+        with raise_on_all_ranks():  # each rank reads the rows of its own shard
+            load_vocabulary(state.model, read_checkpoint(source), new, changes)
         made = new.describe(stage.spec.vocab_size, tied=stage.spec.tied)
         return "; ".join([f"from {source}", made, *notes]), rows.findings
     anew: list[str] = []

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_cpt.checkpoint.state_dict import master_weights
 from titan_cpt.distributed.float8 import local_values
+from titan_cpt.distributed.weight_rows import local_slices
 
 
 class NewValues(NamedTuple):
@@ -24,14 +23,6 @@ class NewValues(NamedTuple):
 
     ids: Tensor
     values: Tensor
-
-
-def local_slices(weight: Tensor) -> list[slice]:
-    """The part of the whole weight that this rank's shard is."""
-    if not isinstance(weight, DTensor):
-        return [slice(0, length) for length in weight.shape]
-    lengths, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return [slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True)]
 
 
 @torch.no_grad()

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.checkpoint_spec import spec_of_checkpoint
 from titan_cpt.checkpoint.state_dict import master_weights
-from titan_cpt.checkpoint.vocabulary.model_rows import NewValues, local_slices
+from titan_cpt.checkpoint.vocabulary.model_rows import NewValues
 from titan_cpt.checkpoint.vocabulary.vocabulary_rows import stored_rows
 from titan_cpt.common.weights.named_weights import NamedWeights
 from titan_cpt.common.weights.new_rows import NewRowsKind, describe_new_rows
 from titan_cpt.distributed.float8 import local_values
+from titan_cpt.distributed.weight_rows import local_slices
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS
 
