@@ -376,7 +376,7 @@ def _lacks_final_newline(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def source_curves(line: Mapping[str, Any]) -> dict[str, float]:
+def table_curves(line: Mapping[str, Any]) -> dict[str, float]:
     """A `train` line's tables under their names in TensorBoard.
 
     These are train_by_source/X and replay_by_source/X, and the learning rates lr_by_group/PATTERN, with "all" for `*`,

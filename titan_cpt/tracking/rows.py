@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titan_cpt.common.metrics_file import parse_line, source_curves
+from titan_cpt.common.metrics_file import parse_line, table_curves
 from titan_cpt.common.planned_tokens import PlannedTokens
 from titan_cpt.common.run_folder import METRICS_FILE, PLAN_FILE
 from titan_cpt.common.weights.named_weights import AVERAGE, suffix_of
@@ -130,7 +130,7 @@ class RowReader:
             values["data/stage"] = self._stage_number.get(line["stage"])
             if "memory_active_gib" in line:
                 values["memory/max_reserved(GiB)"] = line.get("memory_gib")
-            return values | source_curves(line)
+            return values | table_curves(line)
         if line["kind"] == "validation":
             if line.get("measured_again"):
                 return {}

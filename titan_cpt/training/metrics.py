@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from titan_cpt.common.gpus import peak_flops_of
-from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics, source_curves
+from titan_cpt.common.metrics_file import Metrics, baseline_losses, open_metrics_file, read_metrics, table_curves
 from titan_cpt.common.run_folder import METRICS_FILE
 from titan_cpt.common.version import own_version
 
@@ -232,7 +232,7 @@ class MetricsLog:
             self._write({**line, "batch_hash": batch_hash})
             self._scalars(line["run_step"], {f"train/{key}": line[key] for key in ("loss_nats_per_token", "grad_norm")})
             self._scalars(line["run_step"], {"train/lr": line["lr"], "data/replayed_tokens": line["replayed_tokens"]})
-            self._scalars(line["run_step"], source_curves(line))
+            self._scalars(line["run_step"], table_curves(line))
         if lines[-1]["stage"] in self._stage_numbers:
             self._scalars(lines[-1]["run_step"], {"data/stage": self._stage_numbers[lines[-1]["stage"]]})
         points = {f"throughput/{key}": value for key, value in shared.items() if key != "memory_active_gib"}

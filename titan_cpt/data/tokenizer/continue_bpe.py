@@ -53,12 +53,7 @@ def continued_merges(
     for whole, number in words:
         split.append(list(whole))
         frequency.append(number)
-    counts: dict[Pair, int] = defaultdict(int)
-    places: dict[Pair, set[int]] = defaultdict(set)
-    for place, ids in enumerate(split):
-        for pair in itertools.pairwise(ids):
-            counts[pair] += frequency[place]
-            places[pair].add(place)
+    counts, places = _count_pairs(split, frequency)
     queue = [(-number, pair) for pair, number in counts.items()]
     heapq.heapify(queue)
     known, written = {*texts.values()}, dict(texts)
@@ -91,6 +86,17 @@ def continued_merges(
                 counts.pop(each)
                 places.pop(each, None)
     return merges
+
+
+def _count_pairs(split: list[list[int]], frequency: list[int]) -> tuple[dict[Pair, int], dict[Pair, set[int]]]:
+    """How often each pair of adjacent ids occurs in the text, and the places of the words that have it."""
+    counts: dict[Pair, int] = defaultdict(int)
+    places: dict[Pair, set[int]] = defaultdict(set)
+    for place, ids in enumerate(split):
+        for pair in itertools.pairwise(ids):
+            counts[pair] += frequency[place]
+            places[pair].add(place)
+    return counts, places
 
 
 def _merge_in(

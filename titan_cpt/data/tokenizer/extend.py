@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,41 +135,26 @@ def extended_tokenizer(
     """
     spec, numbers = require_bpe(base)
     library = library_tokenizer(spec, base)
-    counter = WordCounter(spec, library)
-    size = 0
-    for text in texts:
-        counter.add(text)
-        size += len(text.encode())
-    log(f"{len(counter.counts):,} distinct words in {size:,} bytes of text")
+    counts = _count_words(WordCounter(spec, library), texts, log)
     model = library.model
-    split = {word: [piece.id for piece in model.tokenize(word)] for word in counter.counts}
-    unknown = spec["model"].get("unk_token")
-    names = {token["content"] for token in spec.get("added_tokens") or []} | {unknown}
-    plain = {
-        number: token for token, number in numbers.items() if token not in names and not BYTE_NAME.fullmatch(token)
-    }
+    split = {word: [piece.id for piece in model.tokenize(word)] for word in counts}
+    plain = _mergeable(spec, numbers)
     first_id = max(numbers.values()) + 1
-    characters = dict(enumerate(_characters_to_add(spec, numbers, counter.counts)[:add], first_id))
+    characters = dict(enumerate(_characters_to_add(spec, numbers, counts)[:add], first_id))
+    known = model
     if characters:
         log(f"{len(characters):,} characters that are several bytes to the base become tokens")
         vocab = {**spec["model"]["vocab"], **{character: number for number, character in characters.items()}}
-        with_characters = library_tokenizer(
-            _with_added_tokens({**spec, "model": {**spec["model"], "vocab": vocab}}), base
-        )
-    known = with_characters.model if characters else model
+        with_characters = _with_added_tokens({**spec, "model": {**spec["model"], "vocab": vocab}})
+        known = library_tokenizer(with_characters, base).model
 
     def is_split_so(text: str, pieces: tuple[int, ...]) -> bool:
         return [piece.id for piece in model.tokenize(text)] == [*pieces]
 
     takes_whole_words = bool(spec["model"].get("ignore_merges"))
-    words = (
-        (ids[start : start + _LONGEST], count)
-        for word, count in sorted(counter.counts.items())
-        for ids in [[piece.id for piece in known.tokenize(word)] if characters else split[word]]
-        for start in range(0, len(ids), _LONGEST)
-    )
+    begun = {word: [piece.id for piece in known.tokenize(word)] for word in counts} if characters else split
     merges = continued_merges(
-        words,
+        _short_words(begun, counts),
         {**plain, **characters},
         add - len(characters),
         first_id=first_id + len(characters),
@@ -183,9 +168,32 @@ def extended_tokenizer(
             "more text"
         )
     content, tokens = _with_merges(spec, numbers, plain, characters, merges)
-    made = Extended(content, characters, merges, tokens, len(counter.counts))
-    _check(made, [word for word, _ in counter.counts.most_common(_CHECKED_WORDS)], split, base)
+    made = Extended(content, characters, merges, tokens, len(counts))
+    _check(made, [word for word, _ in counts.most_common(_CHECKED_WORDS)], split, base)
     return made
+
+
+def _short_words(split: Mapping[str, list[int]], counts: Mapping[str, int]) -> Iterator[tuple[list[int], int]]:
+    """The ids of each word and how often it occurs, in the order of the words; long words in several parts."""
+    for word, count in sorted(counts.items()):
+        ids = split[word]
+        for start in range(0, len(ids), _LONGEST):
+            yield ids[start : start + _LONGEST], count
+
+
+def _count_words(counter: WordCounter, texts: Iterable[str], log: Callable[[str], None]) -> Counter[str]:
+    size = 0
+    for text in texts:
+        counter.add(text)
+        size += len(text.encode())
+    log(f"{len(counter.counts):,} distinct words in {size:,} bytes of text")
+    return counter.counts
+
+
+def _mergeable(spec: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[int, str]:
+    """The tokens that a merge can have as a part, by id: not added tokens, the unknown token and names of bytes."""
+    names = {token["content"] for token in spec.get("added_tokens") or []} | {spec["model"].get("unk_token")}
+    return {number: token for token, number in numbers.items() if token not in names and not BYTE_NAME.fullmatch(token)}
 
 
 def _characters_to_add(spec: Mapping[str, Any], numbers: Mapping[str, int], counts: Counter[str]) -> list[str]:

@@ -31,7 +31,6 @@ from titan_cpt.checkpoint.vocabulary.weak_row_report import (
 )
 from titan_cpt.checkpoint.vocabulary.weak_rows import WeakRows, find_weak_rows
 from titan_cpt.common.weights.named_weights import NamedWeights
-from titan_cpt.config.stages import StageConfig
 from titan_cpt.data.mixture import leaves
 from titan_cpt.data.token_uses import TokenUses, count_token_uses
 from titan_cpt.data.tokenizer.token_texts import TokenTexts
@@ -66,7 +65,7 @@ class InitialRows:
         self.findings = RowFindings()
         self._state = state
         self._stage = stage
-        self._policy = "mean" if stage.recipe.get("weak_rows") == "mean" else _stage_config(state, stage).weak_rows
+        self._policy = next(each.weak_rows for each in state.config.stages if each.name == stage.name)
         self._skipped = not isinstance(stage.init, str) or (quiet and self._policy != "mean")
 
     def of_release(self, released: ReleasedModel) -> Mapping[str, NewValues]:
@@ -174,7 +173,3 @@ class InitialRows:
             ids = torch.from_numpy(np.concatenate((weak.ids, added)))
             changes[name] = NewValues(ids, rows.mean(name, weak.healthy))
         return changes
-
-
-def _stage_config(state: TrainerState, stage: StagePlan) -> StageConfig:
-    return next(each for each in state.config.stages if each.name == stage.name)

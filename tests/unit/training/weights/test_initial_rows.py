@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import training
+from extensions import base_spec, extended
 from releases import SPECS, release
 from safetensors.torch import load_file, save_file
 
@@ -17,8 +18,6 @@ from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.planning.plan import StageCheckpoint
 from titan_cpt.training.stage_start import begin_stage, load_initial
 from titan_cpt.training.weights.initial_rows import InitialRows, RowFindings
-
-from ...data.tokenizer.test_extension import base_spec, extended
 
 pytestmark = training.THEIR_WARNINGS_IGNORED
 
