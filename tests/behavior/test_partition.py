@@ -7,6 +7,7 @@ import training
 from extended import BASE_VOCABULARY as B
 from training import Fault, built_trainer, config_of, train
 
+from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.train import run_to_end
 from titan_cpt.training.stage_start import begin_stage
@@ -91,6 +92,15 @@ def test_a_run_that_was_killed_equals_an_unbroken_one(raw, unbroken, folder, ste
     assert training.numbers_of(run) == training.numbers_of(unbroken)
     for part in ("model", "optimizer"):
         assert training.same_bits(end_of(run, "all", part), end_of(unbroken, "all", part))
+
+
+def test_a_model_card_says_what_each_stage_trained(unbroken, folder):
+    export(unbroken / "all" / "step-00000004", folder / "exported", dtype="float32", log=lambda line: None)
+    card = (folder / "exported" / "README.md").read_text()
+
+    assert "\n- rows trained only `embedding.new`, `head.new`\n- rows: 3 x the learning rate for `head.new`\n" in card
+    assert "2 x the learning rate for `head.new`" in card
+    assert "- english trained" not in card
 
 
 def test_lines_have_the_learning_rate_of_every_pattern(unbroken):

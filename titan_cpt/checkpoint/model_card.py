@@ -22,6 +22,7 @@ from titan_cpt.checkpoint.provenance import (
 from titan_cpt.common.batch_sizes import BatchSizes
 from titan_cpt.common.metrics_file import read_metrics
 from titan_cpt.common.weights.named_weights import NamedWeights, suffix_of
+from titan_cpt.common.weights.partition import LR_SCALE, TRAINABLE
 from titan_cpt.data.tokenizer.tokenizer import Tokenizer
 from titan_cpt.errors import DataError
 from titan_cpt.models.spec import ModelSpec
@@ -162,7 +163,20 @@ def _stages(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> str:
     batch = ", ".join(f"{text} ({', '.join(names)})" if len(batches) > 1 else text for text, names in batches.items())
     optimizers = dict.fromkeys(recipe.get(f"stages.{stage.name}.{OPTIMIZER_NAME}", "AdamW") for stage in history)
     clipping = f"gradients clipped at {recipe['training.max_norm']:g}, {' and '.join(optimizers)}."
-    return "\n".join([*rows, "", f"Batches of {batch}, {clipping}"])
+    return "\n".join([*rows, "", f"Batches of {batch}, {clipping}", *_trained_parts(recipe, history)])
+
+
+def _trained_parts(recipe: Mapping[str, Any], history: Sequence[TrainedStage]) -> list[str]:
+    """A list of the stages that did not train all weights alike; nothing without one."""
+    found = []
+    for stage in history:
+        trained, scales = (recipe.get(f"stages.{stage.name}.{key}") for key in (TRAINABLE, LR_SCALE))
+        if trained is not None:
+            found.append(f"- {stage.name} trained only {', '.join(f'`{pattern}`' for pattern in trained)}")
+        if scales is not None:
+            factors = ", ".join(f"{factor:g} x the learning rate for `{name}`" for name, factor in scales.items())
+            found.append(f"- {stage.name}: {factors}")
+    return ["", *found] if found else []
 
 
 def _batch(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[BatchSizes, int]:

@@ -45,7 +45,9 @@ class TrainingTokenizer:
 
     def is_that_of(self, path: str) -> bool:
         """Whether the tokenizer at `path` gives the same ids."""
-        return self.fingerprint == fingerprint_of(path) or (self.ids is not None and self.ids == ids_fingerprint(path))
+        if self.ids is None or self.fingerprint == fingerprint_of(path):
+            return self.fingerprint == fingerprint_of(path)
+        return self.ids in (ids_fingerprint(path), ids_fingerprint(path, as_written=True))
 
     def as_record(self) -> dict[str, str | None]:
         """The entry in the manifest of an imported model or a merge, which `tokenizer_of_manifest` reads."""
@@ -111,11 +113,20 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
         f"the weights of {init} were trained with another tokenizer (fingerprint {weights.fingerprint[:12]} by "
         f"{weights.where}) than tokenizer.path = {path!r} (fingerprint {fingerprint_of(path)[:12]})"
     )
+    if extend is not None:
+        mismatch += (
+            f" and than tokenizer.extend.base = {extend.base!r} (fingerprint {fingerprint_of(extend.base)[:12]})"
+        )
     if config.tokenizer.allow_mismatch:
         return f"{mismatch}, {_ALLOWED}"
+    remedy = "Extend theirs, name it in tokenizer.extend.base, and prepare the data with the extension"
+    if extend is None:
+        remedy = (
+            "Set tokenizer.path to their tokenizer and prepare the data with it; if tokenizer.path extends theirs, name "
+            "theirs in tokenizer.extend.base"
+        )
     raise CheckpointError(
-        f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. Set tokenizer.path to their tokenizer and "
-        "prepare the data with it; if tokenizer.path extends theirs, name theirs in tokenizer.extend.base; or set "
+        f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. {remedy}; or set "
         "tokenizer.allow_mismatch = true to train anyway"
     )
 

@@ -113,10 +113,15 @@ def _extend(options: argparse.Namespace) -> dict[str, Any]:
                 f"command line: --{name} is missing; extend takes a config with [tokenizer.extend], or --base FILE "
                 "--input TEXT... --add N --output FILE"
             )
-    texts = {"input": options.input, **({"compare": options.compare} if options.compare else {})}
+    texts = {"input": options.input, **_compared(options)}
     return _extended(
         options, options.base, options.add, options.output, texts, dict.fromkeys(texts, options.text_field)
     )
+
+
+def _compared(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The texts of --compare by what is printed of them: each on its own, as a mean over two languages says nothing."""
+    return {f"compare {text}": [text] for text in options.compare}
 
 
 def _extend_of_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,8 +145,8 @@ def _extend_of_config(options: argparse.Namespace) -> dict[str, Any]:
     }
     texts = {name: list(sources[name].text) for name in sorted(sources, key=lambda name: name != extend.dataset)}
     fields = {name: source.text_field for name, source in sources.items()}
-    if options.compare:
-        texts["compare"], fields["compare"] = options.compare, options.text_field
+    texts |= _compared(options)
+    fields |= dict.fromkeys(_compared(options), options.text_field)
     return _extended(options, extend.base, extend.add, Path(config.tokenizer.path), texts, fields)
 
 
@@ -197,13 +202,13 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     size, fingerprint = found["vocab_size"], found["fingerprint"]
     yield f"{found['tokenizer']}: {found['model']}, {size:,} ids, fingerprint {fingerprint[:12]}"
     yield f"  pre-tokenizer: {found['pre_tokenizer']}; normalizer: {found['normalizer']}"
-    yield f"  end of document: {found['end_of_document']}; begin of document: {found['begin_of_document']}"
+    yield f"  end of document: {found['end_of_document']}; begin of document: {found['begin_of_document'] or 'none'}"
     extension = found.get("extends")
     if extension is not None:
         tokens = extension["new_tokens"]
         yield f"  extends {extension['base']}: ids {extension['base_vocab_size']:,} to {size - 1:,} are new"
-        yield f"  first: {_quoted(tokens[:_SHOWN_TOKENS])}"
-        yield f"  longest: {_quoted(sorted(tokens, key=len, reverse=True)[:_SHOWN_TOKENS])}"
+        yield f"  first new tokens: {_quoted(tokens[:_SHOWN_TOKENS])}"
+        yield f"  longest new tokens: {_quoted(sorted(tokens, key=len, reverse=True)[:_SHOWN_TOKENS])}"
         yield from (f"  note: {note}" for note in extension["notes"])
     for each in found["fertility"]:
         used = (

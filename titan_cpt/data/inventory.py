@@ -384,6 +384,8 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
     """
     expected, accepted = fingerprints_of_config(config)
     expected_of = f"tokenizer.path = {config.tokenizer.path!r}"
+    extend = config.tokenizer.extend
+    base = "" if extend is None else f", that of tokenizer.extend.base = {extend.base!r} is {(accepted or '')[:12]}"
     records: dict[tuple[str, str], list[TokenizerProvenance | None]] = {}
     for each in present:
         records[each.source, each.key] = (
@@ -399,8 +401,9 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
                 own = (expected or accepted or "")[:12]
                 raise DataError(
                     f"{each.where}: was made with another tokenizer: {made.record} records {made.vocab_size} ids "
-                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {own}. "
-                    "Set tokenizer.path to the one that made it, or prepare the data again"
+                    f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {own}{base}. "
+                    f"Set tokenizer.{'path' if extend is None else 'extend.base'} to the one that made it, or prepare "
+                    "the data again"
                 )
             if made.add_bos != config.tokenizer.add_bos:
                 has, have = ("has", "true") if made.add_bos else ("does not have", "false")

@@ -186,7 +186,7 @@ def _partitions(plan: Plan) -> Iterator[str]:
     """A line for every stage that does not train all weights alike."""
     for stage in plan.stages:
         if stage.partition is not None:
-            yield f"{stage.name} trains {stage.partition.description}"
+            yield f"stage {stage.name} trains {stage.partition.description}"
 
 
 def _pulls(plan: Plan) -> Iterator[str]:

@@ -29,6 +29,8 @@ def summarize(folder: Path) -> dict[str, Any]:
 
     Losses are in nats per token. Keys of a stage:
         before, after: loss of each dataset at step 0 and at the last validation, which is that of step `measured_at`.
+        bits_per_byte_before, bits_per_byte: the same in bits per byte, which compare across tokenizers.
+        has_new_rows: whether the stage begins with rows for new tokens, as its plan says.
         left_at, forgetting: of datasets that are not new in the stage: the loss when training on the dataset last
             ended, and after - left_at.
         adaptation: loss after the stage of each dataset that is new in it.
@@ -70,6 +72,7 @@ def _stage_summary(run: RunLog, stage: Mapping[str, Any]) -> dict[str, Any]:
     losses, measured_at = _losses(run, stage, validations)
     return {
         "name": name,
+        "has_new_rows": stage.get("new_rows") is not None,
         "steps": stage["steps"],
         "steps_done": done,
         "is_begun": bool(trains or validations or checkpoints),
@@ -115,6 +118,9 @@ def _losses(
         "after": {d: line["loss_nats_per_token"] for d, line in after.items()},
         "bits_per_byte": {
             d: line["bits_per_byte"] for d, line in after.items() if line.get("bits_per_byte") is not None
+        },
+        "bits_per_byte_before": {
+            d: line["bits_per_byte"] for d, line in before.items() if line.get("bits_per_byte") is not None
         },
         "final_loss": {d: loss for d, loss in final.items() if loss is not None},
         "forgetting": known,
@@ -169,10 +175,21 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
             text = f"{summary['name']}, stage {stage['name']}: not begun, {stage['steps']:,} steps planned"
             console.print(escape(text), style="bold", highlight=False)
     console.print(_LEGEND)
+    for stage in summary["stages"]:
+        if stage["has_new_rows"] and stage["bits_per_byte_before"]:
+            console.print(_new_rows_text(stage), highlight=False)
     if any(stage["not_comparable"] for stage in summary["stages"]):
         console.print("* measured on other validation data or windows than the loss after it: not comparable")
     for problem in summary["problems"]:
         console.print(f"[yellow]note[/] {escape(problem)}", highlight=False)
+
+
+def _new_rows_text(stage: Mapping[str, Any]) -> str:
+    bits = ", ".join(f"{name} {value:.3f}" for name, value in sorted(stage["bits_per_byte_before"].items()))
+    return escape(
+        f"new tokens since stage {stage['name']}: losses in nats per token do not compare with those of the original "
+        f"tokenizer, bits per byte do; at step 0 of the stage: {bits}"
+    )
 
 
 def narrowed(make_table: Callable[[bool], Table], console: Console) -> Table:

@@ -20,7 +20,7 @@ from training import two_stages as two_stages_of
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_export import export
 from titan_cpt.checkpoint.hf_import import import_released
-from titan_cpt.checkpoint.tokenizer_check import tokenizer_of_manifest
+from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_manifest
 from titan_cpt.cli import main
 from titan_cpt.data.tokenizer.ids_fingerprint import byte_tokenizer_json, ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
@@ -239,6 +239,30 @@ def test_a_tokenizer_that_gives_the_same_ids_is_the_same(there, tmp_path):
     assert tokenizer_of_manifest(manifest.read(tmp_path / "imported"), tmp_path).is_that_of("bytes")
     assert fingerprint_of(str(again)) != fingerprint_of(str(there / "other.json"))
     assert ids_fingerprint(str(again)) == ids_fingerprint(str(there / "other.json")) != ids_fingerprint("bytes")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}]},
+        {"type": "Metaspace", "replacement": "_", "add_prefix_space": True},
+        {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"},
+        {"type": "Metaspace", "replacement": "_", "add_prefix_space": False, "prepend_scheme": "never"},
+    ],
+)
+def test_defaults_that_the_library_writes_into_a_file_change_no_ids(written, tmp_path):
+    """As save_pretrained does with GPT-NeoX's tokenizer.json; imports of before recorded the file as it is written."""
+    spec = byte_tokenizer_json(256) | {"pre_tokenizer": written, "decoder": None}
+    path, again = tmp_path / "old.json", tmp_path / "again.json"
+    path.write_text(json.dumps(spec))
+    tokenizers.Tokenizer.from_file(str(path)).save(str(again))
+
+    assert json.loads(again.read_text())["pre_tokenizer"] != written
+    assert ids_fingerprint(str(again)) == ids_fingerprint(str(path))
+    recorded = ids_fingerprint(str(again), as_written=True)
+    assert recorded != ids_fingerprint(str(path), as_written=True)
+    assert TrainingTokenizer("import", "0", recorded).is_that_of(str(again))
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,17 @@ def test_the_table_shows_the_numbers_of_a_stage(run):
     assert "640" in text
 
 
+def test_a_stage_with_new_tokens_shows_the_bits_per_byte_that_it_began_with(run):
+    """Two bits a nat in these lines; a stage without new tokens has no such line."""
+    lines = [validation_line("a", 0, "old", 3.125), validation_line("a", 10, "old", 3.5, 0.25)]
+    stage = stage_of("a", 10, "new")
+    text = " ".join(shown(run([{**stage, "new_rows": {"kind": "mean"}}], lines)).split())
+
+    assert "new tokens since stage a: losses in nats per token do not compare" in text
+    assert "at step 0 of the stage: old 6.250" in text
+    assert "new tokens" not in shown(run([stage], lines))
+
+
 def test_a_terminal_of_80_columns_shows_every_number_of_a_table(run):
     """Without borders, with short token counts; a name that does not fit continues on the next line."""
     name = "a_dataset_with_a_long_name"

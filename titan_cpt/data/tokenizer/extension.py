@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from titan_cpt.data.tokenizer.ids_fingerprint import with_same_ids
 from titan_cpt.data.tokenizer.special_tokens import kind_of, merges_of, model_vocab
 from titan_cpt.data.tokenizer.tokenizer import load_tokenizer, read_tokenizer
 from titan_cpt.errors import DataError, how_to_install
@@ -134,7 +135,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = [
         f"its {part} is not that of the base"
         for part in ("normalizer", "pre_tokenizer")
-        if old.get(part) != new.get(part)
+        if with_same_ids(old.get(part)) != with_same_ids(new.get(part))
     ]
     if kind_of(old["model"]) != kind_of(new["model"]):
         found.append(f"its model is {kind_of(new['model'])}, that of the base {kind_of(old['model'])}")

@@ -19,11 +19,13 @@ from titan_cpt.errors import DataError
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
-def ids_fingerprint(path: str) -> str:
+def ids_fingerprint(path: str, *, as_written: bool = False) -> str:
     """SHA-256 over the vocabulary, merges, normalizer, pre-tokenizer and added tokens: equal where all ids are equal.
 
     Args:
         path: "bytes", a tokenizer.json, or the folder of one.
+        as_written: take the options of the pre-tokenizer as the file has them, as older imports recorded it: a file
+            that omits an option and one that states its default then differ.
 
     Raises:
         DataError: the file is missing or is not a tokenizer.json.
@@ -38,7 +40,7 @@ def ids_fingerprint(path: str) -> str:
         decisive = {
             "model": _model(spec["model"]),
             "normalizer": _without_nulls(spec.get("normalizer")),
-            "pre_tokenizer": _without_nulls(spec.get("pre_tokenizer")),
+            "pre_tokenizer": (_without_nulls if as_written else with_same_ids)(spec.get("pre_tokenizer")),
             "added_tokens": sorted(
                 [token["id"], token["content"], *(bool(token.get(flag)) for flag in _FLAGS)]
                 for token in spec.get("added_tokens") or []
@@ -68,6 +70,25 @@ def byte_tokenizer_json(eod_id: int) -> dict[str, Any]:
         "decoder": level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
+
+
+def with_same_ids(pre_tokenizer: Any) -> Any:
+    """One spelling of all pre-tokenizers that split alike: without defaults, offsets and the keys of older libraries.
+
+    The `tokenizers` library, and so transformers' save_pretrained, writes defaults that older files omit.
+    """
+    if isinstance(pre_tokenizer, list):
+        return [with_same_ids(each) for each in pre_tokenizer]
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    found = {key: with_same_ids(value) for key, value in pre_tokenizer.items() if value is not None}
+    if found.get("type") == "ByteLevel":
+        return {key: found[key] for key in found if key != "trim_offsets" and (key, found[key]) != ("use_regex", True)}
+    if found.get("type") == "Metaspace":
+        scheme = "always" if found.pop("add_prefix_space", True) else "never"
+        found.pop("str_rep", None)
+        return {"prepend_scheme": scheme, "split": True} | found
+    return found
 
 
 def _model(model: dict[str, Any]) -> dict[str, Any]:

@@ -49,4 +49,4 @@ def new_rows_lines(stages: Sequence[StagePlan]) -> Iterator[str]:
             number, padding = new.end - new.first, stage.spec.vocab_size - new.end
             condition = ", if the initial weights were trained with the base tokenizer" if new.if_of_base else ""
             described = describe_new_rows(new.kind, number, padding=padding, tied=stage.spec.tied)
-            yield f"vocabulary in {stage.name}: {described}{condition}"
+            yield f"stage {stage.name} starts with {described}{condition}"

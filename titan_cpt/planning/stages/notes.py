@@ -33,6 +33,7 @@ def stage_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
             peak = max(spanned.peak_lr for spanned in schedule_span(stage, stages))
             last_lr = _last_lr(stage.init, by_name)
             yield from _lr_changes(stage, peak=peak, last_lr=last_lr, earlier_peak=earlier_peak)
+            yield from _thawed(stage, by_name[stage.init.stage])
 
 
 def _diverging_peak(stage: StagePlan) -> Iterator[str]:
@@ -90,6 +91,18 @@ def _lr_changes(stage: StagePlan, *, peak: float, last_lr: float, earlier_peak: 
         yield (
             f"stages.{stage.name}.lr: stays at or below {last_lr:.3g}, the decayed LR of the stage before: little is "
             f"forgotten, and adaptation is slow; re-warm towards {earlier_peak:.3g} and decay again to adapt faster"
+        )
+
+
+def _thawed(stage: StagePlan, before: StagePlan) -> Iterator[str]:
+    """A note on weights that were frozen in the stage before, and meet the full LR in the first step of this one."""
+    if before.partition is None or stage.recipe.get("lr.warmup_until") != "0":
+        return
+    frozen = [name for name, parts in before.partition.parts.items() if not parts]
+    if frozen and (stage.partition is None or any(stage.partition.parts[name] for name in frozen)):
+        yield (
+            f"stages.{stage.name}.lr: begins at {stage.lr_at(0):.3g} without a warm-up, and trains weights that "
+            f"{before.name} left frozen, with new optimizer state: set warmup_until = 0.01"
         )
 
 

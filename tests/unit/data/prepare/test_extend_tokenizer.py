@@ -60,13 +60,15 @@ def test_the_command_writes_the_tokenizer_and_prints_fertility_before_and_after(
         "--output",
         there / "new.json",
     ]
-    assert run("tokenizer", "extend", *options, "--compare", there / "en.jsonl", "--json") == 0
+    assert run("tokenizer", "extend", *options, "--compare", there / "en.jsonl", there / "de.jsonl", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["vocab_size"], len(found["extends"]["new_tokens"])) == (287, 30)
     by_text = {(each["text"], each["tokenizer"] == str(there / "new.json")): each for each in found["fertility"]}
     assert by_text["input", False]["bytes_per_token"] == 1.0
     assert by_text["input", True]["bytes_per_token"] > 1.8
-    assert by_text["compare", True]["new_tokens"] < by_text["input", True]["new_tokens"]
+    english, german = (f"compare {there}/{name}.jsonl" for name in ("en", "de"))
+    assert by_text[english, True]["new_tokens"] < by_text["input", True]["new_tokens"]
+    assert by_text[german, True]["tokens_per_word"] == by_text["input", True]["tokens_per_word"]
     assert (
         run("tokenizer", "inspect", there / "new.json", "--base", there / "base.json", "--input", there / "en.jsonl")
         == 0

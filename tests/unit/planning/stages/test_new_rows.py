@@ -21,7 +21,7 @@ def test_new_rows_are_in_the_plan_the_json_and_the_recipe(head, make):
         None,
     ]
     assert (
-        "vocabulary in b: 43 new rows of embedding and head, each the mean of the old rows; 84 padding rows"
+        "stage b starts with 43 new rows of embedding and head, each the mean of the old rows; 84 padding rows"
         in text_of(plan)
     )
     assert plan.stages[1].recipe == {**plain.stages[1].recipe, "new_rows": "mean"}
@@ -35,8 +35,8 @@ def test_without_the_key_rows_of_weights_from_elsewhere_are_made_of_pieces_if_th
     text = head + stage("a", "pile", 20, init=f'"{init}"')
     plan = make(text, ("model.tie_embeddings", "true"), ("model.family", "llama"), **EXTENDED)
     assert (
-        "vocabulary in a: 43 new rows of the embedding (tied), each the mean of its pieces' rows; 84 padding rows: the "
-        "mean of the old rows, if the initial weights were trained with the base tokenizer" in text_of(plan)
+        "stage a starts with 43 new rows of the embedding (tied), each the mean of its pieces' rows; 84 padding rows: "
+        "the mean of the old rows, if the initial weights were trained with the base tokenizer" in text_of(plan)
     )
     assert "new_rows" not in plan.stages[0].recipe
     assert make(text).stages[0].new_rows is None

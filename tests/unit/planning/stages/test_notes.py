@@ -40,6 +40,19 @@ def test_a_jump_of_the_lr_without_warm_up_is_noted(notes):
     assert notes(("stages.second.lr.warmup_until", "2")) == ()
 
 
+def test_a_stage_without_a_warm_up_that_trains_what_was_frozen_before_is_noted(notes):
+    """The head alone, then everything at a lower LR; with a warm-up, or on the head again, there is no note."""
+    first = ("stages.first.trainable", '["head"]')
+    cold = ("stages.second.lr", '{ schedule = "cosine", max = 5e-4, warmup_until = 0 }')
+    constant = ("stages.first.lr", '{ schedule = "constant", max = 5e-4 }')
+    (note,) = notes(first, constant, cold)
+
+    assert note.startswith("stages.second.lr: begins at 0.0005 without a warm-up, and trains weights that first left")
+    assert notes(constant, cold) == ()
+    assert notes(first, constant, ("stages.second.lr.max", "5e-4")) == ()
+    assert notes(first, constant, cold, ("stages.second.trainable", '["head"]')) == ()
+
+
 def test_new_data_without_replay_is_noted(notes, one_stage):
     """A new dataset; not a stage on the same dataset, nor one with replay."""
     again = (
