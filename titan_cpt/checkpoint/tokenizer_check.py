@@ -211,7 +211,13 @@ def _check(config: Config, stage: StageConfig) -> str | None:
         return None
     if has_base_tokenizer(weights, config):
         require_reset_with_new_rows(stage.name, keeps=stage.optimizer_state == "keep")
-    return require_same_tokenizer(stage.name, init, weights, config)
+    note = require_same_tokenizer(stage.name, init, weights, config)
+    if stage.new_rows is not None and weights is not None and weights.is_that_of(config.tokenizer.path):
+        return (
+            f"the weights of {init} have rows for the new tokens already: new_rows = {stage.new_rows!r} replaces them; "
+            "remove it to keep them"
+        )
+    return note
 
 
 def _stages_begun(run: Path) -> int:

@@ -196,7 +196,8 @@ def _selects_nothing(
 ) -> str | None:
     """Why a pattern selects no weight and no rows; None if it does."""
     if tied and pattern.split(".")[0] == "head":
-        return "matches no weight: the head of this model is tied to the embedding, so write embedding"
+        shared = ".".join(["embedding", *pattern.split(".")[1:]])
+        return f"matches no weight: the head of this model is tied to the embedding, so write {shared!r} instead"
     if pattern not in NEW_ROWS:
         return None if any(matches(pattern, name) for name in sizes) else "matches no weight"
     if first_new_row is None:

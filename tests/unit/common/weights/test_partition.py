@@ -79,7 +79,8 @@ def test_of_several_patterns_the_one_with_the_most_components_decides():
         ),
         ({"lr_scale": {"blocks.7": 2}}, "lr_scale: 'blocks.7' matches no weight; there are"),
         ({"trainable": ["head.new"], "first_new_row": None}, "without [tokenizer] extend there are none"),
-        ({"trainable": ["head"], "tied": True}, "the head of this model is tied to the embedding"),
+        ({"trainable": ["head"], "tied": True}, "is tied to the embedding, so write 'embedding' instead"),
+        ({"trainable": ["head.new"], "tied": True}, "is tied to the embedding, so write 'embedding.new' instead"),
         (
             {"lr_scale": {"blocks.0-1": 2, "blocks.1": 3}},
             "lr_scale: 'blocks.1' = 3 and 'blocks.0-1' = 2 both match blocks.1.attention.weight",

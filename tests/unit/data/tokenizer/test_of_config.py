@@ -7,7 +7,12 @@ import pytest
 from extensions import base_spec, extended
 from training import changed, config_of, two_stages, write_languages
 
-from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, has_base_tokenizer, require_same_tokenizer
+from titan_cpt.checkpoint.tokenizer_check import (
+    TrainingTokenizer,
+    check_planned_tokenizers,
+    has_base_tokenizer,
+    require_same_tokenizer,
+)
 from titan_cpt.data.inventory import take_inventory
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.of_config import require_extension, vocab_size_of_config
@@ -102,6 +107,26 @@ def test_weights_of_the_base_and_of_the_extension_are_accepted(run, made_with, i
     assert (note is None) == (weights is not None)
     assert note is None or note.endswith("is unknown; assuming that it is " + str(run.folder / "base.json"))
     assert has_base_tokenizer(weights, run()) is is_base
+
+
+def test_the_plan_notes_that_rows_of_new_tokens_that_weights_have_are_replaced(run):
+    """Weights of the extension, with new_rows set; not those of the base, and not without the key."""
+    folder = run.folder / "released"
+    folder.mkdir()
+
+    def notes(tokenizer, **stage):
+        (folder / "tokenizer.json").write_bytes((run.folder / tokenizer).read_bytes())
+        raw = two_stages(run.folder, run.folder / "out")
+        raw["stages"] = [{**raw["stages"][0], "init": f"hf:{folder}", **stage}]
+        extend = {"base": str(run.folder / "base.json")}
+        config = config_of(changed(raw, tokenizer={"path": str(run.folder / "new.json"), "extend": extend}))
+        return list(check_planned_tokenizers(config))
+
+    (note,) = notes("new.json", new_rows="mean")
+    assert note.endswith(
+        "have rows for the new tokens already: new_rows = 'mean' replaces them; remove it to keep them"
+    )
+    assert notes("new.json") == notes("base.json", new_rows="mean") == []
 
 
 def test_weights_of_a_third_tokenizer_are_refused(run):
