@@ -402,8 +402,8 @@ def _records(config: Config, present: Iterable[_Present]) -> dict[tuple[str, str
                 raise DataError(
                     f"{each.where}: was made with another tokenizer: {made.record} records {made.vocab_size} ids "
                     f"and fingerprint {made.fingerprint[:12]}; the fingerprint of {expected_of} is {own}{base}. "
-                    f"Set tokenizer.path{'' if extend is None else ' or tokenizer.extend.base'} to the one that made it, or prepare "
-                    "the data again"
+                    f"Set tokenizer.path{'' if extend is None else ' or tokenizer.extend.base'} to the one that made "
+                    "it, or prepare the data again"
                 )
             if made.add_bos != config.tokenizer.add_bos:
                 has, have = ("has", "true") if made.add_bos else ("does not have", "false")
