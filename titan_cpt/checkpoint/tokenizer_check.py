@@ -122,8 +122,8 @@ def require_same_tokenizer(stage: str, init: str, weights: TrainingTokenizer | N
     remedy = "Extend theirs, name it in tokenizer.extend.base, and prepare the data with the extension"
     if extend is None:
         remedy = (
-            "Set tokenizer.path to their tokenizer and prepare the data with it; if tokenizer.path extends theirs, name "
-            "theirs in tokenizer.extend.base"
+            "Set tokenizer.path to their tokenizer and prepare the data with it; if tokenizer.path extends theirs, "
+            "name theirs in tokenizer.extend.base"
         )
     raise CheckpointError(
         f"stages.{stage}.init: {mismatch}: the same ids mean other tokens. {remedy}; or set "
