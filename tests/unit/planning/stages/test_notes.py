@@ -41,7 +41,7 @@ def test_a_jump_of_the_lr_without_warm_up_is_noted(notes):
 
 
 def test_a_stage_without_a_warm_up_that_trains_what_was_frozen_before_is_noted(notes):
-    """The head alone, then everything at a lower LR; with a warm-up, or on the head again, there is no note."""
+    """Only the head, then everything at the same LR; with a warm-up, or on the head again, there is no note."""
     first = ("stages.first.trainable", '["head"]')
     cold = ("stages.second.lr", '{ schedule = "cosine", max = 5e-4, warmup_until = 0 }')
     constant = ("stages.first.lr", '{ schedule = "constant", max = 5e-4 }')
