@@ -23,6 +23,7 @@ def input_notes(config: Config, inventory: DataInventory, spec: ModelSpec) -> It
         yield "this is the plan of the base config of a sweep; `titan-cpt sweep FILE --dry-run` lists its runs"
     yield from _without_validation(config)
     yield from _packing_of_validation(config)
+    yield from _other_extension(config, inventory)
     yield from _padding(config, inventory, spec)
     yield from _small_float8_layers(config, spec)
     if not spec.estimates_activations:
@@ -53,6 +54,17 @@ def _missing_files(config: Config, inventory: DataInventory) -> Iterator[str]:
         yield (
             f"{', '.join(inventory.unrecorded)}: the tokenizer of these tokens is not recorded (`prepare` writes it "
             f"into PREFIX.json); {config.tokenizer.path} is assumed"
+        )
+
+
+def _other_extension(config: Config, inventory: DataInventory) -> Iterator[str]:
+    """The extended tokenizer exists, with another number of further tokens than the config says."""
+    tokenizer, base, ids = config.tokenizer, inventory.base_vocab_size, inventory.vocab_size
+    add = tokenizer.extend.add if tokenizer.extend else None
+    if add is not None and base is not None and ids is not None and ids - base != add:
+        yield (
+            f"tokenizer.extend.add: is {add:,}, and {tokenizer.path} has {ids - base:,} further ids: that file exists, "
+            "so it is used as it is; name another path to make one"
         )
 
 

@@ -1,6 +1,11 @@
 """Notes on a config and its files; commands/test_plan.py has those on missing files."""
 
+import extended
 import pytest
+import training
+
+from titan_cpt.data.inventory import take_inventory
+from titan_cpt.planning.planner import make_plan
 
 TP = "parallelism.tensor_parallel_degree"
 
@@ -31,6 +36,19 @@ def test_a_vocabulary_padded_for_tensor_parallelism_is_noted(one_stage, make):
 
     assert any("512 rows, padded to 128 x tensor-parallel degree 2 (384 with degree 1)" in note for note in padded)
     assert not any("rows, padded" in note for note in (*fixed, *one_rank))
+
+
+@pytest.mark.parametrize(("add", "noted"), [(8, False), (9, True)])
+def test_another_number_of_further_tokens_than_the_tokenizer_has_is_noted(tmp_path, add, noted):
+    """The file has 8, and is used as it is."""
+    raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
+    raw["datasets"]["de"]["source"] = {"text": str(tmp_path / "de.txt")}
+    raw["tokenizer"] = extended.write_tokenizers(tmp_path)
+    raw["tokenizer"]["extend"] |= {"dataset": "de", "add": add}
+    config = training.config_of(raw)
+    notes = make_plan(config, take_inventory(config)).notes
+
+    assert any("extend.add: is 9, and" in note and "has 8 further ids" in note for note in notes) == noted
 
 
 L1B = {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "mlp_width": 5632}
