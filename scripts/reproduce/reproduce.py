@@ -341,12 +341,15 @@ def tables(tested: list[Claim], runs: Runs, unit: str = "nats per token") -> str
         cells = [_mean([end.losses[dataset] for end in ends if dataset in end.losses]) for dataset in datasets]
         cells += [_mean([end.average for end in ends]), _mean([end.forgetting for end in ends])]
         rows.append(f"| {name} | {' | '.join(cells)} | {len(ends)} |")
-    return "\n".join([*lines, "", *behind, "", *rows, ""])
+    return "\n".join([*lines, "", *behind, "", *(rows if runs else ["No run is finished."]), ""])
 
 
 def _row(claim: Claim, finding: Finding) -> str:
     error = "" if finding.error is None else f"{finding.error:.4f}"
-    rule = {"above": "> 0", "within": f"<= {finding.margin:.4f}", "level": f"+-{finding.margin:.4f}"}[finding.part.rule]
+    rule = "> 0"
+    if finding.part.rule != "above":
+        sign = "<= " if finding.part.rule == "within" else "+-"
+        rule = "" if math.isnan(finding.margin) else f"{sign}{finding.margin:.4f}"
     value = "" if math.isnan(finding.difference) else f"{finding.difference:+.4f}"
     cells = [claim.name, finding.part.what, value, error, rule, str(finding.seeds), finding.verdict]
     return f"| {' | '.join(cells)} |"

@@ -65,7 +65,7 @@ def offered(line, folder):
         ("tr", ["train", "track"]),
         ("plan m", ["mine.toml"]),
         ("plan mine.toml --wo", ["--world-size"]),
-        ("plan mine.toml --tr", ["--training."]),
+        ("plan mine.toml --tr", ["--trained-before", "--training."]),
         ("plan mine.toml --training.seq", ["--training.seq_len"]),
         ("train mine.toml --job.seed 3 --stages.", ["--stages.english.", "--stages.german."]),
         ("train --config mine.toml --stages.german.replay.fr", [f"--stages.german.replay.fr{end}" for end in ENDS]),
