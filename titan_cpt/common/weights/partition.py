@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_cpt.common.weights.patterns import NEW_ROWS, matches, short_list, specificity
+from titan_cpt.common.weights.patterns import NEW_ROWS, matches, short_list, specificity, with_range_ends
 
 TRAINABLE = "trainable"
 LR_SCALE = "lr_scale"
@@ -194,12 +194,15 @@ def partition_problems(
 def _selects_nothing(
     pattern: str, sizes: Mapping[str, tuple[int, ...]], *, first_new_row: int | None, tied: bool
 ) -> str | None:
-    """Why a pattern selects no weight and no rows; None if it does."""
+    """Why a pattern, or an end of its range, selects no weight and no rows; None if all of it does."""
     if tied and pattern.split(".")[0] == "head":
         shared = ".".join(["embedding", *pattern.split(".")[1:]])
         return f"matches no weight: the head of this model is tied to the embedding, so write {shared!r} instead"
     if pattern not in NEW_ROWS:
-        return None if any(matches(pattern, name) for name in sizes) else "matches no weight"
+        beyond = [each for each in with_range_ends(pattern) if not any(matches(each, name) for name in sizes)]
+        if not any(matches(pattern, name) for name in sizes):
+            return "matches no weight"
+        return f"is a range that ends where {beyond[0]!r} matches no weight" if beyond else None
     if first_new_row is None:
         return "selects the rows of new ids, and without [tokenizer] extend there are none"
     return None

@@ -40,6 +40,18 @@ def matches(pattern: str, name: str) -> bool:
     return all(_component_matches(one, other) for one, other in zip(wanted, found, strict=False))
 
 
+def with_range_ends(pattern: str) -> list[str]:
+    """The patterns of both ends of a pattern's ranges: `blocks.0` and `blocks.3` of `blocks.0-3`; without one, none."""
+    components = pattern.split(".")
+    bounds = [_RANGE.fullmatch(component) for component in components]
+    if not any(bounds):
+        return []
+    return [
+        ".".join(each if found is None else found[end] for each, found in zip(components, bounds, strict=True))
+        for end in (1, 2)
+    ]
+
+
 def specificity(pattern: str) -> int:
     """By how many components the pattern selects: of two that match, the one with more decides.
 

@@ -78,6 +78,10 @@ def test_of_several_patterns_the_one_with_the_most_components_decides():
             "trainable: 'embeding' matches no weight; there are embedding.weight, blocks.0-",
         ),
         ({"lr_scale": {"blocks.7": 2}}, "lr_scale: 'blocks.7' matches no weight; there are"),
+        (
+            {"lr_scale": {"blocks.1-99": 2}},
+            "lr_scale: 'blocks.1-99' is a range that ends where 'blocks.99' matches no weight; there are",
+        ),
         ({"trainable": ["head.new"], "first_new_row": None}, "without [tokenizer] extend there are none"),
         ({"trainable": ["head"], "tied": True}, "is tied to the embedding, so write 'embedding' instead"),
         ({"trainable": ["head.new"], "tied": True}, "is tied to the embedding, so write 'embedding.new' instead"),
