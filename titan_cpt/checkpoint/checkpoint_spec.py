@@ -17,6 +17,7 @@ from titan_cpt.models.spec import ModelSpec, Rope, RopeScaling
 
 ROPE_KEYS = ("model.rope_base", "model.rope_scaling")
 """The keys of a recipe that a stage's `rope` replaces."""
+_ROWS = "model.vocab_size"
 
 
 def model_recipe(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,10 +69,15 @@ def rope_change(old: Rope, new: Rope) -> str | None:
     return None if old == new else f"RoPE: {old} -> {new}"
 
 
-def rope_remedy(changed: Sequence[str]) -> Iterator[str]:
-    """What to do if a checkpoint and the config differ in RoPE; nothing if they do not."""
+def remedies_of(changed: Sequence[str]) -> Iterator[str]:
+    """What to do if a checkpoint and the config differ in RoPE or in the rows of the vocabulary; nothing otherwise."""
     if any(line.startswith(ROPE_KEYS) for line in changed):
         yield (
             "RoPE belongs to the weights: set it in [model] as they have it, or let the stage change it (context "
             "extension): rope = { base = ... } in its [[stages]], with kind if the scaling changes too"
+        )
+    if any(line.startswith(_ROWS) for line in changed):
+        yield (
+            f"the rows of the vocabulary belong to the weights: set {_ROWS} as they have it; if your tokenizer extends "
+            "theirs, name theirs in [tokenizer] extend = { base = ... }"
         )

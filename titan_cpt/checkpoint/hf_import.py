@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.checkpoint_spec import model_differences, rope_change, rope_remedy
+from titan_cpt.checkpoint.checkpoint_spec import model_differences, remedies_of, rope_change
 from titan_cpt.checkpoint.hf_release import ReleasedModel, open_released
 from titan_cpt.checkpoint.storage import ShardReader, without_dist_warning
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_release
@@ -109,7 +109,7 @@ def _require_same_model(released: ReleasedModel, spec: ModelSpec, new_rope: Coll
                     f"{released.name}: is not the model that the config describes:",
                     *changed,
                     f"It is\n    {table}",
-                    *rope_remedy(changed),
+                    *remedies_of(changed),
                 ]
             )
         )

@@ -11,9 +11,9 @@ from titan_cpt.checkpoint.averages import require_same_averaging, require_weight
 from titan_cpt.checkpoint.checkpoint_spec import (
     model_differences,
     model_recipe,
+    remedies_of,
     rope_change,
     rope_of_checkpoint,
-    rope_remedy,
     spec_of_checkpoint,
 )
 from titan_cpt.checkpoint.hf_import import load_released
@@ -238,7 +238,7 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[s
     changed = model_differences(model_recipe(record), planned, _new_rope(stage))
     if changed:
         raise CheckpointError(
-            "\n  ".join([f"{folder}: its model differs from the config's: {'; '.join(changed)}", *rope_remedy(changed)])
+            "\n  ".join([f"{folder}: its model differs from the config's: {'; '.join(changed)}", *remedies_of(changed)])
         )
     init = stage.init if isinstance(stage.init, str) else f"stage:{stage.init.stage}{suffix_of(weights.average)}"
     note = require_same_tokenizer(stage.name, init, tokenizer, state.config)

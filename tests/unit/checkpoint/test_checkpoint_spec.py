@@ -7,9 +7,9 @@ import pytest
 from titan_cpt.checkpoint.checkpoint_spec import (
     model_differences,
     model_recipe,
+    remedies_of,
     rope_change,
     rope_of_checkpoint,
-    rope_remedy,
     spec_of_checkpoint,
 )
 from titan_cpt.errors import CheckpointError
@@ -50,6 +50,8 @@ def test_only_keys_that_a_stage_sets_may_differ():
     assert model_differences(spec.as_recipe(), other.as_recipe(), ["model.rope_base", *scaling]) == []
     assert model_differences(spec.as_recipe(), other.as_recipe(), scaling) == ["model.rope_base: 10000.0 -> 500.0"]
     assert model_differences({}, {"model.rope_scaling": None}) == []
-    assert list(rope_remedy(["model.layers: 2 -> 3"])) == []
-    assert len(list(rope_remedy(["model.rope_base: 1.0 -> 2.0"]))) == 1
+    assert list(remedies_of(["model.layers: 2 -> 3"])) == []
+    assert len(list(remedies_of(["model.rope_base: 1.0 -> 2.0"]))) == 1
+    (rows,) = remedies_of(["model.layers: 2 -> 3", "model.vocab_size: 50304 -> 52352"])
+    assert "set model.vocab_size as they have it" in rows
     assert rope_change(spec.rope, spec.rope) is None
