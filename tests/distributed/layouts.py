@@ -132,7 +132,10 @@ def _tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
 def _start_from_weak_rows(trainer: Trainer, checkpoint: Path) -> None:
     """Begin with the weights of a checkpoint, weak rows replaced, and save them as `MENDED`."""
     stage = trainer.plan.stages[0]
-    load_initial(trainer, replace(stage, init=f"checkpoint:{checkpoint}", recipe={**stage.recipe, "weak_rows": "mean"}))
+    first, *others = trainer.config.stages
+    tables = (first.model_copy(update={"weak_rows": "mean"}), *others)
+    mending = replace(trainer, config=trainer.config.model_copy(update={"stages": tables}))
+    load_initial(mending, replace(stage, init=f"checkpoint:{checkpoint}"))
     save_checkpoint(trainer, stage, 3, INTERVAL)
     trainer.checkpoints.wait()
 

@@ -30,10 +30,10 @@ def add_tokenizer(subparsers: Subparsers) -> None:
         "weights and token files still fit. inspect prints what a tokenizer is. Both print its fertility: tokens per "
         "word (a part between white space) and bytes per token.",
         usage="extend CONFIG [options] [--table.key VALUE ...]\n"
-        "       titan-cpt tokenizer extend --base FILE --input TEXT [TEXT ...] --add N --output FILE [options]\n"
+        "       titan-cpt tokenizer extend --base FILE --input TEXT --add N --output FILE\n"
         "       titan-cpt tokenizer inspect FILE [options]",
-        example="titan-cpt tokenizer extend --base old.json --input 'german/*.jsonl' --add 8192 --output new.json\n"
-        "titan-cpt tokenizer inspect new.json --base old.json --input german.jsonl",
+        example="titan-cpt tokenizer extend --base a.json --input a.txt --add 99 --output b.json\n"
+        "titan-cpt tokenizer inspect b.json --base a.json --input a.txt",
         takes_overrides=True,
     )
     command.add_argument("action", choices=(_EXTEND, _INSPECT), metavar="extend|inspect", help="what to do")
