@@ -32,8 +32,8 @@ def add_tokenizer(subparsers: Subparsers) -> None:
         usage="extend CONFIG [options] [--table.key VALUE ...]\n"
         "       titan-cpt tokenizer extend --base FILE --input TEXT --add N --output FILE\n"
         "       titan-cpt tokenizer inspect FILE [options]",
-        example="titan-cpt tokenizer extend --base a.json --input a.txt --add 99 --output b.json\n"
-        "titan-cpt tokenizer inspect b.json --base a.json --input a.txt",
+        example="titan-cpt tokenizer extend mine.toml\n"
+        "titan-cpt tokenizer inspect new.json --base old.json --input german.jsonl",
         takes_overrides=True,
     )
     command.add_argument("action", choices=(_EXTEND, _INSPECT), metavar="extend|inspect", help="what to do")
