@@ -271,7 +271,7 @@ def test_a_stage_whose_config_changed_is_not_restored_over_and_the_message_says_
 def test_what_a_later_stage_starts_from_is_uploaded_whatever_is_chosen(data, unbroken, tmp_path):
     """Only stage ends are chosen; German starts from English's step 9, before the annealing."""
     raw = uploading(data, tmp_path, what=["stage_end"])
-    fault = training.Fault("titan_cpt.train:Trainer.train_step", 12 + 3, tmp_path / "bucket" / "run" / ALL[2])
+    fault = training.Fault("titan_cpt.train:Trainer.train_step", 12 + 3, tmp_path / "bucket" / "run" / ALL[3])
     killed = train(raw, fault=fault)
     assert killed.status == -9, killed.output
     assert copies(tmp_path / "bucket") == [ALL[2], ALL[3]]
