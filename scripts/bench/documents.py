@@ -56,7 +56,7 @@ def attention_ms(length: int, dtype: torch.dtype) -> dict[str, float]:
     starts_BL = starts_of(length)
     places_L = torch.arange(LENGTH)
     seen = (places_L >= starts_BL[:, :, None]) & (places_L <= places_L[:, None])
-    documents = Documents(starts_BL, None, None)
+    documents = Documents(starts_BL)
 
     def differentiated(attend: Callable[[], Tensor]) -> Callable[[], object]:
         def run() -> object:

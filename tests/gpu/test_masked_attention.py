@@ -44,7 +44,7 @@ def with_gradients(qkv, *, kernel=None, window=None, count=None):
     """Output and gradients in float32 on the CPU; by a GPU's kernel, or on the CPU without one."""
     leaves = [x.detach().to("cpu" if kernel is None else "cuda").requires_grad_() for x in qkv]
     if kernel is None:
-        out = document_attention(*leaves, documents=Documents(STARTS_BL, None, None), window=window)
+        out = document_attention(*leaves, documents=Documents(STARTS_BL), window=window)
     else:
         starts_BL = STARTS_BL.cuda()
         mask = kernel_mask(kernel, window, starts_BL, document_bounds(STARTS_BL))

@@ -168,7 +168,7 @@ def _rotary_faults(spec: ModelSpec, reference_R: Tensor, amplitude: float) -> It
 
 def _length(*specs: ModelSpec) -> int:
     """Length in tokens of the sequences for the comparison: longer than any sliding window."""
-    windows = [spec.sliding_window for spec in specs if spec.sliding_window is not None]
+    windows = [window for spec in specs for window in spec.layer_windows if window is not None]
     return max(windows) + _FEW_TOKENS if windows else _FEW_TOKENS
 
 

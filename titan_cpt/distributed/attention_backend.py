@@ -6,7 +6,7 @@ measures forward and backward of one layer's attention once, on rank 0, and all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -56,15 +56,20 @@ def choose_attention_backend(
 
 
 def attention_kernels_of(model: LanguageModel) -> dict[str, Attend]:
-    """`BACKENDS` for `choose_kernel`."""
-    core = cast(RotaryCausalAttention, model.attentions()[0].core)
-    return {name: partial(_attend, core, backend) for name, backend in BACKENDS.items()}
+    """`BACKENDS` for `choose_kernel`; each computes one layer of every sliding-window size."""
+    cores = [cast(RotaryCausalAttention, each.core) for each in model.attentions()]
+    by_window = {core.window: core for core in reversed(cores)}
+    return {name: partial(_attend, tuple(by_window.values()), backend) for name, backend in BACKENDS.items()}
 
 
-def _attend(core: RotaryCausalAttention, backend: SDPBackend, *inputs: Tensor) -> Tensor:
-    before = core.backend
-    core.backend = backend
-    try:
-        return core.attend(*inputs)
-    finally:
-        core.backend = before
+def _attend(cores: Sequence[RotaryCausalAttention], backend: SDPBackend, *inputs: Tensor) -> Tensor:
+    """The sum of the outputs of these layers."""
+    outputs = []
+    for core in cores:
+        before = core.backend
+        core.backend = backend
+        try:
+            outputs.append(core.attend(*inputs))
+        finally:
+            core.backend = before
+    return sum(outputs[1:], start=outputs[0])

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titan_cpt.models.common.document_attention import Documents, document_attention
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import RotaryCausalAttention, rotate
+from titan_cpt.models.common.layers import RotaryCausalAttention
 from titan_cpt.models.common.ops import attention
 
 
@@ -59,7 +59,7 @@ class ContextParallelAttention(nn.Module):
     def __init__(self, plain: RotaryCausalAttention, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.group = group
-        self.tables, self.set_rope = plain.tables, plain.set_rope
+        self.rotated, self.set_rope = plain.rotated, plain.set_rope
         self.window = plain.window
 
     def forward(self, q_BPNH: Tensor, k_BPNH: Tensor, v_BPNH: Tensor, documents: Documents | None = None) -> Tensor:
@@ -68,9 +68,7 @@ class ContextParallelAttention(nn.Module):
         own = q_BPNH.shape[1]
         device = q_BPNH.device
         positions_P = local_positions(own * degree, rank, degree).to(device)
-        cos_PR, sin_PR = self.tables(positions_P, documents)
-        q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
-        k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        q_BNPH, k_BNPH = self.rotated(q_BPNH.transpose(1, 2), k_BPNH.transpose(1, 2), positions_P, documents)
         k_BNLH = _in_sequence_order(k_BNPH, self.group)
         v_BNLH = _in_sequence_order(v_BPNH.transpose(1, 2), self.group)
         firsts = (rank * own // 2, (2 * degree - 1 - rank) * own // 2)
@@ -110,7 +108,7 @@ class RingAttention(nn.Module):
         super().__init__()
         assert plain.window is None, "torch's ring attention has no sliding window; the plan refuses this"
         self.group = mesh.get_group()
-        self.tables, self.set_rope = plain.tables, plain.set_rope
+        self.rotated, self.set_rope = plain.rotated, plain.set_rope
         _enable_context_parallel_dispatcher()
         style = _ContextParallel(seq_dim=2, attention_type=_ContextParallel.AttentionType.SDPA)
         self.attend = parallelize_module(_CausalAttention(), mesh, style)
@@ -120,9 +118,7 @@ class RingAttention(nn.Module):
         assert documents is None or documents.starts_BP is None, "the plan refuses a document mask with ring attention"
         degree, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         positions_P = local_positions(q_BPNH.shape[1] * degree, rank, degree).to(q_BPNH.device)
-        cos_PR, sin_PR = self.tables(positions_P, documents)
-        q_BNPH = rotate(q_BPNH.transpose(1, 2), cos_PR, sin_PR)
-        k_BNPH = rotate(k_BPNH.transpose(1, 2), cos_PR, sin_PR)
+        q_BNPH, k_BNPH = self.rotated(q_BPNH.transpose(1, 2), k_BPNH.transpose(1, 2), positions_P, documents)
         group = q_BPNH.shape[2] // k_BPNH.shape[2]
         v_BNPH = v_BPNH.transpose(1, 2)
         k_BNPH, v_BNPH = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k_BNPH, v_BNPH))

@@ -8,9 +8,8 @@ GPU the default is the first of flash, flex and efficient that can be used; "fas
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 from titan_cpt.distributed.attention_backend import BACKENDS
 from titan_cpt.distributed.attention_timing import Attend, AttentionChoice, AttentionShape, choose_kernel, time_ms
 from titan_cpt.distributed.process_group import ProcessInfo
-from titan_cpt.models.common.document_attention import DocumentBounds, Documents, document_attention
+from titan_cpt.models.common.document_attention import DocumentBounds, Documents, KernelMask, document_attention
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import MakeKernelMask, RotaryCausalAttention
+from titan_cpt.models.common.layers import MakeKernelMasks, RotaryCausalAttention
 
 KERNELS = ("flash", "flex", "cudnn", "efficient", "math")
 CANDIDATES = ("flash", "flex", "efficient")  # in the order in which they are tried
@@ -78,8 +77,8 @@ def document_kernels_of(
     model: LanguageModel, shape: AttentionShape, device: torch.device, circumstances: Circumstances
 ) -> dict[str, Attend]:
     """`KERNELS` for `choose_kernel`, over equal documents; one that `why_not` excludes raises a RuntimeError."""
-    window = cast(RotaryCausalAttention, model.attentions()[0].core).window
-    return {name: _MeasuredKernel(name, window, why_not(name, shape, device, circumstances)) for name in KERNELS}
+    windows = _windows(model)
+    return {name: _MeasuredKernel(name, windows, why_not(name, shape, device, circumstances)) for name in KERNELS}
 
 
 def first_that_works(kernels: Mapping[str, Attend], shape: AttentionShape, device: torch.device) -> str:
@@ -127,30 +126,40 @@ def _why_not_flex(shape: AttentionShape, device: torch.device, circumstances: Ci
 def set_document_backend(models: Iterable[LanguageModel], backend: str) -> None:
     """Compute attention inside documents with one of `KERNELS` only, whether or not the models are compiled."""
     for model in models:
-        cores = [cast(RotaryCausalAttention, attention.core) for attention in model.attentions()]
-        model.make_kernel_mask = _maker(backend, cores[0].window) if cores else None
-        for core in cores:
-            core.document_backend = BACKENDS[backend] if model.make_kernel_mask is None else None
+        model.make_kernel_masks = _maker(backend, _windows(model))
+        for attention in model.attentions():
+            core = cast(RotaryCausalAttention, attention.core)
+            core.document_backend = BACKENDS[backend] if model.make_kernel_masks is None else None
 
 
-def _maker(backend: str, window: int | None) -> MakeKernelMask | None:
+def _windows(model: LanguageModel) -> tuple[int | None, ...]:
+    """The sliding-window sizes of the layers, each once."""
+    return tuple(dict.fromkeys(cast(RotaryCausalAttention, each.core).window for each in model.attentions()))
+
+
+def _maker(backend: str, windows: Sequence[int | None]) -> MakeKernelMasks | None:
     if backend not in ("flash", "flex"):
         return None
     from titan_cpt.models.common import document_kernels  # imports torch's compiler
 
-    return partial(document_kernels.kernel_mask, backend, window)
+    def make_masks(starts_BL: Tensor, bounds: DocumentBounds | None) -> Mapping[int | None, KernelMask]:
+        return {window: document_kernels.kernel_mask(backend, window, starts_BL, bounds) for window in windows}
+
+    return make_masks
 
 
 class _MeasuredKernel:
-    """Attention over equal documents with one kernel, whose mask is made once, as for all layers of a forward pass.
+    """Attention over equal documents with one kernel, whose masks are made once, as for all layers of a forward pass.
+
+    It computes one layer of each sliding-window size, and returns the sum.
 
     Args:
         problem: why the kernel cannot be used: a RuntimeError says so.
     """
 
-    def __init__(self, name: str, window: int | None, problem: str | None) -> None:
+    def __init__(self, name: str, windows: Sequence[int | None], problem: str | None) -> None:
         self.name = name
-        self.window = window
+        self.windows = windows
         self.problem = problem
         self.documents: Documents | None = None
 
@@ -160,11 +169,15 @@ class _MeasuredKernel:
             raise RuntimeError(self.problem)
         if self.documents is None:
             starts_BL, bounds = equal_documents(q_BNLH, _MEASURED_DOCUMENTS)
-            make_mask = _maker(self.name, self.window)
-            mask = None if make_mask is None else make_mask(starts_BL, bounds)
-            self.documents = Documents(starts_BL, None, None, mask)
-        backend = BACKENDS[self.name] if self.documents.kernel_mask is None else None
-        return document_attention(q_BNLH, k_BKLH, v_BKLH, documents=self.documents, window=self.window, backend=backend)
+            make_masks = _maker(self.name, self.windows)
+            masks = {} if make_masks is None else make_masks(starts_BL, bounds)
+            self.documents = Documents(starts_BL, kernel_masks=masks)
+        backend = None if self.documents.kernel_masks else BACKENDS[self.name]
+        outputs = [
+            document_attention(q_BNLH, k_BKLH, v_BKLH, documents=self.documents, window=window, backend=backend)
+            for window in self.windows
+        ]
+        return sum(outputs[1:], start=outputs[0])
 
 
 def equal_documents(q_BNLH: Tensor, documents: int) -> tuple[Tensor, DocumentBounds]:

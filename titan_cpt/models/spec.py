@@ -6,7 +6,7 @@ Each family's own hyperparameters are in models/<family>/spec.py. Does not impor
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from titan_cpt.errors import ConfigError
@@ -190,7 +190,7 @@ class ModelSpec(abc.ABC):
 
     @property
     def sliding_window(self) -> int | None:
-        """Sliding-window size in tokens; None: full causal attention."""
+        """Sliding-window size in tokens of the layers that have one; None: full causal attention."""
         return None
 
     @property
@@ -200,8 +200,26 @@ class ModelSpec(abc.ABC):
 
     @property
     def rope(self) -> Rope:
-        """The rotary position embedding: base and scaling."""
+        """The rotary position embedding, which a stage can change: base and scaling."""
         return Rope(self.rope_base, self.rope_scaling)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotary position embeddings of the layers; a family may have several."""
+        return (self.rope,)
+
+    def layer_rope(self, layer: int) -> int | None:
+        """Which of `ropes` a layer has; None: none, its queries and keys are not rotated (NoPE)."""
+        return 0
+
+    def layer_window(self, layer: int) -> int | None:
+        """Sliding-window size of a layer in tokens; None: full causal attention."""
+        return self.sliding_window
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """`layer_window` of every layer."""
+        return tuple(self.layer_window(layer) for layer in range(self.layers))
 
     def with_rope(self, rope: Rope) -> "ModelSpec":
         """The same model with another rotary position embedding.
@@ -258,7 +276,8 @@ class ModelSpec(abc.ABC):
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training (forward and backward) per token of a sequence of `seq_len` tokens.
 
-            6 * (parameters without embeddings + head) + 12 * layers * attention width * min(seq_len, sliding window)
+            6 * (parameters without embeddings + head)
+            + 12 * attention width * sum over layers of min(seq_len, sliding window)
 
         A multiply-add counts as two operations. Only matrix products count; an embedding lookup does not. The second
         term is attention's two products (scores, and scores times values). It is not halved for the causal mask, and
@@ -266,16 +285,19 @@ class ModelSpec(abc.ABC):
         Source: PaLM, arXiv:2204.02311, appendix B; torchtitan counts the same.
         """
         products = self.parameters_without_embeddings + self.embedding_parameters
-        span = min(seq_len, self.sliding_window or seq_len)
-        return 6 * products + 12 * self.layers * self.attention_width * span
+        return 6 * products + 12 * self.attention_width * sum(self.attended_spans(seq_len))
 
-    def masked_flops_per_token(self, seq_len: int, span: float) -> float:
-        """`flops_per_token`, where a token attends to `span` positions on average instead of to the whole sequence.
+    def attended_spans(self, seq_len: int) -> tuple[int, ...]:
+        """Positions that a token attends to in each layer, not halved for the causal mask."""
+        return tuple(min(seq_len, window or seq_len) for window in self.layer_windows)
+
+    def masked_flops_per_token(self, seq_len: int, spans: Sequence[float]) -> float:
+        """`flops_per_token`, where a token attends to these numbers of positions on average, one for each layer.
 
         With a document mask that is the sum over documents: a document of n tokens has n * min(n, sliding window).
         """
-        full = min(seq_len, self.sliding_window or seq_len)
-        return self.flops_per_token(seq_len) - 12 * self.layers * self.attention_width * (full - span)
+        saved = sum(self.attended_spans(seq_len)) - sum(spans)
+        return self.flops_per_token(seq_len) - 12 * self.attention_width * saved
 
     def as_recipe(self) -> dict[str, Any]:
         """Dotted config key -> value of every field, as in a run's recipe and in a checkpoint's manifest."""

@@ -145,8 +145,8 @@ def _sequence(inputs: RuleInput) -> str | None:
 
 def _ring_mask(inputs: RuleInput) -> str | None:
     masks = document_keys(inputs.config, "document_mask")
-    if inputs.spec.sliding_window is not None:
-        masks.append(f"model.sliding_window = {inputs.spec.sliding_window}")
+    if windows := {*inputs.spec.layer_windows} - {None}:
+        masks.append(f"model.sliding_window = {min(window for window in windows if window is not None)}")
     if inputs.config.parallelism.context_parallel_method != "ring" or inputs.dims.cp == 1 or not masks:
         return None
     what = "sliding window" if "model" in masks[-1] else "document mask"

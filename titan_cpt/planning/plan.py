@@ -6,6 +6,7 @@ planner.py makes a plan, plan_text.py and plan_json.py print it.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -147,8 +148,8 @@ class StagePlan:
         local_batch_size: sequences of a micro-batch of one data-parallel rank.
         document_mask: attention stays within a document.
         document_positions: RoPE's positions begin at 0 in each document.
-        attended_span: with a document mask, the mean number of positions that a token attends to, not halved for the
-            causal mask; None without.
+        attended_spans: with a document mask, the mean number of positions that a token attends to in each layer, not
+            halved for the causal mask; None without.
         averaging: the average of the stage's weights; None without.
         reptile: the pull towards old weights; None without.
         partition: what is trained, with which factor of the LR; None: all weights, alike.
@@ -177,7 +178,7 @@ class StagePlan:
     local_batch_size: int
     document_mask: bool = False
     document_positions: bool = False
-    attended_span: float | None = None
+    attended_spans: tuple[float, ...] | None = None
     averaging: Averaging | None = None
     schedule_offset: int = 0
     warm_up_passes: int = 0
@@ -201,10 +202,17 @@ class StagePlan:
     @property
     def flops_per_token(self) -> float:
         """Floating-point operations of training per token, without those that frozen weights save."""
-        span = self.attended_span
-        given = self.spec
-        full = given.flops_per_token(self.seq_len) if span is None else given.masked_flops_per_token(self.seq_len, span)
-        return full if self.partition is None else full - frozen_flops(given, self.partition, self.seq_len, span=span)
+        spans = self.attended_spans
+        length = self.seq_len
+        full = self.spec.flops_per_token(length) if spans is None else self.spec.masked_flops_per_token(length, spans)
+        if self.partition is None:
+            return full
+        return full - frozen_flops(self.spec, self.partition, spans or self.spec.attended_spans(length))
+
+    @property
+    def attended_span(self) -> float | None:
+        """Mean of `attended_spans` over the layers; None without a document mask."""
+        return None if self.attended_spans is None else statistics.fmean(self.attended_spans)
 
     @property
     def warm_up_flops(self) -> float:

@@ -31,7 +31,7 @@ from titan_cpt.planning.stages.data_budget import (
     stored_order_notes,
 )
 from titan_cpt.planning.stages.documents import (
-    attended_span,
+    attended_spans,
     document_mask_of,
     document_notes,
     document_positions_of,
@@ -197,7 +197,7 @@ def _plan_stage(draft: PlanDraft, stage: StageConfig) -> StagePlan:
         local_batch_size=local_batch_size_of(config, stage),
         document_mask=masked,
         document_positions=document_positions_of(config, stage),
-        attended_span=attended_span(draft.inventory, draft.spec, tree, seq_len) if masked else None,
+        attended_spans=attended_spans(draft.inventory, draft.spec, tree, seq_len) if masked else None,
         averaging=averaging_of(draft, stage, length, anneals_at=anneals_at),
         schedule_offset=span.steps_before(stage.name),
         warm_up_passes=warm_up_passes(draft, stage, steps),

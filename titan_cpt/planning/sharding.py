@@ -5,7 +5,7 @@ Exact: `titan-cpt plan --check-layout` compares the counts with the sharded mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from titan_cpt.common.weights.partition import Partition
 from titan_cpt.distributed.float8_filter import in_float8
@@ -70,7 +70,7 @@ def lowest_trained_layer(spec: ModelSpec, partition: Partition) -> int:
     return next((layer for layer, is_trained in enumerate(trained) if is_trained), spec.layers)
 
 
-def frozen_flops(spec: ModelSpec, partition: Partition, seq_len: int, *, span: float | None) -> float:
+def frozen_flops(spec: ModelSpec, partition: Partition, spans: Sequence[float]) -> float:
     """Floating-point operations of training per token that frozen weights save, of those that `ModelSpec` counts.
 
     A matrix of N elements takes 2N operations in the forward pass, 2N for the gradient of its input and 2N for its own.
@@ -78,10 +78,8 @@ def frozen_flops(spec: ModelSpec, partition: Partition, seq_len: int, *, span: f
     of which only rows are trained saves nothing: its whole gradient is computed.
 
     Args:
-        span: positions that a token attends to, as in `ModelSpec.masked_flops_per_token`; None without a document mask.
+        spans: positions that a token attends to in each layer.
     """
-    if span is None:
-        span = min(seq_len, spec.sliding_window or seq_len)
     lowest = lowest_trained_layer(spec, partition)
     head = ParameterSpec("embedding.weight" if spec.tied else "head.weight", (spec.vocab_size, spec.width), 0)
     layers = [list(block_parameters(spec, layer)) for layer in range(spec.layers)]
@@ -91,7 +89,7 @@ def frozen_flops(spec: ModelSpec, partition: Partition, seq_len: int, *, span: f
     if lowest == spec.layers:
         norm_is_trained = any(partition.parts[each.name] for each in last)
         untouched += 0 if norm_is_trained else head.elements + sum(each.elements for each in last)
-    return 2 * (frozen + untouched) + 8 * lowest * spec.attention_width * span
+    return 2 * (frozen + untouched) + 8 * spec.attention_width * sum(spans[:lowest])
 
 
 def gathered_bytes(parameters: Iterable[ParameterSpec], dims: ParallelDims, inputs: MemoryInputs) -> int:

@@ -274,13 +274,16 @@ def test_operations_that_frozen_weights_save_are_those_that_torch_counts(spec: M
             model(torch.zeros(4, 64, dtype=torch.int64)).mean().backward()
         counts.append(counter.get_total_flops() / 256)
 
-    assert frozen_flops(spec, partition, 0, span=None) == pytest.approx(counts[0] - counts[1], rel=0.02)
+    assert frozen_flops(spec, partition, [0] * spec.layers) == pytest.approx(counts[0] - counts[1], rel=0.02)
 
 
 def test_attention_below_everything_that_is_trained_has_no_backward_pass() -> None:
     """8 of its 12 operations for each position and feature, in the 2 blocks below; spans of a mask count as given."""
     partition = partition_of(SPEC, ["blocks.2"])
-    without = frozen_flops(SPEC, partition, 64, span=0.0)
+    without = frozen_flops(SPEC, partition, [0.0] * SPEC.layers)
 
-    assert frozen_flops(SPEC, partition, 64, span=None) - without == 2 * 8 * 64 * SPEC.attention_width
-    assert frozen_flops(SPEC, partition, 64, span=10.0) - without == 2 * 8 * 10 * SPEC.attention_width
+    assert frozen_flops(SPEC, partition, [64] * SPEC.layers) - without == 2 * 8 * 64 * SPEC.attention_width
+    assert (
+        frozen_flops(SPEC, partition, [3.0, 17.0, *[64] * (SPEC.layers - 2)]) - without
+        == 8 * (3 + 17) * SPEC.attention_width
+    )

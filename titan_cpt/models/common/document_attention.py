@@ -9,8 +9,9 @@ On a CPU `_attention` calls torch's attention kernel document by document. Conse
 a mask, since a call has a fixed cost; measured by scripts/bench/documents.py. It is one operator for autograd and for
 torch.compile, which therefore neither unroll the loop nor compile again for other documents.
 
-On a GPU `Documents.kernel_mask` has the kernel (document_kernels.py). Without one, torch's attention gets the mask as a
-boolean matrix: exact on every device, but it computes all pairs of positions, as context parallelism on a GPU does.
+On a GPU `Documents.kernel_masks` has the kernels (document_kernels.py). Without them, torch's attention gets the mask
+as a boolean matrix: exact on every device, but it computes all pairs of positions, as context parallelism on a GPU
+does.
 
 Shape letters: B sequences, L positions, P positions of the queries, S positions of the keys, N query heads, K key/value
 heads, H head width, R half of a head's rotated features.
@@ -18,8 +19,8 @@ heads, H head width, R half of a head's rotated features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -81,15 +82,14 @@ class Documents:
     Attributes:
         starts_BP: for each of this rank's positions, the first position of its document in the whole sequence, int32;
             None if attention crosses the borders of documents.
-        cos_B1PR: RoPE's cosines, if positions restart at each document; None if they count from the sequence's start.
-        sin_B1PR: RoPE's sines, likewise.
-        kernel_mask: for a GPU's kernel; None: see `document_attention`.
+        tables_B1PR: RoPE's cosines and sines, of each of the model's `ModelSpec.ropes`, if positions restart at each
+            document; empty if they count from the sequence's start.
+        kernel_masks: for a GPU's kernel, by sliding-window size; empty: see `document_attention`.
     """
 
     starts_BP: Tensor | None
-    cos_B1PR: Tensor | None
-    sin_B1PR: Tensor | None
-    kernel_mask: KernelMask | None = None
+    tables_B1PR: tuple[tuple[Tensor, Tensor], ...] = ()
+    kernel_masks: Mapping[int | None, KernelMask] = field(default_factory=dict)
 
 
 def document_attention(
@@ -118,9 +118,9 @@ def document_attention(
             chooses.
     """
     assert documents.starts_BP is not None, "attention that crosses documents does not come here"
-    if documents.kernel_mask is not None:
+    if documents.kernel_masks:
         assert (first, offset) == (0, 0), "these kernels take whole sequences"
-        return documents.kernel_mask.attend(q_BNPH, k_BKSH, v_BKSH)
+        return documents.kernel_masks[window].attend(q_BNPH, k_BKSH, v_BKSH)
     starts_BP = documents.starts_BP[:, offset : offset + q_BNPH.shape[2]]
     if backend is not None or q_BNPH.device.type != "cpu":
         return _masked_attention(q_BNPH, k_BKSH, v_BKSH, starts_BP, first=first, window=window, backend=backend)

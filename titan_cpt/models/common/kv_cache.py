@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables, rotate
+from titan_cpt.models.common.layers import RotaryCausalAttention
 from titan_cpt.models.common.ops import attention
 
 
@@ -47,15 +47,10 @@ class CachedAttention(nn.Module):
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, documents: None = None) -> Tensor:
         """Attention's output for the new positions, out_BLNH; their keys and values are added to the cache."""
         assert documents is None, "a generated sequence is one document"
-        sequences, length = q_BLNH.shape[:2]
+        length = q_BLNH.shape[1]
         plain = self.plain
         positions_BL = self.positions.starts_B[:, None] + torch.arange(length, device=q_BLNH.device)
-        tables = rotary_tables(
-            positions_BL.flatten(), rotary_width=plain.rotary_width, base=plain.rope_base, scaling=plain.scaling
-        )
-        cos_B1LR, sin_B1LR = (table.view(sequences, 1, length, -1) for table in tables)
-        q_BNLH = rotate(q_BLNH.transpose(1, 2), cos_B1LR, sin_B1LR)
-        k_BNLH = rotate(k_BLNH.transpose(1, 2), cos_B1LR, sin_B1LR)
+        q_BNLH, k_BNLH = plain.rotated(q_BLNH.transpose(1, 2), k_BLNH.transpose(1, 2), positions_BL)
         v_BNLH = v_BLNH.transpose(1, 2)
         if self.k_BNSH is None or self.v_BNSH is None:  # the first call, with the prompts
             room = (0, 0, 0, self.positions.capacity - length)

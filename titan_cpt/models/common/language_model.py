@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.document_attention import DocumentBounds
-from titan_cpt.models.common.layers import MakeKernelMask, Project, RotaryCausalAttention
+from titan_cpt.models.common.layers import MakeKernelMasks, Project, RotaryCausalAttention
 from titan_cpt.models.common.ops import linear
 from titan_cpt.models.spec import ModelSpec, Rope
 
@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
     blocks: nn.ModuleDict
     final_norm: nn.Module | None
     head: nn.Module | None
-    make_kernel_mask: MakeKernelMask | None = None
+    make_kernel_masks: MakeKernelMasks | None = None
     """For attention inside documents on a GPU; None: see `document_attention`."""
 
     def forward(
@@ -81,9 +81,9 @@ class LanguageModel(nn.Module):
                 f"stages.rope: the model of the family {self.spec.family!r} does not compute attention with "
                 "RotaryCausalAttention, so that a stage cannot change its RoPE: leave it out"
             )
-        for core in cores:
-            cast(RotaryCausalAttention, core).set_rope(rope)
         self.spec = self.spec.with_rope(rope)
+        for core in cores:
+            cast(RotaryCausalAttention, core).set_rope(self.spec)
 
     def attentions(self) -> list[nn.Module]:
         """The attention module of each block."""

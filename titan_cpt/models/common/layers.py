@@ -4,7 +4,7 @@ Shape letters: B sequences, L positions, N heads, H head width, R half of a head
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from titan_cpt.models.common.document_attention import (
     document_attention,
 )
 from titan_cpt.models.common.ops import attention, cos_sin, linear
-from titan_cpt.models.spec import ModelSpec, Rope, RopeScaling
+from titan_cpt.models.spec import ModelSpec, RopeScaling
 
 
 class RotaryCausalAttention(nn.Module):
@@ -32,16 +32,24 @@ class RotaryCausalAttention(nn.Module):
         rope_base: base of the wavelengths.
         scaling: RoPE scaling, or None.
         window: sliding-window size in tokens; None for full causal attention.
+        rope_number: which of the model's `ModelSpec.ropes` these are; None: queries and keys are not rotated (NoPE).
     """
 
     def __init__(
-        self, *, rotary_width: int, rope_base: float, scaling: RopeScaling | None = None, window: int | None = None
+        self,
+        *,
+        rotary_width: int,
+        rope_base: float,
+        scaling: RopeScaling | None = None,
+        window: int | None = None,
+        rope_number: int | None = 0,
     ) -> None:
         super().__init__()
         self.rotary_width = rotary_width
         self.rope_base = rope_base
         self.scaling = scaling
         self.window = window
+        self.rope_number = rope_number
         self.backend: SDPBackend | None = None
         """The kernel of scaled dot-product attention; None: torch chooses."""
         self.document_backend: SDPBackend | None = None
@@ -53,9 +61,7 @@ class RotaryCausalAttention(nn.Module):
         With grouped-query attention k and v have fewer heads, and each serves a group of consecutive query heads.
         """
         positions_L = torch.arange(q_BLNH.shape[1], device=q_BLNH.device)
-        cos_LR, sin_LR = self.tables(positions_L, documents)
-        q_BNLH = rotate(q_BLNH.transpose(1, 2), cos_LR, sin_LR)
-        k_BNLH = rotate(k_BLNH.transpose(1, 2), cos_LR, sin_LR)
+        q_BNLH, k_BNLH = self.rotated(q_BLNH.transpose(1, 2), k_BLNH.transpose(1, 2), positions_L, documents)
         v_BNLH = v_BLNH.transpose(1, 2)
         if documents is None or documents.starts_BP is None:
             return self.attend(q_BNLH, k_BNLH, v_BNLH).transpose(1, 2)
@@ -64,15 +70,45 @@ class RotaryCausalAttention(nn.Module):
         )
         return out_BNLH.transpose(1, 2)
 
-    def tables(self, positions_L: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
-        """RoPE's cosine and sine: of these positions, or of those that restart at each document."""
-        if documents is not None and documents.cos_B1PR is not None and documents.sin_B1PR is not None:
-            return documents.cos_B1PR, documents.sin_B1PR
-        return rotary_tables(positions_L, rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling)
+    @classmethod
+    def of_layer(cls, spec: ModelSpec, layer: int) -> "RotaryCausalAttention":
+        """The attention of one layer of a model."""
+        number = spec.layer_rope(layer)
+        rope = spec.rope if number is None else spec.ropes[number]
+        return cls(
+            rotary_width=spec.rotary_width,
+            rope_base=rope.base,
+            scaling=rope.scaling,
+            window=spec.layer_window(layer),
+            rope_number=number,
+        )
 
-    def set_rope(self, rope: Rope) -> None:
-        """Compute with another rotary position embedding from the next call on."""
-        self.rope_base, self.scaling = rope.base, rope.scaling
+    def rotated(
+        self, q_BNLH: Tensor, k_BNLH: Tensor, positions: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys after RoPE, or unchanged in a layer without it.
+
+        Args:
+            positions: of the tokens, int64 [L], or [B, L] if they differ between sequences.
+            documents: their positions, which restart at each document, take precedence.
+        """
+        if self.rope_number is None:
+            return q_BNLH, k_BNLH
+        if documents is not None and documents.tables_B1PR:
+            cos, sin = documents.tables_B1PR[self.rope_number]
+        else:
+            cos, sin = rotary_tables(
+                positions.flatten(), rotary_width=self.rotary_width, base=self.rope_base, scaling=self.scaling
+            )
+            if positions.ndim > 1:
+                cos, sin = (table.view(len(positions), 1, positions.shape[1], -1) for table in (cos, sin))
+        return rotate(q_BNLH, cos, sin), rotate(k_BNLH, cos, sin)
+
+    def set_rope(self, spec: ModelSpec) -> None:
+        """Compute with the rotary position embedding of this spec from the next call on."""
+        if self.rope_number is not None:
+            rope = spec.ropes[self.rope_number]
+            self.rope_base, self.scaling = rope.base, rope.scaling
 
     def attend(self, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> Tensor:
         """Attention without RoPE, out_BNLH: the caller has rotated queries and keys."""
@@ -111,8 +147,8 @@ Project = Callable[[Tensor, Tensor], Tensor]
 """A function of the residual stream x_BLD and the head's weight_VD: logits_BLV, or a loss."""
 
 
-MakeKernelMask = Callable[[Tensor, DocumentBounds | None], KernelMask]
-"""A GPU kernel's form of the documents of a batch, from starts_BL and their bounds."""
+MakeKernelMasks = Callable[[Tensor, DocumentBounds | None], Mapping[int | None, KernelMask]]
+"""A GPU kernel's form of the documents of a batch, by sliding-window size, from starts_BL and their bounds."""
 
 
 def shared_documents(
@@ -121,21 +157,21 @@ def shared_documents(
     positions_BL: Tensor | None,
     *,
     bounds: DocumentBounds | None = None,
-    make_mask: MakeKernelMask | None = None,
+    make_masks: MakeKernelMasks | None = None,
 ) -> Documents | None:
     """What all blocks share about documents; None without them. See `LanguageModel.forward` for the arguments."""
     if starts_BL is None and positions_BL is None:
         return None
-    cos_B1LR = sin_B1LR = None
-    if positions_BL is not None:
+    tables = []
+    for rope in spec.ropes if positions_BL is not None else ():
+        assert positions_BL is not None, "the line above"
         cos_LR, sin_LR = rotary_tables(
-            positions_BL.flatten(), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=spec.rope_scaling
+            positions_BL.flatten(), rotary_width=spec.rotary_width, base=rope.base, scaling=rope.scaling
         )
         sequences, length = positions_BL.shape
-        cos_B1LR = cos_LR.view(sequences, 1, length, -1)
-        sin_B1LR = sin_LR.view(sequences, 1, length, -1)
-    kernel_mask = make_mask(starts_BL, bounds) if starts_BL is not None and make_mask is not None else None
-    return Documents(starts_BL, cos_B1LR, sin_B1LR, kernel_mask)
+        tables.append((cos_LR.view(sequences, 1, length, -1), sin_LR.view(sequences, 1, length, -1)))
+    masks = make_masks(starts_BL, bounds) if starts_BL is not None and make_masks is not None else {}
+    return Documents(starts_BL, tuple(tables), masks)
 
 
 def rotary_tables(

@@ -52,7 +52,9 @@ class GPTNeoX(LanguageModel):
         bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        documents = shared_documents(self.spec, starts_BL, positions_BL, bounds=bounds, make_mask=self.make_kernel_mask)
+        documents = shared_documents(
+            self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
+        )
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD, documents=documents)

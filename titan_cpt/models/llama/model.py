@@ -10,10 +10,9 @@ Shape letters: B sequences, L positions, D width, N heads, H head width, F MLP w
 import math
 from typing import cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_cpt.models.common.blocks import GatedMLP, RMSNorm
 from titan_cpt.models.common.document_attention import DocumentBounds, Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
@@ -35,7 +34,7 @@ class Llama(LanguageModel):
         super().__init__()
         self.spec = spec
         self.embedding: nn.Embedding | None = nn.Embedding(spec.vocab_size, spec.width)
-        self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.layers)})
+        self.blocks = nn.ModuleDict({str(layer): Block(spec, layer) for layer in range(spec.layers)})
         self.final_norm: RMSNorm | None = RMSNorm(spec.width, eps=spec.norm_eps)
         self.head: Head | TiedHead | None = (
             TiedHead() if spec.tie_embeddings else Head(spec.width, spec.vocab_size, bias=False)
@@ -66,7 +65,9 @@ class Llama(LanguageModel):
         bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        documents = shared_documents(self.spec, starts_BL, positions_BL, bounds=bounds, make_mask=self.make_kernel_mask)
+        documents = shared_documents(
+            self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
+        )
         x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD, documents=documents)
@@ -92,26 +93,6 @@ class Llama(LanguageModel):
             init_linear(self.head, std=INITIAL_STD, seed=seed, name="head")
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, returned in x's dtype.
-
-    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
-    """
-
-    def __init__(self, features: int, *, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension; output of x's shape."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-    def reset_parameters(self) -> None:
-        """Set the scale to 1."""
-        nn.init.ones_(self.weight)
-
-
 class Block(nn.Module):
     """One transformer block.
 
@@ -119,13 +100,13 @@ class Block(nn.Module):
     y + mlp(norm'(y))
     """
 
-    def __init__(self, spec: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec, layer: int) -> None:
         super().__init__()
         self.layers = spec.layers
         self.attention_norm = RMSNorm(spec.width, eps=spec.norm_eps)
-        self.attention = Attention(spec)
+        self.attention = Attention(spec, layer)
         self.mlp_norm = RMSNorm(spec.width, eps=spec.norm_eps)
-        self.mlp = MLP(spec)
+        self.mlp = GatedMLP(spec.width, spec.mlp_width)
 
     def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
         """The residual stream after the block, x_BLD."""
@@ -155,7 +136,7 @@ class Attention(nn.Module):
     infers the number of heads of its shard.
     """
 
-    def __init__(self, spec: LlamaSpec) -> None:
+    def __init__(self, spec: LlamaSpec, layer: int) -> None:
         super().__init__()
         self.head_width = spec.head_width
         self.q = Linear(spec.width, spec.attention_width, bias=spec.qkv_bias)
@@ -163,12 +144,7 @@ class Attention(nn.Module):
         self.v = Linear(spec.width, spec.kv_width, bias=spec.qkv_bias)
         self.q_norm = RMSNorm(spec.head_width, eps=spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_width, eps=spec.norm_eps) if spec.qk_norm else None
-        self.core = RotaryCausalAttention(
-            rotary_width=spec.head_width,
-            rope_base=spec.rope_base,
-            scaling=spec.rope_scaling,
-            window=spec.sliding_window,
-        )
+        self.core = RotaryCausalAttention.of_layer(spec, layer)
         self.out = Linear(spec.attention_width, spec.width, bias=False)
 
     def forward(self, x_BLD: Tensor, documents: Documents | None = None) -> Tensor:
@@ -179,21 +155,6 @@ class Attention(nn.Module):
         q_BLNH = self.q_norm(q_BLNH) if self.q_norm is not None else q_BLNH
         k_BLNH = self.k_norm(k_BLNH) if self.k_norm is not None else k_BLNH
         out_BLD: Tensor = self.out(self.core(q_BLNH, k_BLNH, v_BLNH, documents).flatten(-2))
-        return out_BLD
-
-
-class MLP(nn.Module):
-    """The MLP, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, spec: LlamaSpec) -> None:
-        super().__init__()
-        self.gate = Linear(spec.width, spec.mlp_width, bias=False)
-        self.up = Linear(spec.width, spec.mlp_width, bias=False)
-        self.down = Linear(spec.mlp_width, spec.width, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """MLP output, out_BLD."""
-        out_BLD: Tensor = self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
         return out_BLD
 
 

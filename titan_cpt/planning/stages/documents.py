@@ -35,17 +35,22 @@ def document_recipe(config: Config, stage: StageConfig) -> dict[str, bool]:
     return {key: value for key, value in keys.items() if value}
 
 
-def attended_span(inventory: DataInventory, spec: ModelSpec, tree: Tree, seq_len: int) -> float:
-    """Mean number of positions that a token of a masked stage attends to, not halved for the causal mask.
+def attended_spans(inventory: DataInventory, spec: ModelSpec, tree: Tree, seq_len: int) -> tuple[float, ...]:
+    """Mean number of positions that a token of a masked stage attends to in each layer, not halved for the causal mask.
 
     A source whose documents are not known counts with whole sequences: an upper bound.
     """
-    full = min(seq_len, spec.sliding_window or seq_len)
-    total = Fraction(0)
-    for leaf, count in leaf_counts(tree, _SHARE_BASE).items():
-        measured = inventory.documents.get((leaf.source, seq_len))
-        total += count * Fraction(full if measured is None else measured.mean_span(spec.sliding_window))
-    return float(total / _SHARE_BASE)
+    counts = leaf_counts(tree, _SHARE_BASE)
+    by_window = {}
+    for window in {*spec.layer_windows}:
+        total = Fraction(0)
+        for leaf, count in counts.items():
+            measured = inventory.documents.get((leaf.source, seq_len))
+            total += count * Fraction(
+                min(seq_len, window or seq_len) if measured is None else measured.mean_span(window)
+            )
+        by_window[window] = float(total / _SHARE_BASE)
+    return tuple(by_window[window] for window in spec.layer_windows)
 
 
 def document_notes(plan: StagePlan, inventory: DataInventory) -> Iterator[str]:

@@ -66,7 +66,7 @@ def test_output_and_gradients_are_those_by_hand(rows, window, part):
     sequences = len(rows)
     inputs = heads((sequences, 4, count, 8), (sequences, 2, 230, 8), (sequences, 2, 230, 8))
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    documents = Documents(starts, None, None)
+    documents = Documents(starts)
     out = attention.document_attention(*inputs, documents=documents, window=window, first=first)
     expected = by_hand(*exact, starts, first, window)
     weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
@@ -85,7 +85,7 @@ def test_bfloat16_is_as_exact_as_it_can_hold(window):
     inputs = heads(*sizes, dtype=torch.bfloat16)
     starts = starts_of((300, 20, 20, 60))
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = attention.document_attention(*inputs, documents=Documents(starts, None, None), window=window)
+    out = attention.document_attention(*inputs, documents=Documents(starts), window=window)
     expected = by_hand(*exact, starts, 0, window)
     grads = torch.autograd.grad(out.float().square().sum(), inputs)
     expected_grads = torch.autograd.grad(expected.square().sum(), exact)

@@ -12,7 +12,7 @@ from titan_cpt.data.mixture import Leaf, huffman_tree
 from titan_cpt.errors import PlanError
 from titan_cpt.planning.plan_json import plan_as_json
 from titan_cpt.planning.planner import make_plan
-from titan_cpt.planning.stages.documents import attended_span
+from titan_cpt.planning.stages.documents import attended_spans
 
 MASKED = ("seq_len = 16\n", "seq_len = 16\ndocument_mask = true\n")
 
@@ -46,7 +46,7 @@ def test_the_span_of_a_mixture_weighs_its_sources(make, head):
     sample = DocumentSample((4,), (8,), sequences=2, available=2)
     inventory = training_inventory({("known", 16): sample})
 
-    assert attended_span(inventory, plan.spec, tree, 16) == pytest.approx(13.0, abs=1e-5)
+    assert attended_spans(inventory, plan.spec, tree, 16) == pytest.approx([13.0] * plan.spec.layers, abs=1e-5)
 
 
 def training_inventory(documents):
