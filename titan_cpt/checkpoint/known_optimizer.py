@@ -47,7 +47,7 @@ def check_known_optimizers(stages: Sequence[StagePlan]) -> Iterator[str]:
 
 
 def _record_of_stage(init: str) -> dict[str, Any] | None:
-    """The manifest of a checkpoint that a stage of a run saved; None if there is none, as for released models."""
+    """The manifest of a checkpoint with an optimizer state: of a stage or of another trainer; None if not there."""
     checkpoint = named_weights(Path(init.partition(":")[2])).folder
     if not init.startswith(CHECKPOINT_PREFIX) or not (checkpoint / MANIFEST_FILE).is_file():
         return None
@@ -56,4 +56,5 @@ def _record_of_stage(init: str) -> dict[str, Any] | None:
     except (CheckpointError, AccessError):
         return None  # reported when the stage begins
     trained = f"stages.{record['stage']}.optimizer_state" in record["recipe"]
-    return record if trained else None  # an import or a merge: no stage of a run
+    trained = trained or manifest.imported_optimizer(record) is not None
+    return record if trained else None  # a released model or a merge: no stage of a run

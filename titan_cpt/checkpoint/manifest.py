@@ -26,6 +26,8 @@ from titan_cpt.common.weights.named_weights import named_weights
 from titan_cpt.errors import CheckpointError
 
 FORMAT = 2  # format 1 had pickled files, or SHA-256 checksums
+TRAINED_BY = "trained_by"
+"""The entry of an import from another trainer: trainer, step, tokens, LR, and `optimizer` if it has a state of one."""
 _NAMES_SHOWN = 5
 _CHECKPOINT_FILE = re.compile(
     r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
@@ -136,6 +138,13 @@ def read(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     return parse(text, path)
+
+
+def imported_optimizer(record: Mapping[str, Any]) -> str | None:
+    """The optimizer whose state was imported from another trainer; None for every other checkpoint."""
+    trained_by = record.get(TRAINED_BY)
+    name = trained_by.get("optimizer") if isinstance(trained_by, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:

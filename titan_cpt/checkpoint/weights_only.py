@@ -1,4 +1,4 @@
-"""Checkpoints that no stage of a run saved: weights without optimizer state, written one tensor after another."""
+"""Checkpoints that no stage of a run saved, written one tensor after another."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from titan_cpt.checkpoint.hf_release import weight_shapes
+from titan_cpt.checkpoint.manifest import imported_optimizer
 from titan_cpt.checkpoint.storage import ShardWriter, without_dist_warning
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.models.spec import ModelSpec
 
 IMPORTED = "imported"
-"""The `kind` of a checkpoint converted from a Hugging Face model."""
+"""The `kind` of a checkpoint converted from a Hugging Face model, or from a checkpoint of another trainer."""
 
 MERGED = "merged"
 """The `kind` of a checkpoint that `titan-cpt merge` wrote."""
+
+
+def has_optimizer_state(record: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this manifest has an optimizer state: that of a stage, or of another trainer."""
+    return record["kind"] not in (IMPORTED, MERGED) or imported_optimizer(record) is not None
 
 
 def record_without_training(kind: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,11 +57,22 @@ def save_weights(spec: ModelSpec, read: Callable[[str], Tensor], folder: Path) -
         read: gives a weight by its name, when it is written.
         folder: exists and is empty.
     """
-    state = {
-        "model": {
-            name: torch.empty(lengths, dtype=torch.float32, device="meta")
-            for name, lengths in weight_shapes(spec).items()
-        }
+    shapes = {f"model.{name}": lengths for name, lengths in weight_shapes(spec).items()}
+    return save_tensors(shapes, lambda name: read(name.removeprefix("model.")), folder)
+
+
+def save_tensors(
+    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Write tensors in float32, one after another; returns the checksums for `manifest.write`.
+
+    Args:
+        shapes: name in the checkpoint, such as `model.<weight>` or `optimizer.state.<weight>.exp_avg` -> shape.
+        read: gives a tensor by this name, when it is written.
+        folder: exists and is empty.
+    """
+    state: dict[str, Any] = {
+        name: torch.empty(lengths, dtype=torch.float32, device="meta") for name, lengths in shapes.items()
     }
     writer = ShardWriter(folder, threads=1)
     with without_dist_warning():
@@ -72,4 +89,4 @@ class _LazySavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Read the tensor, in float32."""
-        return self._read(index.fqn.removeprefix("model.")).float()
+        return self._read(index.fqn).float()

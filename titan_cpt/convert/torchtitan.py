@@ -157,14 +157,10 @@ def _model(out: Conversion) -> None:
     plain, _, attention = flavor.partition("_")
     if attention.removesuffix("_attn") not in ("", "flex", "varlen"):
         plain = flavor
-    flavors = _MODELS.get(name, {})
-    if plain in flavors:
-        layers, width, heads, mlp_width, more = flavors[plain]
-        fields: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "mlp_width": mlp_width}
-        fields |= {"head_width": width // heads, **(_QWEN3 if name == "qwen3" else _LLAMA3), **more}
+    if plain in _MODELS.get(name, {}):
+        fields = flavor_fields(name, plain)
         text = ""
         if name == "llama3":
-            fields["rope_scaling"] = _LLAMA3_SCALING
             text = "with Llama 3.1's RoPE scaling, which torchtitan's llama3 always applies"
         sharded = out.whole("parallelism.tensor_parallel_degree", 1) > 1
         set_model(out, "llama", fields, of=["model.name", "model.flavor"], text=text, tensor_parallel=sharded)
@@ -181,6 +177,19 @@ def _model(out: Conversion) -> None:
         ours |= {"tokenizer.add_bos": True}
         text += "; torchtitan begins every document with its BOS token"
     out.decide(text, ours, of=["model.hf_assets_path"])
+
+
+def flavor_fields(name: str, flavor: str) -> dict[str, Any]:
+    """Fields of our Llama spec for a flavor of one of torchtitan's models."""
+    layers, width, heads, mlp_width, more = _MODELS[name][flavor]
+    fields: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "mlp_width": mlp_width}
+    fields |= {"head_width": width // heads, **(_QWEN3 if name == "qwen3" else _LLAMA3), **more}
+    return fields | ({"rope_scaling": _LLAMA3_SCALING} if name == "llama3" else {})
+
+
+def flavors() -> list[tuple[str, str]]:
+    """The models and flavors that `flavor_fields` knows."""
+    return [(name, flavor) for name, known in _MODELS.items() for flavor in known]
 
 
 def _data(out: Conversion) -> None:

@@ -1,0 +1,69 @@
+"""The model of another trainer's checkpoint from a config file: the trainer's own, or a TOML file with our [model]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_cpt.config.messages import error_message
+from titan_cpt.config.model import ModelConfig
+from titan_cpt.config.toml_files import read_with_bases
+from titan_cpt.convert.convert import convert_files
+from titan_cpt.errors import ConfigError
+from titan_cpt.models.registry import named_size
+from titan_cpt.models.spec import ModelSpec
+
+
+def spec_from_config(path: Path, project: str, *, rows: int) -> ModelSpec:
+    """The model that a config file describes.
+
+    Args:
+        path: a config of `project` that `titan-cpt convert-config` converts, or a TOML file with our [model].
+        project: a name of `titan_cpt.convert`.
+        rows: rows of the embedding in the checkpoint, which replace the config's vocabulary.
+
+    Raises:
+        ConfigError: the file cannot be read, or describes a model that is not available here.
+    """
+    if path.suffix == ".toml":
+        model = read_with_bases(path).get("model")
+        if isinstance(model, Mapping) and "family" in model:
+            return spec_from_table(dict(model), path, rows=rows)
+    conversion = convert_files([path], project)
+    if not conversion.same_architecture:
+        lines = [entry.text for entry in (*conversion.unmatched, *conversion.decisions) if "architecture" in entry.text]
+        raise ConfigError("\n  - ".join([f"{path}: describes a model that is not available here:", *lines]))
+    table: dict[str, Any] = {}
+    for key, value in conversion.values.items():
+        if key.startswith("model."):
+            *tables, last = key.removeprefix("model.").split(".")
+            inner = table
+            for name in tables:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+    return spec_from_table(table, path, rows=rows)
+
+
+def spec_from_table(table: dict[str, Any], path: Path, *, rows: int) -> ModelSpec:
+    """The model of our [model] table, with `rows` rows of the embedding.
+
+    Args:
+        path: the file, for messages.
+
+    Raises:
+        ConfigError: the table is wrong.
+    """
+    raw = {"model": {**table, "vocab_size": rows}}
+    try:
+        config = ModelConfig.model_validate(raw["model"])
+    except ValidationError as error:
+        faults = [error_message({**each, "loc": ("model", *each["loc"])}, raw) for each in error.errors()]
+        raise ConfigError("\n".join([f"{path}:", *(f"  - {fault}" for fault in faults)])) from None
+    overrides = config.model_dump(exclude={"family", "size", "options"}, exclude_none=True)
+    try:
+        return named_size(config.family, config.size, 1, overrides | (config.options or {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

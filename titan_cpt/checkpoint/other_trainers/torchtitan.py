@@ -1,0 +1,223 @@
+"""torchtitan's checkpoints, of its models llama3 and qwen3 (dense): a DCP folder such as outputs/checkpoint/step-1000.
+
+Names and layouts are those of 0.3.0; 0.2's names are read too. The files do not say how many heads the model has, nor
+its RoPE: these come from a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
+from titan_cpt.checkpoint.other_trainers.rope_layout import halves_from_interleaved
+from titan_cpt.checkpoint.other_trainers.torchtitan_config import read_spec
+from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
+    MOMENTS,
+    AdamWState,
+    ImportRequest,
+    StoredTensor,
+    TrainedCheckpoint,
+)
+from titan_cpt.errors import CheckpointError
+from titan_cpt.models.llama.spec import LlamaSpec
+
+EMBEDDING = "tok_embeddings.weight"
+_HEADS = ("lm_head.weight", "output.weight")  # since 0.3, and before
+_BLOCK = {
+    "attention_norm": "attention_norm",
+    "attention.out": "attention.wo",
+    "attention.q_norm": "attention.q_norm",
+    "attention.k_norm": "attention.k_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+}
+_FUSED = "attention.qkv_linear.wqkv"
+_CONSTANTS = ("freqs_cis", "rope_cache", "rope.cache")  # RoPE's tables, which older versions saved
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a weight, or its moments, are: a tensor, or the rows of q, k or v in a fused one.
+
+    Attributes:
+        name: the tensor's name without a prefix.
+        part: "q", "k" or "v" of a fused tensor; "": the whole tensor.
+    """
+
+    name: str
+    part: str = ""
+
+
+def read(request: ImportRequest) -> TrainedCheckpoint:
+    """Open a checkpoint of torchtitan.
+
+    Raises:
+        CheckpointError: it is not a checkpoint of one of these models.
+        ConfigError: the config is missing, cannot be read, or describes another model.
+    """
+    files = DcpFiles(request.path)
+    prefix = "model." if f"model.{EMBEDDING}" in files.tensors else ""
+    if prefix + EMBEDDING not in files.tensors:
+        some = ", ".join(list(files.tensors)[:3])
+        raise CheckpointError(
+            f"{request.path}: has no {EMBEDDING}, so it is not a language model of torchtitan; it has {some}"
+        )
+    spec = read_spec(files, prefix, request.config)
+    reader = _Reader(files, prefix, spec)
+    optimizer = {} if request.weights_only else reader.optimizer()
+    state = "optimizer.state."
+    known = {prefix + source.name for source in reader.sources.values()} | reader.read_names
+    foreign = [name for name in files.tensors if name not in known and not name.endswith(_CONSTANTS)]
+    if request.weights_only or not optimizer:
+        foreign = [name for name in foreign if not name.startswith("optimizer.")]
+    tied = spec.tied and next((name for name in _HEADS if prefix + name in files.tensors), None)
+    if tied:
+        foreign = [name for name in foreign if name != prefix + tied]
+    settings = {} if request.weights_only else reader.settings()
+    tokens, counted = reader.tokens()
+    skipped = [counted] if counted else []
+    if request.weights_only and any(name.startswith(state) for name in files.tensors):
+        skipped.append("optimizer: as --weights-only says")
+    if any(name.startswith("dataloader") for name in files.objects):
+        skipped.append("dataloader: the position in the data; the next stage reads its own data")
+    if any(name.startswith("lr_scheduler") for name in files.objects):
+        skipped.append("lr_scheduler: the next stage has a schedule of its own")
+    return TrainedCheckpoint(
+        trainer="torchtitan",
+        spec=spec,
+        weights={ours: reader.weight(ours) for ours in reader.sources},
+        optimizer=optimizer,
+        foreign=foreign,
+        step=reader.number("train_state.step"),
+        tokens=tokens,
+        next_lr=settings.pop("lr", None),
+        settings=settings if optimizer else {},
+        not_imported=skipped,
+    )
+
+
+class _Reader:
+    """Our names, and where these weights and moments are in the files.
+
+    Attributes:
+        sources: our name -> where the weight is, of those that are there.
+        read_names: names of the tensors of the optimizer that `optimizer` found.
+    """
+
+    def __init__(self, files: DcpFiles, prefix: str, spec: LlamaSpec) -> None:
+        self._files = files
+        self._prefix = prefix
+        self._spec = spec
+        self.sources = dict(self._weights())
+        self.read_names: set[str] = set()
+
+    def _weights(self) -> Iterator[tuple[str, _Source]]:
+        names = {"embedding.weight": EMBEDDING, "final_norm.weight": "norm.weight"}
+        if not self._spec.tied:
+            names["head.weight"] = next((n for n in _HEADS if self._prefix + n in self._files.tensors), _HEADS[0])
+        for layer in range(self._spec.layers):
+            names |= {f"blocks.{layer}.{o}.weight": f"layers.{layer}.{t}.weight" for o, t in _BLOCK.items()}
+            for part in "qkv":
+                for kind in ("weight", "bias"):
+                    new = f"layers.{layer}.attention.qkv_linear.w{part}.{kind}"  # of fused ones too
+                    old = f"layers.{layer}.attention.w{part}.{kind}"
+                    names[f"blocks.{layer}.attention.{part}.{kind}"] = (
+                        new if self._prefix + new in self._files.tensors else old
+                    )
+        for ours, theirs in names.items():
+            if self._prefix + theirs in self._files.tensors:
+                yield ours, _Source(theirs)
+
+    def weight(self, ours: str) -> StoredTensor:
+        """A weight in our layout."""
+        source = self.sources[ours]
+        return self._stored(ours, self._prefix + source.name, source)
+
+    def optimizer(self) -> dict[str, AdamWState]:
+        """AdamW's state of every weight that has one."""
+        found = {}
+        for ours, source in self.sources.items():
+            where = self._state_of(source)
+            if where is None:
+                continue
+            key = f"optimizer.state.{where.name}"
+            self.read_names |= {f"{key}.{name}" for name in (*MOMENTS, "step")}
+            first, second = (self._stored(ours, f"{key}.{moment}", where) for moment in MOMENTS)
+            found[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=int(self.number(f"{key}.step") or 0))
+        return found
+
+    def _state_of(self, source: _Source) -> _Source | None:
+        """Where the moments of a weight are. torchtitan splits a fused QKV weight when it saves it, not its moments."""
+        fused = source.name.replace(".wq.", ".wqkv.").replace(".wk.", ".wqkv.").replace(".wv.", ".wqkv.")
+        part = source.name.split(".")[-2].removeprefix("w") if fused != source.name else ""
+        for where in (source, _Source(fused, part)):
+            if all(f"optimizer.state.{where.name}.{moment}" in self._files.tensors for moment in MOMENTS):
+                return where
+        return None
+
+    def settings(self) -> dict[str, float]:
+        """Dotted keys of our [optimizer], and `lr`, the LR of torchtitan's next step; of the embedding's group."""
+        group = f"optimizer.param_groups.{EMBEDDING}"
+        values: dict[str, Any] = {
+            key: self._files.read_object(f"{group}.{key}")
+            for key in ("lr", "betas", "eps", "weight_decay")
+            if f"{group}.{key}" in self._files.objects
+        }
+        betas = values.pop("betas", None)
+        if isinstance(betas, tuple | list) and len(betas) == 2:
+            values |= {"beta1": betas[0], "beta2": betas[1]}
+        return {
+            key if key == "lr" else f"optimizer.{key}": float(value)
+            for key, value in values.items()
+            if isinstance(value, int | float)
+        }
+
+    def number(self, name: str) -> int | None:
+        """A whole number that is stored as an object, or as a tensor without dimensions; None if there is none."""
+        if name in self._files.tensors and self._files.tensors[name].shape == ():
+            return int(self._files.read(name))
+        value = self._files.read_object(name) if name in self._files.objects else None
+        if isinstance(value, Tensor) and value.ndim == 0:
+            return int(value)
+        return int(value) if isinstance(value, int | float) else None
+
+    def tokens(self) -> tuple[int | None, str | None]:
+        """The tokens that trained the weights, or why the number in the files is another one."""
+        counted = self.number("train_state.ntokens_seen")
+        if counted is None:
+            return None, None
+        files = {shard.file for entry in self._files.tensors.values() for shard in entry.shards}
+        if all(file.startswith("__0_") for file in files):
+            return counted, None
+        return None, (
+            f"train_state.ntokens_seen = {counted:,}: torchtitan counts the tokens of one data-parallel rank; "
+            "multiply it by their number"
+        )
+
+    def _stored(self, ours: str, name: str, source: _Source) -> StoredTensor:
+        """The tensor `name` in our layout: a part of a fused one, and q and k in our order of features."""
+        spec = self._spec
+        shape = self._files.tensors[name].shape
+        if source.part and shape:
+            part = 1 if source.part != "q" else spec.heads // spec.kv_heads
+            shape = (shape[0] * part // (spec.heads // spec.kv_heads + 2), *shape[1:])
+        where = f"{name} ({source.part})" if source.part else name
+        interleaved = not spec.qk_norm and ours.split(".")[-2] in ("q", "k")
+        return StoredTensor(where, shape, partial(self._read, name, source.part, interleaved))
+
+    def _read(self, name: str, part: str, interleaved: bool) -> Tensor:
+        tensor = self._files.read(name)
+        spec = self._spec
+        if part:
+            shared = spec.heads // spec.kv_heads
+            groups = tensor.reshape(-1, shared + 2, spec.head_width, *tensor.shape[1:])
+            chosen = {"q": slice(0, shared), "k": slice(shared, shared + 1), "v": slice(shared + 1, shared + 2)}[part]
+            tensor = groups[:, chosen].reshape(-1, *tensor.shape[1:])
+        return halves_from_interleaved(tensor, spec.head_width) if interleaved else tensor
