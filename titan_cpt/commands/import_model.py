@@ -21,7 +21,7 @@ def add_import(subparsers: Subparsers) -> None:
         details='A stage starts from the result with init = "checkpoint:OUT".',
         usage="SOURCE OUT [options]",
         example="titan-cpt import EleutherAI/pythia-70m checkpoints/pythia-70m\n"
-        "titan-cpt import --from torchtitan outputs/checkpoint/step-1000 mine \\\n    --config config.json",
+        "titan-cpt import --from torchtitan out/step-1000 mine --config config.json",
     )
     importing.add_argument(
         "source",
