@@ -70,7 +70,8 @@ class TrainedCheckpoint:
         trainer: its name, and version if that is known.
         spec: the model.
         weights: our name -> weight. The writer refuses a checkpoint that lacks one of the model's or has a wrong shape.
-        optimizer: our name of a weight -> AdamW's state; empty: the checkpoint has none, or it was not asked for.
+        optimizer: our name of a weight -> AdamW's state; empty: the checkpoint has none, or the
+            request excludes it.
         foreign: names of tensors in the files that belong to no weight of the model, and are not known to be needless;
             the writer refuses them.
         step: optimizer steps that trained these weights; None: unknown.
