@@ -1,4 +1,4 @@
-"""Checkpoints as torchtitan writes them, made with DCP alone: names, fused moments, order of features of RoPE."""
+"""Checkpoints as torchtitan writes them, made with only DCP: names, fused moments, order of features of RoPE."""
 
 from __future__ import annotations
 

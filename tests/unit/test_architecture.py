@@ -75,7 +75,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.hf_tokenizer": "unit/checkpoint/test_hf_export.py",
     "distributed.weight_rows": "unit/training/optimization/test_trained_weights.py",
     "checkpoint.other_trainers.trained_checkpoint": "unit/checkpoint/other_trainers/test_import_trained.py",
-    "checkpoint.other_trainers.trainers": "unit/checkpoint/other_trainers/test_torchtitan.py",
     "checkpoint.other_trainers.dcp_metadata": "unit/checkpoint/other_trainers/test_dcp_files.py",
     "checkpoint.other_trainers.model_config": "unit/checkpoint/other_trainers/test_torchtitan.py",
     "checkpoint.other_trainers.rope_layout": "unit/checkpoint/other_trainers/test_torchtitan.py",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from titan_cpt.checkpoint.other_trainers.trainers import TRAINERS
 from titan_cpt.commands.arguments import Subparsers, add_command, positive_int
 from titan_cpt.errors import ConfigError
+
+TRAINERS = ("torchtitan",)
+"""The keys of `checkpoint.other_trainers.import_trained.READERS`, which imports torch."""
 
 
 def add_import(subparsers: Subparsers) -> None:
@@ -36,7 +38,7 @@ def add_import(subparsers: Subparsers) -> None:
         help="embedding rows (default: the model's); extra rows are dropped, new rows are the mean of all others",
     )
     trainer = importing.add_argument_group("a checkpoint of another trainer")
-    trainer.add_argument("--from", dest="trainer", choices=tuple(TRAINERS), metavar="TRAINER", help=", ".join(TRAINERS))
+    trainer.add_argument("--from", dest="trainer", choices=TRAINERS, metavar="TRAINER", help=", ".join(TRAINERS))
     trainer.add_argument(
         "--config", type=Path, metavar="FILE", help="the trainer's config, or a TOML file with [model], for the model"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_cpt.checkpoint.other_trainers.dcp_metadata import METADATA, Entry, Shard, read_metadata
+from titan_cpt.checkpoint.other_trainers.dcp_metadata import METADATA, Entry, StoredBlock, read_metadata
 from titan_cpt.common.reading import is_there, matching, readable
 from titan_cpt.errors import AccessError, CheckpointError
 
@@ -70,7 +70,7 @@ class DcpFiles:
         (shard,) = self.objects[name].shards
         return self._load(shard)
 
-    def _load(self, shard: Shard) -> Any:
+    def _load(self, shard: StoredBlock) -> Any:
         path = self.folder / shard.file
         try:
             with readable(path), path.open("rb") as file:

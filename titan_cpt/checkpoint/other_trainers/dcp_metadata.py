@@ -37,7 +37,7 @@ _RECORDS = {
 
 
 @dataclass(frozen=True)
-class Shard:
+class StoredBlock:
     """A rectangular block of a tensor, or a whole object: where its bytes are.
 
     Attributes:
@@ -61,7 +61,7 @@ class Entry:
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[StoredBlock, ...]
 
 
 def read_metadata(folder: Path) -> dict[str, Entry]:
@@ -176,7 +176,7 @@ def _dtype_of(properties: Any) -> torch.dtype:
     return dtype
 
 
-def _shard(at: tuple[int, ...], shape: tuple[int, ...], info: Any) -> Shard:
+def _shard(at: tuple[int, ...], shape: tuple[int, ...], info: Any) -> StoredBlock:
     file = info.relative_path
     if not isinstance(file, str) or Path(file).name != file:
         raise ValueError(f"it names a file outside of its folder: {file!r}")
@@ -186,7 +186,7 @@ def _shard(at: tuple[int, ...], shape: tuple[int, ...], info: Any) -> Shard:
             "here: save it without"
         )
     first, length = _lengths((info.offset, info.length))
-    return Shard(at, shape, file, first, length)
+    return StoredBlock(at, shape, file, first, length)
 
 
 def _lengths(value: Any) -> tuple[int, ...]:

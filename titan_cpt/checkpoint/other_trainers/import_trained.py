@@ -16,6 +16,7 @@ from torch import Tensor
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import weight_shapes
+from titan_cpt.checkpoint.other_trainers.torchtitan import open_torchtitan
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
@@ -23,7 +24,6 @@ from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     StoredTensor,
     TrainedCheckpoint,
 )
-from titan_cpt.checkpoint.other_trainers.trainers import reader_of
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer
 from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_tensors
 from titan_cpt.common.files import atomic_folder
@@ -33,6 +33,8 @@ from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.registry import as_config_table
 
+READERS: Mapping[str, Callable[[ImportRequest], TrainedCheckpoint]] = {"torchtitan": open_torchtitan}
+"""Name of a trainer, as `titan-cpt import --from` takes it -> what opens its checkpoints."""
 _LARGEST_STEP = 1 << 24  # float32, which AdamW counts in, has all whole numbers up to here
 
 
@@ -42,7 +44,7 @@ def import_from_trainer(
     """Convert a checkpoint of another trainer.
 
     Args:
-        trainer: one of `TRAINERS`.
+        trainer: a key of `READERS`.
         request: the checkpoint, and what the user says of it.
         out: the checkpoint's folder; must not exist, or be empty.
         tokenizer: "bytes", or the tokenizer.json that the weights were trained with, or its folder; None: unknown.
@@ -58,7 +60,7 @@ def import_from_trainer(
     trained_with = None
     if tokenizer is not None:
         trained_with = TrainingTokenizer(tokenizer, fingerprint_of(tokenizer), ids_fingerprint(tokenizer))
-    write_checkpoint(reader_of(trainer)(request), str(request.path), out, tokenizer=trained_with, log=log)
+    write_checkpoint(READERS[trainer](request), str(request.path), out, tokenizer=trained_with, log=log)
 
 
 def write_checkpoint(

@@ -17,7 +17,7 @@ from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 
 
-def spec_from_config(path: Path, project: str, *, rows: int) -> ModelSpec:
+def spec_of_trainer_config(path: Path, project: str, *, rows: int) -> ModelSpec:
     """The model that a config file describes.
 
     Args:

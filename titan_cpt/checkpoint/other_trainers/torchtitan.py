@@ -55,7 +55,7 @@ class _Source:
     part: str = ""
 
 
-def read(request: ImportRequest) -> TrainedCheckpoint:
+def open_torchtitan(request: ImportRequest) -> TrainedCheckpoint:
     """Open a checkpoint of torchtitan.
 
     Raises:

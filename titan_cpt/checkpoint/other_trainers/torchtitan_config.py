@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
-from titan_cpt.checkpoint.other_trainers.model_config import spec_from_config
+from titan_cpt.checkpoint.other_trainers.model_config import spec_of_trainer_config
 from titan_cpt.common.reading import read_text
 from titan_cpt.convert.torchtitan import flavor_fields, flavors
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -41,7 +41,7 @@ def read_spec(files: DcpFiles, prefix: str, config: Path | None) -> LlamaSpec:
         raise CheckpointError(f"{files.folder}: {_EMBEDDING} has shape {list(shape)}, not rows of the vocabulary")
     if config is None:
         raise ConfigError(f"{files.folder}: {_without_config(files, prefix)}")
-    spec = _from_json(config, shape[0]) if config.suffix == ".json" else spec_from_config(
+    spec = _from_json(config, shape[0]) if config.suffix == ".json" else spec_of_trainer_config(
         config, "torchtitan", rows=shape[0]
     )  # fmt: skip
     if not isinstance(spec, LlamaSpec):

@@ -8,11 +8,12 @@ import torch
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint import manifest
-from titan_cpt.checkpoint.other_trainers.import_trained import write_checkpoint
+from titan_cpt.checkpoint.other_trainers.import_trained import READERS, write_checkpoint
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import AdamWState, StoredTensor, TrainedCheckpoint
 from titan_cpt.checkpoint.state_dict import load_state, optimizer_tensors
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_manifest
 from titan_cpt.checkpoint.weights_only import has_optimizer_state
+from titan_cpt.commands.import_model import TRAINERS
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size, spec_from_recipe
@@ -170,6 +171,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(found, tmp_path, faul
     assert message in str(refused.value)
     assert str(refused.value).startswith("there: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_offers_the_trainers_that_have_a_reader():
+    """The list of the command is a second one, because the help of a command imports no torch."""
+    assert set(TRAINERS) == set(READERS)
 
 
 def test_tensors_are_read_one_at_a_time(found, tmp_path):
