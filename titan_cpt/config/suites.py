@@ -40,7 +40,8 @@ SUITES: dict[str, tuple[Task, ...]] = {
         Task("mmlu", 5, "acc"),
     ),
     "paper_german": (Task("hellaswag_de", 0, "acc_norm"), Task("arc_de", 0, "acc"), Task("m_mmlu_de", 5, "acc")),
-    # Local files that scripts/fetch_benchmarks.py downloads; no hub is needed.
+    # Local files that scripts/fetch_benchmarks.py makes; no hub is needed.
+    "in_context": tuple(Task(f"{name}_local", 0, "acc") for name in ("copying", "recall")),
     "minimal_pairs": tuple(Task(f"{name}_local", 0, "acc") for name in ("clams_de", "clams_en", "blimp_en")),
     "offline": (
         *(Task(f"{name}_local", 0, "acc") for name in ("clams_de", "clams_en", "blimp_en", "arc_easy", "sciq", "copa")),
@@ -51,8 +52,8 @@ SUITES: dict[str, tuple[Task, ...]] = {
 """{name: tasks}. The average of a suite is the unweighted mean of its tasks' metrics."""
 
 
-FETCHED = frozenset(task.name for name in ("minimal_pairs", "offline") for task in SUITES[name])
-"""Tasks whose data scripts/fetch_benchmarks.py downloads once."""
+FETCHED = frozenset(task.name for name in ("in_context", "minimal_pairs", "offline") for task in SUITES[name])
+"""Tasks whose data scripts/fetch_benchmarks.py downloads or makes once."""
 HOW_TO_FETCH = "run `scripts/fetch_benchmarks.py data/bench` on a machine with network access"
 
 

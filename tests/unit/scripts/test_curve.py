@@ -293,6 +293,22 @@ def test_about_one_document_in_25_is_for_validation():
     assert 150 < len(chosen) < 250
 
 
+def test_results_of_other_tokens_are_not_added_to_a_set(tmp_path, monkeypatch):
+    """Recorded with the first results, compared with the next; a file that came or went is another text too."""
+    monkeypatch.setattr(curve, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    for name in ("tokenizer.json", "git.bin", "git-heldout.bin"):
+        (tmp_path / "data" / name).write_text(name)
+    curve.require_same_data(tmp_path / "cpu")
+    curve.require_same_data(tmp_path / "cpu")
+    (tmp_path / "data" / "git.bin").write_text("newer package")
+    (tmp_path / "data" / "django.bin").write_text("new")
+
+    with pytest.raises(SystemExit, match=r"data: django\.bin, git\.bin: not the data of the results in .*cpu"):
+        curve.require_same_data(tmp_path / "cpu")
+    curve.require_same_data(tmp_path / "other")
+
+
 def test_english_novels_are_split_at_1880(tmp_path, monkeypatch):
     """By the year in the name; a line separator inside a text does not end a document."""
     monkeypatch.setattr(curve, "DATA", tmp_path)

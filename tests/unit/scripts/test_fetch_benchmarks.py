@@ -10,6 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 import fetch_benchmarks as fetcher
+import in_context_tasks
+
+from titan_cpt.config.suites import SUITES
+from titan_cpt.evaluation.lm_eval_tasks import TaskCatalog
 
 
 def archive(files):
@@ -78,6 +82,47 @@ def test_a_failed_download_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 
     assert status == 1
     assert "clams_de, clams_en: not downloaded: no network. Run this again" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == ["blimp_en_local.yaml", "piqa_local.yaml"]
+    names = ["blimp_en_local.yaml", "copying_local.yaml", "piqa_local.yaml", "recall_local.yaml"]
+    assert sorted(path.name for path in (tmp_path / "tasks").iterdir()) == names
     assert "LM_EVAL_TASKS/piqa/piqa.yaml" in (tmp_path / "tasks" / "piqa_local.yaml").read_text()
     assert '"{{[sentence_good, sentence_bad]}}"' in (tmp_path / "tasks" / "blimp_en_local.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", in_context_tasks.TASKS)
+def test_an_in_context_task_is_solved_by_copying_and_by_nothing_else(name):
+    """What followed the last item before is right; the choices are equally frequent, and no fixed place is right."""
+    found = list(in_context_tasks.TASKS[name]())
+    by_place = [0] * 4  # of the choices, as they are given
+    by_age = [0] * 4  # of the choices, from the latest in the context to the earliest
+    for row in found:
+        *earlier, last = row["context"].split()
+        right = row["choices"][row["answer"]]
+        ages = {choice: earlier[::-1].index(choice) for choice in row["choices"]}
+        by_place[row["answer"]] += 1
+        by_age[sorted(ages, key=ages.__getitem__).index(right)] += 1
+
+        assert earlier[earlier.index(last) + 1] == right
+        assert {earlier.count(choice) for choice in row["choices"]} == {2 if name == "copying" else 1}
+        assert len(ages) == 4
+
+    assert found == list(in_context_tasks.TASKS[name]())
+    assert sum(by_place) == 2000
+    assert by_place == pytest.approx([500] * 4, abs=60)  # three standard deviations are 58
+    assert by_age == pytest.approx([500] * 4, abs=60)
+
+
+def test_the_harness_reads_the_in_context_tasks(tmp_path):
+    """Prompt, choices and the right one, as `titan-cpt eval --suite in_context` gets them."""
+    fetcher.generated(tmp_path, in_context_tasks.TASKS)
+    (tmp_path / "tasks").mkdir()
+    for name in in_context_tasks.TASKS:
+        (tmp_path / "tasks" / f"{name}_local.yaml").write_text(fetcher.task_of(name))
+    catalog = TaskCatalog(tmp_path / "tasks", SUITES["in_context"])
+    for task, name in zip(SUITES["in_context"], in_context_tasks.TASKS, strict=True):
+        (loaded,) = catalog.load(task)["tasks"].values()
+        first, *_ = rows(tmp_path / f"{name}.jsonl")
+        loaded.build_all_requests(limit=1, rank=0, world_size=1)
+        asked = [instance.args for instance in loaded.instances]
+
+        assert asked == [(first["context"], f" {choice}") for choice in first["choices"]]
+        assert loaded.doc_to_target(loaded.eval_docs[0]) == first["answer"]
