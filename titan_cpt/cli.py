@@ -31,6 +31,7 @@ from titan_cpt.commands.generate import add_generate
 from titan_cpt.commands.import_model import add_import
 from titan_cpt.commands.init import add_init
 from titan_cpt.commands.merge import add_merge
+from titan_cpt.commands.models import add_models
 from titan_cpt.commands.parser import CommandParser
 from titan_cpt.commands.plan import add_plan
 from titan_cpt.commands.prepare import add_prepare
@@ -51,6 +52,7 @@ COMMANDS = (  # in the order of --help
     add_init,
     add_convert_config,
     add_doctor,
+    add_models,
     add_plan,
     add_train,
     add_sweep,

@@ -92,8 +92,6 @@ def add_plan(subparsers: Subparsers) -> None:
 def _run(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from titan_cpt.checkpoint.known_length import length_notes
-    from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
     from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
     from titan_cpt.common.numbers import parse_bytes
     from titan_cpt.config.load import load_config
@@ -109,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     inventory = take_inventory(config)
     inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
     plan = make_plan(config, inventory, world_size, gpu_bytes=device_bytes)
-    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages), *check_known_optimizers(plan.stages)))
+    plan = replace(plan, notes=(*plan.notes, *_notes_on_outside_weights(config, plan, inventory.vocab_size)))
     if options.json or options.lr_at or options.batch or options.recipe:
         print(json.dumps(_as_json(plan, options, device_bytes, config.job.output_dir)))
     else:
@@ -136,6 +134,17 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _notes_on_outside_weights(config: Config, plan: Plan, token_ids: int | None) -> Iterator[str]:
+    """Notes on stages that train weights from outside of the run, as far as these or facts on them are known here."""
+    from titan_cpt.checkpoint.known.length import length_notes
+    from titan_cpt.checkpoint.known.optimizer import check_known_optimizers
+    from titan_cpt.checkpoint.known.release import known_release_notes
+
+    yield from length_notes(plan.stages)
+    yield from known_release_notes(config, plan.stages, token_ids)
+    yield from check_known_optimizers(plan.stages)
+
+
 def print_plan_of(config: Config, world_size: int | None = None) -> None:
     """Print the plan of a run, for the dry run of a command that would train it.
 
@@ -145,8 +154,6 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     from dataclasses import replace
     from pathlib import Path
 
-    from titan_cpt.checkpoint.known_length import length_notes
-    from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
     from titan_cpt.checkpoint.tokenizer_check import check_planned_tokenizers
     from titan_cpt.common.console import TEXT_COLUMNS, make_console
     from titan_cpt.data.inventory import take_inventory
@@ -157,7 +164,7 @@ def print_plan_of(config: Config, world_size: int | None = None) -> None:
     inventory = take_inventory(config)
     inventory = replace(inventory, notes=(*inventory.notes, *check_planned_tokenizers(config)))
     plan = make_plan(config, inventory, world_size or min_world_size(config))
-    plan = replace(plan, notes=(*plan.notes, *length_notes(plan.stages), *check_known_optimizers(plan.stages)))
+    plan = replace(plan, notes=(*plan.notes, *_notes_on_outside_weights(config, plan, inventory.vocab_size)))
     console = make_console(TEXT_COLUMNS)
     print_plan(plan, console, config.checkpoint.keep_latest_k)
     folder = Path(config.job.output_dir) / config.job.name

@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 from torch.optim import AdamW
 
-from titan_cpt.checkpoint.known_length import length_notes
-from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
+from titan_cpt.checkpoint.known.length import length_notes
+from titan_cpt.checkpoint.known.optimizer import check_known_optimizers
+from titan_cpt.checkpoint.known.release import known_release_notes
 from titan_cpt.checkpoint.manager import CheckpointManager, FoundCheckpoint
 from titan_cpt.checkpoint.tokenizer_check import check_init_tokenizers
 from titan_cpt.common.console import RunConsole, Verbosity
@@ -143,7 +144,7 @@ def build(
         checkpoint = find_checkpoint(plan, checkpoints, data.identities, console)
         if checkpoint is not None and config.job.deterministic:
             check_same_machine(checkpoint, process)
-        notes = list(_weight_notes(config, plan, checkpoints, checkpoint))
+        notes = list(_weight_notes(config, plan, checkpoints, checkpoint, tokenizer.vocab_size))
     manifest = {} if checkpoint is None else checkpoint.manifest
     attention = choose_attention(config, plan, list(pipeline_stages.values()), mesh, manifest, group=checkpoints.group)
     validator = _build_validator(config, plan, data, mesh)
@@ -266,7 +267,7 @@ def _check_support(config: Config, plan: Plan, device: torch.device) -> None:
 
 
 def _weight_notes(
-    config: Config, plan: Plan, checkpoints: CheckpointManager, checkpoint: FoundCheckpoint | None
+    config: Config, plan: Plan, checkpoints: CheckpointManager, checkpoint: FoundCheckpoint | None, token_ids: int
 ) -> Iterator[str]:
     """Notes on tokenizer and optimizer of the initial weights of stages that have not begun, and on misplaced ones."""
     next_stage = 0 if checkpoint is None else checkpoint.manifest["stage_index"] + 1
@@ -275,6 +276,7 @@ def _weight_notes(
     yield from check_known_optimizers(plan.stages[next_stage:])
     if checkpoint is None:
         yield from length_notes(plan.stages)
+        yield from known_release_notes(config, plan.stages, token_ids)
     if checkpoints.misplaced:
         where = ", ".join(sorted({str(path) for path in checkpoints.misplaced}))
         yield f"{where}: was copied, renamed or moved here, so training neither uses nor removes it"

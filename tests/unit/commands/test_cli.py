@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = next(action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
 NAMES = [
     *("init", "convert-config", "doctor"),
-    *("plan", "train", "sweep", "baselines", "prepare", "tokenizer", "import", "export", "merge", "anneal", "eval"),
-    *("generate", "runs", "report", "watch", "track", "verify", "upload", "docs", "completion"),
+    *("models", "plan", "train", "sweep", "baselines", "prepare", "tokenizer", "import", "export", "merge", "anneal"),
+    *("eval", "generate", "runs", "report", "watch", "track", "verify", "upload", "docs", "completion"),
 ]
 
 

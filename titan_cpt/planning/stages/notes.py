@@ -32,7 +32,7 @@ def stage_notes(stages: Sequence[StagePlan]) -> Iterator[str]:
             earlier_peak = max(earlier.peak_lr for earlier in ancestors(stage, by_name))
             peak = max(spanned.peak_lr for spanned in schedule_span(stage, stages))
             last_lr = _last_lr(stage.init, by_name)
-            yield from _lr_changes(stage, peak=peak, last_lr=last_lr, earlier_peak=earlier_peak)
+            yield from lr_changes(stage, peak=peak, last_lr=last_lr, earlier_peak=earlier_peak)
             yield from _thawed(stage, by_name[stage.init.stage])
 
 
@@ -68,29 +68,31 @@ def _no_replay(stage: StagePlan, by_name: Mapping[str, StagePlan]) -> Iterator[s
         )
 
 
-def _lr_changes(stage: StagePlan, *, peak: float, last_lr: float, earlier_peak: float) -> Iterator[str]:
-    """Notes on the stage's LR, compared with that of the stages before.
+def lr_changes(stage: StagePlan, *, peak: float, last_lr: float | None, earlier_peak: float | None) -> Iterator[str]:
+    """Notes on the stage's LR, compared with that of the stages before, as far as it is known.
 
     Args:
         peak: highest LR of the stage and of those that continue its schedule.
-        last_lr: LR of the last step before this stage.
-        earlier_peak: highest LR of all stages before.
+        last_lr: LR of the last step before this stage; None if it is unknown.
+        earlier_peak: highest LR of all stages before; None if it is unknown.
     """
     first = stage.lr_at(0)
-    if first > _LR_JUMP * last_lr and stage.recipe.get("lr.warmup_until") == "0":
+    if last_lr is not None and first > _LR_JUMP * last_lr and stage.recipe.get("lr.warmup_until") == "0":
         yield (
             f"stages.{stage.name}.lr: begins at {first:.3g} without a warm-up, after an LR of {last_lr:.3g}: the loss "
             "will spike at first; warmup_until = 0.01 avoids that (the final loss is the same in the paper)"
         )
+    if earlier_peak is None:
+        return
     if peak > _EQUAL_LR * earlier_peak:
         yield (
             f"stages.{stage.name}.lr: its peak {peak:.3g} is above {earlier_peak:.3g}, the highest LR of these weights "
             "so far: adaptation is faster, more of the old data is forgotten, and training may become unstable"
         )
-    if peak <= _EQUAL_LR * last_lr and last_lr < _DECAYED * earlier_peak:
+    if last_lr is not None and peak <= _EQUAL_LR * last_lr and last_lr < _DECAYED * earlier_peak:
         yield (
-            f"stages.{stage.name}.lr: stays at or below {last_lr:.3g}, the decayed LR of the stage before: little is "
-            f"forgotten, and adaptation is slow; re-warm towards {earlier_peak:.3g} and decay again to adapt faster"
+            f"stages.{stage.name}.lr: stays at or below {last_lr:.3g}, the decayed LR of the training before: little "
+            f"is forgotten, and adaptation is slow; re-warm towards {earlier_peak:.3g} and decay again to adapt faster"
         )
 
 

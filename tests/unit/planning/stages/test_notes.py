@@ -91,7 +91,7 @@ def test_staying_at_a_decayed_lr_is_noted_and_at_the_constant_of_an_infinite_sch
     )
     later = infinite.replace("max = 1e-3, ", "").replace("0.5", "0, warmup_until = 0")
 
-    assert note.startswith("stages.second.lr: stays at or below 0.0001, the decayed LR of the stage before")
+    assert note.startswith("stages.second.lr: stays at or below 0.0001, the decayed LR of the training before")
     assert notes(("stages.first.lr", infinite), ("stages.second.lr", later)) == ()
 
 

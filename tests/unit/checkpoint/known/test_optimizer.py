@@ -6,7 +6,7 @@ import pytest
 from manifests import manifest_with
 from plans import stage
 
-from titan_cpt.checkpoint.known_optimizer import check_known_optimizers
+from titan_cpt.checkpoint.known.optimizer import check_known_optimizers
 from titan_cpt.errors import ConfigError
 
 MUON = {"stages.long.optimizer.name": "Muon", "stages.long.optimizer_state": "reset"}

@@ -5,7 +5,7 @@ import json
 from manifests import manifest_with
 from plans import stage
 
-from titan_cpt.checkpoint.known_length import length_notes
+from titan_cpt.checkpoint.known.length import length_notes
 
 
 def test_the_length_of_a_release_is_its_max_position_embeddings(head, make, tmp_path):
