@@ -90,12 +90,13 @@ def test_a_checkpoint_before_the_annealing_is_named_where_the_lr_rises_again(not
     def named(lr=WARM, **more):
         return [note for note in of_key(notes(lr, **more), ".init") if "before the annealing" in note]
 
+    endless = 'schedule = "constant", max = 1e-3'
     (note,) = named()
     assert note.startswith(
         "stages.a.init: the last public checkpoint before the annealing is hf:made/up@stage1, left at 0.0005 (page);"
     )
-    assert len(named('schedule = "constant", max = 1e-3')) == 1
-    assert named(revision="stage1") == named(revision="stage1", left_at=None) == []
+    assert len(named(endless)) == 1
+    assert named(revision="stage1") == named(endless, revision="stage1", left_at=None) == []
     assert named(revision=None) == []
     assert named(before_anneal=None) == []
 
