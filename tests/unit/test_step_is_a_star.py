@@ -15,7 +15,7 @@ pytestmark = training.THEIR_WARNINGS_IGNORED
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_step_enters_few_files_and_none_calls_back(tmp_path, precision):
-    """At most 17 of our files, three of them to read tokens, and no pair of files with calls in both directions."""
+    """At most 18 of our files, three of them to read tokens, and no pair of files with calls in both directions."""
     raw = training.two_stages(training.write_languages(tmp_path), tmp_path)
     raw["training"]["mixed_precision_param"] = precision
     with training.built_trainer(training.config_of(raw)) as trainer:
@@ -25,7 +25,7 @@ def test_a_step_enters_few_files_and_none_calls_back(tmp_path, precision):
         calls = called_files(lambda: trainer.train_step(loader, stage, 0))
     entered = {callee for _, callee in calls}
 
-    assert len(entered) <= 17, "\n".join(sorted(entered))
+    assert len(entered) <= 18, "\n".join(sorted(entered))
     assert not {(caller, callee) for caller, callee in calls if (callee, caller) in calls}
 
 

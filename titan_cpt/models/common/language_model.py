@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.document_attention import DocumentBounds
-from titan_cpt.models.common.layers import MakeKernelMasks, Project, RotaryCausalAttention
+from titan_cpt.models.common.layers import (
+    Head,
+    MakeKernelMasks,
+    Project,
+    RotaryCausalAttention,
+    TiedHead,
+    shared_documents,
+)
 from titan_cpt.models.common.ops import linear
 from titan_cpt.models.spec import ModelSpec, Rope
 
@@ -26,7 +33,7 @@ class LanguageModel(nn.Module):
     embedding: nn.Embedding | None
     blocks: nn.ModuleDict
     final_norm: nn.Module | None
-    head: nn.Module | None
+    head: Head | TiedHead | None
     make_kernel_masks: MakeKernelMasks | None = None
     """For attention inside documents on a GPU; None: see `document_attention`."""
 
@@ -51,7 +58,12 @@ class LanguageModel(nn.Module):
                 parallelism both are those of this rank's tokens.
             bounds: of the documents, for a GPU's kernel; None: the documents may have any number and length.
         """
-        raise NotImplementedError
+        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL, bounds)
+        if isinstance(self.head, TiedHead):
+            assert self.embedding is not None, "the head of a model with tied embeddings needs the embedding"
+            logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight, project=project)
+            return logits_BLV
+        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
 
     def trunk(
         self,
@@ -61,7 +73,13 @@ class LanguageModel(nn.Module):
         bounds: DocumentBounds | None = None,
     ) -> Tensor:
         """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        raise NotImplementedError
+        documents = shared_documents(
+            self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
+        )
+        x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
+        for block in self.blocks.values():
+            x_BLD = block(x_BLD, documents=documents)
+        return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Set every weight to its initial value, which depends only on the seed and the weight's name."""

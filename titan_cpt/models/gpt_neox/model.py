@@ -12,11 +12,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from titan_cpt.models.common.document_attention import DocumentBounds, Documents
+from titan_cpt.models.common.document_attention import Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, shared_documents
-from titan_cpt.models.common.ops import Linear, copy_for_separate_grad, gelu, linear
+from titan_cpt.models.common.layers import Head, RotaryCausalAttention
+from titan_cpt.models.common.ops import Linear, copy_for_separate_grad, gelu
 from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 
 
@@ -30,35 +30,6 @@ class GPTNeoX(LanguageModel):
         self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(spec.layers)})
         self.final_norm: nn.LayerNorm | None = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.head: Head | None = Head(spec.width, spec.vocab_size, bias=False)
-
-    def forward(
-        self,
-        tokens_BL: Tensor,
-        project: Project = linear,
-        *,
-        starts_BL: Tensor | None = None,
-        positions_BL: Tensor | None = None,
-        bounds: DocumentBounds | None = None,
-    ) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or the result of `project`; see `LanguageModel`."""
-        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL, bounds)
-        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
-
-    def trunk(
-        self,
-        tokens_BL: Tensor,
-        starts_BL: Tensor | None = None,
-        positions_BL: Tensor | None = None,
-        bounds: DocumentBounds | None = None,
-    ) -> Tensor:
-        """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        documents = shared_documents(
-            self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
-        )
-        x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
-        for block in self.blocks.values():
-            x_BLD = block(x_BLD, documents=documents)
-        return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Initialize every weight; values depend only on the seed and the weight's name, not on devices or parallelism.

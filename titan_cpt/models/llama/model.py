@@ -13,11 +13,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from titan_cpt.models.common.blocks import GatedMLP, RMSNorm
-from titan_cpt.models.common.document_attention import DocumentBounds, Documents
+from titan_cpt.models.common.document_attention import Documents
 from titan_cpt.models.common.init import fill_normal, init_linear
 from titan_cpt.models.common.language_model import LanguageModel
-from titan_cpt.models.common.layers import Head, Project, RotaryCausalAttention, TiedHead, shared_documents
-from titan_cpt.models.common.ops import Linear, linear
+from titan_cpt.models.common.layers import Head, RotaryCausalAttention, TiedHead
+from titan_cpt.models.common.ops import Linear
 from titan_cpt.models.llama.spec import LlamaSpec
 
 INITIAL_STD = 0.02
@@ -39,39 +39,6 @@ class Llama(LanguageModel):
         self.head: Head | TiedHead | None = (
             TiedHead() if spec.tie_embeddings else Head(spec.width, spec.vocab_size, bias=False)
         )
-
-    def forward(
-        self,
-        tokens_BL: Tensor,
-        project: Project = linear,
-        *,
-        starts_BL: Tensor | None = None,
-        positions_BL: Tensor | None = None,
-        bounds: DocumentBounds | None = None,
-    ) -> Tensor:
-        """Logits for the token after each position, logits_BLV, or the result of `project`; see `LanguageModel`."""
-        x_BLD = self.trunk(tokens_BL, starts_BL, positions_BL, bounds)
-        if isinstance(self.head, TiedHead):
-            assert self.embedding is not None, "the head of a model with tied embeddings needs the embedding"
-            logits_BLV: Tensor = self.head(x_BLD, self.embedding.weight, project=project)
-            return logits_BLV
-        return self.head(x_BLD, project=project) if self.head is not None else x_BLD
-
-    def trunk(
-        self,
-        tokens_BL: Tensor,
-        starts_BL: Tensor | None = None,
-        positions_BL: Tensor | None = None,
-        bounds: DocumentBounds | None = None,
-    ) -> Tensor:
-        """The head's input x_BLD: embedding, blocks and final norm, as far as this pipeline stage has them."""
-        documents = shared_documents(
-            self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
-        )
-        x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
-        for block in self.blocks.values():
-            x_BLD = block(x_BLD, documents=documents)
-        return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Initialize every weight; values depend only on the seed and the weight's name, not on devices or parallelism.
