@@ -25,7 +25,7 @@ def add_tokenizer(subparsers: Subparsers) -> None:
         subparsers,
         "tokenizer",
         _run,
-        "add tokens to a tokenizer (its merges continue), or inspect one",
+        "extend a tokenizer by continuing its merges, or inspect one",
         details="extend continues the merges of a BPE on new text; the ids of the base keep their meaning, so that its "
         "weights and token files still fit. inspect prints what a tokenizer is. Both print its fertility: tokens per "
         "word (a part between white space) and bytes per token.",
