@@ -16,7 +16,7 @@ from titan_cpt.planning.device_rules import CPU_RULES
 from titan_cpt.planning.parallel_rules import RULES, parallel_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "distributed"))
-from parity_layouts import CASES, FLOAT8, LLAMAS, Case
+from parity_layouts import CASES, FLOAT8, LLAMAS, OTHERS, Case
 
 HEAD = Path(__file__).with_name("parallelism_head.md")
 TOML: dict[str, Any] = {
@@ -123,11 +123,14 @@ def _in_code(overrides: dict[str, str]) -> str:
 
 
 def _tested() -> list[str]:
-    lines = ["\n## Parity cases\n", "Variants of Llama, all with three query heads for each key/value head:\n"]
-    lines += [f"- {model}: {_in_code(overrides) or 'plain'}" for model, overrides in LLAMAS.items()]
+    lines = [
+        "\n## Parity cases\n",
+        "Variants of Llama and other families, all with three query heads for each key/value head:\n",
+    ]
+    lines += [f"- {model}: {_in_code(overrides) or 'plain'}" for model, overrides in (LLAMAS | OTHERS).items()]
     lines += ["\n| ranks | model | overrides | precision | tolerance of |", "|---|---|---|---|---|"]
     for case in (*CASES, *FLOAT8):
-        own = {"toml", "training.mixed_precision_param", *LLAMAS.get(case.model, ())}
+        own = {"toml", "training.mixed_precision_param", *(LLAMAS | OTHERS).get(case.model, ())}
         keys = _in_code({key: value for key, value in case.overrides.items() if key not in own})
         precision = case.overrides.get("training.mixed_precision_param", "float32")
         lines.append(f"| {case.world_size} | {case.model} | {keys} | {precision} | {case.precision} |")

@@ -94,6 +94,11 @@ LLAMAS = {
 }
 """The kinds of Llama, each with what is laid over the tests' llama.toml."""
 
+OTHERS = {
+    "smollm3": {"model.family": "smollm3"},  # the last of four layers has no rotary positions
+}
+"""Other families, likewise."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -106,7 +111,7 @@ class Case:
         against: the run of one process with the same model and precision.
         precision: "float32", "bfloat16", "Muon" (float32 but for Newton-Schulz), "float8, one scale" where the same
             tensors are scaled as in one process, or "float8"; each has its tolerance.
-        model: "gpt_neox", one of `LLAMAS`, or "packed": a GPT-NeoX on masked, packed documents.
+        model: "gpt_neox", one of `LLAMAS` or `OTHERS`, or "packed": a GPT-NeoX on masked, packed documents.
         frozen: one of `FROZEN`, or none: all weights are trained.
     """
 
@@ -161,7 +166,7 @@ def _case(
         words.append(model)
         against = model
     elif model != "gpt_neox":
-        overrides = {"toml": "llama", **LLAMAS[model], **overrides}
+        overrides = {"toml": "llama", **(LLAMAS | OTHERS)[model], **overrides}
         words.append(model)
         against = f"{model}-bf16" if bf16 else model
     if masked:
@@ -294,6 +299,8 @@ CASES: tuple[Case, ...] = (
     _case(4, tp=2, bf16=True, model="llama"),
     _case(4, tp=4, model="llama"),
     _case(4, cp=2, tp=2, model="windowed"),
+    # four ranks: other families
+    _case(4, cp=2, tp=2, masked=True, model="smollm3"),
     # four ranks: Muon on matrices that FSDP2 and TP shard
     _case(4, muon=True, tp=2),
     _case(4, muon=True, rep=2),
@@ -365,6 +372,7 @@ REFERENCES: dict[str, dict[str, str]] = {
     "second-masked": SECOND_MASKED,
     "one-odd-masked": {"training.seq_len": "50", **MASKED},
     "windowed-masked": {"toml": "llama", **LLAMAS["windowed"], **MASKED},
+    "smollm3-masked": {"toml": "llama", **OTHERS["smollm3"], **MASKED},
     **{f"one-frozen-{name}": overrides for name, overrides in FROZEN.items()},
     "one-bf16-frozen-turns": {**BF16, **FROZEN["turns"]},
     "one-muon-frozen-part": {**MUON, **FROZEN["part"]},

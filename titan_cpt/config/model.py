@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from titan_cpt.common.plugins import FAMILIES
 from titan_cpt.config.types import OneOf, PositiveFloat, PositiveInt, Table, validation_error
 
-OWN_FAMILIES = ("gpt_neox", "llama")
+OWN_FAMILIES = ("gpt_neox", "llama", "smollm3")
 
 
 class RopeScalingKeys(Table):
@@ -119,6 +119,8 @@ class ModelConfig(Table):
     sliding_window: PositiveInt | None = None
     """Sliding-window attention: each token attends to itself and the sliding_window - 1 tokens before it (Llama family;
     Mistral has it). Unset: the size's, or full causal attention."""
+    nope_interval: PositiveInt | None = None
+    """Layers without rotary positions (NoPE): every nope_interval-th layer (SmolLM3). Unset: 4."""
     tie_embeddings: bool | None = None
     """Tie the output head to the token embedding (Llama family)."""
     options: dict[str, Any] | None = None

@@ -221,6 +221,11 @@ class ModelSpec(abc.ABC):
         """`layer_window` of every layer."""
         return tuple(self.layer_window(layer) for layer in range(self.layers))
 
+    @property
+    def windowed_share(self) -> float:
+        """Fraction of the layers that have a sliding window."""
+        return sum(window is not None for window in self.layer_windows) / self.layers
+
     def with_rope(self, rope: Rope) -> "ModelSpec":
         """The same model with another rotary position embedding.
 
@@ -248,7 +253,9 @@ class ModelSpec(abc.ABC):
         return type(self).activation_bytes_per_token is not ModelSpec.activation_bytes_per_token
 
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block on one rank, per token that the rank holds under context parallelism.
+        """Activation memory of a block on one rank, per token that the rank holds under context parallelism.
+
+        The average over blocks if they differ.
 
         Args:
             tp: tensor-parallel degree t, with sequence parallelism.

@@ -28,6 +28,7 @@ SMALL = {
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "smollm3": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "pad_token_id": None},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -80,7 +81,9 @@ def test_every_default_is_that_of_transformers_own_config_class(kind):
         "rotary_pct": theirs.rope_parameters.get("partial_rotary_factor"),
         "partial_rotary_factor": theirs.rope_parameters.get("partial_rotary_factor", 1.0),
     }
-    resolved = {"num_key_value_heads": theirs.num_attention_heads, "layer_types": ["full_attention"] * 32}
+    resolved = {"num_key_value_heads": theirs.num_attention_heads}
+    resolved["layer_types"] = ["full_attention"] * theirs.num_hidden_layers
+    resolved |= {"no_rope_layers": [1, 1, 1, 0] * 9, "sliding_window": None}
     resolved["head_dim"] = theirs.hidden_size // theirs.num_attention_heads
     if kind.startswith("qwen"):  # the class drops its default of sliding_window while the switch is off
         resolved["sliding_window"] = type(theirs)(use_sliding_window=True).sliding_window
@@ -101,7 +104,7 @@ def test_a_missing_key_has_the_meaning_that_it_has_in_transformers(kind, key):
     config = {one: value for one, value in full.items() if one != key}
     theirs, spec = theirs_of(config), spec_from_config(config, "config.json")
     window = getattr(theirs, "sliding_window", None)
-    if kind.startswith("qwen") and set(theirs.layer_types) == {"full_attention"}:
+    if kind.startswith(("qwen", "smollm3")) and set(theirs.layer_types) == {"full_attention"}:
         window = None
     assert spec.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
     if isinstance(spec, GPTNeoXSpec):
@@ -283,8 +286,8 @@ def test_null_is_refused_or_has_the_meaning_that_it_has_in_transformers(kind):
             assert spec.sliding_window == theirs.sliding_window
         assert_same_rotary(config)
 
-    assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types"}
-    assert kind == "gpt_neox" or "num_key_value_heads" in same or kind == "mistral"
+    assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types", "no_rope_layers"}
+    assert kind in ("gpt_neox", "mistral", "smollm3") or "num_key_value_heads" in same
 
 
 LLAMA = {
@@ -307,7 +310,11 @@ def refusal_of(config):
 @pytest.mark.parametrize(
     ("base", "changes", "expected"),
     [
-        (LLAMA, {"model_type": "mixtral"}, "model_type: must be one of gpt_neox, llama, mistral, qwen2, qwen3, got"),
+        (
+            LLAMA,
+            {"model_type": "mixtral"},
+            "model_type: must be one of gpt_neox, llama, mistral, qwen2, qwen3, ",
+        ),
         (LLAMA, {"hidden_size": None}, "hidden_size: is missing"),
         (LLAMA, {"hidden_size": "64"}, "hidden_size: must be a number, got '64'"),
         (LLAMA, {"num_attention_heads": 2.5}, "num_attention_heads: must be a number, got 2.5"),

@@ -75,6 +75,16 @@ def weight_names(spec: LlamaSpec) -> dict[str, str]:
 def spec_fields(keys: Keys) -> dict[str, Any]:
     """Fields of the spec from config.json, except those that `spec_from_config` reads for all families."""
     kind = keys.table["model_type"]
+    return {
+        **fields_of_llama(keys),
+        "qkv_bias": kind == "qwen2",
+        "qk_norm": kind == "qwen3",
+        "sliding_window": _sliding_window(keys) if "sliding_window" in keys.defaults else None,
+    }
+
+
+def fields_of_llama(keys: Keys) -> dict[str, Any]:
+    """The fields that every model_type has, and that other families below `LlamaSpec` share."""
     keys.only("hidden_act", "silu")
     for bias in ("attention_bias", "mlp_bias"):  # not keys of Qwen2 (always q, k and v biases) and Mistral (none)
         if bias in keys.defaults:
@@ -93,10 +103,7 @@ def spec_fields(keys: Keys) -> dict[str, Any]:
         "mlp_width": keys.number(int, "intermediate_size"),
         "rope_base": rope.base,
         "norm_eps": keys.number(float, "rms_norm_eps"),
-        "qkv_bias": kind == "qwen2",
-        "qk_norm": kind == "qwen3",
         "tie_embeddings": keys.flag("tie_word_embeddings"),
-        "sliding_window": _sliding_window(keys) if "sliding_window" in keys.defaults else None,
         "rope_scaling": rope.scaling,
     }
 
@@ -151,16 +158,7 @@ def config_fields(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
         kind, name = "mistral", "MistralForCausalLM"
     else:
         kind, name = "llama", "LlamaForCausalLM"
-    config: dict[str, Any] = {
-        "model_type": kind,
-        "hidden_act": "silu",
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_width,
-        "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope_base,
-        "rope_scaling": rope_scaling_keys(spec.rope_scaling) if spec.rope_scaling else None,
-        "attention_dropout": 0.0,
-    }
+    config = config_of_llama(spec) | {"model_type": kind}
     if kind == "mistral":
         config["sliding_window"] = spec.sliding_window
     elif kind != "llama":
@@ -172,6 +170,19 @@ def config_fields(spec: LlamaSpec) -> tuple[str, dict[str, Any]]:
     if kind == "llama":
         config["mlp_bias"] = False
     return name, config
+
+
+def config_of_llama(spec: LlamaSpec) -> dict[str, Any]:
+    """The keys of config.json that every model_type has, and that other families below `LlamaSpec` share."""
+    return {
+        "hidden_act": "silu",
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_width,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope_base,
+        "rope_scaling": rope_scaling_keys(spec.rope_scaling) if spec.rope_scaling else None,
+        "attention_dropout": 0.0,
+    }
 
 
 def settings_to_compare(spec: LlamaSpec, config: Any) -> dict[str, tuple[Any, Any]]:

@@ -90,13 +90,24 @@ class LlamaSpec(ModelSpec):
             ConfigError: the head width is width / heads, and heads do not divide width.
         """
         layers, width, heads, kv_heads, mlp_width, vocab, more = _SIZES[size]
-        width_now, heads_now = overrides.get("width", width), overrides.get("heads", heads)
-        if "head_width" not in more and "head_width" not in overrides and heads_now > 0 and width_now % heads_now:
-            raise ConfigError(
-                f"model.heads: must divide model.width = {width_now} if model.head_width is not set, got {heads_now}"
-            )
         fields = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads, "mlp_width": mlp_width}
-        return vocab, fields | {"head_width": width_now // max(heads_now, 1)} | dict(more)
+        if "head_width" not in more:
+            fields["head_width"] = cls.equal_head_width(width, heads, overrides)
+        return vocab, fields | dict(more)
+
+    @classmethod
+    def equal_head_width(cls, width: int, heads: int, overrides: Mapping[str, Any]) -> int:
+        """Width / heads of a size whose overrides may replace both; of no meaning if they set the head width.
+
+        Raises:
+            ConfigError: the overrides do not set it, and heads do not divide width.
+        """
+        width, heads = overrides.get("width", width), overrides.get("heads", heads)
+        if "head_width" not in overrides and heads > 0 and width % heads:
+            raise ConfigError(
+                f"model.heads: must divide model.width = {width} if model.head_width is not set, got {heads}"
+            )
+        return width // max(heads, 1)
 
     @property
     def attention_width(self) -> int:
@@ -155,7 +166,7 @@ class LlamaSpec(ModelSpec):
         and, in fp32, the statistics of the two RMSNorms and of attention. D, A, K and F are the widths of model,
         queries, keys and MLP; t is the tensor-parallel degree.
         (*) 2 A/t with a sliding window or context parallelism, where keys and values are repeated for their query
-        heads; times cp, as keys and values are all-gathered.
+        heads; times cp, as keys and values are all-gathered. If only some layers have a window: the average.
 
         Selective checkpointing per operator saves only the block's input and the outputs of `q`, `v`, `gate`, `down` (D
         elements: it is not reduce-scattered yet) and attention.
@@ -166,8 +177,8 @@ class LlamaSpec(ModelSpec):
         """
         d, a, k, f = self.width, self.attention_width, self.kv_width, self.mlp_width
         statistics = (2 + self.heads) / tp * _FP32_BYTES
-        masked = cp > 1 or self.sliding_window is not None
-        keys_and_values = cp * 2 * (a if masked else k)
+        masked = 1.0 if cp > 1 else self.windowed_share
+        keys_and_values = cp * 2 * (masked * a + (1 - masked) * k)
         normed = 4 * d + (2 * (a + k) if self.qk_norm else 0)
         unchecked = (
             dtype_bytes * (2 * d + (2 * a + keys_and_values + 4 * f) / tp) + _FP32_BYTES * normed / tp + statistics

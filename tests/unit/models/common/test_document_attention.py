@@ -18,6 +18,7 @@ MODELS = {
     "llama": ("llama", {"heads": 4, "kv_heads": 2}),
     "windowed": ("llama", {"sliding_window": 9, "heads": 4, "kv_heads": 1}),
     "qwen3": ("llama", {"qk_norm": True, "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}}),
+    "smollm3": ("smollm3", {"layers": 2, "nope_interval": 2}),
     "gpt_neox": ("gpt_neox", {}),
 }
 
