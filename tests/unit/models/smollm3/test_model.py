@@ -151,7 +151,7 @@ def test_a_config_that_no_interval_describes_is_refused(changes, expected):
 
 
 def test_a_window_that_layer_types_turn_off_is_none():
-    """use_sliding_window alone does not decide; without layer_types the window is where no rotary positions are."""
+    """layer_types overrides use_sliding_window; without layer_types the window is where no rotary positions are."""
     windowed = RELEASE | {"use_sliding_window": True, "sliding_window": 8}
 
     assert spec_from_config(windowed, "config.json").sliding_window is None
