@@ -75,10 +75,14 @@ def table_lines(sizes: Sequence[Size]) -> Iterator[str]:
             yield f"{row} {'':>7} {'':>8} {'':>8}  not a release"
             continue
         release = size.release
-        left = release.lr_of("main")
-        tokens = UNKNOWN if release.tokens is None else shortest_count(release.tokens, 3)
+        revision = release.revision_of(size.name)
+        trained, left = release.tokens_until(revision), release.lr_of(revision)
+        tokens = UNKNOWN if trained is None else shortest_count(trained, 3)
         peak, final = (UNKNOWN if fact is None else f"{fact.value:.3g}" for fact in (release.peak_lr, left))
-        yield f"{row} {tokens:>7} {peak:>8} {final:>8}  {release.hub[0] if release.hub else UNKNOWN}"
+        name = release.hub[0] if release.hub else UNKNOWN
+        yield f"{row} {tokens:>7} {peak:>8} {final:>8}  {name}"
+        if revision != "main":
+            yield f"{'':50}@{revision}"
 
 
 def detail_lines(size: Size, width: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ else:
 
 FACTS = Path(__file__).with_name("release_facts")
 _MAIN = "main"  # the hub's name for the revision that holds the release itself
-_NOT_FACTS = ("hub", "remarks", "stages")
+_NOT_FACTS = ("hub", "remarks", "stages", "size")
 
 T = TypeVar("T")
 
@@ -64,11 +64,13 @@ class ReleaseStage(_Frozen):
     """A stage of a release's training; LRs are absolute.
 
     Attributes:
+        size: the named size from this stage on, if it is not the release's: after a context extension.
         end: the hub revision of the weights at its end.
         checkpoints: names of the revisions in between: a pattern with {step}, and how often there is one.
     """
 
     name: str
+    size: str | None = None
     tokens: Fact[int] | None = None
     schedule: Fact[str] | None = None
     peak_lr: Fact[float] | None = None
@@ -128,6 +130,22 @@ class Release(_Frozen):
     stages: tuple[ReleaseStage, ...] = ()
 
     @property
+    def sizes(self) -> tuple[str, ...]:
+        """The named sizes that its weights have, in the order of training."""
+        return (self.size, *(stage.size for stage in self.stages if stage.size is not None))
+
+    def size_of(self, revision: str) -> str:
+        """The named size of the weights of a hub revision; that of the first stage if the revision is not known."""
+        last = self.stage_of(revision)
+        passed = () if last is None else self.stages[: self.stages.index(last) + 1]
+        return next((stage.size for stage in reversed(passed) if stage.size is not None), self.size)
+
+    def revision_of(self, size: str) -> str:
+        """The last hub revision whose weights have a named size: main, or the end of a stage before another size."""
+        ends = [stage.end.value for stage in reversed(self.stages) if stage.end is not None]
+        return next((revision for revision in (_MAIN, *ends) if self.size_of(revision) == size), _MAIN)
+
+    @property
     def peak_lr(self) -> Fact[float] | None:
         """The highest LR of all stages; None unless that of the first is known."""
         known = [stage.peak_lr for stage in self.stages if stage.peak_lr is not None]
@@ -184,7 +202,7 @@ def release_of_hub_name(name: str) -> Release | None:
 
 def release_of_size(family: str, size: str) -> Release | None:
     """The release that a named size describes; None if it is none."""
-    return next((each for each in releases() if (each.family, each.size) == (family, size)), None)
+    return next((each for each in releases() if each.family == family and size in each.sizes), None)
 
 
 def _sum_of_tokens(stages: Sequence[ReleaseStage]) -> int | None:
@@ -202,9 +220,12 @@ def _read(path: Path) -> Iterator[Release]:
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
     for size, own in raw["releases"].items():
         table = _merged(raw.get("common", {}), own)
-        stages = [{"name": name, **_facts(stage, raw["sources"])} for name, stage in table.get("stages", {}).items()]
+        stages = [
+            {"name": name, "size": stage.get("size"), **_facts(stage, raw["sources"])}
+            for name, stage in table.get("stages", {}).items()
+        ]
         remarks = [_fact(pair, raw["sources"]) for pair in table.get("remarks", ())]
-        facts = _facts({key: pair for key, pair in table.items() if key not in _NOT_FACTS}, raw["sources"])
+        facts = _facts(table, raw["sources"])
         yield Release.model_validate(
             {"family": raw["family"], "size": size, "hub": table["hub"], "stages": stages, "remarks": remarks, **facts}
         )
@@ -217,7 +238,7 @@ def _merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _facts(table: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    return {key: _fact(pair, sources) for key, pair in table.items()}
+    return {key: _fact(pair, sources) for key, pair in table.items() if key not in _NOT_FACTS}
 
 
 def _fact(pair: list[Any], sources: Mapping[str, str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.registry import SIZES
+from titan_cpt.models.releases import release_of_hub_name
 
 _TEMPLATES = Path(__file__).with_name("scenario_files")
 _COMMENT = re.compile(r"^(?P<code>.*?\S)(?P<gap> +)(?P<comment># .*)$")  # behind code; no template has "# " in a string
@@ -188,16 +189,20 @@ def _datasets(scenario: Scenario, texts: Sequence[str]) -> list[tuple[str, str]]
 
 
 def _released_model(options: ScenarioOptions) -> dict[str, str]:
-    """Family, size and names of the model to continue; the size of a Pythia model follows from its name."""
+    """Family, size and names of the model to continue; the size of a release follows from its name."""
     model = "EleutherAI/pythia-160m" if options.model is None else options.model
-    pythia = re.search(r"pythia-([\d.]+[mb])\b", model)
-    size = options.size or (pythia[1] if pythia else "")
-    families = [family for family, sizes in SIZES.items() if size in sizes]
+    name, _, revision = model.partition("@")
+    known = release_of_hub_name(name)
+    if known is not None and options.size is None:
+        families, size = [known.family], known.size_of(revision or "main")
+    else:
+        pythia = re.search(r"pythia-([\d.]+[mb])\b", model)
+        size = options.size or (pythia[1] if pythia else "")
+        families = [family for family, sizes in SIZES.items() if size in sizes]
     if not families:
         raise ConfigError(
             f"command line: --size must name the size of the model {model!r}; known are {', '.join(_known_sizes())}"
         )
-    name = model.partition("@")[0]
     return {
         "model_name": name,
         "family": families[0],

@@ -103,11 +103,12 @@ def test_the_annealing_that_a_comment_suggests_is_of_the_end_of_the_constant_pha
     [
         ("EleutherAI/pythia-1.4b", None, ("gpt_neox", "1.4b")),
         ("EleutherAI/pythia-410m@step143000", None, ("gpt_neox", "410m")),
-        ("meta-llama/Llama-3.2-1B", "llama3.2-1b", ("llama", "llama3.2-1b")),
+        ("meta-llama/Llama-3.2-1B", None, ("llama", "llama3.2-1b")),
+        ("someone/llama", "llama3.2-1b", ("llama", "llama3.2-1b")),
     ],
 )
 def test_a_released_model_gets_its_family_and_size(model, size, expected):
-    """The size of a Pythia model follows from its name."""
+    """The size of a release follows from its hub name; of another model it is given."""
     config = write_scenario("released", Path("r.toml"), ScenarioOptions(model=model, size=size))
 
     assert (config.model.family, config.model.size) == expected

@@ -113,8 +113,7 @@ def _earlier_checkpoint(stage: StagePlan, found: ReleasedWeights, release: Relea
     at = f", left at {before.value:.3g}" if before is not None else ""
     yield (
         f"stages.{stage.name}.init: the last public checkpoint before the annealing is hf:{name}@{revision}{at} "
-        f"({release.before_anneal.source}); annealed weights lose much of what the annealing gave when the LR rises "
-        "again"
+        f"({release.before_anneal.source}); when the LR rises again, annealed weights lose what the annealing gave"
     )
 
 
