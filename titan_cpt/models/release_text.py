@@ -16,7 +16,7 @@ from titan_cpt.models.registry import family_names, named_size, spec_class
 from titan_cpt.models.releases import Fact, Release, ReleaseStage, release_of_hub_name, release_of_size
 
 UNKNOWN = "unknown"
-_INDENT = 18  # columns of the names of facts
+_INDENT = 17  # columns of the names of facts
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from titan_cpt.config.model import OWN_FAMILIES
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -190,8 +192,9 @@ class Release(_Frozen):
 
 @cache
 def releases() -> tuple[Release, ...]:
-    """All releases, by file and in the order of each file."""
-    return tuple(release for path in sorted(FACTS.glob("*.toml")) for release in _read(path))
+    """All releases of families that are here, by file and in the order of each file."""
+    found = (release for path in sorted(FACTS.glob("*.toml")) for release in _read(path))
+    return tuple(release for release in found if release.family in OWN_FAMILIES)
 
 
 def release_of_hub_name(name: str) -> Release | None:

@@ -37,7 +37,7 @@ def test_a_size_and_a_hub_name_show_the_same_facts(capsys):
 
     assert status == 0
     assert by_size == by_name
-    assert "LR                0.0003" in by_size
+    assert "LR               0.0003" in by_size
     assert (found["family"], found["size"]) == ("gpt_neox", "410m")
     assert found["release"]["stages"][0]["peak_lr"]["value"] == 3e-4
     assert found["release"]["stages"][0]["peak_lr"]["source"] in by_size

@@ -10,7 +10,7 @@ def test_unknown_facts_are_shown_as_unknown():
     details = list(detail_lines(llama, 80))
 
     assert row.split() == ["llama3-8b", "8.03B", "15T", UNKNOWN, UNKNOWN, "meta-llama/Meta-Llama-3-8B"]
-    assert f"{'LR':18}{UNKNOWN}" in details
+    assert f"{'LR':17}{UNKNOWN}" in details
     assert llama.as_json()["release"]["stages"][0]["peak_lr"] is None
     assert list(detail_lines(Size("llama", "debug", None), 80))[-1] == "not a release"
 
