@@ -22,7 +22,7 @@ from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.common.layers import rotary_tables
 from titan_cpt.models.registry import family_module
-from titan_cpt.models.spec import ModelSpec
+from titan_cpt.models.spec import ModelSpec, Rope
 
 _TOLERANCE = (
     1e-3  # relative to the largest logit, or to 1; another order of the fp32 sums changes logits by less than 1e-5
@@ -131,9 +131,8 @@ def _require_same_settings(released: ReleasedModel, reference: Any, transformers
     }
     pairs |= family_module(spec.family, "huggingface").settings_to_compare(spec, reference)
     faults = [f"{key}: {there!r} there, {here!r} here" for key, (here, there) in pairs.items() if here != there]
-    rotary = _reference_rotary(reference, transformers)
-    if rotary is not None:
-        faults += _rotary_faults(spec, *rotary)
+    for rope, frequencies_R, amplitude in _reference_ropes(spec, reference, transformers):
+        faults += _rotary_faults(spec, rope, frequencies_R, amplitude)
     if faults:
         raise CheckpointError(
             f"{released.name}: transformers {transformers.__version__} reads config.json differently: "
@@ -141,20 +140,31 @@ def _require_same_settings(released: ReleasedModel, reference: Any, transformers
         )
 
 
-def _reference_rotary(config: Any, transformers: Any) -> tuple[Tensor, float] | None:
-    """Frequencies and amplitude of transformers' rotary embedding module; None if this version has no such module."""
+def _reference_ropes(spec: ModelSpec, config: Any, transformers: Any) -> list[tuple[Rope, Tensor, float]]:
+    """Our RoPE, and frequencies and amplitude of transformers' rotary embedding module, of each kind of layers.
+
+    Empty if this version of transformers has no such module.
+    """
     model = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     kinds = [kind for name, kind in vars(sys.modules[model.__module__]).items() if name.endswith("RotaryEmbedding")]
     try:
         rotary = kinds[0](config=config)
-        return rotary.inv_freq.float(), float(rotary.attention_scaling)
+        if hasattr(rotary, "inv_freq"):
+            return [(spec.rope, rotary.inv_freq.float(), float(rotary.attention_scaling))]
+        found = []
+        for name in rotary.layer_types:
+            number = spec.layer_rope(config.layer_types.index(name))
+            assert number is not None, "transformers rotates queries and keys of this layer"
+            frequencies_R, amplitude = (getattr(rotary, f"{name}_{what}") for what in ("inv_freq", "attention_scaling"))
+            found.append((spec.ropes[number], frequencies_R.float(), float(amplitude)))
+        return found
     except (AttributeError, IndexError, TypeError):
-        return None
+        return []
 
 
-def _rotary_faults(spec: ModelSpec, reference_R: Tensor, amplitude: float) -> Iterator[str]:
+def _rotary_faults(spec: ModelSpec, rope: Rope, reference_R: Tensor, amplitude: float) -> Iterator[str]:
     cos_LR, sin_LR = rotary_tables(
-        torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=spec.rope_scaling
+        torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=rope.base, scaling=rope.scaling
     )
     frequencies_R = torch.atan2(sin_LR[1], cos_LR[1])  # the angle at position 1 is the frequency
     if frequencies_R.shape != reference_R.shape:

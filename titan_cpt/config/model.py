@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from titan_cpt.common.plugins import FAMILIES
 from titan_cpt.config.types import OneOf, PositiveFloat, PositiveInt, Table, validation_error
 
-OWN_FAMILIES = ("gpt_neox", "llama", "smollm3")
+OWN_FAMILIES = ("gpt_neox", "llama", "olmo", "smollm3")
 
 
 class RopeScalingKeys(Table):
@@ -95,9 +95,9 @@ class ModelConfig(Table):
     heads: PositiveInt | None = None
     """Number of attention heads (query heads)."""
     kv_heads: PositiveInt | None = None
-    """Number of key/value heads (grouped-query attention; Llama family)."""
+    """Number of key/value heads (grouped-query attention; not in GPT-NeoX)."""
     head_width: PositiveInt | None = None
-    """Dimension of one attention head (Llama family). Unset: the size's, or width / heads."""
+    """Dimension of one attention head (not in GPT-NeoX). Unset: the size's, or width / heads."""
     mlp_width: PositiveInt | None = None
     """Inner dimension of the MLP (intermediate size)."""
     vocab_size: PositiveInt | None = None
@@ -117,12 +117,15 @@ class ModelConfig(Table):
     qk_norm: bool | None = None
     """RMSNorm on the queries and keys of each head (Llama family; Qwen3 has it)."""
     sliding_window: PositiveInt | None = None
-    """Sliding-window attention: each token attends to itself and the sliding_window - 1 tokens before it (Llama family;
-    Mistral has it). Unset: the size's, or full causal attention."""
+    """Sliding-window attention: each token attends to itself and the sliding_window - 1 tokens before it (Mistral;
+    OLMo 3, see global_interval). Unset: the size's, or full causal attention."""
+    global_interval: PositiveInt | None = None
+    """Every global_interval-th layer has full causal attention, the others have the sliding window (OLMo family).
+    Unset: the size's, or all layers have the window."""
     nope_interval: PositiveInt | None = None
     """Layers without rotary positions (NoPE): every nope_interval-th layer (SmolLM3). Unset: 4."""
     tie_embeddings: bool | None = None
-    """Tie the output head to the token embedding (Llama family)."""
+    """Tie the output head to the token embedding (not in GPT-NeoX)."""
     options: dict[str, Any] | None = None
     """Hyperparameters that only a registered family has, by the names in its spec."""
 

@@ -35,7 +35,7 @@ def read_rope(keys: Keys, *, base: str, fraction: str) -> tuple[Rope, float]:
     """
     tables = {name: keys.object(name) for name in ("rope_scaling", "rope_parameters")}
     given = [name for name, table in tables.items() if table] or ["rope_parameters"]
-    read = [_of_table(keys, name, tables[name], base, fraction) for name in given]
+    read = [read_rope_table(keys, name, tables[name], base=base, fraction=fraction) for name in given]
     if len(read) == 2 and read[0] != read[1] and not keys.problems:
         keys.add_problem(
             "rope_scaling",
@@ -59,8 +59,8 @@ def rope_scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
     return common | rotations | {"attention_factor": scaling.attention_factor}
 
 
-def _of_table(keys: Keys, name: str, table: Mapping[str, Any], base: str, fraction: str) -> tuple[Rope, float]:
-    """The settings from one of the two tables and the separate keys."""
+def read_rope_table(keys: Keys, name: str, table: Mapping[str, Any], *, base: str, fraction: str) -> tuple[Rope, float]:
+    """The settings from one table, such as rope_scaling, and from the separate keys; see `read_rope`."""
     part = Keys({key: value for key, value in table.items() if value is not None}, _YARN, f"{name}.")
     part.table = {**part.table, **{key: table[key] for key in ("rope_theta", "partial_rotary_factor") if key in table}}
     numbers = []

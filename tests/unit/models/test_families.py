@@ -69,5 +69,7 @@ def test_a_familys_specs_are_registered():
 
 def test_an_unknown_family_is_refused():
     """The message lists the families."""
-    with pytest.raises(ConfigError, match=r"unknown family 'lama'; did you mean 'llama'\? Allowed: gpt_neox, llama"):
+    with pytest.raises(
+        ConfigError, match=r"unknown family 'lama'; did you mean 'llama'\? Allowed: gpt_neox, llama, olmo, smollm3"
+    ):
         family_module("lama", "model")

@@ -28,6 +28,8 @@ SMALL = {
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {"pad_token_id": None, "rope_theta": 500_000.0, "num_hidden_layers": 4},
     "smollm3": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "pad_token_id": None},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -49,41 +51,49 @@ def theirs_of(config):
 
 
 def rotary_of(theirs):
-    """Frequencies and amplitude that transformers computes with."""
+    """Frequencies and amplitude that transformers computes with in each layer, also where it does not rotate."""
     model = AutoModelForCausalLM.from_config(theirs)
     rotary = model.base_model.rotary_emb
-    return rotary.inv_freq, float(rotary.attention_scaling)
+    kinds = theirs.layer_types if hasattr(rotary, "layer_types") else [""] * theirs.num_hidden_layers
+    names = [f"{kind}_" if kind else "" for kind in kinds]
+    return [(getattr(rotary, f"{name}inv_freq"), getattr(rotary, f"{name}attention_scaling")) for name in names]
 
 
 def ours_of(spec):
-    """Frequencies and amplitude that our models compute with: the tables at position 1, where the angle is one."""
-    scaling = spec.rope_scaling
-    cos_LR, sin_LR = rotary_tables(
-        torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=spec.rope_base, scaling=scaling
-    )
-    return torch.atan2(sin_LR[1], cos_LR[1]), float(cos_LR[0, 0])
+    """Frequencies and amplitude of our model in each layer: the tables at position 1, where the angle is one."""
+    found = []
+    for layer in range(spec.layers):
+        rope = spec.ropes[spec.layer_rope(layer) or 0]
+        cos_LR, sin_LR = rotary_tables(
+            torch.tensor([0, 1]), rotary_width=spec.rotary_width, base=rope.base, scaling=rope.scaling
+        )
+        found.append((torch.atan2(sin_LR[1], cos_LR[1]), float(cos_LR[0, 0])))
+    return found
 
 
 def assert_same_rotary(config):
     spec = spec_from_config(config, "config.json")
-    (mine, amplitude), (yours, their_amplitude) = ours_of(spec), rotary_of(theirs_of(config))
-    torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-9)
-    assert amplitude == pytest.approx(their_amplitude, rel=1e-6)
+    for (mine, amplitude), (yours, their_amplitude) in zip(ours_of(spec), rotary_of(theirs_of(config)), strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-9)
+        assert amplitude == pytest.approx(their_amplitude, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_every_default_is_that_of_transformers_own_config_class(kind):
     """Of each optional key, as in an empty config of that model_type."""
     theirs = type(theirs_of({"model_type": kind}))()
+    parameters = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
     rope = {
-        "rope_theta": theirs.rope_parameters["rope_theta"],
-        "rotary_emb_base": theirs.rope_parameters["rope_theta"],
-        "rotary_pct": theirs.rope_parameters.get("partial_rotary_factor"),
-        "partial_rotary_factor": theirs.rope_parameters.get("partial_rotary_factor", 1.0),
+        "rope_theta": parameters["rope_theta"],
+        "rotary_emb_base": parameters["rope_theta"],
+        "rotary_pct": parameters.get("partial_rotary_factor"),
+        "partial_rotary_factor": parameters.get("partial_rotary_factor", 1.0),
     }
     resolved = {"num_key_value_heads": theirs.num_attention_heads}
     resolved["layer_types"] = ["full_attention"] * theirs.num_hidden_layers
     resolved |= {"no_rope_layers": [1, 1, 1, 0] * 9, "sliding_window": None}
+    if kind == "olmo3":
+        resolved["layer_types"] = [*["sliding_attention"] * 3, "full_attention"] * 8
     resolved["head_dim"] = theirs.hidden_size // theirs.num_attention_heads
     if kind.startswith("qwen"):  # the class drops its default of sliding_window while the switch is off
         resolved["sliding_window"] = type(theirs)(use_sliding_window=True).sliding_window
@@ -401,7 +411,14 @@ def test_defaults_are_those_of_transformers():
 
 @pytest.mark.parametrize(
     ("family", "size"),
-    [("gpt_neox", "410m"), ("llama", "mistral-7b"), ("llama", "qwen2.5-0.5b"), ("llama", "qwen3-8b")],
+    [
+        ("gpt_neox", "410m"),
+        ("llama", "mistral-7b"),
+        ("llama", "qwen2.5-0.5b"),
+        ("llama", "qwen3-8b"),
+        ("olmo", "olmo2-1b"),
+        ("olmo", "olmo3-7b"),
+    ],
 )
 @pytest.mark.parametrize("kind", [None, "yarn", "llama3"])
 def test_a_written_config_is_read_back_as_the_same_model(family, size, kind):

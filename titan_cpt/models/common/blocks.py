@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_cpt.models.common.ops import Linear
 
@@ -25,6 +26,26 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         """Set the scale to 1."""
         nn.init.ones_(self.weight)
+
+
+class ShardableRMSNorm(RMSNorm):
+    """RMSNorm of whose features a tensor-parallel rank may have a part: then the ranks sum their squares.
+
+    A norm over the queries of all heads needs that, since the heads are sharded. The scale is then a DTensor, sharded
+    like the features.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension, of which x is this rank's part; output of x's shape."""
+        weight = self.weight
+        if not isinstance(weight, DTensor):
+            return super().forward(x)
+        part = x.float()
+        squares = DTensor.from_local(part.square().sum(-1, keepdim=True), weight.device_mesh, [Partial()])
+        # The gradient of the sum is a sum too: each rank knows the part that its features contribute.
+        total = squares.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        normed = part * torch.rsqrt(total / weight.shape[0] + self.eps)
+        return (normed * weight.to_local().float()).to(x.dtype)
 
 
 class GatedMLP(nn.Module):

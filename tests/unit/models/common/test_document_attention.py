@@ -14,10 +14,12 @@ from titan_cpt.models.registry import named_size
 from unit.models.llama.test_model import in_transformers
 
 LENGTHS = (23, 1, 40, 32)  # of the documents in 96 positions
+YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
 MODELS = {
     "llama": ("llama", {"heads": 4, "kv_heads": 2}),
     "windowed": ("llama", {"sliding_window": 9, "heads": 4, "kv_heads": 1}),
-    "qwen3": ("llama", {"qk_norm": True, "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}}),
+    "qwen3": ("llama", {"qk_norm": True, "rope_scaling": YARN}),
+    "olmo3": ("olmo", {"sliding_window": 9, "global_interval": 2, "rope_scaling": YARN}),
     "smollm3": ("smollm3", {"layers": 2, "nope_interval": 2}),
     "gpt_neox": ("gpt_neox", {}),
 }
