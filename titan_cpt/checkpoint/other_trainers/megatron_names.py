@@ -30,6 +30,19 @@ LOCAL_NAMES = {
 }
 """Names within a block of the local layers -> of the Transformer Engine layers, where they differ."""
 
+_PROJECTIONS = tuple(f"self_attention.linear_proj.{kind}" for kind in ("weight", "bias"))
+_QKV_NORM, _FC1_NORM = (tuple(f"{of}.layer_norm_{kind}" for kind in ("weight", "bias")) for of in (_QKV, _FC1))
+_QKV_AND_QK_NORM = (
+    *(f"{_QKV}.{kind}" for kind in ("weight", "bias")),
+    *(f"self_attention.{part}_layernorm.weight" for part in "qk"),
+)
+_MLP = (*_FC1_NORM, *(f"mlp.{layer}.{kind}" for layer in ("linear_fc1", "linear_fc2") for kind in ("weight", "bias")))
+LAYER_ORDERS = (
+    (*_PROJECTIONS, *_QKV_NORM, *_QKV_AND_QK_NORM, *_MLP),
+    (*_QKV_NORM, *_PROJECTIONS, *_QKV_AND_QK_NORM, *_MLP),
+)
+"""The parameters of a block in the order of the modules: of Transformer Engine layers, and of local layers."""
+
 _ROWS = (f"{_QKV}.weight", f"{_QKV}.bias", f"{_FC1}.weight", f"{_FC1}.bias", EMBEDDING, HEAD)
 _COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
