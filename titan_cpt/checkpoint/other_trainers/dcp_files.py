@@ -46,20 +46,47 @@ class DcpFiles:
         Raises:
             CheckpointError: a file is missing or damaged, or a shard has another dtype or shape than the metadata says.
         """
+        shape = self.tensors[name].shape
+        return self.read_part(name, (0,) * len(shape), shape)
+
+    def read_part(self, name: str, at: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A rectangular part of a tensor, from those shards that have some of it.
+
+        Args:
+            at: offset of the part in the tensor.
+            shape: of the part.
+
+        Raises:
+            CheckpointError: as `read` does.
+        """
         entry = self.tensors[name]
         assert entry.dtype is not None, "self.tensors has only tensors"
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        part = torch.empty(shape, dtype=entry.dtype)
         for shard in entry.shards:
-            part = self._load(shard)
-            if not isinstance(part, Tensor) or (part.dtype, tuple(part.shape)) != (entry.dtype, shard.shape):
-                found = f"{part.dtype} of {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise CheckpointError(
-                    f"{self.folder / shard.file}: damaged: a part of {name} is {found}, but {METADATA} says "
-                    f"{entry.dtype} of {list(shard.shape)}; copy the checkpoint again"
+            first = [max(one, other) for one, other in zip(at, shard.at, strict=True)]
+            end = [
+                min(start + length, other + other_length)
+                for start, length, other, other_length in zip(at, shape, shard.at, shard.shape, strict=True)
+            ]
+            if all(low < high for low, high in zip(first, end, strict=True)):
+                stored = self._load_shard(name, shard)
+                into, of = (
+                    tuple(slice(low - zero, high - zero) for low, high, zero in zip(first, end, start, strict=True))
+                    for start in (at, shard.at)
                 )
-            box = tuple(slice(at, at + length) for at, length in zip(shard.at, shard.shape, strict=True))
-            whole[box].copy_(part)
-        return whole
+                part[into].copy_(stored[of])
+        return part
+
+    def _load_shard(self, name: str, shard: Shard) -> Tensor:
+        entry = self.tensors[name]
+        stored = self._load(shard)
+        if not isinstance(stored, Tensor) or (stored.dtype, tuple(stored.shape)) != (entry.dtype, shard.shape):
+            found = f"{stored.dtype} of {list(stored.shape)}" if isinstance(stored, Tensor) else type(stored).__name__
+            raise CheckpointError(
+                f"{self.folder / shard.file}: damaged: a part of {name} is {found}, but {METADATA} says "
+                f"{entry.dtype} of {list(shard.shape)}; copy the checkpoint again"
+            )
+        return stored
 
     def read_object(self, name: str) -> Any:
         """A number, a text, or lists and dictionaries of them.

@@ -27,6 +27,8 @@ _RECORDS = {
         *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "torch.serialization": {"_get_layout"},
     "torch._utils": {"_get_layout"},
     "torch": {"device"},

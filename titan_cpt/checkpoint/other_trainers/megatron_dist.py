@@ -67,6 +67,10 @@ class DistTensors:
             raise CheckpointError(f"{self._files.folder}: {key} has {layers} layers, but the model has {self._layers}")
         return self._files.read_part(key, (layer, *at), (1, *shape))[0]
 
+    def key_of(self, name: str) -> str:
+        """The name in the files of the tensor that has this one."""
+        return self._stored[name][0]
+
     def where(self, name: str) -> str:
         """A tensor's name in the files."""
         key, layer = self._stored[name]
