@@ -69,7 +69,7 @@ class DcpFiles:
                 for start, length, other, other_length in zip(at, shape, shard.at, shard.shape, strict=True)
             ]
             if all(low < high for low, high in zip(first, end, strict=True)):
-                stored = self._load_shard(name, shard)
+                stored = self._load_block(name, shard)
                 into, of = (
                     tuple(slice(low - zero, high - zero) for low, high, zero in zip(first, end, start, strict=True))
                     for start in (at, shard.at)
@@ -77,7 +77,7 @@ class DcpFiles:
                 part[into].copy_(stored[of])
         return part
 
-    def _load_shard(self, name: str, shard: Shard) -> Tensor:
+    def _load_block(self, name: str, shard: StoredBlock) -> Tensor:
         entry = self.tensors[name]
         stored = self._load(shard)
         if not isinstance(stored, Tensor) or (stored.dtype, tuple(stored.shape)) != (entry.dtype, shard.shape):

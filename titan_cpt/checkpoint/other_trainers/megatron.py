@@ -23,7 +23,7 @@ from titan_cpt.checkpoint.other_trainers.megatron_dist_optimizer import optimize
 from titan_cpt.checkpoint.other_trainers.megatron_legacy import FILE, LegacyFiles
 from titan_cpt.checkpoint.other_trainers.megatron_names import EMBEDDING, HEAD, Source, part_shape, sources, take_part
 from titan_cpt.checkpoint.other_trainers.megatron_ranks import Tensors
-from titan_cpt.checkpoint.other_trainers.model_config import spec_from_config
+from titan_cpt.checkpoint.other_trainers.model_config import spec_of_trainer_config
 from titan_cpt.checkpoint.other_trainers.torch_files import attributes, load_torch_file, plain_number
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
@@ -69,7 +69,7 @@ class _Found:
     extra: list[str] = field(default_factory=list)
 
 
-def read(request: ImportRequest) -> TrainedCheckpoint:
+def open_megatron(request: ImportRequest) -> TrainedCheckpoint:
     """Open a checkpoint of Megatron-LM.
 
     Raises:
@@ -165,7 +165,7 @@ def _legacy(folder: Path, request: ImportRequest) -> _Found:
 
 def _spec(request: ImportRequest, arguments: Mapping[str, Any], rows: int, where: Path) -> ModelSpec:
     if request.config is not None:
-        return spec_from_config(request.config, "megatron", rows=rows)
+        return spec_of_trainer_config(request.config, "megatron", rows=rows)
     return spec_from_arguments(arguments, rows=rows, where=str(where))
 
 

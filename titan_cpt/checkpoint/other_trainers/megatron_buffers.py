@@ -29,7 +29,7 @@ def places_in_buckets(sizes: Mapping[str, int], buckets: Sequence[int]) -> dict[
     """
     found: dict[str, Place] = {}
     bucket, end = 0, 0
-    for name, elements in reversed(sizes.items()):
+    for name, elements in reversed(list(sizes.items())):
         start = _aligned(end)
         if bucket < len(buckets) and end and start + elements > buckets[bucket]:
             if buckets[bucket] not in (end, start):
@@ -56,7 +56,7 @@ def places_in_joined_buckets(
     Returns:
         Name -> place in bucket 0; None: the weights are not there.
     """
-    order = list(reversed(sizes))
+    order = list(sizes)[::-1]
     path: list[tuple[int, int]] = []  # of the parameters so far: their bucket's start, their own start
     untried = [_starts(0, 0)]
     while untried:

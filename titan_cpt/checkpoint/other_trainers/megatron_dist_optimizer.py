@@ -56,9 +56,9 @@ def optimizer_tensors(
     buffers = _find_buffers(files)
     if buffers:
         return dict(_Buffers(files, weights, buffers, arguments, layers=layers, gated=gated).tensors())
-    for kind, tensors in found.items():
-        name = next(iter(tensors.names()))
-        if len(tensors.shape(name)) != len(weights.shape(name)):
+    for kind, stored in found.items():
+        name = stored.names()[0]
+        if len(stored.shape(name)) != len(weights.shape(name)):
             raise CheckpointError(
                 f"{files.folder}: {kind} is saved in flattened ranges (fully_sharded_model_space of Megatron-LM before "
                 "0.16), which cannot be read here: load it with a newer version and save it with "
@@ -200,6 +200,6 @@ class _Buffers:
 
     def _failure(self, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._files.folder}: the flat buffers of the distributed optimizer cannot be taken apart: {reason}. Save "
-            "the checkpoint there with --dist-ckpt-optim-fully-reshardable, or import with --weights-only"
+            f"{self._files.folder}: the flat buffers of the distributed optimizer cannot be taken apart: {reason}. "
+            "Save the checkpoint there with --dist-ckpt-optim-fully-reshardable, or import with --weights-only"
         )

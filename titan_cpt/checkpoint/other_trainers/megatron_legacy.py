@@ -52,14 +52,19 @@ class LegacyFiles:
         for path in matching(folder, "mp_rank_*"):
             if match := _RANK.fullmatch(path.name):
                 found[int(match[1]), int(match[2] or 0)] = path
+        if not found:
+            raise CheckpointError(
+                f"{folder}: its folders are not mp_rank_00 or mp_rank_00_000 of tensor- and pipeline-parallel ranks; "
+                "models with expert parallelism are not available here"
+            )
         self.tp = 1 + max(rank for rank, _ in found)
         self.stages = 1 + max(stage for _, stage in found)
         for rank in range(self.tp):
             for stage in range(self.stages):
                 if (rank, stage) not in found:
                     raise CheckpointError(
-                        f"{folder}: has no folder of tensor-parallel rank {rank}, pipeline stage {stage}, but others of "
-                        f"{self.tp} x {self.stages} ranks: copy the whole checkpoint"
+                        f"{folder}: has no folder of tensor-parallel rank {rank}, pipeline stage {stage}, but others "
+                        f"of {self.tp} x {self.stages} ranks: copy the whole checkpoint"
                     )
         self.paths = found
         self._content = {place: load_torch_file(path / FILE) for place, path in sorted(found.items())}
@@ -84,8 +89,8 @@ class LegacyFiles:
             recorded = arguments.get(name)
             if isinstance(recorded, int) and recorded != found:
                 raise CheckpointError(
-                    f"{self.folder}: was saved with {name} = {recorded}, but has the folders of {found}: copy the whole "
-                    "checkpoint"
+                    f"{self.folder}: was saved with {name} = {recorded}, but has the folders of {found}: copy the "
+                    "whole checkpoint"
                 )
 
     def weights(self, *, gated: bool) -> MergedTensors:
@@ -147,7 +152,7 @@ class LegacyFiles:
         if not isinstance(state, Mapping) or not state:
             return {}
         names = _numbered_names(_groups(saved), weights)
-        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        found: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
         for number, name in names.items():
             for kind in _KINDS[1:]:
                 found[kind][name] = attributes(state.get(number)).get(kind)
@@ -223,7 +228,7 @@ def _groups(saved: Any) -> list[dict[str, Any]]:
 
 def _numbered_names(groups: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor]) -> dict[int, str]:
     """Number of each parameter -> name. Biases and vectors are in groups without weight decay (wd_mult 0)."""
-    kept = {True: iter([]), False: iter([])} | {
+    kept = {
         decays: iter([name for name, weight in weights.items() if _decays(name, weight) == decays])
         for decays in (True, False)
     }

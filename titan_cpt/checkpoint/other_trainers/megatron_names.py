@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 from titan_cpt.models.llama.spec import LlamaSpec
 from titan_cpt.models.spec import ModelSpec
 

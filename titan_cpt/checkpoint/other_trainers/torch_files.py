@@ -33,6 +33,7 @@ class Record:
         self.args: tuple[Any, ...]
 
     def __setstate__(self, state: Any) -> None:
+        """Keep the attributes, or a state in another form."""
         if isinstance(state, dict):
             self.__dict__.update(state)
         else:
