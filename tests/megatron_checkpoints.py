@@ -21,14 +21,14 @@ from titan_cpt.models.spec import ModelSpec
 
 GROUP = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}
 COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-ROWS = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias") + (
-    "linear_fc1.weight",
-    "linear_fc1.bias",
+ROWS = (
+    *("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias"),
+    *("linear_fc1.weight", "linear_fc1.bias"),
 )
 TE_ORDER = ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "linear_fc1", "linear_fc2")
-LOCAL_ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm", "pre_mlp_layernorm") + (
-    "linear_fc1",
-    "linear_fc2",
+LOCAL_ORDER = (
+    *("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm", "k_layernorm"),
+    *("pre_mlp_layernorm", "linear_fc1", "linear_fc2"),
 )
 
 
@@ -103,7 +103,9 @@ def of_rank(name: str, tensor: Tensor, rank: int, tp: int, *, gated: bool) -> Te
     return tensor.chunk(tp, 1)[rank].contiguous() if name.endswith(COLUMNS) else tensor
 
 
-def stage_names(whole: Mapping[str, Tensor], stage: int, stages: int, spec: ModelSpec, *, local: bool) -> dict[str, str]:
+def stage_names(
+    whole: Mapping[str, Tensor], stage: int, stages: int, spec: ModelSpec, *, local: bool
+) -> dict[str, str]:
     """A stage's parameters in the order of its modules: name there -> name in the whole model."""
     count = spec.layers // stages
     names = {"embedding.word_embeddings.weight": "embedding.word_embeddings.weight"} if stage == 0 else {}
@@ -156,8 +158,8 @@ def flat(tensors: list[Tensor], bucket_elements: int) -> list[Tensor]:
 
 
 def write_legacy(
-    folder: Path, state: dict[str, dict[str, Tensor]], spec: ModelSpec, *, tp: int = 1, pp: int = 1, local: bool = False,
-    dtype: torch.dtype = torch.float32, buffers: bool = False, **more: Any,
+    folder: Path, state: dict[str, dict[str, Tensor]], spec: ModelSpec, *, tp: int = 1, pp: int = 1,
+    local: bool = False, dtype: torch.dtype = torch.float32, buffers: bool = False, **more: Any,
 ) -> None:  # fmt: skip
     """A checkpoint of --ckpt-format torch in folder/iter_0000002, and the file that names the newest one."""
     for stage in range(pp):

@@ -112,12 +112,13 @@ class Run:
         self.options = options
         self.config = config_of(options)
         torch.manual_seed(1)
+        qwen3 = options.model == "qwen3"
+        layers = get_gpt_layer_local_spec(normalization=self.config.normalization, qk_layernorm=qwen3)
         model = GPTModel(
-            self.config, get_gpt_layer_local_spec(normalization=self.config.normalization, qk_layernorm=options.model == "qwen3"),
-            vocab_size=ROWS, max_sequence_length=SEQ_LEN, position_embedding_type="rope",
+            self.config, layers, vocab_size=ROWS, max_sequence_length=SEQ_LEN, position_embedding_type="rope",
             pre_process=ranks.is_pipeline_first_stage(), post_process=ranks.is_pipeline_last_stage(),
             rotary_percent=1.0 if options.model != "gpt_neox" else 0.25,
-            share_embeddings_and_output_weights=options.model == "qwen3",
+            share_embeddings_and_output_weights=qwen3,
         )  # fmt: skip
         self.model = model.bfloat16() if options.bf16 else model
         for name, parameter in self.model.named_parameters():
@@ -205,7 +206,9 @@ class Run:
             self.optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
         if ranks.get_data_parallel_rank() == 0:
             model = self.model.state_dict_for_save_checkpoint()
-            torch.save({**common, "model": model, "optimizer": self.optimizer.state_dict()}, folder / "model_optim_rng.pt")
+            torch.save(
+                {**common, "model": model, "optimizer": self.optimizer.state_dict()}, folder / "model_optim_rng.pt"
+            )
 
 
 def stream(step: int) -> Tensor:
