@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 _ALIGNMENT = 64
-"""A parameter begins at a multiple of so many elements from its bucket's start."""
+"""A parameter begins at a multiple of this number of elements from its bucket's start."""
 
 Place = tuple[int, int]
 """A bucket and the offset in it."""

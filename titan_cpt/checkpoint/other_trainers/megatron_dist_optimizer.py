@@ -32,7 +32,7 @@ _BUFFER = re.compile(
     r"(optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(.*\)\.bucket_idx_(\d+)\.)param"
 )
 _COMPARED = 4096
-"""At most so many elements of a weight are compared with the buffer of the weights, to find it there."""
+"""At most this number of elements of a weight is compared with the buffer of the weights, to find it there."""
 
 
 def optimizer_tensors(

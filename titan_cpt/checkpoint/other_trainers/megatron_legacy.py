@@ -29,7 +29,7 @@ FILE = "model_optim_rng.pt"
 _BUFFERS = "distrib_optim.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _COMPARED = 4096
-"""At most so many elements of a weight are compared with the buffer of the weights, to find it there."""
+"""At most this number of elements of a weight is compared with the buffer of the weights, to find it there."""
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
