@@ -19,7 +19,7 @@ from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.dcp_metadata import METADATA
 from titan_cpt.checkpoint.other_trainers.megatron_arguments import spec_from_arguments
 from titan_cpt.checkpoint.other_trainers.megatron_dist import DistTensors
-from titan_cpt.checkpoint.other_trainers.megatron_dist_optimizer import optimizer_tensors
+from titan_cpt.checkpoint.other_trainers.megatron_dist_optimizer import distributed_optimizer
 from titan_cpt.checkpoint.other_trainers.megatron_legacy import FILE, LegacyFiles
 from titan_cpt.checkpoint.other_trainers.megatron_names import EMBEDDING, HEAD, Source, part_shape, sources, take_part
 from titan_cpt.checkpoint.other_trainers.megatron_ranks import Tensors
@@ -132,7 +132,7 @@ def _distributed(folder: Path, request: ImportRequest) -> _Found:
     optimizer: Mapping[str, Tensors] = {}
     if _wants_optimizer(request, arguments):
         gated = isinstance(spec, LlamaSpec)
-        optimizer = optimizer_tensors(files, weights, arguments, layers=spec.layers, gated=gated)
+        optimizer = distributed_optimizer(files, weights, arguments, layers=spec.layers, gated=gated)
     saved = attributes(common.get("optimizer"))
     inner = attributes(saved.get("optimizer", saved))
     groups = inner.get("param_groups")

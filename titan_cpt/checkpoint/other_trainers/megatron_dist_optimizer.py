@@ -23,7 +23,7 @@ from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.megatron_buffers import Place, places_in_buckets
 from titan_cpt.checkpoint.other_trainers.megatron_dist import DistTensors
 from titan_cpt.checkpoint.other_trainers.megatron_names import BLOCKS, EMBEDDING, HEAD, LAYER_ORDERS, split_dim
-from titan_cpt.checkpoint.other_trainers.megatron_ranks import MergedTensors, Part, Tensors, layers_of_chunks
+from titan_cpt.checkpoint.other_trainers.megatron_ranks import MergedTensors, RankPart, Tensors, layers_of_chunks
 from titan_cpt.errors import CheckpointError
 
 _STATE = "optimizer.state."
@@ -35,7 +35,7 @@ _COMPARED = 4096
 """At most this number of elements of a weight is compared with the buffer of the weights, to find it there."""
 
 
-def optimizer_tensors(
+def distributed_optimizer(
     files: DcpFiles, weights: DistTensors, arguments: Mapping[str, Any], *, layers: int, gated: bool
 ) -> dict[str, Tensors]:
     """The optimizer's tensors: "exp_avg", "exp_avg_sq", and "param", the float32 weights, if the model is in bf16.
@@ -122,7 +122,7 @@ class _Buffers:
 
     def tensors(self) -> dict[str, MergedTensors]:
         """The float32 weights and the moments of the whole model."""
-        found: dict[str, dict[str, list[Part]]] = {kind: {} for kind in ("param", "exp_avg", "exp_avg_sq")}
+        found: dict[str, dict[str, list[RankPart]]] = {kind: {} for kind in ("param", "exp_avg", "exp_avg_sq")}
         for stage, ranges in enumerate(self._ranges):
             for chunk, layers in enumerate(ranges):
                 ends = (stage, chunk) == (0, 0), (stage, chunk) == (len(self._ranges) - 1, len(ranges) - 1)
@@ -134,7 +134,7 @@ class _Buffers:
 
     def _add(
         self,
-        found: dict[str, dict[str, list[Part]]],
+        found: dict[str, dict[str, list[RankPart]]],
         index: int,
         buckets: Sequence[str],
         layers: range,
@@ -153,7 +153,7 @@ class _Buffers:
             for kind, parts in found.items():
                 if len(parts.setdefault(name, [])) < self._tp:  # the embedding of tied models is in two stages
                     key = buckets[bucket] + kind
-                    parts[name].append(Part(f"{key} from {start}", shape, partial(self._read, key, start, shape)))
+                    parts[name].append(RankPart(f"{key} from {start}", shape, partial(self._read, key, start, shape)))
 
     def _names(self, layers: range, order: Sequence[str], first: bool, last: bool) -> list[str]:
         """The parameters of a chunk in the order in which Megatron-LM's modules have them."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.megatron_buffers import places_in_joined_buckets
 from titan_cpt.checkpoint.other_trainers.megatron_names import BLOCKS, canonical
-from titan_cpt.checkpoint.other_trainers.megatron_ranks import MergedTensors, Part
+from titan_cpt.checkpoint.other_trainers.megatron_ranks import MergedTensors, RankPart
 from titan_cpt.checkpoint.other_trainers.torch_files import attributes, load_torch_file
 from titan_cpt.common.reading import is_there, matching
 from titan_cpt.errors import CheckpointError
@@ -95,11 +95,11 @@ class LegacyFiles:
 
     def weights(self, *, gated: bool) -> MergedTensors:
         """The weights of the model, in its own dtype."""
-        parts: dict[str, list[Part]] = {}
+        parts: dict[str, list[RankPart]] = {}
         for (rank, stage), chunk, start in self._ordered_chunks():
             for name, weight in _parameters(self._chunk(rank, stage, chunk), start).items():
                 where = f"{self.paths[rank, stage].name}: {name}"
-                _add(parts, name, self.tp, Part(where, tuple(weight.shape), partial(_itself, weight)))
+                _add(parts, name, self.tp, RankPart(where, tuple(weight.shape), partial(_itself, weight)))
         return MergedTensors(parts, gated)
 
     def optimizer(self, *, gated: bool) -> dict[str, MergedTensors]:
@@ -108,7 +108,7 @@ class LegacyFiles:
         Raises:
             CheckpointError: the tensors are not those of the weights.
         """
-        found: dict[str, dict[str, list[Part]]] = {kind: {} for kind in _KINDS}
+        found: dict[str, dict[str, list[RankPart]]] = {kind: {} for kind in _KINDS}
         for (rank, stage), chunk, start in self._ordered_chunks():
             weights = _parameters(self._chunk(rank, stage, chunk), start)
             path = self.paths[rank, stage]
@@ -117,7 +117,7 @@ class LegacyFiles:
             for kind, by_name in tensors.items():
                 for name, tensor in by_name.items():
                     where = f"{path.name}: {kind} of {name}"
-                    _add(found[kind], name, self.tp, Part(where, tuple(tensor.shape), partial(_itself, tensor)))
+                    _add(found[kind], name, self.tp, RankPart(where, tuple(tensor.shape), partial(_itself, tensor)))
         return {kind: MergedTensors(parts, gated) for kind, parts in found.items() if parts}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def _require_same(masters: Mapping[str, Tensor], weights: Mapping[str, Tensor], 
             )
 
 
-def _add(parts: dict[str, list[Part]], name: str, tp: int, part: Part) -> None:
+def _add(parts: dict[str, list[RankPart]], name: str, tp: int, part: RankPart) -> None:
     """Add a rank's part, unless an earlier stage has the same tensor: the embedding of tied models."""
     if len(parts.setdefault(name, [])) < tp:
         parts[name].append(part)

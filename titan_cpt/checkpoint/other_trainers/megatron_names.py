@@ -112,7 +112,7 @@ def split_dim(name: str) -> int | None:
     return 1 if name.endswith(_COLUMNS) else None
 
 
-def merge(name: str, parts: Sequence[Tensor], *, gated: bool) -> Tensor:
+def merge_ranks(name: str, parts: Sequence[Tensor], *, gated: bool) -> Tensor:
     """A parameter, or a moment of it, from the parts of all tensor-parallel ranks.
 
     Args:
@@ -128,7 +128,7 @@ def merge(name: str, parts: Sequence[Tensor], *, gated: bool) -> Tensor:
 
 
 def merged_shape(name: str, shape: Sequence[int], ranks: int) -> tuple[int, ...]:
-    """The shape of `merge` of as many parts of this shape."""
+    """The shape of `merge_ranks` of as many parts of this shape."""
     dim = split_dim(name)
     return tuple(length * (ranks if axis == dim else 1) for axis, length in enumerate(shape))
 

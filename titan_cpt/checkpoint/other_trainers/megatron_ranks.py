@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from titan_cpt.checkpoint.other_trainers.megatron_names import merge, merged_shape
+from titan_cpt.checkpoint.other_trainers.megatron_names import merge_ranks, merged_shape
 
 
 class Tensors(Protocol):
@@ -28,7 +28,7 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class RankPart:
     """The tensor of one rank: its name in the files, its shape, and how to read it."""
 
     where: str
@@ -45,7 +45,7 @@ class MergedTensors:
         gated: the MLP is SwiGLU.
     """
 
-    parts: Mapping[str, Sequence[Part]]
+    parts: Mapping[str, Sequence[RankPart]]
     gated: bool
 
     def names(self) -> list[str]:
@@ -59,7 +59,7 @@ class MergedTensors:
 
     def read(self, name: str) -> Tensor:
         """A tensor of the whole model."""
-        return merge(name, [part.read() for part in self.parts[name]], gated=self.gated)
+        return merge_ranks(name, [part.read() for part in self.parts[name]], gated=self.gated)
 
     def where(self, name: str) -> str:
         """A tensor's name in the first rank's files."""

@@ -100,8 +100,8 @@ def _reason(error: Exception) -> str:
     """The line of torch's message that says what is wrong, without its advice to load the file unsafely."""
     advice = ("Weights only load failed", "Please file", "Check the documentation")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(advice)]
-    return (told or lines or [type(error).__name__])[0].partition(". ")[0].rstrip(".")
+    reasons = [line for line in lines if not line.startswith(advice)]
+    return (reasons or lines or [type(error).__name__])[0].partition(". ")[0].rstrip(".")
 
 
 def attributes(value: Any) -> Mapping[str, Any]:
