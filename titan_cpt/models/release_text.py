@@ -69,8 +69,8 @@ def table_lines(sizes: Sequence[Size]) -> Iterator[str]:
         if size.family != family:
             yield from ([] if family is None else [""])
             family = size.family
-            yield f"{family:16} {'params':>7} {'tokens':>7} {'peak LR':>8} {'left at':>8}  on the hub"
-        row = f"{size.name:16} {shortest_count(size.parameters, 3):>7}"
+            yield f"{family:15} {'params':>7} {'tokens':>7} {'peak LR':>8} {'left at':>8}  on the hub"
+        row = f"{size.name:15} {shortest_count(size.parameters, 3):>7}"
         if size.release is None:
             yield f"{row} {'':>7} {'':>8} {'':>8}  not a release"
             continue
@@ -82,7 +82,7 @@ def table_lines(sizes: Sequence[Size]) -> Iterator[str]:
         name = release.hub[0] if release.hub else UNKNOWN
         yield f"{row} {tokens:>7} {peak:>8} {final:>8}  {name}"
         if revision != "main":
-            yield f"{'':50}@{revision}"
+            yield f"{'':51}@{revision}"
 
 
 def detail_lines(size: Size, width: int) -> Iterator[str]:
