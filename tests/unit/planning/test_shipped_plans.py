@@ -12,7 +12,7 @@ from titan_cpt.planning.planner import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
 
-TRAINED = {  # "fingerprint batches", computed with commit 3848756, except three that are newer
+TRAINED = {  # "fingerprint batches", computed with commit 3848756, except four that are newer
     "10b_german": "609b523d 82311be1",
     "10b_pile": "dbe80016 24b3dba7",
     "10b_pile_to_german": "f384d834 cabd7671",
@@ -47,6 +47,7 @@ TRAINED = {  # "fingerprint batches", computed with commit 3848756, except three
     "405m_union_pile_slimpajama": "36b6d082 45da81e6",
     "410m_pythia_to_8k": "3fc56583 58ff9127",
     "410m_pythia_to_german_vocabulary": "d9995889 4a99525b",
+    "olmo3_7b_to_german": "fef34c6e 5800de0a",
     "quickstart": "f5c31b6a 99aa3fd5",
     "quickstart_long": "ec29a8e6 9e89f3db",
 }
