@@ -88,6 +88,8 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.other_trainers.megatron_legacy": "unit/checkpoint/other_trainers/test_megatron.py",
     "checkpoint.other_trainers.megatron_names": "unit/checkpoint/other_trainers/test_megatron.py",
     "checkpoint.other_trainers.megatron_ranks": "unit/checkpoint/other_trainers/test_megatron.py",
+    "checkpoint.other_trainers.neox_files": "unit/checkpoint/other_trainers/test_neox.py",
+    "checkpoint.other_trainers.neox_names": "unit/checkpoint/other_trainers/test_neox.py",
     "checkpoint.merge.inputs": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.parents": "unit/checkpoint/merge/test_merge.py",
     "checkpoint.merge.progress": "unit/checkpoint/merge/test_merge.py",

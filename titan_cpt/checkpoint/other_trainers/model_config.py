@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,24 @@ def spec_of_trainer_config(path: Path, project: str, *, rows: int) -> ModelSpec:
         model = read_with_bases(path).get("model")
         if isinstance(model, Mapping) and "family" in model:
             return spec_from_table(dict(model), path, rows=rows)
-    conversion = convert_files([path], project)
+    return spec_of_trainer_configs([path], project, rows=rows)
+
+
+def spec_of_trainer_configs(paths: Sequence[Path], project: str, *, rows: int) -> ModelSpec:
+    """The model that config files of another trainer describe together, as GPT-NeoX merges its files.
+
+    Args:
+        paths: configs of `project` that `titan-cpt convert-config` converts.
+        project: a name of `titan_cpt.convert`.
+        rows: rows of the embedding in the checkpoint, which replace the config's vocabulary.
+
+    Raises:
+        ConfigError: a file cannot be read, or they describe a model that is not available here.
+    """
+    conversion = convert_files(list(paths), project)
     if not conversion.same_architecture:
         lines = [entry.text for entry in (*conversion.unmatched, *conversion.decisions) if "architecture" in entry.text]
-        raise ConfigError("\n  - ".join([f"{path}: describes a model that is not available here:", *lines]))
+        raise ConfigError("\n  - ".join([f"{paths[0]}: describes a model that is not available here:", *lines]))
     table: dict[str, Any] = {}
     for key, value in conversion.values.items():
         if key.startswith("model."):
@@ -44,7 +58,7 @@ def spec_of_trainer_config(path: Path, project: str, *, rows: int) -> ModelSpec:
             for name in tables:
                 inner = inner.setdefault(name, {})
             inner[last] = value
-    return spec_from_table(table, path, rows=rows)
+    return spec_from_table(table, paths[0], rows=rows)
 
 
 def spec_from_table(table: dict[str, Any], path: Path, *, rows: int) -> ModelSpec:
