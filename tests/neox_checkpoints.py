@@ -17,7 +17,7 @@ from titan_cpt.models.spec import ModelSpec
 
 
 @dataclass
-class fragment_address:  # noqa: N801  # DeepSpeed's name
+class fragment_address:  # DeepSpeed's name
     """Where a parameter is in a flat tensor, as DeepSpeed records it."""
 
     numel: int

@@ -129,8 +129,8 @@ class NeoxFiles:
             saved = max(count) if isinstance(count, list | tuple) and count else count
             if isinstance(saved, int) and saved != len(states):
                 raise CheckpointError(
-                    f"{self.folder}: has {len(states)} shards of the optimizer of model-parallel rank {rank}, but it was "
-                    f"saved with {saved}: copy the whole checkpoint, or import with --weights-only"
+                    f"{self.folder}: has {len(states)} shards of the optimizer of model-parallel rank {rank}, but it "
+                    f"was saved with {saved}: copy the whole checkpoint, or import with --weights-only"
                 )
         return states
 
