@@ -176,7 +176,6 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "models.llama.parallelize": "distributed/test_parity.py",
     "models.olmo.huggingface": "unit/models/olmo/test_model.py",
     "models.olmo.parallelize": "distributed/test_parity.py",
-    "models.olmo.spec": "unit/models/olmo/test_model.py",
     "models.smollm3.huggingface": "unit/models/smollm3/test_model.py",
     "models.smollm3.parallelize": "distributed/test_parity.py",
     "models.smollm3.spec": "unit/models/smollm3/test_model.py",

@@ -109,6 +109,25 @@ def test_a_run_compares_the_settings_of_a_model_that_is_too_large_for_logits(nam
             verify_against_transformers(other, other.spec, print, in_a_run=True)
 
 
+def test_a_run_compares_the_settings_of_each_kind_of_layer(tmp_path, monkeypatch):
+    """OLMo 3: windows by layer, and both rotary embeddings, of which only that of full attention is scaled."""
+    monkeypatch.setattr(transformers_check, "_RUN_PARAMETERS", 10)
+    yarn = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
+    more = {"vocab_size": 300, "sliding_window": 7, "global_interval": 2, "rope_base": 700.0, "rope_scaling": yarn}
+    spec = named_size("olmo", "debug", 257, overrides=more)
+    release(tmp_path / "released", spec)
+    released = open_released(str(tmp_path / "released"))
+    wrong = {"rope_base": 500.0, "rope_scaling": None, "sliding_window": 8, "global_interval": None}
+
+    assert "settings are those of transformers" in load_released(build_model(spec), str(tmp_path / "released"), spec)
+    for (name, value), said in zip(
+        wrong.items(), ("frequency", "amplitude", "layer_types", "layer_types"), strict=True
+    ):
+        other = replace(released, spec=replace(spec, **{name: value}))
+        with pytest.raises(CheckpointError, match=rf"reads config\.json differently: .*{said}"):
+            verify_against_transformers(other, other.spec, print, in_a_run=True)
+
+
 def test_import_prints_only_its_own_lines(tmp_path):
     """No warnings or log lines of what transformers imports, such as torchao."""
     release(tmp_path / "released", SPECS["llama"])

@@ -35,6 +35,7 @@ LLAMAS = {
     "qwen3": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "qk_norm": True, "head_width": 48}),
     "windowed": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "sliding_window": 16}),
     "tied": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "tie_embeddings": True}),
+    "olmo3": named_size("olmo", "debug", 257, {**LLAMA_NUMBERS, "sliding_window": 16, "global_interval": 2}),
 }
 WORK = MemoryInputs(
     microbatch_tokens=256,
@@ -98,7 +99,7 @@ def test_activations_are_what_autograd_saves(spec: ModelSpec, recompute: str, se
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler's own code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen3", "windowed"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen3", "windowed", "olmo3"])
 def test_activations_of_compiled_blocks_are_what_torch_compile_saves(name: str, dtype: torch.dtype) -> None:
     """The difference of two depths, within 2 %.
 
@@ -111,7 +112,8 @@ def test_activations_of_compiled_blocks_are_what_torch_compile_saves(name: str, 
     saved -= saved_for_backward(dataclasses.replace(spec, layers=1), compiled_in=dtype)
     work = dataclasses.replace(WORK, bytes_per_number=dtype.itemsize, compiled=True)
     planned, _ = layer_activation_bytes(spec, ParallelDims(), work)
-    queries, keys = spec.attention_width, spec.attention_width if spec.sliding_window else spec.kv_width
+    queries, masked = spec.attention_width, spec.windowed_share
+    keys = masked * queries + (1 - masked) * spec.kv_width
     on_a_cpu = (4 - dtype.itemsize) * (2 * queries + 2 * keys) + dtype.itemsize * queries
 
     assert saved / 2 == pytest.approx(planned + 256 * on_a_cpu, rel=0.02)
