@@ -7,6 +7,8 @@ transformers' Olmo3Config has RoPE settings for each kind of layer. Its versions
   `rope_parameters`, which has a table for each kind of layer, and prefers what that says. It ignores a
   `rope_parameters` without these tables.
 - Without a base, 4.57 takes 10,000 and 5.24 takes 500,000.
+
+`findings/transformers_olmo3_base.sh` shows the difference.
 """
 
 from __future__ import annotations
