@@ -13,7 +13,17 @@ from torch.optim import AdamW
 
 from titan_cpt.models.build import build_model
 from titan_cpt.models.llama.spec import LlamaSpec
+from titan_cpt.models.registry import named_size
+from titan_cpt.models.spec import RopeScaling
 
+_SMALL = {"vocab_size": 300, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 24}
+_SCALING = RopeScaling(kind="llama3", factor=8.0, original_seq_len=8192)
+SPECS = {
+    "llama3": named_size("llama", "debug", 257, {**_SMALL, "rope_base": 500_000.0, "rope_scaling": _SCALING}),
+    "qwen3": named_size(
+        "llama", "debug", 257, {**_SMALL, "head_width": 6, "qk_norm": True, "norm_eps": 1e-6, "tie_embeddings": True}
+    ),
+}
 BLOCK = {
     "attention_norm": "attention_norm",
     "attention.q": "attention.qkv_linear.wq",

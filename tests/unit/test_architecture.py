@@ -80,6 +80,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "checkpoint.other_trainers.dcp_metadata": "unit/checkpoint/other_trainers/test_dcp_files.py",
     "checkpoint.other_trainers.model_config": "unit/checkpoint/other_trainers/test_torchtitan.py",
     "checkpoint.other_trainers.rope_layout": "unit/checkpoint/other_trainers/test_torchtitan.py",
+    "checkpoint.other_trainers.torchtitan_names": "unit/checkpoint/other_trainers/test_torchtitan.py",
     "checkpoint.other_trainers.torchtitan_config": "unit/checkpoint/other_trainers/test_torchtitan.py",
     "checkpoint.other_trainers.megatron_arguments": "unit/checkpoint/other_trainers/test_megatron.py",
     "checkpoint.other_trainers.megatron_buffers": "unit/checkpoint/other_trainers/test_megatron.py",

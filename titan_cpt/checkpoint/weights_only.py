@@ -76,17 +76,21 @@ def save_tensors(
     }
     writer = ShardWriter(folder, threads=1)
     with without_dist_warning():
-        save(state, storage_writer=writer, planner=_LazySavePlanner(read), no_dist=True)
+        save(state, storage_writer=writer, planner=LazySavePlanner(lambda name: read(name).float()), no_dist=True)
     return writer.checksums
 
 
-class _LazySavePlanner(DefaultSavePlanner):
-    """A DCP save planner for tensors on the meta device: it reads each tensor when the writer needs it."""
+class LazySavePlanner(DefaultSavePlanner):
+    """A DCP save planner for tensors on the meta device: it reads each tensor when the writer needs it.
+
+    Args:
+        read: gives a tensor, of the dtype of its stand-in, by its name in the checkpoint.
+    """
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
         self._read = read
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Read the tensor, in float32."""
-        return self._read(index.fqn).float()
+        """Read the tensor."""
+        return self._read(index.fqn)

@@ -1,4 +1,4 @@
-"""`titan-cpt export`: convert a checkpoint into a Hugging Face model folder."""
+"""`titan-cpt export`: convert a checkpoint into a Hugging Face model folder, or a DCP folder for torchtitan."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from titan_cpt.errors import ConfigError
 
 def add_export(subparsers: Subparsers) -> None:
     """The options of `export`."""
-    summary = "convert a checkpoint into a Hugging Face model folder"
+    summary = "convert a checkpoint for transformers or torchtitan"
     export = add_command(
         subparsers,
         "export",
         _run,
         summary,
-        details="transformers and vLLM load it.",
+        details="The result is a Hugging Face model folder, which vLLM loads too, or a DCP folder.",
         usage="CHECKPOINT OUT [options]",
         example="titan-cpt export outputs/mine/german/step-00000500 exported",
     )
@@ -26,16 +26,22 @@ def add_export(subparsers: Subparsers) -> None:
     )
     export.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
     export.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights (default: bfloat16)"
+        "--format",
+        choices=("hf", "dcp"),
+        default="hf",
+        help="hf: Hugging Face (default); dcp: DCP with torchtitan's names, for its initial_load_path",
+    )
+    export.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="dtype of the weights (default: bfloat16; with --format dcp float32)",
     )
     export.add_argument(
         "--tokenizer",
         metavar="bytes|PATH",
         help="tokenizer to write (default: that of the run or of the imported model)",
     )
-    export.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of one weight file (default: 5GB)"
-    )
+    export.add_argument("--max-shard-size", metavar="SIZE", help="maximum size of one weight file (default: 5GB)")
     export.add_argument(
         "--max-positions",
         type=positive_int,
@@ -51,7 +57,9 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.public and options.push is None:
         raise ConfigError("--public goes with --push NAME: only a repository of the hub can be public")
-    max_shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")  # before torch is imported
+    if options.format == "dcp":
+        return _to_torchtitan(options)
+    max_shard_bytes = parse_bytes(options.max_shard_size or "5GB", option="--max-shard-size")  # before torch
     if options.push is not None:
         from titan_cpt.checkpoint.hf_push import check_push
 
@@ -61,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     export(
         options.checkpoint,
         options.output,
-        dtype=options.dtype,
+        dtype=options.dtype or "bfloat16",
         tokenizer=options.tokenizer,
         max_shard_bytes=max_shard_bytes,
         max_positions=options.max_positions,
@@ -71,4 +79,15 @@ def _run(options: argparse.Namespace) -> int:
         from titan_cpt.checkpoint.hf_push import push
 
         push(options.output, options.push, public=options.public, log=print)
+    return 0
+
+
+def _to_torchtitan(options: argparse.Namespace) -> int:
+    only_hf = ("tokenizer", "max_shard_size", "max_positions", "push")
+    given = [f"--{name.replace('_', '-')}" for name in only_hf if getattr(options, name) is not None]
+    if given:
+        raise ConfigError(f"{given[0]} goes with --format hf: a DCP folder for torchtitan has only the weights")
+    from titan_cpt.checkpoint.other_trainers.torchtitan_export import export_to_torchtitan
+
+    export_to_torchtitan(options.checkpoint, options.output, dtype=options.dtype or "float32", log=print)
     return 0

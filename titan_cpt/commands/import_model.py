@@ -14,7 +14,7 @@ TRAINERS = ("torchtitan", "megatron", "neox")
 
 def add_import(subparsers: Subparsers) -> None:
     """The options of `import`."""
-    summary = "convert a Hugging Face model, or a checkpoint of another trainer"
+    summary = "convert a released model, or another trainer's weights"
     importing = add_command(
         subparsers,
         "import",

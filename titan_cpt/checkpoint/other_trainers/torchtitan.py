@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.rope_layout import halves_from_interleaved
 from titan_cpt.checkpoint.other_trainers.torchtitan_config import read_spec
+from titan_cpt.checkpoint.other_trainers.torchtitan_names import EMBEDDING, TIED_HEADS, is_interleaved, torchtitan_names
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
@@ -26,19 +28,7 @@ from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.llama.spec import LlamaSpec
 
-EMBEDDING = "tok_embeddings.weight"
-_HEADS = ("lm_head.weight", "output.weight")  # since 0.3, and before
-_BLOCK = {
-    "attention_norm": "attention_norm",
-    "attention.out": "attention.wo",
-    "attention.q_norm": "attention.q_norm",
-    "attention.k_norm": "attention.k_norm",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate": "feed_forward.w1",
-    "mlp.up": "feed_forward.w3",
-    "mlp.down": "feed_forward.w2",
-}
-_FUSED = "attention.qkv_linear.wqkv"
+_OLD_NAMES = (("attention.qkv_linear.", "attention."), ("lm_head.", "output."))  # since 0.3, and before
 _CONSTANTS = ("freqs_cis", "rope_cache", "rope.cache")  # RoPE's tables, which older versions saved
 
 
@@ -77,9 +67,9 @@ def open_torchtitan(request: ImportRequest) -> TrainedCheckpoint:
     foreign = [name for name in files.tensors if name not in known and not name.endswith(_CONSTANTS)]
     if request.weights_only or not optimizer:
         foreign = [name for name in foreign if not name.startswith("optimizer.")]
-    tied = spec.tied and next((name for name in _HEADS if prefix + name in files.tensors), None)
-    if tied:
-        foreign = [name for name in foreign if name != prefix + tied]
+    if spec.tied:
+        foreign = [name for name in foreign if name.removeprefix(prefix) not in TIED_HEADS]
+        _require_the_tied_head(files, prefix)
     settings = {} if request.weights_only else reader.settings()
     tokens, counted = reader.tokens()
     skipped = [counted] if counted else []
@@ -103,6 +93,18 @@ def open_torchtitan(request: ImportRequest) -> TrainedCheckpoint:
     )
 
 
+def _require_the_tied_head(files: DcpFiles, prefix: str) -> None:
+    """Raise CheckpointError if a model with tied embeddings has a separate head: one of the two would be lost."""
+    for head in TIED_HEADS:
+        if prefix + head in files.tensors:
+            one, other = files.read(prefix + head), files.read(prefix + EMBEDDING)
+            if one.shape != other.shape or not torch.equal(one, other):
+                raise CheckpointError(
+                    f"{files.folder}: {head} differs from {EMBEDDING}, so the embeddings are not tied as the config "
+                    "says: correct tie_embeddings, or enable_weight_tying in torchtitan's file"
+                )
+
+
 class _Reader:
     """Our names, and where these weights and moments are in the files.
 
@@ -119,19 +121,11 @@ class _Reader:
         self.read_names: set[str] = set()
 
     def _weights(self) -> Iterator[tuple[str, _Source]]:
-        names = {"embedding.weight": EMBEDDING, "final_norm.weight": "norm.weight"}
-        if not self._spec.tied:
-            names["head.weight"] = next((n for n in _HEADS if self._prefix + n in self._files.tensors), _HEADS[0])
-        for layer in range(self._spec.layers):
-            names |= {f"blocks.{layer}.{o}.weight": f"layers.{layer}.{t}.weight" for o, t in _BLOCK.items()}
-            for part in "qkv":
-                for kind in ("weight", "bias"):
-                    new = f"layers.{layer}.attention.qkv_linear.w{part}.{kind}"  # of fused ones too
-                    old = f"layers.{layer}.attention.w{part}.{kind}"
-                    names[f"blocks.{layer}.attention.{part}.{kind}"] = (
-                        new if self._prefix + new in self._files.tensors else old
-                    )
-        for ours, theirs in names.items():
+        for ours, new in torchtitan_names(self._spec).items():
+            old = new
+            for current, before in _OLD_NAMES:
+                old = old.replace(current, before)
+            theirs = new if self._prefix + new in self._files.tensors else old
             if self._prefix + theirs in self._files.tensors:
                 yield ours, _Source(theirs)
 
@@ -209,8 +203,7 @@ class _Reader:
             part = 1 if source.part != "q" else spec.heads // spec.kv_heads
             shape = (shape[0] * part // (spec.heads // spec.kv_heads + 2), *shape[1:])
         where = f"{name} ({source.part})" if source.part else name
-        interleaved = not spec.qk_norm and ours.split(".")[-2] in ("q", "k")
-        return StoredTensor(where, shape, partial(self._read, name, source.part, interleaved))
+        return StoredTensor(where, shape, partial(self._read, name, source.part, is_interleaved(ours, spec)))
 
     def _read(self, name: str, part: str, interleaved: bool) -> Tensor:
         tensor = self._files.read(name)

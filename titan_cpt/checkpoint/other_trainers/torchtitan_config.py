@@ -13,6 +13,7 @@ from typing import Any
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.model_config import spec_of_trainer_config
+from titan_cpt.checkpoint.other_trainers.torchtitan_names import EMBEDDING
 from titan_cpt.common.reading import read_text
 from titan_cpt.convert.torchtitan import flavor_fields, flavors
 from titan_cpt.errors import CheckpointError, ConfigError
@@ -21,7 +22,6 @@ from titan_cpt.models.registry import as_config_table
 from titan_cpt.models.spec import RopeScaling
 
 _MODELS = {"llama3": False, "qwen3": True}  # torchtitan's model -> whether it has norms of queries and keys
-_EMBEDDING = "tok_embeddings.weight"
 
 
 def read_spec(files: DcpFiles, prefix: str, config: Path | None) -> LlamaSpec:
@@ -36,15 +36,15 @@ def read_spec(files: DcpFiles, prefix: str, config: Path | None) -> LlamaSpec:
         ConfigError: the config is missing, cannot be read, or describes a model that is not available here.
         CheckpointError: the shape of the embedding is damaged.
     """
-    shape = files.tensors[prefix + _EMBEDDING].shape
+    shape = files.tensors[prefix + EMBEDDING].shape
     if len(shape) != 2:
-        raise CheckpointError(f"{files.folder}: {_EMBEDDING} has shape {list(shape)}, not rows of the vocabulary")
+        raise CheckpointError(f"{files.folder}: {EMBEDDING} has shape {list(shape)}, not rows of the vocabulary")
     if config is None:
         raise ConfigError(f"{files.folder}: {_without_config(files, prefix)}")
     spec = _from_json(config, shape[0]) if config.suffix == ".json" else spec_of_trainer_config(
         config, "torchtitan", rows=shape[0]
     )  # fmt: skip
-    if not isinstance(spec, LlamaSpec):
+    if not isinstance(spec, LlamaSpec) or spec.family != "llama":  # other families extend Llama's spec
         raise ConfigError(f"{config}: model.family is {spec.family!r}, but torchtitan's models are of the family llama")
     return spec
 
@@ -73,7 +73,7 @@ def _has_shapes(files: DcpFiles, prefix: str, fields: Mapping[str, Any]) -> bool
     )
     width, head_width = fields["width"], fields["head_width"]
     expected = {
-        f"{prefix}{_EMBEDDING}": (fields["vocab_size"], width),
+        f"{prefix}{EMBEDDING}": (fields["vocab_size"], width),
         f"{first}{attention}wq.weight": (fields["heads"] * head_width, width),
         f"{first}{attention}wk.weight": (fields["kv_heads"] * head_width, width),
         f"{first}feed_forward.w1.weight": (fields["mlp_width"], width),

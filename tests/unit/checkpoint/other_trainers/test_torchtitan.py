@@ -1,30 +1,28 @@
 """torchtitan's checkpoints: weights, moments and step counts in our names and order, and what the files lack."""
 
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from torchtitan_checkpoints import config_json, state_of, trained, write
+from torchtitan_checkpoints import SPECS, config_json, state_of, trained, write
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.other_trainers.import_trained import import_from_trainer
+from titan_cpt.checkpoint.other_trainers.torchtitan import open_torchtitan
+from titan_cpt.checkpoint.other_trainers.trained_checkpoint import ImportRequest
 from titan_cpt.checkpoint.state_dict import load_state, optimizer_tensors
 from titan_cpt.cli import main
+from titan_cpt.convert.torchtitan import flavor_fields
+from titan_cpt.errors import CheckpointError, TitanError
 from titan_cpt.models.build import build_model
-from titan_cpt.models.registry import as_config_table, named_size
-from titan_cpt.models.spec import RopeScaling
+from titan_cpt.models.registry import as_config_table
 from titan_cpt.training.optimization.adamw import build_adamw
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized"  # DCP in a single process
 )
-_SMALL = {"vocab_size": 300, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 24}
-_SCALING = RopeScaling(kind="llama3", factor=8.0, original_seq_len=8192)
-SPECS = {
-    "llama3": named_size("llama", "debug", 257, {**_SMALL, "rope_base": 500_000.0, "rope_scaling": _SCALING}),
-    "qwen3": named_size(
-        "llama", "debug", 257, {**_SMALL, "head_width": 6, "qk_norm": True, "norm_eps": 1e-6, "tie_embeddings": True}
-    ),
-}
 
 
 def saved(folder, name, **how):
@@ -76,3 +74,156 @@ def test_weights_only_leaves_out_the_optimizer(tmp_path, capsys):
     assert "not imported: optimizer: as --weights-only says" in said
     assert "the tokenizer of these weights is unknown" not in said
     assert "optimizer" not in manifest.read(tmp_path / "out")["trained_by"]
+
+
+def refused(folder, *options, path="step-2"):
+    """The message of an import that is refused."""
+    with pytest.raises(TitanError) as error:
+        open_torchtitan(ImportRequest(folder / path, *options))
+    return str(error.value)
+
+
+def test_old_names_and_a_prefix_are_known(tmp_path):
+    """Those of torchtitan 0.2, with the weights under `model.` as the first versions had them."""
+    model, optimizer = trained(SPECS["llama3"])
+    state = state_of(model, optimizer, SPECS["llama3"], fuse=False)
+    optimizer_state = state.pop("optimizer")
+
+    def old(name):
+        return name.replace("qkv_linear.", "").replace("lm_head.", "output.")
+
+    state = {f"model.{old(name)}" if "weight" in name else name: value for name, value in state.items()}
+    state["model.freqs_cis"] = torch.zeros(4)
+    write(tmp_path / "step-2", state | {"optimizer": {old(name): value for name, value in optimizer_state.items()}})
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["llama3"])))
+    found = open_torchtitan(ImportRequest(tmp_path / "step-2", tmp_path / "config.json"))
+
+    assert found.foreign == []
+    assert found.weights.keys() == found.optimizer.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(found.weights[name].read(), weight) for name, weight in model.state_dict().items())
+
+
+def test_a_config_is_needed_and_torchtitans_own_models_are_named(tmp_path):
+    """The shapes alone are those of llama3's debugmodel, whose heads and RoPE the message gives as [model]."""
+    fields = flavor_fields("llama3", "debugmodel")
+    shapes = {
+        "tok_embeddings.weight": (fields["vocab_size"], fields["width"]),
+        **{
+            f"layers.{layer}.{name}.weight": size
+            for layer in range(fields["layers"])
+            for name, size in {
+                "attention.qkv_linear.wq": (256, 256),
+                "attention.qkv_linear.wk": (256, 256),
+                "feed_forward.w1": (768, 256),
+            }.items()
+        },
+    }
+    write(tmp_path / "step-2", {name: torch.zeros(size) for name, size in shapes.items()})
+    message = refused(tmp_path)
+
+    assert "give --config FILE" in message
+    assert "are those of torchtitan's llama3 debugmodel, whose [model] is" in message
+    assert "heads = 16\n" in message
+    assert 'rope_scaling = { kind = "llama3", factor = 8.0' in message
+
+
+def test_our_own_model_table_is_a_config(tmp_path):
+    """The rows of the embedding come from the checkpoint; a wrong table is refused with its key."""
+    saved(tmp_path, "qwen3")
+    table = as_config_table(SPECS["qwen3"]).replace("vocab_size = 300", "vocab_size = 128")
+    (tmp_path / "mine.toml").write_text(table)
+    found = open_torchtitan(ImportRequest(tmp_path / "step-2", tmp_path / "mine.toml"))
+    (tmp_path / "wrong.toml").write_text('[model]\nfamily = "llama"\nsize = "debug"\nheads = 3')
+    (tmp_path / "neox.toml").write_text('[model]\nfamily = "gpt_neox"\nsize = "debug"')
+
+    assert found.spec == SPECS["qwen3"]
+    assert "wrong.toml: model.heads: must divide" in refused(tmp_path, tmp_path / "wrong.toml")
+    assert "torchtitan's models are of the family llama" in refused(tmp_path, tmp_path / "neox.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec, layer: spec.update(name="deepseek_v3"), "model_spec.name is 'deepseek_v3'; llama3 and qwen3"),
+        (lambda spec, layer: layer.update(moe={}), "mixture of experts"),
+        (lambda spec, layer: layer["attention"]["rope"].update(scaling="yarn", rope_factor=4), "scaling 'yarn'"),
+        (lambda spec, layer: layer["attention"]["rope"].update(dim=4), "RoPE on a part of each head"),
+        (lambda spec, layer: layer["attention"].pop("n_heads"), "is not a config that torchtitan 0.3 wrote"),
+    ],
+    ids=["model", "experts", "yarn", "partial", "damaged"],
+)
+def test_a_model_that_is_not_available_here_is_refused(tmp_path, change, message):
+    """The message names the file, and what is not available."""
+    saved(tmp_path, "llama3")
+    config = config_json(SPECS["llama3"])
+    for layer in config["model_spec"]["model"]["layers"]:
+        change(config["model_spec"], layer)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert message in refused(tmp_path, tmp_path / "config.json")
+
+
+def test_a_config_with_fewer_layers_is_refused(tmp_path):
+    """The weights of the others are named, each with torchtitan's name."""
+    saved(tmp_path, "llama3")
+    config = config_json(SPECS["llama3"])
+    config["model_spec"]["model"]["layers"].pop()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    request = ImportRequest(tmp_path / "step-2", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attention_norm\.weight: not a weight of this model"):
+        import_from_trainer("torchtitan", request, tmp_path / "out", log=print)
+
+
+def test_a_tied_model_with_another_head_is_refused(tmp_path):
+    """One of the two would be lost."""
+    model, optimizer = trained(SPECS["qwen3"])
+    state = state_of(model, optimizer, SPECS["qwen3"])
+    write(tmp_path / "step-2", state | {"lm_head.weight": state["tok_embeddings.weight"] + 1})
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["qwen3"])))
+
+    assert "lm_head.weight differs from tok_embeddings.weight" in refused(tmp_path, tmp_path / "config.json")
+
+
+def test_tokens_of_several_ranks_are_not_taken_for_all(tmp_path):
+    """torchtitan saves the count of one rank: it is in the report, and the tokens are unknown."""
+    saved(tmp_path, "llama3")
+    metadata = pickle.loads((tmp_path / "step-2" / ".metadata").read_bytes())
+    (tmp_path / "step-2" / "__0_0.distcp").rename(tmp_path / "step-2" / "__1_0.distcp")
+    for info in metadata.storage_data.values():
+        info.relative_path = "__1_0.distcp"
+    (tmp_path / "step-2" / ".metadata").write_bytes(pickle.dumps(metadata))
+    found = open_torchtitan(ImportRequest(tmp_path / "step-2", tmp_path / "config.json"))
+
+    assert found.tokens is None
+    assert found.not_imported[0].startswith("train_state.ntokens_seen = 36: torchtitan counts the tokens of one data-")
+
+
+def test_another_optimizers_state_is_refused(tmp_path):
+    """The names of its tensors are in the message, and --weights-only reads the rest."""
+    model, optimizer = trained(SPECS["llama3"])
+    state = state_of(model, optimizer, SPECS["llama3"])
+    state["optimizer"] = {"state.norm.weight.momentum_buffer": torch.zeros(32)} | state["optimizer"]
+    write(tmp_path / "step-2", state)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["llama3"])))
+    request = ImportRequest(tmp_path / "step-2", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"optimizer.state.norm.weight.momentum_buffer: not a weight"):
+        import_from_trainer("torchtitan", request, tmp_path / "out", log=print)
+    import_from_trainer("torchtitan", replace(request, weights_only=True), tmp_path / "out", log=print)
+
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["import", "a", "b", "--config", "c"], "--config goes with --from TRAINER"),
+        (["import", "a", "b", "--from", "torchtitan", "--vocab-size", "512"], "--vocab-size does not go with --from"),
+        (["export", "a", "b", "--format", "dcp", "--tokenizer", "bytes"], "--tokenizer goes with --format hf"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(words, message, capsys):
+    """Before anything is read."""
+    with pytest.raises(SystemExit):
+        main(words)
+
+    assert message in capsys.readouterr().err
