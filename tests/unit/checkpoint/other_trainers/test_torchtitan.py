@@ -104,7 +104,7 @@ def test_old_names_and_a_prefix_are_known(tmp_path):
 
 
 def test_a_config_is_needed_and_torchtitans_own_models_are_named(tmp_path):
-    """The shapes alone are those of llama3's debugmodel, whose heads and RoPE the message gives as [model]."""
+    """The shapes are those of llama3's debugmodel, whose heads and RoPE the message gives as [model]."""
     fields = flavor_fields("llama3", "debugmodel")
     shapes = {
         "tok_embeddings.weight": (fields["vocab_size"], fields["width"]),
