@@ -87,7 +87,7 @@ def _to_torchtitan(options: argparse.Namespace) -> int:
     given = [f"--{name.replace('_', '-')}" for name in only_hf if getattr(options, name) is not None]
     if given:
         raise ConfigError(f"{given[0]} goes with --format hf: a DCP folder for torchtitan has only the weights")
-    from titan_cpt.checkpoint.other_trainers.torchtitan_export import export_to_torchtitan
+    from titan_cpt.checkpoint.other_trainers.torchtitan.export import export_to_torchtitan
 
     export_to_torchtitan(options.checkpoint, options.output, dtype=options.dtype or "float32", log=print)
     return 0

@@ -18,7 +18,7 @@ from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import weight_shapes
 from titan_cpt.checkpoint.other_trainers.megatron import open_megatron
 from titan_cpt.checkpoint.other_trainers.neox import open_neox
-from titan_cpt.checkpoint.other_trainers.torchtitan import open_torchtitan
+from titan_cpt.checkpoint.other_trainers.torchtitan.reader import open_torchtitan
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,

@@ -10,7 +10,7 @@ from torchtitan_checkpoints import SPECS, config_json, state_of, trained, write
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.other_trainers.import_trained import import_from_trainer
-from titan_cpt.checkpoint.other_trainers.torchtitan import open_torchtitan
+from titan_cpt.checkpoint.other_trainers.torchtitan.reader import open_torchtitan
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import ImportRequest
 from titan_cpt.checkpoint.state_dict import load_state, optimizer_tensors
 from titan_cpt.cli import main

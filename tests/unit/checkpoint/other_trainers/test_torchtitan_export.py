@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torchtitan_checkpoints import SPECS, config_json, in_their_order, their_name
 
 from titan_cpt.checkpoint.other_trainers.import_trained import import_from_trainer, write_checkpoint
-from titan_cpt.checkpoint.other_trainers.torchtitan_export import export_to_torchtitan
+from titan_cpt.checkpoint.other_trainers.torchtitan.export import export_to_torchtitan
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import ImportRequest, StoredTensor, TrainedCheckpoint
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.errors import CheckpointError

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.rope_layout import halves_from_interleaved
-from titan_cpt.checkpoint.other_trainers.torchtitan_config import read_spec
-from titan_cpt.checkpoint.other_trainers.torchtitan_names import EMBEDDING, TIED_HEADS, is_interleaved, torchtitan_names
+from titan_cpt.checkpoint.other_trainers.torchtitan.config import read_spec
+from titan_cpt.checkpoint.other_trainers.torchtitan.names import EMBEDDING, TIED_HEADS, is_interleaved, torchtitan_names
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,

@@ -19,7 +19,7 @@ from titan_cpt.checkpoint.hf_release import weight_shapes
 from titan_cpt.checkpoint.merge.stored_weights import StoredWeights
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.rope_layout import interleaved_from_halves
-from titan_cpt.checkpoint.other_trainers.torchtitan_names import EMBEDDING, HEAD, is_interleaved, torchtitan_names
+from titan_cpt.checkpoint.other_trainers.torchtitan.names import EMBEDDING, HEAD, is_interleaved, torchtitan_names
 from titan_cpt.checkpoint.storage import without_dist_warning
 from titan_cpt.checkpoint.weights_only import LazySavePlanner
 from titan_cpt.common.files import atomic_folder

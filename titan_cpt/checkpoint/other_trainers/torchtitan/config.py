@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.model_config import spec_of_trainer_config
-from titan_cpt.checkpoint.other_trainers.torchtitan_names import EMBEDDING
+from titan_cpt.checkpoint.other_trainers.torchtitan.names import EMBEDDING
 from titan_cpt.common.reading import read_text
 from titan_cpt.convert.torchtitan import flavor_fields, flavors
 from titan_cpt.errors import CheckpointError, ConfigError
