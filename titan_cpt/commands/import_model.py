@@ -8,7 +8,7 @@ from pathlib import Path
 from titan_cpt.commands.arguments import Subparsers, add_command, positive_int
 from titan_cpt.errors import ConfigError
 
-TRAINERS = ("torchtitan", "megatron", "neox")
+TRAINERS = ("torchtitan", "megatron", "neox", "litgpt", "olmo-core")
 """The keys of `checkpoint.other_trainers.import_trained.READERS`, which imports torch."""
 
 

@@ -293,5 +293,5 @@ def _options(out: Conversion) -> None:
     out.set({"compile.enable": True}, text="litgpt compiles the model")
     if out.has("initial_checkpoint_dir"):
         folder = out.text("initial_checkpoint_dir")
-        text = "export it to Hugging Face format (litgpt convert_from_litgpt), and name that folder"
-        out.decide(text, {"stage.init": f"hf:{folder}"}, of=["initial_checkpoint_dir"])
+        text = f"convert it: titan-cpt import --from litgpt {folder} checkpoints/initial"
+        out.decide(text, {"stage.init": "checkpoint:checkpoints/initial"}, of=["initial_checkpoint_dir"])

@@ -29,6 +29,7 @@ _RECORDS = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "olmo_core.distributed.checkpoint.filesystem": {"_StorageInfo"},  # with the same fields
     "torch.serialization": {"_get_layout"},
     "torch._utils": {"_get_layout"},
     "torch": {"device"},

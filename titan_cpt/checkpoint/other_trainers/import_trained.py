@@ -16,8 +16,10 @@ from torch import Tensor
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.hf_import import require_free
 from titan_cpt.checkpoint.hf_release import weight_shapes
+from titan_cpt.checkpoint.other_trainers.litgpt.reader import open_litgpt
 from titan_cpt.checkpoint.other_trainers.megatron import open_megatron
 from titan_cpt.checkpoint.other_trainers.neox import open_neox
+from titan_cpt.checkpoint.other_trainers.olmo_core.reader import open_olmo_core
 from titan_cpt.checkpoint.other_trainers.torchtitan.reader import open_torchtitan
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
@@ -39,6 +41,8 @@ READERS: Mapping[str, Callable[[ImportRequest], TrainedCheckpoint]] = {
     "torchtitan": open_torchtitan,
     "megatron": open_megatron,
     "neox": open_neox,
+    "litgpt": open_litgpt,
+    "olmo-core": open_olmo_core,
 }
 """Name of a trainer, as `titan-cpt import --from` takes it -> what opens its checkpoints."""
 _LARGEST_STEP = 1 << 24  # float32, which AdamW counts in, has all whole numbers up to here

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from titan_cpt.config.model import ModelConfig
 from titan_cpt.config.toml_files import read_with_bases
 from titan_cpt.convert.convert import convert_files
 from titan_cpt.errors import ConfigError
+from titan_cpt.models.huggingface_keys import Keys
 from titan_cpt.models.registry import named_size
 from titan_cpt.models.spec import ModelSpec
 
@@ -81,3 +82,22 @@ def spec_from_table(table: dict[str, Any], path: Path, *, rows: int) -> ModelSpe
         return named_size(config.family, config.size, 1, overrides | (config.options or {}))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def require_keys_off(keys: Keys, names: Collection[str]) -> None:
+    """Add a problem for each of these keys that is neither missing, null, false nor 0."""
+    for name in names:
+        if keys.table.get(name):
+            keys.add_problem(name, f"is not available here, got {_shown(keys.table[name])}")
+
+
+def refuse_unknown_keys(keys: Keys, known: Collection[str], version: str) -> None:
+    """Add a problem for each key that is not known, unless it is off: a newer version may compute something else."""
+    for name, value in keys.table.items():
+        if name not in known and value:
+            keys.add_problem(name, f"is not a key of {version}, which is read here, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

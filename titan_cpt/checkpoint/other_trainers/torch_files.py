@@ -118,3 +118,8 @@ def plain_number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def whole_number(value: Any) -> int | None:
+    """The value if it is an int, otherwise None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
