@@ -6,6 +6,7 @@ those of GPT-NeoX ea7aefd8 and DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,7 @@ from titan_cpt.models.gpt_neox.spec import GPTNeoXSpec
 from titan_cpt.models.spec import ModelSpec
 
 _LATEST = "latest"
+_FUSED_GELU = re.compile(r"bias[-_]gelu[-_]fusion[\"']?\s*:\s*true", re.IGNORECASE)
 _GELU = (
     "with bias_gelu_fusion GPT-NeoX computes GELU by its tanh approximation; family gpt_neox computes the exact one, "
     "which differs by up to 0.0005"
@@ -194,5 +196,5 @@ def _notes(spec: ModelSpec, files: NeoxFiles, folder: Path) -> Iterator[str]:
             f"are their sums, which GPT-NeoX's optimizer moved {files.tp} times as far per step as AdamW moves one here"
         )
     texts = [read_text(path) for path in matching(folder, "configs", "*.yml")]
-    if any("bias_gelu_fusion" in text or "bias-gelu-fusion" in text for text in texts):
+    if any(_FUSED_GELU.search(text) for text in texts):
         yield _GELU

@@ -107,6 +107,19 @@ def test_a_damaged_checkpoint_is_refused(file, keep, expected, training, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("line", "noted"), [("bias-gelu-fusion: True", True), ("bias_gelu_fusion: false", False)])
+def test_the_approximation_of_gelu_is_noted_where_it_was_trained_with(line, noted, training, tmp_path, capsys):
+    """As the copy of the config says."""
+    (model, optimizer), spec = training["gpt_neox"], SPECS["gpt_neox"]
+    write(tmp_path, model, optimizer, spec)
+    config = tmp_path / "global_step2" / "configs" / "model.yml"
+    config.write_text(f"{config.read_text()}\n{line}\n")
+    status = imported(tmp_path, tmp_path / "out")
+
+    assert status == 0
+    assert ("GPT-NeoX computes GELU by its tanh approximation" in capsys.readouterr().out) == noted
+
+
 def test_weights_only_leaves_out_the_optimizer(training, tmp_path, capsys):
     """A checkpoint without ZeRO's shards is then imported too."""
     (model, optimizer), spec = training["llama"], SPECS["llama"]
