@@ -75,6 +75,7 @@ def test_logits_and_gradients_are_those_of_transformers(model_type, overrides, t
     their_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
 
     assert theirs.config.model_type == model_type
+    assert theirs.get_input_embeddings().padding_idx is None  # else transformers does not train that row
     torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
     for name, grad in from_huggingface(their_grads, model.spec).items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
