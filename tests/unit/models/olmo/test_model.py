@@ -293,6 +293,7 @@ def test_the_spellings_of_transformers_4_and_5_mean_the_same():
         ({**OLMO3, "sliding_window": None}, "sliding_window: must be a number, because layer_types has sliding_att"),
         ({**OLMO3, "attention_bias": True}, "attention_bias: only False is supported"),
         ({**OLMO3, "hidden_act": "gelu"}, "hidden_act: only 'silu' is supported"),
+        ({**OLMO3, "partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is supported"),
         (json.loads(OLMO2_13B) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is supported"),
     ],
 )
