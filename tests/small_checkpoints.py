@@ -22,6 +22,9 @@ SPECS = {
     "window": named_size("llama", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 7}),
     "olmo": named_size("olmo", "debug", 257, overrides={"vocab_size": 300, "sliding_window": 7, "global_interval": 2}),
     "smollm3": named_size("smollm3", "debug", 257, overrides={"layers": 2, "nope_interval": 2, "vocab_size": 300}),
+    "gemma3": named_size(
+        "gemma3", "debug", 257, overrides={"layers": 2, "global_interval": 2, "sliding_window": 7, "vocab_size": 300}
+    ),
 }
 POSITIONS = 64
 

@@ -102,6 +102,13 @@ OTHERS = {
         **LLAMAS["windowed"],
     },
     "smollm3": {"model.family": "smollm3"},  # the last of four layers has no rotary positions
+    "gemma3": {  # of four layers the second and the last are global
+        "model.family": "gemma3",
+        "model.global_interval": "2",
+        "model.sliding_window": "20",
+        "model.rope_scaling": '{ kind = "linear", factor = 8.0 }',
+    },
+    "gemma3-untied": {"model.family": "gemma3", "model.global_interval": "2", "model.tie_embeddings": "false"},
 }
 """Other families, likewise."""
 
@@ -243,6 +250,7 @@ CASES: tuple[Case, ...] = (
     # two ranks: other families
     _case(2, tp=2, ac="selective", model="olmo3"),
     _case(2, compile=True, masked=True, model="olmo3"),
+    _case(2, tp=2, bf16=True, model="gemma3"),
     # two ranks: attention within documents
     _case(2, masked=True, ac="selective"),
     _case(2, tp=2, masked=True),
@@ -255,7 +263,7 @@ CASES: tuple[Case, ...] = (
     ),
     _case(2, pp=2, schedule="ZBVZeroBubble", rows=4, masked=True),
     _case(2, cp=2, masked=True, model="windowed"),
-    _case(2, compile=True, masked=True, model="windowed"),
+    _case(2, compile=True, masked=True, model="gemma3"),
     # two ranks: attention within packed documents, of which not every position has a target
     _case(2, model="packed"),
     _case(2, tp=2, model="packed"),
@@ -313,6 +321,8 @@ CASES: tuple[Case, ...] = (
     _case(4, pp=2, tp=2, schedule="ZBVZeroBubble", rows=4, model="olmo2"),
     _case(4, cp=2, tp=2, masked=True, model="olmo3"),
     _case(4, cp=2, tp=2, masked=True, model="smollm3"),
+    _case(4, cp=2, tp=2, masked=True, model="gemma3"),
+    _case(4, pp=2, tp=2, model="gemma3-untied"),
     # four ranks: Muon on matrices that FSDP2 and TP shard
     _case(4, muon=True, tp=2),
     _case(4, muon=True, rep=2),
@@ -386,11 +396,13 @@ REFERENCES: dict[str, dict[str, str]] = {
     "windowed-masked": {"toml": "llama", **LLAMAS["windowed"], **MASKED},
     "olmo3-masked": {"toml": "llama", **OTHERS["olmo3"], **MASKED},
     "smollm3-masked": {"toml": "llama", **OTHERS["smollm3"], **MASKED},
+    "gemma3-masked": {"toml": "llama", **OTHERS["gemma3"], **MASKED},
     **{f"one-frozen-{name}": overrides for name, overrides in FROZEN.items()},
     "one-bf16-frozen-turns": {**BF16, **FROZEN["turns"]},
     "one-muon-frozen-part": {**MUON, **FROZEN["part"]},
     "tied-frozen-embedding": {"toml": "llama", **LLAMAS["tied"], **FROZEN["embedding"]},
     **{f"{model}-bf16": {"toml": "llama", **BF16, **LLAMAS[model]} for model in ("llama", "tied")},
+    "gemma3-bf16": {"toml": "llama", **BF16, **OTHERS["gemma3"]},
 }
 
 FLOAT8: tuple[Case, ...] = (

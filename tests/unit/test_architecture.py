@@ -175,6 +175,8 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "models.common.kv_cache": "unit/evaluation/test_inference.py",
     "models.common.language_model": "unit/evaluation/test_inference.py",
     "models.common.layers": "unit/models/llama/test_model.py",
+    "models.gemma3.huggingface": "unit/models/gemma3/test_model.py",
+    "models.gemma3.parallelize": "distributed/test_parity.py",
     "models.gpt_neox.parallelize": "distributed/test_parity.py",
     "models.huggingface_keys": "unit/models/test_huggingface_config.py",
     "models.huggingface_rope": "unit/models/test_huggingface_config.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REQUIRED = object()
@@ -89,3 +89,18 @@ def _fits(found: Any, kind: type) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def every_nth(flags: Sequence[bool], given: int) -> int | None:
+    """The interval n that a list of flags, one for each layer, has: flag i, from 0, is true if (i + 1) % n == 0.
+
+    Args:
+        flags: one for each layer; if none is true, n is above their number.
+        given: the result if it has these flags, as several do where few are true.
+
+    Returns:
+        None if no interval has these flags.
+    """
+    first = [*flags, True].index(True) + 1
+    fitting = (n for n in (given, first) if n > 0 and all(flag == ((i + 1) % n == 0) for i, flag in enumerate(flags)))
+    return next(fitting, None)

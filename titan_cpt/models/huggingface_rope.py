@@ -48,11 +48,10 @@ def read_rope(keys: Keys, *, base: str, fraction: str) -> tuple[Rope, float]:
 
 def rope_scaling_keys(scaling: RopeScaling) -> dict[str, Any]:
     """The object `rope_scaling` of config.json, as transformers 4 and 5 read it."""
-    common = {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_seq_len,
-    }
+    common: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return common
+    common["original_max_position_embeddings"] = scaling.original_seq_len
     if scaling.kind == "llama3":
         return common | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     rotations = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
@@ -92,13 +91,15 @@ def _scaling(keys: Keys, part: Keys, name: str) -> RopeScaling | None:
         extra = f" with {', '.join(unknown)}" if unknown else ""
         kind = "no rope_type" if untyped else repr(kind)
         keys.add_problem(
-            name, f"only RoPE scaling of type llama3 or yarn is supported, got {kind}{extra}: {dict(part.table)}"
+            name,
+            f"only RoPE scaling of type {', '.join(ROPE_SCALINGS)} is supported, got {kind}{extra}: {dict(part.table)}",
         )
         return None
     own = {number: part.number(float, number) for number in ROPE_SCALINGS[kind] if number != "attention_factor"}
     if kind == "yarn" and "attention_factor" in part.table:
         own["attention_factor"] = part.number(float, "attention_factor")
-    return RopeScaling(kind=kind, factor=part.number(float, "factor"), original_seq_len=_length(keys, part), **own)
+    length = None if kind == "linear" else _length(keys, part)
+    return RopeScaling(kind=kind, factor=part.number(float, "factor"), original_seq_len=length, **own)
 
 
 def _length(keys: Keys, part: Keys) -> int:

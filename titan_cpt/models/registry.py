@@ -201,7 +201,7 @@ def _overrides_to(spec: ModelSpec, size: str) -> dict[str, Any] | None:
 def _as_toml(value: Any) -> str:
     if isinstance(value, Mapping):  # rope_scaling, without the fields of the other kinds
         foreign = {name for kind, names in ROPE_SCALINGS.items() if kind != value["kind"] for name in names}
-        own = {name: inner for name, inner in value.items() if name not in foreign}
+        own = {name: inner for name, inner in value.items() if name not in foreign and inner is not None}
         return "{ " + ", ".join(f"{name} = {_as_toml(inner)}" for name, inner in own.items()) + " }"
     if isinstance(value, bool):
         return str(value).lower()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from titan_cpt.errors import ConfigError
 
 ROPE_SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": (),
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor"),
 }
@@ -20,14 +21,14 @@ ROPE_SCALINGS: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """RoPE scaling for context extension: Llama 3's or YaRN. common/layers.py has the equations and their sources."""
+    """RoPE scaling for context extension: linear, Llama 3's or YaRN; equations and sources are in common/layers.py."""
 
     kind: str
     """A key of `ROPE_SCALINGS`."""
     factor: float
-    """Context-extension factor, 1 or more: long wavelengths are multiplied by it."""
-    original_seq_len: int
-    """Context length before the extension, in tokens."""
+    """Context-extension factor, 1 or more: long wavelengths, or with linear all, are multiplied by it."""
+    original_seq_len: int | None = None
+    """Context length before the extension, in tokens; linear has none."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original_seq_len / low_freq_factor are multiplied by the whole factor."""
     high_freq_factor: float = 4.0
@@ -37,7 +38,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: the wavelengths of features that rotate less often than this are multiplied by the whole factor."""
     attention_factor: float | None = None
-    """yarn: multiplies cosine and sine. Default: 0.1 ln(factor) + 1, and 1 for llama3."""
+    """yarn: multiplies cosine and sine. Default: 0.1 ln(factor) + 1, and 1 for the other kinds."""
 
     def __post_init__(self) -> None:
         """Compute the default of attention_factor, so that equal scalings compare equal."""
@@ -66,7 +67,9 @@ class Rope:
         plain = RopeScaling(kind=scaling.kind, factor=scaling.factor, original_seq_len=scaling.original_seq_len)
         numbers = {name: getattr(scaling, name) for name in ROPE_SCALINGS[scaling.kind]}
         other = [f"{name} {value:g}" for name, value in numbers.items() if value != getattr(plain, name)]
-        text = f"base {self.base:,.10g}, {scaling.kind} x {scaling.factor:g} of {scaling.original_seq_len:,} tokens"
+        text = f"base {self.base:,.10g}, {scaling.kind} x {scaling.factor:g}"
+        if scaling.original_seq_len is not None:
+            text += f" of {scaling.original_seq_len:,} tokens"
         return f"{text} ({', '.join(other)})" if other else text
 
     def as_record(self) -> dict[str, Any]:
@@ -325,6 +328,12 @@ def rope_scaling_problems(scaling: RopeScaling) -> list[str]:
         return problems
     if scaling.factor < 1:
         problems.append(f"{where}factor: must be 1 or more, got {scaling.factor:g}")
+    if scaling.kind == "linear":
+        if scaling.original_seq_len is not None:
+            problems.append(f"{where}original_seq_len: must be unset with kind linear, got {scaling.original_seq_len}")
+        return problems
+    if scaling.original_seq_len is None:
+        return [*problems, f"{where}original_seq_len: is missing; {scaling.kind} needs it"]
     if scaling.original_seq_len <= 0:
         problems.append(f"{where}original_seq_len: must be above 0, got {scaling.original_seq_len}")
     pairs = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow", "beta_fast")}

@@ -256,7 +256,8 @@ def _own_rope(plan: Plan, stage: StagePlan) -> _Tables:
         changed["kind"] = "none"
     elif rope.scaling is not None and rope.scaling != model.scaling:
         names = ("kind", "factor", "original_seq_len", *ROPE_SCALINGS[rope.scaling.kind])
-        changed |= {name: getattr(rope.scaling, name) for name in names}
+        numbers = {name: getattr(rope.scaling, name) for name in names}
+        changed |= {name: number for name, number in numbers.items() if number is not None}
     return {"rope": changed} if changed else {}
 
 

@@ -21,7 +21,7 @@ from config_texts import LR, with_lr
         ),
         ('train = "data/pile"', 'trian = "data/pile"', "datasets.pile.trian: unknown key; did you mean 'train'?"),
         ("steps = 100", "stpes = 100", "stages.first.stpes: unknown key; did you mean 'steps'?"),
-        ("[model]", "[model]\nxyzzy = 1", "model.xyzzy: unknown key; allowed here are 'family', 'head_width', 'heads'"),
+        ("[model]", "[model]\nxyzzy = 1", "model.xyzzy: unknown key; allowed here are 'family', 'global_interval', 'h"),
     ],
 )
 def test_the_message_for_an_unknown_key_suggests_the_closest_known_key(two_stages, faults, old, new, expected):

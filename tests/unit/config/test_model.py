@@ -40,6 +40,8 @@ def test_a_rope_scaling_has_the_keys_of_its_kind(write, one_stage, kind, own, fo
         ("rope_base = -1.0", "model.rope_base"),
         ("sliding_window = 0", "model.sliding_window"),
         ('rope_scaling = { kind = "yarn", factor = 0.5, original_seq_len = 64 }', "model.rope_scaling.factor"),
+        ('rope_scaling = { kind = "yarn", factor = 4.0 }', 'original_seq_len is missing: kind = "yarn" needs it'),
+        ('rope_scaling = { kind = "linear", factor = 4.0, original_seq_len = 64 }', "has no original_seq_len; allowed"),
     ],
 )
 def test_a_value_out_of_range_is_an_error_under_its_key(write, one_stage, table, message):

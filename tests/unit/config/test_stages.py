@@ -53,10 +53,15 @@ def test_other_batch_sizes_are_refused(head, faults, value, message):
         ('{ kind = "ntk" }', "rope.kind: must be"),
         ('{ kind = "yarn" }', 'kind = "yarn" needs factor and original_seq_len; to extend 4096 trained tokens'),
         ('{ kind = "llama3", factor = 2.0 }', "needs original_seq_len; "),
+        ('{ kind = "linear" }', 'kind = "linear" needs factor, such as'),
+        (
+            '{ kind = "linear", factor = 2.0, original_seq_len = 8 }',
+            '"linear" has no original_seq_len; allowed are fac',
+        ),
         ('{ kind = "none", factor = 2.0 }', 'kind = "none" removes the scaling and has no factor'),
         (
             '{ kind = "llama3", factor = 2.0, original_seq_len = 8, beta_slow = 2.0 }',
-            'kind = "llama3" has no beta_slow; allowed are low_freq_factor, high_freq_factor',
+            'kind = "llama3" has no beta_slow; allowed are factor, original_seq_len, low_freq_factor, high',
         ),
         ("{ theta = 5e5 }", "rope.theta: unknown key"),
     ],

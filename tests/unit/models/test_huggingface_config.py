@@ -31,6 +31,7 @@ SMALL = {
     "olmo2": {"pad_token_id": None},
     "olmo3": {"pad_token_id": None, "rope_theta": 500_000.0, "num_hidden_layers": 4},
     "smollm3": {"num_key_value_heads": 2, "no_rope_layer_interval": 2, "pad_token_id": None},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window_pattern": 2},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -85,15 +86,19 @@ def test_every_default_is_that_of_transformers_own_config_class(kind):
     parameters = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
     rope = {
         "rope_theta": parameters["rope_theta"],
+        "rope_local_base_freq": theirs.rope_parameters.get("sliding_attention", {}).get("rope_theta"),
         "rotary_emb_base": parameters["rope_theta"],
         "rotary_pct": parameters.get("partial_rotary_factor"),
         "partial_rotary_factor": parameters.get("partial_rotary_factor", 1.0),
+        "sliding_window_pattern": theirs.layer_types.index("full_attention") + 1 if kind == "gemma3_text" else None,
     }
     resolved = {"num_key_value_heads": theirs.num_attention_heads}
     resolved["layer_types"] = ["full_attention"] * theirs.num_hidden_layers
     resolved |= {"no_rope_layers": [1, 1, 1, 0] * 9, "sliding_window": None}
     if kind == "olmo3":
         resolved["layer_types"] = [*["sliding_attention"] * 3, "full_attention"] * 8
+    if kind == "gemma3_text":
+        resolved |= {"layer_types": theirs.layer_types, "attn_logit_softcapping": None, "final_logit_softcapping": None}
     resolved["head_dim"] = theirs.hidden_size // theirs.num_attention_heads
     if kind.startswith("qwen"):  # the class drops its default of sliding_window while the switch is off
         resolved["sliding_window"] = type(theirs)(use_sliding_window=True).sliding_window
@@ -111,6 +116,7 @@ def test_a_missing_key_has_the_meaning_that_it_has_in_transformers(kind, key):
     full = {**config_of(kind), **DEFAULTS[kind], "use_sliding_window": True, "max_window_layers": 0}
     full |= {"hidden_size": 256, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 8}
     full |= {"sliding_window": 9} if "sliding_window" in DEFAULTS[kind] else {}
+    full |= {"num_hidden_layers": 6} if kind == "gemma3_text" else {}  # the last of which is global
     config = {one: value for one, value in full.items() if one != key}
     theirs, spec = theirs_of(config), spec_from_config(config, "config.json")
     window = getattr(theirs, "sliding_window", None)
@@ -165,6 +171,7 @@ ROPES = {
         "original_max_position_embeddings": 32,
     },
     "length left out": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 700.0},
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 700.0},
     "llama3 with numbers of yarn": {"rope_scaling": {**LLAMA3, "attention_factor": 2.0, "beta_fast": 9.0}},
     "old name of the type": {"rope_scaling": {**{k: v for k, v in YARN.items() if k != "rope_type"}, "type": "yarn"}},
@@ -296,8 +303,9 @@ def test_null_is_refused_or_has_the_meaning_that_it_has_in_transformers(kind):
             assert spec.sliding_window == theirs.sliding_window
         assert_same_rotary(config)
 
-    assert set(same) <= {"head_dim", "num_key_value_heads", "sliding_window", "layer_types", "no_rope_layers"}
-    assert kind in ("gpt_neox", "mistral", "smollm3") or "num_key_value_heads" in same
+    known = {"head_dim", "num_key_value_heads", "sliding_window", "layer_types", "no_rope_layers"}
+    assert set(same) <= known | {"attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}
+    assert kind in ("gpt_neox", "mistral", "smollm3", "gemma3_text") or "num_key_value_heads" in same
 
 
 LLAMA = {
@@ -335,13 +343,13 @@ def refusal_of(config):
         (
             LLAMA,
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "type llama3 or yarn is supported, got 'dyn",
+            "type linear, llama3, yarn is supported, got 'dyn",
         ),
         (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, "got 'yarn' with mscale"),
         (
             LLAMA,
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
-            "type llama3 or yarn is supported",
+            "type linear, llama3, yarn is supported",
         ),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor: is missing"),
         (
@@ -360,7 +368,7 @@ def refusal_of(config):
         (
             NEOX,
             {"rope_scaling": {"type": "ntk", "factor": 2.0, "original_max_position_embeddings": 8}},
-            "only RoPE scaling of type llama3 or yarn is supported",
+            "only RoPE scaling of type linear, llama3, yarn is supported",
         ),
     ],
 )

@@ -59,7 +59,10 @@ def test_the_attention_factor_follows_from_yarns_factor():
         ({"factor": 0.5}, ["model.rope_scaling.factor: must be 1 or more, got 0.5"]),
         ({"original_seq_len": 0}, ["model.rope_scaling.original_seq_len: must be above 0, got 0"]),
         ({"beta_slow": 32.0}, ["model.rope_scaling.beta_slow: must be above 0 and below beta_fast, got 32"]),
-        ({"kind": "linear"}, ["model.rope_scaling.kind: must be one of llama3, yarn, got 'linear'"]),
+        ({"original_seq_len": None}, ["model.rope_scaling.original_seq_len: is missing; yarn needs it"]),
+        ({"kind": "linear"}, ["model.rope_scaling.original_seq_len: must be unset with kind linear, got 64"]),
+        ({"kind": "linear", "original_seq_len": None}, []),
+        ({"kind": "ntk"}, ["model.rope_scaling.kind: must be one of linear, llama3, yarn, got 'ntk'"]),
     ],
 )
 def test_a_rope_scaling_that_cannot_work_is_reported(changes, problem):
@@ -91,6 +94,7 @@ def test_a_model_with_another_rope_is_otherwise_the_same():
     assert str(rope) == "base 5,000,000, llama3 x 8 of 8,192 tokens"
     yarn = RopeScaling(kind="yarn", factor=4.0, original_seq_len=64, beta_fast=16.0)
     assert str(Rope(500.0, yarn)) == "base 500, yarn x 4 of 64 tokens (beta_fast 16)"
+    assert str(Rope(1e6, RopeScaling(kind="linear", factor=8.0))) == "base 1,000,000, linear x 8"
     assert str(llama().rope) == "base 10,000 without scaling"
     with pytest.raises(ConfigError, match=r"model\.rope_scaling\.factor: must be 1 or more, got 0\.5"):
         llama().with_rope(Rope(5e6, RopeScaling(kind="yarn", factor=0.5, original_seq_len=8)))

@@ -36,6 +36,7 @@ LLAMAS = {
     "windowed": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "sliding_window": 16}),
     "tied": named_size("llama", "debug", 257, {**LLAMA_NUMBERS, "tie_embeddings": True}),
     "olmo3": named_size("olmo", "debug", 257, {**LLAMA_NUMBERS, "sliding_window": 16, "global_interval": 2}),
+    "gemma3": named_size("gemma3", "debug", 257, {**LLAMA_NUMBERS, "head_width": 48, "global_interval": 2}),
 }
 WORK = MemoryInputs(
     microbatch_tokens=256,
@@ -99,7 +100,7 @@ def test_activations_are_what_autograd_saves(spec: ModelSpec, recompute: str, se
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler's own code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen3", "windowed", "olmo3"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen3", "windowed", "olmo3", "gemma3"])
 def test_activations_of_compiled_blocks_are_what_torch_compile_saves(name: str, dtype: torch.dtype) -> None:
     """The difference of two depths, within 2 %.
 

@@ -1,11 +1,19 @@
 """Parts of a transformer block that several model families have: RMSNorm and the gated MLP."""
 
+import functools
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_cpt.models.common.ops import Linear
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 class RMSNorm(nn.Module):
@@ -49,15 +57,22 @@ class ShardableRMSNorm(RMSNorm):
 
 
 class GatedMLP(nn.Module):
-    """The MLP, SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202."""
+    """The MLP: down(activation(gate(x)) * up(x)). Source: Shazeer 2020, arXiv:2002.05202.
 
-    def __init__(self, width: int, mlp_width: int) -> None:
+    Args:
+        width: features of the residual stream.
+        mlp_width: features inside.
+        activation: "silu" (SwiGLU), or "gelu_tanh", GELU with tanh instead of the error function (GeGLU).
+    """
+
+    def __init__(self, width: int, mlp_width: int, *, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         self.gate = Linear(width, mlp_width, bias=False)
         self.up = Linear(width, mlp_width, bias=False)
         self.down = Linear(mlp_width, width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """MLP output, out_BLD."""
-        out_BLD: Tensor = self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
+        out_BLD: Tensor = self.down(self.activation(self.gate(x_BLD)) * self.up(x_BLD))
         return out_BLD

@@ -76,10 +76,16 @@ class LanguageModel(nn.Module):
         documents = shared_documents(
             self.spec, starts_BL, positions_BL, bounds=bounds, make_masks=self.make_kernel_masks
         )
-        x_BLD = self.embedding(tokens_BL) if self.embedding is not None else tokens_BL
+        x_BLD = self.embed(tokens_BL) if self.embedding is not None else tokens_BL
         for block in self.blocks.values():
             x_BLD = block(x_BLD, documents=documents)
         return self.final_norm(x_BLD) if self.final_norm is not None else x_BLD
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """The first block's input x_BLD: rows of the embedding."""
+        assert self.embedding is not None, "a pipeline stage without the embedding takes the residual stream"
+        x_BLD: Tensor = self.embedding(tokens_BL)
+        return x_BLD
 
     def init_weights(self, seed: int) -> None:
         """Set every weight to its initial value, which depends only on the seed and the weight's name."""

@@ -191,10 +191,15 @@ def rotary_tables(
         angles_LR = positions_L.float()[:, None] * frequencies_R
         return cos_sin(angles_LR)
     assert scaling.attention_factor is not None, "RopeScaling sets its default"
-    scaled = {"llama3": _llama3_frequencies, "yarn": _yarn_frequencies}[scaling.kind]
+    scaled = {"linear": _linear_frequencies, "llama3": _llama3_frequencies, "yarn": _yarn_frequencies}[scaling.kind]
     angles_LR = positions_L.float()[:, None] * scaled(frequencies_R, base, scaling)
     cos_LR, sin_LR = cos_sin(angles_LR)
     return cos_LR * scaling.attention_factor, sin_LR * scaling.attention_factor
+
+
+def _linear_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScaling) -> Tensor:
+    """All frequencies divided by factor (position interpolation). Source: Chen et al. 2023, arXiv:2306.15595."""
+    return frequencies_R / scaling.factor
 
 
 def _llama3_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScaling) -> Tensor:
@@ -204,6 +209,7 @@ def _llama3_frequencies(frequencies_R: Tensor, _base: float, scaling: RopeScalin
 
     Source: Grattafiori et al. 2024, arXiv:2407.21783, section 3.4.2; the equation is that of Meta's reference code.
     """
+    assert scaling.original_seq_len is not None, "the spec checks it"
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns_R = scaling.original_seq_len * frequencies_R / (2 * math.pi)
     unscaled_R = ((turns_R - low) / (high - low)).clamp(0.0, 1.0)
@@ -220,9 +226,11 @@ def _yarn_frequencies(frequencies_R: Tensor, base: float, scaling: RopeScaling) 
     Source: Peng et al. 2023, arXiv:2309.00071, section 3.2.
     """
     half = frequencies_R.shape[0]
+    original = scaling.original_seq_len
+    assert original is not None, "the spec checks it"
 
     def feature(turns: float) -> float:
-        return half * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / math.log(base)
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(base)
 
     first = max(math.floor(feature(scaling.beta_fast)), 0)
     last = min(math.ceil(feature(scaling.beta_slow)), 2 * half - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from titan_cpt.models.huggingface_keys import Keys
+from titan_cpt.models.huggingface_keys import Keys, every_nth
 from titan_cpt.models.llama.huggingface import config_of_llama, fields_of_llama, weight_names
 from titan_cpt.models.smollm3.spec import SmolLM3Spec
 
@@ -54,16 +54,13 @@ def _interval(keys: Keys, layers: int) -> int:
     if not isinstance(rotated, list) or len(rotated) < layers or any(one not in (0, 1) for one in rotated):
         keys.add_problem("no_rope_layers", f"must be a list of {layers} zeros (no rotary positions) and ones")
         return 1
-    flags = [bool(one) for one in rotated[:layers]]
-    of_the_list = flags.index(False) + 1 if False in flags else layers + 1
-    for candidate in (interval, of_the_list):
-        if candidate > 0 and flags == [(layer + 1) % candidate != 0 for layer in range(layers)]:
-            return candidate
-    without = ", ".join(str(layer) for layer, flag in enumerate(flags) if not flag)
-    keys.add_problem(
-        "no_rope_layers", f"must leave out rotary positions in every n-th layer, got none in the layers {without}"
-    )
-    return 1
+    found = every_nth([not one for one in rotated[:layers]], interval)
+    if found is None:
+        without = ", ".join(str(layer) for layer in range(layers) if not rotated[layer])
+        keys.add_problem(
+            "no_rope_layers", f"must leave out rotary positions in every n-th layer, got none in the layers {without}"
+        )
+    return found or 1
 
 
 def _sliding_window(keys: Keys, layers: int, interval: int) -> int | None:

@@ -37,10 +37,11 @@ def context_notes(stages: Sequence[StagePlan], known: Mapping[str, int]) -> Iter
 
 def _same_rope(stage: StagePlan, longest: int) -> Iterator[str]:
     scaling = stage.spec.rope_scaling
-    covered = max(longest, 0 if scaling is None else int(scaling.factor * scaling.original_seq_len))
+    scaled_from = None if scaling is None else scaling.original_seq_len
+    covered = max(longest, 0 if scaling is None or scaled_from is None else int(scaling.factor * scaled_from))
     if not longest or stage.seq_len <= covered:
         return
-    original = longest if scaling is None else scaling.original_seq_len
+    original = scaled_from or longest
     yield (
         f"stages.{stage.name}: trains on sequences of {stage.seq_len:,} tokens with the RoPE of weights that know "
         f"{covered:,}, so that later positions are new to them. They need less text to learn these with rope = "
@@ -58,7 +59,7 @@ def _new_scaling(stage: StagePlan, longest: int) -> Iterator[str]:
         longest: longest sequence that the weights know; 0 if an earlier scaling makes a comparison meaningless.
     """
     scaling = stage.spec.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.original_seq_len is None:
         return
     covered = scaling.factor * scaling.original_seq_len
     if covered < stage.seq_len:

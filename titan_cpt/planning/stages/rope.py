@@ -43,7 +43,8 @@ def rope_recipe(stage: StageConfig, spec: ModelSpec) -> dict[str, Any]:
         recipe["rope.kind"] = stage.rope.kind
         if spec.rope_scaling is not None:
             names = ("factor", "original_seq_len", *ROPE_SCALINGS[spec.rope_scaling.kind])
-            recipe |= {f"rope.{name}": getattr(spec.rope_scaling, name) for name in names}
+            numbers = {f"rope.{name}": getattr(spec.rope_scaling, name) for name in names}
+            recipe |= {name: number for name, number in numbers.items() if number is not None}
     return recipe
 
 

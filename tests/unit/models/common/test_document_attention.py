@@ -21,6 +21,7 @@ MODELS = {
     "qwen3": ("llama", {"qk_norm": True, "rope_scaling": YARN}),
     "olmo3": ("olmo", {"sliding_window": 9, "global_interval": 2, "rope_scaling": YARN}),
     "smollm3": ("smollm3", {"layers": 2, "nope_interval": 2}),
+    "gemma3": ("gemma3", {"layers": 2, "global_interval": 2, "sliding_window": 9}),
     "gpt_neox": ("gpt_neox", {}),
 }
 

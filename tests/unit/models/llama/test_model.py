@@ -29,6 +29,7 @@ VARIANTS = {  # name: (architecture that transformers is to take, overrides of d
     "heads wider than the model": ("llama", {"head_width": 48}),
     "other base and epsilon": ("llama", {"rope_base": 500.0, "norm_eps": 1e-3}),
     "llama3 scaling": ("llama", {"rope_scaling": LLAMA3}),
+    "linear scaling": ("llama", {"rope_scaling": {"kind": "linear", "factor": 8.0}}),
     "yarn scaling": ("llama", {"rope_scaling": YARN}),
     "yarn whose ramp begins between two features": ("llama", {"rope_scaling": YARN | {"original_seq_len": 1024}}),
     "yarn with a given attention factor": (
@@ -341,7 +342,10 @@ def test_a_spec_without_a_named_size_is_written_as_a_config_table():
         ({"tie_embeddings": 1}, "model.tie_embeddings: must be bool, got 1"),
         ({"parallel_residual": True}, "model.parallel_residual: unknown parallel_residual"),
         ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm: must be false if model.qkv_bias is true"),
-        ({"rope_scaling": YARN | {"kind": "ntk"}}, "model.rope_scaling.kind: must be one of llama3, yarn, got 'ntk'"),
+        (
+            {"rope_scaling": YARN | {"kind": "ntk"}},
+            "model.rope_scaling.kind: must be one of linear, llama3, yarn, got 'ntk'",
+        ),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "model.rope_scaling.factor: must be 1 or more, got 0.5"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "model.rope_scaling.low_freq_factor: must be above 0"),
         ({"rope_scaling": YARN | {"original_seq_len": 0}}, "model.rope_scaling.original_seq_len: must be above 0"),

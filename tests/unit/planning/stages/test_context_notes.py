@@ -42,6 +42,7 @@ def test_a_stage_that_changes_its_rope_has_no_note(notes):
 
     assert notes(first + long(rope="{ base = 5e5 }")) == []
     assert notes(first + long(rope=YARN)) == []
+    assert notes(first + long(rope='{ kind = "linear", factor = 4.0 }') + long("c")) == []
     assert notes(first + long(rope=YARN) + long("c")) == []
     (note,) = notes(first + long(rope=YARN) + long("c", seq_len=128))
     assert "that know 64" in note

@@ -54,6 +54,7 @@ def test_the_recipe_has_the_keys_that_a_stage_sets(head, make):
         + stage("a", "pile", 10)
         + stage("b", "pile", 10, rope=YARN.replace("kind", "base = 5e5, kind"))
         + stage("c", "pile", 10, rope='{ kind = "none" }')
+        + stage("d", "pile", 10, rope='{ kind = "linear", factor = 8.0 }')
     )
     recipes = [{key: value for key, value in each.recipe.items() if key.startswith("rope")} for each in plan.stages]
 
@@ -68,6 +69,8 @@ def test_the_recipe_has_the_keys_that_a_stage_sets(head, make):
         "rope.attention_factor": pytest.approx(1.1386294361),  # 0.1 ln(4) + 1
     }
     assert recipes[2] == {"rope.kind": "none"}
+    assert recipes[3] == {"rope.kind": "linear", "rope.factor": 8.0}
+    assert plan.stages[3].spec.rope == Rope(500_000.0, RopeScaling(kind="linear", factor=8.0))
     assert make(head + stage("a", "pile", 10)).fingerprint == make(head + stage("a", "pile", 10, COSINE)).fingerprint
 
 
