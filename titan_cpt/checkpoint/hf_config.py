@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from titan_cpt.errors import CheckpointError
+from titan_cpt.models.huggingface_config import text_part
 
 REMEDY = "Download all files of the model again"
 """What to do if a file of a Hugging Face model is missing or damaged."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face model.
+    """The parsed config.json of a Hugging Face model; of a multimodal one, that of its text part.
 
     Raises:
         CheckpointError: it is missing, or is not a JSON object.
     """
-    return read_release_json(folder / "config.json", "it describes the model")
+    return text_part(read_release_json(folder / "config.json", "it describes the model"))
 
 
 def read_release_json(path: Path, what_for: str) -> dict[str, Any]:

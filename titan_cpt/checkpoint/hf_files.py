@@ -74,24 +74,31 @@ def _hub_reason(error: BaseException) -> str:
 class WeightFiles:
     """The tensors in the weight files of a folder, by their names in the files; read lazily, whole or by slices.
 
+    Of a multimodal model only the text part, whose names have a prefix in the files, and are without it here.
+
     Attributes:
+        prefix: that of the text part; empty for a model of text.
+        other_parts: names in the files that lack the prefix.
         shapes: tensor name -> shape, from the files' headers.
         largest_file_bytes: size of the largest file.
         entry: the weight file, or the index of a sharded set, that is read.
         other_entries: weight files or indexes of other sets of weights in the folder.
     """
 
-    def __init__(self, folder: Path, entry: Path | None = None) -> None:
+    def __init__(self, folder: Path, entry: Path | None = None, *, prefix: str = "") -> None:
         """Find the files and read their headers.
 
         Args:
             folder: of a Hugging Face model.
             entry: the file or index to read; None for the one that transformers reads.
+            prefix: of the names to read.
 
         Raises:
             CheckpointError: no weight files, one is missing or damaged, or the index does not match them.
         """
         self.folder = folder
+        self.prefix = prefix
+        self.other_parts: list[str] = []
         self.entry, *self.other_entries = [entry] if entry is not None else _entries(folder)
         expected = _read_index(self.entry) if self.entry.suffix == ".json" else None
         files = [self.entry] if expected is None else sorted({folder / file for file in expected.values()})
@@ -100,15 +107,22 @@ class WeightFiles:
         self._file: dict[str, Path] = {}
         self._unpickled: tuple[Path, Mapping[str, Tensor]] | None = None
         for file in files:
-            for name, shape in self._headers(file):
+            for full_name, shape in self._headers(file):
+                name = full_name.removeprefix(prefix)
+                if not full_name.startswith(prefix):
+                    self.other_parts.append(full_name)
+                    name = full_name  # for the checks of the files
                 if name in self._file:
                     raise CheckpointError(
                         f"{folder}: {self._file[name].name} and {file.name} both hold {name}: the files are not of one "
                         f"model. {REMEDY}"
                     )
-                self.shapes[name], self._file[name] = shape, file
+                self._file[name] = file
+                if full_name.startswith(prefix):
+                    self.shapes[name] = shape
         self.largest_file_bytes = max(file.stat().st_size for file in files)
-        absent = [name for name, file in (expected or {}).items() if self._file.get(name) != folder / file]
+        found = {name.removeprefix(prefix): name for name in expected or {}}
+        absent = [full for name, full in found.items() if self._file.get(name) != folder / (expected or {})[full]]
         if expected is not None and absent:
             raise CheckpointError(
                 f"{folder / expected[absent[0]]}: does not hold {absent[0]}, although the index lists it there "
@@ -145,9 +159,10 @@ class WeightFiles:
         """
         file = self._file[name]
         if file.suffix != ".safetensors":
-            return self._pickled(file)[name][tuple(slices)]
+            return self._pickled(file)[self.prefix + name][tuple(slices)]
         with _opened(file) as handle:
-            tensor: Tensor = handle.get_slice(name)[tuple(slices)] if slices else handle.get_tensor(name)
+            full = self.prefix + name
+            tensor: Tensor = handle.get_slice(full)[tuple(slices)] if slices else handle.get_tensor(full)
         return tensor
 
     def read_rows(self, name: str, rows: int, slices: Sequence[slice] = ()) -> Tensor:

@@ -15,7 +15,7 @@ from titan_cpt.checkpoint.hf_files import WeightFiles, released_folder
 from titan_cpt.common.text import problem_list
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
-from titan_cpt.models.huggingface_config import spec_from_config
+from titan_cpt.models.huggingface_config import TEXT_PART_OF, TEXT_PREFIX, spec_from_config
 from titan_cpt.models.huggingface_weights import VOCABULARY_WEIGHTS, foreign_and_missing, hub_names
 from titan_cpt.models.spec import ModelSpec
 
@@ -26,10 +26,10 @@ class ReleasedModel:
 
     Attributes:
         name: as the user gave it.
-        config: its config.json.
+        config: its config.json; of a multimodal model, that of its text part.
         spec: its architecture; `resized` changes only the vocabulary size.
         files: its weight files.
-        notes: on files in its folder that were ignored.
+        notes: on files in its folder, and weights in these, that were ignored.
     """
 
     name: str
@@ -107,7 +107,7 @@ def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
     folder = released_folder(name)
     config = read_config(folder)
     spec = spec_from_config(config, str(folder / "config.json"))
-    files = WeightFiles(folder)
+    files = WeightFiles(folder, prefix=TEXT_PREFIX if TEXT_PART_OF in config else "")
     foreign, missing = foreign_and_missing(files.shapes, spec)
     faults = [f"{hub_name}: missing" for hub_name in missing]
     faults += [f"{hub_name}: not a weight of the model that config.json describes" for hub_name in foreign]
@@ -116,7 +116,10 @@ def open_released(name: str, *, compare_sets: bool = True) -> ReleasedModel:
     if faults:
         raise CheckpointError(f"{folder}: the weights do not fit config.json: {problem_list(faults)}")
     _require_the_tied_head(files, spec)
-    notes = [*_other_sets(files, spec), *files.unread()] if compare_sets else ()
+    notes = [*_other_sets(files, spec), *files.unread()] if compare_sets else []
+    if files.other_parts:
+        parts = ", ".join(dict.fromkeys(each.partition(".")[0] for each in files.other_parts))
+        notes.append(f"only its text model is used: {len(files.other_parts)} weights of {parts} were ignored")
     return ReleasedModel(name, config, spec, files, tuple(notes))
 
 
@@ -150,7 +153,7 @@ def _other_sets(files: WeightFiles, spec: ModelSpec) -> Iterator[str]:
     """
     for entry in files.other_entries:
         try:
-            other = WeightFiles(files.folder, entry)
+            other = WeightFiles(files.folder, entry, prefix=files.prefix)
         except CheckpointError:
             yield f"{entry.name} was ignored, as it is incomplete; {files.entry.name} was read"
             continue

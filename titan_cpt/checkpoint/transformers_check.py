@@ -68,7 +68,7 @@ def verify_against_transformers(
             reference_config = transformers.AutoConfig.from_pretrained(released.files.folder, local_files_only=True)
         except Exception as error:  # any exception that an unsupported config causes
             return f"not compared with {name}, which cannot read its config.json: {reason_of(error)}"
-        _require_same_settings(released, reference_config, transformers)
+        _require_same_settings(released, reference_config.get_text_config(), transformers)
         settings = f"settings are those of {name}; logits are not compared: "
         length = _length(spec, released.spec)
         if in_a_run and spec.parameters > _RUN_PARAMETERS:
@@ -114,7 +114,8 @@ def _same_logits(
 
 def _reference_model(folder: Path, config: Any, transformers: Any) -> Any:
     """transformers' model in float32, whatever the dtype in the config, with SDPA, which needs no extra package."""
-    config.pad_token_id = None  # torch refuses an ID beyond the vocabulary, and logits do not depend on it
+    for each in (config, config.get_text_config()):  # of a multimodal model two
+        each.pad_token_id = None  # torch refuses an ID beyond the vocabulary, and logits do not depend on it
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -24,22 +24,45 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     for model_type, defaults in family_module(family, "huggingface").CONFIG_DEFAULTS.items()
 }
 """model_type -> optional keys of config.json with transformers' defaults, of all of titan_cpt's families."""
+TEXT_PARTS: Mapping[str, str] = {
+    model_type: text
+    for family in FAMILIES
+    for model_type, text in getattr(family_module(family, "huggingface"), "TEXT_PARTS", {}).items()
+}
+"""model_type of a multimodal model -> that of its text part, whose weights have the prefix `TEXT_PREFIX` in files."""
+TEXT_PREFIX = "language_model."
+TEXT_PART_OF = "text_part_of"
+"""A key of what `text_part` returns: the model_type of the whole model."""
+_OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "bos_token_id", "eos_token_id", "torch_dtype", "dtype")
+
+
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a multimodal model's text part; of any other model, its own."""
+    kind, text = str(config.get("model_type")), config.get("text_config")
+    if kind not in TEXT_PARTS or not isinstance(text, Mapping):
+        return dict(config)
+    shared = {key: config[key] for key in _OF_THE_WHOLE if key in config}
+    return {**text, **shared, "model_type": TEXT_PARTS[kind], TEXT_PART_OF: kind}
 
 
 def spec_from_config(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The spec of the model that a config.json describes.
 
     Args:
-        config: the parsed config.json.
+        config: the parsed config.json; of a multimodal model, the text part is read.
         where: its path, for messages.
 
     Raises:
         CheckpointError: the model_type or a value is not supported; the message names every such key.
     """
+    config = text_part(config)
     kind = str(config.get("model_type"))
     known = _families_by_model_type(kind)
+    if kind in TEXT_PARTS:
+        raise CheckpointError(f"{where}: text_config: must be an object, got {config.get('text_config')!r}")
     if kind not in known:
-        raise CheckpointError(f"{where}: model_type: must be one of {', '.join(known)}, got {kind!r}")
+        names = ", ".join([*known, *TEXT_PARTS])
+        raise CheckpointError(f"{where}: model_type: must be one of {names}, got {kind!r}")
     family = known[kind]
     keys = Keys(config, family_module(family, "huggingface").CONFIG_DEFAULTS[kind])
     layers = keys.number(int, "num_hidden_layers")

@@ -23,6 +23,8 @@ CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
         "partial_rotary_factor": 1.0,
+        "num_attention_heads": 8,  # the releases from 4b on omit it, and the rows of the embedding
+        "vocab_size": 262_208,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
@@ -37,6 +39,8 @@ CONFIG_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     }
 }
 """model_type -> optional keys of config.json with transformers' defaults."""
+TEXT_PARTS = {"gemma3": "gemma3_text"}
+"""model_type of text and images -> that of its text part."""
 
 _BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",

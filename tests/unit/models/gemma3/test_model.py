@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
+from titan_cpt.checkpoint.hf_import import fill, open_released, verify_against_transformers
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.gemma3.model import ZeroCenteredRMSNorm, embedding_scale
@@ -265,3 +266,46 @@ def test_a_spec_that_cannot_be_built_is_refused(overrides, expected):
         built(**overrides)
 
     assert expected in str(refusal.value)
+
+
+def test_the_text_part_of_a_multimodal_release_is_read():
+    """The keys that gemma-3-4b-pt has, as https://github.com/NVIDIA/TensorRT-LLM has 27b's: the others are defaults."""
+    text = {"hidden_size": 2560, "intermediate_size": 10_240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": LONG["rope_scaling"], "sliding_window": 1024}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+    spec = spec_from_config(config, "config.json")
+
+    assert spec == dataclasses.replace(named_size("gemma3", "4b", 257), vocab_size=262_208)
+    with pytest.raises(CheckpointError, match="text_config: must be an object, got None"):
+        spec_from_config({"model_type": "gemma3"}, "config.json")
+    with pytest.raises(CheckpointError, match="quantized weights cannot be trained"):
+        spec_from_config(config | {"quantization_config": {"bits": 4}}, "config.json")
+
+
+def test_the_text_model_of_a_release_with_images_is_imported(tmp_path):
+    """Logits of the whole model on text, from files as transformers saves them; the vision weights are named."""
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+    }
+    text |= {"num_key_value_heads": 1, "sliding_window": 16, "sliding_window_pattern": 3, "vocab_size": 300}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    theirs = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    theirs.save_pretrained(tmp_path / "released", max_shard_size="100KB")
+    released = open_released(str(tmp_path / "released"))
+    model = build_model(released.spec)
+    fill(model, released, released.spec)
+    compared = verify_against_transformers(released, released.spec, lambda model: fill(model, released, released.spec))
+    with torch.no_grad():
+        logits_BLV, their_logits_BLV = model(TOKENS_BL), theirs(TOKENS_BL).logits
+
+    torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
+    assert compared.startswith("logits are those of transformers")
+    assert len(list((tmp_path / "released").glob("*.safetensors"))) > 1
+    (note,) = released.notes
+    assert note.startswith("only its text model is used: ")
+    assert note.endswith("weights of multi_modal_projector, vision_tower were ignored")
