@@ -191,7 +191,7 @@ def test_a_metric_that_draws_random_numbers_trains_and_raises_leaves_training_as
         ),
         (
             {"model": {"family": "power", "options": {"powr": 3}}},
-            "model.powr: unknown powr 'powr'; did you mean 'power'",
+            "model.powr: the family 'power' has no such hyperparameter; did you mean 'power'",
         ),
         ({"model": {"options": {"power": 3}}}, 'options are for registered families: "gpt_neox"'),
         ({"model": {"family": "power", "options": {"width": 3}}}, "options: width: set as a key of [model]"),

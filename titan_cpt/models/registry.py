@@ -14,7 +14,7 @@ from typing import Any
 from titan_cpt.common.plugins import FAMILIES as PLUGIN_GROUP
 from titan_cpt.common.plugins import Plugin, find_plugin, registered, what_is_registered
 from titan_cpt.common.text import did_you_mean
-from titan_cpt.config.model import OWN_FAMILIES
+from titan_cpt.config.model import OWN_FAMILIES, ModelConfig
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.spec import RECORDED_IF_SET, ROPE_SCALINGS, ModelSpec, RopeScaling
 
@@ -119,7 +119,8 @@ def named_size(family: str, size: str, tokenizer_vocab: int, overrides: Mapping[
     if size not in kind.sizes():
         raise ConfigError(_unknown("model.size", size, kind.sizes()))
     fields = [field.name for field in dataclasses.fields(kind) if field.name != "family"]
-    problems = [_unknown(f"model.{name}", name, fields) for name in overrides if name not in fields]
+    foreign = [name for name in overrides if name not in fields]
+    problems = [f"model.{name}: {_not_a_key_of(family, name, fields)}" for name in foreign]
     if problems:
         raise ConfigError("\n".join(problems))
     if isinstance(scaling := overrides.get("rope_scaling"), Mapping):
@@ -206,6 +207,13 @@ def _as_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _not_a_key_of(family: str, name: str, fields: Collection[str]) -> str:
+    """Another family may have it: then a key of this one that reads alike would be no help."""
+    known = name in ModelConfig.model_fields
+    hint = ": leave it out." if known else did_you_mean(name, fields) or "."
+    return f"the family {family!r} has no such hyperparameter{hint} It has: {', '.join(fields)}"
 
 
 def _unknown(path: str, name: str, allowed: Collection[str]) -> str:

@@ -22,9 +22,7 @@ REQUIRED = {
     "intermediate_size": 96,
     "vocab_size": 64,
 }
-SMALL = {
-    "gpt_neox": {},
-    "llama": {},
+SMALL = {  # of model types whose other defaults do not fit these widths
     "mistral": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
@@ -44,7 +42,7 @@ LLAMA3 = {
 
 
 def config_of(kind, **changes):
-    return {**REQUIRED, **SMALL[kind], "model_type": kind, "max_position_embeddings": 64, **changes}
+    return {**REQUIRED, **SMALL.get(kind, {}), "model_type": kind, "max_position_embeddings": 64, **changes}
 
 
 def theirs_of(config):
@@ -122,7 +120,8 @@ def test_a_missing_key_has_the_meaning_that_it_has_in_transformers(kind, key):
     window = getattr(theirs, "sliding_window", None)
     if kind.startswith(("qwen", "smollm3")) and set(theirs.layer_types) == {"full_attention"}:
         window = None
-    assert spec.norm_eps == getattr(theirs, "rms_norm_eps", getattr(theirs, "layer_norm_eps", None))
+    epsilons = {getattr(theirs, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")}
+    assert {spec.norm_eps} == epsilons - {None}
     if isinstance(spec, GPTNeoXSpec):
         assert spec.parallel_residual == theirs.use_parallel_residual
     else:

@@ -102,7 +102,8 @@ def test_training_flops_agree_with_torchs_counter():
     [
         ("gpt_nex", "debug", {}, "model.family: unknown family 'gpt_nex'; did you mean 'gpt_neox'?"),
         ("gpt_neox", "405", {}, "model.size: unknown size '405'; did you mean '405m'?"),
-        ("gpt_neox", "debug", {"layer": 3}, "model.layer: unknown layer 'layer'; did you mean 'layers'?"),
+        ("gpt_neox", "debug", {"layer": 3}, "has no such hyperparameter; did you mean 'layers'? It has: layers, width"),
+        ("olmo", "debug", {"qkv_bias": True}, "model.qkv_bias: the family 'olmo' has no such hyperparameter: leave it"),
         ("gpt_neox", "debug", {"layers": 0}, "model.layers: must be above 0, got 0"),
         ("gpt_neox", "debug", {"layers": 2.0}, "model.layers: must be int, got 2.0"),
         ("gpt_neox", "debug", {"layers": True}, "model.layers: must be int, got True"),

@@ -27,6 +27,7 @@ from titan_cpt.training.optimization.adamw import build_adamw
 from titan_cpt.training.optimization.trained_weights import TrainedWeights
 
 SPEC = named_size("gpt_neox", "debug", 257, {"layers": 4, "width": 128, "heads": 4, "mlp_width": 512})
+SEQUENTIAL = dataclasses.replace(SPEC, parallel_residual=False)
 LLAMA_NUMBERS = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "mlp_width": 384}
 LLAMAS = {
     "llama": named_size("llama", "debug", 257, LLAMA_NUMBERS),
@@ -87,7 +88,7 @@ def saved_for_backward(
 
 
 @pytest.mark.parametrize(("recompute", "selection"), [("none", "op"), ("full", "op"), ("selective", "2")])
-@pytest.mark.parametrize("spec", [SPEC, *LLAMAS.values()], ids=["gpt_neox", *LLAMAS])
+@pytest.mark.parametrize("spec", [SPEC, SEQUENTIAL, *LLAMAS.values()], ids=["gpt_neox", "sequential", *LLAMAS])
 def test_activations_are_what_autograd_saves(spec: ModelSpec, recompute: str, selection: str) -> None:
     """The difference of two depths, so that embedding and head cancel out; within 15 %."""
     deep = dataclasses.replace(spec, layers=8)
@@ -100,14 +101,14 @@ def test_activations_are_what_autograd_saves(spec: ModelSpec, recompute: str, se
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler's own code
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gpt_neox", "llama", "qwen3", "windowed", "olmo3", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt_neox", "sequential", "llama", "qwen3", "windowed", "olmo3", "gemma3"])
 def test_activations_of_compiled_blocks_are_what_torch_compile_saves(name: str, dtype: torch.dtype) -> None:
     """The difference of two depths, within 2 %.
 
     On a CPU two things are added: attention saves queries, keys, values and output in float32, and its output once more
     in the order in which `out` reads it.
     """
-    spec = {"gpt_neox": SPEC, **LLAMAS}[name]
+    spec = {"gpt_neox": SPEC, "sequential": SEQUENTIAL, **LLAMAS}[name]
     torch._dynamo.reset()
     saved = saved_for_backward(dataclasses.replace(spec, layers=3), compiled_in=dtype)
     saved -= saved_for_backward(dataclasses.replace(spec, layers=1), compiled_in=dtype)

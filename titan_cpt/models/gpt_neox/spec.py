@@ -102,7 +102,7 @@ class GPTNeoXSpec(ModelSpec):
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
         """Activation memory of one block per token, the sum of these elements (D width, F MLP width, t TP degree):
 
-            D/t     the block's input
+            D/t     the block's input, which both LayerNorms read; without parallel residual 2 D/t
             2 D     all-gathered inputs of attention and MLP
             3 D/t   values, rotated queries and keys
             D/t     attention's output
@@ -113,7 +113,8 @@ class GPTNeoXSpec(ModelSpec):
         """
         d, f = self.width, self.mlp_width
         statistics = (4 / tp + self.heads / tp) * _FP32_BYTES
-        unchecked = dtype_bytes * (2 * d + 5 * d / tp + 2 * f / tp) + statistics
+        normed = d if self.parallel_residual else 2 * d
+        unchecked = dtype_bytes * (2 * d + (4 * d + normed + 2 * f) / tp) + statistics
         selective_op = dtype_bytes * (5 * d / tp + f / tp) + self.heads / tp * _FP32_BYTES
         return ActivationBytes(unchecked, selective_op, compiled=unchecked)
 
