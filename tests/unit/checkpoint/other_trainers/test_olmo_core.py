@@ -35,6 +35,9 @@ _STEPWISE = RopeScaling(kind="llama3", factor=8.0, original_seq_len=64, low_freq
 SPECS = {
     "llama": named_size("llama", "debug", 257, {**_SMALL, "rope_scaling": _STEPWISE, "sliding_window": 8}),
     "qwen3": named_size("llama", "debug", 257, {**_SMALL, "head_width": 6, "qk_norm": True, "norm_eps": 1e-6}),
+    "olmo3": named_size(
+        "olmo", "debug", 257, {**_SMALL, "layers": 4, "sliding_window": 8, "global_interval": 4, "norm_eps": 1e-6}
+    ),
     "tied": named_size("llama", "debug", 257, {**_SMALL, "tie_embeddings": True, "rope_scaling": _YARN}),
 }
 BLOCK = {
@@ -46,6 +49,8 @@ BLOCK = {
     "attention.q_norm": "attention.q_norm",
     "attention.k_norm": "attention.k_norm",
     "mlp_norm": "feed_forward_norm",
+    "post_attention_norm": "attention_norm",
+    "post_mlp_norm": "feed_forward_norm",
     "mlp.gate": "feed_forward.w1",
     "mlp.up": "feed_forward.w3",
     "mlp.down": "feed_forward.w2",
@@ -100,7 +105,7 @@ def norm_of(spec):
 
 def config_of(spec, rope="default"):
     """OLMo-core's config.json of a model."""
-    scaling = None
+    scaling, olmo = None, spec.family == "olmo"
     if spec.rope_scaling == _YARN:
         scaling = {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "old_context_len": 64}
         scaling["_CLASS_"] = "olmo_core.nn.rope.YaRNRoPEScalingConfig"
@@ -114,16 +119,20 @@ def config_of(spec, rope="default"):
         "head_dim": spec.head_width,
         "bias": False,
         "rope": {"name": rope, "theta": int(spec.rope_base), **({"scaling": scaling} if scaling else {})},
-        **({"qk_norm": norm_of(spec), "use_head_qk_norm": True} if spec.qk_norm else {}),
+        **({"qk_norm": norm_of(spec)} if olmo or spec.qk_norm else {}),
+        **({} if olmo else {"use_head_qk_norm": True} if spec.qk_norm else {}),
         "scalable_softmax": False,
         "type": "attention",
         "_CLASS_": "olmo_core.nn.attention.AttentionConfig",
     }
-    if spec.sliding_window:
+    if olmo:
+        windows = {"pattern": [8, 8, 8, -1], "force_full_attention_on_first_layer": False}
+        attention["sliding_window"] = windows
+    elif spec.sliding_window:
         ends = {f"force_full_attention_on_{end}_layer": False for end in ("first", "last")}
         attention["sliding_window"] = {"pattern": [spec.sliding_window], **ends}
     block = {
-        "name": "default",
+        "name": "reordered_norm" if olmo else "default",
         "sequence_mixer": attention,
         "layer_norm": norm_of(spec),
         "feed_forward": {"hidden_size": spec.mlp_width, "bias": False, "activation": "silu"},
@@ -192,7 +201,14 @@ def run():
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("llama", "separate"), ("llama", "fused"), ("llama", "complex"), ("qwen3", "complex"), ("tied", "separate")],
+    [
+        ("llama", "separate"),
+        ("llama", "fused"),
+        ("llama", "complex"),
+        ("qwen3", "complex"),
+        ("tied", "separate"),
+        ("olmo3", "complex"),
+    ],
 )
 def test_an_import_has_olmo_cores_weights_and_moments(name, layout, run, saved):
     """Bit for bit, in our order of features; the report has step, tokens, LR and what OLMo-core does otherwise."""
@@ -349,7 +365,7 @@ def test_damaged_and_missing_files_are_named(run, saved):
         (
             "attention",
             {"sliding_window": {"pattern": [8], "force_full_attention_on_first_layer": False}},
-            "a sliding window in only some of the layers",
+            "all layers need one size; the layers have [8, -1]",
         ),
         ("attention", {"sliding_window": {"pattern": []}}, "sliding_window.pattern: must be a list of numbers"),
         ("rope", {"no_global_rope": True}, "sequence_mixer.rope.no_global_rope: only False is supported"),

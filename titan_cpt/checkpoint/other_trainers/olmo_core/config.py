@@ -121,6 +121,7 @@ def _model_fields(model: Keys, rows: int) -> dict[str, Any]:
     head.only("name", "default")
     head.only("bias", False)
     width, layers = model.number(int, "d_model"), model.number(int, "n_layers")
+    attended = _attention_fields(attention, width)
     fields = {
         "layers": layers,
         "width": width,
@@ -128,27 +129,33 @@ def _model_fields(model: Keys, rows: int) -> dict[str, Any]:
         "vocab_size": rows,
         "norm_eps": _norm_eps(block, head),
         "tie_embeddings": model.flag("tie_word_embeddings"),
-        **_attention_fields(attention, width, layers),
-        **_family_fields(block, attention),
+        **attended,
+        **_family_fields(block, attention, layers, attended["rope_scaling"]),
     }
     for keys in (attention, head, block):
         model.problems += keys.problems
     return fields
 
 
-def _family_fields(block: Keys, attention: Keys) -> dict[str, Any]:
-    """The family, and what norms of queries and keys it has."""
+def _family_fields(block: Keys, attention: Keys, layers: int, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The family, what norms of queries and keys it has, and its sliding windows."""
     norm = attention.table.get("qk_norm")
     per_head = attention.table.get("use_head_qk_norm") is True
     name = block.value("name")
     if name == "default" and (norm is None or per_head):
-        return {"family": "llama", "qk_norm": norm is not None}
+        windows = _window_fields(attention, layers, some=False)
+        return {"family": "llama", "qk_norm": norm is not None, **windows}
+    if name == "reordered_norm" and norm is not None and not per_head:
+        windows = _window_fields(attention, layers, some=True)
+        if windows["sliding_window"] is not None and scaling is not None:
+            attention.add_problem("rope.scaling", "only layers with full attention can have it beside sliding windows")
+        return {"family": "olmo", **windows}
     what = "without norms of queries and keys" if norm is None else f"with use_head_qk_norm = {per_head}"
     block.add_problem("name", f"{name} {what} is not a model of a family here")
     return {"family": "llama"}
 
 
-def _attention_fields(keys: Keys, width: int, layers: int) -> dict[str, Any]:
+def _attention_fields(keys: Keys, width: int) -> dict[str, Any]:
     require_keys_off(keys, _ATTENTION_OFF)
     refuse_unknown_keys(keys, {*_CLASS, *_ATTENTION_OFF, *_ATTENTION}, _VERSION)
     if keys.value("name") not in ("default", "fused", "fused_v2"):
@@ -172,7 +179,6 @@ def _attention_fields(keys: Keys, width: int, layers: int) -> dict[str, Any]:
         "head_width": head_width,
         "rope_base": base,
         "rope_scaling": scaling,
-        "sliding_window": _sliding_window(keys, layers),
         "interleaved": rope.value("name") == "complex",
     }
 
@@ -231,24 +237,30 @@ def _llama3(keys: Keys, base: float, head_width: int) -> RopeScaling:
     )
 
 
-def _sliding_window(attention: Keys, layers: int) -> int | None:
-    """The window of all layers."""
+def _window_fields(attention: Keys, layers: int, *, some: bool) -> dict[str, Any]:
+    """The sliding window of all layers; or, with `some`, of all except every n-th."""
     window = attention.object("sliding_window")
     pattern = window.get("pattern")
     if not window:
-        return None
+        return {"sliding_window": None}
     if not isinstance(pattern, list) or not pattern or not all(type(size) is int for size in pattern):
         attention.add_problem("sliding_window.pattern", f"must be a list of numbers, got {pattern!r}")
-        return None
+        return {"sliding_window": None}
     first, last = (window.get(f"force_full_attention_on_{end}_layer", True) for end in ("first", "last"))
     sizes = [pattern[(layer - bool(first)) % len(pattern)] for layer in range(layers)]
     if first:
         sizes[0] = -1
     if last:
         sizes[-1] = -1
-    if len(set(sizes)) > 1:
-        attention.add_problem("sliding_window", "a sliding window in only some of the layers is not supported")
-    return None if sizes[0] == -1 else sizes[0]
+    windows = {size for size in sizes if size != -1}
+    interval = sizes.index(-1) + 1 if -1 in sizes else None
+    if not windows:
+        return {"sliding_window": None}
+    regular = all((size == -1) == (interval is not None and (i + 1) % interval == 0) for i, size in enumerate(sizes))
+    if len(windows) > 1 or not regular or (interval is not None and not some):
+        allowed = "all layers, or all except every n-th," if some else "all layers"
+        attention.add_problem("sliding_window", f"{allowed} need one size; the layers have {sizes}")
+    return {"sliding_window": max(windows), **({"global_interval": interval} if some else {})}
 
 
 def _mlp_width(block: Keys) -> int:

@@ -55,6 +55,7 @@ _BLOCK = {
     "mlp.up": "feed_forward.w3",
     "mlp.down": "feed_forward.w2",
 }
+_OLMO = {"attention_norm": "post_attention_norm", "mlp_norm": "post_mlp_norm"}  # after attention and MLP
 _FUSED = "attention.w_qkv"
 
 
@@ -126,7 +127,8 @@ class _Reader:
         yield "embedding.weight", _Source(_EMBEDDING)
         for layer in range(self._spec.layers):
             fused = f"blocks.{layer}.{_FUSED}.weight"
-            for ours, theirs in _BLOCK.items():
+            for llamas, theirs in _BLOCK.items():
+                ours = _OLMO.get(llamas, llamas) if self._spec.family == "olmo" else llamas
                 part = ours.rpartition(".")[2]
                 if part in ("q", "k", "v") and f"model.{fused}" in self._files.tensors:
                     yield f"blocks.{layer}.{ours}.weight", _Source(fused, part)
