@@ -70,7 +70,14 @@ def off(found, right):
 
 
 @pytest.mark.parametrize(
-    ("family", "keys"), [("llama", {}), ("llama", {"sliding_window": 24}), ("gpt_neox", {})], ids=str
+    ("family", "keys"),
+    [
+        ("llama", {}),
+        ("llama", {"sliding_window": 24}),
+        ("gpt_neox", {}),
+        ("gemma3", {"layers": 2, "global_interval": 2, "sliding_window": 24}),  # two masks, two tables of RoPE
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("backend", "dtype", "error"),
