@@ -31,6 +31,10 @@ OPTIONS = {
     "mistral": ("llama", {"sliding_window": 7}),
     "qwen2": ("llama", {"qkv_bias": True}),
     "qwen3": ("llama", {"qk_norm": True}),
+    "olmo2": ("olmo", {}),
+    "olmo3": ("olmo", {"sliding_window": 7, "global_interval": 2}),
+    "smollm3": ("smollm3", {}),
+    "gemma3_text": ("gemma3", {}),
 }
 
 
