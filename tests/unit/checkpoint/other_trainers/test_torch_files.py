@@ -32,7 +32,7 @@ class _Calls:
 @pytest.mark.parametrize(
     "value",
     [Kind.one, np.float32(2.0), np.arange(3), np.random.get_state(), random.getstate(), frozenset([1]), slice(1, 2)],
-    ids=repr,
+    ids=["enum", "numpy scalar", "array", "numpy random state", "random state", "set", "slice"],
 )
 def test_objects_beside_the_tensors_do_not_hinder_reading(value, tmp_path):
     """Whatever they are, the plain values and tensors of the file are there."""
@@ -45,7 +45,9 @@ def test_objects_beside_the_tensors_do_not_hinder_reading(value, tmp_path):
     assert content["weight"].tolist() == [0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("function", [os.system, os.mkdir, eval, exec, open, torch.load, __import__], ids=repr)
+@pytest.mark.parametrize(
+    "function", [os.system, os.mkdir, eval, exec, open, torch.load, __import__], ids=lambda each: each.__name__
+)
 def test_functions_that_a_file_names_are_not_called(function, tmp_path):
     """They become inert records, or the file is refused."""
     torch.save({"args": _Calls(function, str(tmp_path / "made")), "step": 3}, tmp_path / "file.pt")
