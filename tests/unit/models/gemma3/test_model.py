@@ -257,7 +257,7 @@ def test_a_config_that_the_model_does_not_compute_is_refused(changes, expected):
         ({"head_width": 31}, "model.head_width: must be even"),
         ({"global_interval": 0}, "model.global_interval: must be above 0, got 0"),
         ({"rope_scaling": {"kind": "linear", "factor": 0.5}}, "model.rope_scaling.factor: must be 1 or more, got 0.5"),
-        ({"qkv_bias": True}, "model.qkv_bias: unknown qkv_bias"),
+        ({"qkv_bias": True}, "model.qkv_bias: the family 'gemma3' has no such"),
     ],
 )
 def test_a_spec_that_cannot_be_built_is_refused(overrides, expected):

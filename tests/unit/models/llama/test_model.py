@@ -340,7 +340,7 @@ def test_a_spec_without_a_named_size_is_written_as_a_config_table():
         ({"kv_heads": 0}, "model.kv_heads: must be above 0, got 0"),
         ({"sliding_window": 0}, "model.sliding_window: must be above 0, got 0"),
         ({"tie_embeddings": 1}, "model.tie_embeddings: must be bool, got 1"),
-        ({"parallel_residual": True}, "model.parallel_residual: unknown parallel_residual"),
+        ({"parallel_residual": True}, "model.parallel_residual: the family 'llama' has no such"),
         ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm: must be false if model.qkv_bias is true"),
         (
             {"rope_scaling": YARN | {"kind": "ntk"}},

@@ -313,7 +313,7 @@ def test_an_unsupported_config_is_refused(config, said):
         ({"head_width": 31}, "model.head_width: must be even"),
         ({"global_interval": 2}, "model.global_interval: needs model.sliding_window"),
         ({"global_interval": 1, "sliding_window": 8}, "model.global_interval: must be 2 or more"),
-        ({"qk_norm": True}, "model.qk_norm: unknown qk_norm"),
+        ({"qk_norm": True}, "model.qk_norm: the family 'olmo' has no such"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "model.rope_scaling.factor: must be 1 or more, got 0.5"),
     ],
 )
