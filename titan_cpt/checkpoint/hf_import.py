@@ -29,7 +29,7 @@ from titan_cpt.checkpoint.vocabulary.new_rows import NewRows, load_vocabulary, r
 from titan_cpt.checkpoint.vocabulary.vocabulary_rows import released_rows
 from titan_cpt.checkpoint.vocabulary.weak_row_report import only_non_finite, weak_row_lines
 from titan_cpt.checkpoint.vocabulary.weak_rows import find_weak_rows
-from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_weights
+from titan_cpt.checkpoint.weights_only import record_without_training, save_weights
 from titan_cpt.common.files import atomic_folder
 from titan_cpt.data.tokenizer.token_texts import TokenTexts
 from titan_cpt.distributed.process_group import raise_on_all_ranks
@@ -197,7 +197,7 @@ def record_of_release(released: ReleasedModel, spec: ModelSpec, tokenizer: Train
     """The manifest of a release as a checkpoint, without its files."""
     recorded_tokenizer = {"tokenizer": tokenizer.as_record()} if tokenizer else {}
     return {
-        **record_without_training(IMPORTED, spec.as_recipe()),
+        **record_without_training(manifest.IMPORTED, spec.as_recipe()),
         "released": {"name": released.name, "config": released.config, **recorded_tokenizer},
     }
 

@@ -28,6 +28,10 @@ from titan_cpt.errors import CheckpointError
 FORMAT = 2  # format 1 had pickled files, or SHA-256 checksums
 TRAINED_BY = "trained_by"
 """The entry of an import from another trainer: trainer, step, tokens, LR, and `optimizer` if it has a state of one."""
+IMPORTED = "imported"
+"""The `kind` of a checkpoint converted from a Hugging Face model, or from a checkpoint of another trainer."""
+MERGED = "merged"
+"""The `kind` of a checkpoint that `titan-cpt merge` wrote."""
 _NAMES_SHOWN = 5
 _CHECKPOINT_FILE = re.compile(
     r"rank-\d{5}-\d+\.safetensors|index\.json|\.?manifest\.json(\.[\d-]+)?(\.tmp)?"
@@ -145,6 +149,23 @@ def imported_optimizer(record: Mapping[str, Any]) -> str | None:
     trained_by = record.get(TRAINED_BY)
     name = trained_by.get("optimizer") if isinstance(trained_by, Mapping) else None
     return name if isinstance(name, str) else None
+
+
+def has_optimizer_state(record: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this manifest has an optimizer state: that of a stage, or of another trainer."""
+    return record["kind"] not in (IMPORTED, MERGED) or imported_optimizer(record) is not None
+
+
+def no_state_to_keep(record: Mapping[str, Any], *, of: str, stage: str) -> str:
+    """Why a stage cannot keep the optimizer state of a checkpoint without one.
+
+    Args:
+        record: its manifest.
+        of: the checkpoint, as messages name it.
+        stage: name of the stage.
+    """
+    what = "an import" if record["kind"] == IMPORTED else "a merge"
+    return f"{of}: is {what}, which has no optimizer state to keep: set stages.{stage}.optimizer_state to reset"
 
 
 def is_in_place(folder: Path, record: Mapping[str, Any]) -> bool:

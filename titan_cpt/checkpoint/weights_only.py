@@ -13,21 +13,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from titan_cpt.checkpoint.hf_release import weight_shapes
-from titan_cpt.checkpoint.manifest import imported_optimizer
 from titan_cpt.checkpoint.storage import ShardWriter, without_dist_warning
 from titan_cpt.common.recipe import fingerprint
 from titan_cpt.models.spec import ModelSpec
-
-IMPORTED = "imported"
-"""The `kind` of a checkpoint converted from a Hugging Face model, or from a checkpoint of another trainer."""
-
-MERGED = "merged"
-"""The `kind` of a checkpoint that `titan-cpt merge` wrote."""
-
-
-def has_optimizer_state(record: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with this manifest has an optimizer state: that of a stage, or of another trainer."""
-    return record["kind"] not in (IMPORTED, MERGED) or imported_optimizer(record) is not None
 
 
 def record_without_training(kind: str, recipe: Mapping[str, Any]) -> dict[str, Any]:

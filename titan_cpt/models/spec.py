@@ -356,10 +356,10 @@ def _type_problems(spec: ModelSpec | RopeScaling, prefix: str = "model.") -> lis
 
 
 def _positive_problems(spec: ModelSpec) -> list[str]:
-    """A message for each number that is not above 0, except rotary_fraction, which `_problems` checks."""
-    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    """A message for each number that is not above 0 and finite, except rotary_fraction, which `_problems` checks."""
+    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name != "rotary_fraction"}
     return [
-        f"model.{name}: must be above 0, got {value}"
+        f"model.{name}: must be above 0{'' if value <= 0 else ' and finite'}, got {value}"
         for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "rotary_fraction" and value <= 0
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf
     ]

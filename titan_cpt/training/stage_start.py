@@ -18,13 +18,13 @@ from titan_cpt.checkpoint.checkpoint_spec import (
 )
 from titan_cpt.checkpoint.hf_import import load_released
 from titan_cpt.checkpoint.manager import FoundCheckpoint
+from titan_cpt.checkpoint.manifest import has_optimizer_state, no_state_to_keep
 from titan_cpt.checkpoint.manifest import read as read_manifest
 from titan_cpt.checkpoint.remote.restore import downloaded_initial
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.tokenizer_check import require_same_tokenizer, tokenizer_of_manifest, tokenizer_of_release
 from titan_cpt.checkpoint.vocabulary.model_rows import write_rows
 from titan_cpt.checkpoint.vocabulary.new_rows import NewRows, load_vocabulary, read_checkpoint, require_old_rows
-from titan_cpt.checkpoint.weights_only import IMPORTED, has_optimizer_state
 from titan_cpt.common.reading import is_there
 from titan_cpt.common.run_folder import MANIFEST_FILE, checkpoint_folder
 from titan_cpt.common.weights.named_weights import NamedWeights, named_weights, split_average, suffix_of
@@ -222,11 +222,7 @@ def _source(state: TrainerState, stage: StagePlan) -> tuple[NamedWeights, list[s
     record = state.checkpoints.verify(folder)
     _require_planned(weights, record, stage)
     if stage.keep_optimizer and not has_optimizer_state(record):
-        what = "an import" if record["kind"] == IMPORTED else "a merge"
-        raise CheckpointError(
-            f"{folder}: is {what}, which has no optimizer state to keep: set stages.{stage.name}.optimizer_state to "
-            "reset"
-        )
+        raise CheckpointError(no_state_to_keep(record, of=str(folder), stage=stage.name))
     tokenizer = tokenizer_of_manifest(record, folder)
     new = new_rows_at_start(state, stage, tokenizer)
     planned = stage.spec.as_recipe()

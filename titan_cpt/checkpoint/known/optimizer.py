@@ -27,13 +27,17 @@ def check_known_optimizers(stages: Sequence[StagePlan]) -> Iterator[str]:
     That is: with another optimizer; or, if the optimizer state is kept, in other rows.
 
     Raises:
-        ConfigError: such a stage keeps the optimizer state.
+        ConfigError: such a stage keeps the optimizer state, or the weights have none.
     """
     for stage in stages:
-        record = _record_of_stage(stage.init) if isinstance(stage.init, str) else None
+        record = _known_record(stage.init) if isinstance(stage.init, str) else None
         if record is None:
             continue
+        if stage.keep_optimizer and not manifest.has_optimizer_state(record):
+            raise ConfigError(manifest.no_state_to_keep(record, of=str(stage.init), stage=stage.name))
         recipe, before = record["recipe"], record["stage"]
+        if f"stages.{before}.optimizer_state" not in recipe and manifest.imported_optimizer(record) is None:
+            continue  # a released model or a merge: no stage of a run
         found = str(recipe.get(f"stages.{before}.{OPTIMIZER_NAME}", "AdamW"))
         if found != stage.optimizer.name:
             if stage.keep_optimizer:
@@ -46,15 +50,12 @@ def check_known_optimizers(stages: Sequence[StagePlan]) -> Iterator[str]:
                 yield note
 
 
-def _record_of_stage(init: str) -> dict[str, Any] | None:
-    """The manifest of a checkpoint with an optimizer state: of a stage or of another trainer; None if not there."""
+def _known_record(init: str) -> dict[str, Any] | None:
+    """The manifest of a checkpoint on this machine; None if it is not there."""
     checkpoint = named_weights(Path(init.partition(":")[2])).folder
     if not init.startswith(CHECKPOINT_PREFIX) or not (checkpoint / MANIFEST_FILE).is_file():
         return None
     try:
-        record = manifest.read(checkpoint)
+        return manifest.read(checkpoint)
     except (CheckpointError, AccessError):
         return None  # reported when the stage begins
-    trained = f"stages.{record['stage']}.optimizer_state" in record["recipe"]
-    trained = trained or manifest.imported_optimizer(record) is not None
-    return record if trained else None  # a released model or a merge: no stage of a run

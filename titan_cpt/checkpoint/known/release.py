@@ -8,8 +8,9 @@ any revision. Does not import torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.tokenizer_check import CHECKPOINT_PREFIX, HUB_PREFIX
@@ -19,7 +20,7 @@ from titan_cpt.config.schema import Config
 from titan_cpt.errors import AccessError, CheckpointError
 from titan_cpt.models.releases import release_of_hub_name, release_of_size, releases
 from titan_cpt.planning.plan import StagePlan
-from titan_cpt.planning.stages.release_notes import ReleasedWeights, release_notes
+from titan_cpt.planning.stages.release_notes import OtherTraining, ReleasedWeights, release_notes
 
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/[^/]+$")  # of huggingface_hub
 _NOT_ARCHITECTURE = {"family", "size", "vocab_size", "options"}  # keys of [model] that a release may differ in
@@ -47,10 +48,18 @@ def released_weights(init: str, config: Config) -> ReleasedWeights | None:
     if not (checkpoint / MANIFEST_FILE).is_file():
         return None
     try:
-        released = manifest.read(checkpoint).get("released")
+        record = manifest.read(checkpoint)
     except (CheckpointError, AccessError):
         return None  # reported when the stage begins
+    released, trained_by = record.get("released"), record.get(manifest.TRAINED_BY)
+    if isinstance(released, dict) and isinstance(trained_by, dict):
+        return ReleasedWeights(str(released.get("name")), None, training=_other_training(trained_by))
     return _named(str(released["name"]), config) if isinstance(released, dict) and "name" in released else None
+
+
+def _other_training(trained_by: Mapping[str, Any]) -> OtherTraining:
+    lr = trained_by.get("next_lr", trained_by.get("lr"))
+    return OtherTraining(str(trained_by.get("trainer")), trained_by.get("step"), trained_by.get("tokens"), lr)
 
 
 def _named(name: str, config: Config) -> ReleasedWeights:

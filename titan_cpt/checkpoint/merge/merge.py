@@ -14,7 +14,7 @@ from titan_cpt.checkpoint.merge.merged_weights import BLOCK_ELEMENTS, MergedWeig
 from titan_cpt.checkpoint.merge.parents import MERGE, merge_record, merged_recipe, require_agreement
 from titan_cpt.checkpoint.merge.progress import merge_progress
 from titan_cpt.checkpoint.merge.settings import MergeSettings
-from titan_cpt.checkpoint.weights_only import MERGED, record_without_training, save_weights
+from titan_cpt.checkpoint.weights_only import record_without_training, save_weights
 from titan_cpt.common.files import atomic_folder
 from titan_cpt.models.registry import as_config_table
 
@@ -58,7 +58,7 @@ def merge(
     with atomic_folder(out) as partial, merge_progress(weights.total_elements) as weights.advance:
         weights.find_thresholds()
         checksums = save_weights(spec, weights.read, partial)
-        record = record_without_training(MERGED, merged_recipe(inputs))
+        record = record_without_training(manifest.MERGED, merged_recipe(inputs))
         manifest.write(partial, {**record, MERGE: merge_record(settings, inputs, base_input)}, checksums)
     table = "\n  ".join(as_config_table(spec).splitlines())
     log(f'{out}: written. To start a stage from it, set init = "checkpoint:{out}", and\n  {table}')

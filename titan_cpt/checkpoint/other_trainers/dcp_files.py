@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.dcp_metadata import METADATA, Entry, StoredBlock, read_metadata
+from titan_cpt.checkpoint.other_trainers.torch_files import failure_text
 from titan_cpt.common.reading import is_there, matching, readable
 from titan_cpt.errors import AccessError, CheckpointError
 
@@ -111,8 +112,7 @@ class DcpFiles:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: is missing; {METADATA} names it") from None
         except Exception as error:  # a damaged file can fail in any way
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{path}: cannot be read: {lines[0]}; copy the checkpoint again") from None
+            raise CheckpointError(f"{path}: cannot be read: {failure_text(error)}; copy the checkpoint again") from None
 
 
 def _without_metadata(folder: Path) -> str:

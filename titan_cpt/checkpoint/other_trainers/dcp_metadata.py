@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def read_metadata(folder: Path) -> dict[str, Entry]:
             content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; DCP lists there which file holds which tensor") from None
+    except ValueError as error:
+        raise CheckpointError(f"{error}; it must be a file that DCP wrote") from None
     try:
         root = _Unpickler(io.BytesIO(content)).load()
         return dict(_entries(root, path))
@@ -168,7 +170,24 @@ def _tensor_entry(name: str, stored: Any, where: Mapping[tuple[int, ...], Any], 
         raise ValueError(f"a part of {name!r} is listed twice")
     if sum(math.prod(lengths) for _, lengths in chunks) != math.prod(shape):
         raise ValueError(f"the parts of {name!r} do not add up to the tensor: the checkpoint is incomplete")
-    return Entry(dtype, shape, tuple(_shard(at, lengths, where[at]) for at, lengths in chunks))
+    _require_no_overlap(name, chunks)
+    shards = tuple(_shard(at, lengths, where[at]) for at, lengths in chunks)
+    for shard in shards:  # or a few bytes claim a tensor that fills the memory
+        if shard.bytes < math.prod(shard.shape) * dtype.itemsize:
+            raise ValueError(f"a part of {name!r} of shape {list(shard.shape)} is in only {shard.bytes:,} bytes")
+    return Entry(dtype, shape, shards)
+
+
+def _require_no_overlap(name: str, chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Parts that have all of a tensor's elements and do not overlap leave no gap, whose values nobody wrote."""
+    boxes = sorted((at, lengths) for at, lengths in chunks if all(lengths))
+    for number, (at, lengths) in enumerate(boxes):
+        for other, other_lengths in boxes[number + 1 :]:
+            if other and other[0] >= at[0] + lengths[0]:
+                break  # those that follow begin even later
+            pairs = zip(at, lengths, other, other_lengths, strict=True)
+            if all(a < b + other_length and b < a + length for a, length, b, other_length in pairs):
+                raise ValueError(f"two parts of {name!r} overlap")
 
 
 def _dtype_of(properties: Any) -> torch.dtype:
@@ -181,7 +200,7 @@ def _dtype_of(properties: Any) -> torch.dtype:
 
 def _shard(at: tuple[int, ...], shape: tuple[int, ...], info: Any) -> StoredBlock:
     file = info.relative_path
-    if not isinstance(file, str) or Path(file).name != file:
+    if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
         raise ValueError(f"it names a file outside of its folder: {file!r}")
     if getattr(info, "transform_descriptors", None):
         raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     TrainedCheckpoint,
 )
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer
-from titan_cpt.checkpoint.weights_only import IMPORTED, record_without_training, save_tensors
+from titan_cpt.checkpoint.weights_only import record_without_training, save_tensors
 from titan_cpt.common.files import atomic_folder
+from titan_cpt.common.reading import is_there, matching
+from titan_cpt.common.run_folder import MANIFEST_FILE
 from titan_cpt.common.text import problem_list
 from titan_cpt.data.tokenizer.ids_fingerprint import ids_fingerprint
 from titan_cpt.data.tokenizer.tokenizer import fingerprint_of
@@ -45,6 +48,7 @@ READERS: Mapping[str, Callable[[ImportRequest], TrainedCheckpoint]] = {
     "olmo-core": open_olmo_core,
 }
 """Name of a trainer, as `titan-cpt import --from` takes it -> what opens its checkpoints."""
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _LARGEST_STEP = 1 << 24  # float32, which AdamW counts in, has all whole numbers up to here
 
 
@@ -67,10 +71,36 @@ def import_from_trainer(
         OSError: `out` cannot be written.
     """
     require_free(out)
+    _require_foreign(request.path, out)
     trained_with = None
     if tokenizer is not None:
         trained_with = TrainingTokenizer(tokenizer, fingerprint_of(tokenizer), ids_fingerprint(tokenizer))
-    write_checkpoint(READERS[trainer](request), str(request.path), out, tokenizer=trained_with, log=log)
+    with _damage_reported(str(request.path)):
+        source = READERS[trainer](request)
+    write_checkpoint(source, str(request.path), out, tokenizer=trained_with, log=log)
+
+
+def _require_foreign(path: Path, out: Path) -> None:
+    """Raise CheckpointError for a checkpoint of titan_cpt, or a model of Hugging Face: neither is another trainer's."""
+    if is_there(path / MANIFEST_FILE):
+        raise CheckpointError(f'{path}: is a checkpoint of titan_cpt; a stage starts from it with "checkpoint:{path}"')
+    if is_there(path / "config.json") and matching(path, "*.safetensors") and not matching(path, "*.pth"):
+        raise CheckpointError(
+            f"{path}: is a Hugging Face model, which `titan-cpt import {path} {out}`, without --from, imports"
+        )
+
+
+@contextmanager
+def _damage_reported(where: str) -> Iterator[None]:
+    """Translate whatever reading a damaged file raises: its content can be anything, where a reader expects numbers."""
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{where}: cannot be read: {type(error).__name__}: {reason}. Copy the checkpoint again, or import with "
+            "--weights-only if only the optimizer state is damaged"
+        ) from error
 
 
 def write_checkpoint(
@@ -135,8 +165,8 @@ def _optimizer_faults(optimizer: Mapping[str, AdamWState], shapes: Mapping[str, 
             continue
         for moment in MOMENTS:
             yield from _wrong_shape(getattr(state, moment), shape)
-        if not 0 <= state.step <= _LARGEST_STEP:
-            yield f"optimizer state of {weight}: step must be from 0 to {_LARGEST_STEP:,}, got {state.step:,}; {remedy}"
+        if not 1 <= state.step <= _LARGEST_STEP:
+            yield f"optimizer state of {weight}: step must be from 1 to {_LARGEST_STEP:,}, got {state.step:,}; {remedy}"
     yield from (f"optimizer state of {weight}: not a weight of this model" for weight in optimizer.keys() - shapes)
 
 
@@ -151,7 +181,8 @@ def _checked(stored: StoredTensor, name: str, *, negative: bool) -> Tensor:
     Args:
         negative: values below 0 are allowed.
     """
-    tensor = stored.read()
+    with _damage_reported(f"{name}: {stored.where}"):
+        tensor = stored.read()
     if tuple(tensor.shape) != stored.shape:
         raise CheckpointError(f"{name}: {stored.where} has shape {list(tensor.shape)}, not {list(stored.shape)}")
     if not tensor.is_floating_point() or tensor.itemsize == 1:
@@ -166,6 +197,8 @@ def _checked(stored: StoredTensor, name: str, *, negative: bool) -> Tensor:
             f"{name}: {stored.where} has values that are NaN or infinite, so it cannot be trained on. Copy the "
             "checkpoint again, or use an earlier one"
         )
+    if max(-low, high) > torch.finfo(torch.float32).max:
+        raise CheckpointError(f"{name}: {stored.where} has values up to {max(-low, high):g}, which float32 cannot hold")
     if low < 0 and not negative:
         raise CheckpointError(
             f"{name}: {stored.where} has values below 0, and a mean of squares has none: the checkpoint is damaged. "
@@ -179,7 +212,7 @@ def _record(source: TrainedCheckpoint, name: str, tokenizer: TrainingTokenizer |
     recipe = source.spec.as_recipe() | ({"training.seq_len": source.seq_len} if source.seq_len else {})
     known = {"step": source.step, "tokens": source.tokens, "lr": source.lr, "next_lr": source.next_lr}
     return {
-        **record_without_training(IMPORTED, recipe),
+        **record_without_training(manifest.IMPORTED, recipe),
         "released": {"name": name, "config": {}, **({"tokenizer": tokenizer.as_record()} if tokenizer else {})},
         manifest.TRAINED_BY: {
             "trainer": source.trainer,

@@ -24,13 +24,20 @@ from titan_cpt.checkpoint.other_trainers.megatron_legacy import FILE, LegacyFile
 from titan_cpt.checkpoint.other_trainers.megatron_names import EMBEDDING, HEAD, Source, part_shape, sources, take_part
 from titan_cpt.checkpoint.other_trainers.megatron_ranks import Tensors
 from titan_cpt.checkpoint.other_trainers.model_config import spec_of_trainer_config
-from titan_cpt.checkpoint.other_trainers.torch_files import attributes, load_torch_file, plain_number
+from titan_cpt.checkpoint.other_trainers.torch_files import (
+    attributes,
+    counted,
+    known_number,
+    load_torch_file,
+    plain_number,
+)
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
     ImportRequest,
     StoredTensor,
     TrainedCheckpoint,
+    require_layers,
 )
 from titan_cpt.common.reading import is_there, matching, read_text
 from titan_cpt.errors import CheckpointError
@@ -84,16 +91,16 @@ def open_megatron(request: ImportRequest) -> TrainedCheckpoint:
     reader = _Reader(found, kept, folder)
     optimizer = {ours: reader.state(ours) for ours in kept} if set(MOMENTS) <= found.optimizer.keys() else {}
     used = {source.name for source in kept.values()} | ({HEAD} if found.spec.tied else set())
-    seq_len, samples = (plain_number(arguments.get(name)) for name in ("seq_length", "consumed_train_samples"))
+    seq_len, samples = (known_number(arguments.get(name)) for name in ("seq_length", "consumed_train_samples"))
     return TrainedCheckpoint(
         trainer="Megatron-LM",
         spec=found.spec,
         weights={ours: reader.weight(ours) for ours, source in kept.items() if source.name in there},
         optimizer=optimizer,
         foreign=sorted(there - used) + [name for name in found.extra if not name.startswith(_MTP)],
-        step=None if (iteration := plain_number(found.common.get("iteration"))) is None else int(iteration),
+        step=None if (iteration := known_number(found.common.get("iteration"))) is None else int(iteration),
         tokens=int(samples * seq_len) if samples and seq_len else None,
-        next_lr=plain_number(_decayed_group(found.groups).get("lr")),
+        next_lr=known_number(_decayed_group(found.groups).get("lr")),
         settings=_settings(found.groups) if optimizer else {},
         seq_len=int(seq_len) if seq_len else None,
         not_imported=list(_not_imported(found, request, arguments)),
@@ -107,7 +114,9 @@ def _checkpoint_folder(path: Path) -> Path:
         return path
     if is_there(path / _TRACKER):
         newest = read_text(path / _TRACKER).strip()
-        folder = path / (newest if newest == "release" else f"iter_{int(newest):07d}" if newest.isdigit() else newest)
+        if Path(newest).name != newest or newest in ("", ".."):
+            raise CheckpointError(f"{path / _TRACKER}: names {newest[:80]!r}, which is no folder in {path}")
+        folder = path / (newest if newest == "release" else f"iter_{int(newest):07d}" if newest.isdecimal() else newest)
         if is_there(folder / METADATA) or matching(folder, "mp_rank_*"):
             return folder
         raise CheckpointError(f"{folder}: is not a checkpoint of Megatron-LM, but {path / _TRACKER} names it")
@@ -128,11 +137,14 @@ def _distributed(folder: Path, request: ImportRequest) -> _Found:
         raise CheckpointError(f"{folder}: has no {EMBEDDING}, so it is not a GPTModel of Megatron-LM; it has {some}")
     arguments = attributes(common.get("args"))
     spec = _spec(request, arguments, files.tensors[EMBEDDING].shape[0], folder / _COMMON)
+    stacked = max((entry.shape[0] for entry in files.tensors.values() if entry.shape), default=0)
+    require_layers(spec, max(stacked, len(files.tensors)), str(folder))
     weights = DistTensors(files, "", spec.layers)
     optimizer: Mapping[str, Tensors] = {}
     if _wants_optimizer(request, arguments):
         gated = isinstance(spec, LlamaSpec)
         optimizer = distributed_optimizer(files, weights, arguments, layers=spec.layers, gated=gated)
+        _require_moments(files, optimizer)
     saved = attributes(common.get("optimizer"))
     inner = attributes(saved.get("optimizer", saved))
     groups = inner.get("param_groups")
@@ -144,10 +156,20 @@ def _distributed(folder: Path, request: ImportRequest) -> _Found:
         inner = attributes(stored[0] if isinstance(stored, list) and stored else stored)
         groups = inner.get("param_groups")
     groups = [dict(group) for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
-    step = _step(groups, attributes(inner.get("state")).get("common_step"))
+    step = _step(folder, groups, attributes(inner.get("state")).get("common_step"))
     known = set(map(weights.key_of, weights.names()))
     extra = [name for name in files.tensors if name not in known and not name.startswith(("optimizer.", "chained_"))]
     return _Found(spec, weights, optimizer, common, groups, step, extra)
+
+
+def _require_moments(files: DcpFiles, optimizer: Mapping[str, Tensors]) -> None:
+    """Raise CheckpointError if a checkpoint has tensors of an optimizer, but not both moments in a known form."""
+    unread = [name for name in files.tensors if name.startswith(("optimizer.", "chained_"))]
+    if unread and not set(MOMENTS) <= optimizer.keys():
+        raise CheckpointError(
+            f"{files.folder}: its optimizer state lacks {' and '.join(sorted({*MOMENTS} - optimizer.keys()))} in the "
+            f"forms that are read here; it has {unread[0]}; import with --weights-only"
+        )
 
 
 def _legacy(folder: Path, request: ImportRequest) -> _Found:
@@ -157,10 +179,12 @@ def _legacy(folder: Path, request: ImportRequest) -> _Found:
     if EMBEDDING not in rows.names():
         raise CheckpointError(f"{folder}: has no {EMBEDDING}, so it is not a GPTModel of Megatron-LM")
     spec = _spec(request, arguments, rows.shape(EMBEDDING)[0], files.paths[0, 0] / FILE)
+    require_layers(spec, len(rows.names()), str(folder))
     gated = isinstance(spec, LlamaSpec)
     optimizer = files.optimizer(gated=gated) if _wants_optimizer(request, arguments) else {}
     groups = files.param_groups()
-    return _Found(spec, files.weights(gated=gated), optimizer, files.common, groups, _step(groups, files.first_step()))
+    step = _step(folder, groups, files.step()) if optimizer else None
+    return _Found(spec, files.weights(gated=gated), optimizer, files.common, groups, step)
 
 
 def _spec(request: ImportRequest, arguments: Mapping[str, Any], rows: int, where: Path) -> ModelSpec:
@@ -173,11 +197,10 @@ def _wants_optimizer(request: ImportRequest, arguments: Mapping[str, Any]) -> bo
     return not request.weights_only and arguments.get("optimizer", "adam") == "adam"
 
 
-def _step(groups: list[dict[str, Any]], stored: Any) -> int | None:
+def _step(folder: Path, groups: list[dict[str, Any]], stored: Any) -> int | None:
     for value in (stored, *(group.get("step") for group in groups)):
-        number = plain_number(value)
-        if number is not None:
-            return int(number)
+        if value is not None:
+            return counted(value, f"{folder}: the optimizer's step")
     return None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from titan_cpt.checkpoint.other_trainers.megatron_buffers import places_in_joined_buckets
 from titan_cpt.checkpoint.other_trainers.megatron_names import BLOCKS, canonical
 from titan_cpt.checkpoint.other_trainers.megatron_ranks import MergedTensors, RankPart
-from titan_cpt.checkpoint.other_trainers.torch_files import attributes, load_torch_file
+from titan_cpt.checkpoint.other_trainers.torch_files import attributes, load_torch_file, plain_number
 from titan_cpt.common.reading import is_there, matching
 from titan_cpt.errors import CheckpointError
 
@@ -124,12 +124,21 @@ class LegacyFiles:
         """The optimizer's parameter groups in the first rank's file."""
         return _groups(self.common.get("optimizer"))
 
-    def first_step(self) -> Any:
-        """The number of updates of the first parameter, if the optimizer numbers parameters."""
+    def step(self) -> Any:
+        """The number of updates, if the optimizer counts those of each parameter.
+
+        Raises:
+            CheckpointError: the parameters have different numbers, as no checkpoint of Megatron-LM has them.
+        """
         saved = attributes(self.common.get("optimizer"))
         state = attributes(saved.get("optimizer", saved)).get("state")
-        first = next(iter(state.values()), None) if isinstance(state, Mapping) else None
-        return attributes(first).get("step")
+        steps = [attributes(each).get("step") for each in state.values()] if isinstance(state, Mapping) else []
+        if any(plain_number(step) != plain_number(steps[0]) for step in steps):
+            raise CheckpointError(
+                f"{self.folder}: the parameters count different numbers of updates: the files are of different steps; "
+                "import with --weights-only to leave out the optimizer state"
+            )
+        return steps[0] if steps else None
 
     def _chunk(self, rank: int, stage: int, chunk: int) -> Mapping[str, Any]:
         return _chunks(self._content[rank, stage])[chunk]

@@ -135,9 +135,9 @@ def merged_shape(name: str, shape: Sequence[int], ranks: int) -> tuple[int, ...]
 
 def part_shape(part: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
     """The shape of a part of a whole tensor of this shape."""
-    if part in ("gate", "up"):
+    if part in ("gate", "up") and shape and shape[0] % 2 == 0:
         return (shape[0] // 2, *shape[1:])
-    if part and isinstance(spec, LlamaSpec):
+    if part and isinstance(spec, LlamaSpec) and shape and shape[0] == spec.attention_width + 2 * spec.kv_width:
         shared = spec.heads // spec.kv_heads
         return (shape[0] // (shared + 2) * (shared if part == "q" else 1), *shape[1:])
     return shape

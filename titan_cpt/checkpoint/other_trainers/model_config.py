@@ -33,6 +33,8 @@ def spec_of_trainer_config(path: Path, project: str, *, rows: int) -> ModelSpec:
         model = read_with_bases(path).get("model")
         if isinstance(model, Mapping) and "family" in model:
             return spec_from_table(dict(model), path, rows=rows)
+        if not isinstance(model, Mapping):  # a converter would take its own defaults for a model
+            raise ConfigError(f"{path}: has no table [model], which must describe the model of the checkpoint")
     return spec_of_trainer_configs([path], project, rows=rows)
 
 

@@ -27,13 +27,14 @@ from titan_cpt.checkpoint.other_trainers.neox_names import (
     shape_of_part,
     whole_shape,
 )
-from titan_cpt.checkpoint.other_trainers.torch_files import plain_number
+from titan_cpt.checkpoint.other_trainers.torch_files import counted, known_number, plain_number
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
     ImportRequest,
     StoredTensor,
     TrainedCheckpoint,
+    require_layers,
 )
 from titan_cpt.common.reading import is_there, matching, read_text
 from titan_cpt.errors import CheckpointError
@@ -62,16 +63,17 @@ def open_neox(request: ImportRequest) -> TrainedCheckpoint:
         raise CheckpointError(f"{folder}: has no {NEOX_EMBEDDING}, so it is not a model of GPT-NeoX; it has {some}")
     rows = whole_shape(NEOX_EMBEDDING, files.weights[NEOX_EMBEDDING][0].shape, files.tp)[0]
     spec = _spec(request, folder, rows)
+    require_layers(spec, len(files.weights), str(folder))
     optimizer: Mapping[str, Parts] = {}
     groups: list[dict[str, Any]] = []
     step = None
     if not request.weights_only:
-        optimizer, groups, counted = files.optimizer()
-        step = _step(folder, groups, counted)
+        optimizer, groups, stored = files.optimizer()
+        step = _step(folder, groups, stored)
     reader = _NeoxReader(folder, spec, files, optimizer)
     found = {ours: place for ours in places(spec) if (place := reader.place_of(ours)) is not None}
     used = {place.names[0] for place in found.values()} | {f"{spec.layers + 4}.word_embeddings.weight"}
-    steps = plain_number(files.ranks[min(files.ranks)].get("global_steps"))
+    steps = known_number(files.ranks[min(files.ranks)].get("global_steps"))
     group = next((each for each in groups if each.get("weight_decay")), groups[0] if groups else {})
     return TrainedCheckpoint(
         trainer="GPT-NeoX",
@@ -80,7 +82,7 @@ def open_neox(request: ImportRequest) -> TrainedCheckpoint:
         optimizer={ours: reader.state(ours, place, step) for ours, place in found.items()} if step is not None else {},
         foreign=[name for name in files.weights if name not in used],
         step=None if steps is None else int(steps),
-        next_lr=plain_number(group.get("lr")),
+        next_lr=known_number(group.get("lr")),
         settings=_settings(group),
         not_imported=["optimizer: as --weights-only says"] if request.weights_only else [],
         notes=list(_notes(spec, files, folder)),
@@ -92,7 +94,10 @@ def _checkpoint_folder(path: Path) -> Path:
     if matching(path, "mp_rank_*_model_states.pt") or matching(path, "layer_*-model_*-model_states.pt"):
         return path
     if is_there(path / _LATEST):
-        return path / Path(read_text(path / _LATEST).strip()).name
+        newest = read_text(path / _LATEST).strip()
+        if Path(newest).name != newest or newest in ("", "..") or not is_there(path / newest):
+            raise CheckpointError(f"{path / _LATEST}: names {newest[:80]!r}, which is no folder in {path}")
+        return path / newest
     if not is_there(path):
         raise CheckpointError(f"{path}: no such folder; give the folder of one checkpoint, such as global_step1000")
     inside = [each.name for each in matching(path, "global_step*")]
@@ -112,11 +117,10 @@ def _spec(request: ImportRequest, folder: Path, rows: int) -> ModelSpec:
     return spec_of_trainer_configs(configs, "gpt-neox", rows=rows)
 
 
-def _step(folder: Path, groups: list[dict[str, Any]], counted: Any) -> int:
-    for value in (counted, *(group.get("step") for group in groups)):
-        number = plain_number(value)
-        if number is not None:
-            return int(number)
+def _step(folder: Path, groups: list[dict[str, Any]], stored: Any) -> int:
+    for value in (stored, *(group.get("step") for group in groups)):
+        if value is not None:
+            return counted(value, f"{folder}: the optimizer's step")
     raise CheckpointError(f"{folder}: does not say how many updates its moments count; import with --weights-only")
 
 

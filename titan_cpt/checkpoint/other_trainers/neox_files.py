@@ -143,7 +143,7 @@ class NeoxFiles:
                 "taken apart (DeepSpeed before 0.5); import with --weights-only"
             )
         for number, group in enumerate(shapes):
-            flat = [_flat(shard, number, kind) for shard in shards]
+            flat = [_flat(shard, number, kind, self.folder) for shard in shards]
             end = 0
             for name, shape in attributes(group).items():
                 elements = math.prod(shape)
@@ -197,7 +197,7 @@ def _groups_of(base: Mapping[str, Any]) -> Mapping[Any, Any]:
     return state if isinstance(state, Mapping) else {}
 
 
-def _flat(shard: Mapping[str, Any], group: int, kind: str) -> Tensor:
+def _flat(shard: Mapping[str, Any], group: int, kind: str, folder: Path) -> Tensor:
     """A data-parallel rank's flat tensor of a group."""
     if kind == "param":
         tensors = shard[_FP32]
@@ -205,7 +205,7 @@ def _flat(shard: Mapping[str, Any], group: int, kind: str) -> Tensor:
     else:
         tensor = attributes(_groups_of(attributes(shard[_BASE])).get(group)).get(kind)
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"the optimizer's shards have no {kind} of parameter group {group}")
+        raise CheckpointError(f"{folder}: the optimizer's shards have no {kind} of parameter group {group}")
     return tensor.flatten()
 
 

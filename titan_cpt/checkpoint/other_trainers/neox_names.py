@@ -118,9 +118,9 @@ def merge_parts(name: str, parts: Sequence[Tensor], spec: ModelSpec, *, summed: 
 
 def shape_of_part(part: str, shape: tuple[int, ...], spec: ModelSpec) -> tuple[int, ...]:
     """The shape of a part of a whole tensor of this shape."""
-    if part in ("gate", "up"):
+    if part in ("gate", "up") and shape and shape[0] % 2 == 0:
         return (shape[0] // 2, *shape[1:])
-    if part and isinstance(spec, LlamaSpec):
+    if part and isinstance(spec, LlamaSpec) and shape and shape[0] == spec.attention_width + 2 * spec.kv_width:
         heads = spec.heads if part == "q" else spec.kv_heads
         return (shape[0] * heads // (spec.heads + 2 * spec.kv_heads), *shape[1:])
     return shape

@@ -8,6 +8,7 @@ the file says of it; nothing that the file names is imported or called.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,12 @@ def _load(source: Path | io.BytesIO, where: Path, *, mmap: bool) -> Any:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(source, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # a damaged file can fail in any way
-        raise CheckpointError(f"{where}: cannot be read: {_reason(error)}; copy the checkpoint again") from None
+        raise CheckpointError(f"{where}: cannot be read: {failure_text(error)}; copy the checkpoint again") from None
 
 
-def _reason(error: Exception) -> str:
+def failure_text(error: Exception) -> str:
     """The line of torch's message that says what is wrong, without its advice to load the file unsafely."""
-    advice = ("Weights only load failed", "Please file", "Check the documentation")
+    advice = ("Weights only load failed", "Re-running `torch.load`", "Please file", "Check the documentation")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if not line.startswith(advice)]
     return (reasons or lines or [type(error).__name__])[0].partition(". ")[0].rstrip(".")
@@ -123,3 +124,25 @@ def plain_number(value: Any) -> float | None:
 def whole_number(value: Any) -> int | None:
     """The value if it is an int, otherwise None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def counted(value: Any, where: str) -> int:
+    """The number of updates that an optimizer counts, as an int, a float or a tensor of one element.
+
+    Args:
+        where: the count in the other trainer's files, for the message.
+
+    Raises:
+        CheckpointError: it is missing or not a whole number, without which AdamW cannot correct the bias of moments.
+    """
+    number = plain_number(value)
+    if number is None or not math.isfinite(number) or number != int(number):
+        found = "is missing" if value is None else f"is not a whole number but {str(value)[:80]}"
+        raise CheckpointError(f"{where} {found}; import with --weights-only to leave out the optimizer state")
+    return int(number)
+
+
+def known_number(value: Any) -> float | None:
+    """`plain_number` if it is finite and not negative, as counts and learning rates are; otherwise None: unknown."""
+    number = plain_number(value)
+    return number if number is not None and math.isfinite(number) and number >= 0 else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from titan_cpt.errors import CheckpointError
 from titan_cpt.models.spec import ModelSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,3 +98,16 @@ class TrainedCheckpoint:
     seq_len: int | None = None
     not_imported: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+
+def require_layers(spec: ModelSpec, tensors: int, where: str) -> None:
+    """Raise CheckpointError if a model has more layers than a checkpoint has tensors, before each layer is looked up.
+
+    Args:
+        tensors: number of tensors in the checkpoint.
+        where: the checkpoint, for the message.
+    """
+    if spec.layers > tensors:
+        raise CheckpointError(
+            f"{where}: has {tensors:,} tensors, but a model of {spec.layers:,} layers is described: correct the config"
+        )

@@ -18,6 +18,23 @@ _REWARMED = 2.0  # ratio of a stage's peak to the LR before it, from which it re
 
 
 @dataclass(frozen=True)
+class OtherTraining:
+    """What an import recorded of the training of its weights in another trainer; None: unknown.
+
+    Attributes:
+        trainer: its name.
+        steps: optimizer steps.
+        tokens: tokens of these steps.
+        lr: learning rate of the last step, or the one that the next step would have had.
+    """
+
+    trainer: str
+    steps: int | None = None
+    tokens: int | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
 class ReleasedWeights:
     """The release that weights are of.
 
@@ -25,11 +42,13 @@ class ReleasedWeights:
         name: as the notes call it.
         release: what is known of it; None: nothing.
         revision: the hub revision; None if it is not known which one the weights are of.
+        training: of weights that were imported from another trainer, and are not those of a release any more.
     """
 
     name: str
     release: Release | None
     revision: str | None = None
+    training: OtherTraining | None = None
 
     @property
     def left_at(self) -> Fact[float] | None:
@@ -56,6 +75,11 @@ def release_notes(
         found = weights.get(stage.init) if isinstance(stage.init, str) else None
         if found is None:
             continue
+        peak = max(spanned.peak_lr for spanned in schedule_span(stage, stages))
+        if found.training is not None:
+            yield _other_summary(stage, found.name, found.training)
+            yield from lr_changes(stage, peak=peak, last_lr=found.training.lr, earlier_peak=None)
+            continue
         if found.release is None or not found.release.stages:
             yield (
                 f"stages.{stage.name}.init: nothing is known of the training of {found.name}, such as the LR at which "
@@ -63,7 +87,6 @@ def release_notes(
             )
             continue
         yield _summary(stage, found, found.release)
-        peak = max(spanned.peak_lr for spanned in schedule_span(stage, stages))
         left, highest = found.left_at, found.release.peak_lr
         yield from lr_changes(
             stage,
@@ -74,6 +97,17 @@ def release_notes(
         yield from _earlier_checkpoint(stage, found, found.release, peak)
         yield from _shorter(stage, found)
         yield from _other_tokenizer(stage, found, found.release, token_ids)
+
+
+def _other_summary(stage: StagePlan, name: str, training: OtherTraining) -> str:
+    """What another trainer recorded of the weights, and what this stage adds, in one note."""
+    steps = "" if training.steps is None else f" for {training.steps:,} steps"
+    tokens = "" if training.tokens is None else f", on {shortest_count(training.tokens)} tokens"
+    left = "at which LR it was left is not recorded" if training.lr is None else f"it was left at LR {training.lr:.3g}"
+    return (
+        f"stages.{stage.name}.init: {name} was trained with {training.trainer}{steps}{tokens}; {left}. This stage adds "
+        f"{shortest_count(stage.tokens)} tokens at a peak of {stage.peak_lr:.3g}"
+    )
 
 
 def _summary(stage: StagePlan, found: ReleasedWeights, release: Release) -> str:

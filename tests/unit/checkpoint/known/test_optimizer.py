@@ -54,3 +54,18 @@ def test_the_state_of_another_optimizer_is_not_kept(found, tmp_path):
         refused.value
     )
     assert found(MUON, "Muon", "keep") == []
+
+
+def test_a_checkpoint_without_an_optimizer_state_keeps_none(head, make, tmp_path):
+    """The plan refuses it, before any stage is trained; with "reset" there is no note."""
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest_with({}) | {"kind": "imported"}))
+
+    def planned(state):
+        text = head + stage("a", "pile", 10, init=f'"checkpoint:{tmp_path}"', optimizer_state=f'"{state}"')
+        return list(check_known_optimizers(make(text).stages))
+
+    with pytest.raises(ConfigError) as refused:
+        planned("keep")
+
+    assert "is an import, which has no optimizer state to keep: set stages.a.optimizer_state to" in str(refused.value)
+    assert planned("reset") == []

@@ -91,3 +91,23 @@ def test_the_length_of_a_release_on_the_hub_is_that_of_its_training(head, make):
 
     assert note.startswith("stages.a: trains on sequences of 4,096 tokens with the RoPE of weights that know 2,048")
     assert list(length_notes(unknown)) == []
+
+
+def test_an_import_from_another_trainer_is_no_release_and_has_the_lr_that_it_recorded(head, make, write, tmp_path):
+    """Also if its folder has the name of a release, whose weights the other trainer has changed; a jump has a note."""
+    trained_by = {"trainer": "litgpt", "step": 1200, "tokens": 34_000, "next_lr": 1e-5}
+    record = manifest_with({}) | {"kind": "imported", "released": {"name": "there/pythia-160m", "config": {}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(record | {"trained_by": trained_by}))
+    text = head + stage("a", "pile", 10, init=f'"checkpoint:{tmp_path}"', lr='schedule = "constant", max = 1e-3')
+    config = load_config(write(text))
+    summary, jump = known_release_notes(config, make(text).stages, None)
+    (tmp_path / "manifest.json").write_text(json.dumps(record | {"trained_by": {"trainer": "litgpt"}}))
+    unknown, *others = known_release_notes(config, make(text).stages, None)
+
+    assert summary.startswith(
+        "stages.a.init: there/pythia-160m was trained with litgpt for 1,200 steps, on 34K tokens; it was left at "
+        "LR 1e-05. This stage adds "
+    )
+    assert "without a warm-up, after an LR of 1e-05: the loss will spike" in jump
+    assert "was trained with litgpt; at which LR it was left is not recorded. This stage adds" in unknown
+    assert others == []

@@ -94,13 +94,13 @@ def test_code_in_an_object_is_refused_and_not_executed(copy, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def described(chunks, size, file="__0_0.distcp", **more):
+def described(chunks, size, file="__0_0.distcp", size_bytes=200, **more):
     """Metadata of one tensor with these (offset, size) blocks, each with an entry in `file`."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     blocks = [ChunkStorageMetadata(torch.Size(at), torch.Size(shape)) for at, shape in chunks]
     stored = TensorStorageMetadata(TensorProperties(dtype=torch.float32), torch.Size(size), blocks)
-    where = {MetadataIndex("w", torch.Size(at)): _StorageInfo(file, 0, 10, **more) for at, _ in chunks}
+    where = {MetadataIndex("w", torch.Size(at)): _StorageInfo(file, 0, size_bytes, **more) for at, _ in chunks}
     return pickle.dumps(Metadata({"w": stored}, {}, where))
 
 
@@ -111,11 +111,14 @@ def described(chunks, size, file="__0_0.distcp", **more):
         (described([((0, 0), (2, 3)), ((3, 0), (2, 3))], (4, 3)), "a part of 'w' is outside of the tensor"),
         (described([((0, 0), (4, 3))], (4, 3), file="../other"), "names a file outside of its folder: '../other'"),
         (described([((0, 0), (4, 3))], (4, 3), file="/etc/passwd"), "names a file outside of its folder"),
+        (described([((0, 0), (4, 3))], (4, 3), file=".."), "names a file outside of its folder: '..'"),
+        (described([((0, 0), (2, 3)), ((1, 0), (2, 3))], (4, 3)), "two parts of 'w' overlap"),
+        (described([((0, 0), (1 << 40, 3))], (1 << 40, 3)), "3] is in only 200 bytes"),
         (described([((0, 0), (4, 3))], (4, 3), transform_descriptors=["zstd"]), "cannot be read here"),
         (b"not a pickle", "cannot be read"),
         (pickle.dumps([1, 2]), "cannot be read"),
     ],
-    ids=["gap", "outside", "parent", "absolute", "compressed", "text", "list"],
+    ids=["gap", "outside", "parent", "absolute", "dots", "overlap", "huge", "compressed", "text", "list"],
 )
 def test_damaged_metadata_is_named(copy, content, message):
     """The message names the file; nothing is read from other places."""
@@ -125,6 +128,21 @@ def test_damaged_metadata_is_named(copy, content, message):
 
     assert message in str(refused.value)
     assert str(copy / ".metadata") in str(refused.value)
+
+
+def test_a_folder_in_place_of_a_file_and_a_damaged_shard_are_named(copy):
+    """Without torch's advice to load the file unsafely."""
+    shard = copy / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CheckpointError) as damaged:
+        DcpFiles(copy).read("wide")
+    (copy / ".metadata").unlink()
+    (copy / ".metadata").mkdir()
+    with pytest.raises(CheckpointError, match="Is a directory; it must be a file that DCP wrote"):
+        DcpFiles(copy)
+
+    assert "weights_only" not in str(damaged.value)
+    assert str(damaged.value).endswith("; copy the checkpoint again")
 
 
 def test_every_cut_of_the_metadata_is_an_error_of_ours(copy):

@@ -8,11 +8,11 @@ import torch
 from torch.optim import AdamW
 
 from titan_cpt.checkpoint import manifest
+from titan_cpt.checkpoint.manifest import has_optimizer_state
 from titan_cpt.checkpoint.other_trainers.import_trained import READERS, write_checkpoint
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import AdamWState, StoredTensor, TrainedCheckpoint
 from titan_cpt.checkpoint.state_dict import load_state, optimizer_tensors
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_manifest
-from titan_cpt.checkpoint.weights_only import has_optimizer_state
 from titan_cpt.commands.import_model import TRAINERS
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.build import build_model
@@ -138,6 +138,14 @@ NAN = torch.full((300, 16), float("nan"))
         (lambda it: changed(it, "weight", HEAD, NAN), "their.head.weight has values that are NaN or infinite"),
         (lambda it: changed(it, "exp_avg", HEAD, NAN), "their.head.weight.exp_avg has values that are NaN"),
         (lambda it: changed(it, "exp_avg_sq", HEAD, -torch.ones(300, 16)), "exp_avg_sq has values below 0"),
+        (
+            lambda it: changed(it, "weight", HEAD, torch.full((300, 16), 1e39, dtype=torch.float64)),
+            "which float32 cannot hold",
+        ),
+        (
+            lambda it: replace(it, weights={**it.weights, HEAD: replace(it.weights[HEAD], read=lambda: {}["there"])}),
+            "their.head.weight: cannot be read: KeyError: 'there'. Copy the checkpoint again",
+        ),
         (lambda it: changed(it, "exp_avg", HEAD, torch.ones(16)), "their.head.weight.exp_avg: has shape [16]"),
         (lambda it: changed(it, "weight", HEAD, torch.ones(300, 16).int()), "has the dtype int32"),
         (
@@ -145,8 +153,8 @@ NAN = torch.full((300, 16), float("nan"))
             "optimizer state of head.weight: missing; import with --weights-only",
         ),
         (
-            lambda it: replace(it, optimizer={**it.optimizer, HEAD: replace(it.optimizer[HEAD], step=-1)}),
-            "optimizer state of head.weight: step must be from 0",
+            lambda it: replace(it, optimizer={**it.optimizer, HEAD: replace(it.optimizer[HEAD], step=0)}),
+            "optimizer state of head.weight: step must be from 1",
         ),
     ],
     ids=[
@@ -157,6 +165,8 @@ NAN = torch.full((300, 16), float("nan"))
         "nan",
         "nan-moment",
         "negative",
+        "float64",
+        "unreadable",
         "moment-shape",
         "int",
         "none",

@@ -125,6 +125,16 @@ def _truncated(name):
     return cut
 
 
+def _changed(change):
+    def damage(folder):
+        path = folder / "mp_rank_00_000" / "model_optim_rng.pt"
+        content = torch.load(path, weights_only=False)
+        change(content)
+        torch.save(content, path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -132,6 +142,9 @@ def _truncated(name):
         (_without("mp_rank_01_000", "mp_rank_01_001"), "tensor_model_parallel_size = 2"),
         (_truncated("mp_rank_01_001/model_optim_rng.pt"), "model_optim_rng.pt: cannot be read: "),
         (lambda folder: (folder / "mp_rank_00_000" / "model_optim_rng.pt").unlink(), "model_optim_rng.pt: is missing"),
+        (_changed(lambda it: it["optimizer"]["state"][1].update(step=5)), "count different numbers of updates"),
+        (_changed(lambda it: setattr(it["args"], "num_layers", "x")), "cannot be read: ValueError: invalid literal"),
+        (_changed(lambda it: setattr(it["args"], "num_layers", 10**9)), "a model of 1,000,000,000 layers is described"),
     ],
 )  # fmt: skip
 def test_a_damaged_legacy_checkpoint_is_refused(damage, expected, training, tmp_path, capsys):
@@ -208,3 +221,27 @@ def test_the_folder_of_a_run_without_a_checkpoint_is_refused(tmp_path, capsys):
 
     assert status != 0
     assert "so it is no Megatron-LM checkpoint; give one of iter_0000100 in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("newest", ["../elsewhere/iter_0000002", "..", "", "\xb2"])
+def test_a_file_that_names_a_checkpoint_outside_of_the_run_is_refused(newest, training, tmp_path, capsys):
+    """A copied run names no other folder of this machine."""
+    (model, optimizer), spec = training["llama"], SPECS["llama"]
+    write_legacy(tmp_path / "elsewhere", state_of(model, optimizer, spec), spec)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text(newest)
+    status = imported(tmp_path / "run", tmp_path / "out")
+
+    assert status == 2
+    assert ("which is no folder in" if newest != "\xb2" else "is not a checkpoint of") in capsys.readouterr().err
+
+
+def test_a_distributed_checkpoint_with_one_moment_is_refused(training, tmp_path, capsys):
+    """Without the other one nothing would be kept; the message says what is missing, and names --weights-only."""
+    (model, optimizer), spec = training["llama"], SPECS["llama"]
+    state = state_of(model, optimizer, spec)
+    write_distributed(tmp_path, {kind: state[kind] for kind in ("param", "exp_avg")}, spec)
+    status = imported(tmp_path / "iter_0000002", tmp_path / "out")
+
+    assert status == 2
+    assert "its optimizer state lacks exp_avg_sq in the forms that are read here" in capsys.readouterr().err

@@ -227,3 +227,76 @@ def test_options_of_the_other_kind_are_refused(words, message, capsys):
         main(words)
 
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (None, "optimizer.state.norm.weight.step is missing; import with --weights-only"),
+        (torch.tensor(float("nan")), "step is not a whole number but tensor(nan)"),
+        (2.5, "step is not a whole number but 2.5"),
+        ("two", "step is not a whole number but two"),
+    ],
+    ids=["missing", "nan", "half", "text"],
+)
+def test_moments_without_a_count_of_updates_are_refused(count, message, tmp_path):
+    """Taken for 0, their bias would be corrected as after one update: too large by a factor of up to 10."""
+    model, optimizer = trained(SPECS["llama3"])
+    state = state_of(model, optimizer, SPECS["llama3"])
+    del state["optimizer"]["state.norm.weight.step"]
+    if count is not None:
+        state["optimizer"]["state.norm.weight.step"] = count
+    write(tmp_path / "step-2", state)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["llama3"])))
+
+    assert message in refused(tmp_path, tmp_path / "config.json")
+
+
+def test_numbers_that_are_not_needed_may_be_missing_or_damaged(tmp_path):
+    """They are unknown then; the LR of a compiled optimizer is a tensor; another optimizer's state is named."""
+    model, optimizer = trained(SPECS["llama3"])
+    state = state_of(model, optimizer, SPECS["llama3"])
+    state["train_state"] = {"step": float("nan"), "ntokens_seen": -7}
+    state["optimizer"]["param_groups.tok_embeddings.weight.lr"] = torch.tensor(0.25)
+    write(tmp_path / "step-2", state)
+    write(tmp_path / "step-3", state | {"optimizer": {"state.norm.weight.momentum_buffer": torch.zeros(32)}})
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["llama3"])))
+    found, other = (
+        open_torchtitan(ImportRequest(tmp_path / step, tmp_path / "config.json")) for step in ("step-2", "step-3")
+    )
+
+    assert (found.step, found.tokens, found.next_lr, found.foreign) == (None, None, 0.25, [])
+    assert "optimizer: its state is not that of AdamW" in other.not_imported
+
+
+def test_a_moment_with_one_row_more_is_refused_by_its_shape(tmp_path):
+    """A fused moment is taken apart only if it has the rows of queries, keys and values."""
+    model, optimizer = trained(SPECS["llama3"])
+    state = state_of(model, optimizer, SPECS["llama3"])
+    state["optimizer"]["state.layers.0.attention.qkv_linear.wqkv.weight.exp_avg"] = torch.zeros(65, 32)
+    write(tmp_path / "step-2", state)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(SPECS["llama3"])))
+    request = ImportRequest(tmp_path / "step-2", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"wqkv.weight.exp_avg \(q\): has shape \[65, 32\] in our layout"):
+        import_from_trainer("torchtitan", request, tmp_path / "out", log=print)
+
+
+def test_wrong_configs_and_folders_are_refused(tmp_path, capsys):
+    """A TOML file without [model], a base of RoPE that is no number, a billion layers, a checkpoint of ours."""
+    saved(tmp_path, "llama3")
+    (tmp_path / "empty.toml").write_text("model = 3")
+    many = as_config_table(SPECS["llama3"]).replace("layers = 2", "layers = 1_000_000_000")
+    (tmp_path / "many.toml").write_text(many)
+    config = config_json(SPECS["llama3"])
+    for layer in config["model_spec"]["model"]["layers"]:
+        layer["attention"]["rope"]["theta"] = float("nan")
+    (tmp_path / "nan.json").write_text(json.dumps(config))
+    imported(tmp_path, "--config", str(tmp_path / "config.json"))
+    (tmp_path / "out").rename(tmp_path / "ours")
+    request = ImportRequest(tmp_path / "ours", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"ours: is a checkpoint of titan_cpt; a stage starts from it with"):
+        import_from_trainer("torchtitan", request, tmp_path / "out", log=print)
+
+    assert "empty.toml: has no table [model]" in refused(tmp_path, tmp_path / "empty.toml")
+    assert "tensors, but a model of 1,000,000,000 layers is described" in refused(tmp_path, tmp_path / "many.toml")
+    assert "model.rope_base: must be above 0 and finite, got nan" in refused(tmp_path, tmp_path / "nan.json")

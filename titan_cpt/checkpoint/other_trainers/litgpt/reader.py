@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.litgpt.config import MODEL_CONFIG, read_litgpt_spec
-from titan_cpt.checkpoint.other_trainers.torch_files import load_torch_file, plain_number, whole_number
+from titan_cpt.checkpoint.other_trainers.torch_files import counted, load_torch_file, plain_number, whole_number
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
     ImportRequest,
     StoredTensor,
     TrainedCheckpoint,
+    require_layers,
 )
 from titan_cpt.common.reading import is_there, matching
 from titan_cpt.convert.reading import read_files
@@ -74,6 +75,7 @@ def open_litgpt(request: ImportRequest) -> TrainedCheckpoint:
     config = _config(request, file)
     tied = _is_tied(weights, options, file)
     spec = read_litgpt_spec(config, rows=weights[_EMBEDDING].shape[0], tied=tied)
+    require_layers(spec, len(weights), str(file))
     reader = _Reader(weights, spec)
     optimizer, skipped = _optimizer(request, reader, content if stored is not content else {})
     group = _only_group(content["optimizer"]) if optimizer else {}
@@ -181,7 +183,8 @@ class _Reader:
             if any(source.name not in moments[moment] for moment in MOMENTS):
                 continue  # the writer names weights without a state
             first, second = (self.stored(ours, moments[m], f"{m} of {source.name}") for m in MOMENTS)
-            result[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=int(float(states[source.name]["step"])))
+            step = counted(states[source.name]["step"], f"the optimizer's step of {source.name}")
+            result[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=step)
         return result, ""
 
     def _states_by_name(self, found: Any) -> dict[str, Mapping[str, Any]] | str:

@@ -25,13 +25,14 @@ from titan_cpt.checkpoint.other_trainers.olmo_core.config import (
     read_olmo_core_model,
 )
 from titan_cpt.checkpoint.other_trainers.rope_layout import halves_from_interleaved
-from titan_cpt.checkpoint.other_trainers.torch_files import load_torch_file, plain_number, whole_number
+from titan_cpt.checkpoint.other_trainers.torch_files import counted, load_torch_file, plain_number, whole_number
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     MOMENTS,
     AdamWState,
     ImportRequest,
     StoredTensor,
     TrainedCheckpoint,
+    require_layers,
 )
 from titan_cpt.common.reading import is_there, matching
 from titan_cpt.errors import CheckpointError
@@ -74,6 +75,7 @@ def open_olmo_core(request: ImportRequest) -> TrainedCheckpoint:
     folder = files.folder.parent if files.folder.name == _TENSORS else files.folder
     config_file = request.config or folder / CONFIG
     model = read_olmo_core_model(config_file, rows=embedding.shape[0])
+    require_layers(model.spec, len(files.tensors), str(files.folder))
     config = {} if config_file.suffix == ".toml" else read_olmo_core_json(config_file)
     trainer, skipped = _trainer_state(folder)
     step = _step(trainer, folder)
@@ -169,7 +171,8 @@ class _Reader:
                 continue  # the writer names weights without a state
             self.read_names |= {f"{key}.{name}" for name in (*MOMENTS, "step")}
             first, second = (self.stored(ours, f"{key}.{moment}") for moment in MOMENTS)
-            found[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=int(self._files.read(f"{key}.step")))
+            step = counted(self._files.read(f"{key}.step"), f"{self._files.folder}: {key}.step")
+            found[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=step)
         return found
 
 

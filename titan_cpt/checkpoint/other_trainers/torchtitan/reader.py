@@ -16,6 +16,7 @@ from torch import Tensor
 
 from titan_cpt.checkpoint.other_trainers.dcp_files import DcpFiles
 from titan_cpt.checkpoint.other_trainers.rope_layout import halves_from_interleaved
+from titan_cpt.checkpoint.other_trainers.torch_files import counted, known_number
 from titan_cpt.checkpoint.other_trainers.torchtitan.config import read_spec
 from titan_cpt.checkpoint.other_trainers.torchtitan.names import EMBEDDING, TIED_HEADS, is_interleaved, torchtitan_names
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
@@ -24,6 +25,7 @@ from titan_cpt.checkpoint.other_trainers.trained_checkpoint import (
     ImportRequest,
     StoredTensor,
     TrainedCheckpoint,
+    require_layers,
 )
 from titan_cpt.errors import CheckpointError
 from titan_cpt.models.llama.spec import LlamaSpec
@@ -60,11 +62,13 @@ def open_torchtitan(request: ImportRequest) -> TrainedCheckpoint:
             f"{request.path}: has no {EMBEDDING}, so it is not a language model of torchtitan; it has {some}"
         )
     spec = read_spec(files, prefix, request.config)
+    require_layers(spec, len(files.tensors), str(request.path))
     reader = _Reader(files, prefix, spec)
     optimizer = {} if request.weights_only else reader.optimizer()
     state = "optimizer.state."
     known = {prefix + source.name for source in reader.sources.values()} | reader.read_names
     foreign = [name for name in files.tensors if name not in known and not name.endswith(_CONSTANTS)]
+    foreign = [name for name in foreign if not name.startswith("optimizer.param_groups.")]  # an LR in a tensor
     if request.weights_only or not optimizer:
         foreign = [name for name in foreign if not name.startswith("optimizer.")]
     if spec.tied:
@@ -75,6 +79,8 @@ def open_torchtitan(request: ImportRequest) -> TrainedCheckpoint:
     skipped = [counted] if counted else []
     if request.weights_only and any(name.startswith(state) for name in files.tensors):
         skipped.append("optimizer: as --weights-only says")
+    elif not optimizer and any(name.startswith(state) for name in files.tensors):
+        skipped.append("optimizer: its state is not that of AdamW")
     if any(name.startswith("dataloader") for name in files.objects):
         skipped.append("dataloader: the position in the data; the next stage reads its own data")
     if any(name.startswith("lr_scheduler") for name in files.objects):
@@ -144,7 +150,8 @@ class _Reader:
             key = f"optimizer.state.{where.name}"
             self.read_names |= {f"{key}.{name}" for name in (*MOMENTS, "step")}
             first, second = (self._stored(ours, f"{key}.{moment}", where) for moment in MOMENTS)
-            found[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=int(self.number(f"{key}.step") or 0))
+            step = counted(self._stored_value(f"{key}.step"), f"{self._files.folder}: {key}.step")
+            found[ours] = AdamWState(exp_avg=first, exp_avg_sq=second, step=step)
         return found
 
     def _state_of(self, source: _Source) -> _Source | None:
@@ -160,27 +167,27 @@ class _Reader:
         """Dotted keys of our [optimizer], and `lr`, the LR of torchtitan's next step; of the embedding's group."""
         group = f"optimizer.param_groups.{EMBEDDING}"
         values: dict[str, Any] = {
-            key: self._files.read_object(f"{group}.{key}")
-            for key in ("lr", "betas", "eps", "weight_decay")
-            if f"{group}.{key}" in self._files.objects
+            key: self._stored_value(f"{group}.{key}") for key in ("lr", "betas", "eps", "weight_decay")
         }
-        betas = values.pop("betas", None)
+        betas = values.pop("betas")
         if isinstance(betas, tuple | list) and len(betas) == 2:
             values |= {"beta1": betas[0], "beta2": betas[1]}
         return {
-            key if key == "lr" else f"optimizer.{key}": float(value)
+            key if key == "lr" else f"optimizer.{key}": number
             for key, value in values.items()
-            if isinstance(value, int | float)
+            if (number := known_number(value)) is not None
         }
 
     def number(self, name: str) -> int | None:
-        """A whole number that is stored as an object, or as a tensor without dimensions; None if there is none."""
+        """A count, which is stored as an object, or as a tensor without dimensions; None if there is none."""
+        number = known_number(self._stored_value(name))
+        return None if number is None else int(number)
+
+    def _stored_value(self, name: str) -> Any:
+        """An object, or a tensor without dimensions; None if there is none."""
         if name in self._files.tensors and self._files.tensors[name].shape == ():
-            return int(self._files.read(name))
-        value = self._files.read_object(name) if name in self._files.objects else None
-        if isinstance(value, Tensor) and value.ndim == 0:
-            return int(value)
-        return int(value) if isinstance(value, int | float) else None
+            return self._files.read(name)
+        return self._files.read_object(name) if name in self._files.objects else None
 
     def tokens(self) -> tuple[int | None, str | None]:
         """The tokens that trained the weights, or why the number in the files is another one."""
@@ -199,7 +206,8 @@ class _Reader:
         """The tensor `name` in our layout: a part of a fused one, and q and k in our order of features."""
         spec = self._spec
         shape = self._files.tensors[name].shape
-        if source.part and shape:
+        rows = (spec.heads + 2 * spec.kv_heads) * spec.head_width
+        if source.part and shape and shape[0] == rows:
             part = 1 if source.part != "q" else spec.heads // spec.kv_heads
             shape = (shape[0] * part // (spec.heads // spec.kv_heads + 2), *shape[1:])
         where = f"{name} ({source.part})" if source.part else name
