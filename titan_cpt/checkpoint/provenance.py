@@ -273,6 +273,9 @@ def tokenizer_path(record: Mapping[str, Any], checkpoint: Path, base_model: Base
     base_model = base_model or find_base_model(record)
     if base_model and base_model.folder and (base_model.folder / "tokenizer.json").exists():
         return str(base_model.folder)
+    if manifest.TRAINED_BY in record and tokenizer_of_manifest(record, checkpoint) is not None:
+        path = record["released"]["tokenizer"]["where"]  # --tokenizer of the import
+        return path if path == BYTES or Path(path).exists() else None
     return None
 
 

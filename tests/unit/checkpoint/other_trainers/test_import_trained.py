@@ -11,6 +11,7 @@ from titan_cpt.checkpoint import manifest
 from titan_cpt.checkpoint.manifest import has_optimizer_state
 from titan_cpt.checkpoint.other_trainers.import_trained import READERS, write_checkpoint
 from titan_cpt.checkpoint.other_trainers.trained_checkpoint import AdamWState, StoredTensor, TrainedCheckpoint
+from titan_cpt.checkpoint.provenance import tokenizer_path
 from titan_cpt.checkpoint.state_dict import load_state, optimizer_tensors
 from titan_cpt.checkpoint.tokenizer_check import TrainingTokenizer, tokenizer_of_manifest
 from titan_cpt.commands.import_model import TRAINERS
@@ -105,12 +106,13 @@ def test_an_import_without_moments_has_no_state_to_keep(found, tmp_path):
     """Unknown facts are called unknown, and a tokenizer that the user names is recorded."""
     lines = []
     bare = TrainedCheckpoint(trainer="another", spec=SPEC, weights=found.weights, next_lr=2e-4)
-    tokenizer = TrainingTokenizer("there/tokenizer.json", "ab" * 32, "cd" * 32)
+    tokenizer = TrainingTokenizer("bytes", "ab" * 32, "cd" * 32)
     write_checkpoint(bare, "there", tmp_path / "out", tokenizer=tokenizer, log=lines.append)
     record = manifest.verify(tmp_path / "out")
 
     assert not has_optimizer_state(record)
     assert tokenizer_of_manifest(record, tmp_path / "out").ids == "cd" * 32
+    assert tokenizer_path(record, tmp_path / "out") == "bytes"
     assert "step: unknown; tokens: unknown; LR of the next step: 0.0002" in lines
     assert "imported: 12 weights, and no optimizer state" in lines
     assert not any("keep" in line or "tokenizer of these weights" in line for line in lines)
