@@ -25,7 +25,7 @@ from titan_cpt.checkpoint.provenance import find_base_model, find_tokenizer, tok
 from titan_cpt.checkpoint.state_dict import load_state
 from titan_cpt.checkpoint.weights_only import record_without_training, save_weights
 from titan_cpt.common.weights.named_weights import named_weights
-from titan_cpt.errors import CheckpointError
+from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.registry import named_size
 
@@ -269,7 +269,7 @@ def test_a_run_starts_from_a_merge_and_its_model_card_names_it(tmp_path):
     stage = {**third_stage(), "init": f"checkpoint:{merged}"}
     kept = changed(raw, job={"name": "kept"}, stages=[{**stage, "optimizer_state": "keep"}])
     with (
-        pytest.raises(CheckpointError, match="is a merge, which has no optimizer state to keep"),
+        pytest.raises(ConfigError, match="is a merge, which has no optimizer state to keep"),
         titan_cpt.Trainer(config_of(kept), quiet=True) as trainer,
     ):
         trainer.run()
