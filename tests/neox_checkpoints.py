@@ -168,7 +168,7 @@ def _write_rank(
         }
         content = {
             "base_optimizer_state": base,
-            "single_partition_of_fp32_groups": flat["param"],
+            "single_partition_of_fp32_groups": [t.requires_grad_() for t in flat["param"]],  # as DeepSpeed saves them
             "partition_count": [dp] * 2,
         }
         content |= {"loss_scaler": LossScaler()} | ({"param_slice_mappings": mappings} if mapped else {})

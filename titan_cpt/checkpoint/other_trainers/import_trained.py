@@ -182,7 +182,7 @@ def _checked(stored: StoredTensor, name: str, *, negative: bool) -> Tensor:
         negative: values below 0 are allowed.
     """
     with _damage_reported(f"{name}: {stored.where}"):
-        tensor = stored.read()
+        tensor = stored.read().detach()  # DeepSpeed saves float32 weights that require a gradient
     if tuple(tensor.shape) != stored.shape:
         raise CheckpointError(f"{name}: {stored.where} has shape {list(tensor.shape)}, not {list(stored.shape)}")
     if not tensor.is_floating_point() or tensor.itemsize == 1:
