@@ -26,7 +26,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --no-input "torch==2.13.0"
-"$folder/venv/bin/pip" install --quiet --no-input numpy megatron-core==0.16.1
+"$folder/venv/bin/pip" install --quiet --no-input numpy psutil megatron-core==0.16.1
 cat > "$folder/save.py" <<'PYTHON'
 import contextlib
 import sys

@@ -14,7 +14,8 @@ export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 if [ ! -x "$work/venv/bin/torchrun" ]; then
   python3 -m venv "$work/venv"
   "$work/venv/bin/pip" install --quiet torch==2.13.0
-  "$work/venv/bin/pip" install --quiet numpy megatron-core==0.16.1
+  # megatron-core does not install psutil, without which its processes that write torch_dist files fail.
+  "$work/venv/bin/pip" install --quiet numpy psutil megatron-core==0.16.1
 fi
 
 run() {  # NAME RANKS OPTIONS...
