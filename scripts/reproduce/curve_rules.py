@@ -13,6 +13,7 @@ of the others is off by at most a quarter of the measured gap.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -221,7 +222,7 @@ def fit_law(points: Sequence[Point]) -> Law | None:
 
     A point with one seed has the largest standard error of the others; without any, all weigh the same.
     """
-    from scipy.optimize import curve_fit  # takes half a second
+    from scipy.optimize import OptimizeWarning, curve_fit  # takes half a second
 
     if len(points) < 2:
         return None
@@ -230,12 +231,15 @@ def fit_law(points: Sequence[Point]) -> Law | None:
     tokens = [each.tokens for each in points]
     values = [each.value for each in points]
     start = (max(values[0], 1e-3) * tokens[0] ** 0.5, 0.5)
-    try:
-        best, covariance = curve_fit(_power, tokens, values, p0=start, sigma=errors, absolute_sigma=bool(known))
-    except RuntimeError:
-        return None
-    scale, exponent = (float(each) for each in best)
     exact = len(points) == 2
+    with warnings.catch_warnings():
+        if exact:  # nothing is left to estimate an error from
+            warnings.simplefilter("ignore", OptimizeWarning)
+        try:
+            best, covariance = curve_fit(_power, tokens, values, p0=start, sigma=errors, absolute_sigma=bool(known))
+        except RuntimeError:
+            return None
+    scale, exponent = (float(each) for each in best)
     spread = [None if exact else float(math.sqrt(covariance[i][i])) for i in (0, 1)]
     left = [value - float(_power(number, scale, exponent)) for number, value in zip(tokens, values, strict=True)]
     return Law(scale, exponent, spread[0], spread[1], left)

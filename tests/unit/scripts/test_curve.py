@@ -201,6 +201,9 @@ def test_the_committed_tables_are_made_from_the_committed_metrics(folder, tmp_pa
 
 def test_two_points_determine_the_law_and_one_does_not():
     """0.2 at 2 and 0.1 at 8 tokens a parameter: b = log 2 / log 4 = 1/2, a = 0.2 sqrt 2; nothing says if it holds."""
+    points = [Point(2.0, 0.2, None, 1), Point(8.0, 0.1, None, 1)]  # one seed: no error of a point is known either
+    alone = fit_law(points)
+    assert (alone.scale_error, alone.exponent_error) == (None, None)
     points = [Point(2.0, 0.2, 0.01, 3), Point(8.0, 0.1, 0.01, 3)]
     law = fit_law(points)
 
