@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from titan_cpt.models.spec import ActivationBytes, ModelSpec, ParameterSpec, Rope, RopeScaling, rope_scaling_problems
+from titan_cpt.models.grouped_query_spec import GroupedQuerySpec
+from titan_cpt.models.spec import ActivationBytes, ParameterSpec, Rope, RopeScaling
 
 _ROWS = 262_144
 _LONG = {"rope_scaling": RopeScaling(kind="linear", factor=8.0)}
@@ -24,17 +25,11 @@ _SIZES: Mapping[str, tuple[int, int, int, int, int, int, int, int | None, Mappin
     "27b": (62, 5376, 32, 16, 128, 21_504, 1024, _ROWS, _LONG | {"query_pre_attn_scalar": 168.0}),
 }
 
-_FP32_BYTES = 4
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Spec(ModelSpec):
+class Gemma3Spec(GroupedQuerySpec):
     """Hyperparameters of a Gemma 3 text model."""
 
-    kv_heads: int
-    """Number of key/value heads (grouped-query attention): heads / kv_heads query heads share each of them."""
-    head_width: int
-    """Features of one attention head (H), even."""
     query_pre_attn_scalar: float
     """The scores are multiplied by query_pre_attn_scalar^-0.5; head_width in most sizes."""
     sliding_window: int = 1024
@@ -72,26 +67,6 @@ class Gemma3Spec(ModelSpec):
         return rows, fields | dict(more)
 
     @property
-    def attention_width(self) -> int:
-        """Features of all query heads together (N x H)."""
-        return self.heads * self.head_width
-
-    @property
-    def rotary_width(self) -> int:
-        """Features of one head that are rotated: all of them."""
-        return self.head_width
-
-    @property
-    def key_value_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.kv_heads
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head uses the weight of the input embedding."""
-        return self.tie_embeddings
-
-    @property
     def ropes(self) -> tuple[Rope, ...]:
         """Of global layers, which a stage can change, and of local ones."""
         return (self.rope, Rope(self.local_rope_base))
@@ -127,54 +102,18 @@ class Gemma3Spec(ModelSpec):
             ParameterSpec("mlp.down.weight", (d, f), 1),
         )
 
-    def final_norm_parameters(self) -> tuple[ParameterSpec, ...]:
-        """Scale of the final RMSNorm."""
-        return (ParameterSpec("final_norm.weight", (self.width,), None),)
-
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block per token, the sum of these elements:
+        """Activation memory of one block per token: `block_activations` with, for the norms,
 
-            2 D          all-gathered inputs of attention and MLP
-            A/t          rotated queries
-            2 K/t        rotated keys, and values (*)
-            A/t          attention's output
-            4 F/t        the MLP's gate before and after GELU, up, and their product
-            8 D/t        fp32: inputs of the four RMSNorms before and after normalization (a fused kernel saves half)
-            2 (A + K)/t  fp32: the same of the query and key norms
+            8 D          inputs of the four RMSNorms before and after normalization
+            2 (A + K)    the same of the query and key norms
 
-        and, in fp32, the statistics of the four RMSNorms and of attention. D, A, K and F are the widths of model,
-        queries, keys and MLP; t is the tensor-parallel degree.
-        (*) 2 A/t in local layers and under context parallelism, where keys and values are repeated for their query
-        heads; times cp, as keys and values are all-gathered. The result is the average over local and global layers.
-
-        Selective checkpointing per operator saves only the block's input and the outputs of `q`, `v`, `gate`, `down` (D
-        elements: it is not reduce-scattered yet) and attention.
-
-        torch.compile saves the inputs of the norms in the compute dtype and only before normalization, except that of
-        the norm before the MLP, which is a sum of the others; and 3 F/t, the MLP without the gate after GELU.
+        torch.compile saves the inputs only, except that of the norm before the MLP, which is a sum of the others.
         """
-        d, a, k, f = self.width, self.attention_width, self.kv_width, self.mlp_width
-        statistics = (4 + self.heads) / tp * _FP32_BYTES
-        masked = 1.0 if cp > 1 else self.windowed_share
-        keys_and_values = cp * 2 * (masked * a + (1 - masked) * k)
-        normed = 8 * d + 2 * (a + k)
-        unchecked = (
-            dtype_bytes * (2 * d + (2 * a + keys_and_values + 4 * f) / tp) + _FP32_BYTES * normed / tp + statistics
+        d, a, k = self.width, self.attention_width, self.kv_width
+        return self.block_activations(
+            tp=tp, cp=cp, dtype_bytes=dtype_bytes, norms=4, normed=8 * d + 2 * (a + k), normed_compiled=3 * d + a + k
         )
-        selective_op = dtype_bytes * (d + (d + 2 * a + k + f) / tp) + self.heads / tp * _FP32_BYTES
-        inputs = 3 * d + a + k
-        compiled = dtype_bytes * (2 * d + (2 * a + keys_and_values + 3 * f + inputs) / tp) + statistics
-        return ActivationBytes(unchecked, selective_op, compiled)
-
-    def _problems(self) -> list[str]:
-        problems = []
-        if self.heads % self.kv_heads:
-            problems.append(f"model.kv_heads: must divide model.heads = {self.heads}, got {self.kv_heads}")
-        if self.head_width % 2:
-            problems.append(
-                f"model.head_width: must be even, because RoPE rotates pairs of features, got {self.head_width}"
-            )
-        return problems + (rope_scaling_problems(self.rope_scaling) if self.rope_scaling else [])
 
 
 SPEC = Gemma3Spec

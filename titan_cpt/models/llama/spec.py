@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from titan_cpt.errors import ConfigError
-from titan_cpt.models.spec import ActivationBytes, ModelSpec, ParameterSpec, RopeScaling, rope_scaling_problems
+from titan_cpt.models.grouped_query_spec import GroupedQuerySpec
+from titan_cpt.models.spec import ActivationBytes, ParameterSpec, RopeScaling
 
 _LLAMA3_SCALING = RopeScaling(
     kind="llama3", factor=8.0, original_seq_len=8192, low_freq_factor=1.0, high_freq_factor=4.0
@@ -55,27 +55,17 @@ _SIZES: Mapping[str, tuple[int, int, int, int, int, int | None, Mapping[str, Any
     "qwen3-32b": (64, 5120, 64, 8, 25_600, 151_936, _QWEN3),
 }
 
-_FP32_BYTES = 4
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaSpec(ModelSpec):
+class LlamaSpec(GroupedQuerySpec):
     """Hyperparameters of a Llama, Mistral, Qwen2 or Qwen3 model."""
 
-    kv_heads: int
-    """Number of key/value heads (grouped-query attention): heads / kv_heads query heads share each of them."""
-    head_width: int
-    """Features of one attention head (H), even; width / heads except in Qwen3."""
     qkv_bias: bool = False
     """Biases of the query, key and value projections (Qwen2)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before they are rotated (Qwen3)."""
-    tie_embeddings: bool = False
-    """The output head uses the weight of the input embedding."""
     sliding_window: int | None = None
     """Each token attends to itself and the sliding_window - 1 tokens before it; None: full causal attention."""
-    rope_scaling: RopeScaling | None = None
-    """RoPE scaling for context extension; None: none."""
 
     @classmethod
     def sizes(cls) -> tuple[str, ...]:
@@ -94,40 +84,6 @@ class LlamaSpec(ModelSpec):
         if "head_width" not in more:
             fields["head_width"] = cls.equal_head_width(width, heads, overrides)
         return vocab, fields | dict(more)
-
-    @classmethod
-    def equal_head_width(cls, width: int, heads: int, overrides: Mapping[str, Any]) -> int:
-        """Width / heads of a size whose overrides may replace both; of no meaning if they set the head width.
-
-        Raises:
-            ConfigError: the overrides do not set it, and heads do not divide width.
-        """
-        width, heads = overrides.get("width", width), overrides.get("heads", heads)
-        if "head_width" not in overrides and heads > 0 and width % heads:
-            raise ConfigError(
-                f"model.heads: must divide model.width = {width} if model.head_width is not set, got {heads}"
-            )
-        return width // max(heads, 1)
-
-    @property
-    def attention_width(self) -> int:
-        """Features of all query heads together (N x H)."""
-        return self.heads * self.head_width
-
-    @property
-    def rotary_width(self) -> int:
-        """Features of one head that are rotated: all of them."""
-        return self.head_width
-
-    @property
-    def key_value_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.kv_heads
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head uses the weight of the input embedding."""
-        return self.tie_embeddings
 
     def block_parameters(self) -> tuple[ParameterSpec, ...]:
         """Every parameter of one transformer block."""
@@ -148,56 +104,24 @@ class LlamaSpec(ModelSpec):
             ParameterSpec("mlp.down.weight", (d, f), 1),
         )
 
-    def final_norm_parameters(self) -> tuple[ParameterSpec, ...]:
-        """Scale of the final RMSNorm."""
-        return (ParameterSpec("final_norm.weight", (self.width,), None),)
-
     def activation_bytes_per_token(self, *, tp: int, cp: int, dtype_bytes: int) -> ActivationBytes:
-        """Activation memory of one block per token, the sum of these elements:
+        """Activation memory of one block per token: `block_activations` with, for the norms,
 
-            2 D          all-gathered inputs of attention and MLP
-            A/t          rotated queries
-            2 K/t        rotated keys, and values (*)
-            A/t          attention's output
-            4 F/t        the MLP's gate before and after SiLU, up, and their product
-            4 D/t        fp32: inputs of both RMSNorms before and after normalization (a fused kernel saves half)
-            2 (A + K)/t  fp32: the same of the query and key norms (Qwen3)
+            4 D          inputs of both RMSNorms before and after normalization
+            2 (A + K)    the same of the query and key norms (Qwen3)
 
-        and, in fp32, the statistics of the two RMSNorms and of attention. D, A, K and F are the widths of model,
-        queries, keys and MLP; t is the tensor-parallel degree.
-        (*) 2 A/t with a sliding window or context parallelism, where keys and values are repeated for their query
-        heads; times cp, as keys and values are all-gathered. If only some layers have a window: the average.
-
-        Selective checkpointing per operator saves only the block's input and the outputs of `q`, `v`, `gate`, `down` (D
-        elements: it is not reduce-scattered yet) and attention.
-
-        torch.compile saves the inputs of both norms, of which the second is kept as the output of `out`, and the inputs
-        of the query and key norms in the compute dtype and only before normalization; and 3 F/t, the MLP without the
-        gate after SiLU.
+        torch.compile saves the inputs only; the second norm's is kept as the output of `out`.
         """
-        d, a, k, f = self.width, self.attention_width, self.kv_width, self.mlp_width
-        statistics = (2 + self.heads) / tp * _FP32_BYTES
-        masked = 1.0 if cp > 1 else self.windowed_share
-        keys_and_values = cp * 2 * (masked * a + (1 - masked) * k)
-        normed = 4 * d + (2 * (a + k) if self.qk_norm else 0)
-        unchecked = (
-            dtype_bytes * (2 * d + (2 * a + keys_and_values + 4 * f) / tp) + _FP32_BYTES * normed / tp + statistics
+        normed = 4 * self.width + (2 * (self.attention_width + self.kv_width) if self.qk_norm else 0)
+        return self.block_activations(
+            tp=tp, cp=cp, dtype_bytes=dtype_bytes, norms=2, normed=normed, normed_compiled=normed / 2
         )
-        selective_op = dtype_bytes * (d + (d + 2 * a + k + f) / tp) + self.heads / tp * _FP32_BYTES
-        compiled = dtype_bytes * (2 * d + (2 * a + keys_and_values + 3 * f + normed / 2) / tp) + statistics
-        return ActivationBytes(unchecked, selective_op, compiled)
 
     def _problems(self) -> list[str]:
-        problems = []
-        if self.heads % self.kv_heads:
-            problems.append(f"model.kv_heads: must divide model.heads = {self.heads}, got {self.kv_heads}")
-        if self.head_width % 2:
-            problems.append(
-                f"model.head_width: must be even, because RoPE rotates pairs of features, got {self.head_width}"
-            )
+        problems = super()._problems()
         if self.qkv_bias and self.qk_norm:
             problems.append("model.qk_norm: must be false if model.qkv_bias is true: no released architecture has both")
-        return problems + (rope_scaling_problems(self.rope_scaling) if self.rope_scaling else [])
+        return problems
 
 
 SPEC = LlamaSpec
