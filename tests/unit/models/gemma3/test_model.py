@@ -4,20 +4,19 @@ import dataclasses
 import json
 import math
 
+import family_models
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from family_models import TOKENS_BL, assert_same_logits_and_gradients, in_transformers, with_all_weights_drawn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from titan_cpt.checkpoint.hf_import import fill, open_released, verify_against_transformers
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.build import build_model
 from titan_cpt.models.gemma3.model import ZeroCenteredRMSNorm, embedding_scale
-from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
-from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
+from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.models.registry import SIZES, as_config_table, named_size, spec_from_recipe
 
-TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
 VARIANTS = {  # overrides of debug: 3 layers, the last global, window 16, width 64, 2 heads of 32, 1 for keys, tied
     "as released": {},
     "untied, other bases": {"tie_embeddings": False, "local_rope_base": 300.0, "rope_base": 5000.0},
@@ -31,28 +30,8 @@ VARIANTS = {  # overrides of debug: 3 layers, the last global, window 16, width 
 }
 
 
-def built(size="debug", **overrides):
-    model = build_model(named_size("gemma3", size, 257, overrides=overrides))
-    model.init_weights(11)
-    return model
-
-
-def with_all_weights_drawn(model):
-    """Norms away from 0 too, so that a swapped or forgotten one shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def in_transformers(model, folder, dtype=torch.float32):
-    """The model as transformers reads it from the files of an export."""
-    config = config_from_spec(model.spec, max_positions=64, dtype="float32")
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {name: weight.contiguous() for name, weight in to_huggingface(model.state_dict(), model.spec).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def built(*size, **overrides):
+    return family_models.built("gemma3", *size, **overrides)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -60,19 +39,11 @@ def test_logits_and_gradients_are_those_of_transformers(overrides, tmp_path):
     """The same weights give the same logits and gradients; config.json and the recipe give the spec again."""
     model = with_all_weights_drawn(built(**overrides))
     theirs = in_transformers(model, tmp_path)
-    logits_BLV, their_logits_BLV = model(TOKENS_BL), theirs(TOKENS_BL).logits
-    probe_BLV = torch.randn(logits_BLV.shape, generator=torch.Generator().manual_seed(3))
-    (logits_BLV * probe_BLV).mean().backward()
-    (their_logits_BLV * probe_BLV).mean().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    their_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     theirs.config.save_pretrained(tmp_path / "again")
     texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
 
     assert type(theirs).__name__ == "Gemma3ForCausalLM"
-    torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in from_huggingface(their_grads, model.spec).items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+    assert_same_logits_and_gradients(model, theirs)
     assert [spec_from_config(json.loads(text), "config.json") for text in texts] == [model.spec, model.spec]
     assert spec_from_recipe(json.loads(json.dumps(model.spec.as_recipe()))) == model.spec
 

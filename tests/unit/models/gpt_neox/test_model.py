@@ -2,9 +2,11 @@
 
 import math
 
+import family_models
 import pytest
 import torch
 import torch.distributed as dist
+from family_models import with_all_weights_drawn
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -17,7 +19,6 @@ from titan_cpt.models.common.layers import rotary_tables, rotate
 from titan_cpt.models.gpt_neox.model import GPTNeoX
 from titan_cpt.models.huggingface_rope import rope_scaling_keys
 from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
-from titan_cpt.models.registry import named_size
 
 TOKENS_BL = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -26,19 +27,8 @@ YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def built(size="debug", seed=11, **overrides):
-    model = GPTNeoX(named_size("gpt_neox", size, 257, overrides=overrides))
-    model.init_weights(seed)
-    return model
-
-
-def with_all_weights_drawn(model):
-    """Biases and norms away from 0 and 1 too, so that a swapped or forgotten one shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+def built(*size, **overrides):
+    return family_models.built("gpt_neox", *size, **overrides)
 
 
 def transformers_config(spec):

@@ -5,19 +5,16 @@ import json
 import math
 import sys
 
+import family_models
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from family_models import TOKENS_BL, assert_same_logits_and_gradients, in_transformers, with_all_weights_drawn
 
 from titan_cpt.errors import ConfigError
 from titan_cpt.models.common.layers import RotaryCausalAttention, rotary_tables
-from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
-from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
+from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.models.llama.model import Llama
 from titan_cpt.models.registry import SIZES, as_config_table, named_size, spec_from_recipe
-
-TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
 
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
@@ -53,28 +50,8 @@ else:
     import tomli as tomllib
 
 
-def built(size="debug", seed=11, **overrides):
-    model = Llama(named_size("llama", size, 257, overrides=overrides))
-    model.init_weights(seed)
-    return model
-
-
-def with_all_weights_drawn(model):
-    """Biases and norms away from 0 and 1 too, so that a swapped or forgotten one shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def in_transformers(model, folder):
-    """The model as transformers reads it from the files of an export."""
-    config = config_from_spec(model.spec, max_positions=64, dtype="float32")
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = to_huggingface(model.state_dict(), model.spec)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def built(*size, **overrides):
+    return family_models.built("llama", *size, **overrides)
 
 
 @pytest.mark.parametrize(("architecture", "overrides"), VARIANTS.values(), ids=VARIANTS)
@@ -82,17 +59,9 @@ def test_logits_and_gradients_are_those_of_transformers(architecture, overrides,
     """The same weights give the same logits and, for a random scalar of them, the same gradient of every weight."""
     model = with_all_weights_drawn(built(**overrides))
     theirs = in_transformers(model, tmp_path)
-    logits_BLV, their_logits_BLV = model(TOKENS_BL), theirs(TOKENS_BL).logits
-    probe_BLV = torch.randn(logits_BLV.shape, generator=torch.Generator().manual_seed(3))
-    (logits_BLV * probe_BLV).mean().backward()
-    (their_logits_BLV * probe_BLV).mean().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    their_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
 
     assert theirs.config.model_type == architecture
-    torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in from_huggingface(their_grads, model.spec).items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+    assert_same_logits_and_gradients(model, theirs)
 
 
 @pytest.mark.parametrize("overrides", [overrides for _, overrides in VARIANTS.values()], ids=VARIANTS)

@@ -4,20 +4,17 @@ import dataclasses
 import json
 import math
 
+import family_models
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from family_models import TOKENS_BL, assert_same_logits_and_gradients, in_transformers, with_all_weights_drawn
 
 from titan_cpt.errors import CheckpointError, ConfigError
 from titan_cpt.models.common.kv_cache import kv_cache
-from titan_cpt.models.huggingface_config import config_from_spec, spec_from_config
-from titan_cpt.models.huggingface_weights import from_huggingface, to_huggingface
+from titan_cpt.models.huggingface_config import spec_from_config
 from titan_cpt.models.olmo.model import Olmo
 from titan_cpt.models.registry import SIZES, as_config_table, named_size, spec_from_recipe
 from titan_cpt.models.spec import Rope, RopeScaling
-
-TOKENS_BL = torch.randint(0, 257, (2, 48), generator=torch.Generator().manual_seed(5))
 
 YARN = {"kind": "yarn", "factor": 4.0, "original_seq_len": 16}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_seq_len": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -38,47 +35,19 @@ VARIANTS = {  # name: (model_type, overrides of debug: 2 layers, width 64, 2 hea
 }
 
 
-def built(size="debug", seed=11, **overrides):
-    model = Olmo(named_size("olmo", size, 257, overrides=overrides))
-    model.init_weights(seed)
-    return model
-
-
-def with_all_weights_drawn(model):
-    """Norms away from 1 too, so that a swapped or forgotten one shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def in_transformers(model, folder):
-    """The model as transformers reads it from the files of an export."""
-    config = config_from_spec(model.spec, max_positions=64, dtype="float32")
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
-    weights = to_huggingface(model.state_dict(), model.spec)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def built(*size, **overrides):
+    return family_models.built("olmo", *size, **overrides)
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), VARIANTS.values(), ids=VARIANTS)
 def test_logits_and_gradients_are_those_of_transformers(model_type, overrides, tmp_path):
     """The same weights give the same logits and, for a random scalar of them, the same gradient of every weight."""
     model = with_all_weights_drawn(built(**overrides))
-    theirs = in_transformers(model, tmp_path)
-    logits_BLV, their_logits_BLV = model(TOKENS_BL), theirs(TOKENS_BL).logits
-    probe_BLV = torch.randn(logits_BLV.shape, generator=torch.Generator().manual_seed(3))
-    (logits_BLV * probe_BLV).mean().backward()
-    (their_logits_BLV * probe_BLV).mean().backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    their_grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    theirs = in_transformers(model, tmp_path, eos_token_id=0)
 
     assert theirs.config.model_type == model_type
     assert theirs.get_input_embeddings().padding_idx is None  # else transformers does not train that row
-    torch.testing.assert_close(logits_BLV, their_logits_BLV, rtol=1e-4, atol=1e-4)
-    for name, grad in from_huggingface(their_grads, model.spec).items():
-        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+    assert_same_logits_and_gradients(model, theirs)
 
 
 @pytest.mark.parametrize("overrides", [overrides for _, overrides in VARIANTS.values()], ids=VARIANTS)
@@ -86,7 +55,7 @@ def test_a_spec_round_trips_through_every_format(overrides, tmp_path):
     """config.json as we write it, as transformers writes it again, the recipe through JSON, and a [model] table."""
     model = built(**overrides)
     spec = model.spec
-    in_transformers(model, tmp_path).config.save_pretrained(tmp_path / "again")
+    in_transformers(model, tmp_path, eos_token_id=0).config.save_pretrained(tmp_path / "again")
     texts = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
 
     assert [spec_from_config(json.loads(text), "config.json") for text in texts] == [spec, spec]
