@@ -171,6 +171,7 @@ TESTED_ELSEWHERE = {  # modules without a test file of their own name, and a tes
     "evaluation.lm_eval_tasks": "unit/evaluation/test_lm_eval.py",
     "evaluation.registered_metrics": "behavior/test_plugins.py",
     "evaluation.prompts": "unit/evaluation/test_inference.py",
+    "models.huggingface_names": "unit/models/llama/test_model.py",
     "models.grouped_query_spec": "unit/planning/test_memory.py",
     "models.common.blocks": "unit/models/llama/test_model.py",
     "models.common.init": "unit/models/gpt_neox/test_model.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 from titan_cpt.models.gemma3.spec import Gemma3Spec
 from titan_cpt.models.huggingface_keys import Keys, every_nth
+from titan_cpt.models.huggingface_names import weight_names_of
 from titan_cpt.models.huggingface_rope import read_rope, rope_scaling_keys
 from titan_cpt.models.spec import Rope
 
@@ -61,13 +62,7 @@ _BLOCK = {
 
 def weight_names(spec: Gemma3Spec) -> dict[str, str]:
     """Our name of every weight -> its name in Hugging Face's files."""
-    names = {"embedding.weight": "model.embed_tokens.weight"}
-    for layer in range(spec.layers):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _BLOCK.items()}
-    names["final_norm.weight"] = "model.norm.weight"
-    if not spec.tie_embeddings:
-        names["head.weight"] = "lm_head.weight"
-    return names
+    return weight_names_of(_BLOCK, spec)
 
 
 def spec_fields(keys: Keys) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from titan_cpt.models.huggingface_keys import Keys
+from titan_cpt.models.huggingface_names import weight_names_of
 from titan_cpt.models.huggingface_rope import read_rope, rope_scaling_keys
 from titan_cpt.models.llama.spec import LlamaSpec
 
@@ -63,13 +64,7 @@ _QK_NORM = {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for
 def weight_names(spec: LlamaSpec) -> dict[str, str]:
     """Our name of every weight -> its name in Hugging Face's files."""
     block = _BLOCK | (_QKV_BIAS if spec.qkv_bias else {}) | (_QK_NORM if spec.qk_norm else {})
-    names = {"embedding.weight": "model.embed_tokens.weight"}
-    for layer in range(spec.layers):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in block.items()}
-    names["final_norm.weight"] = "model.norm.weight"
-    if not spec.tie_embeddings:
-        names["head.weight"] = "lm_head.weight"
-    return names
+    return weight_names_of(block, spec)
 
 
 def spec_fields(keys: Keys) -> dict[str, Any]:
