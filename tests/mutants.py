@@ -22,7 +22,16 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("titan_cpt", "tests", "train_configs", "pyproject.toml", "README.md", "docs/library.md", "docs/metrics.md")
+COPIED = (
+    "titan_cpt",
+    "tests",
+    "train_configs",
+    "pyproject.toml",
+    "README.md",
+    "docs/library.md",
+    "docs/metrics.md",
+    "scripts/crash_matrix.py",
+)
 
 
 @dataclass(frozen=True)
